@@ -1,0 +1,45 @@
+# make demo   a whole migration of real data on an embedded PostgreSQL
+# make test   every test
+# make lab    JupyterLab on the notebooks, with the demo server running
+# make run    PARAMS=params/x.yaml: the migration on any server (prints the plan; EXECUTE=1 carries it out)
+# make clean  removes what the above made
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test check lab run lock clean
+
+demo: $(READY)
+	$(BIN)/runbook demo
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+lab: $(READY)
+	$(BIN)/runbook demo --lab
+
+run: $(READY)
+	@test -n "$(PARAMS)" || { echo "say which target: make run PARAMS=params/x.yaml" >&2; exit 2; }
+	$(BIN)/runbook run $(PARAMS) $(if $(EXECUTE),--execute)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Say PYTHON=python3.12, for instance." >&2; exit 2; }
+	@$(PYTHON) -m venv --clear $(VENV) \
+	  || { echo "On Debian and Ubuntu the module venv is a package of its own: apt-get install python3-venv" >&2; exit 2; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lock:
+	uv pip compile --universal --python-version 3.11 --generate-hashes --all-extras --no-annotate \
+	  --custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
+
+clean:
+	@if [ -x $(BIN)/runbook ]; then $(BIN)/runbook demo --stop; fi
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

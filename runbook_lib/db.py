@@ -1,0 +1,250 @@
+"""Connections with known settings, and statements carried out with a bound wait, a progress line and a record."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import DictRow, dict_row
+
+from runbook_lib.display import Table, duration
+from runbook_lib.gates import BadInput, Gate, LockNotObtained, Verdict
+from runbook_lib.names import names
+from runbook_lib.params import Params
+from runbook_lib.sql import Block
+
+Connection = psycopg.Connection[DictRow]
+
+CONNECT_TIMEOUT_S = 10
+FIRST_WAIT_BETWEEN_TRIES_S = 0.1
+
+# PostgreSQL manual, "Explicit Locking": what each level keeps others from doing.
+BLOCKED_BY = {
+    "ACCESS EXCLUSIVE": "every read and write",
+    "SHARE ROW EXCLUSIVE": "writes",
+    "SHARE": "writes",
+    "SHARE UPDATE EXCLUSIVE": "vacuum and other DDL; no read, no write",
+    "ROW EXCLUSIVE": "a write to the same rows",
+}
+
+
+def dsn(params: Params) -> str:
+    """The connection string, from the place that the parameters name. Raises BadInput where it is not set."""
+    c = params.connection
+    if c.dsn_env is None:
+        conninfo = make_conninfo(service=c.service)
+    elif value := os.environ.get(c.dsn_env):
+        conninfo = value
+    else:
+        raise BadInput([_unreachable(f"environment variable {c.dsn_env}", "not set", f"export {c.dsn_env}=…")])
+    try:
+        return make_conninfo(conninfo, passfile=c.passfile) if c.passfile else make_conninfo(conninfo)
+    except psycopg.ProgrammingError:
+        # Without its cause: libpq quotes the string in its message, and a password may stand in it.
+        problem = _unreachable(str(c.dsn_env), "not a connection string", "write it as postgresql://… or key=value")
+        raise BadInput([problem]) from None
+
+
+def connect(params: Params, application_name: str, *, autocommit: bool = True) -> Connection:
+    """A connection that names itself, ends its statement when the client is gone, and never waits for a lock for long.
+
+    Raises BadInput where the server cannot be reached; the message holds no password.
+    """
+    conninfo = dsn(params)
+    try:
+        connection = psycopg.connect(
+            conninfo,
+            autocommit=autocommit,
+            row_factory=dict_row,
+            application_name=application_name[:63],
+            connect_timeout=CONNECT_TIMEOUT_S,
+        )
+    except psycopg.OperationalError as error:
+        found = _without_secrets(str(error), conninfo)
+        raise BadInput([_unreachable("the server", found, "check the address, the server and pg_hba.conf")]) from None
+    connection.execute(
+        "SELECT set_config('lock_timeout', %s, false), set_config('idle_in_transaction_session_timeout', '10min', false)",
+        [f"{params.locks.timeout_ms}ms"],
+    )
+    if connection.info.server_version >= 140000:
+        connection.execute("SET client_connection_check_interval = '1s'")
+    use_search_path(connection)
+    return connection
+
+
+def use_search_path(connection: Connection) -> None:
+    """Puts pgvector's schema on the session's search path, wherever the extension was installed."""
+    connection.execute(
+        "SELECT set_config('search_path', concat_ws(', ', current_setting('search_path'), quote_ident(n.nspname)), false)"
+        " FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace"
+        " WHERE e.extname = 'vector' AND NOT n.nspname = ANY (current_schemas(true))"
+    )
+
+
+def _unreachable(subject: str, found: str, do: str) -> Gate:
+    return Gate(
+        "db.server_is_reachable",
+        Verdict.FAIL,
+        subject,
+        found,
+        "a connection to the target's server",
+        "nothing can be looked at, so nothing was started",
+        do,
+    )
+
+
+def _without_secrets(message: str, conninfo: str) -> str:
+    password = conninfo_to_dict(conninfo).get("password") or os.environ.get("PGPASSWORD")
+    flat = " ".join(message.split())
+    return flat.replace(str(password), "***") if password else flat
+
+
+def rows(connection: Connection, block: Block, params: Params, **values: Any) -> list[DictRow]:
+    """All rows of a reading block."""
+    return connection.execute(block.compose(names(params)), values).fetchall()
+
+
+def one(connection: Connection, block: Block, params: Params, **values: Any) -> DictRow:
+    """The single row of a reading block."""
+    row = connection.execute(block.compose(names(params)), values).fetchone()
+    if row is None:
+        raise LookupError(f"{block.name} returned no row")
+    return row
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A statement that changes something: what, under which lock, and how it is undone."""
+
+    name: str
+    purpose: str
+    lock: str
+    undo: str
+    query: sql.Composed
+    values: Mapping[str, Any]
+
+    @property
+    def blocks(self) -> str:
+        """Whom the lock keeps waiting, from PostgreSQL's table of lock conflicts."""
+        level = next((level for level in BLOCKED_BY if self.lock.startswith(level)), None)
+        return BLOCKED_BY[level] if level else "nobody"
+
+    def text(self, connection: Connection) -> str:
+        """The statement as it can be pasted into psql."""
+        return psycopg.ClientCursor(connection).mogrify(self.query, self.values) + ";"
+
+
+def statement(
+    block: Block, params: Params, extra: Mapping[str, sql.Composable] | None = None, **values: Any
+) -> Statement:
+    """A block with this target's names in it. ``extra`` adds names that only this statement knows."""
+    query = block.compose(names(params) | dict(extra or {}))
+    return Statement(block.name, block.purpose, block.lock, block.undo, query, values)
+
+
+class Done(NamedTuple):
+    """A statement that was carried out: rows affected (-1 where PostgreSQL does not say), seconds, tries."""
+
+    statement: Statement
+    rows: int
+    seconds: float
+    tries: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Statements in the order in which they will be carried out; an empty plan means that nothing is left to do."""
+
+    statements: tuple[Statement, ...]
+    connection: Connection
+
+    def __iter__(self) -> Iterator[Statement]:
+        return iter(self.statements)
+
+    def _table(self) -> Table:
+        return Table(
+            ("what", "lock", "it blocks", "statement", "undo"),
+            [(s.purpose, s.lock or "none", s.blocks, s.text(self.connection), s.undo) for s in self.statements],
+        )
+
+    def __str__(self) -> str:
+        if not self.statements:
+            return "Nothing is left to do here."
+        return "\n\n".join(
+            f"-- {s.purpose}\n-- lock: {s.lock or 'none'}; blocks {s.blocks}; undo: {s.undo}\n{s.text(self.connection)}"
+            for s in self.statements
+        )
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_() if self.statements else "<p>Nothing is left to do here.</p>"
+
+
+def carry_out(
+    connection: Connection,
+    params: Params,
+    what: Statement,
+    *,
+    say: Callable[[str], None] = print,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Done:
+    """Runs one statement in a transaction of its own, waiting for its lock in short, bounded tries.
+
+    A waiting DDL statement queues every later reader behind it, so each try waits at most ``locks.timeout_ms`` and
+    then lets the queue pass. Raises LockNotObtained, naming who holds the table, after ``locks.tries`` tries.
+    """
+    started = time.perf_counter()
+    wait_s = FIRST_WAIT_BETWEEN_TRIES_S
+    for tries in range(1, params.locks.tries + 1):
+        try:
+            with connection.transaction():
+                connection.execute("SELECT set_config('lock_timeout', %s, true)", [f"{params.locks.timeout_ms}ms"])
+                affected = connection.execute(what.query, what.values).rowcount
+        except psycopg.errors.LockNotAvailable:
+            say(
+                f"  {what.name}: try {tries} of {params.locks.tries} did not get its lock; {_holders(connection, params)}"
+            )
+            if tries < params.locks.tries:
+                sleep(wait_s)
+                wait_s = min(wait_s * 2, params.locks.longest_wait_between_tries_s)
+        else:
+            done = Done(what, affected, time.perf_counter() - started, tries)
+            say(f"  {what.name}: done in {duration(done.seconds)}" + (f", {tries} tries" if tries > 1 else ""))
+            return done
+    raise LockNotObtained(
+        found=f"{what.name} did not get its lock in {params.locks.tries} tries; {_holders(connection, params)}",
+        needed=f"{what.lock} within {params.locks.timeout_ms} ms",
+        danger="waiting longer would queue every reader and writer of the table behind this statement",
+        do="end that session, or run this phase again at a quieter time: what was done before stays done",
+    )
+
+
+def _holders(connection: Connection, params: Params) -> str:
+    held = connection.execute(
+        """
+        SELECT a.pid, a.usename, a.application_name, a.state, extract(epoch FROM now() - a.xact_start)::int AS seconds,
+               string_agg(DISTINCT l.mode, ', ') AS modes
+        FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+        WHERE l.granted AND l.relation = to_regclass(%s) AND a.pid <> pg_backend_pid()
+        GROUP BY 1, 2, 3, 4, 5 ORDER BY seconds DESC NULLS LAST LIMIT 3
+        """,
+        [names(params)["table"].as_string(connection)],
+    ).fetchall()
+    return (
+        "; ".join(
+            f"pid {h['pid']} ({h['usename']}, {h['application_name'] or 'no application name'}, {h['state']} for"
+            f" {h['seconds']} s) holds {h['modes']}"
+            for h in held
+        )
+        or "its holder is gone by now"
+    )
+
+
+def rendered(plan: Iterable[Statement], connection: Connection) -> list[dict[str, str]]:
+    """A plan as plain data, for the ledger."""
+    return [{"name": s.name, "lock": s.lock, "undo": s.undo, "sql": s.text(connection)} for s in plan]

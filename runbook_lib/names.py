@@ -1,0 +1,78 @@
+"""Every identifier and expression that the runbook puts into SQL, quoted, made in one place from the parameters."""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from runbook_lib.params import Params
+
+OPERATORS = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
+OPERATOR_CLASSES = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
+
+# 16 of SHA-256's 32 bytes: at a billion texts the chance of one collision is below 1e-20, at half the room.
+HASH_BYTES = 16
+
+
+def index_name(params: Params) -> str:
+    """Name of the vector index: table, column and method, cut to PostgreSQL's 63 bytes."""
+    tail = f"_{params.vector.column}_{params.index.method}"
+    head = params.target.table.encode()[: 63 - len(tail.encode())].decode(errors="ignore")
+    return head + tail
+
+
+def operator_class(params: Params) -> str:
+    """For instance ``vector_cosine_ops``."""
+    return f"{params.vector.type}_{OPERATOR_CLASSES[params.vector.distance]}"
+
+
+def trigger_name(params: Params, event: str) -> str:
+    """Name of the capture trigger for ``insert`` or ``update``."""
+    return f"runbook_{params.target.name}_{event}"
+
+
+def names(params: Params) -> dict[str, sql.Composable]:
+    """What ``{…}`` may say in a block of ``runbook_lib/sql``.
+
+    ``{text}`` is the text that is embedded and ``{text_hash}`` its hash, both over alias ``t`` of the target;
+    ``{new_text_differs}`` is the condition of the update trigger.
+    """
+    target, vector = params.target, params.vector
+    ledger = params.ledger.schema_
+    text = _text(target.text_columns, "t")
+    vector_type = sql.SQL("{}({})").format(sql.Identifier(vector.type), sql.Literal(vector.dimension))
+    return {
+        "schema": sql.Identifier(target.schema_),
+        "table": sql.Identifier(target.schema_, target.table),
+        "key": sql.Identifier(target.key),
+        "embedding": sql.Identifier(vector.column),
+        "embedding_updated_at": sql.Identifier(f"{vector.column}_updated_at"),
+        "embedding_hash": sql.Identifier(f"{vector.column}_hash"),
+        "vector_type": vector_type,
+        "distance": sql.SQL(OPERATORS[vector.distance]),
+        "operator_class": sql.Identifier(operator_class(params)),
+        "index": sql.Identifier(index_name(params)),
+        "qualified_index": sql.Identifier(target.schema_, index_name(params)),
+        "text": text,
+        "text_hash": sql.SQL("substring(sha256(convert_to({}, 'UTF8')) from 1 for {})").format(
+            text, sql.Literal(HASH_BYTES)
+        ),
+        "new_text_differs": sql.SQL(" OR ").join(
+            sql.SQL("OLD.{c} IS DISTINCT FROM NEW.{c}").format(c=sql.Identifier(c)) for c in target.text_columns
+        ),
+        "ledger": sql.Identifier(ledger),
+        "entry": sql.Identifier(ledger, "entry"),
+        "route": sql.Identifier(ledger, "route"),
+        "staging": sql.Identifier(ledger, f"{target.name}_staging"),
+        "queue": sql.Identifier(ledger, f"{target.name}_queue"),
+        "capture_function": sql.Identifier(ledger, f"{target.name}_capture"),
+        "insert_trigger": sql.Identifier(trigger_name(params, "insert")),
+        "update_trigger": sql.Identifier(trigger_name(params, "update")),
+        "function": sql.Identifier(target.schema_, params.function_name),
+        "target_name": sql.Literal(target.name),
+    }
+
+
+def _text(columns: list[str], alias: str) -> sql.Composed:
+    """The columns as one text, a line each; NULLs are left out."""
+    parts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(alias, c)) for c in columns)
+    return sql.SQL("concat_ws(E'\\n', {})").format(parts)

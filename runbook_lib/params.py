@@ -1,0 +1,397 @@
+"""One YAML file per target, typed and checked whole before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from runbook_lib.gates import BadInput, Gate, Verdict
+
+Name = Annotated[str, Field(min_length=1, max_length=63)]
+ShortName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+
+# pgvector's limits for a column with an index on it; README of pgvector, "Indexing".
+MAX_INDEXED_DIMENSION = {"vector": 2000, "halfvec": 4000}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Connection(Section):
+    """Where the server is. Holds names only: a secret written here would reach every record."""
+
+    dsn_env: str | None = Field(None, description="Name of the environment variable that holds the DSN.")
+    service: str | None = Field(None, description="Name of a service in pg_service.conf.")
+    passfile: str | None = Field(None, description="Path of a password file, used beside service or dsn_env.")
+
+    @model_validator(mode="after")
+    def one_way_in(self) -> Self:
+        if (self.dsn_env is None) == (self.service is None):
+            raise ValueError("give exactly one of dsn_env and service")
+        return self
+
+    @field_validator("dsn_env")
+    @classmethod
+    def is_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not value.replace("_", "").isalnum():
+            raise ValueError("names an environment variable; the DSN itself must not stand in this file")
+        return value
+
+
+class Target(Section):
+    """The table being migrated."""
+
+    name: ShortName = Field(description="Names the ledger's rows, the staging table and, by default, the function.")
+    schema_: Name = Field("public", alias="schema", description="Schema of the table.")
+    table: Name = Field(description="The table as PostgreSQL spells it, without quotes.")
+    key: Name = Field(description="Primary key or NOT NULL unique column; bigint, integer, uuid or text.")
+    text_columns: list[Name] = Field(min_length=1, description="Columns whose text is embedded, in this order.")
+    filters: list[Name] = Field([], description="Columns that the application filters by, with equality.")
+
+
+class Vector(Section):
+    """The column to add."""
+
+    column: Name = Field("embedding", description="Name of the new column.")
+    type: Literal["vector", "halfvec"] = Field("vector", description="pgvector type: 4 or 2 bytes a dimension.")
+    dimension: int = Field(ge=1, description="Dimensions of every vector.")
+    distance: Literal["cosine", "l2", "inner_product"] = Field("cosine", description="What the model was made for.")
+
+    @model_validator(mode="after")
+    def within_pgvector(self) -> Self:
+        limit = MAX_INDEXED_DIMENSION[self.type]
+        if self.dimension > limit:
+            way_out = "type: halfvec allows 4000" if self.dimension <= 4000 else "use a model with fewer dimensions"
+            raise ValueError(f"dimension {self.dimension} cannot be indexed: {self.type} allows {limit}; {way_out}")
+        return self
+
+
+class Embeddings(Section):
+    """Where the vectors come from."""
+
+    source: Literal["wordllama", "callable", "file"] = Field(
+        description="A packaged model, module:function, or a file made elsewhere."
+    )
+    callable: str | None = Field(None, pattern=r"^[\w.]+:\w+$", description="module:function from texts to vectors.")
+    file: Path | None = Field(None, description="Parquet file with the key column and a column `embedding`.")
+    batch_rows: int = Field(1000, ge=1, le=50_000, description="Rows embedded and copied in one transaction.")
+
+    @model_validator(mode="after")
+    def source_is_complete(self) -> Self:
+        for source in ("callable", "file"):
+            given = getattr(self, source) is not None
+            if given != (self.source == source):
+                raise ValueError(f"source: {self.source} and {source}: {'given' if given else 'missing'} do not fit")
+        return self
+
+
+class Legacy(Section):
+    """The search of today."""
+
+    query: str = Field(
+        description="The statement of today, best answer first; :query and :k stand for the text and the number"
+        " of rows wanted, :<filter> for a filter's value or NULL. It must return the key column."
+    )
+
+    @field_validator("query")
+    @classmethod
+    def has_placeholders(cls, value: str) -> str:
+        missing = [p for p in (":query", ":k") if p not in value]
+        if missing:
+            raise ValueError(f"the statement does not mention {' and '.join(missing)}")
+        return value.strip().rstrip(";")
+
+
+class Search(Section):
+    """The function that the application calls."""
+
+    function: Name | None = Field(None, description="Its name, in the table's schema; search_<target> if not given.")
+    grant_to: list[Name] = Field([], description="Roles that may call the function.")
+    fulltext_column: Name | None = Field(None, description="A tsvector column; the hybrid route needs one.")
+    fulltext_config: Name = Field("english", description="Text search configuration of that column.")
+    hybrid_candidates: int = Field(100, ge=10, le=1000, description="Rows that each half of hybrid contributes.")
+
+
+class Queries(Section):
+    """Representative queries, and judgements where there are any."""
+
+    file: Path = Field(description='JSON lines: {"query_id": …, "text": …}.')
+    judgements: Path | None = Field(None, description='JSON lines: {"query_id": …, "key": …, "relevance": …}.')
+    k: int = Field(10, ge=1, le=100, description="Answers that the application shows.")
+    sample: int = Field(200, ge=10, le=10_000, description="Queries that are timed and compared, chosen by hash.")
+
+
+class Index(Section):
+    """The vector index."""
+
+    method: Literal["hnsw", "ivfflat"] = Field("hnsw", description="HNSW, or IVFFlat as the fallback.")
+    m: int = Field(16, ge=2, le=100, description="HNSW: links a node.")
+    ef_construction: int = Field(64, ge=4, le=1000, description="HNSW: candidates while building; at least 2 × m.")
+    lists: int | None = Field(None, ge=1, le=32768, description="IVFFlat: lists; by pgvector's rule if not given.")
+    maintenance_work_mem_mb: int = Field(256, ge=32, le=1_048_576, description="For the build's session only.")
+    parallel_workers: int = Field(2, ge=0, le=64, description="max_parallel_maintenance_workers for the build.")
+
+    @model_validator(mode="after")
+    def candidates_cover_links(self) -> Self:
+        if self.method == "hnsw" and self.ef_construction < 2 * self.m:
+            raise ValueError(f"ef_construction {self.ef_construction} must be at least 2 × m = {2 * self.m}")
+        return self
+
+
+class Extension(Section):
+    """pgvector on the server."""
+
+    version: str | None = Field(
+        None, description="Release to install or update to; the server's default if not given."
+    )
+    schema_: Name = Field(
+        "public", alias="schema", description="Schema for CREATE EXTENSION, where it is not there yet."
+    )
+
+
+class Locks(Section):
+    """How long a statement that changes something may stand in the way of others."""
+
+    timeout_ms: int = Field(200, ge=10, le=60_000, description="lock_timeout of one try.")
+    tries: int = Field(20, ge=1, le=1000, description="Tries before the phase gives up and names the blocker.")
+    longest_wait_between_tries_s: float = Field(15.0, ge=0.01, le=600, description="Waits double up to this.")
+
+
+class Backfill(Section):
+    """Staging to table."""
+
+    batch_rows: int = Field(1000, ge=1, le=100_000, description="Rows of one transaction.")
+    pause_between_batches_ms: int = Field(0, ge=0, le=60_000, description="Rest after each batch.")
+
+
+class Tune(Section):
+    """Recall and the setting that reaches it."""
+
+    target_recall: float = Field(0.95, gt=0, le=1, description="recall@k against exact search.")
+    ef_search: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
+        [20, 40, 80, 160, 320], min_length=1, description="HNSW settings to try."
+    )
+    probes: list[Annotated[int, Field(ge=1, le=32768)]] = Field(
+        [1, 2, 4, 8, 16, 32], min_length=1, description="IVFFlat settings to try."
+    )
+
+
+class CutOver(Section):
+    """Where reads go in the end."""
+
+    route: Literal["vector", "hybrid"] = Field("vector", description="The route that answers after cut-over.")
+    share_steps_percent: list[Annotated[int, Field(ge=1, le=100)]] = Field(
+        [10, 100],
+        min_length=1,
+        description="Shares of calls moved, one step after the other; the last is 100.",
+    )
+    largest_relevance_loss: float = Field(0.0, ge=0, le=1, description="nDCG@10 that the new route may lose.")
+    calls_per_step: int = Field(200, ge=10, le=1_000_000, description="Calls that judge each step.")
+
+    @field_validator("share_steps_percent")
+    @classmethod
+    def rises_to_all(cls, value: list[int]) -> list[int]:
+        if value != sorted(set(value)) or value[-1] != 100:
+            raise ValueError("shares must rise and end at 100")
+        return value
+
+
+class Approval(Section):
+    """Phases that wait for a second person."""
+
+    phases: list[str] = Field([], description="Phases that wait for `runbook approve`.")
+
+
+class Record(Section):
+    """What a run leaves."""
+
+    runs_dir: Path = Field(Path("runs"), description="Folder of the runs, relative to the working folder.")
+
+
+class Ledger(Section):
+    """The runbook's own schema in the target database."""
+
+    schema_: ShortName = Field("runbook", alias="schema", description="Schema of the ledger and the staging table.")
+
+
+class Params(Section):
+    """Everything that one target's migration needs to know."""
+
+    connection: Connection
+    target: Target
+    vector: Vector
+    embeddings: Embeddings
+    legacy: Legacy
+    queries: Queries
+    search: Search = Search()
+    extension: Extension = Extension()
+    index: Index = Index()
+    locks: Locks = Locks()
+    backfill: Backfill = Backfill()
+    tune: Tune = Tune()
+    cut_over: CutOver = CutOver()
+    approval: Approval = Approval()
+    record: Record = Record()
+    ledger: Ledger = Ledger()
+
+    @model_validator(mode="after")
+    def fits_together(self, info: ValidationInfo) -> Self:
+        if self.cut_over.route == "hybrid" and self.search.fulltext_column is None:
+            raise ValueError("cut_over.route: hybrid needs search.fulltext_column")
+        if len(set(self.target.text_columns)) < len(self.target.text_columns):
+            raise ValueError("target.text_columns names a column twice")
+        return self
+
+    @property
+    def function_name(self) -> str:
+        return self.search.function or f"search_{self.target.name}"
+
+    def for_record(self) -> dict[str, Any]:
+        """The parameters as plain data; they hold no secrets, so they can be shown whole."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what must not change between two phases: target, vector, model, ledger."""
+        parts = self.model_dump(mode="json", include={"target", "vector", "embeddings", "ledger"})
+        parts["embeddings"].pop("batch_rows")
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def load(path: str | Path) -> Params:
+    """Reads and checks one params file. Relative paths in it are relative to the file's own folder.
+
+    Raises BadInput with every problem found: a missing file, an unknown key (with the nearest valid name), a
+    wrong type, a value out of range.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise BadInput(
+            [_problem("file_is_readable", str(path), error.strerror or "unreadable", "a YAML file")]
+        ) from error
+    except yaml.YAMLError as error:
+        raise BadInput([_problem("file_is_yaml", str(path), " ".join(str(error).split()), "valid YAML")]) from error
+    if not isinstance(data, dict):
+        raise BadInput([_problem("file_is_yaml", str(path), type(data).__name__, "sections with keys")])
+    try:
+        params = Params.model_validate(data, strict=False)
+    except ValidationError as error:
+        raise BadInput([_from_pydantic(path, e) for e in error.errors()]) from error
+    return _absolute(params, path.parent.resolve())
+
+
+def _absolute(params: Params, folder: Path) -> Params:
+    def at(value: Path | None) -> Path | None:
+        return None if value is None else folder / value
+
+    return params.model_copy(
+        update={
+            "queries": params.queries.model_copy(
+                update={"file": at(params.queries.file), "judgements": at(params.queries.judgements)}
+            ),
+            "embeddings": params.embeddings.model_copy(update={"file": at(params.embeddings.file)}),
+            "record": params.record.model_copy(update={"runs_dir": at(params.record.runs_dir)}),
+        }
+    )
+
+
+def _problem(fact: str, subject: str, found: str, needed: str, do: str = "") -> Gate:
+    return Gate(
+        f"params.{fact}",
+        Verdict.FAIL,
+        subject,
+        found,
+        needed,
+        "a misread parameter would act on the wrong thing; nothing was started",
+        do or "mend the file and run the same command again",
+    )
+
+
+def _from_pydantic(path: Path, error: Any) -> Gate:
+    where = ".".join(str(part) for part in error["loc"]) or "the file as a whole"
+    subject = f"{path}: {where}"
+    if error["type"] == "extra_forbidden":
+        names = _valid_names(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
+        do = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(names)}"
+        return _problem("key_is_known", subject, "unknown key", "a key that the runbook knows", do)
+    if error["type"] == "missing":
+        return _problem("key_is_given", subject, "not given", _describe(error["loc"]))
+    found = "this combination" if isinstance(error["input"], dict) else repr(error["input"])
+    needed = error["msg"].removeprefix("Value error, ")
+    return _problem("value_is_valid", subject, found, needed[:1].lower() + needed[1:], _describe(error["loc"]))
+
+
+def _section(loc: tuple[Any, ...]) -> type[BaseModel] | None:
+    model: type[BaseModel] = Params
+    for part in loc:
+        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return None
+        model = field.annotation
+    return model
+
+
+def _valid_names(loc: tuple[Any, ...]) -> list[str]:
+    model = _section(loc)
+    return [f.alias or n for n, f in model.model_fields.items()] if model else []
+
+
+def _describe(loc: tuple[Any, ...]) -> str:
+    """What the key is for, from its own description."""
+    model = _section(loc[:-1])
+    if model is None or not loc:
+        return ""
+    for name, field in model.model_fields.items():
+        if loc[-1] in (name, field.alias):
+            return field.description or f"the section {loc[-1]}"
+    return ""
+
+
+def reference() -> list[tuple[str, str, str, str]]:
+    """Every parameter as (key, type, default, description), in the order of the model; for the documents."""
+    rows: list[tuple[str, str, str, str]] = []
+    for section_name, section in Params.model_fields.items():
+        model = typing.cast(type[BaseModel], section.annotation)
+        for name, field in model.model_fields.items():
+            key = f"{section_name}.{field.alias or name}"
+            default = "required" if field.is_required() else json.dumps(field.default, default=str)
+            rows.append((key, _type_name(field.annotation), default, field.description or ""))
+    return rows
+
+
+def _type_name(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin is list:
+        return f"list of {_type_name(args[0])}"
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(a) for a in args if a is not type(None))
+    return {
+        "str": "text",
+        "int": "whole number",
+        "float": "number",
+        "Path": "path",
+        "bool": "true | false",
+    }.get(getattr(annotation, "__name__", ""), str(annotation))

@@ -1,0 +1,252 @@
+"""One phase of one run: what every notebook opens first, and closes last."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from runbook_lib import db
+from runbook_lib import params as params_module
+from runbook_lib.display import Table
+from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, Verdict, collect, gate, not_run
+from runbook_lib.ledger import SQL as LEDGER_SQL
+from runbook_lib.ledger import Ledger
+from runbook_lib.params import Params
+
+MIGRATE = (
+    "00_preflight",
+    "10_baseline",
+    "20_extension",
+    "30_expand_schema",
+    "40_load_embeddings",
+    "50_backfill",
+    "60_build_index",
+    "70_tune",
+    "80_shadow",
+    "90_cut_over",
+)
+# Each way back, and the phases that it takes back.
+UNDO = {
+    "10_reads_to_legacy": ("90_cut_over", "80_shadow"),
+    "20_remove_index": ("70_tune", "60_build_index"),
+    "30_remove_schema": ("50_backfill", "40_load_embeddings", "30_expand_schema"),
+    "40_remove_search_function": ("10_baseline",),
+    "50_remove_extension": ("20_extension", "00_preflight"),
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a notebook works with.
+
+    connection: for the work, in autocommit. ledger: on a connection of its own. execute: False only prints.
+    """
+
+    name: str
+    run_id: str
+    execute: bool
+    params: Params
+    connection: db.Connection
+    ledger: Ledger
+
+    def where_am_i(self) -> Table:
+        """Target, server, phase, and where the migration stands by the ledger."""
+        server = self.connection.execute(
+            "SELECT current_database() AS database, current_user AS role,"
+            " coalesce(host(inet_server_addr()), 'local socket') AS address,"
+            " current_setting('server_version') AS version"
+        ).fetchone()
+        assert server is not None
+        done = [p for p in MIGRATE if self.ledger.phase_verdict(p) == Verdict.PASS]
+        following = next((p for p in MIGRATE if p not in done), "nothing: the reads have moved")
+        return Table(
+            ("", ""),
+            [
+                ("target", f"{self.params.target.schema_}.{self.params.target.table}"),
+                ("database", f"{server['database']} at {server['address']}, PostgreSQL {server['version']}"),
+                ("role", server["role"]),
+                ("phase", self.name),
+                ("run", self.run_id),
+                (
+                    "mode",
+                    "execute: statements are carried out" if self.execute else "plan only: nothing is changed",
+                ),
+                ("proved so far", ", ".join(done) or "nothing"),
+                ("next by the ledger", following),
+            ],
+        )
+
+    def require(self) -> Gates:
+        """The gates of the way here: every phase before this one has passed in this database, on this target.
+
+        Raises GateFailed. A run that carries nothing out only says where things stand.
+        """
+        gates = collect(self._predecessors())
+        return self._judge(gates) if self.execute else gates.without_pass()
+
+    def _predecessors(self) -> list[Gate]:
+        if self.name not in MIGRATE or self.name == MIGRATE[0]:
+            return [gate("phase.may_start", True, self.name, found="needs no phase before it", needed="none")]
+        before = MIGRATE[MIGRATE.index(self.name) - 1]
+        verdict = self.ledger.phase_verdict(before)
+        gates = [
+            gate(
+                "phase.predecessor_passed",
+                verdict == Verdict.PASS,
+                before,
+                found=f"{verdict} in this database",
+                needed="PASS",
+                danger="what this phase relies on has not been proved here",
+                do=f"run {before} with execute: true first",
+            )
+        ]
+        planned = self.ledger.latest("plan", MIGRATE[0])
+        if planned:
+            gates.append(
+                gate(
+                    "phase.target_is_as_planned",
+                    planned["fingerprint"] == self.params.fingerprint(),
+                    f"{self.params.target.schema_}.{self.params.target.table}",
+                    found="target, vector, model and ledger "
+                    + ("as planned" if planned["fingerprint"] == self.params.fingerprint() else "changed since"),
+                    needed="the parameters that preflight planned with",
+                    danger="phases would work on different columns, models or tables",
+                    do="put the parameters back, or undo the migration and run 00_preflight again",
+                )
+            )
+        return gates
+
+    def carry_out(self, plan: db.Plan) -> Table:
+        """Carries out the plan, statement by statement, each with a bound wait and a row in the ledger."""
+        if not self.execute:
+            return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan])
+        done = [self.do(s) for s in plan]
+        return Table(
+            ("what", "lock", "rows", "seconds", "tries"),
+            [
+                (
+                    d.statement.purpose,
+                    d.statement.lock or "none",
+                    None if d.rows < 0 else d.rows,
+                    d.seconds,
+                    d.tries,
+                )
+                for d in done
+            ],
+        )
+
+    def do(self, statement: db.Statement) -> db.Done:
+        """Carries out one statement and writes it into the ledger."""
+        done = db.carry_out(self.connection, self.params, statement)
+        self.note_statement(done)
+        return done
+
+    def note_statement(self, done: db.Done) -> None:
+        """A ledger row for a statement that was carried out."""
+        s = done.statement
+        self.ledger.append(
+            "statement",
+            {
+                "name": s.name,
+                "purpose": s.purpose,
+                "lock": s.lock,
+                "blocks": s.blocks,
+                "undo": s.undo,
+                "sql": s.text(self.connection),
+                "rows": done.rows,
+                "seconds": round(done.seconds, 6),
+                "tries": done.tries,
+            },
+        )
+
+    def note(self, kind: str, body: dict[str, Any]) -> None:
+        """A ledger row of figures that a later phase or the record needs; nothing where nothing is carried out."""
+        if self.execute:
+            self.ledger.append(kind, body)
+
+    def prove(self, look: Callable[[Phase], Gates], needed: str = "the phase carried out") -> Gates:
+        """Looks at the database and judges. A run that carries nothing out says NOT RUN, without looking."""
+        if not self.execute:
+            return Gates((not_run(f"{look.__module__.rsplit('.', 1)[-1]}.{look.__name__}", self.name, needed),))
+        return self._judge(look(self))
+
+    def _judge(self, gates: Gates) -> Gates:
+        """Writes the gates down; shows the table first and raises after it, so that the record holds both."""
+        if self.ledger.exists():
+            self.ledger.append_gates(gates)
+        if gates.failed:
+            from IPython.display import display
+
+            display(gates)  # type: ignore[no-untyped-call]
+            if self.ledger.exists():
+                self.ledger.append("phase", {"verdict": "FAIL"})
+            raise GateFailed(gates)
+        return gates
+
+    def close(self, gates: Gates, verdict: str = "PASS") -> Table:
+        """Ends the phase: PASS only if there are gates and all passed. Gives back the claim on the target."""
+        if self.execute:
+            if not gates.passed:
+                raise GateFailed(gates)
+            self.ledger.append("phase", {"verdict": verdict})
+        self.connection.close()
+        self.ledger.connection.close()
+        order = MIGRATE if self.name in MIGRATE else tuple(UNDO)
+        here = order.index(self.name) if self.name in order else len(order)
+        following = order[here + 1] if here + 1 < len(order) else "nothing: this was the last"
+        return Table(("phase", "verdict", "next"), [(self.name, verdict if self.execute else "NOT RUN", following)])
+
+
+def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | str = False) -> Phase:
+    """Reads the parameters, connects, and claims the target for this session.
+
+    run_id: empty when somebody steps through by hand. execute: papermill's ``-p execute true`` arrives as text.
+    Raises BadInput for parameters, server or another run at work on the same target.
+    """
+    params = params_module.load(params_file)
+    carry_out = _boolean(execute)
+    run_id = run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-by-hand-{uuid.uuid4().hex[:4]}"
+    ledger = Ledger(db.connect(params, f"runbook {run_id} {name} ledger"), params, run_id, name)
+    if carry_out:
+        _claim(ledger)
+    return Phase(name, run_id, carry_out, params, db.connect(params, f"runbook {run_id} {name}"), ledger)
+
+
+def _boolean(value: bool | str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    problem = Gate(
+        "params.value_is_valid",
+        Verdict.FAIL,
+        "execute",
+        repr(value),
+        "true or false",
+        "a misread switch would change the table, or leave it alone, against the wish of who set it",
+        "pass execute: true or execute: false",
+    )
+    raise BadInput([problem])
+
+
+def _claim(ledger: Ledger) -> None:
+    if db.one(ledger.connection, LEDGER_SQL["take_target"], ledger.params)["taken"]:
+        return
+    others = db.rows(ledger.connection, LEDGER_SQL["who_has_target"], ledger.params)
+    found = "; ".join(
+        f"pid {o['pid']}, {o['application_name']}, {o['usename']}, since {o['backend_start']:%F %T %Z}"
+        for o in others
+    )
+    problem = Gate(
+        "phase.target_is_free",
+        Verdict.FAIL,
+        ledger.params.target.name,
+        found or "another run has just finished",
+        "no other run at work on this target",
+        "two runs would carry out the same statements against each other",
+        "wait for that run, or close its notebook's kernel, and run the same command again",
+    )
+    raise BadInput([problem])

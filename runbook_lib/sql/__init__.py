@@ -1,0 +1,64 @@
+"""Reads the named blocks of ``runbook_lib/sql/*.sql``.
+
+A block starts with ``-- name:`` and says its purpose, the lock it takes and how it is undone; what follows is
+the statement. ``{name}`` is an identifier or expression from :mod:`runbook_lib.names`, ``%(name)s`` a bound value;
+a per cent sign of SQL is therefore written twice, and so is a brace.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from psycopg import sql
+
+HEADER = re.compile(r"^-- (name|purpose|lock|undo): *(.*)$")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One named statement. ``lock`` names the level and the relation; an empty one is a plain read."""
+
+    name: str
+    purpose: str
+    lock: str
+    undo: str
+    text: str
+
+    def compose(self, names: Mapping[str, sql.Composable]) -> sql.Composed:
+        """The statement with its identifiers in place; values stay placeholders."""
+        return sql.SQL(self.text).format(**dict[str, Any](names))
+
+
+@cache
+def load(module: str) -> dict[str, Block]:
+    """The blocks of ``<module>.sql`` by name. Raises ValueError where a block has no name or no purpose."""
+    blocks: dict[str, Block] = {}
+    head: dict[str, str] = {}
+    body: list[str] = []
+
+    def close() -> None:
+        if not head:
+            return
+        if not head.get("purpose"):
+            raise ValueError(f"{module}.sql: block {head['name']} does not say its purpose")
+        text = "\n".join(body).strip().removesuffix(";")
+        blocks[head["name"]] = Block(
+            f"{module}.{head['name']}", head["purpose"], head.get("lock", ""), head.get("undo", ""), text
+        )
+
+    for line in files(__name__).joinpath(f"{module}.sql").read_text("utf-8").splitlines():
+        match = HEADER.match(line)
+        if match and match[1] == "name":
+            close()
+            head, body = {"name": match[2]}, []
+        elif match and head:
+            head[match[1]] = match[2]
+        else:
+            body.append(line)
+    close()
+    return blocks

@@ -1,0 +1,96 @@
+"""One embedded server for the whole test session, a database of its own for each test."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import yaml
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from runbook_lib import db, embedded, params
+from runbook_lib.ledger import Ledger
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
+from tests import toy
+
+DSN_ENV = "RUNBOOK_TEST_DSN"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """DSN of a running embedded server."""
+    folder = Path(tempfile.mkdtemp(prefix="runbook-tests-"))
+    try:
+        with embedded.running(folder / "data") as dsn:
+            yield dsn
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def database(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """DSN of an empty database, which the parameters find through the environment; dropped afterwards."""
+    name = f"t_{abs(hash(request.node.nodeid)):x}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        dsn = make_conninfo(server, dbname=name)
+        monkeypatch.setenv(DSN_ENV, dsn)
+        yield dsn
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def articles(database: str) -> Iterator[psycopg.Connection[Any]]:
+    """A superuser's connection to a database that holds the toy table."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        toy.create_articles(connection)
+        yield connection
+
+
+@pytest.fixture
+def make_params(tmp_path: Path) -> Callable[..., Params]:
+    """Parameters for the toy table; keyword arguments replace keys of a section: ``vector={"dimension": 3}``."""
+
+    def make(**sections: dict[str, Any]) -> Params:
+        return params.load(write_params(tmp_path, **sections))
+
+    return make
+
+
+def write_params(folder: Path, **sections: dict[str, Any]) -> Path:
+    """Writes a params file for the toy table, and its query files, into a folder; returns its path."""
+    toy.write_queries(folder)
+    data = toy.params(DSN_ENV)
+    for section, values in sections.items():
+        data[section] = data.get(section, {}) | values
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def open_phase(
+    articles: psycopg.Connection[Any], make_params: Callable[..., Params]
+) -> Iterator[Callable[..., Phase]]:
+    """Opens a phase on the toy table, with a ledger; the connections are closed after the test."""
+    opened: list[Phase] = []
+
+    def make(name: str = "00_preflight", execute: bool = True, **sections: dict[str, Any]) -> Phase:
+        p = make_params(**sections)
+        ledger = Ledger(db.connect(p, f"test {name} ledger"), p, "test-run", name)
+        ledger.create()
+        phase = Phase(name, "test-run", execute, p, db.connect(p, f"test {name}"), ledger)
+        opened.append(phase)
+        return phase
+
+    yield make
+    for phase in opened:
+        phase.connection.close()
+        phase.ledger.connection.close()
