@@ -1,0 +1,258 @@
+"""What the vectors will cost in bytes, worked out before anything is written. Pure arithmetic; upper bounds where
+the data decides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from runbook_lib.display import Table, number, size
+from runbook_lib.params import Params
+
+PAGE = 8192
+PAGE_HEADER = 24
+LINE_POINTER = 4
+# pgvector's HNSW and IVFFlat pages carry eight bytes of their own at the end.
+PAGE_TRAILER = 8
+PAGE_ROOM = PAGE - PAGE_HEADER - PAGE_TRAILER
+TUPLE_HEADER = 24
+MB = 1024 * 1024
+
+BYTES_A_DIMENSION = {"vector": 4, "halfvec": 2}
+VECTOR_HEADER = 8
+
+# pgvector's hnsw.h: HnswElementTupleData before its vector, HnswNeighborTupleData before its six-byte pointers.
+HNSW_ELEMENT_HEADER = 72
+HNSW_NEIGHBOR_HEADER = 4
+HNSW_POINTER = 6
+# hnsw.h, HnswGetMaxLevel.
+HNSW_HIGHEST_LEVEL = 63
+# hnswbuild.c: a parallel build leaves 3 MB for others and stops 1 MB before the end.
+HNSW_PARALLEL_RESERVE = 4 * MB
+
+# ivfflat.h and ivfbuild.c: list header, index tuple header, rows sampled for k-means.
+IVFFLAT_LIST_HEADER = 8
+INDEX_TUPLE_HEADER = 8
+IVFFLAT_SMALLEST_SAMPLE = 10_000
+IVFFLAT_SAMPLE_A_LIST = 50
+LARGEST_LISTS = 32768
+ROWS_A_LIST = 1000
+LISTS_BY_ROOT_FROM_ROWS = 1_000_000
+
+# PostgreSQL's TOAST_TUPLE_THRESHOLD and TOAST_MAX_CHUNK_SIZE with pages of eight kilobytes.
+TOAST_THRESHOLD = 2032
+TOAST_CHUNK = 1996
+CHUNKS_A_PAGE = 4
+# A WAL record's own header and block reference with its index entry beside it; measured: 4.7 kB a row at
+# 1024 dimensions, 1.6 kB a staged row at 384.
+WAL_A_RECORD = 100
+STAGING_WAL_A_ROW = 60
+TIMESTAMP_AND_HASH = 8 + 17
+
+
+def _align(n: int) -> int:
+    return -(-n // 8) * 8
+
+
+def vector_bytes(dimension: int, kind: str) -> int:
+    """Bytes of one value of pgvector's type ``kind`` (vector or halfvec). Source: README of pgvector, "Reference"."""
+    return VECTOR_HEADER + BYTES_A_DIMENSION[kind] * dimension
+
+
+def hnsw_build_bytes_per_row(m: int, dimension: int, kind: str = "vector") -> float:
+    """Memory that one row takes in the graph while an HNSW index is built.
+
+    Derived from HnswElementData and its neighbour arrays in pgvector's hnsw.h; a node reaches each further layer
+    with probability 1/m, so it is on 1/(m - 1) layers beyond the ground on average.
+    """
+    upper_layers = 1 / (m - 1)
+    ground, upper = 8 + 32 * m, 8 + 16 * m
+    return 128 + 8 * (1 + upper_layers) + ground + upper * upper_layers + _align(vector_bytes(dimension, kind))
+
+
+def hnsw_build_budget_bytes(maintenance_work_mem_mb: int, workers: int) -> int:
+    """How much of ``maintenance_work_mem`` the graph may fill before pgvector writes it out and slows down."""
+    return maintenance_work_mem_mb * MB - (HNSW_PARALLEL_RESERVE if workers else 0)
+
+
+def hnsw_index_bytes_per_row(m: int, dimension: int, kind: str = "vector") -> float:
+    """Bytes that one row takes in a freshly built HNSW index.
+
+    From the page layout in pgvector's hnswbuild.c: element and neighbours are put on the same page if both fit an
+    empty one, so the rest of a page is lost. How many rows a page takes depends on how many layers each is on.
+    """
+    element = _align(HNSW_ELEMENT_HEADER + vector_bytes(dimension, kind))
+    pairs = _pair_sizes(m, element)
+    if 2 * min(pairs) > PAGE_ROOM:
+        # No two rows share a page, and neighbours that do not fit beside their element take one of their own.
+        return PAGE * (1 + sum(p for room, p in pairs.items() if room > PAGE_ROOM))
+    # P(n rows fit) summed over n is the expected number of rows on a page.
+    rows, filled = 0.0, {0: 1.0}
+    while filled:
+        following: dict[int, float] = {}
+        for used, p in filled.items():
+            for room, q in pairs.items():
+                if used + room <= PAGE_ROOM:
+                    following[used + room] = following.get(used + room, 0.0) + p * q
+        rows, filled = rows + sum(following.values()), following
+    return PAGE / rows
+
+
+def _pair_sizes(m: int, element: int) -> dict[int, float]:
+    """Room of an element with its neighbours, line pointers included, and how probable each size is."""
+    most = (PAGE_ROOM - HNSW_NEIGHBOR_HEADER - LINE_POINTER) // HNSW_POINTER // m - 2
+    highest = min(most, HNSW_HIGHEST_LEVEL)
+    sizes: dict[int, float] = {}
+    for level in range(highest + 1):
+        neighbours = _align(HNSW_NEIGHBOR_HEADER + HNSW_POINTER * (level + 2) * m)
+        room = element + neighbours + 2 * LINE_POINTER
+        probability = m**-level if level == highest else (1 - 1 / m) * m**-level
+        sizes[room] = sizes.get(room, 0.0) + probability
+    return sizes
+
+
+def lists_rule(rows: int) -> int:
+    """IVFFlat lists to start with. Source: README of pgvector, "IVFFlat"."""
+    lists = rows // ROWS_A_LIST if rows <= LISTS_BY_ROOT_FROM_ROWS else round(math.sqrt(rows))
+    return max(1, min(lists, LARGEST_LISTS))
+
+
+def probes_rule(lists: int) -> int:
+    """IVFFlat probes to start with. Source: README of pgvector, "IVFFlat"."""
+    return max(1, round(math.sqrt(lists)))
+
+
+def ivfflat_index_bytes(rows: int, dimension: int, kind: str, lists: int) -> int:
+    """Bytes of a freshly built IVFFlat index: meta page, centres, and per list its pages, the last half full."""
+    value = vector_bytes(dimension, kind)
+    a_page = PAGE_ROOM // (_align(INDEX_TUPLE_HEADER + value) + LINE_POINTER)
+    centres_a_page = PAGE_ROOM // (_align(IVFFLAT_LIST_HEADER + value) + LINE_POINTER)
+    return PAGE * (1 + math.ceil(lists / centres_a_page) + math.ceil(rows / a_page + lists / 2))
+
+
+def ivfflat_build_bytes(rows: int, dimension: int, kind: str, lists: int) -> int:
+    """Memory of IVFFlat's k-means: samples, two sets of centres, and the bounds of Elkan's algorithm.
+
+    Source: pgvector's ivfkmeans.c, ElkanKmeans.
+    """
+    samples = min(rows, max(IVFFLAT_SMALLEST_SAMPLE, IVFFLAT_SAMPLE_A_LIST * lists))
+    value = _align(vector_bytes(dimension, kind))
+    centres = 2 * lists * value + 4 * lists * dimension + 4 * lists
+    bounds = 4 * (samples * lists + 2 * samples + lists * lists + 2 * lists)
+    return samples * value + centres + bounds
+
+
+def stored_bytes_per_row(dimension: int, kind: str, row_bytes: int) -> int:
+    """Room of one vector in the table: inside the row, or in TOAST where the row would pass PostgreSQL's threshold.
+
+    row_bytes: average width of the row without it.
+    """
+    value = vector_bytes(dimension, kind)
+    if row_bytes + value + TIMESTAMP_AND_HASH <= TOAST_THRESHOLD:
+        return value
+    return math.ceil(value * PAGE / (CHUNKS_A_PAGE * TOAST_CHUNK))
+
+
+def table_growth_bytes(rows: int, dimension: int, kind: str, row_bytes: int) -> int:
+    """How much the table grows while the vectors arrive, at most.
+
+    Each row is written anew with its vector; the old version's room comes back with the next vacuum, not before.
+    """
+    new_version = TUPLE_HEADER + LINE_POINTER + row_bytes + TIMESTAMP_AND_HASH
+    return rows * (new_version + stored_bytes_per_row(dimension, kind, row_bytes))
+
+
+def staging_bytes(rows: int, dimension: int, kind: str) -> int:
+    """Room of the staging table: key, hash and vector of every row."""
+    return rows * (TUPLE_HEADER + LINE_POINTER + 8 + TIMESTAMP_AND_HASH + stored_bytes_per_row(dimension, kind, 0))
+
+
+def backfill_wal_bytes(rows: int, dimension: int, kind: str, row_bytes: int, indexes: int, table_bytes: int) -> int:
+    """WAL of the backfill's UPDATE: each row's new version with its vector, an entry in each index, and one full
+    image of every page of the table and of what it grows by.
+
+    An inverted index (GIN) on the text writes more than that, by its number of terms a row, and checkpoints during
+    the backfill repeat the full images: the record shows what it came to.
+    """
+    value = vector_bytes(dimension, kind)
+    toasted = stored_bytes_per_row(dimension, kind, row_bytes) != value
+    chunks = math.ceil(value / TOAST_CHUNK) if toasted else 0
+    row = value + row_bytes + TIMESTAMP_AND_HASH + WAL_A_RECORD * (1 + chunks + indexes)
+    return rows * row + table_bytes
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What this migration will take, in bytes; ``lists`` and ``probes`` are for IVFFlat and None for HNSW.
+
+    build_memory_bytes: what the build wants; build_budget_bytes: what the parameters allow it.
+    """
+
+    rows: int
+    index_bytes: int
+    build_memory_bytes: int
+    build_budget_bytes: int
+    table_growth_bytes: int
+    staging_bytes: int
+    wal_bytes: int
+    lists: int | None = None
+    probes: int | None = None
+
+    @property
+    def disk_bytes(self) -> int:
+        """Free disk wanted for data, at the time when all of it is there; WAL is apart, since it may lie elsewhere."""
+        return self.index_bytes + self.table_growth_bytes + self.staging_bytes
+
+    def table(self) -> Table:
+        """The figures as a reviewer reads them."""
+        rows = [
+            ("rows, if each gets a vector", number(self.rows)),
+            ("index", size(self.index_bytes)),
+            ("memory that its build wants", size(self.build_memory_bytes)),
+            ("memory that the parameters allow it", size(self.build_budget_bytes)),
+            ("growth of the table until the next vacuum, at most", size(self.table_growth_bytes)),
+            ("staging table", size(self.staging_bytes)),
+            ("free disk for all of these", size(self.disk_bytes)),
+            ("WAL, at least", size(self.wal_bytes)),
+        ]
+        if self.lists is not None:
+            rows += [("lists", number(self.lists)), ("probes to start with", number(self.probes or 1))]
+        return Table(("forecast", "figure"), rows)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def forecast(rows: int, params: Params, *, row_bytes: int = 0, table_bytes: int = 0, indexes: int = 1) -> Forecast:
+    """The forecast for this many rows under these parameters.
+
+    row_bytes: average width of a row today. table_bytes: size of the table today. indexes: how many it has.
+    """
+    v, ix = params.vector, params.index
+    lists: int | None = None
+    if ix.method == "hnsw":
+        index_bytes = 2 * PAGE + round(rows * hnsw_index_bytes_per_row(ix.m, v.dimension, v.type))
+        memory = round(rows * hnsw_build_bytes_per_row(ix.m, v.dimension, v.type))
+        budget = hnsw_build_budget_bytes(ix.maintenance_work_mem_mb, ix.parallel_workers)
+    else:
+        lists = ix.lists or lists_rule(rows)
+        index_bytes = ivfflat_index_bytes(rows, v.dimension, v.type, lists)
+        memory = ivfflat_build_bytes(rows, v.dimension, v.type, lists)
+        budget = ix.maintenance_work_mem_mb * MB
+    staged = rows * (vector_bytes(v.dimension, v.type) + STAGING_WAL_A_ROW)
+    moved = backfill_wal_bytes(rows, v.dimension, v.type, row_bytes, indexes, table_bytes)
+    return Forecast(
+        rows=rows,
+        index_bytes=index_bytes,
+        build_memory_bytes=memory,
+        build_budget_bytes=budget,
+        table_growth_bytes=table_growth_bytes(rows, v.dimension, v.type, row_bytes),
+        staging_bytes=staging_bytes(rows, v.dimension, v.type),
+        # An index build logs each of its pages once, whole.
+        wal_bytes=staged + moved + index_bytes,
+        lists=lists,
+        probes=probes_rule(lists) if lists else None,
+    )
