@@ -200,7 +200,7 @@ class Forecast:
 
     @property
     def disk_bytes(self) -> int:
-        """Free disk wanted for data, at the time when all of it is there; WAL is apart, since it may lie elsewhere."""
+        """Free disk wanted for data when all of it is there; WAL is apart, since it may lie elsewhere."""
         return self.index_bytes + self.table_growth_bytes + self.staging_bytes
 
     def table(self) -> Table:

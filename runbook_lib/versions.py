@@ -112,15 +112,16 @@ def check_wanted(params: Params) -> Gate:
         found = f"{wanted}: no tag of pgvector known to this runbook carries it"
     else:
         found = f"{wanted}, released {known.released:%Y-%m-%d}"
+    faults = [f for r in between(known.version, OLDEST_PGVECTOR) for f in r.fixes] if known else []
     return gate(
         "versions.wanted_release_is_usable",
         usable,
         "extension.version",
         found=found,
         needed=f"a release from {OLDEST_PGVECTOR} to {RELEASES[-1].version}, or newer once it is in versions.py",
-        danger="there is nothing to install by that name"
-        if known is None
-        else "a known fault stays in: " + "; ".join(f for r in between(known.version, OLDEST_PGVECTOR) for f in r.fixes),
+        danger="known faults stay in: " + "; ".join(faults)
+        if faults
+        else "there is nothing to install by that name",
         do=f"set extension.version: {_nearest(wanted or '')}, or leave the key out",
     )
 

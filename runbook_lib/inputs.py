@@ -1,0 +1,475 @@
+"""Everything that makes a run impossible, found before anything is started: parameters against server and files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from runbook_lib import db, versions
+from runbook_lib.gates import BadInput, Gate, Gates, collect, gate
+from runbook_lib.names import names
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("inputs")
+
+NOTHING_STARTED = "nothing was started; the run would break half-way"
+MEND = "mend the params file and run the same command again"
+KEY_TYPES = ("bigint", "integer", "uuid", "text", "character varying")
+KINDS = {
+    "v": "a view",
+    "m": "a materialized view",
+    "f": "a foreign table",
+    "S": "a sequence",
+    "i": "an index",
+    "I": "an index",
+    "c": "a composite type",
+}
+# Roles that managed services let install extensions instead of a superuser: Amazon, Google, Microsoft.
+ADMINISTRATORS = ["rds_superuser", "cloudsqlsuperuser", "azure_pg_admin"]
+LEGACY_TIMEOUT = "10s"
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What several checks need: who and where, and the table with its columns by name."""
+
+    connection: db.Connection
+    params: Params
+    server: db.DictRow
+    table: db.DictRow
+    columns: dict[str, db.DictRow]
+
+    @property
+    def subject(self) -> str:
+        return names(self.params)["table"].as_string(self.connection)
+
+
+def input_problems(params: Params) -> Gates:
+    """Every input checked, all problems at once, on a connection of its own; ``failed`` names what must be mended.
+
+    A server that cannot be reached is one of the problems, not an exception; files are checked all the same.
+    """
+    gates = list(_files(params))
+    try:
+        connection = db.connect(params, "runbook preflight")
+    except BadInput as error:
+        return collect([*error.problems, *gates])
+    with connection:
+        return collect([*_server(connection, params), *gates])
+
+
+def check(connection: db.Connection, params: Params) -> Gates:
+    """The same checks on a connection that is there already."""
+    return collect([*_server(connection, params), *_files(params)])
+
+
+def _files(params: Params) -> Iterator[Gate]:
+    """What can be checked without a server: release, model, queries and judgements."""
+    # Imported here: both modules load numerical libraries, which the checks of the server do without.
+    from runbook_lib import embed, evaluate
+
+    yield versions.check_wanted(params)
+    for check_model in (embed.check_dimension, embed.check_distance):
+        try:
+            yield check_model(params)
+        except BadInput as error:
+            yield from error.problems
+    try:
+        queries = evaluate.read_queries(params)
+        evaluate.read_judgements(params)
+    except BadInput as error:
+        yield from error.problems
+    else:
+        yield gate(
+            "inputs.queries_are_readable",
+            bool(queries),
+            str(params.queries.file),
+            found=f"{len(queries)} queries",
+            needed="at least one",
+            danger="nothing would show whether the new search is better or worse",
+            do="write down what users search for, one query a line",
+        )
+
+
+def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
+    server = db.one(connection, SQL["server"], params, administrators=ADMINISTRATORS)
+    yield versions.check_server(connection.info.server_version)
+    yield _takes_writes(server)
+    yield from _pgvector(connection, params, server)
+    found = _find_table(connection, params)
+    yield _table_gate(connection, params, found)
+    if found is None or found["kind"] not in ("r", "p"):
+        return
+    columns = {c["name"]: c for c in db.rows(connection, SQL["columns"], params, oid=found["oid"])}
+    look = _Look(connection, params, server, found, columns)
+    yield _key_is_supported(look)
+    if params.target.key in columns:
+        yield _key_is_unique(look)
+    for column in params.target.text_columns:
+        yield _text_column(look, column)
+    for column in params.target.filters:
+        yield _filter_column(look, column)
+    yield from _rights(look)
+    yield _new_columns(look)
+    yield from _search(look)
+    yield _legacy_query(look)
+    yield _judged_keys(look)
+
+
+def _takes_writes(server: db.DictRow) -> Gate:
+    standby = server["in_recovery"]
+    return gate(
+        "inputs.server_takes_writes",
+        not standby and not server["read_only"],
+        f"database {server['database']}",
+        found="a standby" if standby else "read only by default" if server["read_only"] else "a primary",
+        needed="a primary that takes writes",
+        danger=NOTHING_STARTED,
+        do="name the primary in the DSN" if standby else "unset default_transaction_read_only for this role",
+    )
+
+
+def _pgvector(connection: db.Connection, params: Params, server: db.DictRow) -> Iterator[Gate]:
+    v = db.one(connection, SQL["pgvector"], params, schema=params.extension.schema_)
+    wanted = params.extension.version or v["default_version"]
+    offered = sorted(v["offered"], key=versions.order)
+    good = wanted in offered and versions.at_least(wanted, versions.OLDEST_PGVECTOR)
+    yield gate(
+        "inputs.pgvector_is_available",
+        good,
+        "vector",
+        found=f"the server offers {', '.join(offered)}" if offered else "no files of pgvector on the server",
+        needed=params.extension.version or f"{versions.OLDEST_PGVECTOR} or newer",
+        danger="there is no type to store vectors in" if not offered else _faults_left(offered[-1]),
+        do="install the server's package (postgresql-NN-pgvector, pgvector_NN), or build the tagged source as shown"
+        " in 20_extension",
+        figures={"default_version": v["default_version"], "installed": v["installed"]},
+    )
+    current = v["installed"] is not None and wanted is not None and versions.at_least(v["installed"], wanted)
+    yield _may_make_extension(server, v, current)
+    if v["installed"] is None:
+        yield gate(
+            "inputs.extension_schema_exists",
+            v["schema_there"],
+            params.extension.schema_,
+            found="there" if v["schema_there"] else "no such schema",
+            needed="a schema for CREATE EXTENSION",
+            danger=NOTHING_STARTED,
+            do="CREATE SCHEMA, or name another in extension.schema",
+        )
+
+
+def _faults_left(newest: str) -> str:
+    faults = [f for r in versions.between(newest, versions.OLDEST_PGVECTOR) for f in r.fixes]
+    return "; ".join(faults) or "there is nothing to install by that name"
+
+
+def _may_make_extension(server: db.DictRow, v: db.DictRow, current: bool) -> Gate:
+    role = server["quoted_role"]
+    by_trust = v["trusted"] and (v["owned"] if v["installed"] else v["may_create_in_database"])
+    if current:
+        how: str | None = f"{v['installed']} is installed already"
+    elif server["superuser"]:
+        how = f"{role} is a superuser"
+    elif server["administrator_of"]:
+        how = f"{role} is a member of {', '.join(server['administrator_of'])}"
+    else:
+        how = "the extension is trusted on this server" if by_trust else None
+    verb = "ALTER EXTENSION vector UPDATE" if v["installed"] else "CREATE EXTENSION vector"
+    return gate(
+        "inputs.may_make_extension",
+        how is not None,
+        f"database {server['database']}",
+        found=how or f"{role} is no superuser, and vector is not a trusted extension here",
+        needed="a role that may install pgvector, or pgvector installed",
+        danger="20_extension would be refused by the server",
+        do=f"have a superuser run in this database: {verb};",
+    )
+
+
+def _find_table(connection: db.Connection, params: Params) -> db.DictRow | None:
+    target = params.target
+    found = db.rows(connection, SQL["table"], params, schema=target.schema_, table=target.table)
+    return found[0] if found else None
+
+
+def _table_gate(connection: db.Connection, params: Params, found: db.DictRow | None) -> Gate:
+    kinds = {"r": "a table", "p": "a partitioned table"} | KINDS
+    do = "name the table behind it" if found else MEND
+    if found is None:
+        tables = [(r["schema"], r["table"]) for r in db.rows(connection, SQL["tables"], params)]
+        do = _nearest_table(connection, params, tables) or MEND
+    return gate(
+        "inputs.table_exists",
+        found is not None and found["kind"] in ("r", "p"),
+        names(params)["table"].as_string(connection),
+        found=kinds[found["kind"]] if found else "no such table",
+        needed="a table that columns can be added to",
+        danger=NOTHING_STARTED,
+        do=do,
+    )
+
+
+def _nearest_table(connection: db.Connection, params: Params, tables: list[tuple[str, str]]) -> str:
+    target = params.target
+    # The right name in another schema is nearer than a similar name in the same one.
+    exact = [t for t in tables if t[1] == target.table]
+    here = difflib.get_close_matches(target.table, [t for s, t in tables if s == target.schema_], n=1, cutoff=0.5)
+    near = exact[0] if exact else (target.schema_, here[0]) if here else None
+    return f"did you mean {sql.Identifier(*near).as_string(connection)}?" if near else ""
+
+
+def _missing(look: _Look, fact: str, column: str, needed: str) -> Gate:
+    near = difflib.get_close_matches(column, list(look.columns), n=1, cutoff=0.5)
+    return gate(
+        fact,
+        False,
+        f"{column} of {look.subject}",
+        found="no such column",
+        needed=needed,
+        danger=NOTHING_STARTED,
+        do=f"did you mean {near[0]}?" if near else f"the table has: {', '.join(look.columns)}",
+    )
+
+
+def _key_is_supported(look: _Look) -> Gate:
+    key = look.params.target.key
+    needed = f"a column of type {', '.join(KEY_TYPES)}"
+    if key not in look.columns:
+        return _missing(look, "inputs.key_is_supported", key, needed)
+    kind = look.columns[key]["type"]
+    return gate(
+        "inputs.key_is_supported",
+        kind in KEY_TYPES,
+        f"{key} of {look.subject}",
+        found=kind,
+        needed=needed,
+        danger="the backfill walks the table by ranges of this key",
+        do="name another unique column in target.key, or add one: GENERATED ALWAYS AS IDENTITY, with a unique index",
+    )
+
+
+def _key_is_unique(look: _Look) -> Gate:
+    key = look.params.target.key
+    found = db.rows(look.connection, SQL["unique_key"], look.params, oid=look.table["oid"], key=key)
+    not_null = bool(look.columns[key]["not_null"])
+    unique = f"unique by {found[0]['index']}" if found else "no valid unique index on this column alone"
+    column = sql.Identifier(key).as_string(look.connection)
+    wanted = [] if not_null else [f"ALTER TABLE {look.subject} ALTER COLUMN {column} SET NOT NULL;"]
+    if not found:
+        wanted.append(f"CREATE UNIQUE INDEX CONCURRENTLY ON {look.subject} ({column});")
+    return gate(
+        "inputs.key_identifies_rows",
+        bool(found) and not_null,
+        f"{key} of {look.subject}",
+        found=f"{unique}, {'NOT NULL' if not_null else 'NULL allowed'}",
+        needed="NOT NULL, with a primary key or unique index of its own, without a condition",
+        danger="a vector could reach two rows, or none",
+        do=" ".join(wanted),
+    )
+
+
+def _text_column(look: _Look, column: str) -> Gate:
+    if column not in look.columns:
+        return _missing(look, "inputs.text_column_exists", column, "a column of text")
+    return gate(
+        "inputs.text_column_exists",
+        look.columns[column]["is_text"],
+        f"{column} of {look.subject}",
+        found=look.columns[column]["type"],
+        needed="a column of text",
+        danger="the model embeds text; what it would make of this type nobody has judged",
+        do="leave the column out of target.text_columns, or add a text column that holds what should be found",
+    )
+
+
+def _filter_column(look: _Look, column: str) -> Gate:
+    if column not in look.columns:
+        return _missing(look, "inputs.filter_column_exists", column, "a column to filter by")
+    kind = look.columns[column]["type"]
+    return gate("inputs.filter_column_exists", True, f"{column} of {look.subject}", found=kind, needed="a column")
+
+
+def _new_columns(look: _Look) -> Gate:
+    vector = look.params.vector.column
+    taken = [c for c in (vector, f"{vector}_updated_at", f"{vector}_hash") if c in look.columns]
+    ours = bool(taken) and _added_by_runbook(look)
+    return gate(
+        "inputs.new_columns_are_free",
+        not taken or ours,
+        look.subject,
+        found=f"{', '.join(taken)} {'made by this runbook' if ours else 'there, not made by this runbook'}"
+        if taken
+        else "free",
+        needed=f"{vector}, {vector}_updated_at and {vector}_hash free, or made by this runbook",
+        danger="the backfill would overwrite, and the way back would drop, what somebody else keeps there",
+        do="name another column in vector.column",
+    )
+
+
+def _added_by_runbook(look: _Look) -> bool:
+    try:
+        return bool(db.one(look.connection, SQL["added_by_runbook"], look.params)["added"])
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
+        # No ledger, or one that this role cannot read, which a gate of its own says.
+        return False
+
+
+def _search(look: _Look) -> Iterator[Gate]:
+    s = look.params.search
+    if s.fulltext_column:
+        needed = "a tsvector column for the hybrid route"
+        if s.fulltext_column in look.columns:
+            kind = look.columns[s.fulltext_column]["type"]
+            yield gate(
+                "inputs.fulltext_column_is_tsvector",
+                kind == "tsvector",
+                f"{s.fulltext_column} of {look.subject}",
+                found=kind,
+                needed=needed,
+                danger="the hybrid route's text half would fail, or match nothing",
+                do="leave search.fulltext_column out, or add a stored generated tsvector column with a GIN index",
+            )
+        else:
+            yield _missing(look, "inputs.fulltext_column_is_tsvector", s.fulltext_column, needed)
+        known = [r["name"] for r in db.rows(look.connection, SQL["text_search_configurations"], look.params)]
+        near = difflib.get_close_matches(s.fulltext_config, known, n=1, cutoff=0.5)
+        yield gate(
+            "inputs.fulltext_config_exists",
+            s.fulltext_config in known,
+            s.fulltext_config,
+            found="there" if s.fulltext_config in known else "no such text search configuration",
+            needed="the configuration that the tsvector column was made with",
+            danger="queries would be cut into other words than the column",
+            do=f"did you mean {near[0]}?" if near else f"this server has: {', '.join(known)}",
+        )
+    unknown = [r["role"] for r in db.rows(look.connection, SQL["unknown_roles"], look.params, roles=s.grant_to)]
+    if s.grant_to:
+        yield gate(
+            "inputs.granted_roles_exist",
+            not unknown,
+            "search.grant_to",
+            found=f"no such role: {', '.join(unknown)}" if unknown else f"{len(s.grant_to)} roles",
+            needed="roles of this server",
+            danger="the application could not call the function",
+            do="mend search.grant_to, or CREATE ROLE first",
+        )
+
+
+def _rights(look: _Look) -> Iterator[Gate]:
+    p, server = look.params, look.server
+    role, ledger = server["quoted_role"], p.ledger.schema_
+    entry = names(p)["entry"].as_string(look.connection)
+    may = db.one(look.connection, SQL["rights"], p, schema=p.target.schema_, ledger=ledger, entry=entry)
+    quoted = names(p)["schema"].as_string(look.connection)
+    yield _right(
+        "inputs.owns_table",
+        look.table["owned"],
+        look.subject,
+        f"owned by {look.table['owner']}, and {role} is {'a' if look.table['owned'] else 'not a'} member of it",
+        "the table's owner, as ALTER TABLE and CREATE INDEX want it",
+        f"GRANT {look.table['owner']} TO {role};",
+    )
+    yield _right(
+        "inputs.may_create_in_schema",
+        may["may_create_in_schema"],
+        f"schema {quoted}",
+        f"{role} {'has' if may['may_create_in_schema'] else 'lacks'} CREATE",
+        "CREATE, for the index and the search function",
+        f"GRANT CREATE ON SCHEMA {quoted} TO {role};",
+    )
+    ledger_grant = (
+        f"GRANT USAGE, CREATE ON SCHEMA {ledger} TO {role};"
+        if may["ledger_there"]
+        else f"GRANT CREATE ON DATABASE {server['quoted_database']} TO {role};"
+    )
+    yield _right(
+        "inputs.may_make_ledger",
+        may["may_make_ledger"],
+        f"schema {ledger}",
+        f"{'there' if may['ledger_there'] else 'not there yet'}; {role}"
+        f" {'may' if may['may_make_ledger'] else 'may not'} create in it",
+        "a schema of the runbook's own",
+        ledger_grant,
+    )
+    if not may["may_write_ledger"]:
+        yield _right(
+            "inputs.may_write_ledger",
+            False,
+            entry,
+            f"{role} may not read or add rows",
+            "SELECT and INSERT on the ledger",
+            f"GRANT SELECT, INSERT ON {entry} TO {role};",
+        )
+
+
+def _right(fact: str, held: bool, subject: str, found: str, needed: str, grant: str) -> Gate:
+    return gate(
+        fact,
+        held,
+        subject,
+        found=found,
+        needed=needed,
+        danger="PostgreSQL would refuse a statement half-way through the migration",
+        do=f"have the owner or a superuser run: {grant}",
+    )
+
+
+def _legacy_query(look: _Look) -> Gate:
+    """Has PostgreSQL parse and plan the legacy query, which fetches nothing, and looks at the columns it returns."""
+    from runbook_lib import search
+
+    p = look.params
+    values: dict[str, Any] = {"query": "word", "k": 1} | dict.fromkeys(p.target.filters)
+    # LIMIT 0 stops the executor before it reads a row, whatever the query costs.
+    probe = sql.SQL("SELECT * FROM (\n{}\n) AS legacy LIMIT 0").format(search.legacy_statement(p))
+    problem, columns = "", list[str]()
+    try:
+        with look.connection.transaction(force_rollback=True):
+            look.connection.execute("SET TRANSACTION READ ONLY")
+            look.connection.execute("SELECT set_config('statement_timeout', %s, true)", [LEGACY_TIMEOUT])
+            cursor = look.connection.execute(probe, values, prepare=False)
+            columns = [c.name for c in cursor.description or []]
+    except psycopg.Error as error:
+        problem = str(error).split("\nLINE")[0].strip()
+    key = p.target.key
+    return gate(
+        "inputs.legacy_query_runs",
+        not problem and key in columns,
+        "legacy.query",
+        found=f"PostgreSQL says: {problem}" if problem else f"it returns {', '.join(columns)}",
+        needed=f"a SELECT that returns a column named {key}",
+        danger="there would be no search of today to compare with, nor to go back to",
+        do="mend legacy.query; try it in psql with values in place of :query and :k",
+    )
+
+
+def _judged_keys(look: _Look) -> Gate:
+    from runbook_lib import evaluate
+
+    try:
+        unknown = evaluate.unknown_keys(look.connection, look.params)
+    except BadInput as error:
+        return error.problems.gates[0]
+    except psycopg.Error as error:
+        return _judgement_gate(look, None, f"could not be compared: {str(error).splitlines()[0]}")
+    shown = ", ".join(str(k) for k in unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else "")
+    return _judgement_gate(look, not unknown, f"not in the table: {shown}" if unknown else "all in the table")
+
+
+def _judgement_gate(look: _Look, holds: bool | None, found: str) -> Gate:
+    return gate(
+        "inputs.judged_keys_exist",
+        holds,
+        str(look.params.queries.judgements or "queries.judgements"),
+        found=found,
+        needed=f"every judged key a {look.params.target.key} of {look.subject}",
+        danger="a right answer that cannot be found would count against every search",
+        do="take the unknown keys out of the file, or make the judgements on this database's rows",
+    )

@@ -1,0 +1,76 @@
+-- Reads only: what the parameters name, compared with what the server has.
+
+-- name: server
+-- purpose: Role, and whether this server takes writes at all.
+SELECT current_user AS role, current_database() AS database, quote_ident(current_database()) AS quoted_database,
+    quote_ident(current_user) AS quoted_role, pg_is_in_recovery() AS in_recovery,
+    current_setting('default_transaction_read_only')::boolean AS read_only,
+    (SELECT r.rolsuper FROM pg_roles r WHERE r.rolname = current_user) AS superuser,
+    ARRAY(SELECT r.rolname::text FROM pg_roles r
+          WHERE r.rolname = ANY (%(administrators)s) AND pg_has_role(r.oid, 'USAGE')) AS administrator_of;
+
+-- name: pgvector
+-- purpose: The versions of pgvector that this server offers, the default one and the installed one.
+SELECT
+    (SELECT a.default_version FROM pg_available_extensions a WHERE a.name = 'vector') AS default_version,
+    (SELECT a.installed_version FROM pg_available_extensions a WHERE a.name = 'vector') AS installed,
+    ARRAY(SELECT v.version FROM pg_available_extension_versions v WHERE v.name = 'vector') AS offered,
+    coalesce((SELECT bool_or(v.trusted) FROM pg_available_extension_versions v WHERE v.name = 'vector'), false) AS trusted,
+    (SELECT pg_has_role(e.extowner, 'USAGE') FROM pg_extension e WHERE e.extname = 'vector') AS owned,
+    to_regnamespace(quote_ident(%(schema)s)) IS NOT NULL AS schema_there,
+    has_database_privilege(current_database(), 'CREATE') AS may_create_in_database;
+
+-- name: table
+-- purpose: The relation by that name, of whatever kind, and who owns it.
+SELECT c.oid::bigint AS oid, c.relkind::text AS kind, quote_ident(pg_get_userbyid(c.relowner)) AS owner,
+    pg_has_role(c.relowner, 'USAGE') AS owned, has_table_privilege(c.oid, 'SELECT') AS readable
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S', 'i', 'I', 'c');
+
+-- name: tables
+-- purpose: The names of all tables that could have been meant.
+SELECT n.nspname::text AS schema, c.relname::text AS table
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p') AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname !~ '^pg_(toast|temp)'
+ORDER BY 1, 2;
+
+-- name: columns
+-- purpose: The table's columns with their types.
+SELECT a.attname::text AS name, format_type(a.atttypid, NULL) AS type, a.attnotnull AS not_null,
+    t.typcategory = 'S' AS is_text
+FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+WHERE a.attrelid = %(oid)s AND a.attnum > 0 AND NOT a.attisdropped
+ORDER BY a.attnum;
+
+-- name: unique_key
+-- purpose: The valid, complete unique indexes on the key column alone.
+SELECT i.indexrelid::regclass::text AS index
+FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+WHERE i.indrelid = %(oid)s AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indnkeyatts = 1
+  AND i.indpred IS NULL AND i.indexprs IS NULL AND a.attname = %(key)s;
+
+-- name: added_by_runbook
+-- purpose: Did the runbook add the columns for this target, and not take them away since?
+SELECT coalesce(max(seq) FILTER (WHERE kind = 'statement' AND body->>'name' = 'schema.add_columns'), 0)
+     > coalesce(max(seq) FILTER (WHERE (kind = 'statement' AND body->>'name' = 'schema.drop_columns')
+        OR (kind = 'phase' AND phase = '30_expand_schema' AND body->>'verdict' = 'UNDONE')), 0) AS added
+FROM {entry} WHERE target = {target_name};
+
+-- name: rights
+-- purpose: What this role may do in the schemas that the runbook writes to.
+SELECT has_schema_privilege(%(schema)s, 'CREATE') AS may_create_in_schema,
+    to_regnamespace(quote_ident(%(ledger)s)) IS NOT NULL AS ledger_there,
+    CASE WHEN to_regnamespace(quote_ident(%(ledger)s)) IS NULL THEN has_database_privilege(current_database(), 'CREATE')
+         ELSE has_schema_privilege(%(ledger)s, 'CREATE') AND has_schema_privilege(%(ledger)s, 'USAGE') END AS may_make_ledger,
+    CASE WHEN to_regnamespace(quote_ident(%(ledger)s)) IS NULL OR NOT has_schema_privilege(%(ledger)s, 'USAGE')
+              OR to_regclass(%(entry)s) IS NULL THEN true
+         ELSE has_table_privilege(%(entry)s, 'SELECT') AND has_table_privilege(%(entry)s, 'INSERT') END AS may_write_ledger;
+
+-- name: unknown_roles
+-- purpose: Roles that the function is to be granted to and that do not exist.
+SELECT wanted AS role FROM unnest(%(roles)s::text[]) wanted
+WHERE NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname = wanted);
+
+-- name: text_search_configurations
+-- purpose: The text search configurations that could be named.
+SELECT c.cfgname::text AS name FROM pg_ts_config c ORDER BY 1;
