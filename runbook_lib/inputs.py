@@ -11,7 +11,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib import db, versions
-from runbook_lib.gates import BadInput, Gate, Gates, collect, gate
+from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import names
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -67,6 +67,13 @@ def input_problems(params: Params) -> Gates:
 def check(connection: db.Connection, params: Params) -> Gates:
     """The same checks on a connection that is there already."""
     return collect([*_server(connection, params), *_files(params)])
+
+
+def require_table(connection: db.Connection, params: Params) -> None:
+    """Raises BadInput where the target is not a table."""
+    found = _table_gate(connection, params, _find_table(connection, params))
+    if found.verdict is not Verdict.PASS:
+        raise BadInput([found])
 
 
 def _files(params: Params) -> Iterator[Gate]:

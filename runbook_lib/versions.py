@@ -119,9 +119,7 @@ def check_wanted(params: Params) -> Gate:
         "extension.version",
         found=found,
         needed=f"a release from {OLDEST_PGVECTOR} to {RELEASES[-1].version}, or newer once it is in versions.py",
-        danger="known faults stay in: " + "; ".join(faults)
-        if faults
-        else "there is nothing to install by that name",
+        danger="known faults stay in: " + "; ".join(faults) if faults else "there is nothing to install by that name",
         do=f"set extension.version: {_nearest(wanted or '')}, or leave the key out",
     )
 

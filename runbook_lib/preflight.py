@@ -1,0 +1,356 @@
+"""Phase 00: the facts, the risks, the forecast and the plan. Reads only, except for its own record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from runbook_lib import db, inputs, sensitive, versions
+from runbook_lib import forecast as forecast_module
+from runbook_lib.display import Table, duration, number, size
+from runbook_lib.forecast import Forecast
+from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.inputs import input_problems as input_problems
+from runbook_lib.names import names
+from runbook_lib.phase import Phase
+from runbook_lib.sql import load
+
+SQL = load("preflight")
+
+# A concurrent build waits for transactions that began before it; five minutes is longer than a page or a report.
+OLD_SNAPSHOT_S = 300
+SAMPLED_ROWS = 1000
+SAMPLED_CHARACTERS = 10_000
+# Below this many rows reading the first pages is as cheap as sampling, and never comes back empty.
+SAMPLE_WHOLE_PAGES_FROM_ROWS = 20 * SAMPLED_ROWS
+SHOWN_STATEMENTS = 5
+# Where a slot holds back WAL that max_slot_wal_keep_size does not protect any more.
+BAD_WAL_STATUS = ("unreserved", "lost")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What there is before anything is changed. Sizes in bytes, ages in seconds; a fact that could not be looked at
+    is None, and ``not_seen`` says why."""
+
+    server_version: int
+    pgvector_available: str | None
+    pgvector_installed: str | None
+    rows: int
+    rows_are_counted: bool
+    partitions: int
+    heap_bytes: int
+    toast_bytes: int
+    indexes_bytes: int
+    indexes: tuple[tuple[str, str, int, bool], ...]
+    fillfactor: int
+    triggers: tuple[str, ...]
+    updates_per_s: float
+    inserts_per_s: float
+    hot_updates_percent: float | None
+    dead_rows: int
+    row_bytes: int | None
+    text_bytes: int | None
+    sampled_rows: int
+    sensitive_rows: Mapping[str, int] | None
+    open_transactions: int
+    oldest_transaction_s: float | None
+    replicas: tuple[str, ...]
+    slots: tuple[str, ...]
+    settings: Mapping[str, str]
+    legacy_statements: tuple[tuple[int, float, str], ...] | None
+    not_seen: Mapping[str, str]
+
+    def table(self) -> Table:
+        """The facts as a reviewer reads them."""
+        how = "counted" if self.rows_are_counted else "estimated by the last ANALYZE"
+        hot = "" if self.hot_updates_percent is None else f", {self.hot_updates_percent:.0f} % of them HOT"
+        found = [
+            ("server", f"PostgreSQL {versions.readable(self.server_version)}"),
+            (
+                "pgvector",
+                f"{self.pgvector_installed or 'not installed'}; offered: {self.pgvector_available or 'none'}",
+            ),
+            ("rows", f"{number(self.rows)}, {how}"),
+            ("partitions", number(self.partitions) if self.partitions else "none"),
+            ("table", f"{size(self.heap_bytes)}, TOAST {size(self.toast_bytes)}, fillfactor {self.fillfactor}"),
+            ("indexes", f"{len(self.indexes)}, {size(self.indexes_bytes)}"),
+            *(
+                (f"index {name}", f"{method}, {size(b)}{'' if ok else ', invalid'}")
+                for name, method, b, ok in self.indexes
+            ),
+            ("triggers", ", ".join(self.triggers) or "none"),
+            ("writes a second", f"{number(self.inserts_per_s)} inserts, {number(self.updates_per_s)} updates{hot}"),
+            ("dead rows", number(self.dead_rows)),
+            ("average row", self._or_why("sample", None if self.row_bytes is None else size(self.row_bytes))),
+            ("text, all rows", self._or_why("sample", None if self.text_bytes is None else size(self.text_bytes))),
+            ("sensitive data", self._or_why("sample", self._sensitive())),
+            ("open transactions", self._or_why("sessions", self._transactions())),
+            ("replicas", ", ".join(self.replicas) or "none"),
+            ("replication slots", ", ".join(self.slots) or "none"),
+            *((f"setting {name}", value) for name, value in self.settings.items()),
+            *self._statements(),
+            ("free disk", "not visible through SQL: compare df on the server with the forecast"),
+        ]
+        return Table(("fact", "found"), found)
+
+    def _or_why(self, what: str, value: str | None) -> str:
+        if value is None:
+            return f"not seen: {self.not_seen[what]}"
+        return f"{value} ({self.not_seen[what]})" if what in self.not_seen else value
+
+    def _sensitive(self) -> str | None:
+        if self.sensitive_rows is None:
+            return None
+        some = [f"{kind} in {n}" for kind, n in self.sensitive_rows.items() if n]
+        return f"{', '.join(some) or 'no known shape'}, of {number(self.sampled_rows)} rows sampled"
+
+    def _transactions(self) -> str:
+        oldest = self.oldest_transaction_s
+        return f"{self.open_transactions}" + (f", the oldest for {duration(oldest)}" if oldest is not None else "")
+
+    def _statements(self) -> Iterator[tuple[str, str]]:
+        if self.legacy_statements is None:
+            yield "searches seen", f"not seen: {self.not_seen['statements']}"
+        for calls, mean_ms, text in self.legacy_statements or ():
+            yield f"search seen {number(calls)} times", f"{duration(mean_ms / 1000)} on average: {text}"
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def _table_name(phase: Phase) -> str:
+    return names(phase.params)["table"].as_string(phase.connection)
+
+
+def facts(phase: Phase) -> Facts:
+    """Looks at table and server. What this role may not see is named with its cause, never guessed.
+
+    Raises BadInput where the table does not exist.
+    """
+    c, p, table = phase.connection, phase.params, _table_name(phase)
+    inputs.require_table(c, p)
+    not_seen: dict[str, str] = {}
+    shape = db.one(c, SQL["table"], p, table=table)
+    counted = not shape["analyzed"]
+    n = db.one(c, SQL["count"], p)["rows"] if counted else shape["estimated_rows"]
+    sample = _sample(phase, n, not_seen)
+    pgvector = db.one(c, inputs.SQL["pgvector"], p, schema=p.extension.schema_)
+    sessions = db.rows(c, SQL["snapshots"], p)
+    if hidden := db.one(c, SQL["hidden_sessions"], p)["hidden"]:
+        not_seen["sessions"] = f"{hidden} sessions hidden from this role: GRANT pg_read_all_stats to it"
+    counted_for_s = max(float(shape["counted_for_s"] or 0), 1.0)
+    text_bytes = [r["text_bytes"] or 0 for r in sample or []]
+    row_bytes = [r["row_bytes"] for r in sample or []]
+    return Facts(
+        server_version=c.info.server_version,
+        pgvector_available=pgvector["default_version"],
+        pgvector_installed=pgvector["installed"],
+        rows=n,
+        rows_are_counted=counted,
+        partitions=shape["partitions"],
+        heap_bytes=shape["heap_bytes"],
+        toast_bytes=shape["toast_bytes"],
+        indexes_bytes=shape["indexes_bytes"],
+        indexes=tuple(
+            (r["index"], r["method"], r["bytes"], r["valid"]) for r in db.rows(c, SQL["indexes"], p, table=table)
+        ),
+        fillfactor=shape["fillfactor"],
+        triggers=tuple(r["name"] for r in db.rows(c, SQL["triggers"], p, table=table)),
+        updates_per_s=shape["updates"] / counted_for_s,
+        inserts_per_s=shape["inserts"] / counted_for_s,
+        hot_updates_percent=100 * shape["hot_updates"] / shape["updates"] if shape["updates"] else None,
+        dead_rows=shape["dead_rows"],
+        row_bytes=None if sample is None else round(sum(row_bytes) / max(len(sample), 1)),
+        text_bytes=None if sample is None else round(n * sum(text_bytes) / max(len(sample), 1)),
+        sampled_rows=len(sample or []),
+        sensitive_rows=None if sample is None else sensitive.count(r["text"] or "" for r in sample),
+        open_transactions=len(sessions),
+        oldest_transaction_s=float(sessions[0]["age_s"]) if sessions else None,
+        replicas=tuple(_replica(r) for r in db.rows(c, SQL["replicas"], p)),
+        slots=tuple(_slot(r) for r in db.rows(c, SQL["slots"], p)),
+        settings={r["name"]: r["value"] for r in db.rows(c, SQL["settings"], p)},
+        legacy_statements=_legacy_statements(phase, not_seen),
+        not_seen=not_seen,
+    )
+
+
+def _sample(phase: Phase, n: int, not_seen: dict[str, str]) -> list[db.DictRow] | None:
+    whole = n < SAMPLE_WHOLE_PAGES_FROM_ROWS
+    # Twice the share that is wanted, since pages are not equally full; LIMIT cuts the rest.
+    percent = sql.Literal(min(100.0, 200.0 * SAMPLED_ROWS / max(n, 1)))
+    how = sql.SQL("") if whole else sql.SQL("TABLESAMPLE SYSTEM ({})").format(percent)
+    query = SQL["sample"].compose(names(phase.params) | {"tablesample": how})
+    try:
+        values = {"longest": SAMPLED_CHARACTERS, "rows": SAMPLED_ROWS}
+        return phase.connection.execute(query, values).fetchall()
+    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedColumn) as error:
+        not_seen["sample"] = str(error).splitlines()[0]
+        return None
+
+
+def _replica(r: db.DictRow) -> str:
+    lag = "" if r["lag_s"] is None else f", {duration(r['lag_s'])} behind"
+    return f"{r['name'] or 'unnamed'} ({r['state'] or 'state hidden from this role'}{lag})"
+
+
+def _slot(r: db.DictRow) -> str:
+    kept = "" if r["kept_bytes"] is None else f", keeps {size(r['kept_bytes'])} of WAL"
+    return f"{r['name']} ({'active' if r['active'] else 'inactive'}{kept})"
+
+
+def _legacy_statements(phase: Phase, not_seen: dict[str, str]) -> tuple[tuple[int, float, str], ...] | None:
+    there = db.rows(phase.connection, SQL["statements_schema"], phase.params)
+    if not there:
+        not_seen["statements"] = "pg_stat_statements is not installed in this database"
+        return None
+    view = sql.Identifier(there[0]["schema"], "pg_stat_statements")
+    query = SQL["legacy_statements"].compose(names(phase.params) | {"statements": view})
+    values = {"table_name": phase.params.target.table, "rows": SHOWN_STATEMENTS}
+    try:
+        found = phase.connection.execute(query, values).fetchall()
+    except (psycopg.errors.ObjectNotInPrerequisiteState, psycopg.errors.InsufficientPrivilege) as error:
+        not_seen["statements"] = str(error).splitlines()[0]
+        return None
+    return tuple((r["calls"], r["mean_ms"], r["statement"]) for r in found)
+
+
+def expected(found: Facts, phase: Phase) -> Forecast:
+    """The forecast from these facts."""
+    return forecast_module.forecast(
+        found.rows,
+        phase.params,
+        row_bytes=found.row_bytes or round(found.heap_bytes / max(found.rows, 1)),
+        table_bytes=found.heap_bytes,
+        indexes=len(found.indexes),
+    )
+
+
+def look(phase: Phase) -> Gates:
+    """The gates of 00_preflight: the inputs, and, where these are sound, the risks."""
+    checked = inputs.check(phase.connection, phase.params)
+    return checked if checked.failed else checked + collect(_risks(phase))
+
+
+def _risks(phase: Phase) -> Iterator[Gate]:
+    yield _no_old_snapshot(phase)
+    yield _no_prepared_transactions(phase)
+    yield _memory_fits_index(phase)
+    yield _wal_slots_healthy(phase)
+
+
+def _no_old_snapshot(phase: Phase) -> Gate:
+    old = [r for r in db.rows(phase.connection, SQL["snapshots"], phase.params) if r["age_s"] >= OLD_SNAPSHOT_S]
+    hidden = db.one(phase.connection, SQL["hidden_sessions"], phase.params)
+    found = "; ".join(
+        f"pid {r['pid']} ({r['role']}, {r['application'] or 'no application name'}, {r['state']}) for"
+        f" {duration(r['age_s'])}"
+        for r in old
+    )
+    if not old and hidden["hidden"]:
+        found = f"{hidden['hidden']} sessions that {hidden['role']} may not look into"
+        do = f"have a superuser run: GRANT pg_read_all_stats TO {hidden['role']};"
+    else:
+        found, do = found or "none", "wait for them, or end them: SELECT pg_terminate_backend(<pid>);"
+    return gate(
+        "preflight.no_old_snapshot",
+        False if old else None if hidden["hidden"] else True,
+        _table_name(phase),
+        found=found,
+        needed=f"no transaction of this database open for {OLD_SNAPSHOT_S} s or longer",
+        danger="CREATE INDEX CONCURRENTLY waits for each of them, and dead rows of the backfill cannot be cleaned",
+        do=do,
+        figures={"oldest_s": max((r["age_s"] for r in old), default=0.0), "hidden_sessions": hidden["hidden"]},
+    )
+
+
+def _no_prepared_transactions(phase: Phase) -> Gate:
+    found = db.rows(phase.connection, SQL["prepared"], phase.params)
+    return gate(
+        "preflight.no_prepared_transactions",
+        not found,
+        _table_name(phase),
+        found="; ".join(f"{r['gid']} of {r['owner']}, for {duration(r['age_s'])}" for r in found) or "none",
+        needed="none in this database",
+        danger="it holds its locks and its snapshot through restarts, and CREATE INDEX CONCURRENTLY waits for it",
+        do="ask its owner, then COMMIT PREPARED or ROLLBACK PREPARED it by its name",
+        figures={"prepared": len(found)},
+    )
+
+
+def _memory_fits_index(phase: Phase) -> Gate:
+    expects = expected(facts(phase), phase)
+    ix, v = phase.params.index, phase.params.vector
+    short_mb = -(-(expects.build_memory_bytes - expects.build_budget_bytes) // forecast_module.MB)
+    ways = [f"set index.maintenance_work_mem_mb: {ix.maintenance_work_mem_mb + max(short_mb, 0)}"]
+    if v.type == "vector":
+        ways.append("or vector.type: halfvec")
+    if ix.method == "hnsw":
+        ways.append("or index.method: ivfflat")
+    return gate(
+        "preflight.memory_fits_index",
+        expects.build_memory_bytes <= expects.build_budget_bytes,
+        f"{ix.method} on {_table_name(phase)}",
+        found=f"{number(expects.rows)} rows want {size(expects.build_memory_bytes)} while the index is built",
+        needed=f"at most {size(expects.build_budget_bytes)}, of index.maintenance_work_mem_mb:"
+        f" {ix.maintenance_work_mem_mb}",
+        danger="pgvector writes the unfinished graph to disk and goes on ten times as slowly"
+        if ix.method == "hnsw"
+        else "pgvector refuses to build",
+        do=", ".join(ways) + "; the server must have that memory to spare",
+        figures={"wanted_bytes": expects.build_memory_bytes, "allowed_bytes": expects.build_budget_bytes},
+    )
+
+
+def _wal_slots_healthy(phase: Phase) -> Gate:
+    slots = db.rows(phase.connection, SQL["slots"], phase.params)
+    bad = [s for s in slots if not s["active"] or s["wal_status"] in BAD_WAL_STATUS]
+    return gate(
+        "preflight.wal_slots_healthy",
+        not bad,
+        "replication slots",
+        found="; ".join(f"{_slot(s)}, {s['wal_status'] or 'no WAL reserved'}" for s in bad)
+        or (f"{len(slots)}, all active" if slots else "none"),
+        needed="every slot active",
+        danger="a slot that nobody reads keeps all WAL of the backfill, until the disk is full or the slot is lost",
+        do="bring its reader back, or drop it: SELECT pg_drop_replication_slot('<name>');",
+        figures={"slots": len(slots), "unhealthy": len(bad)},
+    )
+
+
+def plan_body(phase: Phase) -> dict[str, Any]:
+    """What this migration will do to this table, by today's figures: the body of the ledger's row of kind ``plan``."""
+    found = facts(phase)
+    expects = expected(found, phase)
+    return {
+        "fingerprint": phase.params.fingerprint(),
+        "server_version": found.server_version,
+        "pgvector_available": found.pgvector_available,
+        "pgvector_installed": found.pgvector_installed,
+        "table_rows": found.rows,
+        "table_bytes": found.heap_bytes + found.toast_bytes,
+        "indexes_bytes": found.indexes_bytes,
+        "forecast": {
+            "index_bytes": expects.index_bytes,
+            "build_memory_bytes": expects.build_memory_bytes,
+            "table_growth_bytes": expects.table_growth_bytes,
+            "staging_bytes": expects.staging_bytes,
+            "wal_bytes": expects.wal_bytes,
+        },
+        "params": phase.params.for_record(),
+    }
+
+
+def take(phase: Phase) -> Forecast:
+    """Makes the ledger and writes the plan into it, where the run carries things out; shows the forecast."""
+    if phase.execute:
+        phase.ledger.create()
+        phase.note("plan", plan_body(phase))
+    return expected(facts(phase), phase)

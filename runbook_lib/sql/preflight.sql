@@ -1,0 +1,96 @@
+-- Phase 00: reads only. What the table, its neighbours and the server look like before anything is changed.
+
+-- name: table
+-- purpose: Size, shape and life of the table; its partitions' figures summed.
+WITH part AS (
+    SELECT c.oid FROM pg_class c WHERE c.oid = to_regclass(%(table)s) AND c.relkind = 'r'
+    UNION SELECT p.relid FROM pg_partition_tree(to_regclass(%(table)s)) p WHERE p.isleaf
+)
+SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS estimated_rows,
+    coalesce(bool_and(c.reltuples > 0), false) AS analyzed,
+    count(*) FILTER (WHERE c.oid <> to_regclass(%(table)s)) AS partitions,
+    coalesce(sum(pg_relation_size(c.oid)), 0)::bigint AS heap_bytes,
+    coalesce(sum(pg_table_size(c.oid) - pg_relation_size(c.oid)), 0)::bigint AS toast_bytes,
+    coalesce(sum(pg_indexes_size(c.oid)), 0)::bigint AS indexes_bytes,
+    coalesce(max(substring(array_to_string(c.reloptions, ',') FROM 'fillfactor=(\d+)')::int), 100) AS fillfactor,
+    coalesce(sum(s.n_tup_upd), 0)::bigint AS updates,
+    coalesce(sum(s.n_tup_hot_upd), 0)::bigint AS hot_updates,
+    coalesce(sum(s.n_tup_ins), 0)::bigint AS inserts,
+    coalesce(sum(s.n_dead_tup), 0)::bigint AS dead_rows,
+    (SELECT extract(epoch FROM now() - coalesce(d.stats_reset, pg_postmaster_start_time()))::float8
+     FROM pg_stat_database d WHERE d.datname = current_database()) AS counted_for_s
+FROM part JOIN pg_class c USING (oid) LEFT JOIN pg_stat_all_tables s ON s.relid = c.oid;
+
+-- name: count
+-- purpose: Rows of a table that was never analyzed, counted.
+SELECT count(*) AS rows FROM {table};
+
+-- name: indexes
+-- purpose: The table's indexes with their sizes; each of them is written to by an update that is not HOT.
+SELECT i.indexrelid::regclass::text AS index, m.amname::text AS method,
+    pg_relation_size(i.indexrelid)::bigint AS bytes, i.indisvalid AS valid
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
+WHERE i.indrelid = to_regclass(%(table)s) ORDER BY 1;
+
+-- name: triggers
+-- purpose: Triggers that will fire for the backfill's updates, apart from those of foreign keys.
+SELECT t.tgname::text AS name FROM pg_trigger t
+WHERE t.tgrelid = to_regclass(%(table)s) AND NOT t.tgisinternal ORDER BY 1;
+
+-- name: settings
+-- purpose: The server's settings that a build, a backfill or a replica depend on.
+SELECT s.name, current_setting(s.name) AS value FROM pg_settings s
+WHERE s.name IN ('maintenance_work_mem', 'max_parallel_maintenance_workers', 'max_parallel_workers', 'shared_buffers',
+    'max_wal_size', 'wal_level', 'archive_mode', 'autovacuum', 'max_slot_wal_keep_size')
+ORDER BY 1;
+
+-- name: replicas
+-- purpose: Standbys and other receivers of WAL, with how far they are behind where this role may see it.
+SELECT coalesce(r.application_name, '') AS name, r.state, r.sync_state,
+    extract(epoch FROM r.replay_lag)::float8 AS lag_s FROM pg_stat_replication r ORDER BY 1;
+
+-- name: slots
+-- purpose: Replication slots and the WAL that each keeps from being removed.
+SELECT s.slot_name::text AS name, s.active, s.wal_status,
+    pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn)::bigint AS kept_bytes
+FROM pg_replication_slots s WHERE NOT s.temporary ORDER BY 1;
+
+-- name: snapshots
+-- purpose: Transactions of this database that are open, the oldest first; a concurrent build waits for them.
+SELECT a.pid, a.usename::text AS role, a.application_name AS application, a.state,
+    extract(epoch FROM clock_timestamp() - a.xact_start)::float8 AS age_s
+FROM pg_stat_activity a
+WHERE a.datid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+  AND a.backend_type = 'client backend' AND a.xact_start IS NOT NULL AND a.pid <> pg_backend_pid()
+ORDER BY a.xact_start;
+
+-- name: hidden_sessions
+-- purpose: How many sessions of this database this role may not look into.
+SELECT count(*) AS hidden, quote_ident(current_user) AS role FROM pg_stat_activity a
+WHERE a.datid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+  AND a.query = '<insufficient privilege>';
+
+-- name: prepared
+-- purpose: Prepared transactions of this database; nothing ends them but their own COMMIT or ROLLBACK PREPARED.
+SELECT p.gid, p.owner::text AS owner, extract(epoch FROM now() - p.prepared)::float8 AS age_s
+FROM pg_prepared_xacts p WHERE p.database = current_database() ORDER BY p.prepared;
+
+-- name: sample
+-- purpose: A sample of rows: their text, cut, and how wide text and row are.
+SELECT left({text}, %(longest)s) AS text, octet_length({text}) AS text_bytes, pg_column_size(t.*) AS row_bytes
+FROM {table} t {tablesample} LIMIT %(rows)s;
+
+-- name: statements_schema
+-- purpose: The schema of pg_stat_statements, if it is installed in this database.
+SELECT n.nspname::text AS schema FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
+WHERE e.extname = 'pg_stat_statements';
+
+-- name: legacy_statements
+-- purpose: Statements on this table that look like a search, the most frequent first.
+SELECT s.calls, s.mean_exec_time::float8 AS mean_ms, left(regexp_replace(s.query, '\s+', ' ', 'g'), 200) AS statement
+FROM {statements} s
+WHERE s.dbid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+  AND position(lower(%(table_name)s) IN lower(s.query)) > 0
+  AND s.query ~* '\m(i?like|similar to)\M|@@|~\*?|similarity\s*\(' AND s.query ~* '^\s*(select|with)\M'
+  AND s.query !~* 'pg_(stat|catalog|class|settings)'
+ORDER BY s.calls DESC, s.query LIMIT %(rows)s;
