@@ -148,7 +148,7 @@ def stored_bytes_per_row(dimension: int, kind: str, row_bytes: int) -> int:
     row_bytes: average width of the row without it.
     """
     value = vector_bytes(dimension, kind)
-    if row_bytes + value + TIMESTAMP_AND_HASH <= TOAST_THRESHOLD:
+    if TUPLE_HEADER + row_bytes + value + TIMESTAMP_AND_HASH <= TOAST_THRESHOLD:
         return value
     return math.ceil(value * PAGE / (CHUNKS_A_PAGE * TOAST_CHUNK))
 

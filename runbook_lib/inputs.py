@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.rows import DictRow
 
 from runbook_lib import db, versions
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
@@ -41,9 +42,9 @@ class _Look:
 
     connection: db.Connection
     params: Params
-    server: db.DictRow
-    table: db.DictRow
-    columns: dict[str, db.DictRow]
+    server: DictRow
+    table: DictRow
+    columns: dict[str, DictRow]
 
     @property
     def subject(self) -> str:
@@ -129,7 +130,7 @@ def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
     yield _judged_keys(look)
 
 
-def _takes_writes(server: db.DictRow) -> Gate:
+def _takes_writes(server: DictRow) -> Gate:
     standby = server["in_recovery"]
     return gate(
         "inputs.server_takes_writes",
@@ -142,7 +143,7 @@ def _takes_writes(server: db.DictRow) -> Gate:
     )
 
 
-def _pgvector(connection: db.Connection, params: Params, server: db.DictRow) -> Iterator[Gate]:
+def _pgvector(connection: db.Connection, params: Params, server: DictRow) -> Iterator[Gate]:
     v = db.one(connection, SQL["pgvector"], params, schema=params.extension.schema_)
     wanted = params.extension.version or v["default_version"]
     offered = sorted(v["offered"], key=versions.order)
@@ -177,7 +178,7 @@ def _faults_left(newest: str) -> str:
     return "; ".join(faults) or "there is nothing to install by that name"
 
 
-def _may_make_extension(server: db.DictRow, v: db.DictRow, current: bool) -> Gate:
+def _may_make_extension(server: DictRow, v: DictRow, current: bool) -> Gate:
     role = server["quoted_role"]
     by_trust = v["trusted"] and (v["owned"] if v["installed"] else v["may_create_in_database"])
     if current:
@@ -200,13 +201,13 @@ def _may_make_extension(server: db.DictRow, v: db.DictRow, current: bool) -> Gat
     )
 
 
-def _find_table(connection: db.Connection, params: Params) -> db.DictRow | None:
+def _find_table(connection: db.Connection, params: Params) -> DictRow | None:
     target = params.target
     found = db.rows(connection, SQL["table"], params, schema=target.schema_, table=target.table)
     return found[0] if found else None
 
 
-def _table_gate(connection: db.Connection, params: Params, found: db.DictRow | None) -> Gate:
+def _table_gate(connection: db.Connection, params: Params, found: DictRow | None) -> Gate:
     kinds = {"r": "a table", "p": "a partitioned table"} | KINDS
     do = "name the table behind it" if found else MEND
     if found is None:

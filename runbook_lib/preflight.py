@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.rows import DictRow
 
 from runbook_lib import db, inputs, sensitive, versions
 from runbook_lib import forecast as forecast_module
@@ -182,7 +183,7 @@ def facts(phase: Phase) -> Facts:
     )
 
 
-def _sample(phase: Phase, n: int, not_seen: dict[str, str]) -> list[db.DictRow] | None:
+def _sample(phase: Phase, n: int, not_seen: dict[str, str]) -> list[DictRow] | None:
     whole = n < SAMPLE_WHOLE_PAGES_FROM_ROWS
     # Twice the share that is wanted, since pages are not equally full; LIMIT cuts the rest.
     percent = sql.Literal(min(100.0, 200.0 * SAMPLED_ROWS / max(n, 1)))
@@ -196,12 +197,12 @@ def _sample(phase: Phase, n: int, not_seen: dict[str, str]) -> list[db.DictRow] 
         return None
 
 
-def _replica(r: db.DictRow) -> str:
+def _replica(r: DictRow) -> str:
     lag = "" if r["lag_s"] is None else f", {duration(r['lag_s'])} behind"
     return f"{r['name'] or 'unnamed'} ({r['state'] or 'state hidden from this role'}{lag})"
 
 
-def _slot(r: db.DictRow) -> str:
+def _slot(r: DictRow) -> str:
     kept = "" if r["kept_bytes"] is None else f", keeps {size(r['kept_bytes'])} of WAL"
     return f"{r['name']} ({'active' if r['active'] else 'inactive'}{kept})"
 
@@ -326,7 +327,7 @@ def _wal_slots_healthy(phase: Phase) -> Gate:
 
 
 def plan_body(phase: Phase) -> dict[str, Any]:
-    """What this migration will do to this table, by today's figures: the body of the ledger's row of kind ``plan``."""
+    """What this migration will do to this table, by the figures of today: the body of the ledger's row ``plan``."""
     found = facts(phase)
     expects = expected(found, phase)
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from datetime import date
 
@@ -126,9 +125,10 @@ def check_wanted(params: Params) -> Gate:
 
 def _nearest(version: str) -> str:
     safe = [r.version for r in RELEASES if at_least(r.version, OLDEST_PGVECTOR)]
-    near = difflib.get_close_matches(version, safe, n=1, cutoff=0)
-    # A version beyond the table is nearest to its end, whatever its letters look like.
-    return safe[-1] if order(version) > order(safe[-1]) or not near else near[0]
+    wanted = order(version.lstrip("vV"))
+    if wanted and wanted < order(safe[0]):
+        return safe[0]
+    return next((v for v in safe if order(v) >= wanted), safe[-1]) if wanted else safe[-1]
 
 
 def readable(server_version: int) -> str:
