@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    Strict,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -24,6 +25,8 @@ from pydantic import (
 from runbook_lib.gates import BadInput, Gate, Verdict
 
 Name = Annotated[str, Field(min_length=1, max_length=63)]
+# YAML has no paths: these alone are made from text; no other value changes its type.
+AnyPath = Annotated[Path, Strict(False)]
 ShortName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 
 # pgvector's limits for a column with an index on it; README of pgvector, "Indexing".
@@ -90,7 +93,7 @@ class Embeddings(Section):
         description="A packaged model, module:function, or a file made elsewhere."
     )
     callable: str | None = Field(None, pattern=r"^[\w.]+:\w+$", description="module:function from texts to vectors.")
-    file: Path | None = Field(None, description="Parquet file with the key column and a column `embedding`.")
+    file: AnyPath | None = Field(None, description="Parquet file with the key column and a column `embedding`.")
     batch_rows: int = Field(1000, ge=1, le=50_000, description="Rows embedded and copied in one transaction.")
 
     @model_validator(mode="after")
@@ -132,8 +135,8 @@ class Search(Section):
 class Queries(Section):
     """Representative queries, and judgements where there are any."""
 
-    file: Path = Field(description='JSON lines: {"query_id": …, "text": …}.')
-    judgements: Path | None = Field(None, description='JSON lines: {"query_id": …, "key": …, "relevance": …}.')
+    file: AnyPath = Field(description='JSON lines: {"query_id": …, "text": …}.')
+    judgements: AnyPath | None = Field(None, description='JSON lines: {"query_id": …, "key": …, "relevance": …}.')
     k: int = Field(10, ge=1, le=100, description="Answers that the application shows.")
     sample: int = Field(200, ge=10, le=10_000, description="Queries that are timed and compared, chosen by hash.")
 
@@ -203,6 +206,7 @@ class CutOver(Section):
         description="Shares of calls moved, one step after the other; the last is 100.",
     )
     largest_relevance_loss: float = Field(0.0, ge=0, le=1, description="nDCG@10 that the new route may lose.")
+    accept_unjudged: bool = Field(False, description="Move reads without any judgements; say so in the open.")
     calls_per_step: int = Field(200, ge=10, le=1_000_000, description="Calls that judge each step.")
 
     @field_validator("share_steps_percent")
@@ -222,7 +226,7 @@ class Approval(Section):
 class Record(Section):
     """What a run leaves."""
 
-    runs_dir: Path = Field(Path("runs"), description="Folder of the runs, relative to the working folder.")
+    runs_dir: AnyPath = Field(Path("runs"), description="Folder of the runs, relative to the working folder.")
 
 
 class Ledger(Section):
@@ -287,14 +291,15 @@ def load(path: str | Path) -> Params:
         raise BadInput(
             [_problem("file_is_readable", str(path), error.strerror or "unreadable", "a YAML file")]
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput([_problem("file_is_yaml", str(path), " ".join(str(error).split()), "valid YAML")]) from error
     if not isinstance(data, dict):
         raise BadInput([_problem("file_is_yaml", str(path), type(data).__name__, "sections with keys")])
     try:
-        params = Params.model_validate(data, strict=False)
+        params = Params.model_validate(data)
     except ValidationError as error:
-        raise BadInput([_from_pydantic(path, e) for e in error.errors()]) from error
+        # Without its cause, whose text repeats what was given, be it a secret.
+        raise BadInput([_from_pydantic(path, e) for e in error.errors()]) from None
     return _absolute(params, path.parent.resolve())
 
 
@@ -335,9 +340,16 @@ def _from_pydantic(path: Path, error: Any) -> Gate:
         return _problem("key_is_known", subject, "unknown key", "a key that the runbook knows", do)
     if error["type"] == "missing":
         return _problem("key_is_given", subject, "not given", _describe(error["loc"]))
-    found = "this combination" if isinstance(error["input"], dict) else repr(error["input"])
+    found = _shown(error["loc"], error["input"])
     needed = error["msg"].removeprefix("Value error, ")
     return _problem("value_is_valid", subject, found, needed[:1].lower() + needed[1:], _describe(error["loc"]))
+
+
+def _shown(loc: tuple[Any, ...], value: Any) -> str:
+    if isinstance(value, dict):
+        return "this combination"
+    # Somebody who put the DSN where its name belongs must not find the password in every log.
+    return "a value that is not shown, since it may hold a secret" if loc[:1] == ("connection",) else repr(value)
 
 
 def _section(loc: tuple[Any, ...]) -> type[BaseModel] | None:

@@ -1,0 +1,242 @@
+"""Parameters: typed, checked whole, every problem named with its way out, nothing secret in the record."""
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from runbook_lib import params
+from runbook_lib.gates import BadInput, Gate
+from runbook_lib.params import Params
+from tests.conftest import write_params
+
+DANGER = "a misread parameter would act on the wrong thing; nothing was started"
+MEND = "mend the file and run the same command again"
+
+
+def _problems(path: Path) -> tuple[Gate, ...]:
+    with pytest.raises(BadInput) as error:
+        params.load(path)
+    assert {g.verdict for g in error.value.problems} == {"FAIL"}
+    return error.value.problems.gates
+
+
+def _change(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    path = write_params(tmp_path)
+    data = yaml.safe_load(path.read_text())
+    change(data)
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_the_toy_file_is_valid_and_paths_are_relative_to_it(tmp_path: Path) -> None:
+    p = params.load(write_params(tmp_path))
+    assert p.queries.file == tmp_path.resolve() / "queries.jsonl"
+    assert p.queries.judgements == tmp_path.resolve() / "judgements.jsonl"
+    assert p.function_name == "search_articles"
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "no.yaml"
+    (problem,) = _problems(path)
+    assert str(problem) == (
+        f"FAIL    params.file_is_readable   {path}\n"
+        "  found   No such file or directory\n"
+        "  needed  a YAML file\n"
+        f"  danger  {DANGER}\n"
+        f"  do      {MEND}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "found"), [("[1, 2", "while parsing"), ("- a", "list"), ("", "NoneType"), ("word", "str")]
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, found: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    (problem,) = _problems(path)
+    assert problem.name == "params.file_is_yaml" and problem.found.startswith(found)
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("target: {name: café}".encode("latin-1"))
+    assert _problems(path)[0].name == "params.file_is_yaml"
+
+
+def test_a_misspelt_key_gets_the_nearest_name(tmp_path: Path) -> None:
+    path = _change(tmp_path, lambda d: d["vector"].update(dimensions=8))
+    (problem,) = _problems(path)
+    assert str(problem) == (
+        f"FAIL    params.key_is_known   {path}: vector.dimensions\n"
+        "  found   unknown key\n"
+        "  needed  a key that the runbook knows\n"
+        f"  danger  {DANGER}\n"
+        "  do      did you mean dimension?"
+    )
+
+
+def test_a_misspelt_section_gets_the_nearest_name(tmp_path: Path) -> None:
+    (problem,) = _problems(_change(tmp_path, lambda d: d.update(back_fill={})))
+    assert (problem.name, problem.do) == ("params.key_is_known", "did you mean backfill?")
+
+
+def test_a_key_that_resembles_nothing_gets_the_list(tmp_path: Path) -> None:
+    (problem,) = _problems(_change(tmp_path, lambda d: d["vector"].update(xyz=1)))
+    assert problem.do == "valid here: column, type, dimension, distance"
+
+
+def test_the_alias_is_the_only_name_of_a_key(tmp_path: Path) -> None:
+    (problem,) = _problems(_change(tmp_path, lambda d: d["target"].update(schema_="public")))
+    assert problem.do == "did you mean schema?"
+
+
+def test_a_missing_key_says_what_it_is_for(tmp_path: Path) -> None:
+    path = _change(tmp_path, lambda d: d["target"].pop("key"))
+    (problem,) = _problems(path)
+    assert str(problem) == (
+        f"FAIL    params.key_is_given   {path}: target.key\n"
+        "  found   not given\n"
+        "  needed  Primary key or NOT NULL unique column; bigint, integer, uuid or text.\n"
+        f"  danger  {DANGER}\n"
+        f"  do      {MEND}"
+    )
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    (problem,) = _problems(_change(tmp_path, lambda d: d.pop("vector")))
+    assert (problem.name, problem.needed) == ("params.key_is_given", "the section vector")
+
+
+def test_a_wrong_type_shows_the_value(tmp_path: Path) -> None:
+    path = _change(tmp_path, lambda d: d["vector"].update(dimension="8"))
+    (problem,) = _problems(path)
+    assert str(problem) == (
+        f"FAIL    params.value_is_valid   {path}: vector.dimension\n"
+        "  found   '8'\n"
+        "  needed  input should be a valid integer\n"
+        f"  danger  {DANGER}\n"
+        "  do      Dimensions of every vector."
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("vector", "dimension", True),
+        ("vector", "dimension", 0),
+        ("vector", "distance", "cosinus"),
+        ("index", "m", 1),
+        ("index", "ef_construction", 2000),
+        ("tune", "target_recall", 1.5),
+        ("tune", "ef_search", [0]),
+        ("target", "text_columns", []),
+        ("target", "text_columns", "title"),
+        ("target", "name", "With Capitals"),
+        ("target", "table", "t" * 64),
+        ("cut_over", "share_steps_percent", [50, 10, 100]),
+        ("cut_over", "share_steps_percent", [10, 50]),
+        ("legacy", "query", "SELECT 1"),
+        ("locks", "timeout_ms", 0),
+        ("embeddings", "callable", "no_colon"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_key(tmp_path: Path, section: str, key: str, value: Any) -> None:
+    path = _change(tmp_path, lambda d: d.setdefault(section, {}).update({key: value}))
+    problems = _problems(path)
+    assert [g.name for g in problems] == ["params.value_is_valid"]
+    assert problems[0].subject.startswith(f"{path}: {section}.{key}")
+
+
+def test_a_dimension_that_cannot_be_indexed_names_the_way_out(tmp_path: Path) -> None:
+    (problem,) = _problems(_change(tmp_path, lambda d: d["vector"].update(dimension=3072)))
+    assert problem.needed == "dimension 3072 cannot be indexed: vector allows 2000; type: halfvec allows 4000"
+    (problem,) = _problems(_change(tmp_path, lambda d: d["vector"].update(dimension=5000, type="halfvec")))
+    assert problem.needed == (
+        "dimension 5000 cannot be indexed: halfvec allows 4000; use a model with fewer dimensions"
+    )
+
+
+def test_halfvec_allows_what_vector_does_not(make_params: Callable[..., Params]) -> None:
+    assert make_params(vector={"dimension": 3072, "type": "halfvec"}).vector.dimension == 3072
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "needed"),
+    [
+        ("connection", {"service": "x"}, "give exactly one of dsn_env and service"),
+        ("index", {"m": 40}, "ef_construction 64 must be at least 2 × m = 80"),
+        ("embeddings", {"source": "file"}, "source: file and callable: given do not fit"),
+        ("cut_over", {"route": "hybrid"}, "cut_over.route: hybrid needs search.fulltext_column"),
+        ("target", {"text_columns": ["title", "title"]}, "target.text_columns names a column twice"),
+    ],
+)
+def test_keys_that_do_not_fit_together_are_refused(
+    tmp_path: Path, section: str, values: dict[str, Any], needed: str
+) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data.setdefault(section, {}).update(values)
+        if section == "cut_over":
+            del data["search"]["fulltext_column"]
+
+    assert [g.needed for g in _problems(_change(tmp_path, change))] == [needed]
+
+
+def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["vector"]["dimension"] = "eight"
+        data["target"]["tabel"] = "articles"
+        del data["legacy"]
+        data["locks"]["tries"] = 0
+
+    assert sorted(g.subject.rsplit(": ")[-1] for g in _problems(_change(tmp_path, change))) == [
+        "legacy",
+        "locks.tries",
+        "target.tabel",
+        "vector.dimension",
+    ]
+
+
+@pytest.mark.parametrize("dsn", ["postgresql://u:hunter2@h/db", "host=h password=hunter2"])
+def test_a_dsn_in_the_file_is_refused_and_not_repeated(tmp_path: Path, dsn: str) -> None:
+    path = _change(tmp_path, lambda d: d["connection"].update(dsn_env=dsn))
+    (problem,) = _problems(path)
+    with pytest.raises(BadInput) as error:
+        params.load(path)
+    assert "hunter2" not in "".join(traceback.format_exception(error.value))
+    assert "names an environment variable" in problem.needed
+    assert "hunter2" not in str(problem)
+
+
+def test_an_unknown_secret_key_is_refused_without_its_value(tmp_path: Path) -> None:
+    (problem,) = _problems(_change(tmp_path, lambda d: d["connection"].update(password="hunter2")))
+    assert problem.name == "params.key_is_known" and "hunter2" not in str(problem)
+
+
+def test_the_record_is_plain_data_without_the_dsn(make_params: Callable[..., Params], database: str) -> None:
+    record = make_params().for_record()
+    assert record["target"]["schema"] == "public" and "schema_" not in record["target"]
+    assert os.environ[record["connection"]["dsn_env"]] == database and database not in str(record)
+
+
+def test_the_fingerprint_changes_with_what_must_not_change(make_params: Callable[..., Params]) -> None:
+    first = make_params().fingerprint()
+    assert make_params().fingerprint() == first
+    for harmless in ({"locks": {"tries": 9}}, {"tune": {"target_recall": 0.9}}, {"embeddings": {"batch_rows": 5}}):
+        assert make_params(**harmless).fingerprint() == first
+    for change in ({"target": {"table": "x"}}, {"vector": {"dimension": 9}}, {"ledger": {"schema": "x"}}):
+        assert make_params(**change).fingerprint() != first
+
+
+def test_the_reference_describes_every_key() -> None:
+    rows = {key: (kind, default, text) for key, kind, default, text in params.reference()}
+    assert all(text for _, _, text in rows.values())
+    assert rows["vector.distance"][:2] == ("cosine | l2 | inner_product", '"cosine"')
+    assert rows["target.schema"][:2] == ("text", '"public"')
+    assert rows["vector.dimension"][:2] == ("whole number", "required")
+    assert rows["tune.ef_search"][0] == "list of whole number"
+    assert rows["queries.judgements"][0] == "path"
