@@ -1,0 +1,182 @@
+"""What a run leaves on disk about itself: ``manifest.json``, written atomically, and the list of all runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+FILE = "manifest.json"
+
+
+class Status(StrEnum):
+    """How a run, or one phase of it, stands or ended."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    PLANNED = "planned"
+    PASSED = "passed"
+    FAILED = "failed"
+    WAITING = "waiting"
+    INTERRUPTED = "interrupted"
+    CRASHED = "crashed"
+
+
+EXIT_CODES = {
+    Status.PASSED: 0,
+    Status.PLANNED: 0,
+    Status.FAILED: 1,
+    Status.WAITING: 3,
+    Status.INTERRUPTED: 4,
+    Status.CRASHED: 4,
+}
+BAD_INPUT = 2
+
+SYMBOLS = {
+    Status.PENDING: "·",
+    Status.RUNNING: "▸",
+    Status.PLANNED: "–",
+    Status.PASSED: "✔",
+    Status.FAILED: "✘",
+    Status.WAITING: "⏸",
+    Status.INTERRUPTED: "■",
+    Status.CRASHED: "✘",
+}
+
+
+@dataclass(frozen=True)
+class PhaseRun:
+    """One notebook of a run. error: why it did not pass, in its own words. sha256: of the executed notebook."""
+
+    name: str
+    status: str = Status.PENDING
+    started: str = ""
+    seconds: float | None = None
+    error: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One run. Times are ISO 8601 in UTC; ``parameters`` and everything else is free of secrets."""
+
+    run_id: str
+    target: str
+    table: str
+    way: str
+    execute: bool
+    status: str
+    exit_code: int | None
+    started: str
+    finished: str
+    params_file: str
+    parameters: dict[str, Any]
+    versions: dict[str, str]
+    phases: tuple[PhaseRun, ...]
+    notes: tuple[str, ...] = ()
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+
+    @property
+    def seconds(self) -> float | None:
+        """From start to end; None while it runs."""
+        if not self.finished:
+            return None
+        return (datetime.fromisoformat(self.finished) - datetime.fromisoformat(self.started)).total_seconds()
+
+    def with_phase(self, phase: PhaseRun) -> Manifest:
+        """The same run with this phase's newer state."""
+        phases = tuple(phase if p.name == phase.name else p for p in self.phases)
+        return dataclasses.replace(self, phases=phases)
+
+
+def now() -> str:
+    """This second, as manifests write it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never half of it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Writes ``manifest.json`` into the run's folder."""
+    data = dataclasses.asdict(manifest) | {"seconds": manifest.seconds}
+    write_atomically(folder / FILE, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read(folder: Path) -> Manifest:
+    """Reads it back. Raises OSError, or ValueError where the file is no manifest of this version."""
+    data = json.loads((folder / FILE).read_text("utf-8"))
+    data.pop("seconds", None)
+    try:
+        phases = tuple(PhaseRun(**p) for p in data.pop("phases"))
+        return Manifest(**data | {"phases": phases, "notes": tuple(data["notes"])})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / FILE} is not a manifest of this version: {error}") from error
+
+
+def all_runs(runs_dir: Path) -> Iterator[tuple[Path, Manifest]]:
+    """Every run below this folder that has a readable manifest, newest first."""
+    found = []
+    for path in runs_dir.glob(f"*/{FILE}"):
+        try:
+            found.append((path.parent, read(path.parent)))
+        except (OSError, ValueError):
+            continue
+    yield from sorted(found, key=lambda item: (item[1].started, item[1].run_id), reverse=True)
+
+
+def abandoned(runs_dir: Path, target: str) -> Iterator[tuple[Path, Manifest]]:
+    """Runs on this target whose manifest says running though their process on this machine is gone (SIGKILL)."""
+    for folder, manifest in all_runs(runs_dir):
+        mine = manifest.target == target and manifest.host == socket.gethostname()
+        if mine and manifest.status == Status.RUNNING and not _is_alive(manifest.pid):
+            yield folder, manifest
+
+
+def interrupted(manifest: Manifest, why: str) -> Manifest:
+    """The manifest of an abandoned run, told as it is: nobody saw its end."""
+    phases = tuple(
+        dataclasses.replace(p, status=Status.INTERRUPTED, error=why) if p.status == Status.RUNNING else p
+        for p in manifest.phases
+    )
+    return dataclasses.replace(
+        manifest,
+        status=Status.INTERRUPTED,
+        exit_code=EXIT_CODES[Status.INTERRUPTED],
+        finished=now(),
+        phases=phases,
+        notes=(*manifest.notes, why),
+    )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,20 @@
+-- Sessions of a run, found by the application name that each of its connections carries.
+
+-- name: cancel_statements
+-- purpose: Cancel what the run's sessions are doing; how many were at work.
+SELECT count(pg_cancel_backend(pid)) AS sessions
+FROM pg_stat_activity
+WHERE datname = current_database() AND starts_with(application_name, %(prefix)s) AND state <> 'idle'
+  AND pid <> pg_backend_pid() AND backend_type = 'client backend';
+
+-- name: end_sessions
+-- purpose: End the run's sessions; how many there were.
+SELECT count(pg_terminate_backend(pid)) AS sessions
+FROM pg_stat_activity
+WHERE datname = current_database() AND starts_with(application_name, %(prefix)s)
+  AND pid <> pg_backend_pid() AND backend_type = 'client backend';
+
+-- name: versions
+-- purpose: Server and pgvector, as the server says; pgvector is NULL where it is not installed.
+SELECT current_setting('server_version') AS postgresql,
+       (SELECT extversion FROM pg_extension WHERE extname = 'vector') AS pgvector;

@@ -1,0 +1,33 @@
+"""Notebooks of three cells in the order of the real ones, for the tests of the runner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+
+from runbook_lib.phase import MIGRATE, UNDO
+
+OPEN = """from runbook_lib.phase import open_phase
+phase = open_phase("{name}", params_file, run_id, execute)
+phase.ledger.create() if phase.execute else None"""
+CLOSE = "phase.close(phase.require())"
+
+
+def write(folder: Path, **bodies: str) -> Path:
+    """Writes every notebook of both ways; ``p50_backfill="…"`` puts code between opening and closing."""
+    for way, names in (("migrate", MIGRATE), ("undo", tuple(UNDO))):
+        (folder / way).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            body = bodies.get(f"p{name}", "'nothing special'") if way == "migrate" else "'back'"
+            parameters = nbformat.v4.new_code_cell("params_file = ''\nrun_id = ''\nexecute = False")
+            parameters.metadata["tags"] = ["parameters"]
+            cells = [
+                nbformat.v4.new_markdown_cell(f"# {name}"),
+                parameters,
+                *(nbformat.v4.new_code_cell(c) for c in (OPEN.format(name=name), body, CLOSE)),
+            ]
+            notebook = nbformat.v4.new_notebook(cells=cells)
+            notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+            nbformat.write(notebook, folder / way / f"{name}.ipynb")
+    return folder

@@ -1,0 +1,279 @@
+"""How a run may end, and that its record says so. The notebooks are small; papermill, kernel and server are real."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psycopg
+import pytest
+
+from runbook_lib import manifest, params, runner
+from runbook_lib.gates import BadInput
+from runbook_lib.manifest import Manifest
+from runbook_lib.runner import RunResult
+from tests import small_notebooks
+from tests.conftest import write_params
+
+FIRST, SECOND, THIRD = "00_preflight", "10_baseline", "20_extension"
+ROOT = Path(__file__).parent.parent
+GATE = """from runbook_lib.gates import gate, collect
+phase._judge(collect([gate("toy.fact_holds", False, "articles", found="this", needed="that", danger="d", do="do")]))"""
+
+pytestmark = pytest.mark.usefixtures("articles")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RunResult, list[str]]]:
+    """Runs small notebooks on the toy table; returns the result and the lines said."""
+
+    def go(bodies: dict[str, str] | None = None, **options: Any) -> tuple[RunResult, list[str]]:
+        folder = small_notebooks.write(tmp_path / "note{books}", **(bodies or {}))
+        monkeypatch.setenv(runner.NOTEBOOKS_ENV, str(folder))
+        said: list[str] = []
+        options = {"execute": True, "last": FIRST} | options
+        return runner.run(write_params(tmp_path), say=said.append, **options), said
+
+    return go
+
+
+def record_of(result: RunResult) -> Manifest:
+    assert result.folder is not None
+    assert {"index.html", "manifest.json"} <= {p.name for p in result.folder.iterdir()}
+    assert not list(result.folder.glob("*.unfinished"))
+    return manifest.read(result.folder)
+
+
+def ledger_rows(dsn: str, kind: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(dsn) as connection:
+        return connection.execute(
+            "SELECT phase, body FROM runbook.entry WHERE kind = %s ORDER BY seq", [kind]
+        ).fetchall()
+
+
+def sessions(dsn: str, run_id: str = "") -> int:
+    with psycopg.connect(dsn) as connection:
+        row = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE starts_with(application_name, %s)", [f"runbook {run_id}"]
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+def test_a_run_that_passes(run: Callable[..., Any], database: str) -> None:
+    result, said = run(last=SECOND)
+    m = record_of(result)
+    assert (result.status, result.exit_code, m.status, m.exit_code) == ("passed", 0, "passed", 0)
+    assert [(p.name, p.status) for p in m.phases] == [(FIRST, "passed"), (SECOND, "passed")]
+    assert m.versions["PostgreSQL"] and m.parameters["target"]["table"] == "articles"
+    assert [line.split()[:3] for line in said[1:]] == [["✔", FIRST, "passed"], ["✔", SECOND, "passed"]]
+    hashes = {p.name: p.sha256 for p in m.phases}
+    assert {phase: body["sha256"] for phase, body in ledger_rows(database, "notebook")} == hashes
+    for name, sha256 in hashes.items():
+        assert hashlib.sha256((result.folder / f"{name}.ipynb").read_bytes()).hexdigest() == sha256
+        assert (result.folder / f"{name}.html").is_file()
+    assert [body["status"] for _, body in ledger_rows(database, "run")] == ["started", "passed"]
+    assert m.run_id in (result.folder.parent / "index.html").read_text()
+
+
+def test_a_run_goes_on_after_what_is_proved(run: Callable[..., Any]) -> None:
+    run(last=FIRST)
+    result, said = run(last=SECOND)
+    assert [p.name for p in record_of(result).phases] == [SECOND]
+    assert said[0] == f"proved in this database up to {FIRST}; going on with {SECOND}"
+    result, said = run(last=SECOND)
+    assert (result.folder, result.exit_code) == (None, 0)
+    assert said == [f"✔ nothing left to do: {SECOND} has passed in this database"]
+
+
+def test_a_plan_claims_nothing(run: Callable[..., Any], database: str) -> None:
+    result, _ = run(execute=False)
+    assert (result.status, result.exit_code, record_of(result).status) == ("planned", 0, "planned")
+    with psycopg.connect(database) as connection:
+        assert connection.execute("SELECT to_regnamespace('runbook')").fetchone() == (None,)
+
+
+def test_a_gate_that_does_not_pass_ends_the_run(run: Callable[..., Any]) -> None:
+    result, said = run({f"p{FIRST}": GATE}, last=SECOND)
+    m = record_of(result)
+    assert (m.status, m.exit_code, result.exit_code) == ("failed", 1, 1)
+    assert [p.status for p in m.phases] == ["failed", "pending"]
+    assert m.phases[0].error.splitlines()[:2] == ["FAIL    toy.fact_holds   articles", "  found   this"]
+    assert said[-1] == m.phases[0].error
+    page = (result.folder / "index.html").read_text()
+    assert "✘ failed" in page and "toy.fact_holds" in page
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "exit_code", "error"),
+    [
+        ("1 / 0", "crashed", 4, "ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(0)", "crashed", 4, "by the ledger it wrote no verdict"),
+        ("import os; os._exit(1)", "crashed", 4, "the kernel died"),
+        ("import os; os.kill(os.getpid(), 9)", "crashed", 4, "the kernel died"),
+        ("raise KeyboardInterrupt", "interrupted", 4, ""),
+        (
+            "from runbook_lib.gates import NotApproved; raise NotApproved('f', 'n', 'd', 'do')",
+            "waiting",
+            3,
+            "found   f",
+        ),
+        ("phase.connection.execute('SELECT pg_terminate_backend(pg_backend_pid())')", "crashed", 4, "AdminShutdown"),
+    ],
+)
+def test_an_end_that_papermill_would_not_tell(
+    run: Callable[..., Any], database: str, body: str, status: str, exit_code: int, error: str
+) -> None:
+    result, _ = run({f"p{FIRST}": body}, last=SECOND)
+    m = record_of(result)
+    assert (m.status, m.exit_code, result.exit_code) == (status, exit_code, exit_code)
+    assert error in m.phases[0].error
+    assert m.phases[1].status == "pending"
+    executed = nbformat.read(result.folder / f"{FIRST}.ipynb", as_version=4)
+    assert executed.metadata.runbook["status"] == status
+    states = [c.metadata.papermill.status for c in executed.cells if "papermill" in c.metadata]
+    assert states[-1] == "pending" and states[-2] in ("failed", "interrupted")
+    assert sessions(database, m.run_id) == 0
+
+
+def test_sys_exit_in_a_plan_is_no_plan(run: Callable[..., Any]) -> None:
+    result, _ = run({f"p{FIRST}": "import sys; sys.exit(0)"}, execute=False)
+    assert (result.status, result.exit_code) == ("crashed", 4)
+
+
+def test_a_statement_does_not_outlive_its_kernel(run: Callable[..., Any], database: str) -> None:
+    body = (
+        "import threading, os, time; threading.Timer(1, lambda: os.kill(os.getpid(), 9)).start();"
+        "phase.connection.execute('SELECT pg_sleep(60)')"
+    )
+    result, _ = run({f"p{FIRST}": body})
+    assert (result.exit_code, sessions(database, record_of(result).run_id)) == (4, 0)
+
+
+def test_another_run_at_work_is_named_and_nothing_is_started(run: Callable[..., Any], tmp_path: Path) -> None:
+    from runbook_lib.phase import open_phase
+
+    first = open_phase(FIRST, str(write_params(tmp_path)), "the-other", True)
+    try:
+        result, _ = run()
+    finally:
+        first.connection.close()
+        first.ledger.connection.close()
+    m = record_of(result)
+    assert (m.status, result.exit_code) == ("failed", 2)
+    assert "phase.target_is_free" in m.phases[0].error and "the-other" in m.phases[0].error
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_cancels_the_statement_within_two_seconds_and_leaves_a_record(
+    run: Callable[..., Any], database: str, tmp_path: Path, sent: signal.Signals
+) -> None:
+    small_notebooks.write(tmp_path / "nb", **{f"p{FIRST}": "phase.connection.execute('SELECT pg_sleep(60)')"})
+    environment = os.environ | {runner.NOTEBOOKS_ENV: str(tmp_path / "nb")}
+    command = [sys.executable, "-c", "from runbook_lib.cli import main; main()", "run", "--execute"]
+    process = subprocess.Popen(
+        [*command, str(write_params(tmp_path))], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)' AND state = 'active'"
+    with psycopg.connect(database, autocommit=True) as watch:
+        wait_until(lambda: watch.execute(sleeping).fetchone() == (1,), 30)
+        process.send_signal(sent)
+        wait_until(lambda: watch.execute(sleeping).fetchone() == (0,), 2)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 4, err
+    assert f"■ {FIRST}" in err and "interrupted" in out and "Traceback" not in err
+    (folder,) = (tmp_path / "runs").glob("*/")
+    m = manifest.read(folder)
+    assert (m.status, m.exit_code, m.phases[0].status, m.phases[0].error) == (
+        "interrupted", 4, "interrupted", f"stopped by {sent.name}",
+    )  # fmt: skip
+    assert "interrupted" in (folder / "index.html").read_text()
+    assert sessions(database, m.run_id) == 0
+    result, _ = run()
+    assert result.status == "passed"
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def test_a_runner_that_was_killed_is_found_out_by_the_next_run(run: Callable[..., Any]) -> None:
+    result, _ = run(execute=False)
+    path = result.folder / manifest.FILE
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    data = json.loads(path.read_text()) | {"status": "running", "exit_code": None, "finished": "", "pid": gone.pid}
+    data["phases"][0]["status"] = "running"
+    path.write_text(json.dumps(data))
+    run(execute=False)
+    settled = manifest.read(result.folder)
+    assert (settled.status, settled.exit_code, settled.phases[0].status) == ("interrupted", 4, "interrupted")
+
+
+def test_a_full_disk_while_saving_is_a_crash_that_says_so(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: Any, **_options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("papermill.engines.write_ipynb", full)
+    result, _ = run()
+    m = record_of(result)
+    assert (m.status, result.exit_code) == ("crashed", 4)
+    assert "No space left on device" in m.phases[0].error
+
+
+@pytest.mark.parametrize(
+    ("options", "found", "do"),
+    [
+        ({"first": "50_backfil"}, "no such phase", "did you mean 50_backfill?"),
+        ({"first": "50_backfill", "last": "10_baseline"}, "10_baseline comes before 50_backfill", "swap them"),
+        ({"way": "undo", "last": "30_schema"}, "no such phase", "did you mean 30_remove_schema?"),
+    ],
+)
+def test_a_wrong_phase_starts_nothing(
+    run: Callable[..., Any], tmp_path: Path, options: dict[str, Any], found: str, do: str
+) -> None:
+    with pytest.raises(BadInput) as error:
+        run(**options)
+    assert (error.value.found, error.value.do) == (found, do)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unusable_inputs_start_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(runner.NOTEBOOKS_ENV, str(small_notebooks.write(tmp_path / "nb")))
+    with pytest.raises(BadInput, match="no_such_table"):
+        runner.run(write_params(tmp_path, target={"table": "no_such_table"}), execute=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_way_back_starts_at_its_first_step_and_needs_no_model(run: Callable[..., Any], tmp_path: Path) -> None:
+    run()
+    result, _ = run(way="undo", last="10_reads_to_legacy")
+    assert [(p.name, p.status) for p in record_of(result).phases] == [("10_reads_to_legacy", "passed")]
+
+
+def test_two_runs_in_one_second_keep_apart(tmp_path: Path) -> None:
+    folders = {runner._new_folder(tmp_path, "articles") for _ in range(3)}
+    assert len(folders) == 3
+
+
+def test_an_absent_notebook_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(runner.NOTEBOOKS_ENV, str(tmp_path))
+    with pytest.raises(BadInput) as error:
+        runner.run(write_params(tmp_path), execute=False)
+    assert error.value.found == "no 00_preflight.ipynb"
+    assert params.load(tmp_path / "toy.yaml").record.runs_dir.exists() is False
