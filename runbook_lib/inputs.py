@@ -9,11 +9,10 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
-from psycopg.rows import DictRow
 
 from runbook_lib import db, versions
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
-from runbook_lib.names import names
+from runbook_lib.names import spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -42,13 +41,13 @@ class _Look:
 
     connection: db.Connection
     params: Params
-    server: DictRow
-    table: DictRow
-    columns: dict[str, DictRow]
+    server: db.Row
+    table: db.Row
+    columns: dict[str, db.Row]
 
     @property
     def subject(self) -> str:
-        return names(self.params)["table"].as_string(self.connection)
+        return spelled(self.params, "table")
 
 
 def input_problems(params: Params) -> Gates:
@@ -130,7 +129,7 @@ def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
     yield _judged_keys(look)
 
 
-def _takes_writes(server: DictRow) -> Gate:
+def _takes_writes(server: db.Row) -> Gate:
     standby = server["in_recovery"]
     return gate(
         "inputs.server_takes_writes",
@@ -143,7 +142,7 @@ def _takes_writes(server: DictRow) -> Gate:
     )
 
 
-def _pgvector(connection: db.Connection, params: Params, server: DictRow) -> Iterator[Gate]:
+def _pgvector(connection: db.Connection, params: Params, server: db.Row) -> Iterator[Gate]:
     v = db.one(connection, SQL["pgvector"], params, schema=params.extension.schema_)
     wanted = params.extension.version or v["default_version"]
     offered = sorted(v["offered"], key=versions.order)
@@ -178,7 +177,7 @@ def _faults_left(newest: str) -> str:
     return "; ".join(faults) or "there is nothing to install by that name"
 
 
-def _may_make_extension(server: DictRow, v: DictRow, current: bool) -> Gate:
+def _may_make_extension(server: db.Row, v: db.Row, current: bool) -> Gate:
     role = server["quoted_role"]
     by_trust = v["trusted"] and (v["owned"] if v["installed"] else v["may_create_in_database"])
     if current:
@@ -201,13 +200,13 @@ def _may_make_extension(server: DictRow, v: DictRow, current: bool) -> Gate:
     )
 
 
-def _find_table(connection: db.Connection, params: Params) -> DictRow | None:
+def _find_table(connection: db.Connection, params: Params) -> db.Row | None:
     target = params.target
     found = db.rows(connection, SQL["table"], params, schema=target.schema_, table=target.table)
     return found[0] if found else None
 
 
-def _table_gate(connection: db.Connection, params: Params, found: DictRow | None) -> Gate:
+def _table_gate(connection: db.Connection, params: Params, found: db.Row | None) -> Gate:
     kinds = {"r": "a table", "p": "a partitioned table"} | KINDS
     do = "name the table behind it" if found else MEND
     if found is None:
@@ -216,7 +215,7 @@ def _table_gate(connection: db.Connection, params: Params, found: DictRow | None
     return gate(
         "inputs.table_exists",
         found is not None and found["kind"] in ("r", "p"),
-        names(params)["table"].as_string(connection),
+        spelled(params, "table"),
         found=kinds[found["kind"]] if found else "no such table",
         needed="a table that columns can be added to",
         danger=NOTHING_STARTED,
@@ -373,9 +372,9 @@ def _search(look: _Look) -> Iterator[Gate]:
 def _rights(look: _Look) -> Iterator[Gate]:
     p, server = look.params, look.server
     role, ledger = server["quoted_role"], p.ledger.schema_
-    entry = names(p)["entry"].as_string(look.connection)
+    entry = spelled(p, "entry")
     may = db.one(look.connection, SQL["rights"], p, schema=p.target.schema_, ledger=ledger, entry=entry)
-    quoted = names(p)["schema"].as_string(look.connection)
+    quoted = spelled(p, "schema")
     yield _right(
         "inputs.owns_table",
         look.table["owned"],

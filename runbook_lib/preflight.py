@@ -8,7 +8,6 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
-from psycopg.rows import DictRow
 
 from runbook_lib import db, inputs, sensitive, versions
 from runbook_lib import forecast as forecast_module
@@ -16,7 +15,7 @@ from runbook_lib.display import Table, duration, number, size
 from runbook_lib.forecast import Forecast
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.inputs import input_problems as input_problems
-from runbook_lib.names import names
+from runbook_lib.names import names, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
@@ -128,7 +127,7 @@ class Facts:
 
 
 def _table_name(phase: Phase) -> str:
-    return names(phase.params)["table"].as_string(phase.connection)
+    return spelled(phase.params, "table")
 
 
 def facts(phase: Phase) -> Facts:
@@ -183,7 +182,7 @@ def facts(phase: Phase) -> Facts:
     )
 
 
-def _sample(phase: Phase, n: int, not_seen: dict[str, str]) -> list[DictRow] | None:
+def _sample(phase: Phase, n: int, not_seen: dict[str, str]) -> list[db.Row] | None:
     whole = n < SAMPLE_WHOLE_PAGES_FROM_ROWS
     # Twice the share that is wanted, since pages are not equally full; LIMIT cuts the rest.
     percent = sql.Literal(min(100.0, 200.0 * SAMPLED_ROWS / max(n, 1)))
@@ -197,12 +196,12 @@ def _sample(phase: Phase, n: int, not_seen: dict[str, str]) -> list[DictRow] | N
         return None
 
 
-def _replica(r: DictRow) -> str:
+def _replica(r: db.Row) -> str:
     lag = "" if r["lag_s"] is None else f", {duration(r['lag_s'])} behind"
     return f"{r['name'] or 'unnamed'} ({r['state'] or 'state hidden from this role'}{lag})"
 
 
-def _slot(r: DictRow) -> str:
+def _slot(r: db.Row) -> str:
     kept = "" if r["kept_bytes"] is None else f", keeps {size(r['kept_bytes'])} of WAL"
     return f"{r['name']} ({'active' if r['active'] else 'inactive'}{kept})"
 
