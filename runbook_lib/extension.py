@@ -7,6 +7,7 @@ from psycopg import sql
 from runbook_lib import db, versions
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, Gates, gate
+from runbook_lib.names import identifier
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
@@ -37,7 +38,7 @@ def plan(phase: Phase) -> db.Plan:
 def _statement(phase: Phase, block: str, keyword: str) -> db.Statement:
     version = phase.params.extension.version
     clause = sql.SQL(" {} {}").format(sql.SQL(keyword), sql.Literal(version)) if version else sql.SQL("")
-    schema = sql.Identifier(phase.params.extension.schema_)
+    schema = identifier(phase.params.extension.schema_)
     return db.statement(SQL[block], phase.params, {"extension_schema": schema, "version_clause": clause})
 
 
@@ -105,8 +106,8 @@ def _library_gate(phase: Phase, installed: str | None, default: str | None) -> G
 
 def _library_knows(phase: Phase, setting: str) -> bool:
     schema = db.one(phase.connection, SQL["state"], phase.params)["installed_schema"]
-    cast = sql.Identifier(schema, "vector")
-    phase.connection.execute(SQL["load_library"].compose({"vector_in_schema": cast}))
+    cast = identifier(schema, "vector")
+    phase.connection.execute(SQL["load_library"].compose({"vector_in_schema": cast}), {})
     return bool(db.one(phase.connection, SQL["library_knows"], phase.params, setting=setting)["known"])
 
 

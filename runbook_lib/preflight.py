@@ -15,7 +15,7 @@ from runbook_lib.display import Table, duration, number, size
 from runbook_lib.forecast import Forecast
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.inputs import input_problems as input_problems
-from runbook_lib.names import names, spelled
+from runbook_lib.names import identifier, names, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
@@ -211,7 +211,7 @@ def _legacy_statements(phase: Phase, not_seen: dict[str, str]) -> tuple[tuple[in
     if not there:
         not_seen["statements"] = "pg_stat_statements is not installed in this database"
         return None
-    view = sql.Identifier(there[0]["schema"], "pg_stat_statements")
+    view = identifier(there[0]["schema"], "pg_stat_statements")
     query = SQL["legacy_statements"].compose(names(phase.params) | {"statements": view})
     values = {"table_name": phase.params.target.table, "rows": SHOWN_STATEMENTS}
     try:

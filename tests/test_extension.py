@@ -43,8 +43,8 @@ def test_a_version_asked_for_is_written_into_the_statement(open_phase: OpenPhase
 def test_a_schema_that_needs_quoting_is_on_the_search_path_afterwards(
     articles: psycopg.Connection[Any], open_phase: OpenPhase
 ) -> None:
-    articles.execute('CREATE SCHEMA "Ext; --"')
-    phase = open_phase("20_extension", extension={"schema": "Ext; --"})
+    articles.execute('CREATE SCHEMA "Ext %s; --"')
+    phase = open_phase("20_extension", extension={"schema": "Ext %s; --"})
     extension.apply(phase)
     assert _verdicts(phase) == ALL_PASS
     assert phase.connection.execute("SELECT '[1,2]'::vector <-> '[1,2]' AS d").fetchone() == {"d": 0}

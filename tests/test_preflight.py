@@ -168,15 +168,15 @@ def test_a_key_that_does_not_identify_rows_is_refused_with_the_statement_that_me
 def test_keys_tables_and_schemas_that_need_quoting(
     database: str, make_params: MakeParams, kind: str, default: str
 ) -> None:
-    query = 'SELECT "Key Col" FROM "My Shop"."Order ""x""" WHERE "Te xt" ILIKE :query LIMIT :k'
+    query = 'SELECT "Key Col" FROM "My Shop"."Order ""x""" WHERE "Te %xt" ILIKE :query LIMIT :k'
     with psycopg.connect(database, autocommit=True) as admin:
         admin.execute('CREATE SCHEMA "My Shop"')
         admin.execute(
             'CREATE TABLE "My Shop"."Order ""x"""'
-            f' ("Key Col" {kind} PRIMARY KEY DEFAULT {default}, "Te xt" varchar(90))'
+            f' ("Key Col" {kind} PRIMARY KEY DEFAULT {default}, "Te %xt" varchar(90))'
         )
     p = make_params(
-        target={"schema": "My Shop", "table": 'Order "x"', "key": "Key Col", "text_columns": ["Te xt"]},
+        target={"schema": "My Shop", "table": 'Order "x"', "key": "Key Col", "text_columns": ["Te %xt"]},
         search={"fulltext_column": None},
         legacy={"query": query},
         queries={"judgements": None},
@@ -536,3 +536,23 @@ def test_without_execute_no_ledger_is_made(articles: Connection, open_phase: Ope
     articles.execute("DROP SCHEMA runbook CASCADE")
     assert preflight.take(phase).rows == 201
     assert not phase.ledger.exists()
+
+
+def test_facts_and_plan_of_a_table_whose_names_need_quoting(articles: Connection, open_phase: OpenPhase) -> None:
+    articles.execute('CREATE SCHEMA "My Shop %s"')
+    articles.execute(
+        'CREATE TABLE "My Shop %s"."Order ""x""" ("Key" uuid PRIMARY KEY DEFAULT gen_random_uuid(), "Te %xt" text)'
+    )
+    articles.execute("""INSERT INTO "My Shop %s"."Order ""x""" ("Te %xt") SELECT 'é' FROM generate_series(1, 5)""")
+    phase = open_phase(
+        target={"schema": "My Shop %s", "table": 'Order "x"', "key": "Key", "text_columns": ["Te %xt"]}
+    )
+    found = preflight.facts(phase)
+    assert (found.rows, found.text_bytes, [m for _, m, *_ in found.indexes]) == (5, 10, ["btree"])
+    assert preflight.take(phase).rows == 5
+
+
+def test_a_partitioned_table_is_noted(articles: Connection, make_params: MakeParams) -> None:
+    articles.execute("CREATE TABLE parted (LIKE articles, PRIMARY KEY (id)) PARTITION BY HASH (id)")
+    gates = inputs.input_problems(make_params(target={"table": "parted"}, queries={"judgements": None}))
+    assert {g.name: g.found for g in gates}["inputs.table_exists"] == "a partitioned table"
