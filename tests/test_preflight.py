@@ -543,7 +543,7 @@ def test_facts_and_plan_of_a_table_whose_names_need_quoting(articles: Connection
     articles.execute(
         'CREATE TABLE "My Shop %s"."Order ""x""" ("Key" uuid PRIMARY KEY DEFAULT gen_random_uuid(), "Te %xt" text)'
     )
-    articles.execute("""INSERT INTO "My Shop %s"."Order ""x""" ("Te %xt") SELECT 'é' FROM generate_series(1, 5)""")
+    articles.execute('INSERT INTO "My Shop %s"."Order ""x""" ("Te %xt")' + " SELECT 'é' FROM generate_series(1, 5)")
     phase = open_phase(
         target={"schema": "My Shop %s", "table": 'Order "x"', "key": "Key", "text_columns": ["Te %xt"]}
     )
