@@ -6,20 +6,22 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.rows import DictRow, dict_row
+from psycopg.rows import dict_row
 
 from runbook_lib.display import Table, duration
 from runbook_lib.gates import BadInput, Gate, LockNotObtained, Verdict
-from runbook_lib.names import names
+from runbook_lib.names import names, spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import Block
 
-Connection = psycopg.Connection[DictRow]
+Row = dict[str, Any]
+Connection = psycopg.Connection[Row]
+T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 10
 FIRST_WAIT_BETWEEN_TRIES_S = 0.1
@@ -52,7 +54,7 @@ def dsn(params: Params) -> str:
 
 
 def connect(params: Params, application_name: str, *, autocommit: bool = True) -> Connection:
-    """A connection that names itself, ends its statement when the client is gone, and never waits for a lock for long.
+    """A connection that names itself, ends its statement with the client, and never waits for a lock for long.
 
     Raises BadInput where the server cannot be reached; the message holds no password.
     """
@@ -69,7 +71,8 @@ def connect(params: Params, application_name: str, *, autocommit: bool = True) -
         found = _without_secrets(str(error), conninfo)
         raise BadInput([_unreachable("the server", found, "check the address, the server and pg_hba.conf")]) from None
     connection.execute(
-        "SELECT set_config('lock_timeout', %s, false), set_config('idle_in_transaction_session_timeout', '10min', false)",
+        "SELECT set_config('lock_timeout', %s, false),"
+        " set_config('idle_in_transaction_session_timeout', '10min', false)",
         [f"{params.locks.timeout_ms}ms"],
     )
     if connection.info.server_version >= 140000:
@@ -81,7 +84,8 @@ def connect(params: Params, application_name: str, *, autocommit: bool = True) -
 def use_search_path(connection: Connection) -> None:
     """Puts pgvector's schema on the session's search path, wherever the extension was installed."""
     connection.execute(
-        "SELECT set_config('search_path', concat_ws(', ', current_setting('search_path'), quote_ident(n.nspname)), false)"
+        "SELECT set_config('search_path',"
+        " concat_ws(', ', nullif(current_setting('search_path'), ''), quote_ident(n.nspname)), false)"
         " FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace"
         " WHERE e.extname = 'vector' AND NOT n.nspname = ANY (current_schemas(true))"
     )
@@ -105,12 +109,12 @@ def _without_secrets(message: str, conninfo: str) -> str:
     return flat.replace(str(password), "***") if password else flat
 
 
-def rows(connection: Connection, block: Block, params: Params, **values: Any) -> list[DictRow]:
+def rows(connection: Connection, block: Block, params: Params, **values: Any) -> list[Row]:
     """All rows of a reading block."""
     return connection.execute(block.compose(names(params)), values).fetchall()
 
 
-def one(connection: Connection, block: Block, params: Params, **values: Any) -> DictRow:
+def one(connection: Connection, block: Block, params: Params, **values: Any) -> Row:
     """The single row of a reading block."""
     row = connection.execute(block.compose(names(params)), values).fetchone()
     if row is None:
@@ -177,7 +181,8 @@ class Plan:
         if not self.statements:
             return "Nothing is left to do here."
         return "\n\n".join(
-            f"-- {s.purpose}\n-- lock: {s.lock or 'none'}; blocks {s.blocks}; undo: {s.undo}\n{s.text(self.connection)}"
+            f"-- {s.purpose}\n-- lock: {s.lock or 'none'}; blocks {s.blocks}; undo: {s.undo}\n"
+            f"{s.text(self.connection)}"
             for s in self.statements
         )
 
@@ -193,32 +198,52 @@ def carry_out(
     say: Callable[[str], None] = print,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Done:
-    """Runs one statement in a transaction of its own, waiting for its lock in short, bounded tries.
+    """Runs one statement in a transaction of its own, waiting for its lock in short, bounded tries."""
+    started = time.perf_counter()
+    affected, tries = in_short_tries(
+        connection,
+        params,
+        what.name,
+        what.lock,
+        lambda: connection.execute(what.query, what.values).rowcount,
+        say=say,
+        sleep=sleep,
+    )
+    done = Done(what, affected, time.perf_counter() - started, tries)
+    say(f"  {what.name}: done in {duration(done.seconds)}" + (f", {tries} tries" if tries > 1 else ""))
+    return done
+
+
+def in_short_tries(
+    connection: Connection,
+    params: Params,
+    name: str,
+    lock: str,
+    work: Callable[[], T],
+    *,
+    say: Callable[[str], None] = print,
+    sleep: Callable[[float], None] = time.sleep,
+) -> tuple[T, int]:
+    """Does the work in one transaction, again until it gets its locks; returns its result and the tries.
 
     A waiting DDL statement queues every later reader behind it, so each try waits at most ``locks.timeout_ms`` and
     then lets the queue pass. Raises LockNotObtained, naming who holds the table, after ``locks.tries`` tries.
     """
-    started = time.perf_counter()
     wait_s = FIRST_WAIT_BETWEEN_TRIES_S
     for tries in range(1, params.locks.tries + 1):
         try:
             with connection.transaction():
                 connection.execute("SELECT set_config('lock_timeout', %s, true)", [f"{params.locks.timeout_ms}ms"])
-                affected = connection.execute(what.query, what.values).rowcount
-        except psycopg.errors.LockNotAvailable:
-            say(
-                f"  {what.name}: try {tries} of {params.locks.tries} did not get its lock; {_holders(connection, params)}"
-            )
+                return work(), tries
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            holders = _holders(connection, params)
+            say(f"  {name}: try {tries} of {params.locks.tries} did not get its lock; {holders}")
             if tries < params.locks.tries:
                 sleep(wait_s)
                 wait_s = min(wait_s * 2, params.locks.longest_wait_between_tries_s)
-        else:
-            done = Done(what, affected, time.perf_counter() - started, tries)
-            say(f"  {what.name}: done in {duration(done.seconds)}" + (f", {tries} tries" if tries > 1 else ""))
-            return done
     raise LockNotObtained(
-        found=f"{what.name} did not get its lock in {params.locks.tries} tries; {_holders(connection, params)}",
-        needed=f"{what.lock} within {params.locks.timeout_ms} ms",
+        found=f"{name} did not get its lock in {params.locks.tries} tries; {_holders(connection, params)}",
+        needed=f"{lock}, waiting at most {params.locks.timeout_ms} ms a try",
         danger="waiting longer would queue every reader and writer of the table behind this statement",
         do="end that session, or run this phase again at a quieter time: what was done before stays done",
     )
@@ -227,13 +252,14 @@ def carry_out(
 def _holders(connection: Connection, params: Params) -> str:
     held = connection.execute(
         """
-        SELECT a.pid, a.usename, a.application_name, a.state, extract(epoch FROM now() - a.xact_start)::int AS seconds,
+        SELECT a.pid, a.usename, a.application_name, a.state,
+               extract(epoch FROM now() - a.xact_start)::int AS seconds,
                string_agg(DISTINCT l.mode, ', ') AS modes
         FROM pg_locks l JOIN pg_stat_activity a USING (pid)
         WHERE l.granted AND l.relation = to_regclass(%s) AND a.pid <> pg_backend_pid()
         GROUP BY 1, 2, 3, 4, 5 ORDER BY seconds DESC NULLS LAST LIMIT 3
         """,
-        [names(params)["table"].as_string(connection)],
+        [spelled(params, "table")],
     ).fetchall()
     return (
         "; ".join(

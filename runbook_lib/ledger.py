@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 
 from runbook_lib import db
 from runbook_lib.gates import Gate, Gates, gate
-from runbook_lib.names import names
+from runbook_lib.names import names, spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -35,7 +35,7 @@ class Ledger:
 
     def exists(self) -> bool:
         """Is there a ledger in this database yet?"""
-        entry = names(self.params)["entry"].as_string(self.connection)
+        entry = spelled(self.params, "entry")
         return bool(db.one(self.connection, SQL["exists"], self.params, entry=entry)["there"])
 
     def create(self) -> None:
@@ -43,7 +43,7 @@ class Ledger:
         if not self.exists():
             with self.connection.transaction():
                 for name in CREATE:
-                    self.connection.execute(SQL[name].compose(names(self.params)))
+                    self.connection.execute(SQL[name].compose(names(self.params)), {})
 
     def append(self, kind: str, body: Mapping[str, Any]) -> None:
         """Appends one row. ``body`` is plain data and holds neither secrets nor vectors."""

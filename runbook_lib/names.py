@@ -13,6 +13,16 @@ OPERATOR_CLASSES = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip
 HASH_BYTES = 16
 
 
+def identifier(*parts: str) -> sql.Composable:
+    """A quoted, qualified name, with its per cent signs doubled as a statement with bound values needs them."""
+    return sql.SQL(sql.Identifier(*parts).as_string().replace("%", "%%"))
+
+
+def spelled(params: Params, name: str) -> str:
+    """One of :func:`names` as SQL spells it, for ``to_regclass`` and messages."""
+    return names(params)[name].as_string().replace("%%", "%")
+
+
 def index_name(params: Params) -> str:
     """Name of the vector index: table, column and method, cut to PostgreSQL's 63 bytes."""
     tail = f"_{params.vector.column}_{params.index.method}"
@@ -39,40 +49,42 @@ def names(params: Params) -> dict[str, sql.Composable]:
     target, vector = params.target, params.vector
     ledger = params.ledger.schema_
     text = _text(target.text_columns, "t")
-    vector_type = sql.SQL("{}({})").format(sql.Identifier(vector.type), sql.Literal(vector.dimension))
+    vector_type = sql.SQL("{}({})").format(identifier(vector.type), sql.Literal(vector.dimension))
     return {
-        "schema": sql.Identifier(target.schema_),
-        "table": sql.Identifier(target.schema_, target.table),
-        "key": sql.Identifier(target.key),
-        "embedding": sql.Identifier(vector.column),
-        "embedding_updated_at": sql.Identifier(f"{vector.column}_updated_at"),
-        "embedding_hash": sql.Identifier(f"{vector.column}_hash"),
+        "schema": identifier(target.schema_),
+        "table": identifier(target.schema_, target.table),
+        "key": identifier(target.key),
+        "embedding": identifier(vector.column),
+        "embedding_updated_at": identifier(f"{vector.column}_updated_at"),
+        "embedding_hash": identifier(f"{vector.column}_hash"),
         "vector_type": vector_type,
         "distance": sql.SQL(OPERATORS[vector.distance]),
-        "operator_class": sql.Identifier(operator_class(params)),
-        "index": sql.Identifier(index_name(params)),
-        "qualified_index": sql.Identifier(target.schema_, index_name(params)),
+        "operator_class": identifier(operator_class(params)),
+        "index": identifier(index_name(params)),
+        "qualified_index": identifier(target.schema_, index_name(params)),
         "text": text,
         "text_hash": sql.SQL("substring(sha256(convert_to({}, 'UTF8')) from 1 for {})").format(
             text, sql.Literal(HASH_BYTES)
         ),
+        "first_text_column": identifier(target.text_columns[0]),
         "new_text_differs": sql.SQL(" OR ").join(
-            sql.SQL("OLD.{c} IS DISTINCT FROM NEW.{c}").format(c=sql.Identifier(c)) for c in target.text_columns
+            sql.SQL("OLD.{c} IS DISTINCT FROM NEW.{c}").format(c=identifier(c)) for c in target.text_columns
         ),
-        "ledger": sql.Identifier(ledger),
-        "entry": sql.Identifier(ledger, "entry"),
-        "route": sql.Identifier(ledger, "route"),
-        "staging": sql.Identifier(ledger, f"{target.name}_staging"),
-        "queue": sql.Identifier(ledger, f"{target.name}_queue"),
-        "capture_function": sql.Identifier(ledger, f"{target.name}_capture"),
-        "insert_trigger": sql.Identifier(trigger_name(params, "insert")),
-        "update_trigger": sql.Identifier(trigger_name(params, "update")),
-        "function": sql.Identifier(target.schema_, params.function_name),
+        "ledger": identifier(ledger),
+        "entry": identifier(ledger, "entry"),
+        "route": identifier(ledger, "route"),
+        "staging": identifier(ledger, f"{target.name}_staging"),
+        "rejected": identifier(ledger, f"{target.name}_rejected"),
+        "queue": identifier(ledger, f"{target.name}_queue"),
+        "capture_function": identifier(ledger, f"{target.name}_capture"),
+        "insert_trigger": identifier(trigger_name(params, "insert")),
+        "update_trigger": identifier(trigger_name(params, "update")),
+        "function": identifier(target.schema_, params.function_name),
         "target_name": sql.Literal(target.name),
     }
 
 
 def _text(columns: list[str], alias: str) -> sql.Composed:
     """The columns as one text, a line each; NULLs are left out."""
-    parts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(alias, c)) for c in columns)
+    parts = sql.SQL(", ").join(sql.SQL("{}::text").format(identifier(alias, c)) for c in columns)
     return sql.SQL("concat_ws(E'\\n', {})").format(parts)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from runbook_lib import db
+from runbook_lib import db, sqlmagic
 from runbook_lib import params as params_module
 from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, Verdict, collect, gate, not_run
@@ -88,6 +88,8 @@ class Phase:
         return self._judge(gates) if self.execute else gates.without_pass()
 
     def _predecessors(self) -> list[Gate]:
+        if self.name in UNDO:
+            return [self._nothing_stands_on_it()]
         if self.name not in MIGRATE or self.name == MIGRATE[0]:
             return [gate("phase.may_start", True, self.name, found="needs no phase before it", needed="none")]
         before = MIGRATE[MIGRATE.index(self.name) - 1]
@@ -118,6 +120,22 @@ class Phase:
                 )
             )
         return gates
+
+    def _nothing_stands_on_it(self) -> Gate:
+        """The ways back are taken in order: what an earlier one takes back must be gone."""
+        order = tuple(UNDO)
+        earlier = [p for way in order[: order.index(self.name)] for p in UNDO[way]]
+        standing = [p for p in earlier if self.ledger.phase_verdict(p) == Verdict.PASS]
+        ways = [way for way in order if any(p in UNDO[way] for p in standing)]
+        return gate(
+            "phase.nothing_stands_on_it",
+            not standing,
+            self.name,
+            found=f"{', '.join(standing)} still proved" if standing else "later phases are taken back, or never ran",
+            needed="the phases after it taken back first",
+            danger="what they made would stand on nothing",
+            do=f"run undo/{ways[0]} first" if ways else "",
+        )
 
     def carry_out(self, plan: db.Plan) -> Table:
         """Carries out the plan, statement by statement, each with a bound wait and a row in the ledger."""
@@ -167,9 +185,16 @@ class Phase:
         if self.execute:
             self.ledger.append(kind, body)
 
-    def prove(self, look: Callable[[Phase], Gates], needed: str = "the phase carried out") -> Gates:
-        """Looks at the database and judges. A run that carries nothing out says NOT RUN, without looking."""
+    def prove(self, look: Callable[[Phase], Gates], *, ahead: bool = False) -> Gates:
+        """Looks at the database and judges; raises GateFailed, after showing the gates.
+
+        A run that carries nothing out says NOT RUN without looking, except ``ahead`` of any change: then it looks,
+        and what would pass says NOT RUN.
+        """
+        if ahead and not self.execute:
+            return self._judge(look(self).without_pass())
         if not self.execute:
+            needed = "the phase carried out"
             return Gates((not_run(f"{look.__module__.rsplit('.', 1)[-1]}.{look.__name__}", self.name, needed),))
         return self._judge(look(self))
 
@@ -186,12 +211,21 @@ class Phase:
             raise GateFailed(gates)
         return gates
 
+    def _append_verdicts(self, verdict: str) -> None:
+        """This phase's verdict; a way back also says UNDONE for each phase that it took back."""
+        if not self.ledger.exists():
+            return
+        self.ledger.append("phase", {"verdict": verdict})
+        for taken_back in UNDO.get(self.name, ()):
+            if self.ledger.phase_verdict(taken_back) != "NOT RUN":
+                replace(self.ledger, phase=taken_back).append("phase", {"verdict": "UNDONE", "by": self.name})
+
     def close(self, gates: Gates, verdict: str = "PASS") -> Table:
         """Ends the phase: PASS only if there are gates and all passed. Gives back the claim on the target."""
         if self.execute:
             if not gates.passed:
                 raise GateFailed(gates)
-            self.ledger.append("phase", {"verdict": verdict})
+            self._append_verdicts(verdict)
         self.connection.close()
         self.ledger.connection.close()
         order = MIGRATE if self.name in MIGRATE else tuple(UNDO)
@@ -212,7 +246,9 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     ledger = Ledger(db.connect(params, f"runbook {run_id} {name} ledger"), params, run_id, name)
     if carry_out:
         _claim(ledger)
-    return Phase(name, run_id, carry_out, params, db.connect(params, f"runbook {run_id} {name}"), ledger)
+    phase = Phase(name, run_id, carry_out, params, db.connect(params, f"runbook {run_id} {name}"), ledger)
+    sqlmagic.connect(phase)
+    return phase
 
 
 def _boolean(value: bool | str) -> bool:

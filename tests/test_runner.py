@@ -27,7 +27,7 @@ from tests.conftest import write_params
 FIRST, SECOND, THIRD = "00_preflight", "10_baseline", "20_extension"
 ROOT = Path(__file__).parent.parent
 GATE = """from runbook_lib.gates import gate, collect
-phase._judge(collect([gate("toy.fact_holds", False, "articles", found="this", needed="that", danger="d", do="do")]))"""
+phase._judge(collect([gate("toy.fact_holds", False, "articles", found="this", needed="that", do="do")]))"""
 
 pytestmark = pytest.mark.usefixtures("articles")
 

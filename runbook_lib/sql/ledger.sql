@@ -33,7 +33,7 @@ DECLARE
     last record;
 BEGIN
     IF TG_OP <> 'INSERT' THEN
-        RAISE EXCEPTION 'the ledger is append-only: % on %.% refused', TG_OP, TG_TABLE_SCHEMA, TG_TABLE_NAME;
+        RAISE EXCEPTION 'the ledger is append-only: %% on %%.%% refused', TG_OP, TG_TABLE_SCHEMA, TG_TABLE_NAME;
     END IF;
     -- One writer at a time, so that each row's predecessor is settled when the row is hashed.
     PERFORM pg_advisory_xact_lock(hashtextextended('runbook ledger ' || TG_TABLE_SCHEMA, 0));

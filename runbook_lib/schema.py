@@ -1,0 +1,217 @@
+"""Phase 30: the vector column beside the relational data, the staging table, and the capture of changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runbook_lib import db
+from runbook_lib.display import Table
+from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.names import names, spelled, trigger_name
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
+from runbook_lib.sql import load
+
+SQL = load("schema")
+
+
+def added_columns(params: Params) -> list[str]:
+    """The columns that the runbook adds to the table."""
+    column = params.vector.column
+    return [column, f"{column}_updated_at", f"{column}_hash"]
+
+
+def _table(phase: Phase) -> str:
+    return spelled(phase.params, "table")
+
+
+def _what_is_there(phase: Phase) -> db.Row:
+    p = phase.params
+    made = ("staging", "rejected", "queue", "capture_function")
+    relations = {n: spelled(p, n) for n in made}
+    return db.one(
+        phase.connection,
+        SQL["what_is_there"],
+        p,
+        table=_table(phase),
+        columns=added_columns(p),
+        triggers=[trigger_name(p, "insert"), trigger_name(p, "update")],
+        **relations,
+    )
+
+
+def plan(phase: Phase) -> db.Plan:
+    """The statements that are still to be carried out; what is there already is left alone."""
+    there = _what_is_there(phase)
+    wanted = [
+        ("add_columns", there["columns"] < len(added_columns(phase.params))),
+        ("create_staging", not there["staging"]),
+        ("create_rejected", not there["rejected"]),
+        ("create_queue", not there["queue"]),
+        ("create_capture_function", not there["capture_function"]),
+        ("create_triggers", there["triggers"] == 0),
+    ]
+    return db.Plan(tuple(db.statement(SQL[n], phase.params) for n, missing in wanted if missing), phase.connection)
+
+
+def apply(phase: Phase) -> Table:
+    """Carries out the plan. Each statement is a transaction of its own; killed between two, a rerun goes on."""
+    return phase.carry_out(plan(phase))
+
+
+def verify(phase: Phase) -> Gates:
+    """The column is what was asked for, the table is otherwise unchanged, and a change of text arrives."""
+    return collect([_column_has_right_type(phase), _only_ours_was_added(phase), _changes_arrive(phase)])
+
+
+def _column_has_right_type(phase: Phase) -> Gate:
+    p = phase.params
+    found = db.rows(phase.connection, SQL["column_type"], p, table=_table(phase), column=p.vector.column)
+    kind = str(found[0]["type"]).rsplit(".", 1)[-1] if found else "no such column"
+    needed = f"{p.vector.type}({p.vector.dimension})"
+    return gate(
+        "schema.column_has_right_type",
+        kind == needed,
+        f"{p.vector.column} of {_table(phase)}",
+        found=kind,
+        needed=needed,
+        danger="vectors of another dimension are refused row by row, or cannot be indexed",
+        do="if the column is yours, name another in vector.column; else run undo/30_remove_schema and this phase",
+    )
+
+
+def _only_ours_was_added(phase: Phase) -> Gate:
+    before = phase.ledger.latest("catalogue")
+    gone, new = difference(before["lines"], catalogue(phase)) if before else ([], [])
+    ours = [*added_columns(phase.params), "runbook_", "extension vector", f"function {phase.params.target.schema_}."]
+    foreign = [line for line in new if not any(part in line for part in ours)]
+    return gate(
+        "schema.only_the_runbooks_objects_were_added",
+        None if before is None else not gone and not foreign,
+        _table(phase),
+        found="no catalogue from the start to compare with"
+        if before is None
+        else f"{len(new)} objects added, {len(gone)} gone" + "".join(f"; {x}" for x in [*gone, *foreign][:5]),
+        needed="the catalogue of the start and the runbook's own objects",
+        danger="somebody else is changing this table; the way back would not lead to where the migration began",
+        do="settle with whoever made the change, then run 00_preflight again so that it is part of the start",
+        figures={"added": len(new), "gone": len(gone)},
+    )
+
+
+def _changes_arrive(phase: Phase) -> Gate:
+    """Changes one row's text and then another column, counts the queue, and rolls everything back."""
+    text_queued: int | None = None
+    other_queued: int | None = None
+    with phase.connection.transaction(force_rollback=True):
+        rows = db.rows(phase.connection, SQL["probe_row"], phase.params)
+        if rows:
+            row = rows[0]
+
+            def queued() -> int:
+                return int(db.one(phase.connection, SQL["probe_arrived"], phase.params, key=row["key"])["queued"])
+
+            before = queued()
+            phase.connection.execute(SQL["probe_change"].compose(names(phase.params)), row)
+            text_queued = queued() - before
+            phase.connection.execute(SQL["probe_unrelated"].compose(names(phase.params)), row)
+            other_queued = queued() - before - text_queued
+    return gate(
+        "schema.changes_are_captured",
+        None if text_queued is None else (text_queued, other_queued) == (1, 0),
+        _table(phase),
+        found="no row could be locked to try it on"
+        if text_queued is None
+        else f"a change of text queued {text_queued} rows, of another column {other_queued}",
+        needed="1 and 0",
+        danger="rows that are written from now on would keep no vector or an old one",
+        do="look at pg_trigger: ours must be enabled, and no other trigger may undo the change",
+    )
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """The statements that remove what this phase added; columns that stood there at the start are kept."""
+    there = _what_is_there(phase)
+    start = phase.ledger.latest("catalogue")
+    own_column = start is None or not any(
+        line.startswith(f"column {phase.params.vector.column} ") for line in start["lines"]
+    )
+    wanted = [
+        ("drop_capture", bool(there["triggers"]) or there["capture_function"]),
+        ("drop_columns", bool(there["columns"]) and own_column),
+        ("drop_staging", there["staging"] or there["rejected"]),
+        ("drop_queue", there["queue"]),
+    ]
+    return db.Plan(tuple(db.statement(SQL[n], phase.params) for n, present in wanted if present), phase.connection)
+
+
+def undo(phase: Phase) -> Table:
+    """Removes what this phase added; does nothing where nothing is left."""
+    return phase.carry_out(undo_plan(phase))
+
+
+def verify_undone(phase: Phase) -> Gates:
+    """Nothing of this phase is left."""
+    there = _what_is_there(phase)
+    left = [name for name, present in there.items() if present]
+    return collect(
+        [
+            gate(
+                "schema.nothing_is_left",
+                not left,
+                _table(phase),
+                found=", ".join(left) or "none of the runbook's columns, triggers and tables",
+                needed="none",
+                danger="writers still pay for what is left",
+                do="run undo/30_remove_schema again",
+            )
+        ]
+    )
+
+
+def catalogue(phase: Phase) -> list[str]:
+    """The table's columns, indexes, constraints, triggers, options, grants and comments, a line each."""
+    p = phase.params
+    found = db.rows(
+        phase.connection,
+        SQL["catalogue"],
+        p,
+        table=_table(phase),
+        schema=spelled(p, "schema"),
+        function=p.function_name,
+    )
+    return [row["line"] for row in found]
+
+
+def difference(before: Sequence[str], now: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Lines that are gone and lines that are new."""
+    return [x for x in before if x not in now], [x for x in now if x not in before]
+
+
+def record_start(phase: Phase) -> None:
+    """Writes down the catalogue that undo must lead back to, once: not again while a migration is under way."""
+    begun = phase.ledger.latest("catalogue") is not None
+    if not begun or phase.ledger.phase_verdict("00_preflight") == "UNDONE":
+        phase.note("catalogue", {"lines": catalogue(phase)})
+
+
+def verify_as_at_start(phase: Phase) -> Gates:
+    """The catalogue equals the one that was written down before the first change."""
+    start = phase.ledger.latest("catalogue")
+    gone, new = difference(start["lines"], catalogue(phase)) if start else ([], [])
+    return collect(
+        [
+            gate(
+                "schema.table_is_as_at_the_start",
+                None if start is None else not gone and not new,
+                _table(phase),
+                found="no catalogue from the start"
+                if start is None
+                else f"{len(gone)} gone, {len(new)} new" + "".join(f"; {x}" for x in [*gone, *new][:5]),
+                needed="the same lines in both catalogues",
+                danger="something that the runbook made is still there, or something of yours is missing",
+                do="run the undo notebooks in order; compare what is named here with your own changes since",
+                figures={"lines": len(start["lines"]) if start else 0, "gone": len(gone), "new": len(new)},
+            )
+        ]
+    )

@@ -1,0 +1,279 @@
+"""The searches that are compared, and the one SQL function that the application calls."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pgvector.psycopg import register_vector
+from psycopg import sql
+
+from runbook_lib import db
+from runbook_lib.display import Table
+from runbook_lib.evaluate import Query
+from runbook_lib.gates import Gates, collect, gate
+from runbook_lib.names import identifier, names, spelled
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
+from runbook_lib.sql import load
+
+SQL = load("search")
+
+Route = Literal["legacy", "vector", "hybrid"]
+SETTING = {"hnsw": "hnsw.ef_search", "ivfflat": "ivfflat.probes"}
+# Keeps a page full where a filter or dead rows take answers away; strict order needs no second sort.
+ITERATIVE = {"hnsw": ("hnsw.iterative_scan", "strict_order"), "ivfflat": ("ivfflat.iterative_scan", "relaxed_order")}
+
+
+def _placeholders(params: Params, in_function: bool) -> dict[str, sql.Composable]:
+    """How the query text, its vector, k and the filters are written: $n inside the function, %(name)s outside."""
+    vector_type = names(params)["vector_type"]
+    if in_function:
+        own = {
+            name: sql.SQL(f"${i}") for i, name in enumerate(["query", "embedding", "k", *params.target.filters], 1)
+        }
+    else:
+        own = {name: sql.Placeholder(name) for name in ["query", "embedding", "k", *params.target.filters]}  # type: ignore[misc]
+    return {**own, "embedding": sql.SQL("{}::{}").format(own["embedding"], vector_type)}
+
+
+def _filters(params: Params, places: Mapping[str, sql.Composable], types: Mapping[str, str]) -> sql.Composable:
+    """Equality with each filter that is given; a filter that is NULL lets every row through."""
+    parts = [
+        sql.SQL("({v}::{type} IS NULL OR t.{c} = {v}::{type})").format(
+            v=places[c],
+            type=sql.SQL(types[c]),
+            c=identifier(c),
+        )
+        for c in params.target.filters
+    ]
+    return sql.SQL(" AND ").join(parts) if parts else sql.SQL("true")
+
+
+def column_types(connection: db.Connection, params: Params) -> dict[str, str]:
+    """Types of the key and the filters, by column name."""
+    table = spelled(params, "table")
+    columns = [params.target.key, *params.target.filters]
+    found = db.rows(connection, SQL["column_types"], params, table=table, columns=columns)
+    return {row["name"]: row["type"] for row in found}
+
+
+def legacy_statement(params: Params, in_function: bool = False) -> sql.Composed:
+    """The search of today. ``:query``, ``:k`` and ``:<filter>`` become bound values; everything else stays."""
+    places = _placeholders(params, in_function) | {
+        "query": sql.SQL("$1") if in_function else sql.Placeholder("query")
+    }
+    pattern = re.compile(r"(?<![:\w]):(" + "|".join(["query", "k", *map(re.escape, params.target.filters)]) + r")\b")
+    parts: list[sql.Composable] = []
+    for i, piece in enumerate(pattern.split(params.legacy.query)):
+        parts.append(places[piece] if i % 2 else sql.SQL(piece.replace("%", "%%")))
+    return sql.Composed(parts)
+
+
+def route_statement(
+    connection: db.Connection, params: Params, route: Route, *, in_function: bool = False
+) -> sql.Composed:
+    """The query of a route. Outside the function it returns the key and, for vector and hybrid, a score."""
+    if route == "legacy":
+        return legacy_statement(params, in_function)
+    places = _placeholders(params, in_function)
+    return SQL["hybrid" if route == "hybrid" else "exact_or_vector"].compose(
+        names(params)
+        | {
+            "query_text": places["query"],
+            "query_vector": places["embedding"],
+            "k": places["k"],
+            "filters": _filters(params, places, column_types(connection, params)),
+            "candidates": sql.Literal(params.search.hybrid_candidates),
+            "fulltext": identifier(params.search.fulltext_column or ""),
+            "fulltext_config": sql.SQL("{}::regconfig").format(sql.Literal(params.search.fulltext_config)),
+        }
+    )
+
+
+def _function_names(phase: Phase) -> dict[str, sql.Composable]:
+    """What the blocks about the function need beside the common names."""
+    p, connection = phase.params, phase.connection
+    types = column_types(connection, p)
+    filter_types = [sql.SQL(types[c]) for c in p.target.filters]
+    arguments = [
+        sql.SQL("query_text text"),
+        sql.SQL("query_embedding real[] DEFAULT NULL"),
+        sql.SQL("k integer DEFAULT 10"),
+        *(
+            sql.SQL("{} {} DEFAULT NULL").format(identifier(f"filter_{c}"), kind)
+            for c, kind in zip(p.target.filters, filter_types, strict=True)
+        ),
+    ]
+    using = ["query_text", "query_embedding", "k", *(f"filter_{c}" for c in p.target.filters)]
+    return {
+        "arguments": sql.SQL(", ").join(arguments),
+        "signature": sql.SQL(", ").join([sql.SQL("text, real[], integer"), *filter_types]),
+        "key_type": sql.SQL(types[p.target.key]),
+        "using": sql.SQL(", ").join(map(sql.Identifier, using)),
+        "search_path": sql.SQL(", ").join(map(identifier, _search_path(phase))),
+        "vector_query": _as_literal(phase, "vector"),
+        "hybrid_query": _as_literal(phase, "hybrid" if p.search.fulltext_column else "vector"),
+        "legacy_query": _as_literal(phase, "legacy"),
+    }
+
+
+def _search_path(phase: Phase) -> list[str]:
+    """The table's schema, what the session sees, pgvector's schema; pg_temp last, so that nothing shadows them."""
+    row = phase.connection.execute("SELECT current_schemas(false) AS seen").fetchone()
+    seen = row["seen"] if row else []
+    wanted = [phase.params.target.schema_, *seen, phase.params.extension.schema_, "pg_temp"]
+    return list(dict.fromkeys(wanted))
+
+
+def _as_literal(phase: Phase, route: Route) -> sql.Composable:
+    """A route's query as a string for EXECUTE, with the columns that the function returns."""
+    p = phase.params
+    text = route_statement(phase.connection, p, route, in_function=True)
+    key = names(p)["key"] if route == "legacy" else sql.Identifier("key")
+    score = sql.SQL("NULL::double precision") if route == "legacy" else sql.SQL("q.score")
+    wrapped = sql.SQL("SELECT q.{}, {}, {} FROM (\n{}\n) q").format(key, score, sql.SQL(f"text '{route}'"), text)
+    # legacy_statement has doubled its per cent signs for a client; the others hold none.
+    return sql.SQL(sql.Literal(wrapped.as_string(phase.connection)).as_string(phase.connection))
+
+
+def plan(phase: Phase) -> db.Plan:
+    """The route table, this target's route, the function, and the grants."""
+    extra = _function_names(phase)
+    blocks = ["create_route", "start_with_legacy", "create_function", "revoke_public"]
+    statements = [db.statement(SQL[b], phase.params, extra) for b in blocks]
+    grants = [
+        db.statement(SQL["grant"], phase.params, extra | {"role": identifier(role)})
+        for role in phase.params.search.grant_to
+    ]
+    return db.Plan((*statements, *grants), phase.connection)
+
+
+def apply(phase: Phase) -> Table:
+    """Makes the function, answering by the legacy query; made again, it keeps its route and its settings."""
+    return phase.carry_out(plan(phase))
+
+
+def current_route(phase: Phase) -> tuple[Route, int]:
+    """Where reads go now: the route, and the share of calls in per cent that it answers."""
+    row = db.one(phase.connection, SQL["current_route"], phase.params)
+    return row["route"], row["share_percent"]
+
+
+def move_route(phase: Phase, route: Route, share_percent: int, reason: str) -> db.Done:
+    """Moves the reads in one transaction, and writes down why."""
+    done = phase.do(db.statement(SQL["move_route"], phase.params, route=route, share_percent=share_percent))
+    phase.note("route", {"route": route, "share_percent": share_percent, "reason": reason})
+    return done
+
+
+def set_search_setting(phase: Phase, value: int) -> list[db.Statement]:
+    """Statements that carry the tuned setting, and an iterative scan, into the function."""
+    method = phase.params.index.method
+    extra = _function_names(phase)
+    wanted = [(SETTING[method], str(value)), ITERATIVE[method]]
+    return [
+        db.statement(
+            SQL["set_search_settings"],
+            phase.params,
+            extra | {"setting": sql.SQL(name), "value": sql.Literal(text)},
+        )
+        for name, text in wanted
+    ]
+
+
+def reset_search_setting(phase: Phase, name: str) -> db.Statement:
+    """A statement that takes one index setting from the function."""
+    extra = _function_names(phase) | {"setting": sql.SQL(name)}
+    return db.statement(SQL["reset_search_settings"], phase.params, extra)
+
+
+def function_state(phase: Phase) -> db.Row | None:
+    """The function as pg_proc has it; None where there is none."""
+    schema = spelled(phase.params, "schema")
+    function = phase.params.function_name
+    found = db.rows(phase.connection, SQL["function_state"], phase.params, schema=schema, function=function)
+    return found[0] if found else None
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """DROP FUNCTION and the route's row, if they are there."""
+    if function_state(phase) is None:
+        return db.Plan((), phase.connection)
+    return db.Plan((db.statement(SQL["drop_function"], phase.params, _function_names(phase)),), phase.connection)
+
+
+def undo(phase: Phase) -> Table:
+    """Removes the function. The application must have gone back to its own query first."""
+    return phase.carry_out(undo_plan(phase))
+
+
+def verify_undone(phase: Phase) -> Gates:
+    """No function of that name is left."""
+    found = function_state(phase)
+    gone = gate(
+        "search.function_is_gone",
+        found is None,
+        phase.params.function_name,
+        found="no such function" if found is None else found["function"],
+        needed="no such function",
+        danger="the table is not as it was",
+        do="run undo/40_remove_search_function again",
+    )
+    return collect([gone])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a search answered: keys as text, best first, by query id; seconds of each query, in the same order.
+
+    routes: which route answered each query, where the search is the function.
+    """
+
+    keys: dict[str, list[str]]
+    seconds: list[float]
+    routes: list[str]
+
+    def answered_by(self, route: str) -> int:
+        """Queries that this route answered."""
+        return self.routes.count(route)
+
+
+def ask(
+    connection: db.Connection,
+    params: Params,
+    statement: sql.Composed,
+    queries: Sequence[Query],
+    vectors: np.ndarray | None,
+    k: int,
+) -> Answers:
+    """Runs a search for every query, one after the other, and times each on the client.
+
+    vectors: shape (len(queries), dimension), or None for a search that needs none. Never prepared: psycopg's
+    automatic prepare would keep an index plan in spite of a setting that forbids it.
+    """
+    if vectors is not None:
+        register_vector(connection)
+    filters: dict[str, Any] = dict.fromkeys(params.target.filters)
+    keys: dict[str, list[str]] = {}
+    seconds: list[float] = []
+    routes: list[str] = []
+    for i, query in enumerate(queries):
+        values = filters | {"query": query.text, "k": k, "embedding": None if vectors is None else vectors[i]}
+        started = time.perf_counter()
+        rows = connection.execute(statement, values, prepare=False).fetchall()
+        seconds.append(time.perf_counter() - started)
+        name = params.target.key if rows and params.target.key in rows[0] else "key"
+        keys[query.query_id] = [str(row[name]) for row in rows]
+        if rows and "answered_by" in rows[0]:
+            routes.append(rows[0]["answered_by"])
+    return Answers(keys, seconds, routes)
+
+
+def call_statement(params: Params) -> sql.Composed:
+    """A call of the function, as the application makes it."""
+    return SQL["call"].compose(names(params))

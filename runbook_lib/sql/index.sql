@@ -1,0 +1,68 @@
+-- Phase 60: the vector index.
+
+-- name: create_hnsw
+-- purpose: Build the HNSW index beside the running application.
+-- lock: SHARE UPDATE EXCLUSIVE on {table}, for the whole build; it waits for older transactions to end
+-- undo: index.drop
+CREATE INDEX CONCURRENTLY {index} ON {table} USING hnsw ({embedding} {operator_class})
+    WITH (m = {m}, ef_construction = {ef_construction});
+
+-- name: create_ivfflat
+-- purpose: Build the IVFFlat index beside the running application.
+-- lock: SHARE UPDATE EXCLUSIVE on {table}, for the whole build; it waits for older transactions to end
+-- undo: index.drop
+CREATE INDEX CONCURRENTLY {index} ON {table} USING ivfflat ({embedding} {operator_class}) WITH (lists = {lists});
+
+-- name: drop
+-- purpose: Drop the vector index, or what an unfinished build left of it.
+-- lock: SHARE UPDATE EXCLUSIVE on {table}; it waits for older transactions that use the index
+-- undo: index.create_hnsw
+DROP INDEX CONCURRENTLY IF EXISTS {qualified_index};
+
+-- name: settings
+-- purpose: Give this session alone the memory and workers for a build, and no limit on its waits.
+SELECT set_config('maintenance_work_mem', %(memory)s, false),
+       set_config('max_parallel_maintenance_workers', %(workers)s, false),
+       set_config('lock_timeout', '0', false), set_config('statement_timeout', '0', false);
+
+-- name: state
+-- purpose: The index as the catalogue has it.
+SELECT i.indisvalid AS valid, i.indisready AS ready, am.amname AS method, oc.opcname AS operator_class,
+       pg_relation_size(i.indexrelid) AS bytes, pg_get_indexdef(i.indexrelid) AS definition,
+       i.indrelid = to_regclass(%(table)s) AS on_target,
+       a.attname AS column_name
+FROM pg_index i
+JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam
+JOIN pg_opclass oc ON oc.oid = i.indclass[0]
+LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+WHERE i.indexrelid = to_regclass(%(index)s);
+
+-- name: in_the_way
+-- purpose: Transactions that a concurrent build will have to wait for.
+SELECT pid, usename, application_name, state, extract(epoch FROM now() - xact_start)::int AS seconds
+FROM pg_stat_activity
+WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) AND pid <> pg_backend_pid()
+  AND datname = current_database() AND backend_type = 'client backend' AND now() - xact_start > interval '1 s'
+ORDER BY xact_start;
+
+-- name: progress
+-- purpose: How far the build is.
+SELECT phase, blocks_done, blocks_total, tuples_done FROM pg_stat_progress_create_index WHERE pid = %(pid)s;
+
+-- name: rows
+-- purpose: Rows that the index should hold.
+SELECT count(*) AS rows FROM {table} t WHERE t.{embedding} IS NOT NULL;
+
+-- name: known_row
+-- purpose: Vectors of known rows, spread over the table, to be found again through the index.
+SELECT t.{key} AS key, t.{embedding} AS embedding FROM {table} t
+WHERE t.{embedding} IS NOT NULL ORDER BY t.{embedding_hash} LIMIT %(n)s;
+
+-- name: nearest
+-- purpose: The distance of the nearest row, through the index.
+SELECT t.{embedding} {distance} %(embedding)s AS distance FROM {table} t
+ORDER BY t.{embedding} {distance} %(embedding)s LIMIT 1;
+
+-- name: own_distance
+-- purpose: The distance of a vector to itself, by the same operator.
+SELECT %(embedding)s::{vector_type} {distance} %(embedding)s::{vector_type} AS distance;

@@ -1,0 +1,14 @@
+-- Phases 70 and 80: how the searches are measured.
+
+-- name: exact_only
+-- purpose: Forbid every index to this transaction, so that the answers are exact.
+SELECT set_config('enable_indexscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
+       set_config('enable_indexonlyscan', 'off', true);
+
+-- name: index_setting
+-- purpose: One setting of the index, for this transaction.
+SELECT set_config(%(name)s, %(value)s, true);
+
+-- name: load_library
+-- purpose: Load pgvector's library into the session; before that, a mistyped setting would be accepted.
+SELECT '[1]'::vector;
