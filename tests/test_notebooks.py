@@ -1,0 +1,87 @@
+"""The shape of a notebook: what a reader may rely on in every one of them."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from runbook_lib.phase import MIGRATE, UNDO
+
+ROOT = Path(__file__).parent.parent / "notebooks"
+PATHS = sorted(ROOT.glob("*/*.ipynb"))
+MOST_CELLS, FEWEST_CELLS, MOST_LINES = 16, 12, 5
+HEADINGS = ["What changes", "Parameters", "Where am I", "Must be true first", "Must be true now", "What comes next"]
+LOOPS = (ast.For, ast.While, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ListComp, ast.DictComp)
+
+notebooks = pytest.mark.parametrize("path", PATHS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+
+
+def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == kind]
+
+
+def test_every_phase_and_every_way_back_has_its_notebook() -> None:
+    assert [p.stem for p in PATHS if p.parent.name == "migrate"] == list(MIGRATE)
+    assert [p.stem for p in PATHS if p.parent.name == "undo"] == list(UNDO)
+
+
+def test_every_phase_is_taken_back_by_exactly_one_undo() -> None:
+    assert sorted(p for taken in UNDO.values() for p in taken) == sorted(MIGRATE)
+
+
+@notebooks
+def test_it_is_valid_short_and_stored_without_outputs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert FEWEST_CELLS <= len(notebook.cells) <= MOST_CELLS
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in cells(path, "code"):
+        assert (cell.outputs, cell.execution_count) == ([], None)
+        assert len([x for x in cell.source.splitlines() if x.strip()]) <= MOST_LINES
+
+
+@notebooks
+def test_its_sections_stand_in_the_order_of_the_house(path: Path) -> None:
+    text = "\n".join(c.source for c in cells(path, "markdown"))
+    found = re.findall(r"^#{1,2} (.*)$", text, re.M)
+    places = [next(i for i, title in enumerate(found) if title.startswith(wanted)) for wanted in HEADINGS]
+    assert places == sorted(places)
+    assert "| what | lock | whom it blocks | what it waits for | undo |" in text
+
+
+@notebooks
+def test_every_action_has_the_expected_result_above_it(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    for before, cell in zip(notebook.cells, notebook.cells[1:], strict=False):
+        if cell.cell_type == "code" and ".apply(" in cell.source:
+            assert before.cell_type == "markdown" or ".apply(" in before.source
+
+
+@notebooks
+def test_cells_call_the_library_and_do_nothing_of_their_own(path: Path) -> None:
+    for cell in cells(path, "code"):
+        if cell.source.startswith("%%sql"):
+            assert re.match(r"%%sql\n\s*(SELECT|WITH)\b", cell.source), "a %%sql cell only reads"
+            assert "'{" not in cell.source and not re.search(r"--", cell.source), "ipython-sql's traps"
+            continue
+        assert not re.search(r"^\s*[!%]", cell.source, re.M)
+        tree = ast.parse(cell.source)
+        assert not [n for n in ast.walk(tree) if isinstance(n, LOOPS)]
+
+
+@notebooks
+def test_it_takes_three_parameters_and_changes_nothing_by_default(path: Path) -> None:
+    tagged = [c for c in cells(path, "code") if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    values = {t.targets[0].id: ast.literal_eval(t.value) for t in ast.parse(tagged[0].source).body}  # type: ignore[attr-defined]
+    assert values == {"params_file": "../../params/demo.yaml", "run_id": "", "execute": False}
+
+
+@notebooks
+def test_it_opens_the_phase_of_its_own_name_and_closes_it_last(path: Path) -> None:
+    code = [c.source for c in cells(path, "code")]
+    opened = re.findall(r'open_phase\("([^"]+)"', "\n".join(code))
+    assert opened == [path.stem]
+    assert code[-1] == "phase.close(gates)"
