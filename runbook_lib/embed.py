@@ -136,7 +136,18 @@ def _probe(params: Params) -> Vectors:
         for _, vectors in read_file(params):
             return vectors
         raise _bad_file(params, "no rows", "a row for each row of the table", "nothing could be loaded")
-    return model(params)(PROBES)
+    try:
+        return model(params)(PROBES)
+    except BadInput:
+        raise
+    # The model may be the user's own, and fail in any way.
+    except Exception as error:
+        raise _cannot_load(
+            _source(params),
+            f"{type(error).__name__}: {error}",
+            f"vectors for {len(PROBES)} probe texts",
+            "let the function take any list of texts and return an array of one vector each",
+        ) from error
 
 
 def check(vectors: Vectors, keys: Sequence[object], params: Params) -> tuple[NDArray[np.bool_], list[str]]:
@@ -144,18 +155,20 @@ def check(vectors: Vectors, keys: Sequence[object], params: Params) -> tuple[NDA
 
     vectors: shape (n, d); keys: of the same n rows. Returns (mask of shape (n,), one reason for each False in it,
     in order, each naming its key). pgvector refuses NaN and infinity, and under cosine leaves zero vectors out of
-    the index without a word.
+    the index without a word. For halfvec, what counts is what is left of a number in two bytes.
     """
     if vectors.shape[1] != params.vector.dimension:
         reason = f"{vectors.shape[1]} dimensions, {params.vector.dimension} needed"
         return np.zeros(len(vectors), dtype=np.bool_), [f"{key}: {reason}" for key in keys]
-    finite: NDArray[np.bool_] = np.isfinite(vectors).all(axis=1)
-    zero: NDArray[np.bool_] = np.logical_not(vectors.any(axis=1)) & (params.vector.distance == "cosine")
-    reasons = {
-        int(i): "not a finite number in it (NaN or infinity)" if not finite[i] else "zero vector, no cosine"
-        for i in np.flatnonzero(~finite | zero)
-    }
-    return finite & ~zero, [f"{keys[i]}: {reason}" for i, reason in reasons.items()]
+    with np.errstate(over="ignore"):
+        stored = vectors.astype(np.float16) if params.vector.type == "halfvec" else vectors
+    finite: NDArray[np.bool_] = np.all(np.isfinite(stored), axis=1)
+    zero: NDArray[np.bool_] = np.all(stored == 0, axis=1) & (params.vector.distance == "cosine")
+    fit = finite & ~zero
+    return fit, [
+        f"{keys[i]}: {'a zero vector, which cosine cannot rank' if zero[i] else 'NaN or infinity among its numbers'}"
+        for i in np.flatnonzero(~fit).tolist()
+    ]
 
 
 def normalise(vectors: Vectors) -> Vectors:
