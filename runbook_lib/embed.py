@@ -73,16 +73,18 @@ def _callable(name: str) -> Model:
         found = getattr(importlib.import_module(module_name), function_name)
     # The module is the user's and may fail in any way while it is imported.
     except Exception as error:
-        raise _cannot_load(f"callable: {name}", f"{type(error).__name__}: {error}", needed, do) from error
+        raise _cannot_load(f"source: callable ({name})", f"{type(error).__name__}: {error}", needed, do) from error
     if not callable(found):
-        raise _cannot_load(f"callable: {name}", f"{function_name} is {_a(found)}, not a function", needed, do)
+        raise _cannot_load(
+            f"source: callable ({name})", f"{function_name} is {_a(found)}, not a function", needed, do
+        )
     function = cast(Callable[[list[str]], Any], found)
 
     def embed(texts: list[str]) -> Vectors:
         vectors = np.asarray(function(texts), dtype=np.float32)
         if vectors.ndim != 2 or len(vectors) != len(texts):
             raise _cannot_load(
-                f"callable: {name}",
+                f"source: callable ({name})",
                 f"an array of shape {vectors.shape} for {len(texts)} texts",
                 f"shape ({len(texts)}, dimension): one row a text",
                 "let the function return one vector for each text, in their order",

@@ -1,0 +1,269 @@
+"""Models and their vectors: what is refused, in which words, and what is let through."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from runbook_lib import embed
+from runbook_lib.gates import BadInput
+from runbook_lib.params import Params
+from tests import toy
+
+MakeParams = Callable[..., Params]
+
+
+def long_vectors(texts: list[str]) -> np.ndarray:
+    """As the toy model, at lengths of 1, 2, 3, …"""
+    return toy.embed(texts) * np.arange(1, len(texts) + 1, dtype=np.float32)[:, None]
+
+
+def one_for_all(texts: list[str]) -> np.ndarray:
+    return toy.embed(["a"])
+
+
+def broken(texts: list[str]) -> np.ndarray:
+    raise OSError("no GPU")
+
+
+def source(callable_: str) -> dict[str, Any]:
+    return {"source": "callable", "callable": callable_}
+
+
+def test_a_callable_gives_one_float32_vector_a_text(make_params: MakeParams) -> None:
+    model = embed.model(make_params())
+    vectors = model(["the cookie", "a buffer"])
+    assert (vectors.shape, vectors.dtype) == ((2, toy.DIMENSION), np.float32)
+    assert np.array_equal(vectors, toy.embed(["the cookie", "a buffer"]))
+
+
+def test_wordllama_gives_vectors_of_length_one_without_a_download(make_params: MakeParams) -> None:
+    p = make_params(embeddings={"source": "wordllama", "callable": None}, vector={"dimension": 256})
+    vectors = embed.model(p)(["a cookie expires", "a session expires", "heap overflow"])
+    assert vectors.shape == (3, 256)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1, 1], abs=1e-5)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
+    assert (embed.check_dimension(p).verdict, embed.check_distance(p).verdict) == ("PASS", "PASS")
+
+
+def test_wordllama_on_an_empty_text_is_set_aside_with_its_key(make_params: MakeParams) -> None:
+    p = make_params(embeddings={"source": "wordllama", "callable": None}, vector={"dimension": 256})
+    fit, reasons = embed.check(embed.model(p)(["words", ""]), ["k1", "k2"], p)
+    assert (fit.tolist(), reasons) == ([True, False], ["k2: NaN or infinity among its numbers"])
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("no_such_module:embed", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("tests.toy:embd", "AttributeError: module 'tests.toy' has no attribute 'embd'"),
+        ("tests.toy:DIMENSION", "DIMENSION is of type int, not a function"),
+    ],
+)
+def test_a_callable_that_cannot_be_loaded_is_bad_input(make_params: MakeParams, name: str, found: str) -> None:
+    with pytest.raises(BadInput) as error:
+        embed.model(make_params(embeddings=source(name)))
+    assert str(error.value) == (
+        f"\nFAIL    embed.model_can_be_loaded   source: callable ({name})\n"
+        f"  found   {found}\n"
+        "  needed  a module that imports, with a function from a list of texts to an array of vectors\n"
+        "  danger  no text could be embedded; nothing was started\n"
+        "  do      check the spelling, and that the module is installed in this environment or on PYTHONPATH"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("one_for_all", "an array of shape (1, 8) for 2 texts"),
+        ("broken", "OSError: no GPU"),
+    ],
+)
+def test_a_model_that_fails_on_two_texts_is_bad_input(make_params: MakeParams, name: str, found: str) -> None:
+    with pytest.raises(BadInput) as error:
+        embed.check_dimension(make_params(embeddings=source(f"tests.test_embed:{name}")))
+    assert error.value.found == found
+
+
+def test_a_file_is_no_model_for_new_texts(make_params: MakeParams) -> None:
+    p = make_params(embeddings={"source": "file", "callable": None, "file": "vectors.parquet"})
+    with pytest.raises(BadInput) as error:
+        embed.model(p)
+    assert error.value.found == "vectors that were made elsewhere, and no model"
+
+
+def test_a_model_of_another_dimension_does_not_fit(make_params: MakeParams) -> None:
+    gate = embed.check_dimension(make_params(vector={"dimension": 16}))
+    assert str(gate) == (
+        "FAIL    embed.model_dimension_fits   source: callable (tests.toy:embed)\n"
+        "  found   8 dimensions\n"
+        "  needed  16, the dimension of column embedding\n"
+        "  danger  no vector of this model fits into the column; cutting or padding would change every distance\n"
+        "  do      set vector.dimension: 8, or name the model that the column was made for"
+    )
+    assert embed.check_dimension(make_params()).verdict == "PASS"
+
+
+@pytest.mark.parametrize("distance", ["l2", "inner_product"])
+def test_vectors_of_other_lengths_fit_cosine_alone(make_params: MakeParams, distance: str) -> None:
+    unfit = source("tests.test_embed:long_vectors")
+    gate = embed.check_distance(make_params(embeddings=unfit, vector={"distance": distance}))
+    assert str(gate) == (
+        "FAIL    embed.model_and_distance_fit   source: callable (tests.test_embed:long_vectors)\n"
+        f"  found   distance {distance}, vectors of length 1.000 to 2.000\n"
+        "  needed  distance cosine, or vectors of length 1\n"
+        f"  danger  {distance} would rank by the length of the vectors too, so that long or short texts win unasked\n"
+        "  do      set vector.distance: cosine, or let the model normalise its vectors"
+    )
+    assert embed.check_distance(make_params(embeddings=unfit)).verdict == "PASS"
+    assert embed.check_distance(make_params(vector={"distance": distance})).verdict == "PASS"
+
+
+def test_unit_vectors_rank_alike_under_every_distance() -> None:
+    vectors = toy.embed([f"{s} {v} {p}" for s in toy.SUBJECTS for v in toy.VERBS for p in toy.PLACES])
+    query = toy.embed(["the cookie expires on logout"])[0]
+    by_cosine = np.argsort(-(vectors @ query), kind="stable")
+    by_l2 = np.argsort(np.round(np.linalg.norm(vectors - query, axis=1), 4), kind="stable")
+    assert np.allclose((vectors @ query)[by_cosine], (vectors @ query)[by_l2], atol=1e-3)
+
+
+def test_each_vector_that_may_not_be_loaded_is_named_with_its_reason(make_params: MakeParams) -> None:
+    vectors = np.ones((5, toy.DIMENSION), dtype=np.float32)
+    vectors[1, 3], vectors[2, 0], vectors[3] = np.nan, np.inf, 0
+    not_finite, zero = "NaN or infinity among its numbers", "a zero vector, which cosine cannot rank"
+    fit, reasons = embed.check(vectors, [10, 11, 12, 13, 14], make_params())
+    assert fit.tolist() == [True, False, False, False, True]
+    assert reasons == [f"11: {not_finite}", f"12: {not_finite}", f"13: {zero}"]
+    fit, reasons = embed.check(vectors, [10, 11, 12, 13, 14], make_params(vector={"distance": "l2"}))
+    assert fit.tolist() == [True, False, False, True, True]
+
+
+def test_a_wrong_dimension_refuses_every_row(make_params: MakeParams) -> None:
+    fit, reasons = embed.check(np.ones((2, 3), dtype=np.float32), ["a", "b"], make_params())
+    assert (fit.tolist(), reasons) == ([False, False], ["a: 3 dimensions, 8 needed", "b: 3 dimensions, 8 needed"])
+
+
+def test_halfvec_refuses_what_two_bytes_cannot_hold(make_params: MakeParams) -> None:
+    vectors = np.ones((3, toy.DIMENSION), dtype=np.float32)
+    vectors[1, 0], vectors[2] = 70_000, 1e-9
+    assert embed.check(vectors, [1, 2, 3], make_params())[0].tolist() == [True, True, True]
+    _, reasons = embed.check(vectors, [1, 2, 3], make_params(vector={"type": "halfvec"}))
+    assert reasons == ["2: NaN or infinity among its numbers", "3: a zero vector, which cosine cannot rank"]
+
+
+def test_no_vectors_need_no_reasons(make_params: MakeParams) -> None:
+    fit, reasons = embed.check(np.empty((0, toy.DIMENSION), dtype=np.float32), [], make_params())
+    assert (fit.tolist(), reasons) == ([], [])
+
+
+def test_normalising_leaves_directions_and_what_has_none() -> None:
+    vectors = np.array([[3, 4], [0, 0], [np.nan, 1]], dtype=np.float32)
+    result = embed.normalise(vectors)
+    assert result[0].tolist() == pytest.approx([0.6, 0.8])
+    assert result[1].tolist() == [0, 0]
+    assert math.isnan(result[2, 0]) and result[2, 1] == 1
+    assert vectors[0].tolist() == [3, 4]
+
+
+def file_params(make_params: MakeParams, tmp_path: Path, table: pa.Table, **sections: Any) -> Params:
+    pq.write_table(table, tmp_path / "vectors.parquet")
+    given = {"source": "file", "callable": None, "file": "vectors.parquet", "batch_rows": 2}
+    return make_params(embeddings=given, vector={"dimension": 3}, **sections)
+
+
+def column(rows: list[list[float | None] | None], kind: pa.DataType | None = None) -> pa.Array:
+    return pa.array(rows, kind or pa.list_(pa.float32()))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.float32()),
+        pa.list_(pa.float64()),
+        pa.large_list(pa.float32()),
+        pa.list_(pa.float32(), 3),
+        pa.list_(pa.float16()),
+    ],
+)
+def test_a_file_is_streamed_in_batches(make_params: MakeParams, tmp_path: Path, kind: pa.DataType) -> None:
+    rows = np.arange(15, dtype=np.float16).reshape(5, 3)
+    table = pa.table({"id": [5, 4, 3, 2, 1], "note": list("abcde"), "embedding": column(list(rows), kind)})
+    batches = list(embed.read_file(file_params(make_params, tmp_path, table)))
+    assert [keys for keys, _ in batches] == [[5, 4], [3, 2], [1]]
+    assert np.array_equal(np.concatenate([vectors for _, vectors in batches]), rows)
+    assert {vectors.dtype.name for _, vectors in batches} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "found", "needed"),
+    [
+        (
+            {"id": [7, 8, 9], "embedding": column([[1, 2, 3], [4, 5, 6], [7, 8]])},
+            "row 3, key 9: 2 dimensions",
+            "3 dimensions",
+        ),
+        ({"id": [7, 8], "embedding": column([[1, 2, 3], None])}, "row 2, key 8: no vector", "3 dimensions"),
+        (
+            {"id": [7, 8], "embedding": column([[1, 2, 3], [1, None, 3]])},
+            "row 2, key 8: a NULL among its numbers",
+            "3 numbers",
+        ),
+        (
+            {"id": [7, None], "embedding": column([[1, 2, 3], [1, 2, 3]])},
+            "row 2, key None: no key",
+            "a value of id",
+        ),
+        (
+            {"key": [7], "embedding": column([[1, 2, 3]])},
+            "columns key, embedding",
+            "columns id and embedding",
+        ),
+        ({"id": [7], "embedding": ["[1,2,3]"]}, "embedding is string", "list of float"),
+        (
+            {"id": [7], "embedding": column([[1, 2, 3]], pa.list_(pa.int32()))},
+            "embedding is list<element: int32>",
+            "list of float",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_with_row_and_key(
+    make_params: MakeParams, tmp_path: Path, columns: dict[str, Any], found: str, needed: str
+) -> None:
+    p = file_params(make_params, tmp_path, pa.table(columns))
+    with pytest.raises(BadInput) as error:
+        list(embed.read_file(p))
+    assert (error.value.problems.gates[0].subject, error.value.found, error.value.needed) == (
+        str(tmp_path / "vectors.parquet"),
+        found,
+        needed,
+    )
+
+
+def test_a_file_that_is_missing_or_no_parquet_is_bad_input(make_params: MakeParams, tmp_path: Path) -> None:
+    given = {"source": "file", "callable": None, "file": "vectors.parquet"}
+    p = make_params(embeddings=given)
+    with pytest.raises(BadInput, match=r"embed\.file_is_readable.*\n.*(No such file|Failed to open)"):
+        list(embed.read_file(p))
+    (tmp_path / "vectors.parquet").write_text("id,embedding\n")
+    with pytest.raises(BadInput, match="needed  a Parquet file"):
+        list(embed.read_file(p))
+
+
+def test_dimension_and_distance_of_a_file_are_those_of_its_vectors(make_params: MakeParams, tmp_path: Path) -> None:
+    table = pa.table({"id": [1, 2], "embedding": column([[1, 0, 0], [0, 2, 0]])})
+    p = file_params(make_params, tmp_path, table)
+    assert embed.check_dimension(p).verdict == "PASS"
+    unfit = p.model_copy(update={"vector": p.vector.model_copy(update={"distance": "inner_product"})})
+    assert embed.check_distance(unfit).found == "distance inner_product, vectors of length 1.000 to 2.000"
+
+
+def test_an_empty_file_is_bad_input(make_params: MakeParams, tmp_path: Path) -> None:
+    table = pa.table({"id": pa.array([], pa.int64()), "embedding": column([])})
+    with pytest.raises(BadInput) as error:
+        embed.check_dimension(file_params(make_params, tmp_path, table))
+    assert error.value.found == "no rows"
