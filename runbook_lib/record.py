@@ -99,7 +99,14 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "number": number, "size": size, "when": _when, "figures": _figures}
+    environment.filters |= {
+        "duration": duration,
+        "number": number,
+        "size": size,
+        "when": _when,
+        "figures": _figures,
+        "json": _json,
+    }
     environment.globals |= {
         "symbols": dict(SYMBOLS),
         "gate_symbols": dict(GATE_SYMBOLS),
@@ -116,3 +123,7 @@ def _when(iso: str) -> str:
 
 def _figures(figures: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} = {number(v) if isinstance(v, int | float) else v}" for k, v in figures.items())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)

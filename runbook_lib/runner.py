@@ -52,6 +52,9 @@ NOTEBOOKS_ENV = "RUNBOOK_NOTEBOOKS"
 GRACE_S = 1.0
 LONGEST_ERROR = 2000
 
+# The kernel writes its log to our standard error, a traceback when it is interrupted among it; that is not progress.
+QUIET_KERNEL = "--log-level=CRITICAL"
+
 # What a notebook raised, and how that phase ended. Everything else is a crash.
 ENDS = {
     GateFailed.__name__: Status.FAILED,
@@ -366,8 +369,11 @@ def _run_notebook(folder: Path, params: Params, manifest: Manifest, name: str, s
             progress_bar=False,
             log_output=False,
             coalesce_streams=True,
+            extra_arguments=[QUIET_KERNEL],
         )
     except KeyboardInterrupt:
+        # The notebook's tasks were left where they stood; asyncio would report each of them at the end.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         return Outcome(Status.INTERRUPTED, f"stopped by {stop.requested or 'SIGINT'}", "KeyboardInterrupt")
     except PapermillExecutionError as error:
         status = ENDS.get(error.ename, Status.CRASHED)

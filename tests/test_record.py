@@ -1,0 +1,235 @@
+"""The page of a run: what it says, and that it needs nothing but itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from runbook_lib import manifest, record, review
+from runbook_lib.manifest import PhaseRun
+from runbook_lib.phase import MIGRATE, Phase
+from tests.records import RUN_ID, entry, gate, make_entries, make_manifest
+
+VOID = {"meta", "br", "path", "use", "rect", "line", "circle", "img", "hr", "col", "input", "link"}
+
+
+class WellFormed(HTMLParser):
+    """Collects texts, ids and headings; fails where an element is closed that is not open."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.ids: list[str] = []
+        self.headings: list[str] = []
+        self.feed(page)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [v for k, v in attrs if k == "id" and v]
+        if re.fullmatch(r"h\d", tag):
+            self.headings.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [v for k, v in attrs if k == "id" and v]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] not in (["style"], ["script"]):
+            self.texts.append(data)
+
+
+def page_of(run: manifest.Manifest, entries: list[dict[str, Any]], **more: Any) -> tuple[str, str]:
+    """The page, checked for its form, and its text with single spaces."""
+    page = record.render(review.collect(run, entries, **more))
+    parsed = WellFormed(page)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert parsed.headings[0] == "h1" and parsed.headings.count("h1") == 1
+    return page, " ".join(" ".join(parsed.texts).split())
+
+
+def needs_nothing_else(page: str) -> bool:
+    addresses = re.findall(r"""(?:src|href)=["']([^"'#]+)|url\((?!#)([^)]+)\)|@import""", page)
+    return "<script" not in page and not any(
+        ":" in a for pair in addresses for a in pair if not a.startswith("data:")
+    )
+
+
+def test_a_reviewer_reads_what_changed_under_which_locks_and_what_was_proved() -> None:
+    summary = list(review.collect(make_manifest(), make_entries()).summary)
+    assert summary == [
+        "938 rows of public.articles got a vector in 920 ms.",
+        "Reads now go to: hybrid, every call.",
+        "4 statements changed something. The strongest lock was ACCESS EXCLUSIVE (1 statement, the longest 312 ms),"
+        " which blocks every read and write; 1 statement had to try again for its lock.",
+        "The run took 53.0 s. 10 gates passed; none failed.",
+        "With hnsw.ef_search = 80 the index finds 97.4% of the exact 10 nearest rows in 1.04 ms at the median; exact"
+        " search takes 4.4 ms (200 queries).",
+        "On 1,893 judged queries, hybrid answers best: nDCG@10 0.368; vectors, exact 0.312, vectors, by index 0.309,"
+        " legacy search 0.221.",
+    ]
+
+
+def test_the_page_stands_alone_and_shows_every_part() -> None:
+    page, text = page_of(make_manifest(), make_entries(), pages=MIGRATE)
+    assert needs_nothing_else(page)
+    for heading in ("Summary", "Figures", "Phases", "Statements that changed something", "Gates",
+                    "Forecast against actual", "How to go back", "Versions, parameters and hashes"):  # fmt: skip
+        assert f">{heading}</h2>" in page
+    assert all(f'href="{name}.html"' in page for name in MIGRATE)
+    assert page.count('role="img" aria-label="') == page.count("<svg") == 4
+    assert "prefers-color-scheme: dark" in page and "@media print" in page and 'name="viewport"' in page
+    assert "size of the index 1.5 MB 1.5 MB 0.95 ×" in text
+    assert "runbook undo articles.yaml --execute --to 10_reads_to_legacy" in text
+
+
+def test_what_a_database_says_cannot_become_markup() -> None:
+    evil = "<script>alert(1)</script>"
+    entries = [*make_entries(), entry("50_backfill", "gate", gate("backfill.evil", "FAIL", found=evil))]
+    page, text = page_of(make_manifest(notes=(evil,)), entries)
+    assert evil not in page and text.count(evil) == 2
+    assert '"query": "a < b & c = \'<i>\'"' in text
+
+
+def test_the_gate_that_stopped_the_run_comes_first_and_open() -> None:
+    phases = list(make_manifest().phases)
+    phases[5] = dataclasses.replace(phases[5], status="failed", error="FAIL  backfill.no_row_is_missing")
+    phases[6:] = [PhaseRun(p.name) for p in phases[6:]]
+    entries = [e for e in make_entries() if e["phase"] < "50"]
+    entries += [
+        entry("50_backfill", "gate", gate("backfill.no_row_is_missing", "FAIL")),
+        entry("50_backfill", "gate", gate("backfill.no_row_is_stale")),
+    ]
+    run = make_manifest(status="failed", exit_code=1, phases=tuple(phases))
+    found = review.collect(run, entries)
+    assert (found.gates[0]["phase"], found.gates[0]["stopping"][0]["name"]) == (
+        "50_backfill", "backfill.no_row_is_missing",
+    )  # fmt: skip
+    assert found.summary[0] == (
+        "The run stopped in 50_backfill. Not begun: 60_build_index, 70_tune, 80_shadow, 90_cut_over."
+        " Running the same command again goes on from there."
+    )
+    page, text = page_of(run, entries)
+    assert "✘ failed a gate did not pass" in text
+    assert page.index("FAIL · backfill.no_row_is_missing") < page.index("backfill.no_row_is_stale")
+
+
+@pytest.mark.parametrize("kind", ["plan", "gate", "statement", "phase", "baseline", "load", "backfill", "index", "tuning", "shadow", "route"])  # fmt: skip # noqa: E501
+def test_a_missing_kind_of_row_costs_only_its_part(kind: str) -> None:
+    page_of(make_manifest(), [e for e in make_entries() if e["kind"] != kind])
+
+
+def test_an_empty_ledger_still_makes_a_page() -> None:
+    page_of(make_manifest(finished="", status="running", exit_code=None), [], notes=["The ledger could not be read"])
+
+
+def test_a_plan_claims_no_change() -> None:
+    phases = tuple(PhaseRun(name, "planned") for name in MIGRATE)
+    found = review.collect(make_manifest(execute=False, status="planned", phases=phases), [])
+    assert found.summary == [
+        "Nothing was carried out: each notebook shows the statements that it would run, and their locks."
+    ]
+    assert not found.ways_back
+
+
+def test_figures_of_an_earlier_run_are_marked_and_those_undone_are_gone() -> None:
+    later = make_manifest(run_id="20261123T000000Z-articles")
+    tiles = {t.label: t for t in review.collect(later, make_entries()).tiles}
+    assert (tiles["recall@10"].value, tiles["recall@10"].source) == ("0.974", RUN_ID)
+    undone = entry("70_tune", "phase", {"verdict": "UNDONE"}, "20261122T235900Z-articles")
+    assert "recall@10" not in {t.label for t in review.collect(later, [*make_entries(), undone]).tiles}
+
+
+def test_no_setting_that_reaches_the_target_is_told() -> None:
+    entries = make_entries()
+    tuning = next(e["body"] for e in entries if e["kind"] == "tuning")
+    tuning["chosen"] = None
+    found = review.collect(make_manifest(), entries)
+    assert "recall@10" not in {t.label for t in found.tiles}
+    assert any("No setting met the target" in p.alt for p in found.pictures)
+
+
+def notebook_with_error() -> nbformat.NotebookNode:
+    code = nbformat.v4.new_code_cell("phase.close(gates)", execution_count=3)
+    code.outputs = [
+        nbformat.v4.new_output("stream", text="a line\n"),
+        nbformat.v4.new_output("error", ename="GateFailed", evalue="x", traceback=["\x1b[31mGateFailed\x1b[0m: x"]),
+    ]
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Backfill\n\n$x$"), code])
+
+
+def test_a_notebook_page_stands_alone_and_leads_back(tmp_path: Path) -> None:
+    nbformat.write(notebook_with_error(), tmp_path / "50_backfill.ipynb")
+    page = record.notebook_page(tmp_path / "50_backfill.ipynb", make_manifest())
+    assert needs_nothing_else(page) and "https://cdn" not in page
+    assert 'href="index.html"' in page and "ansi-red-fg" in page and "\x1b" not in page
+    assert "In&nbsp;[" not in page and "In [" not in page
+
+
+def test_half_a_notebook_has_no_page(tmp_path: Path) -> None:
+    (tmp_path / "50_backfill.ipynb").write_text('{"cells": [')
+    assert record.notebook_page(tmp_path / "50_backfill.ipynb", make_manifest()) == ""
+
+
+def test_the_list_of_runs_is_newest_first_and_a_section_a_target(tmp_path: Path) -> None:
+    for i, table in enumerate(["public.b", "public.a", "public.b"]):
+        run = make_manifest(run_id=f"run-{i}", table=table, started=f"2026-11-22T1{i}:00:00+00:00")
+        (tmp_path / run.run_id).mkdir()
+        manifest.write(tmp_path / run.run_id, run)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / manifest.FILE).write_text("{")
+    record.write_list(tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    WellFormed(page)
+    order = ["public.a", "run-1/index.html", "public.b", "run-2/index.html", "run-0/index.html"]
+    assert sorted(order, key=page.index) == order
+
+
+def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    run = make_manifest(notes=("a note",))
+    manifest.write(tmp_path, run)
+    assert manifest.read(tmp_path) == run
+    assert json.loads((tmp_path / manifest.FILE).read_text())["seconds"] == 53.0
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "file"
+    manifest.write_atomically(path, "old")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        manifest.write_atomically(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_record_keeps_the_ledger_of_its_run_beside_it(open_phase: Callable[..., Phase], tmp_path: Path) -> None:
+    phase = open_phase()
+    phase.ledger.append("note", {"figure": 1})
+    record.write(tmp_path, phase.params, make_manifest(run_id="test-run"))
+    rows = json.loads((tmp_path / "ledger.json").read_text())
+    assert [(r["kind"], r["body"], len(r["hash"])) for r in rows] == [("note", {"figure": 1}, 64)]
+
+
+def test_a_lost_server_costs_the_ledger_but_not_the_page(
+    make_params: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNBOOK_TEST_DSN", "host=/nowhere dbname=x password=planted-secret")
+    (tmp_path / "run").mkdir()
+    record.write(tmp_path / "run", make_params(), make_manifest())
+    page = (tmp_path / "run" / "index.html").read_text()
+    assert "The ledger could not be read" in page and "planted-secret" not in page
