@@ -88,8 +88,9 @@ class Article(NamedTuple):
 def load(dsn: str, folder: Path, grow_to_rows: int = 0) -> DemoData:
     """Makes schema ``demo`` from nothing, and ``queries.jsonl`` and ``judgements.jsonl`` in the folder.
 
-    grow_to_rows: add real passages without judgements until the table has so many rows; 0 adds none. They compete
-    with the judged articles, so measures of relevance fall with them.
+    grow_to_rows: add real passages without judgements until the table has so many rows; 0 adds none. A passage that
+    answers a query counts as wrong, and passages are shorter than articles: measures of relevance fall, least for a
+    search that favours long texts. Grow the table to measure time and size; judge searches on it as it is.
 
     Raises BadInput where a schema ``demo`` exists that this function did not make, and where there is not enough
     real text to grow so far; the database is left as it was.
