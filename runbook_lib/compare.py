@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,15 +50,18 @@ def _ask(phase: Phase, system: str, queries: Sequence[Query], vectors: np.ndarra
         return search.ask(connection, phase.params, statement, queries, None if system == "legacy" else vectors, k)
 
 
-def measure(phase: Phase, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def measure(
+    phase: Phase, names: Sequence[str], known: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Relevance on the judged queries and latency on the timed ones, by system.
 
-    Returns, by system: the measures, p50_ms, p95_ms, p99_ms, judged and timed (numbers of queries), and answers
-    (keys by query id, of the timed queries).
+    known: relevance that was measured before and is not measured again. Returns, by system: the measures, p50_ms,
+    p95_ms, p99_ms, judged and timed (numbers of queries), per_query (nDCG@10) and answers (keys of the timed
+    queries), both by query id.
     """
     p = phase.params
     queries, judgements = evaluate.read_queries(p), evaluate.read_judgements(p)
-    judged = [q for q in queries if q.query_id in judgements]
+    judged = evaluate.sample([q for q in queries if q.query_id in judgements], p.queries.judged_sample)
     timed = evaluate.sample(queries, p.queries.sample)
     model = embed.model(p) if set(names) != {"legacy"} else None
     judged_vectors = model([q.text for q in judged]) if model and judged else None
@@ -71,23 +74,25 @@ def measure(phase: Phase, names: Sequence[str]) -> dict[str, dict[str, Any]]:
             seconds[name] += answers[name].seconds
     result: dict[str, dict[str, Any]] = {}
     for name in names:
-        figures: dict[str, Any] = {}
-        if judged:
+        figures: dict[str, Any] = dict((known or {}).get(name, {}))
+        if judged and set(figures.get("per_query", ())) != {q.query_id for q in judged}:
             deep = _ask(phase, name, judged, judged_vectors, JUDGED_DEPTH)
             relevance = evaluate.relevance(deep.keys, {q.query_id: judgements[q.query_id] for q in judged})
-            figures |= {m: round(relevance.measures[m], 4) for m in MEASURES}
+            figures = {m: round(relevance.measures[m], 4) for m in MEASURES} | {"per_query": relevance.per_query}
         times = {key: round(v, 3) for key, v in evaluate.latency(seconds[name]).items() if key.endswith("_ms")}
         result[name] = {**figures, **times, "judged": len(judged), "timed": len(timed), "answers": answers[name].keys}
     return result
 
 
 def show(result: dict[str, dict[str, Any]]) -> Table:
-    """One row a system, without the answers themselves."""
-    return Table.of({"system": name, **{k: v for k, v in f.items() if k != "answers"}} for name, f in result.items())
+    """One row a system, without what stands for single queries."""
+    return Table.of({"system": name, **figures} for name, figures in _totals(result).items())
 
 
-def _without_answers(result: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: {k: v for k, v in figures.items() if k != "answers"} for name, figures in result.items()}
+def _totals(result: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The figures without those of single queries."""
+    single = ("answers", "per_query")
+    return {name: {k: v for k, v in figures.items() if k not in single} for name, figures in result.items()}
 
 
 def baseline(phase: Phase) -> Table:
@@ -95,7 +100,9 @@ def baseline(phase: Phase) -> Table:
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [("measure the legacy search",)])
     result = measure(phase, ["legacy"])
-    phase.note("baseline", {"systems": _without_answers(result), "answers": result["legacy"]["answers"]})
+    legacy = result["legacy"]
+    single = {"answers": legacy["answers"], "per_query": legacy.get("per_query", {})}
+    phase.note("baseline", {"systems": _totals(result), **single})
     return show(result)
 
 
@@ -149,7 +156,9 @@ def shadow(phase: Phase) -> Table:
     """Phase 80: every system answers the same queries; the figures and the winner go into the ledger."""
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [(f"measure {', '.join(systems(phase))}",)])
-    result = measure(phase, systems(phase))
+    recorded = phase.ledger.latest("baseline") or {"systems": {"legacy": {}}, "per_query": {}}
+    kept = {m: recorded["systems"]["legacy"].get(m) for m in MEASURES} | {"per_query": recorded["per_query"]}
+    result = measure(phase, systems(phase), {"legacy": kept})
     judged = result["legacy"]["judged"]
     winner = max(result, key=lambda name: result[name]["nDCG@10"]) if judged else None
     short = {
@@ -165,10 +174,17 @@ def shadow(phase: Phase) -> Table:
             "timed": result["legacy"]["timed"],
             "winner": winner,
             "short": short,
-            "systems": _without_answers(result),
+            "paired": _paired(result, phase.params.cut_over.route) if judged else None,
+            "systems": _totals(result),
         },
     )
     return show(result)
+
+
+def _paired(result: dict[str, dict[str, Any]], route: str) -> dict[str, float]:
+    """Route against legacy, query by query: mean difference of nDCG@10, its confidence interval and p-value."""
+    found = evaluate.paired(result["legacy"]["per_query"], result[route]["per_query"])
+    return {key: round(value, 5) for key, value in vars(found).items()}
 
 
 def verify_shadow(phase: Phase) -> Gates:
@@ -218,16 +234,17 @@ def _relevance_is_kept(phase: Phase, recorded: dict[str, Any], route: str) -> Ga
             danger="nobody knows whether the new answers are better or worse",
             do="judge a hundred queries into queries.judgements, or set cut_over.accept_unjudged: true in the open",
         )
+    pair = recorded["paired"]
     return gate(
         "compare.relevance_is_kept",
         new >= old - allowed,
         route,
-        found=f"nDCG@10 {new:.3f} on {number(recorded['judged'])} judged queries, legacy {old:.3f};"
-        f" best is {recorded['winner']}",
+        found=f"nDCG@10 {new:.3f} on {number(recorded['judged'])} judged queries, legacy {old:.3f} (difference"
+        f" {pair['low']:+.3f} to {pair['high']:+.3f}, p = {pair['p_value']:.2g}); best is {recorded['winner']}",
         needed=f"at least {old - allowed:.3f}",
         danger="users find less than they do today",
         do="choose the best route in cut_over.route, or another model",
-        figures={"new": new, "legacy": old, "judged": recorded["judged"]},
+        figures={"new": new, "legacy": old, "judged": recorded["judged"], **pair},
     )
 
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
 from runbook_lib.gates import BadInput, Gate, Verdict
 from runbook_lib.sql import load as load_sql
@@ -83,6 +84,13 @@ class Article(NamedTuple):
     status: str
     category: str
     created_at: str
+
+
+def create_database(server: str) -> str:
+    """Makes database ``demo`` on this server, PostgreSQL 17 or newer; returns its DSN."""
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(SQL["create_database"].compose({"database": sql.Identifier("demo")}))
+    return make_conninfo(server, dbname="demo")
 
 
 def load(dsn: str, folder: Path, grow_to_rows: int = 0) -> DemoData:

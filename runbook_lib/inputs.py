@@ -126,7 +126,8 @@ def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
     yield _new_columns(look)
     yield from _search(look)
     yield _legacy_query(look)
-    yield _judged_keys(look)
+    if params.target.key in columns:
+        yield _judged_keys(look)
 
 
 def _takes_writes(server: db.Row) -> Gate:

@@ -139,6 +139,9 @@ class Queries(Section):
     judgements: AnyPath | None = Field(None, description='JSON lines: {"query_id": …, "key": …, "relevance": …}.')
     k: int = Field(10, ge=1, le=100, description="Answers that the application shows.")
     sample: int = Field(200, ge=10, le=10_000, description="Queries that are timed and compared, chosen by hash.")
+    judged_sample: int = Field(
+        1000, ge=10, le=100_000, description="Judged queries that measure relevance, likewise."
+    )
 
 
 class Index(Section):

@@ -12,7 +12,7 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, embed, evaluate, pictures, search
+from runbook_lib import db, embed, evaluate, search
 from runbook_lib.display import Table
 from runbook_lib.evaluate import Query
 from runbook_lib.gates import Gate, Gates, collect, gate
@@ -54,6 +54,9 @@ class Tuning:
         return asdict(self)
 
     def _repr_html_(self) -> str:
+        # Here, because matplotlib takes longer to import than most phases take to run.
+        from runbook_lib import pictures
+
         table = Table.of(asdict(p) | {"chosen": "← chosen" if p.value == self.chosen else ""} for p in self.points)
         return table._repr_html_() + pictures.recall_against_latency(self.as_data())
 

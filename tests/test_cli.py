@@ -64,7 +64,7 @@ def test_check_starts_nothing(runbook: Callable[..., Result], tmp_path: Path) ->
     assert result.exit_code == 0, result.stderr
     assert "nothing stands against a run" in result.stdout
     bad = runbook("check", write_params(tmp_path, target={"key": "no_such_column"}))
-    assert bad.exit_code == 2 and "no_such_column" in bad.stderr
+    assert (bad.exit_code, "no_such_column" in bad.stderr) == (2, True), bad.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -18,9 +18,9 @@ WITH nearest AS MATERIALIZED (
     ORDER BY t.{embedding} {distance} {query_vector}
     LIMIT {candidates}
 ), words AS (
-    SELECT replace(plainto_tsquery({fulltext_config}, {query_text})::text, '&', '|')::tsquery AS any_word
+    SELECT replace(plainto_tsquery({fulltext_config}, {query_text})::text, ' & ', ' | ')::tsquery AS any_word
 ), matching AS MATERIALIZED (
-    SELECT t.{key} AS key, ts_rank_cd(t.{fulltext}, w.any_word, 1) AS rank
+    SELECT t.{key} AS key, ts_rank(t.{fulltext}, w.any_word, 1) AS rank
     FROM {table} t, words w
     WHERE t.{fulltext} @@ w.any_word AND {filters}
     ORDER BY rank DESC, t.{key}
