@@ -191,6 +191,7 @@ class Tune(Section):
     """Recall and the setting that reaches it."""
 
     target_recall: float = Field(0.95, gt=0, le=1, description="recall@k against exact search.")
+    queries: int = Field(500, ge=10, le=100_000, description="Queries that measure recall, chosen by hash.")
     ef_search: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
         [20, 40, 80, 160, 320], min_length=1, description="HNSW settings to try."
     )
