@@ -47,7 +47,7 @@ SIZE_INCHES = (5.4, 3.3)
 
 def recall_against_latency(tuning: Mapping[str, Any]) -> str:
     """Recall@k over p50 in ms, a point a setting, the chosen one marked, with the target and exact search."""
-    points = sorted(tuning["points"], key=lambda p: float(p["p50_ms"]))
+    points = sorted(tuning["points"], key=lambda p: float(p["value"]))
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
         x, y = [float(p["p50_ms"]) for p in points], [float(p["recall"]) for p in points]

@@ -22,10 +22,10 @@ MEASURES = ("nDCG@10", "RR", "R@10", "R@100", "P@10")
 LATENCIES = ("p50_ms", "p95_ms", "p99_ms")
 SYSTEM_NAMES = {
     "legacy": "legacy search",
+    "fulltext": "full text",
     "exact": "vectors, exact",
     "vector": "vectors, by index",
     "hybrid": "hybrid",
-    "fulltext": "full text",
 }
 
 
@@ -165,7 +165,10 @@ def _measures(system: Mapping[str, Any]) -> dict[str, Any]:
 def _systems(found: _Newest) -> tuple[dict[str, dict[str, Any]], _Found] | None:
     for kind in ("shadow", "baseline"):
         if (entry := found(kind)) and entry.body.get("systems"):
-            return {name: _measures(s) for name, s in entry.body["systems"].items()}, entry
+            # In the order of SYSTEM_NAMES: jsonb keeps no order of its own.
+            systems = entry.body["systems"]
+            order = [n for n in SYSTEM_NAMES if n in systems] + [n for n in systems if n not in SYSTEM_NAMES]
+            return {name: _measures(systems[name]) for name in order}, entry
     return None
 
 

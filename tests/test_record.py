@@ -153,6 +153,16 @@ def test_figures_of_an_earlier_run_are_marked_and_those_undone_are_gone() -> Non
     assert "recall@10" not in {t.label for t in review.collect(later, [*make_entries(), undone]).tiles}
 
 
+def test_searches_stand_in_one_order_whatever_the_database_makes_of_it() -> None:
+    entries = make_entries()
+    shadow = next(e["body"] for e in entries if e["kind"] == "shadow")
+    shadow["systems"] = dict(sorted(shadow["systems"].items()))
+    comparison = review.collect(make_manifest(), entries).comparison
+    assert comparison is not None
+    assert [row[0] for row in comparison.rows] == ["legacy search", "vectors, exact", "vectors, by index", "hybrid"]
+    assert comparison.marked == 3
+
+
 def test_no_setting_that_reaches_the_target_is_told() -> None:
     entries = make_entries()
     tuning = next(e["body"] for e in entries if e["kind"] == "tuning")
