@@ -30,6 +30,17 @@ def index_name(params: Params) -> str:
     return head + tail
 
 
+def side_table_name(params: Params) -> str:
+    """Name of the table that holds the vectors where they are kept beside the table, cut to PostgreSQL's 63 bytes."""
+    tail = f"_{params.vector.column}"
+    return params.target.table.encode()[: 63 - len(tail.encode())].decode(errors="ignore") + tail
+
+
+def vectors_stand_beside(params: Params) -> bool:
+    """Are the vectors in a table of their own?"""
+    return params.vector.layout == "side_table"
+
+
 def operator_class(params: Params) -> str:
     """For instance ``vector_cosine_ops``."""
     return f"{params.vector.type}_{OPERATOR_CLASSES[params.vector.distance]}"
@@ -45,6 +56,10 @@ def names(params: Params) -> dict[str, sql.Composable]:
 
     ``{text}`` is the text that is embedded and ``{text_hash}`` its hash, both over alias ``t`` of the target;
     ``{new_text_differs}`` is the condition of the update trigger.
+
+    Whatever the layout: ``{vectors}`` is the relation that holds the vectors; ``{from_vectors}`` every row that can
+    be searched, and ``{with_vectors}`` every row of the target, both with alias ``t`` for the target;
+    ``{row_embedding}``, ``{row_embedding_hash}`` and ``{row_embedding_updated_at}`` are that row's.
     """
     target, vector = params.target, params.vector
     ledger = params.ledger.schema_
@@ -81,6 +96,27 @@ def names(params: Params) -> dict[str, sql.Composable]:
         "update_trigger": identifier(trigger_name(params, "update")),
         "function": identifier(target.schema_, params.function_name),
         "target_name": sql.Literal(target.name),
+        **_where_vectors_stand(params),
+    }
+
+
+def _where_vectors_stand(params: Params) -> dict[str, sql.Composable]:
+    table = identifier(params.target.schema_, params.target.table)
+    beside = vectors_stand_beside(params)
+    vectors = identifier(params.target.schema_, side_table_name(params)) if beside else table
+    column, alias = params.vector.column, "e" if beside else "t"
+    parts = {"table": table, "vectors": vectors, "key": identifier(params.target.key)}
+    inner, outer = (
+        "{vectors} e JOIN {table} t ON t.{key} = e.{key}",
+        "{table} t LEFT JOIN {vectors} e ON e.{key} = t.{key}",
+    )
+    return {
+        "vectors": vectors,
+        "from_vectors": sql.SQL(inner if beside else "{table} t").format(**parts),
+        "with_vectors": sql.SQL(outer if beside else "{table} t").format(**parts),
+        "row_embedding": identifier(alias, column),
+        "row_embedding_hash": identifier(alias, f"{column}_hash"),
+        "row_embedding_updated_at": identifier(alias, f"{column}_updated_at"),
     }
 
 

@@ -76,6 +76,9 @@ class Vector(Section):
     type: Literal["vector", "halfvec"] = Field("vector", description="pgvector type: 4 or 2 bytes a dimension.")
     dimension: int = Field(ge=1, description="Dimensions of every vector.")
     distance: Literal["cosine", "l2", "inner_product"] = Field("cosine", description="What the model was made for.")
+    layout: Literal["column", "side_table"] = Field(
+        "column", description="A column of the table, or a table of its own with one row a key, beside it."
+    )
 
     @model_validator(mode="after")
     def within_pgvector(self) -> Self:
@@ -130,6 +133,20 @@ class Search(Section):
     fulltext_column: Name | None = Field(None, description="A tsvector column; the hybrid route needs one.")
     fulltext_config: Name = Field("english", description="Text search configuration of that column.")
     hybrid_candidates: int = Field(100, ge=10, le=1000, description="Rows that each half of hybrid contributes.")
+    mode: Literal["function", "application"] = Field(
+        "function", description="Who holds the new query: the search function, or the application in its own SQL."
+    )
+    application_query: str | None = Field(
+        None,
+        description="mode application: the statement that the application will send, whose plan is proved; :query,"
+        " :embedding, :k and :<filter> stand for its values.",
+    )
+
+    @model_validator(mode="after")
+    def application_gives_its_query(self) -> Self:
+        if self.mode == "application" and ":embedding" not in (self.application_query or ""):
+            raise ValueError("mode: application needs application_query, a statement that mentions :embedding")
+        return self
 
 
 class Queries(Section):
@@ -200,6 +217,15 @@ class Tune(Section):
     )
 
 
+class Shadow(Section):
+    """Live calls that are answered by both searches; both answers are logged, none of the texts."""
+
+    sample_percent: float = Field(
+        0, ge=0, le=100, description="Share of the calls of search_<target>_shadow; 0 makes no such function."
+    )
+    calls_per_minute: int = Field(60, ge=1, le=100_000, description="Never more sampled calls a minute than this.")
+
+
 class CutOver(Section):
     """Where reads go in the end."""
 
@@ -212,6 +238,10 @@ class CutOver(Section):
     largest_relevance_loss: float = Field(0.0, ge=0, le=1, description="nDCG@10 that the new route may lose.")
     accept_unjudged: bool = Field(False, description="Move reads without any judgements; say so in the open.")
     calls_per_step: int = Field(200, ge=10, le=1_000_000, description="Calls that judge each step.")
+    hold_s: float = Field(0, ge=0, le=604_800, description="Seconds over which the calls of a step are spread.")
+    smallest_overlap: float = Field(
+        0.9, ge=0, le=1, description="Share of a step's answers that must be those of 80_shadow."
+    )
 
     @field_validator("share_steps_percent")
     @classmethod
@@ -219,6 +249,19 @@ class CutOver(Section):
         if value != sorted(set(value)) or value[-1] != 100:
             raise ValueError("shares must rise and end at 100")
         return value
+
+
+class Watch(Section):
+    """What the check that stays tolerates."""
+
+    largest_recall_loss: float = Field(0.02, ge=0, le=1, description="Recall below tune.target_recall.")
+    largest_relevance_loss: float = Field(0.02, ge=0, le=1, description="nDCG@10 below what 80_shadow recorded.")
+    oldest_queued_s: float = Field(3600, gt=0, description="Age of the oldest change that still waits for a vector.")
+    dead_rows_percent: float = Field(20, gt=0, le=100, description="Dead rows of all rows of the table.")
+    index_growth: float = Field(2.0, ge=1, description="Index bytes as a multiple of the forecast for its rows.")
+    queries: int = Field(50, ge=10, le=10_000, description="Queries, and as many rows, that measure recall.")
+    judged: int = Field(200, ge=10, le=100_000, description="Judged queries that measure relevance.")
+    count_up_to_rows: int = Field(200_000, ge=1000, description="Above it, missing and stale rows are sampled.")
 
 
 class Approval(Section):
@@ -254,7 +297,9 @@ class Params(Section):
     locks: Locks = Locks()
     backfill: Backfill = Backfill()
     tune: Tune = Tune()
+    shadow: Shadow = Shadow()
     cut_over: CutOver = CutOver()
+    watch: Watch = Watch()
     approval: Approval = Approval()
     record: Record = Record()
     ledger: Ledger = Ledger()

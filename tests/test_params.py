@@ -87,7 +87,7 @@ def test_a_misspelt_section_gets_the_nearest_name(tmp_path: Path) -> None:
 
 def test_a_key_that_resembles_nothing_gets_the_list(tmp_path: Path) -> None:
     (problem,) = _problems(_change(tmp_path, lambda d: d["vector"].update(xyz=1)))
-    assert problem.do == "valid here: column, type, dimension, distance"
+    assert problem.do == "valid here: column, type, dimension, distance, layout"
 
 
 def test_the_alias_is_the_only_name_of_a_key(tmp_path: Path) -> None:

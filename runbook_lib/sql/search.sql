@@ -3,19 +3,19 @@
 
 -- name: exact_or_vector
 -- purpose: The nearest rows by distance; with the index, or by reading every row.
-SELECT t.{key} AS key, -(t.{embedding} {distance} {query_vector}) AS score
-FROM {table} t
+SELECT t.{key} AS key, -({row_embedding} {distance} {query_vector}) AS score
+FROM {from_vectors}
 WHERE {filters}
-ORDER BY t.{embedding} {distance} {query_vector}
+ORDER BY {row_embedding} {distance} {query_vector}
 LIMIT {k};
 
 -- name: hybrid
 -- purpose: Nearest rows and best full-text rows, merged by reciprocal rank fusion (Cormack et al. 2009, constant 60).
 WITH nearest AS MATERIALIZED (
-    SELECT t.{key} AS key, t.{embedding} {distance} {query_vector} AS distance
-    FROM {table} t
+    SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
+    FROM {from_vectors}
     WHERE {filters}
-    ORDER BY t.{embedding} {distance} {query_vector}
+    ORDER BY {row_embedding} {distance} {query_vector}
     LIMIT {candidates}
 ), words AS (
     SELECT replace(plainto_tsquery({fulltext_config}, {query_text})::text, ' & ', ' | ')::tsquery AS any_word
