@@ -83,7 +83,7 @@ def _column_has_right_type(phase: Phase) -> Gate:
 def _only_ours_was_added(phase: Phase) -> Gate:
     before = phase.ledger.latest("catalogue")
     gone, new = difference(before["lines"], catalogue(phase)) if before else ([], [])
-    ours = [*added_columns(phase.params), "runbook_", "extension vector", f"function {phase.params.target.schema_}."]
+    ours = [*added_columns(phase.params), "runbook_", "extension vector", f".{phase.params.function_name}("]
     foreign = [line for line in new if not any(part in line for part in ours)]
     return gate(
         "schema.only_the_runbooks_objects_were_added",

