@@ -5,14 +5,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     Strict,
@@ -23,14 +27,42 @@ from pydantic import (
 )
 
 from runbook_lib.gates import BadInput, Gate, Verdict
+from runbook_lib.phases import MIGRATE, READS_ONLY, UNDO
 
 Name = Annotated[str, Field(min_length=1, max_length=63)]
 # YAML has no paths: these alone are made from text; no other value changes its type.
 AnyPath = Annotated[Path, Strict(False)]
+Minutes = Annotated[float, Field(gt=0, le=100_000)]
 ShortName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 
 # pgvector's limits for a column with an index on it; README of pgvector, "Indexing".
 MAX_INDEXED_DIMENSION = {"vector": 2000, "halfvec": 4000}
+
+# In run.phase_timeout_minutes: the phases that are not named.
+EVERY_PHASE = "every_phase"
+# How a file of vectors tells its format.
+FORMATS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".arrows": "arrow",
+    ".ipc": "arrow",
+    ".npy": "npy",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+}
+# What changes how vectors are fetched, but not which vectors they are.
+NOT_OF_THE_MODEL = {
+    "batch_rows",
+    "request_texts",
+    "request_timeout_s",
+    "request_tries",
+    "parallel_requests",
+    "api_key_env",
+    "accept_refused_rows",
+    "refresh_tries",
+}
 
 
 class Section(BaseModel):
@@ -92,20 +124,116 @@ class Vector(Section):
 class Embeddings(Section):
     """Where the vectors come from."""
 
-    source: Literal["wordllama", "callable", "file"] = Field(
-        description="A packaged model, module:function, or a file made elsewhere."
+    source: Literal["wordllama", "callable", "http", "file", "table"] = Field(
+        description="A packaged model, module:function, an HTTP endpoint, or vectors made elsewhere, in a file or table."
     )
     callable: str | None = Field(None, pattern=r"^[\w.]+:\w+$", description="module:function from texts to vectors.")
-    file: AnyPath | None = Field(None, description="Parquet file with the key column and a column `embedding`.")
-    batch_rows: int = Field(1000, ge=1, le=50_000, description="Rows embedded and copied in one transaction.")
+    file: AnyPath | None = Field(
+        None,
+        description="File with the key column under its own name, and `embedding`; `text_hash` (hex of the first 16"
+        " bytes of the text's SHA-256) or `text`, if there, keeps its vectors from texts changed since.",
+    )
+    format: Literal["parquet", "arrow", "npy", "jsonl", "csv"] | None = Field(
+        None, description="Format of the file; by its suffix if not given."
+    )
+    ids_file: AnyPath | None = Field(
+        None, description="For an .npy file: the keys of its rows, an .npy file too or text with a key a line."
+    )
+    table: str | None = Field(
+        None,
+        pattern=r"^[^.]+\.[^.]+$",
+        description="schema.table with the key column, indexed, and `embedding`: vector, halfvec or an array;"
+        " `text_hash` or `text` as in a file.",
+    )
+    url: str | None = Field(
+        None, pattern=r"^https?://\S+$", description="Address of an OpenAI-compatible endpoint, …/v1/embeddings."
+    )
+    model: str | None = Field(None, description="Name of the endpoint's model.")
+    api_key_env: str | None = Field(
+        None,
+        pattern=r"^\w+$",
+        description="Environment variable that holds the endpoint's key; the key never stands here.",
+    )
+    send_dimensions: bool = Field(False, description="Ask the endpoint for vector.dimension dimensions.")
+    request_texts: int = Field(64, ge=1, le=2048, description="Texts of one request.")
+    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="Longest wait for one answer.")
+    request_tries: int = Field(
+        6, ge=1, le=100, description="Tries of one request, after 429, 5xx, a timeout or a lost connection."
+    )
+    parallel_requests: int = Field(4, ge=1, le=64, description="Requests under way at once.")
+    batch_rows: int | None = Field(
+        None,
+        ge=1,
+        le=50_000,
+        description="Rows embedded and copied in one transaction; 1000 from a model, 5000 from a file or table.",
+    )
+    accept_refused_rows: int = Field(
+        0,
+        ge=0,
+        description="Rows of a file or table that may be refused (key unknown or twice, older text, unsound vector)"
+        " without failing the gate, where every row with text has its vector all the same.",
+    )
+    refresh_tries: int = Field(
+        3, ge=1, le=100, description="Tries to embed a changed row before it is set aside with its error."
+    )
 
     @model_validator(mode="after")
     def source_is_complete(self) -> Self:
-        for source in ("callable", "file"):
-            given = getattr(self, source) is not None
+        for source, key in (("callable", "callable"), ("file", "file"), ("table", "table"), ("http", "url")):
+            given = getattr(self, key) is not None
             if given != (self.source == source):
-                raise ValueError(f"source: {self.source} and {source}: {'given' if given else 'missing'} do not fit")
+                raise ValueError(f"source: {self.source} and {key}: {'given' if given else 'missing'} do not fit")
+        if (self.model is not None) != (self.source == "http"):
+            raise ValueError("source: http and model: name the endpoint's model, and only there")
+        if self.file is not None and self.file_format is None:
+            raise ValueError(f"format: is needed, since {self.file.name} does not tell by its suffix")
+        if (self.ids_file is not None) != (self.file_format == "npy"):
+            raise ValueError("ids_file: is needed for an .npy file, and only there")
         return self
+
+    @property
+    def file_format(self) -> str | None:
+        """The format of the file, as given or by its suffix; None where neither tells."""
+        return self.format or (FORMATS.get(self.file.suffix.lower()) if self.file else None)
+
+    @property
+    def has_model(self) -> bool:
+        """Can a text that is new today be embedded?"""
+        return self.source not in ("file", "table")
+
+    @property
+    def rows_a_batch(self) -> int:
+        """Rows of one transaction. A packed COPY gains up to 5000 rows; a model's batch is work lost by a stop."""
+        return self.batch_rows or (1000 if self.has_model else 5000)
+
+
+class Masking(Section):
+    """What is taken out of a text before it leaves for the model."""
+
+    rules: list[Literal["email", "phone", "card", "iban", "ip", "token"]] = Field(
+        [], description="Shapes replaced by placeholders such as <email>."
+    )
+    patterns: dict[ShortName, str] = Field(
+        {}, description="Own rules: a name, which becomes the placeholder, and a regular expression."
+    )
+    named_entities: bool = Field(
+        False, description="Names of people and places too, through presidio-analyzer (extra `masking`)."
+    )
+    phone_region: str | None = Field(
+        None, pattern=r"^[A-Z]{2}$", description="Country of phone numbers without +; only those with + if not given."
+    )
+
+    @field_validator("patterns")
+    @classmethod
+    def patterns_compile(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, pattern in value.items():
+            try:
+                compiled = re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{name} is no regular expression: {error}") from None
+            if compiled.search(""):
+                raise ValueError(f"{name} matches where there is nothing, so it would mask every place of a text")
+        return value
 
 
 class Legacy(Section):
@@ -154,6 +282,11 @@ class Queries(Section):
 
     file: AnyPath = Field(description='JSON lines: {"query_id": …, "text": …}.')
     judgements: AnyPath | None = Field(None, description='JSON lines: {"query_id": …, "key": …, "relevance": …}.')
+    embeddings: AnyPath | None = Field(
+        None,
+        description="Vectors of these queries, made by the model that made the file or table: Parquet, Arrow, JSON"
+        " lines or CSV with `query_id` and `embedding`.",
+    )
     k: int = Field(10, ge=1, le=100, description="Answers that the application shows.")
     sample: int = Field(200, ge=10, le=10_000, description="Queries that are timed and compared, chosen by hash.")
     judged_sample: int = Field(
@@ -200,8 +333,32 @@ class Locks(Section):
 class Backfill(Section):
     """Staging to table."""
 
-    batch_rows: int = Field(1000, ge=1, le=100_000, description="Rows of one transaction.")
+    strategy: Literal["auto", "page_interleaved", "key_ranges"] = Field(
+        "auto", description="How the rows are divided into batches; auto picks from the table's own facts."
+    )
+    workers: int = Field(1, ge=1, le=64, description="Workers of this run, each with a connection of its own.")
+    batch_rows: int = Field(500, ge=1, le=100_000, description="Rows of the first transaction; then time decides.")
+    batch_ms: int = Field(100, ge=5, le=60_000, description="Time that a transaction should take.")
+    most_batch_rows: int = Field(20_000, ge=1, le=1_000_000, description="Rows of one transaction at most.")
     pause_between_batches_ms: int = Field(0, ge=0, le=60_000, description="Rest after each batch.")
+    lease_s: int = Field(60, ge=1, le=86_400, description="A worker that is silent for longer loses its window.")
+
+
+class Health(Section):
+    """When the backfill pauses; each limit is looked at once a second."""
+
+    replica_lag_mb: int = Field(256, ge=1, description="WAL that a standby has not replayed.")
+    replica_lag_s: int = Field(30, ge=1, description="Time by which a standby's replay is behind.")
+    wal_since_checkpoint_percent: int = Field(
+        90, ge=10, le=1000, description="WAL since the last checkpoint, of max_wal_size."
+    )
+    wal_mb_per_s: int | None = Field(None, ge=1, description="WAL of the whole server; no limit if not given.")
+    archiver_backlog_files: int = Field(64, ge=1, description="WAL files that wait for the archiver.")
+    pause_for_autovacuum: bool = Field(True, description="Pause while autovacuum works on the table.")
+    blocked_session_ms: int = Field(1000, ge=1, description="How long another session waits for one of ours.")
+    oldest_snapshot_s: int = Field(300, ge=1, description="Age of the oldest transaction; dead rows stay for it.")
+    stop_file: AnyPath | None = Field(None, description="While this file is there, the backfill pauses.")
+    longest_pause_minutes: float = Field(60, ge=0, le=10_080, description="After that the phase ends, resumable.")
 
 
 class Tune(Section):
@@ -267,13 +424,91 @@ class Watch(Section):
 class Approval(Section):
     """Phases that wait for a second person."""
 
-    phases: list[str] = Field([], description="Phases that wait for `runbook approve`.")
+    phases: list[str] = Field([], description="Phases that wait for `runbook approve` by another database user.")
+
+    @field_validator("phases")
+    @classmethod
+    def can_wait(cls, value: list[str]) -> list[str]:
+        # A way back never waits, and preflight changes nothing.
+        _require_known(value, [p for p in MIGRATE if p != READS_ONLY])
+        return value
+
+
+def _require_known(given: Iterable[str], known: Sequence[str]) -> None:
+    """A mistyped phase would never wait, or never end: it must not pass for a setting."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            raise ValueError(f"{name}: " + (f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"))
+
+
+def _for_every_phase(value: Any) -> Any:
+    return {EVERY_PHASE: value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+class Run(Section):
+    """When phases may run, and for how long."""
+
+    phase_timeout_minutes: Annotated[dict[str, Minutes], BeforeValidator(_for_every_phase)] = Field(
+        {}, description="A phase that takes longer is interrupted: one number for every phase, or phase: number."
+    )
+    window: str | None = Field(
+        None,
+        pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$",
+        description='Phases that change something start, and long ones go on, only in these hours: "22:00-05:00".',
+    )
+    time_zone: str = Field("UTC", description="Time zone of the window, for instance Europe/Berlin.")
+    outside_window: Literal["wait", "stop"] = Field(
+        "wait", description="Outside the window, wait until it opens, or stop with exit code 3."
+    )
+
+    @field_validator("phase_timeout_minutes")
+    @classmethod
+    def names_phases(cls, value: dict[str, float]) -> dict[str, float]:
+        _require_known(value, [EVERY_PHASE, *MIGRATE, *UNDO])
+        return value
+
+    @field_validator("time_zone")
+    @classmethod
+    def is_a_time_zone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (ZoneInfoNotFoundError, ValueError) as error:
+            raise ValueError("a name of the IANA time zone database, for instance Europe/Berlin") from error
+        return value
+
+    @model_validator(mode="after")
+    def window_is_open_at_some_time(self) -> Self:
+        if self.window and self.window[:5] == self.window[6:]:
+            raise ValueError("run.window opens and closes at the same minute; leave it out to be always open")
+        return self
+
+    def timeout_minutes(self, phase: str) -> float | None:
+        """The limit of one phase; None if it has none."""
+        return self.phase_timeout_minutes.get(phase, self.phase_timeout_minutes.get(EVERY_PHASE))
+
+
+class Notify(Section):
+    """Who hears of a gate that did not pass, a sign-off that is wanted, and the end of a run."""
+
+    command: list[str] = Field([], description="Program and arguments; gets the event as JSON on standard input.")
+    webhook_env: str | None = Field(
+        None, description="Name of the environment variable that holds a URL; the event is sent there by POST."
+    )
+    timeout_s: float = Field(10.0, gt=0, le=120, description="How long either may take.")
+
+    @field_validator("webhook_env")
+    @classmethod
+    def is_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not value.replace("_", "").isalnum():
+            raise ValueError("names an environment variable; the URL itself is a secret and must not stand here")
+        return value
 
 
 class Record(Section):
     """What a run leaves."""
 
-    runs_dir: AnyPath = Field(Path("runs"), description="Folder of the runs, relative to the working folder.")
+    runs_dir: AnyPath = Field(Path("runs"), description="Folder of the runs, relative to the params file.")
 
 
 class Ledger(Section):
@@ -291,16 +526,20 @@ class Params(Section):
     embeddings: Embeddings
     legacy: Legacy
     queries: Queries
+    masking: Masking = Masking()
     search: Search = Search()
     extension: Extension = Extension()
     index: Index = Index()
     locks: Locks = Locks()
     backfill: Backfill = Backfill()
+    health: Health = Health()
     tune: Tune = Tune()
     shadow: Shadow = Shadow()
     cut_over: CutOver = CutOver()
     watch: Watch = Watch()
     approval: Approval = Approval()
+    run: Run = Run()
+    notify: Notify = Notify()
     record: Record = Record()
     ledger: Ledger = Ledger()
 
@@ -322,9 +561,25 @@ class Params(Section):
 
     def fingerprint(self) -> str:
         """SHA-256 of what must not change between two phases: target, vector, model, ledger."""
-        parts = self.model_dump(mode="json", include={"target", "vector", "embeddings", "ledger"})
-        parts["embeddings"].pop("batch_rows")
+        included = {"target", "vector", "embeddings", "masking", "ledger"}
+        parts = self.model_dump(mode="json", include=included)
+        parts["embeddings"] = {k: v for k, v in parts["embeddings"].items() if k not in NOT_OF_THE_MODEL}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML takes the last of two equal keys without a word; a setting that is not in force would look like one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} stands twice: lines {seen[key]} and {line}"
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep)
 
 
 def load(path: str | Path) -> Params:
@@ -335,7 +590,7 @@ def load(path: str | Path) -> Params:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
+        data = yaml.load(path.read_text("utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise BadInput(
             [_problem("file_is_readable", str(path), error.strerror or "unreadable", "a YAML file")]
@@ -359,9 +614,15 @@ def _absolute(params: Params, folder: Path) -> Params:
     return params.model_copy(
         update={
             "queries": params.queries.model_copy(
-                update={"file": at(params.queries.file), "judgements": at(params.queries.judgements)}
+                update={
+                    "file": at(params.queries.file),
+                    "judgements": at(params.queries.judgements),
+                    "embeddings": at(params.queries.embeddings),
+                }
             ),
-            "embeddings": params.embeddings.model_copy(update={"file": at(params.embeddings.file)}),
+            "embeddings": params.embeddings.model_copy(
+                update={"file": at(params.embeddings.file), "ids_file": at(params.embeddings.ids_file)}
+            ),
             "record": params.record.model_copy(update={"runs_dir": at(params.record.runs_dir)}),
         }
     )
@@ -447,6 +708,10 @@ def _type_name(annotation: Any) -> str:
         return _type_name(args[0])
     if origin is list:
         return f"list of {_type_name(args[0])}"
+    if origin is dict:
+        return f"{_type_name(args[1])}, or phase: {_type_name(args[1])}"
+    if origin is dict:
+        return f"{_type_name(args[0])} to {_type_name(args[1])}"
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_type_name(a) for a in args if a is not type(None))
     return {

@@ -15,27 +15,8 @@ from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, Verdict, collec
 from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
-
-MIGRATE = (
-    "00_preflight",
-    "10_baseline",
-    "20_extension",
-    "30_expand_schema",
-    "40_load_embeddings",
-    "50_backfill",
-    "60_build_index",
-    "70_tune",
-    "80_shadow",
-    "90_cut_over",
-)
-# Each way back, and the phases that it takes back.
-UNDO = {
-    "10_reads_to_legacy": ("90_cut_over", "80_shadow"),
-    "20_remove_index": ("70_tune", "60_build_index"),
-    "30_remove_schema": ("50_backfill", "40_load_embeddings", "30_expand_schema"),
-    "40_remove_search_function": ("10_baseline",),
-    "50_remove_extension": ("20_extension", "00_preflight"),
-}
+from runbook_lib.phases import MIGRATE as MIGRATE
+from runbook_lib.phases import UNDO as UNDO
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,26 @@
+"""The phases in their order, and the ways back: names that every other module agrees on."""
+
+from __future__ import annotations
+
+MIGRATE = (
+    "00_preflight",
+    "10_baseline",
+    "20_extension",
+    "30_expand_schema",
+    "40_load_embeddings",
+    "50_backfill",
+    "60_build_index",
+    "70_tune",
+    "80_shadow",
+    "90_cut_over",
+)
+# Each way back, and the phases that it takes back.
+UNDO = {
+    "10_reads_to_legacy": ("90_cut_over", "80_shadow"),
+    "20_remove_index": ("70_tune", "60_build_index"),
+    "30_remove_schema": ("50_backfill", "40_load_embeddings", "30_expand_schema"),
+    "40_remove_search_function": ("10_baseline",),
+    "50_remove_extension": ("20_extension", "00_preflight"),
+}
+# Reads only, so it needs neither a sign-off nor the maintenance window.
+READS_ONLY = MIGRATE[0]
