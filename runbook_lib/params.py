@@ -125,7 +125,7 @@ class Embeddings(Section):
     """Where the vectors come from."""
 
     source: Literal["wordllama", "callable", "http", "file", "table"] = Field(
-        description="A packaged model, module:function, an HTTP endpoint, or vectors made elsewhere, in a file or table."
+        description="A packaged model, module:function, an HTTP endpoint, or vectors in a file or table."
     )
     callable: str | None = Field(None, pattern=r"^[\w.]+:\w+$", description="module:function from texts to vectors.")
     file: AnyPath | None = Field(
