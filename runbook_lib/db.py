@@ -75,7 +75,7 @@ def connect(params: Params, application_name: str, *, autocommit: bool = True) -
         " set_config('idle_in_transaction_session_timeout', '10min', false)",
         [f"{params.locks.timeout_ms}ms"],
     )
-    if connection.info.server_version >= 140000:
+    if versions.ends_statements_of_gone_clients(connection.info.server_version):
         connection.execute("SET client_connection_check_interval = '1s'")
     use_search_path(connection)
     return connection
@@ -149,7 +149,8 @@ def statement(
 ) -> Statement:
     """A block with this target's names in it. ``extra`` adds names that only this statement knows."""
     query = block.compose(names(params) | dict(extra or {}))
-    return Statement(block.name, block.purpose, block.lock, block.undo, query, values)
+    lock = block.lock.replace("{table}", f"{params.target.schema_}.{params.target.table}")
+    return Statement(block.name, block.purpose, lock, block.undo, query, values)
 
 
 class Done(NamedTuple):
@@ -272,5 +273,15 @@ def _holders(connection: Connection, params: Params) -> str:
 
 
 def rendered(plan: Iterable[Statement], connection: Connection) -> list[dict[str, str]]:
-    """A plan as plain data, for the ledger."""
-    return [{"name": s.name, "lock": s.lock, "undo": s.undo, "sql": s.text(connection)} for s in plan]
+    """A plan as plain data: what, under which lock, whom it blocks, how it is undone."""
+    return [
+        {
+            "name": s.name,
+            "purpose": s.purpose,
+            "lock": s.lock,
+            "blocks": s.blocks,
+            "undo": s.undo,
+            "sql": s.text(connection),
+        }
+        for s in plan
+    ]

@@ -103,8 +103,10 @@ class Gates:
         return "\n".join(str(g) for g in self.gates)
 
     def _repr_html_(self) -> str:
+        # Where all is well, danger and do would be two empty columns.
+        advice = bool(self.failed)
         return Table(
-            ("", "gate", "subject", "found", "needed", "danger", "do"),
+            ("", "gate", "subject", "found", "needed", *(("danger", "do") if advice else ())),
             [
                 (
                     f"{SYMBOLS[g.verdict]} {g.verdict}",
@@ -112,7 +114,7 @@ class Gates:
                     g.subject,
                     g.found,
                     g.needed,
-                    *((g.danger, g.do) if g.verdict is not Verdict.PASS else ("", "")),
+                    *(((g.danger, g.do) if g in self.failed else ("", "")) if advice else ()),
                 )
                 for g in self.gates
             ],
@@ -170,3 +172,7 @@ class LockNotObtained(RunbookError):
 
 class NotApproved(RunbookError):
     """A phase that the parameters name for sign-off has none that fits its plan and evidence."""
+
+
+class OutsideWindow(RunbookError):
+    """Work that changes something was asked for outside the maintenance window."""
