@@ -109,7 +109,8 @@ class Gates:
             ("", "gate", "subject", "found", "needed", *(("danger", "do") if advice else ())),
             [
                 (
-                    f"{SYMBOLS[g.verdict]} {g.verdict}",
+                    # Held together by no-break spaces.
+                    f"{SYMBOLS[g.verdict]} {g.verdict}".replace(" ", "\u00a0"),
                     g.name,
                     g.subject,
                     g.found,
