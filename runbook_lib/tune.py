@@ -12,7 +12,7 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, embed, evaluate, search
+from runbook_lib import db, embed, evaluate, explain, search
 from runbook_lib.display import Table
 from runbook_lib.evaluate import Query
 from runbook_lib.gates import Gate, Gates, collect, gate
@@ -21,9 +21,6 @@ from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("tune")
-
-# A prepared statement may turn to a generic plan after its fifth execution; PostgreSQL manual, PREPARE.
-EXECUTIONS_TO_A_GENERIC_PLAN = 6
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def _point(phase: Phase, value: int, exact: search.Answers, got: search.Answers)
 
 def verify(phase: Phase) -> Gates:
     """The target is reached, the function carries the setting, and the application's query uses the index."""
-    return collect([_target_is_reached(phase), _function_has_setting(phase), *_plans_use_index(phase)])
+    return collect([_target_is_reached(phase), _function_has_setting(phase), *explain.gates(phase)])
 
 
 def _target_is_reached(phase: Phase) -> Gate:
@@ -193,51 +190,6 @@ def _function_has_setting(phase: Phase) -> Gate:
         danger="the application would search with another setting than the one that was measured",
         do="run 70_tune again",
     )
-
-
-def _plans_use_index(phase: Phase) -> list[Gate]:
-    """EXPLAINs the function's own vector query as a prepared statement, with a custom and a generic plan."""
-    p = phase.params
-    query = evaluate.sample(evaluate.read_queries(p), p.queries.sample)[0]
-    vector = embed.model(p)([query.text])[0]
-    text = search.route_statement(phase.connection, p, "vector", in_function=True)
-    types = search.column_types(phase.connection, p)
-    signature = sql.SQL(", ").join(map(sql.SQL, ["text", "real[]", "integer", *(types[c] for c in p.target.filters)]))
-    arguments = [query.text, [float(x) for x in vector], p.queries.k, *[None] * len(p.target.filters)]
-    call = sql.SQL(", ").join(map(sql.Literal, arguments))
-    gates = []
-    with db.connect(p, f"runbook {phase.run_id} plans") as connection:
-        connection.execute(sql.SQL("PREPARE runbook_probe ({}) AS {}").format(signature, text), {})
-        for kind in ("custom", "generic"):
-            connection.execute("SELECT set_config('plan_cache_mode', %s, false)", [f"force_{kind}_plan"])
-            for _ in range(EXECUTIONS_TO_A_GENERIC_PLAN):
-                connection.execute(sql.SQL("EXECUTE runbook_probe ({})").format(call))
-            row = connection.execute(
-                sql.SQL("EXPLAIN (FORMAT JSON) EXECUTE runbook_probe ({})").format(call)
-            ).fetchone()
-            found = row["QUERY PLAN"][0]["Plan"] if row else {}
-            gates.append(_plan_gate(phase, kind, found))
-    return gates
-
-
-def _plan_gate(phase: Phase, kind: str, found: dict[str, Any]) -> Gate:
-    nodes = list(_nodes(found))
-    scan = next((n for n in nodes if "Relation Name" in n), {})
-    return gate(
-        f"tune.{kind}_plan_uses_the_index",
-        any(n.get("Index Name") == index_name(phase.params) for n in nodes),
-        f"the vector query of {phase.params.function_name}",
-        found=f"{scan.get('Node Type', 'no scan')} {scan.get('Index Name', '')}".strip(),
-        needed=f"Index Scan {index_name(phase.params)}",
-        danger="every search would read the whole table",
-        do="ANALYZE the table; look at random_page_cost, and at whether the table is too small for an index to pay",
-    )
-
-
-def _nodes(plan_node: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan_node
-    for child in plan_node.get("Plans", []):
-        yield from _nodes(child)
 
 
 def undo_plan(phase: Phase) -> db.Plan:

@@ -1,0 +1,99 @@
+"""A statement as the application prepares it, and the plan that the server makes for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from psycopg import sql
+
+from runbook_lib import db
+from runbook_lib.names import spelled
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("explain")
+
+# A prepared statement may turn to a generic plan after its fifth execution; PostgreSQL manual, PREPARE.
+EXECUTIONS_TO_A_GENERIC_PLAN = 6
+_probes = count(1)
+
+
+def fresh_name() -> sql.Identifier:
+    """A name that no other prepared statement of this session has: PREPARE outlives a rollback."""
+    return sql.Identifier(f"runbook_probe_{next(_probes)}")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A statement as the application sends it.
+
+    text: with $1, $2, …. names: what they stand for, as the parameters call them. values: one for each. types: as
+    the application declares them; where it declares none, the server infers them.
+    """
+
+    subject: str
+    text: str
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    types: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the server means to do: the node that reads the table, the index it reads by, and the price."""
+
+    scan: str
+    index: str
+    limited: bool
+    cost: float
+
+
+def plan_of(
+    connection: db.Connection, sent: Sent, kind: str = "custom", settings: Mapping[str, str] | None = None
+) -> Planned:
+    """The plan of a prepared statement, ``custom`` or ``generic``: after six executions, or under other settings.
+
+    settings: last for this look only; with them the statement is planned and not carried out. Raises psycopg.Error
+    where the server refuses it.
+    """
+    name = fresh_name()
+    declared = sql.SQL(" ({})").format(sql.SQL(", ").join(map(sql.SQL, sent.types))) if sent.types else sql.SQL("")
+    with connection.transaction(force_rollback=True):
+        for setting, value in {**(settings or {}), "plan_cache_mode": f"force_{kind}_plan"}.items():
+            connection.execute(SQL["set"].compose({}), {"name": setting, "value": value, "local": True})
+        connection.execute(sql.SQL("PREPARE {}{} AS {}").format(name, declared, sql.SQL(sent.text)))
+        execute = sql.SQL("EXECUTE {}").format(name)
+        if sent.values:
+            execute += sql.SQL(" ({})").format(sql.SQL(", ").join(map(sql.Literal, sent.values)))
+        for _ in range(EXECUTIONS_TO_A_GENERIC_PLAN if settings is None else 0):
+            connection.execute(execute)
+        row = connection.execute(sql.SQL("EXPLAIN (FORMAT JSON) {}").format(execute)).fetchone()
+    return _planned(row["QUERY PLAN"][0]["Plan"] if row else {})
+
+
+def _planned(top: dict[str, Any]) -> Planned:
+    """The scan that orders by distance, else the first that reads a relation."""
+    nodes = list(_nodes(top))
+    ordered = [n for n, _ in nodes if "Order By" in n]
+    scan = next(iter(ordered), next((n for n, _ in nodes if "Relation Name" in n), {}))
+    return Planned(
+        scan=f"{scan.get('Node Type', 'no scan')} {scan.get('Index Name') or scan.get('Relation Name', '')}".strip(),
+        index=scan.get("Index Name", "") if ordered else "",
+        limited=any(limited for n, limited in nodes if n is scan),
+        cost=float(top.get("Total Cost", 0)),
+    )
+
+
+def _nodes(node: dict[str, Any], limited: bool = False) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Every node, and whether a LIMIT stands above it."""
+    yield node, limited
+    for child in node.get("Plans", []):
+        yield from _nodes(child, limited or node.get("Node Type") == "Limit")
+
+
+def vector_indexes(connection: db.Connection, params: Params) -> list[db.Row]:
+    """The vector indexes that a search could use, as the catalogue has them."""
+    return db.rows(connection, SQL["vector_indexes"], params, table=spelled(params, "vectors"))

@@ -1,0 +1,46 @@
+-- Phase 70: the plan of the query that the application really sends.
+
+-- name: vector_indexes
+-- purpose: Every vector index on the relation that holds the vectors, and on its partitions.
+SELECT c.relname AS name, c.oid::regclass::text AS shown, c.oid AS oid, am.amname AS method,
+       i.indisvalid AND i.indisready AS usable, oc.opcname AS operator_class,
+       pg_get_indexdef(c.oid, 1, true) AS indexed, pg_get_expr(i.indpred, i.indrelid) AS predicate,
+       substring(array_to_string(c.reloptions, ',') FROM 'lists=(\d+)')::int AS lists,
+       (SELECT op.oprname FROM pg_amop ao JOIN pg_operator op ON op.oid = ao.amopopr
+        WHERE ao.amopfamily = oc.opcfamily AND ao.amoppurpose = 'o' LIMIT 1) AS operator
+FROM pg_index i
+JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam
+JOIN pg_opclass oc ON oc.oid = i.indclass[0]
+WHERE am.amname IN ('hnsw', 'ivfflat')
+  AND (i.indrelid = to_regclass(%(table)s) OR i.indrelid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(table)s))))
+ORDER BY c.relname;
+
+-- name: scans
+-- purpose: How often this transaction has begun a scan of these indexes, by the server's own count.
+SELECT coalesce(sum(pg_stat_get_xact_numscans(o)), 0)::bigint AS scans FROM unnest(%(oids)s::oid[]) AS o;
+
+-- name: prepared
+-- purpose: The parameters of a prepared statement as the server has inferred them, and how it was planned so far.
+SELECT parameter_types::text[] AS types, generic_plans, custom_plans FROM pg_prepared_statements WHERE name = %(name)s;
+
+-- name: set
+-- purpose: One setting, for this transaction or this session.
+SELECT set_config(%(name)s, %(value)s, %(local)s);
+
+-- name: load_library
+-- purpose: Load pgvector's library into the session; before that, a mistyped setting would be accepted.
+SELECT '[1]'::vector;
+
+-- name: setting
+-- purpose: A setting as it is, and who set it.
+SELECT name, setting, source FROM pg_settings WHERE name = %(name)s;
+
+-- name: usual_value
+-- purpose: The value that a column holds most often, among its first ten thousand rows.
+SELECT v::text AS value FROM (SELECT t.{column} AS v FROM {table} t WHERE t.{column} IS NOT NULL LIMIT 10000) s
+GROUP BY v ORDER BY count(*) DESC, v LIMIT 1;
+
+-- name: table_size
+-- purpose: Rows by the planner's estimate, and pages on disk now.
+SELECT c.reltuples::bigint AS rows, pg_relation_size(c.oid) / current_setting('block_size')::int AS pages
+FROM pg_class c WHERE c.oid = to_regclass(%(table)s);
