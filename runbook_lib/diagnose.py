@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psycopg
 
@@ -52,7 +52,7 @@ class _Case:
     def plan(self, text: str, settings: dict[str, str], kind: str = "custom") -> Planned | None:
         """The plan of another text under other settings; None where the server refuses it."""
         try:
-            return plan_of(self.connection, replace(self.sent, text=text), kind, settings)
+            return plan_of(self.connection, self.sent.with_text(text), kind, settings)
         except psycopg.Error:
             return None
 

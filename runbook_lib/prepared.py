@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -18,6 +19,7 @@ SQL = load("explain")
 
 # A prepared statement may turn to a generic plan after its fifth execution; PostgreSQL manual, PREPARE.
 EXECUTIONS_TO_A_GENERIC_PLAN = 6
+PARAMETER = re.compile(r"\$(\d+)\b")
 _probes = count(1)
 
 
@@ -39,6 +41,16 @@ class Sent:
     names: tuple[str, ...]
     values: tuple[Any, ...]
     types: tuple[str, ...] = ()
+
+    def with_text(self, text: str) -> Sent:
+        """Another text with the same values; those that it no longer mentions are left out, the rest renumbered."""
+        used = sorted({int(n) - 1 for n in PARAMETER.findall(text)})
+
+        def pick(given: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(given[i] for i in used) if given else ()
+
+        renumbered = PARAMETER.sub(lambda m: f"${used.index(int(m[1]) - 1) + 1}", text)
+        return Sent(self.subject, renumbered, pick(self.names), pick(self.values), pick(self.types))
 
 
 @dataclass(frozen=True)
