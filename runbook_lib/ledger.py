@@ -61,7 +61,7 @@ class Ledger:
     def append_gates(self, gates: Gates) -> None:
         """A row a gate, with its figures."""
         for g in gates:
-            self.append("gate", _as_data(g))
+            self.append("gate", as_data(g))
 
     def latest(self, kind: str, phase: str | None = None) -> dict[str, Any] | None:
         """The body of the newest row of this kind, in one phase or in any; None if there is none."""
@@ -80,7 +80,8 @@ class Ledger:
         return db.rows(self.connection, SQL["entries"], self.params, run_id=run_id) if self.exists() else []
 
 
-def _as_data(g: Gate) -> dict[str, Any]:
+def as_data(g: Gate) -> dict[str, Any]:
+    """A gate as plain data, for the ledger."""
     return {
         "name": g.name,
         "verdict": str(g.verdict),

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from runbook_lib import db, sqlmagic
+from runbook_lib import approval, claim, db, plans, sqlmagic, window
 from runbook_lib import params as params_module
 from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, Verdict, collect, gate, not_run
-from runbook_lib.ledger import SQL as LEDGER_SQL
-from runbook_lib.ledger import Ledger
+from runbook_lib.ledger import Ledger, as_data
 from runbook_lib.params import Params
 from runbook_lib.phases import MIGRATE as MIGRATE
+from runbook_lib.phases import READS_ONLY
 from runbook_lib.phases import UNDO as UNDO
 
 
@@ -61,12 +61,18 @@ class Phase:
         )
 
     def require(self) -> Gates:
-        """The gates of the way here: every phase before this one has passed in this database, on this target.
+        """The gates of the way here: every phase before this one has passed in this database, on this target; then
+        the maintenance window, which it waits for, and the sign-off, where the parameters ask for one.
 
-        Raises GateFailed. A run that carries nothing out only says where things stand.
+        Raises GateFailed, OutsideWindow, NotApproved. A run that carries nothing out only says where things stand.
         """
         gates = collect(self._predecessors())
-        return self._judge(gates) if self.execute else gates.without_pass()
+        if not self.execute:
+            return gates.without_pass() + self._judge(approval.check(self))
+        gates = self._judge(gates)
+        if self.name in MIGRATE and self.name != READS_ONLY:  # a way back never waits
+            window.enter(self.params)
+        return gates + self._judge(approval.check(self))
 
     def _predecessors(self) -> list[Gate]:
         if self.name in UNDO:
@@ -176,18 +182,25 @@ class Phase:
             return self._judge(look(self).without_pass())
         if not self.execute:
             needed = "the phase carried out"
-            return Gates((not_run(f"{look.__module__.rsplit('.', 1)[-1]}.{look.__name__}", self.name, needed),))
+            name = f"{look.__module__.rsplit('.', 1)[-1]}.{look.__name__}"
+            return self._judge(Gates((not_run(name, self.name, needed),)))
         return self._judge(look(self))
 
     def _judge(self, gates: Gates) -> Gates:
-        """Writes the gates down; shows the table first and raises after it, so that the record holds both."""
-        if self.ledger.exists():
+        """Writes the gates down; shows the table first and raises after it, so that the record holds both.
+
+        A run that carries nothing out leaves the ledger as it is: what was proved there stays proved.
+        """
+        if not self.execute:
+            for g in gates:
+                plans.note(self, "gate", as_data(g))
+        elif self.ledger.exists():
             self.ledger.append_gates(gates)
         if gates.failed:
             from IPython.display import display
 
             display(gates)  # type: ignore[no-untyped-call]
-            if self.ledger.exists():
+            if self.execute and self.ledger.exists():
                 self.ledger.append("phase", {"verdict": "FAIL"})
             raise GateFailed(gates)
         return gates
@@ -207,6 +220,8 @@ class Phase:
             if not gates.passed:
                 raise GateFailed(gates)
             self._append_verdicts(verdict)
+        else:
+            plans.note_statements(self)
         self.connection.close()
         self.ledger.connection.close()
         order = MIGRATE if self.name in MIGRATE else tuple(UNDO)
@@ -226,7 +241,7 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     run_id = run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-by-hand-{uuid.uuid4().hex[:4]}"
     ledger = Ledger(db.connect(params, f"runbook {run_id} {name} ledger"), params, run_id, name)
     if carry_out:
-        _claim(ledger)
+        claim.take_for_notebook(ledger.connection, params, run_id)
     phase = Phase(name, run_id, carry_out, params, db.connect(params, f"runbook {run_id} {name}"), ledger)
     sqlmagic.connect(phase)
     return phase
@@ -245,25 +260,5 @@ def _boolean(value: bool | str) -> bool:
         "true or false",
         "a misread switch would change the table, or leave it alone, against the wish of who set it",
         "pass execute: true or execute: false",
-    )
-    raise BadInput([problem])
-
-
-def _claim(ledger: Ledger) -> None:
-    if db.one(ledger.connection, LEDGER_SQL["take_target"], ledger.params)["taken"]:
-        return
-    others = db.rows(ledger.connection, LEDGER_SQL["who_has_target"], ledger.params)
-    found = "; ".join(
-        f"pid {o['pid']}, {o['application_name']}, {o['usename']}, since {o['backend_start']:%F %T %Z}"
-        for o in others
-    )
-    problem = Gate(
-        "phase.target_is_free",
-        Verdict.FAIL,
-        ledger.params.target.name,
-        found or "another run has just finished",
-        "no other run at work on this target",
-        "two runs would carry out the same statements against each other",
-        "wait for that run, or close its notebook's kernel, and run the same command again",
     )
     raise BadInput([problem])

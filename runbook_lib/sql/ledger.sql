@@ -88,17 +88,6 @@ SELECT seq, previous_hash, hash, phase, kind, run_id, concat_ws(E'\x1f',
     to_char(written_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US'), written_by, body) AS hashed_text
 FROM {entry} ORDER BY seq;
 
--- name: take_target
--- purpose: Claim this target for one session; false if another session has it.
-SELECT pg_try_advisory_lock(hashtextextended('runbook target ' || {target_name}, 0)) AS taken;
-
--- name: who_has_target
--- purpose: The session that has claimed this target.
-SELECT a.pid, a.usename, a.application_name, a.backend_start
-FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-WHERE l.locktype = 'advisory' AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND (l.classid::bigint << 32 | l.objid::bigint) = hashtextextended('runbook target ' || {target_name}, 0);
-
 -- name: drop_schema
 -- purpose: Remove the ledger with all its records.
 -- lock: ACCESS EXCLUSIVE on the runbook's own objects

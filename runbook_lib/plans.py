@@ -1,0 +1,68 @@
+"""The statements that each phase would carry out: for the sign-off, and for the record of a run that only plans.
+
+A run that carries nothing out leaves no row in the ledger, which may not even be there: its gates and statements go
+into a file of its own folder, in the shape of ledger rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runbook_lib import db
+
+if TYPE_CHECKING:
+    from runbook_lib.phase import Phase
+
+FILE = "plan.jsonl"
+
+# The functions of runbook_lib that each notebook calls for its plan, in its order; the others change nothing.
+PLANS = {
+    "10_baseline": ("search.plan",),
+    "20_extension": ("extension.plan",),
+    "30_expand_schema": ("schema.plan",),
+    "40_load_embeddings": ("staging.plan",),
+    "50_backfill": ("backfill.plan",),
+    "60_build_index": ("index.plan",),
+    "70_tune": ("tune.plan",),
+    "90_cut_over": ("cutover.plan",),
+    "10_reads_to_legacy": ("cutover.undo_plan",),
+    "20_remove_index": ("tune.undo_plan", "index.undo_plan"),
+    "30_remove_schema": ("schema.undo_plan",),
+    "40_remove_search_function": ("search.undo_plan",),
+    "50_remove_extension": ("extension.undo_plan",),
+}
+
+
+def of(phase: Phase) -> list[dict[str, str]]:
+    """The statements that the phase would carry out now, as plain data."""
+    statements: list[db.Statement] = []
+    for name in PLANS.get(phase.name, ()):
+        # By name: these modules stand above the phase, and only the one at work is needed.
+        module, _, function = name.partition(".")
+        statements += getattr(import_module(f"runbook_lib.{module}"), function)(phase)
+    return db.rendered(statements, phase.connection)
+
+
+def note(phase: Phase, kind: str, body: Mapping[str, Any]) -> None:
+    """A row for the record of a run that only plans; nothing where somebody steps through by hand."""
+    folder = phase.params.record.runs_dir / phase.run_id
+    if folder.is_dir():
+        row = {"run_id": phase.run_id, "target": phase.params.target.name, "phase": phase.name, "kind": kind}
+        with (folder / FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row | {"body": dict(body)}, ensure_ascii=False, default=str) + "\n")
+
+
+def note_statements(phase: Phase) -> None:
+    """A row for each statement that the phase would carry out."""
+    for statement in of(phase):
+        note(phase, "planned", statement)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The rows that a run left there; none where it carried its plan out."""
+    path = folder / FILE
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []

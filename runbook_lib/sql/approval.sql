@@ -1,0 +1,47 @@
+-- Sign-off: what was asked for, what it rests on, and who may give it.
+
+-- name: rights
+-- purpose: What the approver may do with the ledger, as the catalogue says, which needs no right of its own.
+SELECT session_user::text AS session_user,
+       c.oid IS NOT NULL AS there,
+       coalesce(has_schema_privilege(n.oid, 'USAGE'), false) AS "USAGE",
+       coalesce(has_table_privilege(c.oid, 'SELECT'), false) AS "SELECT",
+       coalesce(has_table_privilege(c.oid, 'INSERT'), false) AS "INSERT"
+FROM (SELECT 1) AS one
+LEFT JOIN pg_namespace n ON n.nspname = %(schema)s
+LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = 'entry';
+
+-- name: session_user
+-- purpose: Who this session belongs to, whatever role it has taken on by SET ROLE.
+SELECT session_user::text AS name;
+
+-- name: newest
+-- purpose: The newest request for a phase's sign-off, or the newest sign-off.
+SELECT seq, run_id, written_by, written_at, body FROM {entry}
+WHERE target = {target_name} AND phase = %(phase)s AND kind = %(kind)s
+ORDER BY seq DESC LIMIT 1;
+
+-- name: evidence
+-- purpose: The newest row that a sign-off rests on; its hash stands for every row before it.
+SELECT seq, hash, phase, kind FROM {entry}
+WHERE target = {target_name}
+  AND (phase = ANY (%(before)s) AND kind <> 'notebook'
+       OR phase = %(phase)s AND kind = 'phase' AND body ->> 'verdict' = 'UNDONE')
+ORDER BY seq DESC LIMIT 1;
+
+-- name: proved_by
+-- purpose: Who wrote the newest verdict of each phase that a sign-off rests on.
+SELECT DISTINCT ON (phase) phase, body ->> 'verdict' AS verdict, written_by, written_at, run_id FROM {entry}
+WHERE target = {target_name} AND phase = ANY (%(before)s) AND kind = 'phase'
+ORDER BY phase, seq DESC;
+
+-- name: gates
+-- purpose: The newest verdict of each gate of these phases, in their order.
+SELECT phase, name, verdict, subject, found FROM (
+    SELECT DISTINCT ON (phase, body ->> 'name', body ->> 'subject') seq, phase, body ->> 'name' AS name,
+           body ->> 'verdict' AS verdict, body ->> 'subject' AS subject, body ->> 'found' AS found
+    FROM {entry}
+    WHERE target = {target_name} AND phase = ANY (%(before)s) AND kind = 'gate'
+    ORDER BY phase, body ->> 'name', body ->> 'subject', seq DESC
+) AS newest
+ORDER BY phase, seq;
