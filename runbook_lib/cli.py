@@ -66,6 +66,7 @@ class _Suggesting(click.Group):
 
 
 PARAMS = click.argument("params_file", metavar="PARAMS", type=click.Path(path_type=Path))
+EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXECUTE = click.option("--execute", is_flag=True, help="Carry it out. Without it, only the plan is made.")
 
 
@@ -81,6 +82,7 @@ def main() -> None:
 
     \b
     Examples:
+      runbook init --dsn-env ARTICLES_DSN           # write a params file from a live table
       runbook check params/articles.yaml            # would it work?
       runbook run params/articles.yaml              # the plan; changes nothing
       runbook run params/articles.yaml --execute    # carry it out, go on where it stopped
@@ -124,6 +126,45 @@ def check(params_file: Path) -> None:
         click.echo(
             f"{SYMBOLS[Status.PASSED]} {params_file}: nothing stands against a run ({len(gates)} inputs checked)"
         )
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+@main.command(name="init")
+@click.option("--dsn-env", metavar="NAME", help="Environment variable that holds the DSN.")
+@click.option("--service", metavar="NAME", help="Service of pg_service.conf, in its place.")
+@click.option("--schema", metavar="NAME", help="Schema of the table; public if not given.")
+@click.option("--table", metavar="NAME", help="The table, as PostgreSQL spells it, without quotes.")
+@click.option("--key", metavar="COLUMN", help="Primary key, or NOT NULL and unique.")
+@click.option("--text-columns", type=_names, metavar="A,B", help="What is embedded, title first.")
+@click.option("--filters", type=_names, metavar="A,B", help="What the application filters by; '' for nothing.")
+@click.option("--legacy-query-file", type=EXISTING, help="The search of today, with :query and :k.")
+@click.option("--queries-file", type=EXISTING, help="Queries of your users, as JSON lines.")
+@click.option("--model", metavar="MODEL", help="wordllama, module:function, or a file of vectors.")
+@click.option("--dimension", type=int, help="Dimensions of the model.")
+@click.option("--output", type=click.Path(path_type=Path), help="The file to write; params/TABLE.yaml if not given.")
+@click.option("--force", is_flag=True, help="Overwrite files that are there.")
+def init_(output: Path | None, force: bool, **wishes: Any) -> None:
+    """Write a params file from the live table: asks at a terminal, takes what it finds elsewhere.
+
+    \b
+    Examples:
+      runbook init --dsn-env ARTICLES_DSN
+      runbook init --service articles --table articles --legacy-query-file search.sql
+    """
+    from runbook_lib import init
+
+    def ask(question: str, suggestion: str) -> str:
+        if not sys.stdin.isatty():
+            return suggestion
+        return str(click.prompt(question, default=suggestion, err=True))
+
+    with _plain_errors():
+        path = init.write(init.Wishes(**wishes), output, force=force, ask=ask, say=_say)
+        click.echo(str(path))
+        _say(f"read it, then: runbook check {path}")
 
 
 @main.command()

@@ -125,7 +125,7 @@ def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
     yield from _rights(look)
     yield _new_columns(look)
     yield from _search(look)
-    yield _legacy_query(look)
+    yield legacy_query_runs(connection, params)
     if params.target.key in columns:
         yield _judged_keys(look)
 
@@ -429,20 +429,19 @@ def _right(fact: str, held: bool, subject: str, found: str, needed: str, grant: 
     )
 
 
-def _legacy_query(look: _Look) -> Gate:
+def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
     """Has PostgreSQL parse and plan the legacy query, which fetches nothing, and looks at the columns it returns."""
     from runbook_lib import search
 
-    p = look.params
     values: dict[str, Any] = {"query": "word", "k": 1} | dict.fromkeys(p.target.filters)
     # LIMIT 0 stops the executor before it reads a row, whatever the query costs.
     probe = sql.SQL("SELECT * FROM (\n{}\n) AS legacy LIMIT 0").format(search.legacy_statement(p))
     problem, columns = "", list[str]()
     try:
-        with look.connection.transaction(force_rollback=True):
-            look.connection.execute("SET TRANSACTION READ ONLY")
-            look.connection.execute("SELECT set_config('statement_timeout', %s, true)", [LEGACY_TIMEOUT])
-            cursor = look.connection.execute(probe, values, prepare=False)
+        with connection.transaction(force_rollback=True):
+            connection.execute("SET TRANSACTION READ ONLY")
+            connection.execute("SELECT set_config('statement_timeout', %s, true)", [LEGACY_TIMEOUT])
+            cursor = connection.execute(probe, values, prepare=False)
             columns = [c.name for c in cursor.description or []]
     except psycopg.Error as error:
         problem = str(error).split("\nLINE")[0].strip()
