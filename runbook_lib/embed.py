@@ -4,46 +4,125 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
+from runbook_lib import db, endpoint, masking, sources, vector_table
 from runbook_lib.gates import BadInput, Gate, Verdict, gate
 from runbook_lib.params import Params
+from runbook_lib.sources import Rows, Vectors
 
-Vectors = NDArray[np.float32]
-# Texts in; vectors out, shape (number of texts, dimension), float32. A text without words may come out as NaN.
+# Texts in, as the model may see them: whoever asks masks them first. Vectors out, shape (number of texts,
+# dimension), float32. A text without words may come out as NaN.
 Model = Callable[[list[str]], Vectors]
 
 # Two probes, so that a model which counts words and does not normalise shows it.
 PROBES = ["a user's session", "the session of a user expires and the cookie stays valid after logout"]
 # What rounding to float32 and back leaves of a length of 1, with room to spare.
 LENGTH_TOLERANCE = 1e-3
-EMBEDDING_COLUMN = "embedding"
+
+
+class Query(Protocol):
+    """What is asked: see :class:`runbook_lib.evaluate.Query`."""
+
+    @property
+    def query_id(self) -> str: ...
+    @property
+    def text(self) -> str: ...
 
 
 def model(params: Params) -> Model:
     """The model that the parameters name.
 
-    Raises BadInput where it cannot be loaded, and for ``source: file``, whose vectors are read by :func:`read_file`.
+    Raises BadInput where it cannot be loaded, and for vectors made elsewhere, which :func:`stored` reads.
     """
     embeddings = params.embeddings
     if embeddings.source == "wordllama":
         return _wordllama()
     if embeddings.source == "callable":
         return _callable(str(embeddings.callable))
+    if embeddings.source == "http":
+        return endpoint.model(params)
     raise _cannot_load(
-        f"source: file ({embeddings.file})",
+        described(params),
         "vectors that were made elsewhere, and no model",
         "a model, for texts that have no vector yet",
-        "name the model that made the file: source: callable and callable: module:function",
+        "name the model that made them, source: callable or http, or give queries.embeddings for the queries",
     )
+
+
+def query_vectors(params: Params, queries: Sequence[Query]) -> Vectors:
+    """Vectors of these queries, shape (number of queries, dimension): from ``queries.embeddings``, or by the model.
+
+    Raises BadInput where there is neither, or a query without its vector.
+    """
+    if params.queries.embeddings is not None:
+        ids = [q.query_id for q in queries]
+        return sources.query_vectors(params.queries.embeddings, params.vector.dimension, ids)
+    return model(params)(masking.masked(params, [q.text for q in queries]))
+
+
+def stored(params: Params, connection: db.Connection | None = None) -> Iterator[Rows]:
+    """The vectors made elsewhere, in batches: from the file, or from the table over this or an own connection."""
+    if params.embeddings.source == "file":
+        yield from sources.read(sources.wanted(params))
+    elif connection is not None:
+        yield from vector_table.read(connection, params)
+    else:
+        with db.connect(params, "runbook source table") as own:
+            yield from vector_table.read(own, params)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a model made of some texts. places: of the texts that it took; vectors: theirs; errors: by place."""
+
+    places: list[int]
+    vectors: Vectors
+    errors: dict[int, Exception]
+
+
+def embed_each(ask: Model, texts: list[str]) -> Embedded:
+    """Embeds what the model takes: a batch that fails is halved until the texts that are to blame stand alone.
+
+    Where the model does not take the harmless probes either it is away, and its error rises.
+    """
+    try:
+        return Embedded(list(range(len(texts))), ask(texts), {})
+    except (BadInput, endpoint.EndpointAway):
+        raise
+    # The model may be the user's own, and fail in any way.
+    except Exception as error:
+        try:
+            ask(PROBES)
+        except Exception:
+            raise error from None
+        return _halved(ask, texts, error)
+
+
+def _halved(ask: Model, texts: list[str], error: Exception) -> Embedded:
+    if len(texts) == 1:
+        return Embedded([], np.zeros((0, 0), dtype=np.float32), {0: error})
+    middle = len(texts) // 2
+    places: list[int] = []
+    vectors: list[Vectors] = []
+    errors: dict[int, Exception] = {}
+    for start, part in ((0, texts[:middle]), (middle, texts[middle:])):
+        try:
+            done = Embedded(list(range(len(part))), ask(part), {})
+        except (BadInput, endpoint.EndpointAway):
+            raise
+        # As above: whatever the user's own model raises.
+        except Exception as of_part:
+            done = _halved(ask, part, of_part)
+        places += [start + i for i in done.places]
+        vectors += [done.vectors] if done.places else []
+        errors |= {start + i: e for i, e in done.errors.items()}
+    return Embedded(places, np.concatenate(vectors) if vectors else np.zeros((0, 0), dtype=np.float32), errors)
 
 
 @cache
@@ -95,18 +174,28 @@ def _callable(name: str) -> Model:
 
 
 def check_dimension(params: Params) -> Gate:
-    """Gate: the model's vectors have the dimension of the column."""
-    found = _probe(params).shape[1]
+    """Gate: the vectors have the dimension of the column. Of stored ones the first batch is looked at."""
     needed = params.vector.dimension
+    if params.embeddings.has_model:
+        dimensions = _probe(params).shape[1]
+        holds, found = dimensions == needed, f"{dimensions} dimensions"
+        do = f"set vector.dimension: {dimensions}, or name the model that the column was made for"
+    else:
+        rows = _first_rows(params)
+        holds = len(rows.faults) < len(rows.keys)
+        first = next(iter(rows.faults), 0)
+        found = f"row {rows.places[first]}, key {rows.keys[first]}: {rows.faults.get(first)}"
+        found = f"{needed} dimensions" if holds else found
+        do = "set vector.dimension to what the vectors have, or make them anew with the model that the column is for"
     return gate(
         "embed.model_dimension_fits",
-        found == needed,
-        _source(params),
-        found=f"{found} dimensions",
+        holds,
+        described(params),
+        found=found,
         needed=f"{needed}, the dimension of column {params.vector.column}",
         danger="no vector of this model fits into the column; cutting or padding would change every distance",
-        do=f"set vector.dimension: {found}, or name the model that the column was made for",
-        figures={"found_dimensions": found, "needed_dimensions": needed},
+        do=do,
+        figures={"needed_dimensions": needed},
     )
 
 
@@ -120,24 +209,31 @@ def check_distance(params: Params) -> Gate:
     lengths = np.linalg.norm(_probe(params).astype(np.float64), axis=1)
     distance = params.vector.distance
     unit = bool(np.all(np.abs(lengths - 1) < LENGTH_TOLERANCE))
+    found = f"vectors of length {lengths.min():.3f} to {lengths.max():.3f}" if len(lengths) else "no sound vector"
     return gate(
         "embed.model_and_distance_fit",
-        distance == "cosine" or unit,
-        _source(params),
-        found=f"distance {distance}, vectors of length {lengths.min():.3f} to {lengths.max():.3f}",
+        (distance == "cosine" or unit) if len(lengths) else None,
+        described(params),
+        found=f"distance {distance}, {found}",
         needed="distance cosine, or vectors of length 1",
         danger=f"{distance} would rank by the length of the vectors too, so that long or short texts win unasked",
         do="set vector.distance: cosine, or let the model normalise its vectors",
-        figures={"shortest": float(lengths.min()), "longest": float(lengths.max())},
+        figures={"shortest": float(lengths.min()), "longest": float(lengths.max())} if len(lengths) else {},
     )
 
 
+def _first_rows(params: Params) -> Rows:
+    for rows in stored(params):
+        return rows
+    subject = params.embeddings.file or params.embeddings.table or ""
+    raise sources.bad_file(subject, "no rows", "a row for each row of the table", "nothing could be loaded")
+
+
 def _probe(params: Params) -> Vectors:
-    """Vectors of the probes; for ``source: file`` those of its first batch."""
-    if params.embeddings.source == "file":
-        for _, vectors in read_file(params):
-            return vectors
-        raise _bad_file(params, "no rows", "a row for each row of the table", "nothing could be loaded")
+    """Vectors of the probes; of stored ones those of the first batch that could be read."""
+    if not params.embeddings.has_model:
+        rows = _first_rows(params)
+        return np.delete(rows.vectors, list(rows.faults), axis=0)
     try:
         return model(params)(PROBES)
     except BadInput:
@@ -145,32 +241,34 @@ def _probe(params: Params) -> Vectors:
     # The model may be the user's own, and fail in any way.
     except Exception as error:
         raise _cannot_load(
-            _source(params),
-            f"{type(error).__name__}: {error}",
+            described(params),
+            f"{type(error).__name__}: {' '.join(str(error).split())}",
             f"vectors for {len(PROBES)} probe texts",
             "let the function take any list of texts and return an array of one vector each",
         ) from error
 
 
-def check(vectors: Vectors, keys: Sequence[object], params: Params) -> tuple[NDArray[np.bool_], list[str]]:
-    """Which vectors may be loaded, and why the others may not.
+def check(vectors: Vectors, params: Params) -> dict[int, str]:
+    """What is wrong with vectors of shape (n, d), by index; a vector that may be loaded is not named.
 
-    vectors: shape (n, d); keys: of the same n rows. Returns (mask of shape (n,), one reason for each False in it,
-    in order, each naming its key). pgvector refuses NaN and infinity, and under cosine leaves zero vectors out of
-    the index without a word. For halfvec, what counts is what is left of a number in two bytes.
+    pgvector refuses NaN and infinity, and under cosine leaves zero vectors out of the index without a word. For
+    halfvec, what counts is what is left of a number in two bytes.
     """
     if vectors.shape[1] != params.vector.dimension:
         reason = f"{vectors.shape[1]} dimensions, {params.vector.dimension} needed"
-        return np.zeros(len(vectors), dtype=np.bool_), [f"{key}: {reason}" for key in keys]
+        return dict.fromkeys(range(len(vectors)), reason)
     with np.errstate(over="ignore"):
-        stored = vectors.astype(np.float16) if params.vector.type == "halfvec" else vectors
-    finite: NDArray[np.bool_] = np.all(np.isfinite(stored), axis=1)
-    zero: NDArray[np.bool_] = np.all(stored == 0, axis=1) & (params.vector.distance == "cosine")
-    fit = finite & ~zero
-    return fit, [
-        f"{keys[i]}: {'a zero vector, which cosine cannot rank' if zero[i] else 'NaN or infinity among its numbers'}"
-        for i in np.flatnonzero(~fit).tolist()
-    ]
+        looked_at = vectors.astype(np.float16) if params.vector.type == "halfvec" else vectors
+    # A sum is finite unless a number is not, or the sum itself overflows; the few that are not are looked at closely.
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.einsum("ij,ij->i", looked_at, looked_at, dtype=np.float32)
+    faults: dict[int, str] = {}
+    for i in np.flatnonzero(~np.isfinite(squares) | (squares == 0)).tolist():
+        if not np.isfinite(looked_at[i]).all():
+            faults[i] = "NaN or infinity among its numbers"
+        elif params.vector.distance == "cosine" and not looked_at[i].any():
+            faults[i] = "a zero vector, which cosine cannot rank"
+    return faults
 
 
 def normalise(vectors: Vectors) -> Vectors:
@@ -184,73 +282,11 @@ def normalise(vectors: Vectors) -> Vectors:
     return result
 
 
-def read_file(params: Params) -> Iterator[tuple[list[Any], Vectors]]:
-    """Streams the Parquet file: (keys, vectors of shape (n, dimension)), n at most ``embeddings.batch_rows``.
-
-    The file has the key column under the name of ``target.key``, and ``embedding``, a list of floats. Raises
-    BadInput that names file, row (counted from 1), key, found and needed; a wrong dimension is never patched.
-    """
-    path, key_column = Path(str(params.embeddings.file)), params.target.key
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise _bad_file(params, " ".join(str(error).split()), "a Parquet file", "nothing could be loaded") from error
-    with file:
-        schema = file.schema_arrow
-        for name in (key_column, EMBEDDING_COLUMN):
-            if name not in schema.names:
-                found = f"columns {', '.join(schema.names)}"
-                raise _bad_file(params, found, f"columns {key_column} and {EMBEDDING_COLUMN}", "rows cannot be told")
-        kind = schema.field(EMBEDDING_COLUMN).type
-        if not (_is_list(kind) and pa.types.is_floating(kind.value_type)):
-            raise _bad_file(params, f"{EMBEDDING_COLUMN} is {kind}", "list of float", "numbers would be misread")
-        first_row = 1
-        batches = file.iter_batches(params.embeddings.batch_rows, columns=[key_column, EMBEDDING_COLUMN])
-        for batch in batches:
-            keys = batch.column(key_column).to_pylist()
-            yield keys, _as_vectors(batch.column(EMBEDDING_COLUMN), keys, first_row, params)
-            first_row += len(keys)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    types = pa.types
-    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
-
-
-def _as_vectors(column: pa.Array, keys: list[Any], first_row: int, params: Params) -> Vectors:
-    dimension = params.vector.dimension
-    lengths = np.array([-1 if n is None else n for n in pc.list_value_length(column).to_pylist()])
-    missing_key = np.array([key is None for key in keys], dtype=bool)
-    flat = column.drop_null().flatten()
-    wrong = np.flatnonzero((lengths != dimension) | missing_key)
-    if wrong.size == 0 and flat.null_count:
-        nulls = np.asarray(flat.is_null().to_numpy(zero_copy_only=False)).reshape(len(keys), dimension)
-        wrong = np.flatnonzero(nulls.any(axis=1))
-    if wrong.size:
-        i = int(wrong[0])
-        if missing_key[i]:
-            found, needed = "no key", f"a value of {params.target.key}"
-        elif lengths[i] < 0:
-            found, needed = "no vector", f"{dimension} dimensions"
-        elif lengths[i] != dimension:
-            found, needed = f"{lengths[i]} dimensions", f"{dimension} dimensions"
-        else:
-            found, needed = "a NULL among its numbers", f"{dimension} numbers"
-        raise _bad_file(
-            params,
-            f"row {first_row + i}, key {keys[i]}: {found}",
-            needed,
-            "a patched vector would stand for a text that it was not made of",
-        )
-    vectors: Vectors = flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(keys), dimension)
-    return vectors
-
-
-def _source(params: Params) -> str:
-    embeddings = params.embeddings
-    return f"source: {embeddings.source}" + (
-        f" ({embeddings.callable or embeddings.file})" if embeddings.source != "wordllama" else ""
-    )
+def described(params: Params) -> str:
+    """The source, as messages name it."""
+    e = params.embeddings
+    named = e.callable or e.file or e.table or e.url
+    return f"source: {e.source}" + (f" ({named})" if named else "")
 
 
 def _a(value: object) -> str:
@@ -260,9 +296,3 @@ def _a(value: object) -> str:
 def _cannot_load(subject: str, found: str, needed: str, do: str) -> BadInput:
     danger = "no text could be embedded; nothing was started"
     return BadInput([Gate("embed.model_can_be_loaded", Verdict.FAIL, subject, found, needed, danger, do)])
-
-
-def _bad_file(params: Params, found: str, needed: str, danger: str) -> BadInput:
-    do = "mend the file, or make it anew from the table's rows, and run the same command again"
-    subject = str(params.embeddings.file)
-    return BadInput([Gate("embed.file_is_readable", Verdict.FAIL, subject, found, needed, danger, do)])

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, inputs, sensitive, versions
+from runbook_lib import db, inputs, masking, versions
 from runbook_lib import forecast as forecast_module
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.forecast import Forecast
@@ -171,7 +171,7 @@ def facts(phase: Phase) -> Facts:
         row_bytes=None if sample is None else round(sum(row_bytes) / max(len(sample), 1)),
         text_bytes=None if sample is None else round(n * sum(text_bytes) / max(len(sample), 1)),
         sampled_rows=len(sample or []),
-        sensitive_rows=None if sample is None else sensitive.count(r["text"] or "" for r in sample),
+        sensitive_rows=None if sample is None else masking.count(r["text"] or "" for r in sample),
         open_transactions=len(sessions),
         oldest_transaction_s=float(sessions[0]["age_s"]) if sessions else None,
         replicas=tuple(_replica(r) for r in db.rows(c, SQL["replicas"], p)),

@@ -1,70 +1,250 @@
-"""Embeds again what was inserted or changed: drains the queue that the triggers fill."""
+"""Embeds again what was inserted or changed: drains the queue that the triggers fill.
+
+A change is claimed in one short transaction and finished in another; the model is asked in between, while nothing is
+locked. A claim is as alive as its session, so what a killed worker held is taken over at once.
+"""
 
 from __future__ import annotations
 
+import secrets
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
 
 from pgvector import HalfVector
 from pgvector.psycopg import register_vector
 
-from runbook_lib import db, embed
-from runbook_lib.names import names
+from runbook_lib import db, embed, masking, staging
+from runbook_lib.display import Table, duration, number
+from runbook_lib.gates import Gates, collect, gate
+from runbook_lib.names import names, spelled, vectors_stand_beside
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("refresh")
+# Class of the advisory locks by which workers show that they live: "rbrf" in ASCII.
+LOCK_CLASS = 0x72627266
+# A worker that is alive but stands still, stopped by a debugger for instance, loses its claims after this long.
+LEASE_S = 900
+LONGEST_ERROR = 500
 
 
 @dataclass(frozen=True)
 class Drained:
-    """What a drain did: changes taken from the queue, rows given a vector, rows refused."""
+    """What a drain did: changes finished, rows given a vector, rows set aside after their last try."""
 
     changes: int
     updated: int
     refused: int
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """Rows in the queue. since_before: of those that wait, how many did so before a given time."""
+
+    waiting: int
+    since_before: int
+    set_aside: int
+    oldest_s: float
+    error: str | None
+    why: str
+
+    def __str__(self) -> str:
+        parts = [f"{number(self.waiting)} queued, {self.why}"] if self.waiting else []
+        parts += [f"{number(self.set_aside)} set aside: {self.error}"] if self.set_aside else []
+        return "; ".join(parts) or "none"
+
+
+@dataclass(frozen=True)
+class _Worker:
+    phase: Phase
+    model: embed.Model
+    rules: tuple[masking.Rule, ...]
+    number: int
+    masked: Counter[str]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return {"class": LOCK_CLASS, "worker": self.number, "tries": self.phase.params.embeddings.refresh_tries}
+
+    def run(self, block: str, **values: Any) -> Any:
+        return self.phase.connection.execute(SQL[block].compose(names(self.phase.params)), self.values | values)
+
+
+def waiting(phase: Phase, before: datetime | None = None) -> Waiting:
+    """The rows that wait in the queue, and why. before: the time for ``since_before``; now if not given."""
+    e = phase.params.embeddings
+    values = {"tries": e.refresh_tries, "before": before or datetime.now(UTC)}
+    row = db.one(phase.connection, SQL["state"], phase.params, **values)
+    why = (
+        "changed since the last drain"
+        if e.has_model
+        else f"for newer vectors: {embed.described(phase.params)} has no model"
+    )
+    return Waiting(row["waiting"], row["waiting_since_before"], row["set_aside"], row["oldest_s"], row["error"], why)
+
+
 def drain(phase: Phase) -> Drained:
-    """Takes changes from the queue, batch by batch, until it is empty; each batch is one transaction.
+    """Takes changes from the queue, batch by batch, until none can be taken.
 
-    A batch that fails goes back into the queue whole. A row that changes between reading and writing is left to
-    its newer place in the queue. With a file as the source there is no model to ask: nothing is taken.
+    A text that the model does not take is tried ``refresh_tries`` times, then set aside in the queue with its error;
+    the others go on. Where the model is away, or a row stays locked, the error rises and the changes wait. A row that
+    changes between reading and writing is left to its newer place in the queue. Vectors made elsewhere have no model
+    to ask: what has its vector meanwhile leaves the queue, the rest waits.
     """
-    if phase.params.embeddings.source == "file":
-        return Drained(0, 0, 0)
+    if not phase.params.embeddings.has_model:
+        return Drained(_settle(phase), 0, 0)
     register_vector(phase.connection)
-    model = embed.model(phase.params)
-    total = Drained(0, 0, 0)
-    while True:
-        done, _ = db.in_short_tries(
-            phase.connection, phase.params, "refresh.update", SQL["update"].lock, lambda: _drain_batch(phase, model)
-        )
-        if not done.changes:
-            return total
-        total = Drained(total.changes + done.changes, total.updated + done.updated, total.refused + done.refused)
+    worker = _Worker(
+        phase, embed.model(phase.params), masking.rules(phase.params.masking), secrets.randbits(31), Counter()
+    )
+    worker.run("worker")
+    total, texts = Drained(0, 0, 0), 0
+    try:
+        while claimed := _claim(worker):
+            done = _refresh(worker, claimed)
+            texts += done.updated
+            total = Drained(total.changes + done.changes, total.updated + done.updated, total.refused + done.refused)
+    finally:
+        if not phase.connection.broken:
+            worker.run("release")
+    if texts:
+        staging.note_masking(phase, worker.masked, texts)
+    return total
 
 
-def _drain_batch(phase: Phase, model: embed.Model) -> Drained:
-    p = phase.params
-    taken = db.rows(phase.connection, SQL["take"], p, batch_rows=p.embeddings.batch_rows)
-    rows = db.rows(phase.connection, SQL["texts"], p, keys=list({r["key"] for r in taken})) if taken else []
+def _settle(phase: Phase) -> int:
+    return phase.connection.execute(SQL["settle"].compose(names(phase.params)), {}).rowcount
+
+
+def _claim(worker: _Worker) -> list[db.Row]:
+    rows = worker.run("claim", lease_s=LEASE_S, batch_rows=worker.phase.params.embeddings.rows_a_batch)
+    return list(rows.fetchall())
+
+
+def _refresh(worker: _Worker, claimed: Sequence[db.Row]) -> Drained:
+    """One batch: reads the texts, asks the model with nothing locked, and writes in one short transaction."""
+    p, connection = worker.phase.params, worker.phase.connection
+    ids: dict[Any, list[int]] = {}
+    for row in claimed:
+        ids.setdefault(row["key"], []).append(row["id"])
+    rows = db.rows(connection, SQL["texts"], p, keys=list(ids))
     with_text = [r for r in rows if r["has_text"]]
-    updated = refused = 0
-    with phase.connection.cursor() as cursor:
-        if with_text:
-            vectors = model([r["text"] for r in with_text])
-            fit, _ = embed.check(vectors, [r["key"] for r in with_text], p)
-            half = p.vector.type == "halfvec"
-            values = [
-                {"key": r["key"], "text_hash": r["text_hash"], "embedding": HalfVector(v) if half else v}
-                for r, v, ok in zip(with_text, vectors, fit, strict=True)
-                if ok
-            ]
-            refused = len(with_text) - len(values)
-            if values:
-                cursor.executemany(SQL["update"].compose(names(p)), values)
-                updated = cursor.rowcount
-        for row in rows:
-            if not row["has_text"]:
-                cursor.execute(SQL["clear"].compose(names(p)), {"key": row["key"]})
-    return Drained(len(taken), updated, refused)
+    texts, counts = masking.mask([r["text"] for r in with_text], worker.rules)
+    made = embed.embed_each(worker.model, texts)
+    worker.masked.update(counts)
+    failed = {with_text[i]["key"]: _line(error) for i, error in made.errors.items()}
+    faults = embed.check(made.vectors, p) if made.places else {}
+    failed |= {with_text[made.places[i]]["key"]: why for i, why in faults.items()}
+    values = [
+        {
+            "key": with_text[i]["key"],
+            "text_hash": with_text[i]["text_hash"],
+            "embedding": HalfVector(vector) if p.vector.type == "halfvec" else vector,
+        }
+        for i, vector in zip(made.places, made.vectors, strict=True)
+        if with_text[i]["key"] not in failed
+    ]
+    finished = [key for key in ids if key not in failed]
+    done_ids = [i for key in finished for i in ids[key]]
+    gone = [{"key": r["key"]} for r in rows if not r["has_text"]]
+    updated, _ = db.in_short_tries(
+        connection,
+        p,
+        "refresh.update",
+        SQL["update"].lock,
+        lambda: _write(worker, values, gone, done_ids, finished),
+    )
+    refused = sum(_fail(worker, ids[key], error) for key, error in failed.items())
+    return Drained(len(done_ids), updated, refused)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_ERROR]
+
+
+def _write(
+    worker: _Worker,
+    values: Sequence[dict[str, Any]],
+    gone: Sequence[dict[str, Any]],
+    ids: Sequence[int],
+    keys: Sequence[Any],
+) -> int:
+    p = worker.phase.params
+    beside = "_beside" if vectors_stand_beside(p) else ""
+    updated = 0
+    with worker.phase.connection.cursor() as cursor:
+        if values:
+            cursor.executemany(SQL[f"update{beside}"].compose(names(p)), values)
+            updated = cursor.rowcount
+        if gone:
+            cursor.executemany(SQL[f"clear{beside}"].compose(names(p)), gone)
+    worker.run("finish", ids=list(ids), keys=list(keys))
+    return updated
+
+
+def _fail(worker: _Worker, ids: list[int], error: str) -> bool:
+    """Counts a failed try; True where it was the last and the row is set aside."""
+    attempts = [r["attempts"] for r in worker.run("fail", ids=ids, error=error).fetchall()]
+    return bool(attempts) and min(attempts) >= worker.phase.params.embeddings.refresh_tries
+
+
+def plan(phase: Phase) -> db.Plan:
+    """The UPDATE that a drain sends for each row; empty where nothing waits."""
+    if phase.execute and not (state := waiting(phase)).waiting + state.set_aside:
+        return db.Plan((), phase.connection)
+    block = "update_beside" if vectors_stand_beside(phase.params) else "update"
+    return db.Plan(
+        (db.statement(SQL[block], phase.params, key=None, text_hash=None, embedding=None),), phase.connection
+    )
+
+
+def apply(phase: Phase) -> Table:
+    """Drains the queue; what was set aside by an earlier drain gets one more try."""
+    if not phase.execute:
+        return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
+    began = db.one(phase.connection, SQL["clock"], phase.params)["now"]
+    phase.do(db.statement(SQL["one_more_try"], phase.params, tries=phase.params.embeddings.refresh_tries))
+    drained = drain(phase)
+    phase.note("refresh", {"began": began.isoformat(), **vars(drained)})
+    return Table.of([{"changes": drained.changes, "rows embedded": drained.updated, "set aside": drained.refused}])
+
+
+def verify(phase: Phase) -> Gates:
+    """What was queued when the drain began is done; what is not says why."""
+    noted = phase.ledger.latest("refresh")
+    state = waiting(phase, datetime.fromisoformat(noted["began"]) if noted else None)
+    e, queue = phase.params.embeddings, spelled(phase.params, "queue")
+    return collect(
+        [
+            gate(
+                "refresh.queue_is_drained",
+                state.since_before == 0,
+                queue,
+                found=f"{number(state.since_before)} rows wait since before this drain, the oldest for"
+                f" {duration(state.oldest_s)}: {state.why}"
+                if state.since_before
+                else f"nothing waits from before this drain; {number(state.waiting)} rows changed since",
+                needed="0 from before this drain",
+                danger="the search ranks these rows by words that they no longer hold",
+                do="run this notebook again; another worker may hold their claims"
+                if e.has_model
+                else "make vectors of these rows' texts, run 40_load_embeddings and 50_backfill, and this again",
+                figures={"waiting": state.waiting, "since_before": state.since_before},
+            ),
+            gate(
+                "refresh.no_row_is_set_aside",
+                state.set_aside == 0,
+                queue,
+                found=f"{number(state.set_aside)} rows after {e.refresh_tries} tries each, for instance {state.error}"
+                if state.set_aside
+                else "none",
+                needed="none",
+                danger="these rows keep the vector of their older text, or none",
+                do="read column error of the queue; mend text or model, and run this again: each gets one more try",
+                figures={"set_aside": state.set_aside},
+            ),
+        ]
+    )

@@ -11,7 +11,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import inputs, preflight, sensitive
+from runbook_lib import inputs, masking, preflight
 from runbook_lib.gates import BadInput, Gate, Gates
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
@@ -451,6 +451,7 @@ def test_sensitive_data_is_counted_and_never_shown(articles: Connection, open_ph
         "IBANs": 0,
         "IP addresses": 0,
         "long tokens": 0,
+        "telephone numbers": 0,
     }
     assert "e-mail addresses in 3, payment card numbers in 1, of 201 rows sampled" in str(found)
     assert "ann.secret" not in str(found) and "4111" not in found._repr_html_()
@@ -468,7 +469,7 @@ def test_sensitive_data_is_counted_and_never_shown(articles: Connection, open_ph
     ],
 )
 def test_known_shapes_are_counted(text: str, kind: str) -> None:
-    assert {k for k, n in sensitive.count([text]).items() if n} == {kind}
+    assert {k for k, n in masking.count([text]).items() if n} == {kind}
 
 
 @pytest.mark.parametrize(
@@ -485,7 +486,7 @@ def test_known_shapes_are_counted(text: str, kind: str) -> None:
     ],
 )
 def test_near_misses_are_not_counted(text: str) -> None:
-    assert sum(sensitive.count([text]).values()) == 0
+    assert sum(masking.count([text]).values()) == 0
 
 
 def test_searches_of_today_are_found_in_pg_stat_statements(articles: Connection, open_phase: OpenPhase) -> None:

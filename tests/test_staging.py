@@ -117,7 +117,14 @@ def test_refused_vectors_are_kept_with_their_reason_and_tried_again(
         patch.setattr(embed, "model", lambda params: holes)
         staging.apply(phase)
     refused = {g.name: g for g in staging.verify(phase)}["staging.no_vector_was_refused"]
-    assert (refused.verdict, refused.figures["refused"]) == ("FAIL", 2)
+    assert str(refused) == (
+        "FAIL    staging.no_vector_was_refused   \"runbook\".\"articles_rejected\"\n"
+        "  found   1 × NaN or infinity among its numbers (for instance key 4);"
+        " 1 × a zero vector, which cosine cannot rank (for instance key 6)\n"
+        "  needed  none\n"
+        "  danger  these rows would have no vector, or that of another row's text\n"
+        "  do      mend the source of these embeddings and run this phase again; it tries them anew"
+    )
     staging.apply(phase)
     assert staging.verify(phase).passed
 

@@ -1,18 +1,38 @@
 -- Rows whose text was inserted or changed since they were embedded.
 
--- name: take
--- purpose: Take the oldest changes out of the queue; what another worker holds is passed over.
--- lock: ROW EXCLUSIVE on the queue
--- undo: a rollback puts them back
-DELETE FROM {queue} WHERE id IN (
-    SELECT id FROM {queue} ORDER BY id LIMIT %(batch_rows)s FOR UPDATE SKIP LOCKED
-) RETURNING key;
+-- name: worker
+-- purpose: Show by a lock of this session's that the worker is alive; its claims are free when the session ends.
+-- lock: an advisory lock
+-- undo: none needed; it ends with the session
+SELECT pg_try_advisory_lock(%(class)s, %(worker)s) AS taken;
+
+-- name: claim
+-- purpose: Claim the oldest changes; what a living worker claimed, or was set aside, is passed over.
+-- lock: ROW EXCLUSIVE on the queue, for milliseconds
+-- undo: refresh.release
+UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = clock_timestamp() WHERE id IN (
+    SELECT q.id FROM {queue} q
+    WHERE q.attempts < %(tries)s AND (
+        q.claimed_by IS NULL OR q.claimed_at < clock_timestamp() - make_interval(secs => %(lease_s)s)
+        OR NOT EXISTS (
+            SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database AND d.datname = current_database()
+            WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted
+              AND l.classid = %(class)s::bigint::oid AND l.objid = q.claimed_by::oid))
+    ORDER BY q.id LIMIT %(batch_rows)s FOR UPDATE SKIP LOCKED
+) RETURNING id, key;
+
+-- name: release
+-- purpose: Give back what this worker claimed and did not finish.
+-- lock: ROW EXCLUSIVE on the queue, for milliseconds
+-- undo: refresh.claim
+UPDATE {queue} SET claimed_by = NULL, claimed_at = NULL WHERE claimed_by = %(worker)s;
 
 -- name: texts
 -- purpose: The texts of these rows as they are now, where the vector is not of that text.
 SELECT t.{key} AS key, {text} AS text, {text_hash} AS text_hash, btrim({text}, E' \t\r\n') <> '' AS has_text
-FROM {table} t
-WHERE t.{key} = ANY (%(keys)s) AND (t.{embedding} IS NULL OR t.{embedding_hash} IS DISTINCT FROM {text_hash});
+FROM {with_vectors}
+WHERE t.{key} = ANY (%(keys)s)
+  AND ({row_embedding} IS NULL OR {row_embedding_hash} IS DISTINCT FROM {text_hash});
 
 -- name: update
 -- purpose: Give each row its vector, if its text is still the one that the vector was made from.
@@ -22,9 +42,68 @@ UPDATE {table} t
 SET {embedding} = %(embedding)s, {embedding_hash} = %(text_hash)s, {embedding_updated_at} = now()
 WHERE t.{key} = %(key)s AND {text_hash} = %(text_hash)s;
 
+-- name: update_beside
+-- purpose: Give each row its vector in the table beside, if its text is still the one that the vector was made from.
+-- lock: ROW EXCLUSIVE on {vectors}; a share lock on the rows of one batch of {table}, until its commit
+-- undo: schema.drop_columns
+INSERT INTO {vectors} AS e ({key}, {embedding}, {embedding_hash}, {embedding_updated_at})
+SELECT t.{key}, %(embedding)s, %(text_hash)s, now() FROM {table} t
+WHERE t.{key} = %(key)s AND {text_hash} = %(text_hash)s FOR SHARE OF t
+ON CONFLICT ({key}) DO UPDATE SET {embedding} = excluded.{embedding}, {embedding_hash} = excluded.{embedding_hash},
+    {embedding_updated_at} = excluded.{embedding_updated_at};
+
 -- name: clear
 -- purpose: Take the vector from a row whose text is gone.
 -- lock: ROW EXCLUSIVE on {table}, on that row
 -- undo: none needed; there is no text to search
 UPDATE {table} t SET {embedding} = NULL, {embedding_hash} = NULL, {embedding_updated_at} = now()
 WHERE t.{key} = %(key)s AND btrim({text}, E' \t\r\n') = '';
+
+-- name: clear_beside
+-- purpose: Take the vector of a row whose text is gone from the table beside.
+-- lock: ROW EXCLUSIVE on {vectors}, on that row
+-- undo: none needed; there is no text to search
+DELETE FROM {vectors} e USING {table} t
+WHERE t.{key} = %(key)s AND e.{key} = t.{key} AND btrim({text}, E' \t\r\n') = '';
+
+-- name: finish
+-- purpose: Take finished changes out of the queue, and what was set aside of the same rows.
+-- lock: ROW EXCLUSIVE on the queue
+-- undo: none needed; the row has the vector of its text, or is gone
+DELETE FROM {queue} WHERE id = ANY (%(ids)s) OR (key = ANY (%(keys)s) AND attempts >= %(tries)s);
+
+-- name: fail
+-- purpose: Count a failed try, with its error, and give the change back; after the last try it is set aside.
+-- lock: ROW EXCLUSIVE on the queue, for milliseconds
+-- undo: refresh.one_more_try
+UPDATE {queue} SET attempts = attempts + 1, error = %(error)s, claimed_by = NULL, claimed_at = NULL
+WHERE id = ANY (%(ids)s) RETURNING attempts;
+
+-- name: one_more_try
+-- purpose: Give what was set aside one more try.
+-- lock: ROW EXCLUSIVE on the queue, for milliseconds
+-- undo: none needed; a change that fails again is set aside again
+UPDATE {queue} SET attempts = %(tries)s - 1 WHERE attempts >= %(tries)s;
+
+-- name: settle
+-- purpose: Take changes out of the queue whose rows are gone, or have the vector of their text by another way.
+-- lock: ROW EXCLUSIVE on the queue
+-- undo: none needed; nothing is left to do for these rows
+DELETE FROM {queue} q WHERE NOT EXISTS (
+    SELECT FROM {with_vectors}
+    WHERE t.{key} = q.key AND CASE WHEN btrim({text}, E' \t\r\n') = '' THEN {row_embedding} IS NOT NULL
+        ELSE {row_embedding_hash} IS DISTINCT FROM {text_hash} END
+);
+
+-- name: state
+-- purpose: Rows that wait in the queue, by what they wait for.
+SELECT count(DISTINCT key) FILTER (WHERE attempts < %(tries)s) AS waiting,
+       count(DISTINCT key) FILTER (WHERE attempts < %(tries)s AND queued_at < %(before)s) AS waiting_since_before,
+       count(DISTINCT key) FILTER (WHERE attempts >= %(tries)s) AS set_aside,
+       coalesce(extract(epoch FROM clock_timestamp() - min(queued_at)), 0)::float8 AS oldest_s,
+       min(split_part(error, ':', 1)) FILTER (WHERE attempts >= %(tries)s) AS error
+FROM {queue};
+
+-- name: clock
+-- purpose: The server's time.
+SELECT clock_timestamp() AS now;

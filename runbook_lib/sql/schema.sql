@@ -24,12 +24,16 @@ ALTER TABLE {staging}
     ALTER COLUMN staged_at SET DEFAULT now();
 
 -- name: create_rejected
--- purpose: Make the table of vectors that were refused, each with its reason.
+-- purpose: Make the table of rows and vectors that were refused, each with its reason; a key may be none at all.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_staging
 CREATE TABLE IF NOT EXISTS {rejected} AS
-    SELECT t.{key} AS key, ''::text AS reason, now() AS rejected_at FROM {table} t WITH NO DATA;
-ALTER TABLE {rejected} ADD PRIMARY KEY (key), ALTER COLUMN rejected_at SET DEFAULT now();
+    SELECT t.{key} AS key, ''::text AS key_text, ''::text AS reason, ''::text AS detail, now() AS rejected_at
+    FROM {table} t WITH NO DATA;
+ALTER TABLE {rejected}
+    ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    ALTER COLUMN rejected_at SET DEFAULT now();
+CREATE INDEX ON {rejected} (key);
 
 -- name: create_queue
 -- purpose: Make the queue of rows whose text was inserted or changed; only ever appended to, so no writer waits.
@@ -39,8 +43,13 @@ CREATE TABLE IF NOT EXISTS {queue} AS
     SELECT t.{key} AS key, now() AS queued_at FROM {table} t WITH NO DATA;
 ALTER TABLE {queue}
     ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    ADD COLUMN claimed_by bigint,
+    ADD COLUMN claimed_at timestamptz,
+    ADD COLUMN attempts integer NOT NULL DEFAULT 0,
+    ADD COLUMN error text,
     ALTER COLUMN key SET NOT NULL,
     ALTER COLUMN queued_at SET DEFAULT clock_timestamp();
+CREATE INDEX ON {queue} (key);
 
 -- name: create_capture_function
 -- purpose: Make the function that queues a row. It runs as its owner, since writers need no rights on the ledger.

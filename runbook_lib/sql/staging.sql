@@ -7,18 +7,41 @@ WHERE attrelid = to_regclass(%(table)s) AND attname = %(key)s AND NOT attisdropp
 
 -- name: to_stage
 -- purpose: The next rows in key order that have text, but neither the vector of that text nor a staged one.
-SELECT t.{key} AS key, {text} AS text, {text_hash} AS text_hash
-FROM {table} t
+SELECT t.{key} AS key, {text} AS text, {text_hash} AS text_hash,
+       EXISTS (SELECT FROM {staging} s WHERE s.key = t.{key}) AS staged_before
+FROM {with_vectors}
 WHERE {after} AND btrim({text}, E' \t\r\n') <> ''
-  AND t.{embedding_hash} IS DISTINCT FROM {text_hash}
+  AND {row_embedding_hash} IS DISTINCT FROM {text_hash}
   AND NOT EXISTS (SELECT FROM {staging} s WHERE s.key = t.{key} AND s.text_hash = {text_hash})
   AND NOT EXISTS (SELECT FROM {rejected} r WHERE r.key = t.{key})
 ORDER BY t.{key} LIMIT %(batch_rows)s;
 
--- name: hashes_of
--- purpose: Hash of the text of these rows as it is now; rows that are gone are left out.
-SELECT t.{key} AS key, {text_hash} AS text_hash FROM {table} t
-WHERE t.{key} = ANY (%(keys)s) AND btrim({text}, E' \t\r\n') <> '';
+-- name: forget_seen
+-- purpose: Begin anew the list of keys that this session has read; it tells a key that comes twice from a rerun.
+-- lock: none on the target; the list is a temporary table
+-- undo: none needed; the list ends with the session
+DROP TABLE IF EXISTS pg_temp.runbook_seen;
+CREATE TEMPORARY TABLE runbook_seen (key {key_type} PRIMARY KEY);
+
+-- name: look_up
+-- purpose: For keys of a source: read before, rows of the table, hash of the text as it is now, staged, in the table.
+-- lock: none on the target; the keys go into the list of keys read
+-- undo: none needed
+WITH given AS (
+    SELECT unnest(%(keys)s::{key_type}[]) AS key
+), fresh AS (
+    INSERT INTO pg_temp.runbook_seen SELECT key FROM given ON CONFLICT DO NOTHING RETURNING key
+)
+SELECT g.key, f.key IS NULL AS again, r.known IS NOT NULL AS known, r.has_text, r.text_hash, r.current,
+       s.key IS NOT NULL AS staged_before, s.text_hash = r.text_hash AS staged
+FROM given g
+LEFT JOIN fresh f ON f.key = g.key
+LEFT JOIN LATERAL (
+    SELECT true AS known, btrim({text}, E' \t\r\n') <> '' AS has_text, {text_hash} AS text_hash,
+           {row_embedding_hash} IS NOT DISTINCT FROM {text_hash} AS current
+    FROM {with_vectors} WHERE t.{key} = g.key
+) r ON true
+LEFT JOIN {staging} s ON s.key = g.key;
 
 -- name: forget
 -- purpose: Take out staged vectors of older texts before the new ones arrive.
@@ -33,11 +56,10 @@ DELETE FROM {staging} WHERE key = ANY (%(keys)s);
 COPY {staging} (key, text_hash, embedding) FROM STDIN (FORMAT BINARY);
 
 -- name: reject
--- purpose: Keep each refused vector's key and reason.
+-- purpose: Keep each refused row's key, as a key of the table or as the text that is none, its reason and detail.
 -- lock: ROW EXCLUSIVE on the table of refused vectors
 -- undo: schema.drop_staging
-INSERT INTO {rejected} (key, reason) VALUES (%(key)s, %(reason)s)
-ON CONFLICT (key) DO UPDATE SET reason = excluded.reason, rejected_at = now();
+INSERT INTO {rejected} (key, key_text, reason, detail) VALUES (%(key)s, %(key_text)s, %(reason)s, %(detail)s);
 
 -- name: forgive
 -- purpose: Forget earlier refusals, so that this load tries those rows again.
@@ -52,10 +74,10 @@ SELECT count(*) AS with_text,
        count(*) FILTER (WHERE NOT current AND NOT staged AND queued) AS queued,
        count(*) FILTER (WHERE NOT current AND NOT staged AND NOT queued) AS lost
 FROM (
-    SELECT t.{embedding_hash} IS NOT DISTINCT FROM {text_hash} AS current,
-           s.text_hash IS NOT DISTINCT FROM {text_hash} AS staged,
+    SELECT {row_embedding_hash} IS NOT DISTINCT FROM {text_hash} AS current,
+           EXISTS (SELECT FROM {staging} s WHERE s.key = t.{key} AND s.text_hash = {text_hash}) AS staged,
            EXISTS (SELECT FROM {queue} q WHERE q.key = t.{key}) AS queued
-    FROM {table} t LEFT JOIN {staging} s ON s.key = t.{key}
+    FROM {with_vectors}
     WHERE btrim({text}, E' \t\r\n') <> ''
 ) x;
 
@@ -67,5 +89,7 @@ SELECT count(*) AS staged,
 FROM {staging};
 
 -- name: rejected
--- purpose: Refused vectors by reason.
-SELECT reason, count(*) AS rows, min(key::text) AS for_instance FROM {rejected} GROUP BY reason ORDER BY 2 DESC;
+-- purpose: Refused vectors by reason, each with one row of them.
+SELECT reason, count(*) AS rows, (array_agg(key_text ORDER BY id))[1] AS key_text,
+       (array_agg(detail ORDER BY id))[1] AS detail
+FROM {rejected} GROUP BY reason ORDER BY 2 DESC, 1;
