@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from psycopg import sql
 
-from runbook_lib import db, embed, evaluate, search, tune
+from runbook_lib import agreement, db, embed, evaluate, search, slices, tune
 from runbook_lib.display import Table, number
 from runbook_lib.evaluate import Query
 from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.names import identifier, names
 from runbook_lib.phase import Phase
+from runbook_lib.sql import load
+
+SQL = load("compare")
 
 # Depth of the answers that are judged: R@100 needs as many.
 JUDGED_DEPTH = 100
@@ -21,11 +27,16 @@ ROUNDS = 3
 # Below this p95 a difference is noise, and no user notices it.
 FAST_ENOUGH_MS = 5.0
 MEASURES = ("nDCG@10", "RR", "R@10", "R@100", "P@10")
+# Queries on the sheet that a person judges.
+SHEET_QUERIES = 10
+WITHOUT_VECTORS = ("legacy", "fulltext")
 
 
 def systems(phase: Phase) -> list[str]:
-    """What is compared in phase 80; hybrid only where there is a full-text column."""
-    return ["legacy", "exact", "vector", *(["hybrid"] if phase.params.search.fulltext_column else [])]
+    """What is compared in phase 80; full text alone and hybrid only where there is a full-text column."""
+    if not phase.params.search.fulltext_column:
+        return ["legacy", "exact", "vector"]
+    return ["legacy", "fulltext", "exact", "vector", "hybrid"]
 
 
 @contextmanager
@@ -34,8 +45,8 @@ def _connected(phase: Phase, system: str) -> Iterator[db.Connection]:
     if system == "exact":
         with tune.exactly(phase) as connection:
             yield connection
-    elif system == "legacy":
-        with db.connect(phase.params, f"runbook {phase.run_id} legacy") as connection, connection.transaction():
+    elif system in WITHOUT_VECTORS:
+        with db.connect(phase.params, f"runbook {phase.run_id} {system}") as connection, connection.transaction():
             yield connection
     else:
         chosen = (phase.ledger.latest("tuning") or {}).get("chosen") or tune.settings_to_try(phase)[-1]
@@ -44,41 +55,79 @@ def _connected(phase: Phase, system: str) -> Iterator[db.Connection]:
 
 
 def _ask(phase: Phase, system: str, queries: Sequence[Query], vectors: np.ndarray | None, k: int) -> search.Answers:
-    route = "vector" if system == "exact" else system
-    statement = search.route_statement(phase.connection, phase.params, route)  # type: ignore[arg-type]
+    p = phase.params
+    if system == "fulltext":
+        statement = _fulltext_statement(phase)
+    else:
+        route = "vector" if system == "exact" else system
+        statement = search.route_statement(phase.connection, p, route)  # type: ignore[arg-type]
     with _connected(phase, system) as connection:
-        return search.ask(connection, phase.params, statement, queries, None if system == "legacy" else vectors, k)
+        return search.ask(connection, p, statement, queries, None if system in WITHOUT_VECTORS else vectors, k)
+
+
+def _fulltext_statement(phase: Phase) -> sql.Composed:
+    s = phase.params.search
+    return SQL["fulltext"].compose(
+        names(phase.params)
+        | {
+            "fulltext": identifier(s.fulltext_column or ""),
+            "fulltext_config": sql.SQL("{}::regconfig").format(sql.Literal(s.fulltext_config)),
+        }
+    )
+
+
+def judge(phase: Phase, query_id: str, key: str, relevance: int) -> None:
+    """Keeps a person's mark in the ledger: 0 for wrong, higher for better; given again, the newer one counts.
+
+    Raises ValueError for a query that the query file does not have, or a negative mark.
+    """
+    if query_id not in {q.query_id for q in evaluate.read_queries(phase.params)} or relevance < 0:
+        raise ValueError(f"query {query_id} with relevance {relevance}: needed a query of the file and a mark from 0")
+    phase.ledger.append("judgement", {"query_id": query_id, "key": str(key), "relevance": relevance})
+
+
+def judgements(phase: Phase) -> dict[str, dict[str, int]]:
+    """Relevance by query id and key: those of the file, and over them the marks given in the notebook."""
+    found = {query_id: dict(keys) for query_id, keys in evaluate.read_judgements(phase.params).items()}
+    known = {q.query_id for q in evaluate.read_queries(phase.params)}
+    for row in db.rows(phase.connection, SQL["judgements"], phase.params) if phase.ledger.exists() else []:
+        if row["query_id"] in known:
+            found.setdefault(row["query_id"], {})[row["key"]] = row["relevance"]
+    return found
 
 
 def measure(
-    phase: Phase, names: Sequence[str], known: Mapping[str, Mapping[str, Any]] | None = None
+    phase: Phase, systems: Sequence[str], known: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Relevance on the judged queries and latency on the timed ones, by system.
 
     known: relevance that was measured before and is not measured again. Returns, by system: the measures, p50_ms,
     p95_ms, p99_ms, judged and timed (numbers of queries), per_query (nDCG@10) and answers (keys of the timed
-    queries), both by query id.
+    queries), both by query id, and unanswered (ids of judged queries without any answer).
     """
     p = phase.params
-    queries, judgements = evaluate.read_queries(p), evaluate.read_judgements(p)
-    judged = evaluate.sample([q for q in queries if q.query_id in judgements], p.queries.judged_sample)
+    queries, marks = evaluate.read_queries(p), judgements(phase)
+    judged = evaluate.sample([q for q in queries if q.query_id in marks], p.queries.judged_sample)
     timed = evaluate.sample(queries, p.queries.sample)
-    model = embed.model(p) if set(names) != {"legacy"} else None
+    model = embed.model(p) if set(systems) != {"legacy"} else None
     judged_vectors = model([q.text for q in judged]) if model and judged else None
     timed_vectors = model([q.text for q in timed]) if model else None
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
     answers: dict[str, search.Answers] = {}
     for _ in range(ROUNDS):
-        for name in names:
+        for name in systems:
             answers[name] = _ask(phase, name, timed, timed_vectors, p.queries.k)
             seconds[name] += answers[name].seconds
     result: dict[str, dict[str, Any]] = {}
-    for name in names:
+    for name in systems:
         figures: dict[str, Any] = dict((known or {}).get(name, {}))
         if judged and set(figures.get("per_query", ())) != {q.query_id for q in judged}:
             deep = _ask(phase, name, judged, judged_vectors, JUDGED_DEPTH)
-            relevance = evaluate.relevance(deep.keys, {q.query_id: judgements[q.query_id] for q in judged})
-            figures = {m: round(relevance.measures[m], 4) for m in MEASURES} | {"per_query": relevance.per_query}
+            relevance = evaluate.relevance(deep.keys, {q.query_id: marks[q.query_id] for q in judged})
+            figures = {m: round(relevance.measures[m], 4) for m in MEASURES} | {
+                "per_query": relevance.per_query,
+                "unanswered": [i for i, keys in deep.keys.items() if not keys],
+            }
         times = {key: round(v, 3) for key, v in evaluate.latency(seconds[name]).items() if key.endswith("_ms")}
         result[name] = {**figures, **times, "judged": len(judged), "timed": len(timed), "answers": answers[name].keys}
     return result
@@ -91,7 +140,7 @@ def show(result: dict[str, dict[str, Any]]) -> Table:
 
 def _totals(result: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The figures without those of single queries."""
-    single = ("answers", "per_query")
+    single = ("answers", "per_query", "unanswered")
     return {name: {k: v for k, v in figures.items() if k not in single} for name, figures in result.items()}
 
 
@@ -101,7 +150,7 @@ def baseline(phase: Phase) -> Table:
         return Table(("not carried out (execute is false)",), [("measure the legacy search",)])
     result = measure(phase, ["legacy"])
     legacy = result["legacy"]
-    single = {"answers": legacy["answers"], "per_query": legacy.get("per_query", {})}
+    single = {key: legacy.get(key, {}) for key in ("answers", "per_query", "unanswered")}
     phase.note("baseline", {"systems": _totals(result), **single})
     return show(result)
 
@@ -152,12 +201,27 @@ def _function_answers_as_legacy(phase: Phase) -> Gate:
     )
 
 
-def shadow(phase: Phase) -> Table:
+@dataclass(frozen=True)
+class Comparison:
+    """What phase 80 shows: every search, the classes of queries, and the sheet of the most different answers."""
+
+    tables: tuple[Table, ...]
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.tables))
+
+    def _repr_html_(self) -> str:
+        return "".join(table._repr_html_() for table in self.tables)
+
+
+def shadow(phase: Phase) -> Comparison | Table:
     """Phase 80: every system answers the same queries; the figures and the winner go into the ledger."""
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [(f"measure {', '.join(systems(phase))}",)])
+    k, route = phase.params.queries.k, phase.params.cut_over.route
     recorded = phase.ledger.latest("baseline") or {"systems": {"legacy": {}}, "per_query": {}}
-    kept = {m: recorded["systems"]["legacy"].get(m) for m in MEASURES} | {"per_query": recorded["per_query"]}
+    kept = {m: value for m, value in recorded["systems"]["legacy"].items() if m in MEASURES}
+    kept |= {key: recorded.get(key, {}) for key in ("per_query", "unanswered")}
     result = measure(phase, systems(phase), {"legacy": kept})
     judged = result["legacy"]["judged"]
     winner = max(result, key=lambda name: result[name]["nDCG@10"]) if judged else None
@@ -166,19 +230,59 @@ def shadow(phase: Phase) -> Table:
         for name, figures in result.items()
         if name in ("vector", "hybrid")
     }
+    answers = {name: figures["answers"] for name, figures in result.items()}
+    found = _slices(phase, result) if judged else []
+    agreed = {name: agreement.agreement(answers["legacy"], answers[name], k) for name in result if name != "legacy"}
     phase.note(
         "shadow",
         {
-            "k": phase.params.queries.k,
+            "k": k,
             "judged": judged,
             "timed": result["legacy"]["timed"],
             "winner": winner,
             "short": short,
-            "paired": _paired(result, phase.params.cut_over.route) if judged else None,
+            "paired": _paired(result, route) if judged else None,
+            "pairs": {name: _paired(result, name) for name in agreed} if judged else {},
+            "slices": found,
+            "agreement_with_legacy": agreed,
             "systems": _totals(result),
+            "answers": {route: answers[route]},
+            "per_query": {route: result[route].get("per_query", {})},
         },
     )
-    return show(result)
+    agreed_table = Table.of(({"system": n, **a} for n, a in agreed.items()), "answers in common with legacy")
+    slices_table = Table.of(found, f"legacy against {route}, by class of query (nDCG@10)")
+    sheet_of = sheet(phase, answers["legacy"], answers[route])
+    return Comparison((show(result), agreed_table, *([slices_table] if found else []), sheet_of))
+
+
+def _slices(phase: Phase, result: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The judged queries by class, legacy against the route."""
+    legacy, route = result["legacy"], phase.params.cut_over.route
+    queries = [q for q in evaluate.read_queries(phase.params) if q.query_id in legacy["per_query"]]
+    groups = slices.classes(phase, queries, set(legacy["unanswered"]))
+    scores = {name: result[name]["per_query"] for name in result}
+    return slices.compare(groups, scores, route)
+
+
+def sheet(phase: Phase, old: agreement.Answers, new: agreement.Answers) -> Table:
+    """The queries whose answers differ most, for a person to judge with :func:`judge`: a row an answer."""
+    k = phase.params.queries.k
+    texts = {q.query_id: q.text for q in evaluate.read_queries(phase.params)}
+    ids = agreement.most_different(old, new, k, SHEET_QUERIES)
+    keys = sorted({key for i in ids for key in (*old[i][:3], *new[i][:3])})
+    begin = {r["key"]: r["text"] for r in db.rows(phase.connection, SQL["first_words"], phase.params, keys=keys)}
+    marks = judgements(phase)
+    rows = [
+        (i, texts[i], side, place, key, begin.get(key, ""), marks.get(i, {}).get(key))
+        for i in ids
+        for side, answers in (("legacy", old), (phase.params.cut_over.route, new))
+        for place, key in enumerate(answers[i][:3], 1)
+    ]
+    columns = ("query_id", "query", "answered by", "place", "key", "row", "relevance")
+    return Table(
+        columns, rows, "the most different answers; compare.judge(phase, query_id, key, relevance) marks one"
+    )
 
 
 def _paired(result: dict[str, dict[str, Any]], route: str) -> dict[str, float]:
@@ -234,13 +338,14 @@ def _relevance_is_kept(phase: Phase, recorded: dict[str, Any], route: str) -> Ga
             danger="nobody knows whether the new answers are better or worse",
             do="judge a hundred queries into queries.judgements, or set cut_over.accept_unjudged: true in the open",
         )
-    pair = recorded["paired"]
+    pair, losing = recorded["paired"], slices.where_legacy_wins(recorded["slices"])
     return gate(
         "compare.relevance_is_kept",
         new >= old - allowed,
         route,
         found=f"nDCG@10 {new:.3f} on {number(recorded['judged'])} judged queries, legacy {old:.3f} (difference"
-        f" {pair['low']:+.3f} to {pair['high']:+.3f}, p = {pair['p_value']:.2g}); best is {recorded['winner']}",
+        f" {pair['low']:+.3f} to {pair['high']:+.3f}, p = {pair['p_value']:.2g}); best is {recorded['winner']}"
+        + (f"; legacy wins on: {', '.join(losing)}" if losing else ""),
         needed=f"at least {old - allowed:.3f}",
         danger="users find less than they do today",
         do="choose the best route in cut_over.route, or another model",

@@ -1,0 +1,40 @@
+-- Phase 80: what is compared beside the routes, and what the queries are made of.
+
+-- name: fulltext
+-- purpose: Full text alone, any word of the query, best rank first.
+SELECT t.{key} AS key, ts_rank(t.{fulltext}, w.any_word, 1) AS score
+FROM {table} t,
+     (SELECT replace(plainto_tsquery({fulltext_config}, %(query)s)::text, ' & ', ' | ')::tsquery AS any_word) w
+WHERE t.{fulltext} @@ w.any_word
+ORDER BY score DESC, t.{key}
+LIMIT %(k)s;
+
+-- name: words
+-- purpose: The words of each text, lower-cased and otherwise as they are.
+SELECT text, tsvector_to_array(to_tsvector('simple', text)) AS words FROM unnest(%(texts)s::text[]) AS text;
+
+-- name: estimated_rows
+-- purpose: Rows of the table by the planner's estimate.
+SELECT greatest(reltuples, 0)::bigint AS rows FROM pg_class WHERE oid = to_regclass(%(table)s);
+
+-- name: document_frequency
+-- purpose: In which share of the rows, or of a sample of the table's pages, each of these words stands.
+WITH sampled AS MATERIALIZED (
+    SELECT to_tsvector('simple', left({text}, 20000)) AS words
+    FROM {table} AS t TABLESAMPLE SYSTEM (%(percent)s)
+)
+SELECT word, count(*)::float8 / (SELECT count(*) FROM sampled) AS share
+FROM sampled, unnest(tsvector_to_array(words)) AS word
+WHERE word = ANY (%(words)s) GROUP BY word;
+
+-- name: first_words
+-- purpose: How rows begin, for a person who judges answers.
+SELECT t.{key}::text AS key, left(regexp_replace({text}, '\s+', ' ', 'g'), 80) AS text
+FROM {table} t WHERE t.{key}::text = ANY (%(keys)s);
+
+-- name: judgements
+-- purpose: The marks that people gave in the notebook, the newest for each query and row.
+SELECT DISTINCT ON (body ->> 'query_id', body ->> 'key')
+       body ->> 'query_id' AS query_id, body ->> 'key' AS key, (body ->> 'relevance')::int AS relevance
+FROM {entry} WHERE target = {target_name} AND kind = 'judgement'
+ORDER BY body ->> 'query_id', body ->> 'key', seq DESC;

@@ -1,0 +1,191 @@
+"""Phases 10 and 80: the searches side by side, the classes of queries, and marks given by people."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from runbook_lib import (
+    agreement,
+    backfill,
+    compare,
+    evaluate,
+    extension,
+    index,
+    schema,
+    search,
+    slices,
+    staging,
+    tune,
+)
+from runbook_lib.evaluate import Query
+from runbook_lib.phase import Phase
+
+Open = Callable[..., Phase]
+
+
+@pytest.fixture
+def tuned(open_phase: Open) -> Callable[..., Phase]:
+    """Opens phase 80 on a table whose index is built and tuned."""
+
+    def make(**sections: dict[str, Any]) -> Phase:
+        phase = open_phase("80_shadow", **sections)
+        for module in (search, extension, schema, staging, backfill, index, tune):
+            module.apply(phase)
+        compare.baseline(phase)
+        return phase
+
+    return make
+
+
+def test_every_search_is_measured_and_those_of_the_record_are_there(tuned: Callable[..., Phase]) -> None:
+    phase = tuned()
+    shown = str(compare.shadow(phase))
+    recorded = phase.ledger.latest("shadow")
+    assert recorded is not None
+    assert set(recorded["systems"]) == {"legacy", "fulltext", "exact", "vector", "hybrid"}
+    assert all(set(compare.MEASURES) <= set(figures) for figures in recorded["systems"].values())
+    assert set(recorded["pairs"]) == {"fulltext", "exact", "vector", "hybrid"}
+    assert recorded["pairs"]["vector"] == recorded["paired"]
+    assert "answers in common with legacy" in shown and "by class of query" in shown
+    assert set(recorded["answers"]) == set(recorded["per_query"]) == {"vector"}
+
+
+def test_without_a_full_text_column_there_is_neither_fulltext_nor_hybrid(open_phase: Open) -> None:
+    phase = open_phase("80_shadow", search={"fulltext_column": None})
+    assert compare.systems(phase) == ["legacy", "exact", "vector"]
+
+
+def test_losing_classes_are_named_in_the_gate(tuned: Callable[..., Phase]) -> None:
+    phase = tuned()
+    compare.shadow(phase)
+    recorded = phase.ledger.latest("shadow")
+    assert recorded is not None
+    lost = {"slice": "codes and names", "queries": 7, "difference": -0.12, "p_value": 0.04, "blame": "model"}
+    phase.note("shadow", recorded | {"slices": [lost]})
+    gate = next(g for g in compare.verify_shadow(phase) if g.name == "compare.relevance_is_kept")
+    assert gate.found.endswith("; legacy wins on: codes and names (7 queries, -0.120, p = 0.04, by the model)")
+
+
+def test_without_judgements_agreement_and_a_sheet_stand_in_their_place(
+    tuned: Callable[..., Phase], tmp_path: Path
+) -> None:
+    phase = tuned(queries={"judgements": None})
+    shown = str(compare.shadow(phase))
+    recorded = phase.ledger.latest("shadow")
+    assert recorded is not None and recorded["judged"] == 0 and recorded["slices"] == []
+    assert set(recorded["agreement_with_legacy"]["vector"]) == {"overlap", "rbo", "tau"}
+    assert "the most different answers" in shown
+
+
+def test_marks_given_in_the_notebook_are_kept_and_used_like_judgements(tuned: Callable[..., Phase]) -> None:
+    phase = tuned(queries={"judgements": None})
+    compare.judge(phase, "q00", "1", 1)
+    compare.judge(phase, "q00", "2", 2)
+    compare.judge(phase, "q00", "1", 0)
+    assert compare.judgements(phase) == {"q00": {"1": 0, "2": 2}}
+    compare.shadow(phase)
+    recorded = phase.ledger.latest("shadow")
+    assert recorded is not None and recorded["judged"] == 1
+
+
+@pytest.mark.parametrize(("query_id", "relevance"), [("unknown", 1), ("q00", -1)])
+def test_a_mark_that_fits_nothing_is_refused(open_phase: Open, query_id: str, relevance: int) -> None:
+    with pytest.raises(ValueError, match="needed a query of the file and a mark from 0"):
+        compare.judge(open_phase("80_shadow"), query_id, "1", relevance)
+
+
+def test_classes_of_queries(open_phase: Open, articles: psycopg.Connection[Any]) -> None:
+    articles.execute("INSERT INTO articles (title) VALUES ('a heisenbug')")
+    articles.execute("ANALYZE articles")
+    texts = {
+        "a": "cookie leaks",
+        "b": "the cookie leaks on logout",
+        "c": "cookie heisenbug",
+        "d": "ERR_42 (strcpy)",
+        "e": "getUserName leaks",
+    }
+    found = slices.classes(open_phase("80_shadow"), [Query(i, t) for i, t in texts.items()], {"d"})
+    assert found == {
+        "short": ["a", "c", "d", "e"],
+        "long": ["b"],
+        "rare words": ["c", "d", "e"],
+        "codes and names": ["d", "e"],
+        "no hit in legacy": ["d"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("exact", "vector", "route", "blame"),
+    [(0.2, 0.2, "vector", "model"), (0.9, 0.3, "vector", "index"), (0.9, 0.9, "hybrid", "fusion")],
+)
+def test_a_loss_is_blamed_on_what_loses(exact: float, vector: float, route: str, blame: str) -> None:
+    ids = [f"q{i}" for i in range(6)]
+    scores = {
+        "legacy": dict.fromkeys(ids, 0.5),
+        "exact": dict.fromkeys(ids, exact),
+        "vector": dict.fromkeys(ids, vector),
+        "hybrid": dict.fromkeys(ids, 0.4),
+    }
+    (row,) = slices.compare({"short": ids, "long": ids[:2]}, scores, route)
+    assert (row["slice"], row["blame"], row[f"lost_by_{blame}"]) == ("short", blame, 6)
+    assert row["difference"] == pytest.approx(scores[route]["q0"] - 0.5)
+
+
+def test_a_win_is_blamed_on_nobody() -> None:
+    ids = [f"q{i}" for i in range(5)]
+    scores = {name: dict.fromkeys(ids, 0.5) for name in ("legacy", "exact", "vector")}
+    (row,) = slices.compare({"short": ids}, scores, "vector")
+    assert (row["blame"], row["lost_by_model"] + row["lost_by_index"] + row["lost_by_fusion"]) == ("", 0)
+
+
+def test_rank_biased_overlap_by_hand() -> None:
+    a, b = ["1", "2", "3"], ["1", "3", "9"]
+    by_hand = (1 * 1 + 0.9 * 1 / 2 + 0.81 * 2 / 3) / (1 + 0.9 + 0.81)
+    assert agreement.rank_biased_overlap(a, b, 10) == pytest.approx(by_hand)
+    assert agreement.rank_biased_overlap(a, a, 10) == 1.0
+    assert agreement.rank_biased_overlap(a, ["7", "8"], 10) == 0.0
+    assert agreement.rank_biased_overlap([], [], 10) == 1.0
+
+
+def test_rank_correlation_by_hand() -> None:
+    assert agreement.rank_correlation(["1", "2", "3"], ["1", "2", "3"], 3) == 1.0
+    assert agreement.rank_correlation(["1", "2", "3"], ["3", "2", "1"], 3) == -1.0
+    assert agreement.rank_correlation(["1", "2", "3"], ["2", "1", "3"], 3) == pytest.approx(1 / 3)
+    assert agreement.rank_correlation(["1", "2"], ["2", "9"], 3) is None, "one row in common has no order"
+
+
+def test_the_sheet_lists_the_most_different_first() -> None:
+    old = {"same": ["1", "2"], "half": ["1", "2"], "other": ["1", "2"]}
+    new = {"same": ["1", "2"], "half": ["1", "9"], "other": ["8", "9"]}
+    assert agreement.most_different(old, new, 10, 2) == ["other", "half"]
+    assert agreement.agreement(old, new, 10)["overlap"] == pytest.approx((1 + 0.5 + 0) / 3, abs=1e-4)
+
+
+def test_the_function_must_answer_as_legacy(open_phase: Open, articles: psycopg.Connection[Any]) -> None:
+    phase = open_phase("10_baseline")
+    search.apply(phase)
+    compare.baseline(phase)
+    assert compare.verify_baseline(phase).passed
+    articles.execute(
+        "CREATE OR REPLACE FUNCTION search_articles(query_text text, query_embedding real[] DEFAULT NULL,"
+        " k integer DEFAULT 10) RETURNS TABLE (id bigint, score double precision, answered_by text) LANGUAGE sql"
+        " AS 'SELECT 1::bigint, 1::double precision, ''legacy''::text'"
+    )
+    (failed,) = compare.verify_baseline(phase).failed
+    assert (failed.name, failed.found.split(";")[0]) == (
+        "compare.function_answers_as_legacy",
+        "0 of 20 queries answered alike",
+    )
+
+
+def test_relevance_is_that_of_the_judgements(tuned: Callable[..., Phase]) -> None:
+    phase = tuned()
+    queries = evaluate.sample(evaluate.read_queries(phase.params), 1000)
+    result = compare.measure(phase, ["legacy"])
+    judged = [json.loads(line) for line in phase.params.queries.judgements.read_text().splitlines()]  # type: ignore[union-attr]
+    assert set(result["legacy"]["per_query"]) == {j["query_id"] for j in judged} == {q.query_id for q in queries}
+    assert result["legacy"]["nDCG@10"] == 1.0, "every judged row holds the words of its query"
