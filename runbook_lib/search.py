@@ -24,7 +24,13 @@ from runbook_lib.sql import load
 SQL = load("search")
 
 Route = Literal["legacy", "vector", "hybrid"]
+# How the nearest rows are found. index: in the order in which the index gives them. relaxed: the same, sorted
+# afterwards. exact: among all rows that the filters let through, the vector index unused.
+Scan = Literal["index", "relaxed", "exact"]
 SETTING = {"hnsw": "hnsw.ef_search", "ivfflat": "ivfflat.probes"}
+MOST_SCANNED = {"hnsw": "hnsw.max_scan_tuples", "ivfflat": "ivfflat.max_probes"}
+# What pgvector scans at most where nothing else is said: rows of an HNSW index, lists of an IVFFlat index.
+MOST_SCANNED_DEFAULT = {"hnsw": 20_000, "ivfflat": 32_768}
 # Keeps a page full where a filter or dead rows take answers away; strict order needs no second sort.
 ITERATIVE = {"hnsw": ("hnsw.iterative_scan", "strict_order"), "ivfflat": ("ivfflat.iterative_scan", "relaxed_order")}
 
@@ -75,15 +81,25 @@ def legacy_statement(params: Params, in_function: bool = False) -> sql.Composed:
 
 
 def route_statement(
-    connection: db.Connection, params: Params, route: Route, *, in_function: bool = False
+    connection: db.Connection, params: Params, route: Route, *, in_function: bool = False, scan: Scan = "index"
 ) -> sql.Composed:
-    """The query of a route. Outside the function it returns the key and, for vector and hybrid, a score."""
+    """The query of a route. Outside the function it returns the key and, for vector and hybrid, a score.
+
+    scan: ``relaxed`` is the same as ``index`` for hybrid, which sorts in any case.
+    """
     if route == "legacy":
         return legacy_statement(params, in_function)
     places = _placeholders(params, in_function)
-    return SQL["hybrid" if route == "hybrid" else "exact_or_vector"].compose(
-        names(params)
+    block = "hybrid" if route == "hybrid" else "relaxed" if scan == "relaxed" else "exact_or_vector"
+    # An expression around the distance is what no vector index can answer.
+    nearest_first = "({e} {distance} {v}) + 0" if scan == "exact" else "{e} {distance} {v}"
+    n = names(params)
+    return SQL[block].compose(
+        n
         | {
+            "nearest_first": sql.SQL(nearest_first).format(
+                e=n["row_embedding"], distance=n["distance"], v=places["embedding"]
+            ),
             "query_text": places["query"],
             "query_vector": places["embedding"],
             "k": places["k"],
@@ -110,16 +126,48 @@ def _function_names(phase: Phase) -> dict[str, sql.Composable]:
         ),
     ]
     using = ["query_text", "query_embedding", "k", *(f"filter_{c}" for c in p.target.filters)]
+    hybrid: Route = "hybrid" if p.search.fulltext_column else "vector"
     return {
         "arguments": sql.SQL(", ").join(arguments),
         "signature": sql.SQL(", ").join([sql.SQL("text, real[], integer"), *filter_types]),
         "key_type": sql.SQL(types[p.target.key]),
         "using": sql.SQL(", ").join(map(sql.Identifier, using)),
         "search_path": sql.SQL(", ").join(map(identifier, _search_path(phase))),
+        "choose_way": _choose_way(p),
         "vector_query": _as_literal(phase, "vector"),
-        "hybrid_query": _as_literal(phase, "hybrid" if p.search.fulltext_column else "vector"),
+        "vector_relaxed_query": _as_literal(phase, "vector", "relaxed"),
+        "vector_exact_query": _as_literal(phase, "vector", "exact"),
+        "hybrid_query": _as_literal(phase, hybrid),
+        "hybrid_exact_query": _as_literal(phase, hybrid, "exact"),
         "legacy_query": _as_literal(phase, "legacy"),
     }
+
+
+def _choose_way(params: Params) -> sql.Composable:
+    """The part of the function that looks up how to search by the filters that are given."""
+    filters = params.target.filters
+    if not filters:
+        return sql.SQL("NULL")  # there is one way to search
+    method = params.index.method
+    given = [identifier(f"filter_{c}") for c in filters]
+    asked = [
+        sql.SQL("({}, {}::text)").format(_literal(c), argument) for c, argument in zip(filters, given, strict=True)
+    ]
+    return SQL["choose_way"].compose(
+        names(params)
+        | {
+            "filter_arguments": sql.SQL(", ").join(given),
+            "asked": sql.SQL(", ").join(asked),
+            "setting": sql.Literal(SETTING[method]),
+            "iterative_setting": sql.Literal(ITERATIVE[method][0]),
+            "most_scanned_setting": sql.Literal(MOST_SCANNED[method]),
+        }
+    )
+
+
+def _literal(text: str) -> sql.Composable:
+    """A string of SQL, with its per cent signs doubled as a statement with bound values needs them."""
+    return sql.SQL(sql.Literal(text).as_string().replace("%", "%%"))
 
 
 def _search_path(phase: Phase) -> list[str]:
@@ -130,10 +178,10 @@ def _search_path(phase: Phase) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
-def _as_literal(phase: Phase, route: Route) -> sql.Composable:
+def _as_literal(phase: Phase, route: Route, scan: Scan = "index") -> sql.Composable:
     """A route's query as a string for EXECUTE, with the columns that the function returns."""
     p = phase.params
-    text = route_statement(phase.connection, p, route, in_function=True)
+    text = route_statement(phase.connection, p, route, in_function=True, scan=scan)
     key = names(p)["key"] if route == "legacy" else sql.Identifier("key")
     score = sql.SQL("NULL::double precision") if route == "legacy" else sql.SQL("q.score")
     wrapped = sql.SQL("SELECT q.{}, {}, {} FROM (\n{}\n) q").format(key, score, sql.SQL(f"text '{route}'"), text)
@@ -142,9 +190,9 @@ def _as_literal(phase: Phase, route: Route) -> sql.Composable:
 
 
 def plan(phase: Phase) -> db.Plan:
-    """The route table, this target's route, the function, and the grants."""
+    """The tables of routes and strategies, this target's route, the function, and the grants."""
     extra = _function_names(phase)
-    blocks = ["create_route", "start_with_legacy", "create_function", "revoke_public"]
+    blocks = ["create_route", "create_strategy", "start_with_legacy", "create_function", "revoke_public"]
     statements = [db.statement(SQL[b], phase.params, extra) for b in blocks]
     grants = [
         db.statement(SQL["grant"], phase.params, extra | {"role": identifier(role)})
@@ -172,10 +220,18 @@ def move_route(phase: Phase, route: Route, share_percent: int, reason: str) -> d
 
 
 def set_search_setting(phase: Phase, value: int) -> list[db.Statement]:
-    """Statements that carry the tuned setting, and an iterative scan, into the function."""
+    """Statements that carry the tuned setting, and an iterative scan, into the function.
+
+    Carry them out with pgvector's library loaded: a role that is no superuser may not name a setting that the server
+    does not know yet.
+    """
     method = phase.params.index.method
     extra = _function_names(phase)
-    wanted = [(SETTING[method], str(value)), ITERATIVE[method]]
+    wanted = [
+        (SETTING[method], str(value)),
+        ITERATIVE[method],
+        (MOST_SCANNED[method], str(MOST_SCANNED_DEFAULT[method])),
+    ]
     return [
         db.statement(
             SQL["set_search_settings"],

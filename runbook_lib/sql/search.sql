@@ -5,17 +5,28 @@
 -- purpose: The nearest rows by distance; with the index, or by reading every row.
 SELECT t.{key} AS key, -({row_embedding} {distance} {query_vector}) AS score
 FROM {from_vectors}
-WHERE {filters}
-ORDER BY {row_embedding} {distance} {query_vector}
+WHERE {filters} AND {row_embedding} IS NOT NULL
+ORDER BY {nearest_first}
 LIMIT {k};
+
+-- name: relaxed
+-- purpose: The nearest rows through an iterative scan that finds them nearly in order; sorted once they are found.
+WITH nearest AS MATERIALIZED (
+    SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
+    FROM {from_vectors}
+    WHERE {filters} AND {row_embedding} IS NOT NULL
+    ORDER BY {nearest_first}
+    LIMIT {k}
+)
+SELECT key, -distance AS score FROM nearest ORDER BY distance + 0;
 
 -- name: hybrid
 -- purpose: Nearest rows and best full-text rows, merged by reciprocal rank fusion (Cormack et al. 2009, constant 60).
 WITH nearest AS MATERIALIZED (
     SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
     FROM {from_vectors}
-    WHERE {filters}
-    ORDER BY {row_embedding} {distance} {query_vector}
+    WHERE {filters} AND {row_embedding} IS NOT NULL
+    ORDER BY {nearest_first}
     LIMIT {candidates}
 ), words AS (
     SELECT replace(plainto_tsquery({fulltext_config}, {query_text})::text, ' & ', ' | ')::tsquery AS any_word
@@ -47,6 +58,26 @@ CREATE TABLE IF NOT EXISTS {route} (
     changed_by    text NOT NULL DEFAULT session_user
 );
 
+-- name: create_strategy
+-- purpose: Make the table that says how to search by which filter; 70_tune fills it with what it measured.
+-- lock: none on the target
+-- undo: search.drop_function
+CREATE TABLE IF NOT EXISTS {strategy} (
+    target         text NOT NULL,
+    filter         text NOT NULL,
+    value          text,
+    scan           text NOT NULL CHECK (scan IN ('index', 'relaxed', 'exact')),
+    candidates     integer NOT NULL,
+    iterative_scan text NOT NULL,
+    most_scanned   integer NOT NULL,
+    share          double precision NOT NULL,
+    recall         double precision NOT NULL,
+    p50_ms         double precision NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS strategy_of_a_value ON {strategy} (target, filter, coalesce(value, ''), (value IS NULL));
+COMMENT ON TABLE {strategy} IS 'How the search functions search: one row a filter and value, as last measured. '
+    'A value that is not listed is searched by the row whose value is NULL, a filter without rows as no filter.';
+
 -- name: start_with_legacy
 -- purpose: Send every read to the legacy query.
 -- lock: one row of the route table
@@ -62,6 +93,8 @@ RETURNS TABLE ({key} {key_type}, score double precision, answered_by text)
 LANGUAGE plpgsql STABLE SET search_path = {search_path} AS $runbook$
 DECLARE
     chosen text := 'legacy';
+    way    text := 'index';
+    how    record;
 BEGIN
     IF query_embedding IS NOT NULL THEN
         -- The share is drawn by the text, so that one query is answered by one route for as long as the share stands.
@@ -69,8 +102,15 @@ BEGIN
         WHERE r.target = {target_name} AND abs(hashtextextended(query_text, 0) %% 100) < r.share_percent;
         chosen := coalesce(chosen, 'legacy');
     END IF;
-    IF chosen = 'vector' THEN
+    {choose_way};
+    IF chosen = 'vector' AND way = 'exact' THEN
+        RETURN QUERY EXECUTE {vector_exact_query} USING {using};
+    ELSIF chosen = 'vector' AND way = 'relaxed' THEN
+        RETURN QUERY EXECUTE {vector_relaxed_query} USING {using};
+    ELSIF chosen = 'vector' THEN
         RETURN QUERY EXECUTE {vector_query} USING {using};
+    ELSIF chosen = 'hybrid' AND way = 'exact' THEN
+        RETURN QUERY EXECUTE {hybrid_exact_query} USING {using};
     ELSIF chosen = 'hybrid' THEN
         RETURN QUERY EXECUTE {hybrid_query} USING {using};
     ELSE
@@ -78,6 +118,27 @@ BEGIN
     END IF;
 END
 $runbook$;
+
+-- name: choose_way
+-- purpose: Part of the function, for a target with filters: how to search by those that are given.
+IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
+        -- Where one of the filters asks for every row that it lets through, so do all; otherwise the rarest decides.
+        SELECT found.* INTO how
+        FROM (VALUES {asked}) AS asked (filter, value) CROSS JOIN LATERAL (
+            SELECT s.* FROM {strategy} s
+            WHERE s.target = {target_name} AND s.filter = asked.filter AND (s.value = asked.value OR s.value IS NULL)
+            ORDER BY s.value LIMIT 1
+        ) AS found
+        WHERE asked.value IS NOT NULL
+        ORDER BY (found.scan = 'exact') DESC, found.share LIMIT 1;
+        IF FOUND THEN
+            way := how.scan;
+            -- They end with this call: the function has a SET for each of them.
+            PERFORM set_config({setting}, how.candidates::text, true),
+                    set_config({iterative_setting}, how.iterative_scan, true),
+                    set_config({most_scanned_setting}, how.most_scanned::text, true);
+        END IF;
+    END IF;
 
 -- name: revoke_public
 -- purpose: Let nobody call the function but its owner and the roles named in the parameters.
@@ -91,7 +152,7 @@ REVOKE ALL ON FUNCTION {function}({signature}) FROM PUBLIC;
 -- undo: search.drop_function
 GRANT EXECUTE ON FUNCTION {function}({signature}) TO {role};
 GRANT USAGE ON SCHEMA {ledger} TO {role};
-GRANT SELECT ON {route} TO {role};
+GRANT SELECT ON {route}, {strategy} TO {role};
 
 -- name: set_search_settings
 -- purpose: Give the function the index settings that were found by measuring.
@@ -106,11 +167,32 @@ ALTER FUNCTION {function}({signature}) SET {setting} = {value};
 ALTER FUNCTION {function}({signature}) RESET {setting};
 
 -- name: drop_function
--- purpose: Remove the search function and this target's route.
+-- purpose: Remove the search function, this target's route and its strategies.
 -- lock: none on the target
 -- undo: search.create_function
 DROP FUNCTION IF EXISTS {function}({signature});
 DELETE FROM {route} WHERE target = {target_name};
+DELETE FROM {strategy} WHERE target = {target_name};
+
+-- name: forget_strategies
+-- purpose: Forget how to search by which filter; every search then runs with the function's own settings.
+-- lock: rows of the strategy table
+-- undo: search.learn_strategy
+DELETE FROM {strategy} WHERE target = {target_name};
+
+-- name: learn_strategy
+-- purpose: Write down how to search by a filter's value, or (NULL) by every value of it that is not listed.
+-- lock: one row of the strategy table
+-- undo: search.forget_strategies
+INSERT INTO {strategy} (target, filter, value, scan, candidates, iterative_scan, most_scanned, share, recall, p50_ms)
+SELECT {target_name}, %(filter)s, v.value, %(scan)s, %(candidates)s, %(iterative_scan)s, %(most_scanned)s,
+       v.share, %(recall)s, %(p50_ms)s
+FROM unnest(%(values)s::text[], %(shares)s::double precision[]) AS v (value, share);
+
+-- name: strategies
+-- purpose: How this target is searched by which filter, rarest values first.
+SELECT filter, value, scan, candidates, iterative_scan, most_scanned, share, recall, p50_ms
+FROM {strategy} WHERE target = {target_name} ORDER BY filter, share, value;
 
 -- name: move_route
 -- purpose: Move the reads: one row, one transaction.
@@ -135,8 +217,8 @@ FROM pg_proc p
 WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s;
 
 -- name: column_types
--- purpose: The types of the key and the filters.
-SELECT attname AS name, format_type(atttypid, NULL) AS type FROM pg_attribute
+-- purpose: The types of the key and the filters, without their lengths, which a cast would cut a longer value to.
+SELECT attname AS name, format_type(atttypid, -1) AS type FROM pg_attribute
 WHERE attrelid = to_regclass(%(table)s) AND attname = ANY (%(columns)s) AND NOT attisdropped;
 
 -- name: call
