@@ -36,7 +36,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 lock:
-	uv pip compile --universal --python-version 3.11 --generate-hashes --all-extras --no-annotate \
+	uv pip compile --universal --python-version 3.11 --generate-hashes --extra demo --extra servers --extra dev --no-annotate \
 	  --custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
 
 clean:
