@@ -109,9 +109,9 @@ def measure(
     queries, marks = evaluate.read_queries(p), judgements(phase)
     judged = evaluate.sample([q for q in queries if q.query_id in marks], p.queries.judged_sample)
     timed = evaluate.sample(queries, p.queries.sample)
-    model = embed.model(p) if set(systems) != {"legacy"} else None
-    judged_vectors = model([q.text for q in judged]) if model and judged else None
-    timed_vectors = model([q.text for q in timed]) if model else None
+    vectors_are_asked = set(systems) != {"legacy"}
+    judged_vectors = embed.query_vectors(p, judged) if vectors_are_asked and judged else None
+    timed_vectors = embed.query_vectors(p, timed) if vectors_are_asked else None
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     answers: dict[str, search.Answers] = {}
     for _ in range(ROUNDS):

@@ -69,7 +69,7 @@ def _call(phase: Phase, share: int) -> Step:
     """Calls the function as the application does, on a connection that an ordinary caller has."""
     p = phase.params
     queries = evaluate.sample(evaluate.read_queries(p), p.queries.sample)
-    vectors = embed.model(p)([q.text for q in queries])
+    vectors = embed.query_vectors(p, queries)
     texts = [q.text for q in queries]
     drawn = {r["text"] for r in db.rows(phase.connection, search.SQL["drawn"], p, texts=texts, share_percent=share)}
     calls = list(islice(cycle(range(len(queries))), p.cut_over.calls_per_step))

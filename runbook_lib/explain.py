@@ -58,7 +58,7 @@ def application_query(phase: Phase) -> Sent:
 def _values(phase: Phase) -> tuple[str, list[float], int]:
     p = phase.params
     query = evaluate.sample(evaluate.read_queries(p), 1)[0]
-    return query.text, [float(x) for x in embed.model(p)([query.text])[0]], p.queries.k
+    return query.text, [float(x) for x in embed.query_vectors(p, [query])[0]], p.queries.k
 
 
 def _usual_value(phase: Phase, column: str) -> str | None:

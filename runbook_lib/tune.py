@@ -108,7 +108,7 @@ def apply(phase: Phase) -> Tuning | Table:
         return phase.carry_out(plan(phase))
     p = phase.params
     queries = evaluate.sample(evaluate.read_queries(p), p.tune.queries)
-    vectors = embed.model(p)([q.text for q in queries])
+    vectors = embed.query_vectors(p, queries)
     statement = search.route_statement(phase.connection, p, "vector")
     values = _values(phase, queries[0], vectors[0], p.queries.k)
     with exactly(phase) as connection:
