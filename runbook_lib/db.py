@@ -83,13 +83,18 @@ def connect(params: Params, application_name: str, *, autocommit: bool = True) -
 
 
 def use_search_path(connection: Connection) -> None:
-    """Puts pgvector's schema on the session's search path, wherever the extension was installed."""
+    """Puts pgvector's schema on the session's search path, wherever the extension was installed, and loads its
+    library: before that its settings are unknown, and only a superuser may write an unknown one into a function.
+    """
     connection.execute(
         "SELECT set_config('search_path',"
         " concat_ws(', ', nullif(current_setting('search_path'), ''), quote_ident(n.nspname)), false)"
         " FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace"
         " WHERE e.extname = 'vector' AND NOT n.nspname = ANY (current_schemas(true))"
     )
+    usable = connection.execute("SELECT to_regtype('vector') IS NOT NULL AS usable").fetchone()
+    if usable and usable["usable"]:
+        connection.execute("SELECT '[1]'::vector")
 
 
 def _unreachable(subject: str, found: str, do: str) -> Gate:

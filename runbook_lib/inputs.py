@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, versions
+from runbook_lib import db, rights, versions
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import spelled
 from runbook_lib.params import Params
@@ -122,7 +122,7 @@ def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
         yield _text_column(look, column)
     for column in params.target.filters:
         yield _filter_column(look, column)
-    yield from _rights(look)
+    yield from rights.check(look.connection, look.params, look.server, look.table)
     yield _new_columns(look)
     yield from _search(look)
     yield legacy_query_runs(connection, params)
@@ -368,65 +368,6 @@ def _search(look: _Look) -> Iterator[Gate]:
             danger="the application could not call the function",
             do="mend search.grant_to, or CREATE ROLE first",
         )
-
-
-def _rights(look: _Look) -> Iterator[Gate]:
-    p, server = look.params, look.server
-    role, ledger = server["quoted_role"], p.ledger.schema_
-    entry = spelled(p, "entry")
-    may = db.one(look.connection, SQL["rights"], p, schema=p.target.schema_, ledger=ledger, entry=entry)
-    quoted = spelled(p, "schema")
-    yield _right(
-        "inputs.owns_table",
-        look.table["owned"],
-        look.subject,
-        f"owned by {look.table['owner']}, and {role} is {'a' if look.table['owned'] else 'not a'} member of it",
-        "the table's owner, as ALTER TABLE and CREATE INDEX want it",
-        f"GRANT {look.table['owner']} TO {role};",
-    )
-    yield _right(
-        "inputs.may_create_in_schema",
-        may["may_create_in_schema"],
-        f"schema {quoted}",
-        f"{role} {'has' if may['may_create_in_schema'] else 'lacks'} CREATE",
-        "CREATE, for the index and the search function",
-        f"GRANT CREATE ON SCHEMA {quoted} TO {role};",
-    )
-    ledger_grant = (
-        f"GRANT USAGE, CREATE ON SCHEMA {ledger} TO {role};"
-        if may["ledger_there"]
-        else f"GRANT CREATE ON DATABASE {server['quoted_database']} TO {role};"
-    )
-    yield _right(
-        "inputs.may_make_ledger",
-        may["may_make_ledger"],
-        f"schema {ledger}",
-        f"{'there' if may['ledger_there'] else 'not there yet'}; {role}"
-        f" {'may' if may['may_make_ledger'] else 'may not'} create in it",
-        "a schema of the runbook's own",
-        ledger_grant,
-    )
-    if not may["may_write_ledger"]:
-        yield _right(
-            "inputs.may_write_ledger",
-            False,
-            entry,
-            f"{role} may not read or add rows",
-            "SELECT and INSERT on the ledger",
-            f"GRANT SELECT, INSERT ON {entry} TO {role};",
-        )
-
-
-def _right(fact: str, held: bool, subject: str, found: str, needed: str, grant: str) -> Gate:
-    return gate(
-        fact,
-        held,
-        subject,
-        found=found,
-        needed=needed,
-        danger="PostgreSQL would refuse a statement half-way through the migration",
-        do=f"have the owner or a superuser run: {grant}",
-    )
 
 
 def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:

@@ -56,16 +56,6 @@ SELECT coalesce(max(seq) FILTER (WHERE kind = 'statement' AND body->>'name' = 's
         OR (kind = 'phase' AND phase = '30_expand_schema' AND body->>'verdict' = 'UNDONE')), 0) AS added
 FROM {entry} WHERE target = {target_name};
 
--- name: rights
--- purpose: What this role may do in the schemas that the runbook writes to.
-SELECT has_schema_privilege(%(schema)s, 'CREATE') AS may_create_in_schema,
-    to_regnamespace(quote_ident(%(ledger)s)) IS NOT NULL AS ledger_there,
-    CASE WHEN to_regnamespace(quote_ident(%(ledger)s)) IS NULL THEN has_database_privilege(current_database(), 'CREATE')
-         ELSE has_schema_privilege(%(ledger)s, 'CREATE') AND has_schema_privilege(%(ledger)s, 'USAGE') END AS may_make_ledger,
-    CASE WHEN to_regnamespace(quote_ident(%(ledger)s)) IS NULL OR NOT has_schema_privilege(%(ledger)s, 'USAGE')
-              OR to_regclass(%(entry)s) IS NULL THEN true
-         ELSE has_table_privilege(%(entry)s, 'SELECT') AND has_table_privilege(%(entry)s, 'INSERT') END AS may_write_ledger;
-
 -- name: unknown_roles
 -- purpose: Roles that the function is to be granted to and that do not exist.
 SELECT wanted AS role FROM unnest(%(roles)s::text[]) wanted
