@@ -2,92 +2,175 @@
 
 from __future__ import annotations
 
-import time
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from psycopg import sql
 
-from runbook_lib import db, refresh
+from runbook_lib import db, refresh, strategy, windows, workers
+from runbook_lib import params as params_module
 from runbook_lib.display import Table, number
-from runbook_lib.gates import Gates, collect, gate
-from runbook_lib.names import names
+from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
+from runbook_lib.ledger import Ledger
+from runbook_lib.names import names, spelled
 from runbook_lib.phase import Phase
-from runbook_lib.progress import Progress
 from runbook_lib.sql import load
+from runbook_lib.strategy import Choice
+from runbook_lib.workers import Outcome
 
 SQL = load("backfill")
 
 
 def plan(phase: Phase) -> db.Plan:
-    """The UPDATE of one batch, as often as there are batches."""
-    example = {"last": None, "last_of_window": None}
-    update = db.statement(SQL["update"], phase.params, {"after": sql.SQL("true")}, **example)
-    return db.Plan((update,), phase.connection)
+    """The tables that steer the work, and the UPDATE of one batch, as often as there are batches."""
+    return db.Plan((*windows.plan(phase), _update_statement(phase)), phase.connection)
+
+
+def _update_statement(phase: Phase, keys: Sequence[Any] | None = None) -> db.Statement:
+    extra = {"part": names(phase.params)["table"]}
+    return db.statement(SQL["update"], phase.params, extra, keys=None if keys is None else list(keys))
 
 
 def apply(phase: Phase) -> Table:
     """Moves every staged vector into the table, then drains the queue of rows that changed meanwhile.
 
-    Rows that have their vector already are passed over, so a run that was stopped goes on where it was.
+    Windows that are done, and rows that have their vector, are passed over: a run that was stopped goes on.
     """
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
-    seconds = _move_staged(phase)
+    choice, outcome = _move_staged(phase)
     phase.do(db.statement(SQL["clear_textless"], phase.params))
     drained = refresh.drain(phase)
-    batches = len(seconds)
+    return _shown(choice, outcome, drained)
+
+
+def _shown(choice: Choice, outcome: Outcome, drained: refresh.Drained) -> Table:
+    p50, p95 = _percentiles(outcome)
     return Table(
-        ("batches", "p50 ms", "p95 ms", "changed meanwhile and embedded again"),
-        [(batches, *(np.round(np.percentile(seconds or [0], [50, 95]) * 1000, 1).tolist()), drained.updated)],
+        ("", ""),
+        [
+            ("strategy", str(choice)),
+            ("rows", outcome.rows),
+            ("of them without touching an index", f"{outcome.hot_share:.0%}"),
+            ("batches", len(outcome.seconds)),
+            ("batch p50 and p95", f"{p50} ms and {p95} ms"),
+            ("pauses", "; ".join(f"{s:.1f} s: {why}" for why, s in outcome.pauses) or "none"),
+            ("put off to the end, since somebody held a row of the batch", outcome.put_off),
+            ("changed meanwhile and embedded again", drained.updated),
+        ],
     )
 
 
-def _move_staged(phase: Phase) -> list[float]:
-    """Window after window in key order, a commit each; returns the seconds of each batch."""
-    p = phase.params
-    left = db.one(phase.connection, SQL["left"], p)
-    after, values = sql.SQL("true"), {"last": None, "batch_rows": p.backfill.batch_rows}
-    seconds: list[float] = []
-    started = time.perf_counter()
-    with Progress("backfilled", total=left["missing"] + left["stale"]) as progress:
-        while window := _next_window(phase, after, values):
-            begun = time.perf_counter()
-            update = SQL["update"].compose(names(p) | {"after": after})
-            updated, _ = db.in_short_tries(
-                phase.connection,
-                p,
-                "backfill.update",
-                SQL["update"].lock,
-                lambda update=update, window=window: phase.connection.execute(update, values | window).rowcount,  # type: ignore[misc]
-            )
-            seconds.append(time.perf_counter() - begun)
-            progress.add(updated)
-            values["last"] = window["last_of_window"]
-            after = sql.SQL("s.key > %(last)s")
-            time.sleep(p.backfill.pause_between_batches_ms / 1000)
-    total = time.perf_counter() - started
-    example = db.statement(SQL["update"], p, {"after": sql.SQL("s.key > …")}, last_of_window="…")
-    phase.note_statement(db.Done(example, progress.done, total, 1))
-    p50, p95 = np.percentile(seconds or [0.0], [50, 95]) * 1000
+def _percentiles(outcome: Outcome) -> tuple[float, float]:
+    p50, p95 = np.round(np.percentile(outcome.seconds or [0.0], [50, 95]) * 1000, 2).tolist()
+    return p50, p95
+
+
+def _move_staged(phase: Phase) -> tuple[Choice, Outcome]:
+    """Cuts windows where none are open, works them off, and closes with the rows that the windows did not reach."""
+    windows.create(phase)
+    phase.connection.execute(SQL["analyze_staging"].compose(names(phase.params)))
+    choice = strategy.choose(phase)
+    print(f"  {choice}")
+    to_do = db.one(phase.connection, SQL["to_do"], phase.params)["rows"]
+    if to_do and not windows.state(phase).left:
+        windows.cut(phase, choice)
+    before = _server_counts(phase)
+    outcome = workers.run(phase, choice, to_do)
+    closing = _close(phase)
+    outcome.rows += closing
+    seconds = _elapsed(outcome)
+    phase.note_statement(db.Done(_update_statement(phase), outcome.rows, seconds, 1))
+    _note(phase, choice, outcome, before)
+    return choice, outcome
+
+
+def _elapsed(outcome: Outcome) -> float:
+    return float(outcome.samples[-1][0]) if outcome.samples else 0.0
+
+
+def _server_counts(phase: Phase) -> db.Row:
+    return db.one(phase.connection, SQL["server_counts"], phase.params, table=spelled(phase.params, "vectors"))
+
+
+def _note(phase: Phase, choice: Choice, outcome: Outcome, before: db.Row) -> None:
+    p50, p95 = _percentiles(outcome)
+    after, state = _server_counts(phase), windows.state(phase)
     phase.note(
         "backfill",
         {
-            "rows": progress.done,
-            "seconds": round(total, 3),
-            "batches": len(seconds),
-            "batch_p50_ms": round(float(p50), 2),
-            "batch_p95_ms": round(float(p95), 2),
-            "samples": progress.samples,
+            "strategy": choice.strategy,
+            "reason": choice.reason,
+            "remark": outcome.remark,
+            "rows": outcome.rows,
+            "seconds": round(_elapsed(outcome), 3),
+            "batches": len(outcome.seconds),
+            "batch_p50_ms": p50,
+            "batch_p95_ms": p95,
+            "hot_share": round(outcome.hot_share, 3),
+            "put_off": outcome.put_off,
+            "pauses": [{"reason": why, "seconds": seconds} for why, seconds in outcome.pauses],
+            "windows": state.windows,
+            "windows_taken_over": state.taken_over,
+            "workers": state.workers,
+            "wal_bytes": int(after["wal"] - before["wal"]),
+            "table_growth_bytes": int(after["bytes"] - before["bytes"]),
+            "samples": outcome.samples,
         },
     )
-    return seconds
 
 
-def _next_window(phase: Phase, after: sql.Composable, values: dict[str, Any]) -> dict[str, Any] | None:
-    query = SQL["window"].compose(names(phase.params) | {"after": after})
-    row = phase.connection.execute(query, values).fetchone()
-    return {"last_of_window": row["last"]} if row and row["staged"] else None
+def _close(phase: Phase) -> int:
+    """The rows that no window reached: put off, or moved by somebody else while their window was read."""
+    left = [row["key"] for row in db.rows(phase.connection, SQL["left_over"], phase.params)]
+    most, rows = phase.params.backfill.batch_rows, 0
+    for start in range(0, len(left), most):
+        statement = _update_statement(phase, left[start : start + most])
+        updated, _ = db.in_short_tries(
+            phase.connection,
+            phase.params,
+            statement.name,
+            statement.lock,
+            lambda s=statement: phase.connection.execute(s.query, s.values).rowcount,  # type: ignore[misc]
+        )
+        rows += updated
+    return rows
+
+
+def help_out(params_file: str) -> Table:
+    """Takes part, from another session or machine, in a backfill that a run has begun; ends when no window is left.
+
+    It claims windows only; the run that began the backfill closes it and proves it. Raises BadInput where nothing
+    is under way.
+    """
+    params = params_module.load(params_file)
+    run_id = f"helper-{uuid.uuid4().hex[:8]}"
+    with (
+        db.connect(params, f"runbook {run_id}") as connection,
+        db.connect(params, f"runbook {run_id} ledger") as ledger_connection,
+    ):
+        phase = Phase(
+            "50_backfill", run_id, True, params, connection, Ledger(ledger_connection, params, run_id, "50_backfill")
+        )
+        if not windows.exist(phase) or not windows.state(phase).left:
+            raise BadInput([_nothing_to_help_with(params.target.name)])
+        outcome = workers.run(phase, strategy.choose(phase), db.one(connection, SQL["to_do"], params)["rows"])
+        p50, p95 = _percentiles(outcome)
+        phase.note("help", {"rows": outcome.rows, "batches": len(outcome.seconds), "batch_p95_ms": p95})
+    return Table(("rows", "batches", "p50 ms", "p95 ms"), [(outcome.rows, len(outcome.seconds), p50, p95)])
+
+
+def _nothing_to_help_with(target: str) -> Gate:
+    return Gate(
+        "backfill.is_under_way",
+        Verdict.FAIL,
+        target,
+        "no open window",
+        "a run at work on 50_backfill",
+        "there is nothing to share",
+        "start 50_backfill first, then let others help",
+    )
 
 
 def verify(phase: Phase) -> Gates:

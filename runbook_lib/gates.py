@@ -171,6 +171,10 @@ class LockNotObtained(RunbookError):
     """A statement waited for its lock as often and as long as the parameters allow, and was not carried out."""
 
 
+class PausedTooLong(RunbookError):
+    """The server's health, or a DBA, held the backfill for longer than the parameters allow; it can be run again."""
+
+
 class NotApproved(RunbookError):
     """A phase that the parameters name for sign-off has none that fits its plan and evidence."""
 

@@ -372,6 +372,9 @@ class Tune(Section):
     probes: list[Annotated[int, Field(ge=1, le=32768)]] = Field(
         [1, 2, 4, 8, 16, 32], min_length=1, description="IVFFlat settings to try."
     )
+    max_scan_tuples: list[Annotated[int, Field(ge=1, le=2_147_483_647)]] = Field(
+        [20_000, 100_000], min_length=1, description="HNSW: rows that a filtered search may scan; settings to try."
+    )
 
 
 class Shadow(Section):
@@ -624,6 +627,7 @@ def _absolute(params: Params, folder: Path) -> Params:
                 update={"file": at(params.embeddings.file), "ids_file": at(params.embeddings.ids_file)}
             ),
             "record": params.record.model_copy(update={"runs_dir": at(params.record.runs_dir)}),
+            "health": params.health.model_copy(update={"stop_file": at(params.health.stop_file)}),
         }
     )
 

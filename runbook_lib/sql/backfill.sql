@@ -1,21 +1,56 @@
 -- Phase 50: from the staging table into the column.
 
--- name: window
--- purpose: The last key of the next window of staged rows.
-SELECT max(key) AS last, count(*) AS staged FROM (
-    SELECT s.key FROM {staging} s WHERE {after} ORDER BY s.key LIMIT %(batch_rows)s
-) w;
-
 -- name: update
--- purpose: Give each row of a window its vector, if its text is still the one that the vector was made from.
+-- purpose: Give each row of a batch its vector, if its text is still the one that the vector was made from.
 -- lock: ROW EXCLUSIVE on {table}, on the rows of one batch, until its commit
 -- undo: schema.drop_columns
-UPDATE {table} t
+UPDATE {part} t
 SET {embedding} = s.embedding, {embedding_hash} = s.text_hash, {embedding_updated_at} = now()
 FROM {staging} s
-WHERE s.key = t.{key} AND {after} AND s.key <= %(last_of_window)s
-  AND s.text_hash = {text_hash}
-  AND t.{embedding_hash} IS DISTINCT FROM s.text_hash;
+WHERE s.key = ANY (%(keys)s) AND s.key = t.{key}
+  AND t.{embedding_hash} IS DISTINCT FROM s.text_hash
+  AND s.text_hash = {text_hash};
+
+-- name: analyze_staging
+-- purpose: Tell the planner how large the staging table has become.
+-- lock: SHARE UPDATE EXCLUSIVE on the staging table; none on the target
+-- undo: none needed
+ANALYZE {staging};
+
+-- name: session
+-- purpose: Look rows up one by one; end the session if it freezes in a batch; lose a crash's last commits, and redo them.
+SELECT set_config('enable_seqscan', 'off', false), set_config('enable_hashjoin', 'off', false),
+       set_config('enable_mergejoin', 'off', false), set_config('jit', 'off', false),
+       set_config('synchronous_commit', 'off', false),
+       set_config('idle_in_transaction_session_timeout', %(frozen_ms)s, false);
+
+-- name: ranked
+-- purpose: The rows of a range of heap blocks that want a vector, by rank within their block, the largest row first.
+SELECT rank, array_agg(key ORDER BY block) AS keys FROM (
+    SELECT t.{key} AS key, (t.ctid::text::point)[0] AS block,
+           row_number() OVER (PARTITION BY (t.ctid::text::point)[0] ORDER BY {row_bytes} DESC) AS rank
+    FROM ONLY {part} t
+    WHERE t.ctid >= %(from_tid)s::tid AND t.ctid < %(to_tid)s::tid AND t.{embedding_hash} IS NULL
+) r GROUP BY rank ORDER BY rank;
+
+-- name: keys_between
+-- purpose: The staged keys of a range.
+SELECT array_agg(s.key ORDER BY s.key) AS keys FROM {staging} s WHERE {after} AND s.key <= %(to_key)s;
+
+-- name: left_over
+-- purpose: Staged rows that their table has not taken yet; those whose text changed meanwhile are among them.
+SELECT s.key FROM {staging} s JOIN {with_vectors} ON t.{key} = s.key
+WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash ORDER BY s.key;
+
+-- name: to_do
+-- purpose: How many rows that is.
+SELECT count(*) AS rows FROM {staging} s JOIN {with_vectors} ON t.{key} = s.key
+WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash;
+
+-- name: hot
+-- purpose: Updates of this session that are not reported yet, and how many of them touched no index.
+SELECT pg_stat_get_xact_tuples_updated(to_regclass(%(part)s)) AS updates,
+       pg_stat_get_xact_tuples_hot_updated(to_regclass(%(part)s)) AS hot;
 
 -- name: left
 -- purpose: Rows that still want a vector, counted by their texts as they are now.
@@ -23,9 +58,9 @@ SELECT count(*) FILTER (WHERE has_text AND bare) AS missing,
        count(*) FILTER (WHERE NOT bare AND (old OR NOT has_text)) AS stale,
        count(*) FILTER (WHERE has_text) AS with_text
 FROM (
-    SELECT t.{embedding} IS NULL AS bare, btrim({text}, E' \t\r\n') <> '' AS has_text,
-           t.{embedding_hash} IS DISTINCT FROM {text_hash} AS old
-    FROM {table} t
+    SELECT {row_embedding} IS NULL AS bare, btrim({text}, E' \t\r\n') <> '' AS has_text,
+           {row_embedding_hash} IS DISTINCT FROM {text_hash} AS old
+    FROM {with_vectors}
 ) x;
 
 -- name: clear_textless
@@ -38,3 +73,7 @@ WHERE t.{embedding} IS NOT NULL AND btrim({text}, E' \t\r\n') = '';
 -- name: queued
 -- purpose: Changes that wait.
 SELECT count(*) AS changes, count(DISTINCT key) AS rows FROM {queue};
+
+-- name: server_counts
+-- purpose: Where the WAL stands, and how large the relation that holds the vectors is.
+SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint AS wal, pg_table_size(to_regclass(%(table)s)) AS bytes;
