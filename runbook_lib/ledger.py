@@ -45,9 +45,9 @@ class Ledger:
                 for name in CREATE:
                     self.connection.execute(SQL[name].compose(names(self.params)), {})
 
-    def append(self, kind: str, body: Mapping[str, Any]) -> None:
-        """Appends one row. ``body`` is plain data and holds neither secrets nor vectors."""
-        db.one(
+    def append(self, kind: str, body: Mapping[str, Any]) -> str:
+        """Appends one row and returns its hash. ``body`` is plain data and holds neither secrets nor vectors."""
+        row = db.one(
             self.connection,
             SQL["append"],
             self.params,
@@ -57,6 +57,7 @@ class Ledger:
             kind=kind,
             body=Jsonb(dict(body)),
         )
+        return str(row["hash"])
 
     def append_gates(self, gates: Gates) -> None:
         """A row a gate, with its figures."""

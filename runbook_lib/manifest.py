@@ -65,7 +65,10 @@ class PhaseRun:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One run. Times are ISO 8601 in UTC; ``parameters`` and everything else is free of secrets."""
+    """One run. Times are ISO 8601 in UTC; ``parameters`` and everything else is free of secrets.
+
+    head: hash of the ledger's row that seals the record; empty where there is none.
+    """
 
     run_id: str
     target: str
@@ -81,6 +84,7 @@ class Manifest:
     versions: dict[str, str]
     phases: tuple[PhaseRun, ...]
     notes: tuple[str, ...] = ()
+    head: str = ""
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
 

@@ -17,7 +17,7 @@ from nbconvert import HTMLExporter
 from papermill.execute import ERROR_MARKER_TAG
 from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
 
-from runbook_lib import db, manifest
+from runbook_lib import db, manifest, plans
 from runbook_lib.display import duration, number, size
 from runbook_lib.gates import SYMBOLS as GATE_SYMBOLS
 from runbook_lib.gates import BadInput
@@ -51,6 +51,7 @@ def write(folder: Path, params: Params, run: Manifest) -> None:
         manifest.write_atomically(folder / "ledger.json", content + "\n")
     except (BadInput, psycopg.Error) as error:
         notes.append(f"The ledger could not be read when this page was made: {' '.join(str(error).split())}")
+    entries += plans.read(folder)
     for phase in run.phases:
         page = notebook_page(folder / f"{phase.name}.ipynb", run)
         if page:

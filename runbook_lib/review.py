@@ -67,6 +67,7 @@ class Record:
     phases: Sequence[Mapping[str, Any]]
     gates: Sequence[Mapping[str, Any]]
     statements: Sequence[Mapping[str, Any]]
+    planned: Sequence[Mapping[str, Any]]
     pictures: Sequence[Picture]
     comparison: Figures | None
     forecast: Sequence[tuple[str, str, str, str]]
@@ -88,6 +89,7 @@ def collect(run: Manifest, entries: Iterable[Entry], pages: Iterable[str] = (), 
     entries = list(entries)
     own = [e for e in entries if e["run_id"] == run.run_id]
     statements = [{"phase": e["phase"]} | dict(e["body"]) for e in own if e["kind"] == "statement"]
+    planned = [{"phase": e["phase"]} | dict(e["body"]) for e in own if e["kind"] == "planned"]
     gates = _gates(own)
     found = _Newest(run, entries)
     return Record(
@@ -97,6 +99,7 @@ def collect(run: Manifest, entries: Iterable[Entry], pages: Iterable[str] = (), 
         phases=_phases(run, gates, set(pages)),
         gates=gates,
         statements=statements,
+        planned=planned,
         pictures=_pictures(found),
         comparison=_comparison(found),
         forecast=_forecast(found),

@@ -75,7 +75,8 @@ def test_a_run_that_passes(run: Callable[..., Any], database: str) -> None:
     assert (result.status, result.exit_code, m.status, m.exit_code) == ("passed", 0, "passed", 0)
     assert [(p.name, p.status) for p in m.phases] == [(FIRST, "passed"), (SECOND, "passed")]
     assert m.versions["PostgreSQL"] and m.parameters["target"]["table"] == "articles"
-    assert [line.split()[:3] for line in said[1:]] == [["✔", FIRST, "passed"], ["✔", SECOND, "passed"]]
+    assert [line.split()[:3] for line in said[1:-1]] == [["✔", FIRST, "passed"], ["✔", SECOND, "passed"]]
+    assert said[-1] == f"the ledger ends with {m.head}" and result.head == m.head
     hashes = {p.name: p.sha256 for p in m.phases}
     assert {phase: body["sha256"] for phase, body in ledger_rows(database, "notebook")} == hashes
     for name, sha256 in hashes.items():
@@ -108,7 +109,7 @@ def test_a_gate_that_does_not_pass_ends_the_run(run: Callable[..., Any]) -> None
     assert (m.status, m.exit_code, result.exit_code) == ("failed", 1, 1)
     assert [p.status for p in m.phases] == ["failed", "pending"]
     assert m.phases[0].error.splitlines()[:2] == ["FAIL    toy.fact_holds   articles", "  found   this"]
-    assert said[-1] == m.phases[0].error
+    assert said[-2] == m.phases[0].error
     page = (result.folder / "index.html").read_text()
     assert "✘ failed" in page and "toy.fact_holds" in page
 
