@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from runbook_lib import db, endpoint, masking, sources, vector_table
-from runbook_lib.gates import BadInput, Gate, Verdict, gate
+from runbook_lib.gates import BadInput, Gate, RunbookError, Verdict, gate
 from runbook_lib.params import Params
 from runbook_lib.sources import Rows, Vectors
 
@@ -24,6 +24,7 @@ Model = Callable[[list[str]], Vectors]
 PROBES = ["a user's session", "the session of a user expires and the cookie stays valid after logout"]
 # What rounding to float32 and back leaves of a length of 1, with room to spare.
 LENGTH_TOLERANCE = 1e-3
+LONGEST_ERROR = 500
 
 
 class Query(Protocol):
@@ -84,6 +85,12 @@ class Embedded:
     places: list[int]
     vectors: Vectors
     errors: dict[int, Exception]
+
+
+def said(error: Exception) -> str:
+    """What a model's error says, on one bounded line; it may quote the text, so gates show its type alone."""
+    what = error.found if isinstance(error, RunbookError) else str(error)
+    return f"{type(error).__name__}: {' '.join(what.split())}"[:LONGEST_ERROR]
 
 
 def embed_each(ask: Model, texts: list[str]) -> Embedded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -59,10 +60,16 @@ def model(params: Params) -> Callable[[list[str]], Vectors]:
 
     def embed(texts: list[str]) -> Vectors:
         parts = [texts[i : i + e.request_texts] for i in range(0, len(texts), e.request_texts)]
-        pool = ThreadPoolExecutor(e.parallel_requests)
+        pool, over = ThreadPoolExecutor(e.parallel_requests), threading.Event()
         try:
-            vectors = list(pool.map(lambda part: _ask(client, e, asked, part, key), parts))
+            vectors = list(pool.map(lambda part: _ask(client, e, asked, part, key, over), parts))
+        except Exception:
+            # The others give up with the one that failed, so that nothing is asked for in vain.
+            over.set()
+            pool.shutdown(cancel_futures=True)
+            raise
         finally:
+            over.set()
             pool.shutdown(wait=False, cancel_futures=True)
         if len({v.shape[1] for v in vectors}) > 1:
             raise _unreadable(e, "vectors of different dimensions")
@@ -85,7 +92,9 @@ def _refused_us(subject: str, found: str, needed: str, do: str) -> BadInput:
     return BadInput([Gate("embed.model_can_be_loaded", Verdict.FAIL, subject, found, needed, danger, do)])
 
 
-def _ask(client: httpx.Client, e: Embeddings, asked: dict[str, Any], texts: list[str], key: str) -> Vectors:
+def _ask(
+    client: httpx.Client, e: Embeddings, asked: dict[str, Any], texts: list[str], key: str, over: threading.Event
+) -> Vectors:
     def wait(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
         wished = error.wait_s if isinstance(error, _Passing) else None
@@ -98,7 +107,8 @@ def _ask(client: httpx.Client, e: Embeddings, asked: dict[str, Any], texts: list
 
     backoff = tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
     tries = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(e.request_tries),
+        stop=tenacity.stop_after_attempt(e.request_tries) | tenacity.stop_when_event_set(over),
+        sleep=tenacity.sleep_using_event(over),
         wait=wait,
         retry=tenacity.retry_if_exception_type(_Passing),
         before_sleep=say,

@@ -28,7 +28,6 @@ SQL = load("refresh")
 LOCK_CLASS = 0x72627266
 # A worker that is alive but stands still, stopped by a debugger for instance, loses its claims after this long.
 LEASE_S = 900
-LONGEST_ERROR = 500
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _refresh(worker: _Worker, claimed: Sequence[db.Row]) -> Drained:
     texts, counts = masking.mask([r["text"] for r in with_text], worker.rules)
     made = embed.embed_each(worker.model, texts)
     worker.masked.update(counts)
-    failed = {with_text[i]["key"]: _line(error) for i, error in made.errors.items()}
+    failed = {with_text[i]["key"]: embed.said(error) for i, error in made.errors.items()}
     faults = embed.check(made.vectors, p) if made.places else {}
     failed |= {with_text[made.places[i]]["key"]: why for i, why in faults.items()}
     values = [
@@ -159,10 +158,6 @@ def _refresh(worker: _Worker, claimed: Sequence[db.Row]) -> Drained:
     )
     refused = sum(_fail(worker, ids[key], error) for key, error in failed.items())
     return Drained(len(done_ids), updated, refused)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_ERROR]
 
 
 def _write(

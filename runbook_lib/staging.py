@@ -25,8 +25,8 @@ from runbook_lib.progress import Progress
 from runbook_lib.sql import load
 
 SQL = load("staging")
-# An error of somebody else's model is kept this long; it may quote the text.
-LONGEST_DETAIL = 500
+# A key that is none is kept this long.
+LONGEST_KEY_TEXT = 200
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _from_model(phase: Phase, tally: _Tally) -> Iterator[Batch]:
 
 def _of_model(key: Any, error: Exception) -> Refusal:
     reason = f"the model failed on its text: {type(error).__name__}"
-    return Refusal(key, str(key), reason, " ".join(str(error).split())[:LONGEST_DETAIL])
+    return Refusal(key, str(key), reason, embed.said(error))
 
 
 def _from_store(phase: Phase) -> Iterator[Batch]:
@@ -249,7 +249,7 @@ def _refusal(phase: Phase, rows: sources.Rows, i: int, key: Any, reason: str, de
     e = phase.params.embeddings
     origin = e.file.name if e.file else str(e.table)
     where = f"{origin} row {rows.places[i]}"
-    return Refusal(key, str(rows.keys[i])[:LONGEST_DETAIL], reason, f"{where}: {detail}" if detail else where)
+    return Refusal(key, str(rows.keys[i])[:LONGEST_KEY_TEXT], reason, f"{where}: {detail}" if detail else where)
 
 
 def copy(phase: Phase, batch: Batch, kind: str) -> Copied:
@@ -338,7 +338,7 @@ def _nothing_was_refused(phase: Phase, counts: db.Row) -> Gate:
         "staging.no_vector_was_refused",
         total <= (accepted if counts["lost"] == 0 else 0),
         spelled(phase.params, "rejected"),
-        found="; ".join(f"{number(r['rows'])} × {r['reason']} ({_instance(r)})" for r in refused) or "none",
+        found="; ".join(f"{number(r['rows'])} × {r['reason']} ({_instance(phase, r)})" for r in refused) or "none",
         needed=f"at most {number(accepted)}, as embeddings.accept_refused_rows says" if accepted else "none",
         danger="these rows would have no vector, or that of another row's text",
         do="mend the source of these embeddings and run this phase again; it tries them anew",
@@ -346,6 +346,7 @@ def _nothing_was_refused(phase: Phase, counts: db.Row) -> Gate:
     )
 
 
-def _instance(refused: db.Row) -> str:
-    detail = f", {refused['detail']}" if refused["detail"] else ""
-    return f"for instance key {refused['key_text']}{detail}"
+def _instance(phase: Phase, refused: db.Row) -> str:
+    """One row of these. What a model said of it stays in the table, since it may quote the text."""
+    shown = refused["detail"] and not phase.params.embeddings.has_model
+    return f"for instance key {refused['key_text']}" + (f", {refused['detail']}" if shown else "")
