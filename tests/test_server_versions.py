@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from runbook_lib import compare
+import runbook_lib
+from runbook_lib import compare, versions
 from runbook_lib.phase import MIGRATE, UNDO
+from runbook_lib.sql import load
 from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.stepping import step_all
@@ -29,18 +32,34 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "tune": {"ef_search": [20, 60], "target_recall": 0.9},
 }
 
+# What servers came to understand after PostgreSQL 13, by the first that does; release notes of 14 to 18.
+NEWER = {
+    r"\bpg_stat_progress_copy\b|\b(generic|custom)_plans\b|\bpg_stat_wal\b|\bdate_bin\b|\bstring_to_table\b": 14,
+    r"\bOR REPLACE TRIGGER\b|\bclient_connection_check_interval\b|\bidle_session_timeout\b": 14,
+    r"\bmultirange\b|\bbit_count\b|\btrim_array\b|\bunistr\b|\w\['\w+'\]": 14,
+    r"\bMERGE INTO\b|\bregexp_(count|instr|like|substr)\b|\bNULLS (NOT )?DISTINCT\b|\bsecurity_invoker\b": 15,
+    r"\bGENERIC_PLAN\b|\bany_value\b|\bpg_stat_io\b|\blast_(idx|seq)_scan\b|\bn_tup_newpage_upd\b": 16,
+    r"\b\d+_\d{3}\b|\bjson_(array|arrayagg|object|objectagg)\s*\(|\barray_(sample|shuffle)\b|\bIS JSON\b": 16,
+    r"\bpg_stat_checkpointer\b|\bjson_(table|query|value|exists)\b|\bMERGE_ACTION\b|\bON_ERROR\b|\bpg_maintain\b": 17,
+    r"\bNOT ENFORCED\b|\bVIRTUAL\b|\buuidv7\b|\bRETURNING (OLD|NEW)\b|\barray_(sort|reverse)\b|\bpg_aios\b": 18,
+}
+# Blocks that runbook_lib.versions sends to newer servers only.
+SWITCHED = {"health.requested_checkpoints": 17}
+
 
 @pytest.fixture(params=["16.14 with 0.8.5", "18.4 with 0.8.5", "18.3 with 0.8.2"])
 def aged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """The release of a server that is running, and its DSN, which the parameters find through the environment."""
-    with tempfile.TemporaryDirectory(prefix="rb-", ignore_cleanup_errors=True) as folder:
-        with servers.running(request.param, Path(folder) / "data") as dsn:
-            monkeypatch.setenv(DSN_ENV, dsn)
-            yield request.param, dsn
+    with (
+        tempfile.TemporaryDirectory(prefix="rb-", ignore_cleanup_errors=True) as folder,
+        servers.running(request.param, Path(folder) / "data") as dsn,
+    ):
+        monkeypatch.setenv(DSN_ENV, dsn)
+        yield request.param, dsn
 
 
 def dump(release: str, dsn: str) -> str:
-    """The schema as the server's own pg_dump sees it, without the ledger's schema and the key drawn anew each time."""
+    """The schema as the server's own pg_dump sees it, without the ledger's and the key drawn anew each time."""
     command = [str(servers.binaries(release) / "pg_dump"), "--schema-only", "--exclude-schema=runbook", dsn]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return "\n".join(line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict")))
@@ -61,3 +80,34 @@ def test_there_and_back_on_every_server(
         assert dump(release, dsn) != before
         step_all("undo", UNDO, path)
         assert dump(release, dsn) == before
+
+
+def test_sql_says_nothing_that_the_oldest_server_does_not_know() -> None:
+    modules = [p.stem for p in (Path(runbook_lib.__file__).parent / "sql").glob("*.sql")]
+    blocks = [block for module in modules for block in load(module).values()]
+    found = {
+        block.name: version
+        for block in blocks
+        for pattern, version in NEWER.items()
+        if re.search(pattern, block.text, re.I)
+    }
+    assert found.items() <= SWITCHED.items(), "put a switch into runbook_lib.versions, and name the block here"
+
+
+@pytest.mark.parametrize(
+    ("switch", "first"),
+    [
+        (versions.ends_statements_of_gone_clients, 140000),
+        (versions.shows_copy_progress, 140000),
+        (versions.explains_generic_plans, 160000),
+    ],
+)
+def test_a_switch_turns_at_its_release(switch: Callable[[int], bool], first: int) -> None:
+    assert [switch(v) for v in (130000, first - 1, first, 180006)] == [first <= 130000, False, True, True]
+
+
+def test_nobody_but_versions_compares_release_numbers() -> None:
+    package = Path(runbook_lib.__file__).parent
+    for path in package.glob("*.py"):
+        if path.stem != "versions":
+            assert not re.search(r"[<>]=?\s*1[3-9]0{4}|server_version(_num)?\s*[<>]", path.read_text()), path

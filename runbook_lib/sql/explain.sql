@@ -20,8 +20,8 @@ ORDER BY c.relname;
 SELECT coalesce(sum(pg_stat_get_xact_numscans(o)), 0)::bigint AS scans FROM unnest(%(oids)s::oid[]) AS o;
 
 -- name: prepared
--- purpose: The parameters of a prepared statement as the server has inferred them, and how it was planned so far.
-SELECT parameter_types::text[] AS types, generic_plans, custom_plans FROM pg_prepared_statements WHERE name = %(name)s;
+-- purpose: The parameters of a prepared statement as the server has inferred them.
+SELECT parameter_types::text[] AS types FROM pg_prepared_statements WHERE name = %(name)s;
 
 -- name: set
 -- purpose: One setting, for this transaction or this session.
