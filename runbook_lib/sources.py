@@ -217,7 +217,7 @@ def _json_lines(file: Wanted) -> Iterator[Rows]:
     def records() -> Iterator[_Record]:
         with file.path.open(encoding="utf-8") as lines:
             for place, line in enumerate(lines, 1):
-                if not line.strip():
+                if not (line := line.rstrip()):
                     continue
                 try:
                     record = json.loads(line)

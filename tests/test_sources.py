@@ -1,0 +1,374 @@
+"""Vectors made elsewhere: each format gives the same rows, and what is wrong with a row stands beside it."""
+
+import csv
+import hashlib
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from runbook_lib import embed, extension, schema, sources, staging
+from runbook_lib.evaluate import Query
+from runbook_lib.gates import BadInput
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
+from tests import toy
+
+MakeParams = Callable[..., Params]
+FILES = {
+    "parquet": "vectors.parquet",
+    "feather": "vectors.feather",
+    "ipc": "vectors.arrow",
+    "stream": "stream.arrow",
+    "jsonl": "vectors.jsonl",
+    "csv": "vectors.csv",
+    "npy": "vectors.npy",
+}
+
+
+def write(folder: Path, kind: str, columns: dict[str, list[Any]], type_: pa.DataType | None = None) -> dict[str, Any]:
+    """Writes the columns in this format; returns what the section ``embeddings`` says of it."""
+    path = folder / FILES[kind]
+    given: dict[str, Any] = {"source": "file", "callable": None, "file": path.name}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    elif kind == "csv":
+        with path.open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, list(columns))
+            writer.writeheader()
+            writer.writerows(r | {"embedding": json.dumps(r["embedding"])} for r in rows)
+    elif kind == "npy":
+        np.save(path, np.array(columns["embedding"], dtype=np.float32))
+        (folder / "ids.txt").write_text("".join(f"{k}\n" for k in columns["id"]))
+        given["ids_file"] = "ids.txt"
+    else:
+        vectors = pa.array(columns["embedding"], type_ or pa.list_(pa.float32()))
+        table = pa.table({k: vectors if k == "embedding" else pa.array(v) for k, v in columns.items()})
+        if kind == "parquet":
+            pq.write_table(table, path)
+        elif kind == "feather":
+            pyarrow.feather.write_feather(table, path)
+        else:
+            make = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+            with make(path, table.schema) as sink:
+                sink.write_table(table)
+    return given
+
+
+def read(make_params: MakeParams, given: dict[str, Any], **sections: Any) -> list[sources.Rows]:
+    p = make_params(embeddings={"batch_rows": 2} | given, **({"vector": {"dimension": 3}} | sections))
+    return list(embed.stored(p))
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_format_gives_the_same_rows_in_batches(make_params: MakeParams, tmp_path: Path, kind: str) -> None:
+    vectors = np.arange(15, dtype=np.float32).reshape(5, 3)
+    given = write(tmp_path, kind, {"id": [5, 4, 3, 2, 1], "embedding": vectors.tolist()})
+    batches = read(make_params, given)
+    assert [[int(k) for k in b.keys] for b in batches] == [[5, 4], [3, 2], [1]]
+    assert np.array_equal(np.concatenate([b.vectors for b in batches]), vectors)
+    assert {(b.vectors.dtype.name, b.text_hashes) for b in batches} == {("float32", None)}
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 3), pa.list_(pa.float16())],
+    ids=str,
+)
+def test_every_list_of_floats_is_read(make_params: MakeParams, tmp_path: Path, type_: pa.DataType) -> None:
+    vectors = list(np.arange(15, dtype=np.float16).reshape(5, 3))
+    given = write(tmp_path, "parquet", {"id": [5, 4, 3, 2, 1], "embedding": vectors}, type_)
+    assert np.array_equal(np.concatenate([b.vectors for b in read(make_params, given)]), vectors)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "jsonl", "csv"])
+def test_a_row_without_a_vector_of_that_dimension_is_told_and_the_next_is_read(
+    make_params: MakeParams, tmp_path: Path, kind: str
+) -> None:
+    given = write(tmp_path, kind, {"id": [7, 8, 9, 10], "embedding": [[1, 2], None, [4, None, 6], [7, 8, 9]]})
+    first, second = read(make_params, given)
+    assert first.faults == {0: "2 dimensions, 3 needed", 1: "no vector, 3 dimensions needed"}
+    assert second.faults == {}
+    assert np.isnan(second.vectors[0, 1]), "a NULL among the numbers is refused as NaN is"
+    assert second.vectors[1].tolist() == [7, 8, 9]
+
+
+def test_lines_that_are_no_rows_are_told_by_number(make_params: MakeParams, tmp_path: Path) -> None:
+    (tmp_path / "vectors.jsonl").write_text('{"id": 1\n\n[1]\n{"id": 2, "embedding": [1, 2, "x"]}\n')
+    found = read(make_params, {"source": "file", "callable": None, "file": "vectors.jsonl"})
+    assert [(list(b.places), b.faults) for b in found] == [
+        (
+            [1, 3],
+            {
+                0: "not JSON: Expecting ',' delimiter at column 9",
+                1: "a JSON list, not an object",
+            },
+        ),
+        ([4], {0: "something other than a number among its numbers"}),
+    ]
+    (tmp_path / "vectors.csv").write_text('id,embedding\n1,"{1,2,3}"\n2\n3,"[4,5,6]"\n')
+    first, second = read(make_params, {"source": "file", "callable": None, "file": "vectors.csv"})
+    assert (first.vectors[0].tolist(), first.faults) == ([1, 2, 3], {1: "1 fields, 2 needed"})
+    assert second.vectors[0].tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_a_hash_or_the_text_says_what_a_vector_was_made_of(
+    make_params: MakeParams, tmp_path: Path, kind: str
+) -> None:
+    whole = hashlib.sha256(b"words").hexdigest()
+    columns = {"id": [1, 2], "embedding": [[1, 2, 3]] * 2, "text_hash": [whole[:32], whole]}
+    assert read(make_params, write(tmp_path, kind, columns))[0].text_hashes == [sources.hash_of("words")] * 2
+    columns = {"id": [1, 2], "embedding": [[1, 2, 3]] * 2, "text": ["words", "more"]}
+    hashes = [sources.hash_of("words"), sources.hash_of("more")]
+    assert read(make_params, write(tmp_path, kind, columns))[0].text_hashes == hashes
+    columns = {"id": [1, 2], "embedding": [[1, 2, 3]] * 2, "text_hash": ["abc", whole]}
+    assert read(make_params, write(tmp_path, kind, columns))[0].faults == {0: "text_hash is not the hex of 16 bytes"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "found", "needed"),
+    [
+        ({"key": [7], "embedding": [[1, 2, 3]]}, "columns key, embedding", "columns id and embedding"),
+        ({"id": [7], "embedding": ["[1,2,3]"]}, "embedding is string", "list of float"),
+    ],
+)
+def test_a_file_whose_rows_cannot_be_told_is_bad_input(
+    make_params: MakeParams, tmp_path: Path, columns: dict[str, Any], found: str, needed: str
+) -> None:
+    given = write(tmp_path, "parquet", columns, pa.string() if "string" in found else None)
+    with pytest.raises(BadInput) as error:
+        read(make_params, given)
+    assert str(error.value).splitlines()[1:4] == [
+        f"FAIL    embed.file_is_readable   {tmp_path / 'vectors.parquet'}",
+        f"  found   {found}",
+        f"  needed  {needed}",
+    ]
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("parquet", "a Parquet file"), ("ipc", "an Arrow file")])
+def test_a_file_of_another_kind_is_bad_input(make_params: MakeParams, tmp_path: Path, kind: str, needed: str) -> None:
+    (tmp_path / FILES[kind]).write_text("id,embedding\n")
+    with pytest.raises(BadInput, match=f"needed  {needed}"):
+        read(make_params, {"source": "file", "callable": None, "file": FILES[kind]})
+
+
+def test_ids_that_do_not_match_the_vectors_are_bad_input(make_params: MakeParams, tmp_path: Path) -> None:
+    given = write(tmp_path, "npy", {"id": [1, 2, 3], "embedding": [[1, 2, 3]] * 3})
+    (tmp_path / "ids.txt").write_text("1\n2\n")
+    with pytest.raises(BadInput, match="2 keys for 3 vectors"):
+        read(make_params, given)
+    (tmp_path / "ids.txt").write_text("1\n2\n3\n4\n")
+    with pytest.raises(BadInput, match="more than 4 keys for 3 vectors"):
+        read(make_params, given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "key"),
+    [
+        ("bigint", "12", 12),
+        ("bigint", 2**63, None),
+        ("integer", 2**31, None),
+        ("integer", "1.5", None),
+        ("bigint", True, None),
+        ("bigint", None, None),
+        ("uuid", "00000000-0000-0000-0000-00000000000a", uuid.UUID(int=10)),
+        ("uuid", "no uuid", None),
+        ("text", 7, "7"),
+        ("text", None, None),
+        ("text", "a\0b", None),
+    ],
+)
+def test_a_key_is_read_as_the_table_has_it_or_not_at_all(kind: str, value: Any, key: Any) -> None:
+    read_key = sources.key_reader(kind)
+    if key is None:
+        with pytest.raises(ValueError):
+            read_key(value)
+    else:
+        assert read_key(value) == key
+
+
+def test_queries_find_their_vectors_in_their_own_file(make_params: MakeParams, tmp_path: Path) -> None:
+    given = write(tmp_path, "parquet", {"id": [1], "embedding": [[1, 2, 3]]})
+    (tmp_path / "asked.jsonl").write_text(
+        '{"query_id": "q2", "embedding": [4, 5, 6]}\n{"query_id": "q1", "embedding": [1, 2, 3]}\n'
+    )
+    p = make_params(embeddings=given, vector={"dimension": 3}, queries={"embeddings": "asked.jsonl"})
+    queries = [Query("q1", "a"), Query("q2", "b")]
+    assert embed.query_vectors(p, queries).tolist() == [[1, 2, 3], [4, 5, 6]]
+    with pytest.raises(BadInput, match="no vector for 1 queries: q3"):
+        embed.query_vectors(p, [*queries, Query("q3", "c")])
+    with pytest.raises(BadInput, match=r"or give queries\.embeddings for the queries"):
+        embed.query_vectors(make_params(embeddings=given, vector={"dimension": 3}), queries)
+
+
+def corpus(articles: psycopg.Connection[Any]) -> dict[str, list[Any]]:
+    rows = articles.execute(
+        "SELECT id, concat_ws(E'\\n', title, body) FROM articles WHERE title IS NOT NULL ORDER BY id"
+    ).fetchall()
+    return {"id": [r[0] for r in rows], "embedding": toy.embed([r[1] for r in rows]).tolist()}
+
+
+@pytest.fixture
+def ready(open_phase: Callable[..., Phase]) -> Callable[..., Phase]:
+    """Opens phase 40 on a table that has the columns, with vectors made elsewhere."""
+
+    def make(given: dict[str, Any], **more: Any) -> Phase:
+        phase = open_phase("40_load_embeddings", embeddings={"batch_rows": 30} | given | more)
+        extension.apply(phase)
+        schema.apply(phase)
+        return phase
+
+    return make
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_format_is_staged_and_a_second_load_stages_nothing(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], tmp_path: Path, kind: str
+) -> None:
+    phase = ready(write(tmp_path, kind, corpus(articles)))
+    assert staging.apply(phase).rows[0][:2] == (toy.ROWS, 0)
+    assert staging.verify(phase).passed
+    assert staging.apply(phase).rows[0][:2] == (0, 0)
+    wrong = articles.execute(
+        "SELECT count(*) FROM articles a JOIN runbook.articles_staging s ON s.key = a.id"
+        " WHERE s.text_hash <> substring(sha256(convert_to(concat_ws(E'\\n', title, body), 'UTF8')) for 16)"
+    ).fetchone()
+    assert wrong == (0,)
+
+
+def test_a_file_load_that_is_stopped_goes_on_where_it_was(
+    ready: Callable[..., Phase],
+    articles: psycopg.Connection[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    phase = ready(write(tmp_path, "parquet", corpus(articles)))
+    check, seen = embed.check, list[int]()
+
+    def stopping(vectors: np.ndarray, params: Params) -> dict[int, str]:
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(len(vectors))
+        return check(vectors, params)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "check", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            staging.apply(phase)
+    assert seen == [30, 30, 30]
+    assert staging.apply(phase).rows[0][:2] == (toy.ROWS - 90, 0)
+    assert staging.verify(phase).passed
+
+
+def test_every_row_that_goes_nowhere_is_kept_with_its_reason(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    columns = corpus(articles)
+    texts = dict(articles.execute("SELECT id, concat_ws(E'\\n', title, body) FROM articles").fetchall())
+    columns["id"] = [str(k) for k in columns["id"]]
+    columns["text"] = [texts[int(k)] for k in columns["id"]]
+    columns["text"][4] = "an older text"
+    columns["embedding"][5] = [1.0]
+    columns["embedding"][6] = [0.0] * toy.DIMENSION
+    columns["embedding"][7] = [float("nan")] * toy.DIMENSION
+    for key in ("x7", "9999", "1", "100"):
+        columns["id"].append(key)
+        columns["embedding"].append([1.0] * toy.DIMENSION)
+        columns["text"].append(texts.get(int(key) if key.isdigit() else 0, ""))
+    phase = ready(write(tmp_path, "parquet", columns))
+    staging.apply(phase)
+    found = staging.verify(phase).failed
+    assert [g.name for g in found] == ["staging.every_row_with_text_is_ready", "staging.no_vector_was_refused"]
+    assert str(found[1]) == (
+        'FAIL    staging.no_vector_was_refused   "runbook"."articles_rejected"\n'
+        "  found   2 × its key comes again (for instance key 1, vectors.parquet row 203:"
+        " an earlier row has this key);"
+        " 1 × NaN or infinity among its numbers (for instance key 8);"
+        " 1 × a zero vector, which cosine cannot rank (for instance key 7);"
+        " 1 × its key is no bigint (for instance key x7, vectors.parquet row 201: id is bigint);"
+        " 1 × its vector cannot be read (for instance key 6, vectors.parquet row 6: 1 dimensions, 8 needed);"
+        " 1 × made from another text than the row has now (for instance key 5, vectors.parquet row 5);"
+        " 1 × no row of the table has its key (for instance key 9999, vectors.parquet row 202)\n"
+        "  needed  none\n"
+        "  danger  these rows would have no vector, or that of another row's text\n"
+        "  do      mend the source of these embeddings and run this phase again; it tries them anew"
+    )
+    first = articles.execute("SELECT embedding::real[] FROM runbook.articles_staging WHERE key = 1").fetchone()
+    assert first is not None and np.allclose(first[0], columns["embedding"][0]), "the first of two is kept"
+
+
+def test_refused_rows_that_were_accepted_do_not_stop_a_load_that_lacks_nothing(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    columns = corpus(articles)
+    columns["id"].append(9999)
+    columns["embedding"].append([1.0] * toy.DIMENSION)
+    phase = ready(write(tmp_path, "jsonl", columns), accept_refused_rows=1)
+    staging.apply(phase)
+    gates = staging.verify(phase)
+    assert gates.passed
+    assert (gates.gates[2].figures, gates.gates[2].needed) == (
+        {"refused": 1, "accepted": 1},
+        "at most 1, as embeddings.accept_refused_rows says",
+    )
+
+
+@pytest.mark.parametrize("type_", ["vector", "halfvec(8)", "real[]", "float8[]"])
+def test_vectors_of_another_table_are_staged(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], type_: str
+) -> None:
+    phase = ready({"source": "table", "callable": None, "table": "public.made_elsewhere"})
+    columns = corpus(articles)
+    cast = "::real[]::" if type_ != "float8[]" else "::"
+    articles.execute(f"CREATE TABLE made_elsewhere (id bigint, embedding {type_})")
+    articles.execute("CREATE INDEX ON made_elsewhere (id)")
+    with articles.cursor() as cursor:
+        values = [*zip(columns["id"], columns["embedding"], strict=True), (None, [1.0] * 8), (3, [1.0] * 8)]
+        cursor.executemany(f"INSERT INTO made_elsewhere VALUES (%s, (%s{cast}{type_}))", values)
+    assert staging.apply(phase).rows[0][:2] == (toy.ROWS, 2)
+    assert {r["reason"] for r in phase.connection.execute("SELECT reason FROM runbook.articles_rejected")} == {
+        "its key comes again",
+        "its key is no bigint",
+    }
+    assert staging.apply(phase).rows[0][:2] == (0, 2)
+
+
+def test_a_table_of_vectors_that_cannot_be_read_is_bad_input(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = ready({"source": "table", "callable": None, "table": "public.made_elsewhere"})
+    with pytest.raises(BadInput, match="found   no such table"):
+        staging.apply(phase)
+    articles.execute("CREATE TABLE made_elsewhere (id bigint, embedding real[])")
+    with pytest.raises(BadInput, match="found   no index on id"):
+        staging.apply(phase)
+
+
+@pytest.mark.parametrize("kind", ["smallint", "integer", "uuid", "text"])
+@pytest.mark.parametrize("vector_type", ["vector", "halfvec"])
+def test_keys_of_every_type_are_packed_or_written_as_they_are(
+    open_phase: Callable[..., Phase], articles: psycopg.Connection[Any], kind: str, vector_type: str
+) -> None:
+    using = "lpad(id::text, 32, '0')::uuid" if kind == "uuid" else f"id::{kind}"
+    articles.execute("ALTER TABLE articles ALTER id DROP IDENTITY")
+    articles.execute(f"ALTER TABLE articles ALTER id TYPE {kind} USING {using}")
+    phase = open_phase("40_load_embeddings", vector={"type": vector_type})
+    extension.apply(phase)
+    schema.apply(phase)
+    staging.apply(phase)
+    rows = articles.execute(
+        "SELECT concat_ws(E'\\n', a.title, a.body), s.embedding::vector::real[]"
+        " FROM articles a JOIN runbook.articles_staging s ON s.key = a.id"
+    ).fetchall()
+    assert len(rows) == toy.ROWS
+    assert np.allclose([r[1] for r in rows], toy.embed([r[0] for r in rows]), atol=1e-3)
