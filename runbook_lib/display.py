@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Inline, because a saved notebook and its HTML carry no style sheet of ours.
-CELL = "padding:.25em .6em;text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere"
+CELL = "padding:.25em .6em;text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:break-word"
+VERDICT = CELL.replace("pre-wrap", "nowrap")
 ROW_STYLES = {
     "gate-pass": "border-left:.4em solid #1a7f37",
     "gate-fail": "border-left:.4em solid #b3261e;font-weight:600",
@@ -76,13 +77,20 @@ class Table:
         lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         return "\n".join(([self.caption] if self.caption else []) + lines)
 
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        """The text beside the HTML, for a terminal, a diff or a reader without HTML."""
+        printer.text(str(self))
+
     def _repr_html_(self) -> str:
         head = "".join(f'<th scope="col" style="{CELL}">{html.escape(str(c))}</th>' for c in self.columns)
         body = []
         for i, row in enumerate(self.rows):
             kind = self.row_classes[i] if self.row_classes else ""
             style = f' class="{kind}" style="{ROW_STYLES.get(kind, "")}"' if kind else ""
-            cells = "".join(f'<td style="{CELL}">{html.escape(_text(v))}</td>' for v in row)
+            cells = "".join(
+                f'<td style="{VERDICT if kind and not j else CELL}">{html.escape(_text(v))}</td>'
+                for j, v in enumerate(row)
+            )
             body.append(f"<tr{style}>{cells}</tr>")
         caption = f'<caption style="text-align:left">{html.escape(self.caption)}</caption>' if self.caption else ""
         return (
