@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -10,18 +11,23 @@ import psycopg
 
 from runbook_lib import compare, db, embed, evaluate, search
 from runbook_lib.display import Table
-from runbook_lib.gates import Gate, GateFailed, Gates, collect, gate
+from runbook_lib.gates import Gate, GateFailed, Gates, Verdict, collect, gate
+from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.phase import Phase
 
 # A canary's p95 may wander this far from the shadow's figure before it counts as slower.
 LATENCY_TOLERANCE = 2.0
+# A function that fails fails every call alike.
+MOST_ERRORS_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Step:
-    """One share of the calls, held for a number of calls: what the function answered, and how fast.
+    """One share of the calls, held for a number of calls and a time: what the function answered, and how fast.
 
-    drawn: calls that the share should send to the new route, by the hash of their text.
+    drawn: calls that the share should send to the new route, by the hash of their text. short: answers of the new
+    route with fewer rows than 80_shadow had for the query. overlap: mean share of an answer that 80_shadow had too;
+    None where no call was answered by the new route, or nothing was recorded for it. p95_ms: None where all failed.
     """
 
     share_percent: int
@@ -29,100 +35,158 @@ class Step:
     drawn: int
     by_new_route: int
     empty: int
+    short: int
+    overlap: float | None
     errors: int
-    p95_ms: float
+    p95_ms: float | None
 
 
 def plan(phase: Phase) -> db.Plan:
-    """One UPDATE of the route's row for each share that is not reached yet."""
+    """One UPDATE of the route's row for each share that is not reached and proved yet."""
     route = phase.params.cut_over.route
     return db.Plan(
         tuple(
             db.statement(search.SQL["move_route"], phase.params, route=route, share_percent=share)
-            for share in phase.params.cut_over.share_steps_percent
+            for share in steps_left(phase)
         ),
         phase.connection,
     )
 
 
+def steps_left(phase: Phase) -> list[int]:
+    """The shares that are still to be held: all of them, or, after an interruption, from the share that it finds.
+
+    The share that an interrupted run had set is held again, unless its own canary was judged and passed.
+    """
+    steps = phase.params.cut_over.share_steps_percent
+    if search.function_state(phase) is None:
+        return list(steps)
+    route, share = search.current_route(phase)
+    if route != phase.params.cut_over.route:
+        return list(steps)
+    proved = share if _was_proved(phase, share) else share - 1
+    return [step for step in steps if step > proved]
+
+
+def _was_proved(phase: Phase, share: int) -> bool:
+    """Did the canary of this share pass after the reads were moved there?"""
+    ledger = phase.ledger
+    moved, judged = (
+        next(iter(db.rows(ledger.connection, LEDGER_SQL["latest"], phase.params, kind=kind, phase=None)), None)
+        if ledger.exists()
+        else None
+        for kind in ("route", "canary")
+    )
+    if moved is None or judged is None or judged["seq"] < moved["seq"]:
+        return False
+    body = judged["body"]
+    return body["share_percent"] == share and set(body["verdicts"].values()) == {str(Verdict.PASS)}
+
+
 def apply(phase: Phase) -> Table:
-    """Raises the share step by step, each judged by its calls; a failed one sends every read back to legacy."""
+    """Raises the share step by step, each judged by its calls; a failed one sends every read back to legacy.
+
+    Interrupted, the reads stay where they are, and the next run goes on from there.
+    """
     if not phase.execute:
         return phase.carry_out(plan(phase))
     route = phase.params.cut_over.route
     steps = []
-    for share in phase.params.cut_over.share_steps_percent:
-        if search.current_route(phase) == (route, 100):
-            break
-        search.move_route(phase, route, share, f"cut-over step {share} %")
-        step = _call(phase, share)
+    for share in steps_left(phase):
+        if search.current_route(phase) != (route, share):
+            search.move_route(phase, route, share, f"cut-over step {share} %")
+        step = _call(phase, share, phase.params.cut_over.hold_s)
         gates = _judge(phase, step)
+        if gates.failed:
+            # First of all, before anything is written down: users are waiting.
+            search.move_route(phase, "legacy", 0, f"step {share} % did not pass: {gates.failed[0].name}")
         phase.note("canary", {**vars(step), "verdicts": {g.name: str(g.verdict) for g in gates}})
         if gates.failed:
-            search.move_route(phase, "legacy", 0, f"step {share} % did not pass: {gates.failed[0].name}")
             raise GateFailed(gates)
         steps.append(step)
-    return Table.of([vars(s) for s in steps], "steps") if steps else Table(("",), [("the reads have moved already",)])
+    if not steps:
+        return Table(("",), [("the reads have moved already",)])
+    state = search.function_state(phase)
+    phase.note("standing", {"settings": state["settings"], "source": state["source"]} if state else {})
+    return Table.of([vars(s) for s in steps], "steps")
 
 
-def _call(phase: Phase, share: int) -> Step:
-    """Calls the function as the application does, on a connection that an ordinary caller has."""
+def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
+    """Calls the function as the application does, on a connection that an ordinary caller has, over a time."""
     p = phase.params
     queries = evaluate.sample(evaluate.read_queries(p), p.queries.sample)
     vectors = embed.query_vectors(p, queries)
     texts = [q.text for q in queries]
     drawn = {r["text"] for r in db.rows(phase.connection, search.SQL["drawn"], p, texts=texts, share_percent=share)}
+    known = (phase.ledger.latest("shadow") or {}).get("answers", {}).get(p.cut_over.route, {})
     calls = list(islice(cycle(range(len(queries))), p.cut_over.calls_per_step))
     seconds: list[float] = []
-    by_new = empty = errors = 0
+    overlaps: list[float] = []
+    by_new = empty = short = errors = 0
+    began = time.perf_counter()
     with db.connect(p, f"runbook {phase.run_id} canary") as connection:
-        for i in calls:
+        for n, i in enumerate(calls, 1):
             one, vector = [queries[i]], vectors[i : i + 1]
             try:
                 answers = search.ask(connection, p, search.call_statement(p), one, vector, p.queries.k)
             except psycopg.Error as error:
                 errors += 1
-                print(f"  call failed: {error.sqlstate} {error}")
+                if errors <= MOST_ERRORS_SHOWN:
+                    print(f"  call failed: {error.sqlstate} {error}")
                 continue
+            keys, expected = answers.keys[queries[i].query_id], known.get(queries[i].query_id)
             seconds += answers.seconds
             by_new += answers.answered_by(p.cut_over.route)
-            empty += not answers.keys[queries[i].query_id]
+            empty += not keys
+            if expected is not None and answers.answered_by(p.cut_over.route):
+                overlaps.append(evaluate.overlap(expected, keys, p.queries.k))
+                short += len(keys) < len(expected)
+            time.sleep(max(0.0, hold_s * n / len(calls) - (time.perf_counter() - began)))
     return Step(
         share_percent=share,
         calls=len(calls),
         drawn=sum(texts[i] in drawn for i in calls),
         by_new_route=by_new,
         empty=empty,
+        short=short,
+        overlap=round(sum(overlaps) / len(overlaps), 4) if overlaps else None,
         errors=errors,
-        p95_ms=round(evaluate.latency(seconds)["p95_ms"], 3) if seconds else float("inf"),
+        p95_ms=round(evaluate.latency(seconds)["p95_ms"], 3) if seconds else None,
     )
 
 
 def _judge(phase: Phase, step: Step) -> Gates:
-    """The canary's gates: no error, no empty answer, the share that was set, and a p95 near what 80_shadow found."""
-    route = phase.params.cut_over.route
+    """The canary's gates: no error, no short answer, the share that was set, speed and answers as 80_shadow found."""
+    c = phase.params.cut_over
     shadow = phase.ledger.latest("shadow") or {"systems": {}}
-    p95s = [f["p95_ms"] for name, f in shadow["systems"].items() if name in ("legacy", route)]
+    p95s = [f["p95_ms"] for name, f in shadow["systems"].items() if name in ("legacy", c.route)]
     limit_ms = max([compare.FAST_ENOUGH_MS, *p95s]) * LATENCY_TOLERANCE
 
     def canary(fact: str, holds: bool, found: str, needed: str, do: str) -> Gate:
         danger = "users would get this answer; every read was sent back to legacy"
-        subject = f"{route} at {step.share_percent} %"
+        subject = f"{c.route} at {step.share_percent} %"
         return gate(f"cutover.{fact}", holds, subject, found=found, needed=needed, danger=danger, do=do)
 
     again = "then run 90_cut_over again"
     answered = step.drawn - step.empty - step.errors
+    overlap = "no answer to compare" if step.overlap is None else f"{step.overlap:.0%} of the rows"
     return collect(
         [
             canary("no_call_fails", step.errors == 0, f"{step.errors} of {step.calls} calls failed", "0",
                    f"mend what the errors above name, {again}"),
             canary("no_answer_is_empty", step.empty == 0, f"{step.empty} of {step.calls} calls", "0",
                    f"look at these queries in 80_shadow, {again}"),
+            canary("no_answer_is_short", step.short == 0, f"{step.short} of {step.by_new_route} calls", "0",
+                   f"VACUUM the table if many rows were deleted, run 70_tune again, {again}"),
+            canary("answers_are_those_of_shadow", step.overlap is None or step.overlap >= c.smallest_overlap,
+                   f"{overlap} that 80_shadow found", f"at least {c.smallest_overlap:.0%}",
+                   f"the table or the function has changed since: run 80_shadow again, {again}"),
             canary("calls_go_where_the_route_says", step.by_new_route == answered,
-                   f"{step.by_new_route} of {step.calls} calls answered by {route}",
+                   f"{step.by_new_route} of {step.calls} calls answered by {c.route}",
                    f"{answered}, those whose text falls into the share",
                    f"look at the route table, which somebody else may have changed, {again}"),
-            canary("calls_are_fast_enough", step.p95_ms <= limit_ms, f"p95 {step.p95_ms:.2f} ms",
+            canary("calls_are_fast_enough", step.p95_ms is not None and step.p95_ms <= limit_ms,
+                   "no call was answered" if step.p95_ms is None else f"p95 {step.p95_ms:.2f} ms",
                    f"at most {limit_ms:.2f} ms, {LATENCY_TOLERANCE:g} × that of the slower in 80_shadow",
                    f"look at the load of the server, {again}"),
         ]

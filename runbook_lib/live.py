@@ -1,0 +1,219 @@
+"""Shadow of live calls: a function beside the search function, which lets the other search answer a share as well.
+
+The application calls it for a while instead of the search function: same arguments, same answers. A sampled call
+takes the time of both searches; ``shadow.calls_per_minute`` bounds what that may cost. What the other search does
+can neither fail the call nor change its answer.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from psycopg import sql
+
+from runbook_lib import agreement, db, evaluate, search
+from runbook_lib.compare import FAST_ENOUGH_MS
+from runbook_lib.display import Table, number
+from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.names import identifier, names, spelled
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
+from runbook_lib.sql import load
+
+SQL = load("live")
+
+# Below this many sampled calls their p95 is the slowest of a handful.
+FEWEST_CALLS = 30
+
+
+def function_name(params: Params) -> str:
+    """The function that the application calls for the time of the shadow."""
+    return f"{params.function_name}_shadow"[:63]
+
+
+def _log(params: Params) -> sql.Composable:
+    return identifier(params.ledger.schema_, f"{params.target.name}_shadow_log")
+
+
+def _names(phase: Phase) -> dict[str, sql.Composable]:
+    """What the blocks need beside the common names; arguments and settings come from the catalogue."""
+    p = phase.params
+    facts = db.one(phase.connection, SQL["function_facts"], p, schema=spelled(p, "schema"), function=p.function_name)
+    route = p.cut_over.route
+    query = search.route_statement(phase.connection, p, route, in_function=True)
+    keys = sql.SQL("SELECT array_agg(q.key::text) FROM (\n{}\n) q").format(query).as_string(phase.connection)
+    passed = [identifier(name) for name in facts["passed"]]
+    return names(p) | {
+        "log": _log(p),
+        "log_index": identifier(f"{p.target.name}_shadow_log_at"),
+        "shadow_function": identifier(p.target.schema_, function_name(p)),
+        "arguments": _raw(facts["arguments"]),
+        "identity": _raw(facts["identity"]),
+        "result": _raw(facts["result"]),
+        "settings": sql.SQL(" ").join(_setting(s) for s in facts["settings"]),
+        "passed": sql.SQL(", ").join(passed),
+        "passed_without_vector": sql.SQL(", ").join([passed[0], sql.SQL("NULL"), *passed[2:]]),
+        "new_route": sql.Literal(route),
+        "new_query": sql.SQL(sql.Literal(keys).as_string(phase.connection)),
+        "sample_percent": sql.Literal(p.shadow.sample_percent),
+        "most_calls": sql.Literal(p.shadow.calls_per_minute),
+    }
+
+
+def _raw(text: str) -> sql.Composable:
+    """What the catalogue has spelt, its per cent signs doubled as a statement with bound values needs them."""
+    return sql.SQL(text.replace("%", "%%"))
+
+
+def _setting(setting: str) -> sql.Composable:
+    """``SET name = value`` from pg_proc.proconfig, which holds a search_path as the list that it is."""
+    name, _, value = setting.partition("=")
+    spelt = value if name == "search_path" else sql.Literal(value).as_string()
+    return _raw(f"SET {name} = {spelt}")
+
+
+def plan(phase: Phase) -> db.Plan:
+    """The log, the function and its grants; nothing where ``shadow.sample_percent`` is 0."""
+    if not phase.params.shadow.sample_percent or search.function_state(phase) is None:
+        return db.Plan((), phase.connection)
+    extra = _names(phase)
+    statements = [
+        db.statement(SQL[b], phase.params, extra) for b in ("create_log", "create_function", "revoke_public")
+    ]
+    grants = [
+        db.statement(SQL["grant"], phase.params, extra | {"role": identifier(role)})
+        for role in phase.params.search.grant_to
+    ]
+    return db.Plan((*statements, *grants), phase.connection)
+
+
+def apply(phase: Phase) -> Table:
+    """Makes the function and its log; made again, it takes over what 70_tune has set since, and keeps the log."""
+    return phase.carry_out(plan(phase))
+
+
+def _what_is_there(phase: Phase) -> db.Row:
+    p = phase.params
+    log = _log(p).as_string(phase.connection).replace("%%", "%")
+    return db.one(
+        phase.connection, SQL["what_is_there"], p, schema=spelled(p, "schema"), function=function_name(p), log=log
+    )
+
+
+def logged(phase: Phase, since: datetime | None = None) -> list[db.Row]:
+    """The sampled calls, oldest first; none where there is no log."""
+    if not _what_is_there(phase)["log"]:
+        return []
+    query = SQL["logged"].compose({"log": _log(phase.params)})
+    return phase.connection.execute(query, {"since": since}).fetchall()
+
+
+def summary(phase: Phase) -> Table:
+    """What the sampled calls say, a row for each way round; it goes into the ledger too."""
+    rows = logged(phase)
+    found = [_figures(rows, live) for live in sorted({row["live_route"] for row in rows})]
+    if found:
+        phase.note("live", {"calls": len(rows), "ways": found})
+    return Table.of(found, "live calls answered twice") if found else Table(("live calls",), [("none sampled yet",)])
+
+
+def _figures(rows: list[db.Row], live: str) -> dict[str, Any]:
+    mine = [row for row in rows if row["live_route"] == live]
+    whole = [row for row in mine if row["problem"] is None]
+    pairs = [(row["live_keys"], row["other_keys"]) for row in whole]
+    depth = max((len(a) for a, _ in pairs), default=0)
+    agreed = agreement.agreement(
+        {str(i): a for i, (a, _) in enumerate(pairs)}, {str(i): b for i, (_, b) in enumerate(pairs)}, depth
+    )
+    return {
+        "live": live,
+        "other": mine[0]["other_route"],
+        "calls": len(mine),
+        "problems": len(mine) - len(whole),
+        "other_is_empty": sum(not b and bool(a) for a, b in pairs),
+        "live_p95_ms": _p95(row["live_ms"] for row in whole),
+        "other_p95_ms": _p95(row["other_ms"] for row in whole),
+        **agreed,
+    }
+
+
+def _p95(milliseconds: Any) -> float | None:
+    values = [ms / 1000 for ms in milliseconds]
+    return round(evaluate.latency(values)["p95_ms"], 3) if values else None
+
+
+def verify(phase: Phase) -> Gates:
+    """No sampled call failed in the other search, and the new route is as fast on live calls as legacy."""
+    rows = logged(phase)
+    return collect([_nothing_failed(phase, rows), _is_fast_enough(phase, rows)])
+
+
+def _nothing_failed(phase: Phase, rows: list[db.Row]) -> Gate:
+    problems = [row["problem"] for row in rows if row["problem"]]
+    return gate(
+        "live.no_shadow_failed",
+        not problems,
+        function_name(phase.params),
+        found=f"{len(problems)} of {number(len(rows))} sampled calls" + (f"; {problems[0]}" if problems else "")
+        if rows
+        else "no live call sampled",
+        needed="0",
+        danger="these calls would fail for users as soon as the reads move",
+        do="mend what the error names, then DELETE the rows with a problem from the log and run 80_shadow again",
+        figures={"calls": len(rows), "problems": len(problems)},
+    )
+
+
+def _is_fast_enough(phase: Phase, rows: list[db.Row]) -> Gate:
+    """Both searches answered the same calls, whichever of them was live."""
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        if row["problem"] is None:
+            times.setdefault(row["live_route"], []).append(row["live_ms"])
+            times.setdefault(row["other_route"], []).append(row["other_ms"])
+    route = phase.params.cut_over.route
+    new, old = _p95(times.get(route, [])), _p95(times.get("legacy", []))
+    enough = new is not None and old is not None and len(times[route]) >= FEWEST_CALLS
+    limit = max(old or 0.0, FAST_ENOUGH_MS)
+    return gate(
+        "live.new_route_is_fast_enough",
+        not enough or (new or 0.0) <= limit,
+        f"{route} on live calls",
+        found=f"p95 {new:.2f} ms, legacy {old:.2f} ms, {len(times[route])} calls"
+        if enough
+        else f"{len(times.get(route, []))} sampled calls, too few to judge",
+        needed=f"at most {limit:.2f} ms" if enough else f"at most legacy's p95, from {FEWEST_CALLS} calls on",
+        danger="users wait longer than today",
+        do="look at the load of the server and at the setting chosen by 70_tune",
+        figures={"p95_ms": new, "legacy_p95_ms": old},
+    )
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """DROP of the function and its log, where they are there; before the search function is dropped."""
+    there = _what_is_there(phase)
+    if not (there["function"] or there["log"]) or search.function_state(phase) is None:
+        return db.Plan((), phase.connection)
+    return db.Plan((db.statement(SQL["drop"], phase.params, _names(phase)),), phase.connection)
+
+
+def undo(phase: Phase) -> Table:
+    """Removes both. The application must have gone back to the search function first."""
+    return phase.carry_out(undo_plan(phase))
+
+
+def verify_undone(phase: Phase) -> Gates:
+    """Neither of them is left."""
+    there = _what_is_there(phase)
+    left = [name for name, is_there in there.items() if is_there]
+    gone = gate(
+        "live.nothing_is_left",
+        not left,
+        function_name(phase.params),
+        found=", ".join(left) or "neither function nor log",
+        needed="neither function nor log",
+        danger="the database is not as it was",
+        do="run undo/40_remove_search_function again",
+    )
+    return collect([gone])

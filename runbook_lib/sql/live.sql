@@ -1,0 +1,117 @@
+-- Phase 80: a share of the live calls, answered by both searches. {arguments}, {result} and {settings} are those of the
+-- search function, as the catalogue has them.
+
+-- name: function_facts
+-- purpose: The search function's arguments, result and settings.
+SELECT pg_get_function_arguments(p.oid) AS arguments, pg_get_function_identity_arguments(p.oid) AS identity,
+       pg_get_function_result(p.oid) AS result, coalesce(p.proconfig, '{{}}') AS settings,
+       p.proargnames[1:p.pronargs] AS passed
+FROM pg_proc p
+WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s;
+
+-- name: create_log
+-- purpose: Make the log of sampled calls: a hash of the text, both answers, both times; never the text.
+-- lock: none on the target
+-- undo: live.drop
+CREATE TABLE IF NOT EXISTS {log} (
+    id          bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    logged_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    text_hash   bytea NOT NULL,
+    live_route  text NOT NULL,
+    live_ms     double precision NOT NULL,
+    live_keys   text[] NOT NULL,
+    other_route text NOT NULL,
+    other_ms    double precision,
+    other_keys  text[],
+    problem     text
+);
+CREATE INDEX IF NOT EXISTS {log_index} ON {log} (logged_at);
+
+-- name: create_function
+-- purpose: Make the function that answers as the search function does, and lets the other search answer a share too.
+-- lock: none on the target
+-- undo: live.drop
+CREATE OR REPLACE FUNCTION {shadow_function}({arguments}) RETURNS {result}
+LANGUAGE plpgsql VOLATILE {settings} AS $runbook$
+DECLARE
+    answer     record;
+    began      timestamptz := clock_timestamp();
+    live       text := 'legacy';
+    live_ms    double precision;
+    live_keys  text[] := '{{}}';
+    other      text := {new_route};
+    other_keys text[];
+BEGIN
+    FOR answer IN SELECT * FROM {function}({passed}) LOOP
+        {key} := answer.{key};
+        score := answer.score;
+        answered_by := answer.answered_by;
+        live_keys := live_keys || answer.{key}::text;
+        RETURN NEXT;
+    END LOOP;
+    live_ms := 1000 * extract(epoch FROM clock_timestamp() - began);
+    IF query_embedding IS NULL OR random() * 100 >= {sample_percent}
+        OR current_setting('transaction_read_only')::boolean
+    THEN
+        RETURN;
+    END IF;
+    -- Nothing that happens from here on may fail the call, which has its answer.
+    BEGIN
+        IF (SELECT count(*) FROM {log} l WHERE l.logged_at > clock_timestamp() - interval '1 minute') >= {most_calls}
+        THEN
+            RETURN;
+        END IF;
+        SELECT r.route INTO live FROM {route} r
+        WHERE r.target = {target_name} AND abs(hashtextextended(query_text, 0) %% 100) < r.share_percent;
+        live := coalesce(live, 'legacy');
+        began := clock_timestamp();
+        BEGIN
+            IF live = 'legacy' THEN
+                EXECUTE {new_query} INTO other_keys USING {passed};
+            ELSE
+                other := 'legacy';
+                SELECT array_agg(f.{key}::text) INTO other_keys FROM {function}({passed_without_vector}) f;
+            END IF;
+            INSERT INTO {log} (text_hash, live_route, live_ms, live_keys, other_route, other_ms, other_keys)
+            VALUES (sha256(convert_to(query_text, 'UTF8')), live, live_ms, live_keys, other,
+                    1000 * extract(epoch FROM clock_timestamp() - began), coalesce(other_keys, '{{}}'));
+        EXCEPTION WHEN others THEN
+            INSERT INTO {log} (text_hash, live_route, live_ms, live_keys, other_route, problem)
+            VALUES (sha256(convert_to(query_text, 'UTF8')), live, live_ms, live_keys, other, SQLSTATE || ' ' || SQLERRM);
+        END;
+    EXCEPTION WHEN others THEN
+        RAISE WARNING 'the shadow of this call was not logged: %% %%', SQLSTATE, SQLERRM;
+    END;
+END
+$runbook$;
+
+-- name: revoke_public
+-- purpose: Let nobody call it but its owner and the roles named in the parameters.
+-- lock: none on the target
+-- undo: live.drop
+REVOKE ALL ON FUNCTION {shadow_function}({identity}) FROM PUBLIC;
+
+-- name: grant
+-- purpose: Let the application's role call it and write the log, of which it may read the times alone.
+-- lock: none on the target
+-- undo: live.drop
+GRANT EXECUTE ON FUNCTION {shadow_function}({identity}) TO {role};
+GRANT INSERT, SELECT (logged_at) ON {log} TO {role};
+
+-- name: drop
+-- purpose: Remove the function and its log.
+-- lock: none on the target
+-- undo: live.create_function
+DROP FUNCTION IF EXISTS {shadow_function}({identity});
+DROP TABLE IF EXISTS {log};
+
+-- name: what_is_there
+-- purpose: Is there a function of that name, and a log?
+SELECT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s)
+           AS function,
+       to_regclass(%(log)s) IS NOT NULL AS log;
+
+-- name: logged
+-- purpose: The sampled calls since a moment, or (NULL) all.
+SELECT live_route, live_ms, live_keys, other_route, other_ms, other_keys, problem FROM {log}
+WHERE %(since)s::timestamptz IS NULL OR logged_at >= %(since)s ORDER BY id;

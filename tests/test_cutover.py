@@ -1,0 +1,194 @@
+"""Phase 90: the reads move step by step under load, come back by themselves, and no call fails meanwhile."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+import pytest
+
+from runbook_lib import backfill, compare, cutover, extension, index, schema, search, staging, tune
+from runbook_lib.gates import GateFailed
+from runbook_lib.phase import Phase
+from tests import toy
+
+Open = Callable[..., Phase]
+SUBJECTS = [f"{s} {v}" for s in toy.SUBJECTS for v in toy.VERBS]
+
+
+@pytest.fixture
+def ready(open_phase: Open) -> Callable[..., Phase]:
+    """Opens phase 90 after everything before it."""
+
+    def make(**sections: dict[str, Any]) -> Phase:
+        cut_over = {"share_steps_percent": [10, 50, 100], "calls_per_step": 40} | sections.pop("cut_over", {})
+        phase = open_phase("90_cut_over", cut_over=cut_over, **sections)
+        for module in (search, extension, schema, staging, backfill, index, tune):
+            module.apply(phase)
+        compare.baseline(phase)
+        compare.shadow(phase)
+        return phase
+
+    return make
+
+
+@dataclass
+class Callers:
+    """What callers saw who called the function all the while."""
+
+    routes: set[str] = field(default_factory=set)
+    calls: int = 0
+    errors: list[str] = field(default_factory=list)
+    empty: int = 0
+
+
+@contextmanager
+def load(dsn: str, callers: int = 3) -> Iterator[Callers]:
+    """Concurrent callers on connections of their own, until the block ends."""
+    seen, stop = Callers(), threading.Event()
+
+    def call(n: int) -> None:
+        vectors = [[float(x) for x in v] for v in toy.embed(SUBJECTS)]
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            while not stop.is_set():
+                n = (n + 1) % len(SUBJECTS)
+                try:
+                    rows = connection.execute(
+                        "SELECT * FROM search_articles(%s, %s::real[], 10)", [SUBJECTS[n], vectors[n]]
+                    ).fetchall()
+                except psycopg.Error as error:
+                    seen.errors.append(str(error))
+                    continue
+                seen.calls += 1
+                seen.empty += not rows
+                seen.routes.update(row[2] for row in rows)
+
+    threads = [threading.Thread(target=call, args=(n * 7,), daemon=True) for n in range(callers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+
+
+def canaries(phase: Phase) -> list[int]:
+    return [e["body"]["share_percent"] for e in phase.ledger.entries() if e["kind"] == "canary"]
+
+
+def test_the_share_rises_step_by_step_while_callers_call(ready: Callable[..., Phase], database: str) -> None:
+    phase = ready()
+    with load(database) as seen:
+        cutover.apply(phase)
+        assert cutover.verify(phase).passed
+    assert canaries(phase) == [10, 50, 100]
+    assert (seen.errors, seen.empty) == ([], 0) and seen.calls > 50
+    assert seen.routes == {"legacy", "vector"}
+
+
+def test_run_twice_does_nothing_the_second_time(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    cutover.apply(phase)
+    assert cutover.plan(phase).statements == ()
+    assert "the reads have moved already" in str(cutover.apply(phase))
+    assert canaries(phase) == [10, 50, 100]
+
+
+def test_a_canary_is_rolled_back_by_its_own_gate_under_load_and_no_call_fails(
+    ready: Callable[..., Phase], database: str
+) -> None:
+    phase = ready()
+    shadow = phase.ledger.latest("shadow") or {}
+    strange = {i: ["-1"] for i in shadow["answers"]["vector"]}
+    phase.note("shadow", shadow | {"answers": {"vector": strange}})
+    with load(database) as seen, pytest.raises(GateFailed) as failed:
+        cutover.apply(phase)
+    assert search.current_route(phase) == ("legacy", 0)
+    assert (seen.errors, seen.empty) == ([], 0) and seen.calls > 10
+    (gate,) = failed.value.gates.failed
+    assert str(gate) == (
+        "FAIL    cutover.answers_are_those_of_shadow   vector at 10 %\n"
+        "  found   0% of the rows that 80_shadow found\n"
+        "  needed  at least 90%\n"
+        "  danger  users would get this answer; every read was sent back to legacy\n"
+        "  do      the table or the function has changed since: run 80_shadow again, then run 90_cut_over again"
+    )
+    reasons = [e["body"]["reason"] for e in phase.ledger.entries() if e["kind"] == "route"]
+    assert reasons[-1] == "step 10 % did not pass: cutover.answers_are_those_of_shadow"
+
+
+def test_a_route_that_fails_outright_goes_back_too(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = ready(cut_over={"share_steps_percent": [100]})
+    articles.execute("ALTER TABLE articles RENAME COLUMN embedding TO elsewhere")
+    with pytest.raises(GateFailed) as failed:
+        cutover.apply(phase)
+    assert failed.value.gates.failed[0].name == "cutover.no_call_fails"
+    assert search.current_route(phase) == ("legacy", 0)
+
+
+def test_short_answers_and_slow_ones_are_named(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    step = cutover.Step(10, 40, 8, 8, empty=0, short=2, overlap=0.95, errors=0, p95_ms=1e6)
+    assert [g.name for g in cutover._judge(phase, step).failed] == [
+        "cutover.no_answer_is_short",
+        "cutover.calls_are_fast_enough",
+    ]
+
+
+@pytest.mark.parametrize("stopped_at", [10, 50, 100])
+def test_killed_in_a_step_the_next_run_goes_on_from_the_share_it_finds(
+    ready: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch, stopped_at: int
+) -> None:
+    phase = ready()
+    call = cutover._call
+
+    def killed(phase: Phase, share: int, hold_s: float = 0) -> cutover.Step:
+        if share == stopped_at:
+            raise KeyboardInterrupt
+        return call(phase, share, hold_s)
+
+    monkeypatch.setattr(cutover, "_call", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cutover.apply(phase)
+    assert search.current_route(phase) == ("vector", stopped_at), "the reads stay where the kill left them"
+    monkeypatch.setattr(cutover, "_call", call)
+    steps = [s for s in (10, 50, 100) if s >= stopped_at]
+    assert cutover.steps_left(phase) == steps
+    cutover.apply(phase)
+    assert canaries(phase) == [10, 50, 100]
+    assert cutover.verify(phase).passed
+
+
+def test_a_share_that_somebody_set_by_hand_is_not_lowered(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    search.move_route(phase, "vector", 30, "by hand")
+    assert cutover.steps_left(phase) == [50, 100]
+
+
+def test_a_step_is_held_for_its_time(ready: Callable[..., Phase]) -> None:
+    phase = ready(cut_over={"share_steps_percent": [100], "hold_s": 1.0, "calls_per_step": 10})
+    table = cutover.apply(phase)
+    noted = [e for e in phase.ledger.entries() if e["kind"] in ("route", "canary")]
+    assert (noted[1]["written_at"] - noted[0]["written_at"]).total_seconds() >= 1.0
+    assert "100" in str(table)
+
+
+def test_undo_under_load_sends_every_read_back_and_no_call_fails(ready: Callable[..., Phase], database: str) -> None:
+    phase = ready()
+    cutover.apply(phase)
+    with load(database) as seen:
+        cutover.undo(phase)
+        assert cutover.verify_undone(phase).passed
+        for _ in range(20):
+            cutover.undo(phase)
+            search.move_route(phase, "vector", 100, "back and forth")
+        cutover.undo(phase)
+    assert (seen.errors, seen.empty) == ([], 0) and seen.calls > 10
+    assert cutover.undo_plan(phase).statements == ()
+    assert cutover.verify_undone(phase).passed
