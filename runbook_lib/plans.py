@@ -28,6 +28,7 @@ PLANS = {
     "50_backfill": ("backfill.plan",),
     "60_build_index": ("index.plan",),
     "70_tune": ("tune.plan",),
+    "80_shadow": ("live.plan",),
     "90_cut_over": ("cutover.plan",),
     "10_reads_to_legacy": ("cutover.undo_plan",),
     "20_remove_index": ("tune.undo_plan", "index.undo_plan"),

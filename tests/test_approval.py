@@ -1,0 +1,255 @@
+"""Sign-off: by another database user, of this plan, on this evidence; whatever changes one of them voids it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from runbook_lib import approval, params, plans
+from runbook_lib.cli import main
+from runbook_lib.gates import BadInput, NotApproved
+from runbook_lib.phase import MIGRATE, UNDO, Phase
+from tests.conftest import DSN_ENV, write_params
+
+PHASE = "30_expand_schema"
+WAITING = {"approval": {"phases": [PHASE]}}
+SCHEMA = "USAGE ON SCHEMA runbook"
+BEFORE = MIGRATE[: MIGRATE.index(PHASE)]
+
+
+@pytest.fixture
+def approver(database: str) -> Iterator[str]:
+    """A role of its own that may read and write the ledger, and nothing else."""
+    name = f"approver_{abs(hash(database)):x}"
+    role = sql.Identifier(name)
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
+        yield name
+        admin.execute(sql.SQL("DROP OWNED BY {}").format(role))
+        admin.execute(sql.SQL("DROP ROLE {}").format(role))
+
+
+def grant(connection: psycopg.Connection[Any], name: str, *rights: str) -> None:
+    for right in rights or (SCHEMA, "SELECT, INSERT ON runbook.entry"):
+        connection.execute(sql.SQL(f"GRANT {right} TO {{}}").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def waiting(open_phase: Callable[..., Phase], articles: psycopg.Connection[Any], approver: str) -> Phase:
+    """A phase that has asked for its sign-off, the phases before it proved."""
+    phase = open_phase(PHASE, **WAITING)
+    for name in BEFORE:
+        replace(phase.ledger, phase=name).append("phase", {"verdict": "PASS"})
+    grant(articles, approver)
+    with pytest.raises(NotApproved):
+        phase.require()
+    return phase
+
+
+@pytest.fixture
+def approve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: str) -> Callable[..., Result]:
+    """``runbook approve`` as a database user; keyword arguments are libpq's."""
+
+    def call(user: str, *arguments: str, phase: str = PHASE, **conninfo: str) -> Result:
+        path = write_params(tmp_path, **WAITING)
+        with monkeypatch.context() as patch:
+            patch.setenv(DSN_ENV, make_conninfo(database, user=user, **conninfo))
+            return CliRunner().invoke(main, ["approve", str(path), phase, *arguments])
+
+    return call
+
+
+def refusal(phase: Phase) -> NotApproved:
+    with pytest.raises(NotApproved) as error:
+        phase.require()
+    return error.value
+
+
+def asked(phase: Phase) -> approval.Asked:
+    return approval._what_is_asked(phase)[0]
+
+
+def test_the_plans_are_those_that_the_notebooks_show() -> None:
+    root = Path(__file__).parent.parent / "notebooks"
+    for way, names in (("migrate", MIGRATE), ("undo", tuple(UNDO))):
+        for name in names:
+            cells = nbformat.read(root / way / f"{name}.ipynb", as_version=4).cells
+            code = "\n".join(c.source for c in cells if c.cell_type == "code")
+            shown = tuple(re.findall(r"(\w+\.(?:undo_)?plan)\(phase\)", code))
+            assert plans.PLANS.get(name, ()) == shown, name
+
+
+def test_a_phase_that_waits_says_what_for_and_asks_once(waiting: Phase) -> None:
+    error, now = refusal(waiting), asked(waiting)
+    assert str(error) == (
+        f"\n  found   {PHASE} has no sign-off"
+        f"\n  needed  the sign-off of another database user for plan {now.plan[:16]} on evidence {now.evidence[:16]}"
+        "\n  danger  one person alone would carry out what the parameters want two to answer for"
+        f"\n  do      let another person run `runbook approve PARAMS {PHASE}`, then run the same command again"
+    )
+    assert [e["kind"] for e in waiting.ledger.entries()].count("request") == 1
+    assert waiting.ledger.phase_verdict(PHASE) == "NOT RUN"
+
+
+def test_an_approval_is_shown_given_and_stands_in_the_record(
+    waiting: Phase, approve: Callable[..., Result], approver: str
+) -> None:
+    unread = approve(approver)
+    assert (unread.exit_code, unread.stderr) == (2, "nobody is there to ask: read the above, then say --yes\n")
+    assert "lock: ACCESS EXCLUSIVE" in unread.stdout and "ADD COLUMN" in unread.stdout
+    assert all(name in unread.stdout for name in BEFORE)
+    refusal(waiting)
+
+    given = approve(approver, "--yes", "--reason", "change 4711")
+    assert given.exit_code == 0, given.stderr
+    assert given.stdout.endswith(f"✔ {PHASE} is approved; the next run carries it out\n")
+    gate = waiting.require().gates[-1]
+    assert (gate.name, gate.verdict) == ("approval.is_given", "PASS")
+    assert gate.found.startswith(f"by {approver} at ") and gate.found.endswith(": change 4711")
+    assert "approval.is_given" in [e["body"].get("name") for e in waiting.ledger.entries()]
+
+
+def test_a_plan_needs_no_sign_off_and_says_that_it_would(open_phase: Callable[..., Phase]) -> None:
+    gate = open_phase(PHASE, execute=False, **WAITING).require().gates[-1]
+    assert (gate.name, gate.verdict) == ("approval.is_given", "NOT RUN")
+
+
+def test_who_ran_it_cannot_approve_it_even_by_another_role(
+    waiting: Phase, approve: Callable[..., Result], approver: str
+) -> None:
+    for conninfo in ({}, {"options": f"-c role={approver}"}):
+        result = approve("postgres", "--yes", **conninfo)
+        assert result.exit_code == 1
+        assert "found   postgres asked for this sign-off" in result.stderr
+    refusal(waiting)
+
+
+def test_an_approval_by_who_runs_the_phase_does_not_count(waiting: Phase) -> None:
+    waiting.ledger.append("approval", approval._bound(asked(waiting)) | {"reason": "myself"})
+    assert refusal(waiting).found.endswith("does not count: postgres also runs this phase")
+
+
+def test_who_proved_the_evidence_cannot_approve_what_rests_on_it(
+    waiting: Phase, approve: Callable[..., Result], approver: str, database: str
+) -> None:
+    with psycopg.connect(make_conninfo(database, user=approver), autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO runbook.entry (target, run_id, phase, kind, body)"
+            " VALUES ('articles', 'r', %s, 'phase', '{\"verdict\": \"PASS\"}')",
+            [BEFORE[-1]],
+        )
+    refusal(waiting)
+    result = approve(approver, "--yes")
+    assert f"found   {approver} ran {BEFORE[-1]}, which this sign-off rests on" in result.stderr
+
+
+def test_what_is_left_of_an_approved_plan_is_approved(
+    waiting: Phase, approve: Callable[..., Result], approver: str
+) -> None:
+    approve(approver, "--yes")
+    waiting.connection.execute("ALTER TABLE articles ADD COLUMN embedding vector(8)")
+    assert waiting.require().passed
+
+
+def test_a_changed_plan_voids_the_approval(waiting: Phase, approve: Callable[..., Result], approver: str) -> None:
+    approve(approver, "--yes")
+    changed = waiting.params.model_copy(
+        update={"tune": waiting.params.tune.model_copy(update={"target_recall": 0.8})}
+    )
+    assert refusal(replace(waiting, params=changed)).found.endswith(
+        "is void: the plan has changed, by its parameters"
+    )
+
+
+def test_a_statement_that_was_not_approved_voids_the_approval(
+    waiting: Phase, approve: Callable[..., Result], approver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    approve(approver, "--yes")
+    planned = plans.of(waiting)
+    monkeypatch.setattr(plans, "of", lambda _phase: [*planned, planned[0] | {"sql": "DROP TABLE articles;"}])
+    assert refusal(waiting).found.endswith(
+        "is void: the plan has changed, 1 of its statements are not the approved ones"
+    )
+
+
+def test_newer_evidence_voids_the_approval_and_the_request(
+    waiting: Phase, approve: Callable[..., Result], approver: str
+) -> None:
+    approve(approver, "--yes")
+    replace(waiting.ledger, phase=BEFORE[-1]).append("gate", {"name": "x", "verdict": "PASS", "subject": "y"})
+    late = approve(approver, "--yes")
+    assert (late.exit_code, "there is newer evidence than the request rests on" in late.stderr) == (1, True)
+    newest = waiting.ledger.entries()[-1]["seq"]
+    found = refusal(waiting).found
+    assert found.endswith(f"is void: there is newer evidence (row {newest}, gate of {BEFORE[-1]})")
+    assert approve(approver, "--yes").exit_code == 0
+    assert waiting.require().passed
+
+
+def test_a_phase_taken_back_needs_a_new_approval(
+    waiting: Phase, approve: Callable[..., Result], approver: str
+) -> None:
+    approve(approver, "--yes")
+    waiting.ledger.append("phase", {"verdict": "UNDONE"})
+    assert f"there is newer evidence (row {waiting.ledger.entries()[-1]['seq']}, phase of {PHASE})" in (
+        refusal(waiting).found
+    )
+
+
+@pytest.mark.parametrize(
+    ("rights", "missing", "grants"),
+    [
+        (
+            (),
+            "USAGE, SELECT, INSERT",
+            ("USAGE ON SCHEMA runbook", "SELECT ON runbook.entry", "INSERT ON runbook.entry"),
+        ),
+        ((SCHEMA, "SELECT ON runbook.entry"), "INSERT", ("INSERT ON runbook.entry",)),
+    ],
+)
+def test_missing_rights_are_named_with_their_grants(
+    waiting: Phase,
+    articles: psycopg.Connection[Any],
+    approve: Callable[..., Result],
+    approver: str,
+    rights: tuple[str, ...],
+    missing: str,
+    grants: tuple[str, ...],
+) -> None:
+    articles.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(approver)))
+    for right in rights:
+        grant(articles, approver, right)
+    result = approve(approver, "--yes")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"FAIL    approval.rights_are_there   {approver} on runbook.entry\n"
+        f"  found   {missing} missing\n"
+        "  needed  USAGE on the schema, SELECT and INSERT on the table\n"
+        "  danger  the request cannot be read, or the approval not be written\n"
+        f"  do      let the ledger's owner run: {'; '.join(f'GRANT {g} TO {approver}' for g in grants)}\n"
+    )
+
+
+def test_a_phase_that_waits_for_nothing_cannot_be_approved(approve: Callable[..., Result], approver: str) -> None:
+    result = approve(approver, "--yes", phase="90_cut_over")
+    assert (result.exit_code, "found   this phase waits for no sign-off" in result.stderr) == (2, True)
+    absent = approve(approver, "--yes")
+    assert (absent.exit_code, "found   there is no ledger in schema runbook" in absent.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["00_preflight", "90_cut_ovre", "10_reads_to_legacy"])
+def test_only_phases_that_change_something_can_wait(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadInput) as error:
+        params.load(write_params(tmp_path, approval={"phases": [name]}))
+    assert error.value.needed.startswith(f"{name}: ")
