@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from runbook_lib import db, refresh, strategy, windows, workers
+from runbook_lib import db, refresh, sidetable, strategy, windows, workers
 from runbook_lib import params as params_module
 from runbook_lib.display import Table, number
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import Ledger
-from runbook_lib.names import names, spelled
+from runbook_lib.names import names, spelled, vectors_stand_beside
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 from runbook_lib.strategy import Choice
@@ -23,7 +23,12 @@ SQL = load("backfill")
 
 
 def plan(phase: Phase) -> db.Plan:
-    """The tables that steer the work, and the UPDATE of one batch, as often as there are batches."""
+    """The tables that steer the work, and the UPDATE of one batch, as often as there are batches.
+
+    Where the vectors stand beside the table, the staging table takes their place instead.
+    """
+    if vectors_stand_beside(phase.params):
+        return db.Plan(tuple(sidetable.plan(phase)), phase.connection)
     return db.Plan((*windows.plan(phase), _update_statement(phase)), phase.connection)
 
 
@@ -39,8 +44,8 @@ def apply(phase: Phase) -> Table:
     """
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
-    choice, outcome = _move_staged(phase)
-    phase.do(db.statement(SQL["clear_textless"], phase.params))
+    choice, outcome = move_staged(phase)
+    phase.do(_clear_textless(phase))
     drained = refresh.drain(phase)
     return _shown(choice, outcome, drained)
 
@@ -67,7 +72,30 @@ def _percentiles(outcome: Outcome) -> tuple[float, float]:
     return p50, p95
 
 
-def _move_staged(phase: Phase) -> tuple[Choice, Outcome]:
+def _clear_textless(phase: Phase) -> db.Statement:
+    if vectors_stand_beside(phase.params):
+        return sidetable.statement(phase, "clear_textless")
+    return db.statement(SQL["clear_textless"], phase.params)
+
+
+def move_staged(phase: Phase) -> tuple[Choice, Outcome]:
+    """The backfill itself, without the rows that changed meanwhile: staged vectors to where searches find them."""
+    return _promote(phase) if vectors_stand_beside(phase.params) else _through_windows(phase)
+
+
+def _promote(phase: Phase) -> tuple[Choice, Outcome]:
+    """The staging table becomes the table beside; what was staged after that goes over in batches."""
+    windows.create(phase)
+    choice = Choice("side_table", "vector.layout: the staging table takes its place beside the table", 0.0)
+    print(f"  {choice}")
+    before = _server_counts(phase)
+    rows, seconds = sidetable.promote(phase)
+    outcome = Outcome(rows=rows + _close(phase), seconds=[seconds], samples=[[0.0, 0], [round(seconds, 3), rows]])
+    _note(phase, choice, outcome, before)
+    return choice, outcome
+
+
+def _through_windows(phase: Phase) -> tuple[Choice, Outcome]:
     """Cuts windows where none are open, works them off, and closes with the rows that the windows did not reach."""
     windows.create(phase)
     phase.connection.execute(SQL["analyze_staging"].compose(names(phase.params)))
@@ -126,7 +154,9 @@ def _close(phase: Phase) -> int:
     left = [row["key"] for row in db.rows(phase.connection, SQL["left_over"], phase.params)]
     most, rows = phase.params.backfill.batch_rows, 0
     for start in range(0, len(left), most):
-        statement = _update_statement(phase, left[start : start + most])
+        keys = left[start : start + most]
+        beside = vectors_stand_beside(phase.params)
+        statement = sidetable.upsert(phase, keys) if beside else _update_statement(phase, keys)
         updated, _ = db.in_short_tries(
             phase.connection,
             phase.params,

@@ -34,7 +34,7 @@ def state(phase: Phase) -> db.Row | None:
         SQL["state"],
         phase.params,
         index=spelled(phase.params, "qualified_index"),
-        table=spelled(phase.params, "table"),
+        table=spelled(phase.params, "vectors"),
     )
     return found[0] if found else None
 

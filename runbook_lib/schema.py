@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runbook_lib import db
+from runbook_lib import db, sidetable
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.names import names, spelled, trigger_name
+from runbook_lib.names import names, spelled, trigger_name, vectors_stand_beside
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("schema")
+WINDOWS = load("windows")
 
 
 def added_columns(params: Params) -> list[str]:
@@ -27,7 +28,7 @@ def _table(phase: Phase) -> str:
 
 def _what_is_there(phase: Phase) -> db.Row:
     p = phase.params
-    made = ("staging", "rejected", "queue", "capture_function")
+    made = ("vectors", "staging", "rejected", "queue", "window", "capture_function")
     relations = {n: spelled(p, n) for n in made}
     return db.one(
         phase.connection,
@@ -43,15 +44,19 @@ def _what_is_there(phase: Phase) -> db.Row:
 def plan(phase: Phase) -> db.Plan:
     """The statements that are still to be carried out; what is there already is left alone."""
     there = _what_is_there(phase)
+    beside = vectors_stand_beside(phase.params)
+    no_vectors = there["columns"] < len(added_columns(phase.params))
     wanted = [
-        ("add_columns", there["columns"] < len(added_columns(phase.params))),
+        ("add_columns", no_vectors and not beside),
         ("create_staging", not there["staging"]),
         ("create_rejected", not there["rejected"]),
         ("create_queue", not there["queue"]),
         ("create_capture_function", not there["capture_function"]),
         ("create_triggers", there["triggers"] == 0),
     ]
-    return db.Plan(tuple(db.statement(SQL[n], phase.params) for n, missing in wanted if missing), phase.connection)
+    own_table = (sidetable.statement(phase, "create"),) if beside and no_vectors else ()
+    others = tuple(db.statement(SQL[n], phase.params) for n, missing in wanted if missing)
+    return db.Plan((*own_table, *others), phase.connection)
 
 
 def apply(phase: Phase) -> Table:
@@ -66,13 +71,14 @@ def verify(phase: Phase) -> Gates:
 
 def _column_has_right_type(phase: Phase) -> Gate:
     p = phase.params
-    found = db.rows(phase.connection, SQL["column_type"], p, table=_table(phase), column=p.vector.column)
+    vectors = spelled(p, "vectors")
+    found = db.rows(phase.connection, SQL["column_type"], p, table=vectors, column=p.vector.column)
     kind = str(found[0]["type"]).rsplit(".", 1)[-1] if found else "no such column"
     needed = f"{p.vector.type}({p.vector.dimension})"
     return gate(
         "schema.column_has_right_type",
         kind == needed,
-        f"{p.vector.column} of {_table(phase)}",
+        f"{p.vector.column} of {vectors}",
         found=kind,
         needed=needed,
         danger="vectors of another dimension are refused row by row, or cannot be indexed",
@@ -132,17 +138,21 @@ def _changes_arrive(phase: Phase) -> Gate:
 def undo_plan(phase: Phase) -> db.Plan:
     """The statements that remove what this phase added; columns that stood there at the start are kept."""
     there = _what_is_there(phase)
+    beside = vectors_stand_beside(phase.params)
     start = phase.ledger.latest("catalogue")
     own_column = start is None or not any(
         line.startswith(f"column {phase.params.vector.column} ") for line in start["lines"]
     )
     wanted = [
         ("drop_capture", bool(there["triggers"]) or there["capture_function"]),
-        ("drop_columns", bool(there["columns"]) and own_column),
+        ("drop_columns", bool(there["columns"]) and own_column and not beside),
         ("drop_staging", there["staging"] or there["rejected"]),
         ("drop_queue", there["queue"]),
     ]
-    return db.Plan(tuple(db.statement(SQL[n], phase.params) for n, present in wanted if present), phase.connection)
+    own = [sidetable.statement(phase, "drop")] if beside and there["columns"] else []
+    windows = [db.statement(WINDOWS[n], phase.params) for n in ("drop", "drop_control") if there["window"]]
+    others = [db.statement(SQL[n], phase.params) for n, present in wanted if present]
+    return db.Plan((*others, *own, *windows), phase.connection)
 
 
 def undo(phase: Phase) -> Table:
@@ -152,8 +162,8 @@ def undo(phase: Phase) -> Table:
 
 def verify_undone(phase: Phase) -> Gates:
     """Nothing of this phase is left."""
-    there = _what_is_there(phase)
-    left = [name for name, present in there.items() if present]
+    there, beside = _what_is_there(phase), vectors_stand_beside(phase.params)
+    left = [name for name, present in there.items() if present and (name != "vectors" or beside)]
     return collect(
         [
             gate(

@@ -20,7 +20,7 @@ from runbook_lib.sql import load
 SQL = load("backfill")
 WINDOWS = load("windows")
 
-Strategy = Literal["page_interleaved", "key_ranges"]
+Strategy = Literal["page_interleaved", "key_ranges", "side_table"]
 
 # Below this share of updates that stay on their page, ranking the rows of a page costs more than it saves.
 LEAST_HOT_SHARE = 0.3

@@ -2,20 +2,20 @@
 
 -- name: create_hnsw
 -- purpose: Build the HNSW index beside the running application.
--- lock: SHARE UPDATE EXCLUSIVE on {table}, for the whole build; it waits for older transactions to end
+-- lock: SHARE UPDATE EXCLUSIVE on {vectors}, for the whole build; it waits for older transactions to end
 -- undo: index.drop
-CREATE INDEX CONCURRENTLY {index} ON {table} USING hnsw ({embedding} {operator_class})
+CREATE INDEX CONCURRENTLY {index} ON {vectors} USING hnsw ({embedding} {operator_class})
     WITH (m = {m}, ef_construction = {ef_construction});
 
 -- name: create_ivfflat
 -- purpose: Build the IVFFlat index beside the running application.
--- lock: SHARE UPDATE EXCLUSIVE on {table}, for the whole build; it waits for older transactions to end
+-- lock: SHARE UPDATE EXCLUSIVE on {vectors}, for the whole build; it waits for older transactions to end
 -- undo: index.drop
-CREATE INDEX CONCURRENTLY {index} ON {table} USING ivfflat ({embedding} {operator_class}) WITH (lists = {lists});
+CREATE INDEX CONCURRENTLY {index} ON {vectors} USING ivfflat ({embedding} {operator_class}) WITH (lists = {lists});
 
 -- name: drop
 -- purpose: Drop the vector index, or what an unfinished build left of it.
--- lock: SHARE UPDATE EXCLUSIVE on {table}; it waits for older transactions that use the index
+-- lock: SHARE UPDATE EXCLUSIVE on {vectors}; it waits for older transactions that use the index
 -- undo: index.create_hnsw
 DROP INDEX CONCURRENTLY IF EXISTS {qualified_index};
 
@@ -51,16 +51,16 @@ SELECT phase, blocks_done, blocks_total, tuples_done FROM pg_stat_progress_creat
 
 -- name: rows
 -- purpose: Rows that the index should hold.
-SELECT count(*) AS rows FROM {table} t WHERE t.{embedding} IS NOT NULL;
+SELECT count(*) AS rows FROM {vectors} t WHERE t.{embedding} IS NOT NULL;
 
 -- name: known_row
 -- purpose: Vectors of known rows, spread over the table, to be found again through the index.
-SELECT t.{key} AS key, t.{embedding} AS embedding FROM {table} t
+SELECT t.{key} AS key, t.{embedding} AS embedding FROM {vectors} t
 WHERE t.{embedding} IS NOT NULL ORDER BY t.{embedding_hash} LIMIT %(n)s;
 
 -- name: nearest
 -- purpose: The distance of the nearest row, through the index.
-SELECT t.{embedding} {distance} %(embedding)s AS distance FROM {table} t
+SELECT t.{embedding} {distance} %(embedding)s AS distance FROM {vectors} t
 ORDER BY t.{embedding} {distance} %(embedding)s LIMIT 1;
 
 -- name: own_distance

@@ -106,11 +106,12 @@ DROP TABLE IF EXISTS {queue};
 -- name: what_is_there
 -- purpose: Which of the runbook's objects exist.
 SELECT
-    (SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass(%(table)s) AND NOT attisdropped
+    (SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass(%(vectors)s) AND NOT attisdropped
         AND attname = ANY (%(columns)s))::int AS columns,
     to_regclass(%(staging)s) IS NOT NULL AS staging,
     to_regclass(%(rejected)s) IS NOT NULL AS rejected,
     to_regclass(%(queue)s) IS NOT NULL AS queue,
+    to_regclass(%(window)s) IS NOT NULL AS window,
     to_regproc(%(capture_function)s) IS NOT NULL AS capture_function,
     (SELECT count(*) FROM pg_trigger WHERE tgrelid = to_regclass(%(table)s) AND NOT tgisinternal
         AND tgenabled IN ('O', 'A') AND tgname = ANY (%(triggers)s))::int AS triggers;
@@ -133,7 +134,7 @@ WHERE {key} = %(key)s;
 -- name: probe_unrelated
 -- purpose: Touch the same row without changing its text, in the same transaction.
 -- lock: ROW EXCLUSIVE on {table}, on one row, rolled back at once
-UPDATE {table} SET {embedding_updated_at} = {embedding_updated_at} WHERE {key} = %(key)s;
+UPDATE {table} SET {key} = {key} WHERE {key} = %(key)s;
 
 -- name: probe_arrived
 -- purpose: How often that row stands in the queue, as this transaction sees it.
@@ -169,4 +170,8 @@ SELECT line FROM (
     WHERE pronamespace = to_regnamespace(%(schema)s) AND proname = %(function)s
     UNION ALL
     SELECT 8, format('extension %%s', extname) FROM pg_extension WHERE extname = 'vector'
+    UNION ALL
+    SELECT 9, format('referenced by %%s.%%s %%s', c.relnamespace::regnamespace, c.relname, f.conname)
+    FROM pg_constraint f JOIN pg_class c ON c.oid = f.conrelid
+    WHERE f.confrelid = to_regclass(%(table)s) AND f.contype = 'f'
 ) lines ORDER BY part, line;

@@ -129,7 +129,7 @@ def big_update(p: params.Params) -> float:
 def our_backfill(p: params.Params) -> tuple[float, str]:
     """The backfill as phase 50 does it, strategy included; returns p95 of its batches in seconds, and a note."""
     with opened(p) as phase:
-        backfill._move_staged(phase)
+        backfill.move_staged(phase)
         noted = phase.ledger.latest("backfill") or {}
     return noted["batch_p95_ms"] / 1000, f"{noted['strategy']}, {noted['batches']} batches"
 

@@ -1,0 +1,106 @@
+-- Vectors in a table of their own, one row a key, beside the table.
+
+-- name: create
+-- purpose: Make the table for the vectors; a row that is deleted takes its vector with it.
+-- lock: SHARE ROW EXCLUSIVE on {table}, for milliseconds
+-- undo: sidetable.drop
+CREATE TABLE {vectors} AS
+    SELECT t.{key}, NULL::{vector_type} AS {embedding}, now() AS {embedding_updated_at}, NULL::bytea AS {embedding_hash}
+    FROM {table} t WITH NO DATA;
+ALTER TABLE {vectors}
+    ADD PRIMARY KEY ({key}),
+    ALTER COLUMN {embedding} TYPE {vector_type},
+    ALTER COLUMN {embedding} SET NOT NULL,
+    ALTER COLUMN {embedding_hash} SET NOT NULL,
+    ADD CONSTRAINT {foreign_key} FOREIGN KEY ({key}) REFERENCES {table} ({key}) ON DELETE CASCADE ON UPDATE CASCADE;
+{grants};
+
+-- name: drop
+-- purpose: Remove the table of the vectors, with them.
+-- lock: ACCESS EXCLUSIVE on {table}, for milliseconds, since its foreign key goes with it
+-- undo: sidetable.create, then load and backfill again
+DROP TABLE IF EXISTS {vectors};
+
+-- name: promote
+-- purpose: Let the staging table take the place of the table beside, and make an empty staging table. No row is copied.
+-- lock: ACCESS EXCLUSIVE on {table}, for milliseconds, while the foreign key moves over
+-- undo: sidetable.drop
+LOCK TABLE {vectors} IN ACCESS EXCLUSIVE MODE;
+INSERT INTO {staging} (key, text_hash, embedding, staged_at)
+    SELECT {key}, {embedding_hash}, {embedding}, {embedding_updated_at} FROM {vectors}
+    ON CONFLICT (key) DO UPDATE SET text_hash = excluded.text_hash, embedding = excluded.embedding;
+DROP TABLE {vectors};
+{renames};
+ALTER TABLE {staging} SET SCHEMA {schema};
+ALTER TABLE {moved} RENAME TO {vectors_name};
+ALTER TABLE {vectors}
+    ADD CONSTRAINT {foreign_key} FOREIGN KEY ({key}) REFERENCES {table} ({key})
+    ON DELETE CASCADE ON UPDATE CASCADE NOT VALID;
+{grants};
+{create_staging};
+
+-- name: delete_orphans
+-- purpose: Remove the vectors of rows that were deleted after they were staged.
+-- lock: ROW EXCLUSIVE on the table beside; none on the target
+-- undo: none needed; their rows are gone
+DELETE FROM {vectors} e WHERE NOT EXISTS (SELECT FROM {table} t WHERE t.{key} = e.{key});
+
+-- name: delete_stale
+-- purpose: Remove the vectors of texts that changed after they were staged; those rows wait in the queue.
+-- lock: ROW EXCLUSIVE on the table beside; none on the target
+-- undo: none needed; the queue brings their new vectors
+DELETE FROM {vectors} e USING {table} t
+WHERE t.{key} = e.{key} AND t.{key} IN (SELECT q.key FROM {queue} q) AND e.{embedding_hash} IS DISTINCT FROM {text_hash};
+
+-- name: validate
+-- purpose: Check the foreign key of the rows that were there before it.
+-- lock: SHARE UPDATE EXCLUSIVE on the table beside; ROW SHARE on {table}
+-- undo: none needed
+ALTER TABLE {vectors} VALIDATE CONSTRAINT {foreign_key};
+
+-- name: analyze
+-- purpose: Tell the planner about the vectors; without it, it would not choose the index for the join.
+-- lock: SHARE UPDATE EXCLUSIVE on the table beside; none on the target
+-- undo: none needed
+ANALYZE {vectors};
+
+-- name: upsert
+-- purpose: Give each row of a batch its vector, if its text is still the one that the vector was made from.
+-- lock: ROW EXCLUSIVE on the table beside; ROW SHARE on {table}, on the rows of one batch, until its commit
+-- undo: sidetable.drop
+INSERT INTO {vectors} AS e ({key}, {embedding}, {embedding_hash}, {embedding_updated_at})
+SELECT t.{key}, s.embedding, s.text_hash, now() FROM {staging} s JOIN {table} t ON t.{key} = s.key
+WHERE s.key = ANY (%(keys)s) AND s.text_hash = {text_hash} FOR SHARE OF t
+ON CONFLICT ({key}) DO UPDATE
+SET {embedding} = excluded.{embedding}, {embedding_hash} = excluded.{embedding_hash},
+    {embedding_updated_at} = excluded.{embedding_updated_at}
+WHERE e.{embedding_hash} IS DISTINCT FROM excluded.{embedding_hash};
+
+-- name: clear_textless
+-- purpose: Remove the vectors of rows whose text is gone.
+-- lock: ROW EXCLUSIVE on the table beside; none on the target
+-- undo: none needed; there is no text to search
+DELETE FROM {vectors} e USING {table} t WHERE t.{key} = e.{key} AND btrim({text}, E' \t\r\n') = '';
+
+-- name: sizes
+-- purpose: Is the table beside empty, and is there anything staged?
+SELECT NOT EXISTS (SELECT FROM {vectors}) AS empty, EXISTS (SELECT FROM {staging}) AS staged;
+
+-- name: is_validated
+-- purpose: Is the foreign key checked for every row?
+SELECT convalidated AS validated FROM pg_constraint
+WHERE conrelid = to_regclass(%(vectors)s) AND contype = 'f' AND confrelid = to_regclass(%(table)s);
+
+-- name: primary_key
+-- purpose: The name of the staging table's primary key.
+SELECT conname::text AS name FROM pg_constraint WHERE conrelid = to_regclass(%(staging)s) AND contype = 'p';
+
+-- name: readers
+-- purpose: Who may read the table, apart from its owner; NULL is everybody.
+SELECT DISTINCT CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee)::text END AS role
+FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
+WHERE c.oid = to_regclass(%(table)s) AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner ORDER BY 1;
+
+-- name: staged_rows
+-- purpose: Rows in the staging table.
+SELECT count(*) AS rows FROM {staging};
