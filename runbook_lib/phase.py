@@ -15,7 +15,7 @@ from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, Verdict, collec
 from runbook_lib.ledger import Ledger, as_data
 from runbook_lib.params import Params
 from runbook_lib.phases import MIGRATE as MIGRATE
-from runbook_lib.phases import READS_ONLY
+from runbook_lib.phases import OPERATE, READS_ONLY, RUNS_BESIDE
 from runbook_lib.phases import UNDO as UNDO
 
 
@@ -77,9 +77,9 @@ class Phase:
     def _predecessors(self) -> list[Gate]:
         if self.name in UNDO:
             return [self._nothing_stands_on_it()]
-        if self.name not in MIGRATE or self.name == MIGRATE[0]:
+        if self.name == MIGRATE[0] or self.name not in (*MIGRATE, *OPERATE):
             return [gate("phase.may_start", True, self.name, found="needs no phase before it", needed="none")]
-        before = MIGRATE[MIGRATE.index(self.name) - 1]
+        before = OPERATE[self.name] if self.name in OPERATE else MIGRATE[MIGRATE.index(self.name) - 1]
         verdict = self.ledger.phase_verdict(before)
         gates = [
             gate(
@@ -240,7 +240,7 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     carry_out = _boolean(execute)
     run_id = run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-by-hand-{uuid.uuid4().hex[:4]}"
     ledger = Ledger(db.connect(params, f"runbook {run_id} {name} ledger"), params, run_id, name)
-    if carry_out:
+    if carry_out and name not in RUNS_BESIDE:
         claim.take_for_notebook(ledger.connection, params, run_id)
     phase = Phase(name, run_id, carry_out, params, db.connect(params, f"runbook {run_id} {name}"), ledger)
     sqlmagic.connect(phase)

@@ -22,5 +22,9 @@ UNDO = {
     "40_remove_search_function": ("10_baseline",),
     "50_remove_extension": ("20_extension", "00_preflight"),
 }
+# What comes after, and the phase that each relies on.
+OPERATE = {"10_refresh": "50_backfill"}
+# Shares its work by claims on rows, so it may run beside itself and beside a run of the migration.
+RUNS_BESIDE = frozenset({"10_refresh"})
 # Reads only, so it needs neither a sign-off nor the maintenance window.
 READS_ONLY = MIGRATE[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from runbook_lib.phase import MIGRATE, UNDO
+from runbook_lib.phases import MIGRATE, OPERATE, UNDO
 
 ROOT = Path(__file__).parent.parent / "notebooks"
 PATHS = sorted(ROOT.glob("*/*.ipynb"))
@@ -25,6 +25,7 @@ def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
 def test_every_phase_and_every_way_back_has_its_notebook() -> None:
     assert [p.stem for p in PATHS if p.parent.name == "migrate"] == list(MIGRATE)
     assert [p.stem for p in PATHS if p.parent.name == "undo"] == list(UNDO)
+    assert [p.stem for p in PATHS if p.parent.name == "operate"] == list(OPERATE)
 
 
 def test_every_phase_is_taken_back_by_exactly_one_undo() -> None:
