@@ -230,6 +230,8 @@ def _lab() -> None:
     lab = subprocess.Popen(command, start_new_session=True)  # noqa: S603  (our own interpreter, fixed arguments)
     try:
         lab.wait()
+    except KeyboardInterrupt:
+        _say("stopping JupyterLab and the server")
     finally:
         if lab.poll() is None:
             lab.terminate()

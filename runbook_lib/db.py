@@ -193,6 +193,9 @@ class Plan:
             for s in self.statements
         )
 
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(str(self))
+
     def _repr_html_(self) -> str:
         return self._table()._repr_html_() if self.statements else "<p>Nothing is left to do here.</p>"
 

@@ -102,6 +102,9 @@ class Gates:
     def __str__(self) -> str:
         return "\n".join(str(g) for g in self.gates)
 
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(str(self))
+
     def _repr_html_(self) -> str:
         # Where all is well, danger and do would be two empty columns.
         advice = bool(self.failed)
@@ -135,6 +138,10 @@ class RunbookError(Exception):
         super().__init__(found, needed, danger, do)
         self.found, self.needed, self.danger, self.do = found, needed, danger, do
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the message. The way through this library tells a DBA nothing."""
+        return str(self).strip("\n").splitlines()
+
     def __str__(self) -> str:
         parts = {"found": self.found, "needed": self.needed, "danger": self.danger, "do": self.do}
         return "\n" + "\n".join(f"  {key:<8}{text}" for key, text in parts.items() if text)
@@ -162,6 +169,11 @@ class GateFailed(RunbookError):
         self.gates = gates
         first = gates.failed[0]
         super().__init__(first.found, first.needed, first.danger, first.do)
+
+    def _render_traceback_(self) -> list[str]:
+        """The gates stand above as a table; this says which of them stopped the notebook."""
+        stopped = ", ".join(dict.fromkeys(g.name for g in self.gates.failed)) or "no gate was looked at"
+        return [f"The notebook stops here: {stopped} did not pass. Do what the table says, then run it again."]
 
     def __str__(self) -> str:
         return "\n" + "\n".join(str(g) for g in self.gates.failed)

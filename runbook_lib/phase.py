@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from runbook_lib import approval, claim, db, plans, sqlmagic, window
+from runbook_lib import approval, claim, db, kernel, plans, sqlmagic, window
 from runbook_lib import params as params_module
 from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, Verdict, collect, gate, not_run
@@ -236,13 +236,16 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     run_id: empty when somebody steps through by hand. execute: papermill's ``-p execute true`` arrives as text.
     Raises BadInput for parameters, server or another run at work on the same target.
     """
+    kernel.let_go()
     params = params_module.load(params_file)
     carry_out = _boolean(execute)
     run_id = run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-by-hand-{uuid.uuid4().hex[:4]}"
     ledger = Ledger(db.connect(params, f"runbook {run_id} {name} ledger"), params, run_id, name)
+    kernel.hold(ledger.connection)
     if carry_out and name not in RUNS_BESIDE:
         claim.take_for_notebook(ledger.connection, params, run_id)
     phase = Phase(name, run_id, carry_out, params, db.connect(params, f"runbook {run_id} {name}"), ledger)
+    kernel.hold(phase.connection)
     sqlmagic.connect(phase)
     return phase
 

@@ -122,6 +122,9 @@ class Facts:
     def __str__(self) -> str:
         return str(self.table())
 
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(str(self))
+
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
 
