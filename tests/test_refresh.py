@@ -1,0 +1,228 @@
+"""The queue of changed rows: one bad row never blocks the rest, and nobody waits while the model is asked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+
+from runbook_lib import backfill, embed, extension, params, refresh, schema, staging
+from runbook_lib.gates import GateFailed
+from runbook_lib.ledger import Ledger
+from runbook_lib.phase import Phase
+from tests import toy
+
+Open = Callable[..., Phase]
+Articles = psycopg.Connection[Any]
+
+
+@pytest.fixture
+def filled(open_phase: Open, articles: Articles) -> Callable[..., Phase]:
+    """Opens the refresh on a table whose rows all have their vectors and whose queue is empty."""
+
+    def make(**sections: Any) -> Phase:
+        phase = open_phase("10_refresh", **sections)
+        extension.apply(phase)
+        schema.apply(phase)
+        staging.apply(phase)
+        backfill.apply(phase)
+        articles.execute("DELETE FROM runbook.articles_queue")
+        return phase
+
+    return make
+
+
+def texts_and_vectors(articles: Articles) -> list[tuple[int, str, list[float] | None]]:
+    return articles.execute(
+        "SELECT id, concat_ws(E'\\n', title, body), embedding::real[] FROM articles"
+        " WHERE title IS NOT NULL ORDER BY id"
+    ).fetchall()
+
+
+def without_the_vector_of_their_text(articles: Articles) -> list[int]:
+    """Ids of the rows whose vector is not that of the text, by an independent embedding."""
+    rows = texts_and_vectors(articles)
+    right = toy.embed([r[1] for r in rows])
+    return [r[0] for r, v in zip(rows, right, strict=True) if r[2] is None or not np.allclose(r[2], v, atol=1e-6)]
+
+
+def picky(texts: list[str]) -> np.ndarray:
+    if any("poison" in t for t in texts):
+        raise ValueError("cannot take 'poison'")
+    return toy.embed(texts)
+
+
+PICKY = {"embeddings": {"callable": "tests.test_refresh:picky", "batch_rows": 7}}
+
+
+def test_inserted_changed_emptied_and_deleted_rows_are_brought_up_to_date(
+    filled: Callable[..., Phase], articles: Articles
+) -> None:
+    phase = filled()
+    articles.execute("UPDATE articles SET body = 'other words ' || id WHERE id <= 40")
+    articles.execute("INSERT INTO articles (title, body) VALUES ('new', 'one')")
+    articles.execute("UPDATE articles SET title = '', body = ' ' WHERE id = 50; DELETE FROM articles WHERE id = 3")
+    assert refresh.apply(phase).rows == [[42, 40, 0]]
+    assert refresh.verify(phase).passed
+    assert without_the_vector_of_their_text(articles) == [50]
+    assert articles.execute("SELECT embedding IS NULL FROM articles WHERE id = 50").fetchone() == (True,)
+
+
+def test_a_row_that_the_model_does_not_take_is_set_aside_and_the_rest_goes_on(
+    filled: Callable[..., Phase], articles: Articles
+) -> None:
+    phase = filled(**PICKY)
+    articles.execute("UPDATE articles SET body = 'other words ' || id WHERE id <= 40")
+    articles.execute("UPDATE articles SET body = 'poison' WHERE id IN (5, 6, 33)")
+    refresh.apply(phase)
+    assert without_the_vector_of_their_text(articles) == [5, 6, 33]
+    assert str(refresh.verify(phase).failed[0]) == (
+        'FAIL    refresh.no_row_is_set_aside   "runbook"."articles_queue"\n'
+        "  found   3 rows after 3 tries each, for instance ValueError\n"
+        "  needed  none\n"
+        "  danger  these rows keep the vector of their older text, or none\n"
+        "  do      read column error of the queue; mend text or model, and run this again: each gets one more try"
+    )
+    kept = articles.execute("SELECT DISTINCT attempts, error FROM runbook.articles_queue WHERE key = 5").fetchall()
+    assert kept == [(3, "ValueError: cannot take 'poison'")]
+    assert str(refresh.waiting(phase)) == "3 set aside: ValueError"
+
+
+def test_a_row_set_aside_comes_back_with_its_next_change(filled: Callable[..., Phase], articles: Articles) -> None:
+    phase = filled(**PICKY)
+    articles.execute("UPDATE articles SET body = 'poison' WHERE id = 5")
+    refresh.drain(phase)
+    articles.execute("UPDATE articles SET body = 'wholesome' WHERE id = 5")
+    assert refresh.drain(phase) == refresh.Drained(changes=1, updated=1, refused=0)
+    assert articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone() == (0,)
+    assert without_the_vector_of_their_text(articles) == []
+
+
+def test_a_row_set_aside_gets_one_more_try_a_run(
+    filled: Callable[..., Phase], articles: Articles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = filled(**PICKY)
+    articles.execute("UPDATE articles SET body = 'poison' WHERE id = 5")
+    refresh.drain(phase)
+    asked: list[list[str]] = []
+    monkeypatch.setattr(embed, "model", lambda params: lambda texts: asked.append(texts) or picky(texts))
+    refresh.apply(phase)
+    assert asked == [["cookie leaks\npoison"], embed.PROBES]
+    monkeypatch.setattr(embed, "model", lambda params: toy.embed)
+    refresh.apply(phase)
+    assert refresh.verify(phase).passed
+
+
+def test_unsound_vectors_are_set_aside_too(
+    filled: Callable[..., Phase], articles: Articles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = filled()
+    articles.execute("UPDATE articles SET body = 'nothing' WHERE id IN (5, 6)")
+
+    def zero_for_the_first(texts: list[str]) -> np.ndarray:
+        return toy.embed(texts) * np.array([[not t.startswith("cookie leaks")] for t in texts])
+
+    monkeypatch.setattr(embed, "model", lambda params: zero_for_the_first)
+    assert refresh.drain(phase) == refresh.Drained(changes=1, updated=1, refused=1)
+    assert refresh.waiting(phase).error == "a zero vector, which cosine cannot rank"
+
+
+def test_where_the_model_is_away_no_row_is_blamed(
+    filled: Callable[..., Phase], articles: Articles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = filled()
+    articles.execute("UPDATE articles SET body = 'other' WHERE id <= 5")
+
+    def away(texts: list[str]) -> np.ndarray:
+        raise OSError("the model is away")
+
+    monkeypatch.setattr(embed, "model", lambda params: away)
+    with pytest.raises(OSError, match="away"):
+        refresh.drain(phase)
+    state = articles.execute("SELECT count(*), max(attempts), max(claimed_by) FROM runbook.articles_queue").fetchone()
+    assert state == (5, 0, None), "nothing is claimed and no try is counted"
+
+
+def test_what_a_killed_worker_claimed_is_taken_over_at_once(
+    filled: Callable[..., Phase], articles: Articles, database: str
+) -> None:
+    phase = filled()
+    articles.execute("UPDATE articles SET body = 'other' WHERE id <= 5")
+    with psycopg.connect(database, autocommit=True) as other:
+        other.execute("SELECT pg_advisory_lock(%s, 77)", [refresh.LOCK_CLASS])
+        articles.execute("UPDATE runbook.articles_queue SET claimed_by = 77, claimed_at = clock_timestamp()")
+        assert refresh.drain(phase).changes == 0, "the other one lives and works at it"
+        assert refresh.waiting(phase).waiting == 5
+    while articles.execute("SELECT count(*) FROM pg_locks WHERE objid = 77 AND objsubid = 2").fetchone() != (0,):
+        pass
+    assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
+
+
+def test_a_worker_that_stands_still_loses_its_claims(filled: Callable[..., Phase], articles: Articles) -> None:
+    phase = filled()
+    articles.execute("UPDATE articles SET body = 'other' WHERE id <= 5")
+    articles.execute("SELECT pg_advisory_lock(%s, 77)", [refresh.LOCK_CLASS])
+    articles.execute("UPDATE runbook.articles_queue SET claimed_by = 77, claimed_at = now() - interval '1 hour'")
+    assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
+
+
+def test_a_text_that_changes_while_the_model_is_asked_never_gets_the_old_vector(
+    filled: Callable[..., Phase], articles: Articles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = filled()
+    articles.execute("UPDATE articles SET body = 'old' WHERE id = 5")
+    asked: list[str] = []
+
+    def slow(texts: list[str]) -> np.ndarray:
+        if not asked:
+            articles.execute("UPDATE articles SET body = 'new' WHERE id = 5")
+        asked.extend(texts)
+        return toy.embed(texts)
+
+    monkeypatch.setattr(embed, "model", lambda params: slow)
+    assert refresh.drain(phase) == refresh.Drained(changes=2, updated=1, refused=0)
+    assert [t.splitlines()[1] for t in asked] == ["old", "new"]
+    assert without_the_vector_of_their_text(articles) == []
+
+
+def test_a_source_without_a_model_says_what_waits_and_settles_what_does_not(
+    filled: Callable[..., Phase], articles: Articles
+) -> None:
+    phase = filled()
+    articles.execute(
+        "UPDATE articles SET body = 'other' WHERE id = 5; UPDATE articles SET body = 'gone' WHERE id = 6"
+    )
+    articles.execute("DELETE FROM articles WHERE id = 6")
+    stored = phase.params.embeddings.model_copy(update={"source": "table", "table": "a.b", "callable": None})
+    without = params.Params.model_copy(phase.params, update={"embeddings": stored})
+    ledger = Ledger(phase.ledger.connection, without, "test-run", "10_refresh")
+    other = Phase("10_refresh", "test-run", True, without, phase.connection, ledger)
+    assert refresh.apply(other).rows == [[1, 0, 0]]
+    gate = refresh.verify(other).failed[0]
+    assert gate.found.startswith("1 rows wait since before this drain, the oldest for ")
+    assert gate.found.endswith(": for newer vectors: source: table (a.b) has no model")
+    assert gate.do == "make vectors of these rows' texts, run 40_load_embeddings and 50_backfill, and this again"
+
+
+def test_masked_values_are_counted_for_the_record(filled: Callable[..., Phase], articles: Articles) -> None:
+    phase = filled(masking={"rules": ["email"]})
+    articles.execute("UPDATE articles SET body = 'ask ann@example.org' WHERE id = 5")
+    refresh.drain(phase)
+    assert phase.ledger.latest("masking") == {"texts": 1, "values": {"email": 1}}
+    found = articles.execute("SELECT embedding::real[] FROM articles WHERE id = 5").fetchone()
+    assert found is not None and np.allclose(found[0], toy.embed(["cookie leaks\nask <email>"])[0], atol=1e-6)
+
+
+def test_the_refresh_needs_a_backfill_that_has_passed(filled: Callable[..., Phase]) -> None:
+    phase = filled()
+    with pytest.raises(GateFailed, match="50_backfill"):
+        phase.require()
+    Ledger(phase.ledger.connection, phase.params, "test-run", "50_backfill").append("phase", {"verdict": "PASS"})
+    assert phase.require().passed
+
+
+def test_without_execute_nothing_is_taken(open_phase: Open) -> None:
+    phase = open_phase("10_refresh", execute=False)
+    assert "not carried out" in str(refresh.apply(phase))
+    assert [s.name for s in refresh.plan(phase)] == ["refresh.update"]
