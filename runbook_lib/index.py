@@ -86,7 +86,7 @@ def apply(phase: Phase) -> Table:
         return phase.carry_out(todo)
     rows = []
     for statement in todo:
-        built = _concurrently(phase, statement)
+        built = concurrently(phase, statement)
         rows.append((statement.purpose, statement.lock, round(built.seconds, 2)))
         if statement.name != "index.drop":
             found = state(phase)
@@ -111,7 +111,7 @@ class _Built:
     samples: list[list[float]] = field(default_factory=list)
 
 
-def _concurrently(phase: Phase, statement: db.Statement) -> _Built:
+def concurrently(phase: Phase, statement: db.Statement) -> _Built:
     """Runs a CONCURRENTLY statement on a connection of its own, with lock and statement timeouts off.
 
     A timeout would let a build run to its end and then fail it, leaving an invalid index that every write pays for.
@@ -259,7 +259,7 @@ def undo(phase: Phase) -> Table:
     if not phase.execute:
         return phase.carry_out(undo_plan(phase))
     return Table(
-        ("what", "seconds"), [(s.purpose, round(_concurrently(phase, s).seconds, 2)) for s in undo_plan(phase)]
+        ("what", "seconds"), [(s.purpose, round(concurrently(phase, s).seconds, 2)) for s in undo_plan(phase)]
     )
 
 
