@@ -80,6 +80,34 @@ def recall_against_latency(tuning: Mapping[str, Any]) -> str:
         return _svg(figure, "recall")
 
 
+def rows_by_selectivity(tuning: Mapping[str, Any]) -> str:
+    """Rows returned and recall over the share of rows that a filter lets through: chosen way and common practice."""
+    classes = [c for c in tuning["classes"] if c["column"]]
+    ways = (("common practice", "practice", SOFT, "s"), ("chosen way", "chosen", ACCENT, "o"))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure()
+        for label, which, colour, marker in ways:
+            found = sorted((100 * c["share"], 100 * c[which]["recall"], 100 * c[which]["returned"]) for c in classes)
+            x = [f[0] for f in found]
+            axes.plot(x, [f[2] for f in found], color=colour, marker=marker, markersize=5, linewidth=1.6,
+                      label=f"rows, {label}")  # fmt: skip
+            axes.plot(x, [f[1] for f in found], color=colour, marker=marker, markersize=5, linewidth=1.2,
+                      linestyle=(0, (3, 3)), fillstyle="none", label=f"recall, {label}")  # fmt: skip
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _position: f"{value:g} %")
+        axes.yaxis.set_major_formatter(lambda value, _position: f"{value:.0f} %")
+        axes.set(xlabel="rows that the filter lets through", ylabel="of those that exact search finds")
+        axes.set_ylim(-2, 105)
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        return _svg(figure, "selectivity")
+
+
+def in_a_notebook(drawn: Sequence[str]) -> str:
+    """Pictures side by side for a notebook's output, where nothing else limits their width."""
+    shown = "".join(f'<div style="flex:1 1 24rem;max-width:34rem">{svg}</div>' for svg in drawn)
+    return f'<div style="display:flex;flex-wrap:wrap;gap:1.5rem">{shown}</div>'
+
+
 def is_chosen(tuning: Mapping[str, Any], point: Mapping[str, Any]) -> bool:
     """Is this the chosen point? ``chosen`` may be its value or the whole point."""
     chosen = tuning.get("chosen")

@@ -219,26 +219,35 @@ def move_route(phase: Phase, route: Route, share_percent: int, reason: str) -> d
     return done
 
 
+def smallest_setting(params: Params) -> int:
+    """The cheapest ef_search or probes that the parameters name."""
+    return min(params.tune.ef_search if params.index.method == "hnsw" else params.tune.probes)
+
+
+def settings(params: Params, candidates: int | None) -> list[tuple[str, str]]:
+    """The index settings that the function has, by name: ef_search or probes, and how an iterative scan goes on."""
+    method = params.index.method
+    return [
+        (SETTING[method], str(candidates)),
+        ITERATIVE[method],
+        (MOST_SCANNED[method], str(MOST_SCANNED_DEFAULT[method])),
+    ]
+
+
 def set_search_setting(phase: Phase, value: int) -> list[db.Statement]:
     """Statements that carry the tuned setting, and an iterative scan, into the function.
 
     Carry them out with pgvector's library loaded: a role that is no superuser may not name a setting that the server
     does not know yet.
     """
-    method = phase.params.index.method
     extra = _function_names(phase)
-    wanted = [
-        (SETTING[method], str(value)),
-        ITERATIVE[method],
-        (MOST_SCANNED[method], str(MOST_SCANNED_DEFAULT[method])),
-    ]
     return [
         db.statement(
             SQL["set_search_settings"],
             phase.params,
             extra | {"setting": sql.SQL(name), "value": sql.Literal(text)},
         )
-        for name, text in wanted
+        for name, text in settings(phase.params, value)
     ]
 
 

@@ -1,61 +1,104 @@
-"""Phase 70: exact answers against the index, over settings; the cheapest that reaches the target is kept."""
+"""Phase 70: exact answers against the index, per filter class; the cheapest way that reaches the target is kept."""
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, embed, evaluate, explain, search
+from runbook_lib import choose, classes, db, evaluate, exact, explain, search, sweep
+from runbook_lib.choose import Choice
+from runbook_lib.classes import Asked
 from runbook_lib.display import Table
-from runbook_lib.evaluate import Query
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.names import index_name
+from runbook_lib.names import index_name, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
+from runbook_lib.sweep import Measured, Way
 
 SQL = load("tune")
 
 
 @dataclass(frozen=True)
-class Point:
-    """One setting, measured: recall@k against exact answers, latency in ms, queries with fewer rows than exact."""
-
-    setting: str
-    value: int
-    recall: float
-    p50_ms: float
-    p95_ms: float
-    rows_short: int
-
-
-@dataclass(frozen=True)
 class Tuning:
-    """The sweep and its choice; chosen is None where no setting reaches the target."""
+    """Every filter class with its choice; the first is the unfiltered one."""
 
     k: int
     queries: int
     target_recall: float
     exact_p50_ms: float
-    points: tuple[Point, ...]
-    chosen: int | None
+    setting: str
+    choices: tuple[Choice, ...]
+
+    @property
+    def chosen(self) -> int | None:
+        """ef_search or probes for searches without a filter; None where no setting reaches the target."""
+        chosen = self.choices[0].chosen
+        return chosen.way.candidates if chosen else None
 
     def as_data(self) -> dict[str, Any]:
-        """For the ledger."""
-        return asdict(self)
+        """For the ledger: the unfiltered class as the picture needs it, then every class whole."""
+        kept = ("recall", "low", "high", "p50_ms", "p95_ms", "p99_ms", "rows_short", "buffers")
+        points = [
+            {"setting": self.setting, "value": p["candidates"]} | {name: p[name] for name in kept}
+            for p in self.choices[0].as_data()["points"]
+        ]
+        return {
+            "k": self.k,
+            "queries": self.queries,
+            "target_recall": self.target_recall,
+            "exact_p50_ms": round(self.exact_p50_ms, 3),
+            "chosen": self.chosen,
+            "points": points,
+            "classes": [c.as_data() for c in self.choices],
+        }
+
+    def table(self) -> Table:
+        """One row a class: the choice on the held-out questions, common practice beside it."""
+        titles = (
+            "filter",
+            "rows let through",
+            "chosen way",
+            f"recall@{self.k}",
+            "rows",
+            "p50",
+            "p95",
+            "p99",
+            "pages",
+        )
+        return Table(
+            (*titles, "common practice"),
+            [_row(c) for c in self.choices],
+            "The chosen way of each filter class, on held-out questions; a way is its candidates, its iterative scan"
+            " and how far it scans",
+        )
 
     def _repr_html_(self) -> str:
         # Here, because matplotlib takes longer to import than most phases take to run.
         from runbook_lib import pictures
 
-        table = Table.of(asdict(p) | {"chosen": "← chosen" if p.value == self.chosen else ""} for p in self.points)
-        return table._repr_html_() + pictures.recall_against_latency(self.as_data())
+        data = self.as_data()
+        advice = [f"<p>{html.escape(f'{c.of}: {c.advice}')}</p>" for c in self.choices if c.advice]
+        drawn = [pictures.recall_against_latency(data)] if data["points"] else []
+        if len(self.choices) > 1:
+            drawn.append(pictures.rows_by_selectivity(data))
+        return self.table()._repr_html_() + "".join(advice) + pictures.in_a_notebook(drawn)
+
+
+def _row(choice: Choice) -> tuple[Any, ...]:
+    m, practice = choice.chosen, choice.practice
+    beside = f"{practice.recall:.3f}, {practice.returned:.0%} of rows, {practice.p50_ms:.2f} ms"
+    if m is None:
+        return (str(choice.of), f"{choice.of.share:.2%}", "none", *[""] * 6, beside)
+    times = [f"{v:.2f} ms" for v in (m.p50_ms, m.p95_ms, m.p99_ms)]
+    recall = f"{m.recall:.3f} ({m.low:.3f} to {m.high:.3f})"
+    figures = (recall, f"{m.returned:.0%}", *times, m.buffers)
+    return (str(choice.of), f"{choice.of.share:.2%}", str(m.way), *figures, beside)
 
 
 def settings_to_try(phase: Phase) -> Sequence[int]:
@@ -65,7 +108,7 @@ def settings_to_try(phase: Phase) -> Sequence[int]:
 
 
 def plan(phase: Phase) -> db.Plan:
-    """What is carried into the search function, with the first setting as an example; the sweep only reads."""
+    """What is carried into the search function, with the first setting as an example; measuring only reads."""
     return db.Plan(tuple(search.set_search_setting(phase, settings_to_try(phase)[0])), phase.connection)
 
 
@@ -95,110 +138,197 @@ def uses_index(connection: db.Connection, phase: Phase, statement: sql.Composabl
     return row is not None and index_name(phase.params) in json.dumps(row)
 
 
-def _values(phase: Phase, query: Query, vector: np.ndarray, k: int) -> dict[str, Any]:
-    return {**dict.fromkeys(phase.params.target.filters), "query": query.text, "k": k, "embedding": vector}
-
-
 def apply(phase: Phase) -> Tuning | Table:
-    """Measures every setting on the query sample, keeps the cheapest that reaches the target in the function.
+    """Measures every filter class, and gives the search function the cheapest way that reaches the target in each.
 
-    Both passes run on fresh connections, unprepared, and the plan of each is looked at before it counts.
+    The plans of both passes are looked at before they count: exact answers never come from the index.
     """
     if not phase.execute:
         return phase.carry_out(plan(phase))
     p = phase.params
-    queries = evaluate.sample(evaluate.read_queries(p), p.tune.queries)
-    vectors = embed.query_vectors(p, queries)
-    statement = search.route_statement(phase.connection, p, "vector")
-    values = _values(phase, queries[0], vectors[0], p.queries.k)
-    with exactly(phase) as connection:
-        register_vector(connection)
-        if uses_index(connection, phase, statement, values):
-            raise RuntimeError("the exact pass was planned with the vector index; its answers would not be exact")
-        exact = search.ask(connection, p, statement, queries, vectors, p.queries.k)
-    points = []
-    for value in settings_to_try(phase):
-        with through_the_index(phase, value) as connection:
-            register_vector(connection)
-            connection.execute("SET LOCAL enable_seqscan = off")
-            if not uses_index(connection, phase, statement, values):
-                break
-            answers = search.ask(connection, p, statement, queries, vectors, p.queries.k)
-        points.append(_point(phase, value, exact, answers))
-    reached = [q.value for q in points if q.recall >= p.tune.target_recall and not q.rows_short]
-    exact_p50 = evaluate.latency(exact.seconds)["p50_ms"]
+    asked, agrees, exact_seconds = classes.questions(phase, classes.find(phase))
+    without = asked.pop(classes.UNFILTERED)
+    with sweep.session(phase) as connection:
+        first = choose.unfiltered(phase, connection, _ways_to_try(phase, connection, without[0]), without)
+        others = [choose.filtered(phase, connection, c, q) for c, q in asked.items()]
     tuning = Tuning(
-        p.queries.k, len(queries), p.tune.target_recall, exact_p50, tuple(points), reached[0] if reached else None
+        k=p.queries.k,
+        queries=len(without),
+        target_recall=p.tune.target_recall,
+        exact_p50_ms=evaluate.latency(exact_seconds)["p50_ms"],
+        setting=search.SETTING[p.index.method],
+        choices=(first, *others),
     )
-    phase.note("tuning", tuning.as_data())
+    phase.note("tuning", tuning.as_data() | {"exact": dict(agrees.figures)})
     if tuning.chosen is not None:
-        for s in search.set_search_setting(phase, tuning.chosen):
-            phase.do(s)
+        _carry_into_function(phase, tuning)
     return tuning
 
 
-def _point(phase: Phase, value: int, exact: search.Answers, got: search.Answers) -> Point:
-    ids = list(exact.keys)
-    times = evaluate.latency(got.seconds)
-    return Point(
-        setting=search.SETTING[phase.params.index.method],
-        value=value,
-        recall=evaluate.recall([exact.keys[i] for i in ids], [got.keys[i] for i in ids]),
-        p50_ms=times["p50_ms"],
-        p95_ms=times["p95_ms"],
-        rows_short=sum(len(got.keys[i]) < len(exact.keys[i]) for i in ids),
+def _ways_to_try(phase: Phase, connection: db.Connection, question: Asked) -> list[Way]:
+    """Ways to search without a filter; none where PostgreSQL cannot use the index for it."""
+    method = phase.params.index.method
+    limit = search.MOST_SCANNED_DEFAULT[method]
+    ways = [Way("index", n, search.ITERATIVE[method][1], limit) for n in settings_to_try(phase)]
+    statement = search.route_statement(phase.connection, phase.params, "vector")
+    filters: dict[str, Any] = dict.fromkeys(phase.params.target.filters)
+    values = filters | {"query": question.text, "k": phase.params.queries.k, "embedding": question.vector}
+    return ways if uses_index(connection, phase, statement, values) else []
+
+
+def _carry_into_function(phase: Phase, tuning: Tuning) -> None:
+    """Settings and strategies in one transaction: a call sees all of the old or all of the new."""
+    with phase.connection.transaction():
+        phase.connection.execute(SQL["load_library"].compose({}))
+        for statement in [*search.set_search_setting(phase, tuning.chosen or 0), *strategies(phase, tuning)]:
+            phase.do(statement)
+
+
+def strategies(phase: Phase, tuning: Tuning) -> list[db.Statement]:
+    """Statements that write down how to search by which filter value."""
+    learned = [db.statement(search.SQL["forget_strategies"], phase.params)]
+    for choice in tuning.choices[1:]:
+        of = choice.of
+        values: list[str | None] = list(of.shares) or [None]
+        shares = list(of.shares.values()) or [of.share]
+        learned.append(_learn(phase, str(of.column), values, shares, choice.chosen))
+    # A value that did not exist when this was measured is rare: its few rows are read, and none is missed.
+    measured_rare = {c.of.column for c in tuning.choices if c.of.column and not c.of.shares}
+    unlisted = [c for c in phase.params.target.filters if c not in measured_rare]
+    return learned + [_learn(phase, column, [None], [0.0], None) for column in unlisted]
+
+
+def _learn(
+    phase: Phase, column: str, values: list[str | None], shares: list[float], measured: Measured | None
+) -> db.Statement:
+    way = measured.way if measured else sweep.exact_way(phase)
+    return db.statement(
+        search.SQL["learn_strategy"],
+        phase.params,
+        filter=column,
+        values=values,
+        shares=shares,
+        **vars(way),
+        recall=round(measured.recall, 4) if measured else 1.0,
+        p50_ms=round(measured.p50_ms, 3) if measured else 0.0,
     )
 
 
 def verify(phase: Phase) -> Gates:
-    """The target is reached, the function carries the setting, and the application's query uses the index."""
-    return collect([_target_is_reached(phase), _function_has_setting(phase), *explain.gates(phase)])
-
-
-def _target_is_reached(phase: Phase) -> Gate:
+    """The target is reached in every filter class, the function searches so, and its query uses the index."""
     tuning = phase.ledger.latest("tuning", phase.name)
-    points = tuning["points"] if tuning else []
-    best = max(points, key=lambda q: q["recall"], default=None)
-    chosen = next((q for q in points if q["value"] == tuning["chosen"]), None) if tuning else None
-    shown = chosen or best
+    measured = [_exact_agrees(phase, tuning), _target_is_reached(phase, tuning), *_classes_reach(phase, tuning)]
+    carried = [_function_has_settings(phase, tuning), *_function_has_strategies(phase, tuning)]
+    return collect([*measured, *carried, *explain.gates(phase)])
+
+
+def _exact_agrees(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
+    figures = tuning["exact"] if tuning else {"asked": 0, "alike": 0}
+    return exact.agreement(phase.params, figures["alike"], figures["asked"])
+
+
+def _target_is_reached(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
+    first: dict[str, Any] = tuning["classes"][0] if tuning else {"points": [], "chosen": None, "advice": ""}
+    shown = first["chosen"] or max(first["points"], key=lambda q: q["recall"], default=None)
+    target = phase.params.tune.target_recall
     return gate(
         "tune.target_recall_is_reached",
-        bool(chosen) if points else None,
+        bool(first["chosen"]) and first["chosen"]["recall"] >= target if first["points"] else None,
         index_name(phase.params),
-        found=f"recall@{phase.params.queries.k} {shown['recall']:.3f} at {shown['setting']} {shown['value']},"
-        f" p50 {shown['p50_ms']:.2f} ms, {shown['rows_short']} of {tuning['queries'] if tuning else 0} queries short"
-        if shown
-        else "no setting was measured through the index",
-        needed=f"recall {phase.params.tune.target_recall}, no query short of rows",
+        found=_said(phase, shown) if shown else "no setting was measured through the index",
+        needed=f"recall {target}, no query short of rows",
         danger="the index would hide answers that exact search finds",
-        do="try higher settings in tune, or rebuild with a higher m and ef_construction",
+        do=first["advice"] or "try higher settings in tune, or rebuild with a higher m and ef_construction",
         figures=dict(shown) if shown else {},
     )
 
 
-def _function_has_setting(phase: Phase) -> Gate:
-    tuning = phase.ledger.latest("tuning", phase.name) or {"chosen": None}
+def _said(phase: Phase, m: dict[str, Any]) -> str:
+    setting = "exact" if m["scan"] == "exact" else f"{search.SETTING[phase.params.index.method]} {m['candidates']}"
+    return (
+        f"recall@{phase.params.queries.k} {m['recall']:.3f} ({m['low']:.3f} to {m['high']:.3f}) at {setting},"
+        f" p50 {m['p50_ms']:.2f} ms, {m['rows_short']} of {m['questions']} queries short"
+    )
+
+
+def _classes_reach(phase: Phase, tuning: dict[str, Any] | None) -> list[Gate]:
+    """A gate a filter class: its choice holds on questions that did not choose it."""
+    return [_class_reaches(phase, c) for c in (tuning["classes"][1:] if tuning else [])]
+
+
+def _class_reaches(phase: Phase, c: dict[str, Any]) -> Gate:
+    m, target = c["chosen"], phase.params.tune.target_recall
+    return gate(
+        "tune.filter_class_reaches_the_target",
+        m["recall"] >= target and not m["rows_short"],
+        f"{c['column']}, {c['bucket']} ({', '.join(c['values'][:3])}{', …' if len(c['values']) > 3 else ''})",
+        found=_said(phase, m),
+        needed=f"recall {target}, no query short of rows",
+        danger="searches with this filter would hide answers that exact search finds",
+        do=c["advice"] or "run 70_tune again; raise tune.queries if it comes back",
+        figures=m,
+    )
+
+
+def _function_has_settings(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
+    """All of them: a strategy's settings end with the call only where the function has a SET for each."""
     found = search.function_state(phase)
-    settings = list(found["settings"] or []) if found else []
-    wanted = f"{search.SETTING[phase.params.index.method]}={tuning['chosen']}"
+    settings = [s for s in (found["settings"] or [] if found else []) if not s.startswith("search_path")]
+    wanted = [
+        f"{name}={value}" for name, value in search.settings(phase.params, tuning["chosen"] if tuning else None)
+    ]
     return gate(
         "tune.function_carries_the_setting",
-        wanted in settings,
+        sorted(settings) == sorted(wanted),
         phase.params.function_name,
-        found=", ".join(s for s in settings if not s.startswith("search_path")) or "no index setting",
-        needed=wanted,
+        found=", ".join(settings) or "no index setting",
+        needed=", ".join(wanted),
         danger="the application would search with another setting than the one that was measured",
         do="run 70_tune again",
     )
 
 
+def _function_has_strategies(phase: Phase, tuning: dict[str, Any] | None) -> list[Gate]:
+    """The strategy table says what was chosen, value by value."""
+    filters = phase.params.target.filters
+    if not filters:
+        return []
+    found = db.rows(phase.connection, search.SQL["strategies"], phase.params)
+    has = {(r["filter"], r["value"]): _way(r) for r in found}
+    measured = tuning["classes"][1:] if tuning else []
+    wanted = {(c["column"], v): _way(c["chosen"]) for c in measured for v in (list(c["shares"]) or [None])}
+    wrong = [f"{c} = {v}: not as chosen" for (c, v), way in wanted.items() if has.get((c, v)) != way]
+    wrong += [f"{c}: nothing for values that are not listed" for c in filters if (c, None) not in has]
+    return [
+        gate(
+            "tune.function_searches_by_filter_as_chosen",
+            not wrong,
+            spelled(phase.params, "strategy"),
+            found="; ".join([f"{len(has)} rows", *wrong[:3]]),
+            needed="the chosen way for every value, and one for values that are not listed",
+            danger="a search with a filter would miss answers, or read more rows than it needs",
+            do="run 70_tune again",
+        )
+    ]
+
+
+def _way(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("scan", "candidates", "iterative_scan", "most_scanned"))
+
+
 def undo_plan(phase: Phase) -> db.Plan:
-    """RESET of the function's index settings, where it has them."""
+    """RESET of the function's index settings, and no strategies any more, where it has them."""
     found = search.function_state(phase)
-    carried = [s.split("=")[0] for s in (found["settings"] or []) if not s.startswith("search_path")] if found else []
-    return db.Plan(tuple(search.reset_search_setting(phase, name) for name in carried), phase.connection)
+    if found is None:
+        return db.Plan((), phase.connection)
+    carried = [s.split("=")[0] for s in found["settings"] or [] if not s.startswith("search_path")]
+    statements = [search.reset_search_setting(phase, name) for name in carried]
+    if db.rows(phase.connection, search.SQL["strategies"], phase.params):
+        # First: a strategy's settings would outlive a call of the function once that has no SET for them.
+        statements.insert(0, db.statement(search.SQL["forget_strategies"], phase.params))
+    return db.Plan(tuple(statements), phase.connection)
 
 
 def undo(phase: Phase) -> Table:
-    """Takes the index settings from the function."""
+    """Takes the strategies and the index settings from the function."""
     return phase.carry_out(undo_plan(phase))

@@ -1,0 +1,37 @@
+-- Phase 70: which values the filters have, and how many rows each lets through.
+
+-- name: rows
+-- purpose: Rows of the table, as the planner estimates them; partitions are added up.
+SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS rows
+FROM pg_class c
+WHERE c.oid = to_regclass(%(table)s) OR c.oid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(table)s)));
+
+-- name: values
+-- purpose: Share of the rows by value, rarest first: every common value, and a few rare ones spread over their ranks.
+WITH counted AS (
+    SELECT t.{column}::text AS value, count(*) AS n FROM {table} t {sampled} GROUP BY 1
+), ranked AS (
+    SELECT value, n / sum(n) OVER ()::double precision AS share, row_number() OVER (ORDER BY n, value) AS place
+    FROM counted
+), rare AS (
+    SELECT count(*) AS n FROM ranked WHERE share < %(rare)s AND value IS NOT NULL
+)
+SELECT value, share FROM ranked, rare
+WHERE value IS NOT NULL AND (share >= %(rare)s OR rare.n <= %(measured)s
+    OR place IN (SELECT 1 + i * (rare.n - 1) / (%(measured)s - 1) FROM generate_series(0, %(measured)s - 1) AS i))
+ORDER BY share, value;
+
+-- name: rows_as_queries
+-- purpose: Vectors of rows, spread over the table, that stand in for queries.
+SELECT t.{key}::text AS key, {row_embedding} AS embedding FROM {from_vectors}
+WHERE {row_embedding} IS NOT NULL ORDER BY {row_embedding_hash}, t.{key} LIMIT greatest(%(n)s, 0);
+
+-- name: has_btree
+-- purpose: Does a valid index, on all rows, start with this column?
+SELECT EXISTS (
+    SELECT FROM pg_index i
+    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+    JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam
+    WHERE i.indrelid = to_regclass(%(table)s) AND a.attname = %(column)s AND am.amname IN ('btree', 'hash')
+      AND i.indisvalid AND i.indpred IS NULL
+) AS there;

@@ -1,0 +1,123 @@
+"""Exact answers: the stream agrees with plain SQL for every distance, type, key and filter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+
+from runbook_lib import db, exact
+from runbook_lib.params import Params
+
+ROWS, DIMENSION, QUERIES, K = 3000, 8, 20, 10
+
+
+@pytest.fixture
+def rows(articles: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
+    """A table of random vectors, many of them twice, some rows without one."""
+    articles.execute("CREATE EXTENSION vector")
+    return articles
+
+
+def fill(connection: psycopg.Connection[Any], key: str, vector: str) -> None:
+    connection.execute("DROP TABLE articles")
+    connection.execute(f"CREATE TABLE articles (id {key} PRIMARY KEY, topic text, embedding {vector}({DIMENSION}))")
+    makes = {"bigint": "i", "text": "'k' || i", "uuid": "md5(i::text)::uuid"}[key]
+    connection.execute(
+        f"INSERT INTO articles SELECT {makes}, CASE WHEN i %% 97 = 0 THEN 'rare' WHEN i %% 3 = 0 THEN 'third' END,"
+        " CASE WHEN i %% 50 > 0 THEN v::vector END FROM generate_series(1, %s) i,"
+        " LATERAL (SELECT array_agg(hashint4(i / 2 * 100 + j)::real / 2147483647) AS v"
+        " FROM generate_series(1, %s) j) r",
+        [ROWS, DIMENSION],
+    )
+
+
+def queries() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(QUERIES, DIMENSION)).astype(np.float32)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2", "inner_product"])
+@pytest.mark.parametrize(
+    ("vector", "key"), [("vector", "bigint"), ("vector", "text"), ("vector", "uuid"), ("halfvec", "bigint")]
+)
+def test_the_stream_agrees_with_plain_sql(
+    rows: psycopg.Connection[Any], make_params: Callable[..., Params], distance: str, vector: str, key: str
+) -> None:
+    fill(rows, key, vector)
+    params = make_params(
+        vector={"distance": distance, "type": vector, "dimension": DIMENSION}, target={"filters": ["topic"]}
+    )
+    questions = [
+        exact.Question(i, allowed)
+        for allowed in ((), (("topic", "rare"),), (("topic", "third"),), (("topic", "none"),))
+        for i in range(QUERIES)
+    ]
+    with db.connect(params, "test") as connection, connection.transaction():
+        found = exact.nearest(connection, params, queries(), questions, K)
+        checked = exact.stream_agrees_with_sql(connection, params, queries(), questions, found, K)
+    assert str(checked) == (
+        "PASS    exact.stream_agrees_with_sql   public.articles\n"
+        "  found   5 of 5 questions answered alike, each to the last distance\n"
+        "  needed  all of them"
+    )
+    assert [len(a.keys) for a in found[::QUERIES]] == [K, K, K, 0]
+    assert [a.matching for a in found[::QUERIES]] == [2940, 30, 970, 0]
+
+
+def test_answers_do_not_depend_on_how_the_table_is_cut_into_blocks(
+    rows: psycopg.Connection[Any], make_params: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(rows, "bigint", "vector")
+    params = make_params(target={"filters": ["topic"]})
+    questions = [exact.Question(i, a) for i in range(QUERIES) for a in ((), (("topic", "third"),))]
+
+    def answers() -> list[exact.Nearest]:
+        with db.connect(params, "test") as connection:
+            return exact.nearest(connection, params, queries(), questions, K)
+
+    whole = answers()
+    monkeypatch.setattr(exact, "BLOCK_BYTES", 1000)
+    assert answers() == whole
+
+
+def test_equal_distances_are_ordered_by_key_as_a_number(
+    rows: psycopg.Connection[Any], make_params: Callable[..., Params]
+) -> None:
+    rows.execute("DROP TABLE articles")
+    rows.execute("CREATE TABLE articles (id bigint PRIMARY KEY, embedding vector(8))")
+    rows.execute("INSERT INTO articles SELECT i, '[1,0,0,0,0,0,0,0]' FROM generate_series(12, 1, -1) i")
+    params = make_params()
+    with db.connect(params, "test") as connection:
+        found = exact.nearest(connection, params, np.eye(8, dtype=np.float32)[:1], [exact.Question(0)], K)
+    assert found[0].keys == tuple(str(i) for i in range(1, 11))
+
+
+def test_a_row_without_a_distance_comes_last(
+    rows: psycopg.Connection[Any], make_params: Callable[..., Params]
+) -> None:
+    rows.execute("DROP TABLE articles")
+    rows.execute("CREATE TABLE articles (id bigint PRIMARY KEY, embedding vector(8))")
+    rows.execute("INSERT INTO articles VALUES (1, '[0,0,0,0,0,0,0,0]'), (2, '[-1,0,0,0,0,0,0,0]')")
+    params = make_params()
+    with db.connect(params, "test") as connection:
+        found = exact.nearest(connection, params, np.eye(8, dtype=np.float32)[:1], [exact.Question(0)], K)
+    assert found[0].keys == ("2", "1")
+
+
+def test_answers_that_differ_fail_the_gate(rows: psycopg.Connection[Any], make_params: Callable[..., Params]) -> None:
+    fill(rows, "bigint", "vector")
+    params = make_params(target={"filters": ["topic"]})
+    questions = [exact.Question(0), exact.Question(1)]
+    with db.connect(params, "test") as connection:
+        found = exact.nearest(connection, params, queries(), questions, K)
+        wrong = [found[0], exact.Nearest(found[1].keys, tuple(d + 0.5 for d in found[1].distances), 2940)]
+        checked = exact.stream_agrees_with_sql(connection, params, queries(), questions, wrong, K)
+    assert str(checked) == (
+        "FAIL    exact.stream_agrees_with_sql   public.articles\n"
+        "  found   1 of 2 questions answered alike, each to the last distance\n"
+        "  needed  all of them\n"
+        "  danger  recall would be measured against answers that are not exact\n"
+        "  do      run 70_tune again when nobody writes to the table; if it stays, report this with the versions of"
+        " pgvector and numpy"
+    )

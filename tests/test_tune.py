@@ -1,0 +1,233 @@
+"""Phase 70: the cheapest way that reaches the target, per filter class; written down, carried, taken back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+
+from runbook_lib import backfill, choose, classes, db, exact, extension, index, schema, search, staging, sweep, tune
+from runbook_lib.phase import Phase
+from tests.test_search import FILTERED, call
+
+Open = Callable[..., Phase]
+FEW = {"queries": 80, "ef_search": [20, 60], "target_recall": 0.9}
+
+
+@pytest.fixture
+def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., Phase]:
+    """Opens phase 70 on a table with vectors and index; a tenth of the rows is a Draft, one is Rare."""
+    articles.execute("UPDATE articles SET status = 'Draft' WHERE id % 10 = 0")
+    articles.execute("UPDATE articles SET status = 'Rare' WHERE id = 7")
+
+    def make(**sections: dict[str, Any]) -> Phase:
+        target = FILTERED | {"target": {"filters": ["status"]}, "legacy": {}}
+        phase = open_phase("70_tune", **(target | {"tune": FEW} | sections))
+        search.apply(phase)
+        for module in (extension, schema, staging, backfill, index):
+            module.apply(phase)
+        db.use_search_path(phase.connection)
+        return phase
+
+    return make
+
+
+def measured(
+    way: sweep.Way, recall: float = 1.0, low: float = 1.0, p50_ms: float = 1.0, **more: Any
+) -> sweep.Measured:
+    figures = {
+        "questions": 100, "high": 1.0, "worst": recall, "returned": 1.0, "rows_short": 0, "p95_ms": 2 * p50_ms,
+        "p99_ms": 3 * p50_ms, "buffers": 10, "plan": "vector index",
+    }  # fmt: skip
+    return sweep.Measured(way=way, recall=recall, low=low, p50_ms=p50_ms, **(figures | more))
+
+
+def test_values_fall_into_classes_by_the_rows_that_they_let_through(ready: Callable[..., Phase]) -> None:
+    found = classes.find(ready())
+    assert [(str(c), c.values, list(c.shares)) for c in found] == [
+        ("unfiltered", (), []),
+        ("status, below 1 %", ("Rare",), []),
+        ("status, 1 to 10 %", ("Draft",), ["Draft"]),
+        ("status, above 50 %", ("Stable",), ["Stable"]),
+    ]
+    assert [round(c.share, 3) for c in found] == [1, 0.005, 0.1, 0.896]
+
+
+def test_many_rare_values_are_measured_by_a_few_and_not_listed(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = ready()
+    articles.execute("UPDATE articles SET status = 'tenant ' || id WHERE id <= 100")
+    rare = classes.find(phase)[1]
+    assert (rare.bucket, len(rare.values), rare.shares) == ("below 1 %", classes.MEASURED_VALUES, {})
+
+
+def test_rows_stand_in_for_missing_queries_and_never_count_themselves(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    asked, agrees, seconds = classes.questions(phase, [classes.UNFILTERED])
+    questions = asked[classes.UNFILTERED]
+    assert agrees.verdict == "PASS" and len(seconds) == exact.CHECKED
+    assert len(questions) == FEW["queries"]
+    own = [q for q in questions if q.own_key]
+    assert len(own) == 40, "the toy has forty queries"
+    row = own[0]
+    assert sweep._found([(str(row.own_key), 0.0)], row) == 0.0
+
+
+def test_an_answer_as_near_as_the_last_exact_one_counts_as_found() -> None:
+    nearest = exact.Nearest(("1", "2"), (0.1, 0.2), 5)
+    question = classes.Asked("", np.zeros(8), (), nearest)
+    assert sweep._found([("1", 0.1), ("3", 0.2)], question) == 1.0
+    assert sweep._found([("1", 0.1), ("3", 0.21)], question) == 0.5
+    assert np.isnan(sweep._found([], classes.Asked("", np.zeros(8), (), exact.Nearest((), (), 0))))
+
+
+def test_the_interval_is_never_certain_and_knows_that_misses_come_together() -> None:
+    low, high = sweep.interval([1.0] * 100, 1000)
+    assert 0.99 < low < 1 and high == 1
+    # Wilson's interval for 950 of 1,000, worked out by hand: 0.935 to 0.962.
+    low, high = sweep.interval([0.95] * 100, 1000)
+    assert (round(low, 3), round(high, 3)) == (0.935, 0.962)
+    together = sweep.interval([0.0] * 5 + [1.0] * 95, 1000)
+    assert together[0] < 0.92, "five queries that miss everything are less certain than fifty that miss one in ten"
+
+
+@pytest.mark.parametrize(
+    ("figures", "reaches"),
+    [({}, True), ({"low": 0.94}, False), ({"worst": 0.9}, False), ({"rows_short": 1}, False)],
+)
+def test_a_way_reaches_the_target_only_with_confidence_for_every_value_and_full_pages(
+    figures: dict[str, Any], reaches: bool
+) -> None:
+    way = sweep.Way("index", 40, "off", 20_000)
+    assert measured(way, **{"recall": 0.97, "low": 0.96, "worst": 0.96} | figures).reaches(0.95) is reaches
+
+
+def test_tuning_is_measured_written_down_and_carried_into_the_function(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    found = tune.apply(phase)
+    assert isinstance(found, tune.Tuning) and found.chosen == 20
+    recorded = phase.ledger.latest("tuning", "70_tune")
+    assert recorded is not None
+    assert {"k", "queries", "exact_p50_ms", "target_recall", "chosen", "points", "classes"} <= set(recorded)
+    assert [p["value"] for p in recorded["points"]] == [20, 60]
+    assert all({"setting", "recall", "p50_ms", "p95_ms", "rows_short"} <= set(p) for p in recorded["points"])
+    assert [(c["column"], c["bucket"]) for c in recorded["classes"][1:]] == [
+        ("status", "below 1 %"), ("status", "1 to 10 %"), ("status", "above 50 %")
+    ]  # fmt: skip
+    own = [g for g in tune.verify(phase) if g.name.split(".")[0] in ("tune", "exact")]
+    assert [str(g.verdict) for g in own] == ["PASS"] * len(own)
+    assert [g.name for g in own] == [
+        "exact.stream_agrees_with_sql",
+        "tune.target_recall_is_reached",
+        *["tune.filter_class_reaches_the_target"] * 3,
+        "tune.function_carries_the_setting",
+        "tune.function_searches_by_filter_as_chosen",
+    ]
+    search.move_route(phase, "vector", 100, "test")
+    assert {row["id"] for row in call(phase.connection, "cookie leaks", status="Rare")} == {7}
+    assert "<svg" in found._repr_html_()
+
+
+def test_a_target_out_of_reach_fails_and_says_what_to_build(ready: Callable[..., Phase]) -> None:
+    phase = ready(tune=FEW | {"target_recall": 1.0})
+    tune.apply(phase)
+    failed = next(g for g in tune.verify(phase) if g.name == "tune.target_recall_is_reached")
+    assert failed.verdict == "FAIL"
+    assert failed.do.endswith("Build again with index.m: 32 and index.ef_construction: 128")
+    assert search.function_state(phase)["settings"] == ["search_path=public, pg_temp"]  # type: ignore[index]
+
+
+def test_a_strategy_that_was_changed_by_hand_fails_the_gate(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = ready()
+    tune.apply(phase)
+    articles.execute("UPDATE runbook.strategy SET candidates = 1, scan = 'index' WHERE value = 'Draft'")
+    articles.execute("DELETE FROM runbook.strategy WHERE value IS NULL")
+    failed = next(g for g in tune.verify(phase) if g.name == "tune.function_searches_by_filter_as_chosen")
+    assert str(failed) == (
+        'FAIL    tune.function_searches_by_filter_as_chosen   "runbook"."strategy"\n'
+        "  found   2 rows; status = None: not as chosen; status = Draft: not as chosen;"
+        " status: nothing for values that are not listed\n"
+        "  needed  the chosen way for every value, and one for values that are not listed\n"
+        "  danger  a search with a filter would miss answers, or read more rows than it needs\n"
+        "  do      run 70_tune again"
+    )
+
+
+def test_a_function_that_lost_a_setting_fails_the_gate(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = ready()
+    tune.apply(phase)
+    articles.execute("ALTER FUNCTION search_articles RESET hnsw.max_scan_tuples")
+    failed = next(g for g in tune.verify(phase) if g.name == "tune.function_carries_the_setting")
+    assert str(failed) == (
+        "FAIL    tune.function_carries_the_setting   search_articles\n"
+        "  found   hnsw.ef_search=20, hnsw.iterative_scan=strict_order\n"
+        "  needed  hnsw.ef_search=20, hnsw.iterative_scan=strict_order, hnsw.max_scan_tuples=20000\n"
+        "  danger  the application would search with another setting than the one that was measured\n"
+        "  do      run 70_tune again"
+    )
+
+
+def test_undo_takes_strategies_first_and_settings_after_and_twice_does_nothing(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = ready()
+    tune.apply(phase)
+    tune.apply(phase)
+    names = [s.name for s in tune.undo_plan(phase)]
+    assert names == ["search.forget_strategies", *["search.reset_search_settings"] * 3]
+    tune.undo(phase)
+    assert tune.undo_plan(phase).statements == ()
+    assert articles.execute("SELECT count(*) FROM runbook.strategy").fetchone() == (0,)
+    assert search.function_state(phase)["settings"] == ["search_path=public, pg_temp"]  # type: ignore[index]
+
+
+def test_a_plan_measures_and_changes_nothing(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    phase = Phase(phase.name, phase.run_id, False, phase.params, phase.connection, phase.ledger)
+    tune.apply(phase)
+    assert phase.ledger.latest("tuning") is None
+    assert tune.undo_plan(phase).statements == ()
+
+
+def test_ivfflat_is_tuned_by_its_probes(ready: Callable[..., Phase]) -> None:
+    phase = ready(
+        index={"method": "ivfflat", "lists": 4}, tune={"queries": 40, "probes": [1, 4], "target_recall": 0.9}
+    )
+    found = tune.apply(phase)
+    assert isinstance(found, tune.Tuning) and found.chosen == 4, "all lists"
+    state = search.function_state(phase)
+    assert state is not None and "ivfflat.max_probes=32768" in state["settings"]
+
+
+DEAR = sweep.Way("exact", 20, "off", 20_000)
+INDEX = sweep.Way("relaxed", 60, "relaxed_order", 100_000)
+
+
+def advice(phase: Phase, bucket: classes.FilterClass) -> str:
+    points = [measured(DEAR, p50_ms=40), measured(INDEX, recall=0.74, p50_ms=28)]
+    return choose._advice(phase, bucket, points, points[0])
+
+
+def test_a_dear_class_is_told_what_to_build_and_why(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = ready()
+    few = classes.FilterClass("status", "10 to 50 %", ("a", "b's"), {"a": 0.2, "b's": 0.2}, 0.2)
+    many = classes.FilterClass("status", "1 to 10 %", ("a",), {f"v{i}": 0.02 for i in range(40)}, 0.02)
+    reason = "exact takes 40.0 ms and 10 pages; the index, at 60, relaxed, 100,000, finds 0.740 in 28.0 ms. "
+    assert advice(phase, few) == (
+        f'{reason}Find its rows by an index: CREATE INDEX CONCURRENTLY ON "public"."articles" ("status");'
+    )
+    articles.execute("CREATE INDEX ON articles (status)")
+    create = (
+        'CREATE INDEX CONCURRENTLY ON "public"."articles" USING hnsw ("embedding" "vector_cosine_ops") WHERE "status"'
+    )
+    assert advice(phase, few) == (f"{reason}Give each value an index of its own: {create} = 'a'; {create} = 'b''s';")
+    assert advice(phase, many) == (f"{reason}Partition the table by status, with a vector index on each partition")
+    assert choose._advice(phase, few, [], measured(DEAR, p50_ms=4)) == "", "fast enough as it is"
