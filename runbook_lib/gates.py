@@ -139,8 +139,8 @@ class RunbookError(Exception):
         self.found, self.needed, self.danger, self.do = found, needed, danger, do
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows: the message. The way through this library tells a DBA nothing."""
-        return str(self).strip("\n").splitlines()
+        """What a notebook and papermill's log show: the message. The way through this library tells a DBA nothing."""
+        return [f"{type(self).__name__}: the notebook stops here.", *str(self).strip("\n").splitlines()]
 
     def __str__(self) -> str:
         parts = {"found": self.found, "needed": self.needed, "danger": self.danger, "do": self.do}
@@ -169,11 +169,6 @@ class GateFailed(RunbookError):
         self.gates = gates
         first = gates.failed[0]
         super().__init__(first.found, first.needed, first.danger, first.do)
-
-    def _render_traceback_(self) -> list[str]:
-        """The gates stand above as a table; this says which of them stopped the notebook."""
-        stopped = ", ".join(dict.fromkeys(g.name for g in self.gates.failed)) or "no gate was looked at"
-        return [f"The notebook stops here: {stopped} did not pass. Do what the table says, then run it again."]
 
     def __str__(self) -> str:
         return "\n" + "\n".join(str(g) for g in self.gates.failed)
