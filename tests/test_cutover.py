@@ -134,7 +134,7 @@ def test_a_route_that_fails_outright_goes_back_too(
 
 def test_short_answers_and_slow_ones_are_named(ready: Callable[..., Phase]) -> None:
     phase = ready()
-    step = cutover.Step(10, 40, 8, 8, empty=0, short=2, overlap=0.95, errors=0, p95_ms=1e6)
+    step = cutover.Step(10, 40, 8, 8, empty=0, short=2, overlap=0.95, errors=0, p95_ms=1e6, legacy_p95_ms=9)
     assert [g.name for g in cutover._judge(phase, step).failed] == [
         "cutover.no_answer_is_short",
         "cutover.calls_are_fast_enough",
