@@ -26,6 +26,7 @@ from runbook_lib.sql import load
 SQL = load("exact")
 
 BLOCK_BYTES = 8 * 1024 * 1024
+DISTANCE_BYTES = 64 * 1024 * 1024
 # COPY's binary format: signature, flags, extension length; the trailer is a field count of -1.
 HEADER = b"PGCOPY\n\xff\r\n\0"
 HEADER_BYTES = len(HEADER) + 8
@@ -78,7 +79,7 @@ def nearest(
     """The k nearest rows of every question, in the order of the questions.
 
     vectors: shape (queries, dimension). connection: in a transaction, where the answers must fit those of other
-    statements. Memory: about BLOCK_BYTES for each of vectors and distances, and k rows a question.
+    statements. Memory: a few times BLOCK_BYTES and DISTANCE_BYTES, and k rows a question.
     """
     listed = {c: _values(questions, c) for c in params.target.filters}
     tops = [_Top(group, k) for group in _groups(questions, listed)]
@@ -86,7 +87,7 @@ def nearest(
         # The server casts the query to the column's type.
         vectors = vectors.astype(np.float16).astype(np.float32)
     numbers = _distances(params.vector.distance, vectors)
-    for block in blocks(connection, params, listed):
+    for block in _small_enough(blocks(connection, params, listed), len(vectors)):
         distances = numbers(block.vectors)
         for top in tops:
             top.add(distances, block)
@@ -94,6 +95,15 @@ def nearest(
     for top in tops:
         answers |= top.answers()
     return [answers[i] for i in range(len(questions))]
+
+
+def _small_enough(whole: Iterator[Block], queries: int) -> Iterator[Block]:
+    """The blocks, cut so that their distances to so many queries take at most DISTANCE_BYTES."""
+    rows = max(1, DISTANCE_BYTES // (np.dtype(np.float64).itemsize * max(queries, 1)))
+    for block in whole:
+        for i in range(0, len(block.keys), rows):
+            part = slice(i, i + rows)
+            yield Block(block.vectors[part], block.codes[part], block.keys[part])
 
 
 def _values(questions: Sequence[Question], column: str) -> list[str]:
