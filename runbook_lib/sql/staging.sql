@@ -32,14 +32,15 @@ WITH given AS (
 ), fresh AS (
     INSERT INTO pg_temp.runbook_seen SELECT key FROM given ON CONFLICT DO NOTHING RETURNING key
 )
-SELECT g.key, f.key IS NULL AS again, r.known IS NOT NULL AS known, r.has_text, r.text_hash, r.current,
+SELECT g.key, f.key IS NULL AS again, r.text_hash IS NOT NULL AS known, r.has_text, r.text_hash,
+       r.kept_hash IS NOT DISTINCT FROM r.text_hash AS current,
        s.key IS NOT NULL AS staged_before, s.text_hash = r.text_hash AS staged
 FROM given g
 LEFT JOIN fresh f ON f.key = g.key
 LEFT JOIN LATERAL (
-    SELECT true AS known, btrim({text}, E' \t\r\n') <> '' AS has_text, {text_hash} AS text_hash,
-           {row_embedding_hash} IS NOT DISTINCT FROM {text_hash} AS current
-    FROM {with_vectors} WHERE t.{key} = g.key
+    -- OFFSET 0 keeps the subquery apart, so that each text is hashed once.
+    SELECT btrim({text}, E' \t\r\n') <> '' AS has_text, {text_hash} AS text_hash, {row_embedding_hash} AS kept_hash
+    FROM {with_vectors} WHERE t.{key} = g.key OFFSET 0
 ) r ON true
 LEFT JOIN {staging} s ON s.key = g.key;
 
@@ -71,14 +72,17 @@ DELETE FROM {rejected};
 -- purpose: Rows with text, and how many of them still want a vector, by the texts as they are now.
 SELECT count(*) AS with_text,
        count(*) FILTER (WHERE current OR staged) AS ready,
-       count(*) FILTER (WHERE NOT current AND NOT staged AND queued) AS queued,
-       count(*) FILTER (WHERE NOT current AND NOT staged AND NOT queued) AS lost
+       count(*) FILTER (WHERE NOT current AND staged IS NOT TRUE AND queued) AS queued,
+       count(*) FILTER (WHERE NOT current AND staged IS NOT TRUE AND NOT queued) AS lost
 FROM (
-    SELECT {row_embedding_hash} IS NOT DISTINCT FROM {text_hash} AS current,
-           EXISTS (SELECT FROM {staging} s WHERE s.key = t.{key} AND s.text_hash = {text_hash}) AS staged,
-           EXISTS (SELECT FROM {queue} q WHERE q.key = t.{key}) AS queued
-    FROM {with_vectors}
-    WHERE btrim({text}, E' \t\r\n') <> ''
+    SELECT h.kept_hash IS NOT DISTINCT FROM h.text_hash AS current, h.staged_hash = h.text_hash AS staged, h.queued
+    FROM (
+        -- OFFSET 0 keeps the subquery apart, so that each text is hashed once.
+        SELECT {text_hash} AS text_hash, {row_embedding_hash} AS kept_hash, s.text_hash AS staged_hash,
+               EXISTS (SELECT FROM {queue} q WHERE q.key = t.{key}) AS queued
+        FROM {with_vectors} LEFT JOIN {staging} s ON s.key = t.{key}
+        WHERE btrim({text}, E' \t\r\n') <> '' OFFSET 0
+    ) h
 ) x;
 
 -- name: staged_vectors
