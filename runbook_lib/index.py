@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,10 +46,11 @@ def plan(phase: Phase) -> db.Plan:
     if found and found["valid"] and found["ready"]:
         return db.Plan((), phase.connection)
     drop = (drop_statement(phase),) if found else ()
-    return db.Plan((*drop, _build(phase)), phase.connection)
+    return db.Plan((*drop, build_statement(phase)), phase.connection)
 
 
-def _build(phase: Phase) -> db.Statement:
+def build_statement(phase: Phase, other: Mapping[str, sql.Composable] | None = None) -> db.Statement:
+    """The build by the parameters; ``other`` puts another name or other options in their place."""
     i = phase.params.index
     lists = i.lists or forecast.lists_rule(_rows(phase)) if i.method == "ivfflat" else 0
     options = {
@@ -56,7 +58,7 @@ def _build(phase: Phase) -> db.Statement:
         "ef_construction": sql.Literal(i.ef_construction),
         "lists": sql.Literal(lists),
     }
-    return db.statement(SQL[f"create_{i.method}"], phase.params, options)
+    return db.statement(SQL[f"create_{i.method}"], phase.params, options | dict(other or {}))
 
 
 def _rows(phase: Phase) -> int:
@@ -90,34 +92,41 @@ def apply(phase: Phase) -> Table:
         rows.append((statement.purpose, statement.lock, round(built.seconds, 2)))
         if statement.name != "index.drop":
             found = state(phase)
-            phase.note(
-                "index",
-                {
-                    "name": index_name(phase.params),
-                    "method": phase.params.index.method,
-                    "seconds": round(built.seconds, 3),
-                    "bytes": found["bytes"] if found else 0,
-                    "notices": built.notices,
-                    "samples": built.samples,
-                },
-            )
+            note_built(phase, built, found["bytes"] if found else 0)
     return Table(("what", "lock", "seconds"), rows)
 
 
+def note_built(phase: Phase, built: Built, size_bytes: int) -> None:
+    """A ledger row of what a build took, and of what it warned of."""
+    phase.note(
+        "index",
+        {
+            "name": index_name(phase.params),
+            "method": phase.params.index.method,
+            "seconds": round(built.seconds, 3),
+            "bytes": size_bytes,
+            "notices": built.notices,
+            "samples": built.samples,
+        },
+    )
+
+
 @dataclass
-class _Built:
+class Built:
+    """What a statement took: seconds, the server's notices, and samples of seconds, blocks done and blocks in all."""
+
     seconds: float = 0.0
     notices: list[str] = field(default_factory=list)
     samples: list[list[float]] = field(default_factory=list)
 
 
-def concurrently(phase: Phase, statement: db.Statement) -> _Built:
+def concurrently(phase: Phase, statement: db.Statement) -> Built:
     """Runs a CONCURRENTLY statement on a connection of its own, with lock and statement timeouts off.
 
     A timeout would let a build run to its end and then fail it, leaving an invalid index that every write pays for.
     """
     i = phase.params.index
-    built = _Built()
+    built = Built()
     with db.connect(phase.params, f"runbook {phase.run_id} {phase.name} build") as connection:
         connection.execute(
             SQL["settings"].compose({}),
@@ -141,7 +150,7 @@ def concurrently(phase: Phase, statement: db.Statement) -> _Built:
     return built
 
 
-def _watch(phase: Phase, pid: int, built: _Built, stop: threading.Event) -> None:
+def _watch(phase: Phase, pid: int, built: Built, stop: threading.Event) -> None:
     """Samples the build's progress from a session of its own until told to stop."""
     started = last_line = time.perf_counter()
     with db.connect(phase.params, f"runbook {phase.run_id} {phase.name} watch") as connection:

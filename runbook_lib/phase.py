@@ -70,7 +70,8 @@ class Phase:
         if not self.execute:
             return gates.without_pass() + self._judge(approval.check(self))
         gates = self._judge(gates)
-        if self.name in MIGRATE and self.name != READS_ONLY:  # a way back never waits
+        # A way back never waits.
+        if self.name in (*MIGRATE, *OPERATE) and self.name not in {READS_ONLY, *RUNS_BESIDE}:
             window.enter(self.params)
         return gates + self._judge(approval.check(self))
 

@@ -23,7 +23,10 @@ UNDO = {
     "50_remove_extension": ("20_extension", "00_preflight"),
 }
 # What comes after, and the phase that each relies on.
-OPERATE = {"10_refresh": "50_backfill"}
+OPERATE = {
+    "10_refresh": "50_backfill",
+    "40_rebuild_index": "60_build_index",
+}
 # Shares its work by claims on rows, so it may run beside itself and beside a run of the migration.
 RUNS_BESIDE = frozenset({"10_refresh"})
 # Reads only, so it needs neither a sign-off nor the maintenance window.

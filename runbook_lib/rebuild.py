@@ -1,0 +1,375 @@
+"""The vector index built again, with other options or because it has aged: built beside, proved, swapped.
+
+REINDEX CONCURRENTLY would swap first and leave the proof for afterwards; so a second index is built under a name of
+its own. Where both are whole the planner may use either; each is measured with the other hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import sql
+
+from runbook_lib import db, index, recall
+from runbook_lib.display import Table, size
+from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.names import identifier, index_name, spelled
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
+from runbook_lib.sql import load
+
+SQL = load("rebuild")
+
+# What REINDEX CONCURRENTLY calls the index that it builds, and the one that it replaces; a number follows the second.
+OF_REINDEX = re.compile(r"_cc(new|old)\d*$")
+LONGEST_NAME_BYTES = 63
+WHAT_IT_IS = {
+    "current": "serves",
+    "new": "built beside, not in its place yet",
+    "old": "served before; dropped as the last step",
+    "leftover": "left by a REINDEX CONCURRENTLY that did not finish",
+    "other": "not the runbook's",
+}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One vector index of the table: what it is to a rebuild, and whether queries can use it."""
+
+    name: str
+    role: str
+    usable: bool
+    options: dict[str, int]
+    bytes: int
+    oid: int
+    builds_under_way: int
+
+
+def new_name(params: Params) -> str:
+    """Name of the index while it stands beside the one that serves."""
+    return _with_tail(index_name(params), "_new")
+
+
+def old_name(params: Params) -> str:
+    """Name of the index that served before, until it is dropped."""
+    return _with_tail(index_name(params), "_old")
+
+
+def _with_tail(name: str, tail: str) -> str:
+    return name.encode()[: LONGEST_NAME_BYTES - len(tail)].decode(errors="ignore") + tail
+
+
+def standing(phase: Phase) -> list[Standing]:
+    """Every vector index of the table, as pg_index has it."""
+    found = db.rows(phase.connection, SQL["standing"], phase.params, vectors=spelled(phase.params, "vectors"))
+    return [
+        Standing(
+            row["name"],
+            _role(phase.params, row),
+            row["usable"],
+            _options(row["options"]),
+            row["bytes"],
+            row["oid"],
+            row["builds_under_way"],
+        )
+        for row in found
+    ]
+
+
+def _role(params: Params, row: db.Row) -> str:
+    own = {index_name(params): "current", new_name(params): "new", old_name(params): "old"}
+    # A whole index of such a name was never left over: somebody chose the name.
+    left_over = bool(OF_REINDEX.search(row["name"])) and not row["usable"]
+    return own.get(row["name"], "leftover" if left_over else "other")
+
+
+def _options(stored: list[str]) -> dict[str, int]:
+    """Of an index as pg_class has them; pgvector's defaults are not written there, and the runbook writes its own."""
+    return {name: int(value) for name, _, value in (option.partition("=") for option in stored) if value.isdigit()}
+
+
+def shown(phase: Phase) -> Table:
+    """The vector indexes of the table, and what each is to this operation."""
+    return Table(
+        ("index", "what it is", "usable", "options", "size"),
+        [
+            (s.name, WHAT_IT_IS[s.role], s.usable, ", ".join(f"{k} {v}" for k, v in s.options.items()), size(s.bytes))
+            for s in standing(phase)
+        ],
+    )
+
+
+def _one(found: list[Standing], role: str) -> Standing | None:
+    return next((s for s in found if s.role == role), None)
+
+
+def wanted_options(phase: Phase) -> dict[str, int]:
+    """The options that the parameters ask for; lists only where they are given."""
+    i = phase.params.index
+    if i.method == "hnsw":
+        return {"m": i.m, "ef_construction": i.ef_construction}
+    return {"lists": i.lists} if i.lists else {}
+
+
+def _fits(phase: Phase, found: Standing, options: dict[str, int] | None) -> bool:
+    wanted = wanted_options(phase) if options is None else options
+    return found.usable and wanted.items() <= found.options.items()
+
+
+def _drop(phase: Phase, name: str) -> db.Statement:
+    return db.statement(SQL["drop"], phase.params, {"leftover": identifier(phase.params.target.schema_, name)})
+
+
+def _named(phase: Phase, block: str) -> db.Statement:
+    p, schema = phase.params, phase.params.target.schema_
+    return db.statement(
+        SQL[block],
+        p,
+        {
+            "old_index": identifier(old_name(p)),
+            "new_index": identifier(new_name(p)),
+            "qualified_old_index": identifier(schema, old_name(p)),
+            "qualified_new_index": identifier(schema, new_name(p)),
+        },
+    )
+
+
+def _build(phase: Phase, options: dict[str, int] | None) -> db.Statement:
+    other: dict[str, sql.Composable] = {name: sql.Literal(value) for name, value in (options or {}).items()}
+    return index.build_statement(phase, {"index": identifier(new_name(phase.params))} | other)
+
+
+def is_done(phase: Phase) -> bool:
+    """Was the index swapped in this very run, and is nothing left of the way there?"""
+    last = phase.ledger.latest("rebuild")
+    roles = {s.role for s in standing(phase)}
+    return bool(last) and last["run_id"] == phase.run_id and not roles & {"new", "old", "leftover"}  # type: ignore[index]
+
+
+def building_plan(phase: Phase, options: dict[str, int] | None = None) -> db.Plan:
+    """What is left over dropped, and a new index built beside; nothing where one stands there, or replaced it."""
+    found = standing(phase)
+    new, old = _one(found, "new"), _one(found, "old")
+    drops = [_drop(phase, s.name) for s in found if s.role == "leftover"]
+    if old or (options is None and is_done(phase)):
+        return db.Plan(tuple(drops), phase.connection)  # swapped already: only the old one is still to go
+    if new and not _fits(phase, new, options):
+        drops.append(_drop(phase, new.name))
+        new = None
+    return db.Plan((*drops, *(() if new else (_build(phase, options),))), phase.connection)
+
+
+def swapping_plan(phase: Phase) -> db.Plan:
+    """The new index put into the place of the old one, and the old one dropped."""
+    found = standing(phase)
+    roles = {s.role for s in found}
+    # Before the build there is no new index yet, but there will be.
+    swap = () if "old" in roles or ("new" not in roles and is_done(phase)) else (_named(phase, "swap"),)
+    drop = (_drop(phase, old_name(phase.params)),) if swap or "old" in roles else ()
+    return db.Plan((*swap, *drop), phase.connection)
+
+
+def plan(phase: Phase) -> db.Plan:
+    """All of it: leftovers dropped, the new index built, swapped in once it is proved, the old one dropped."""
+    return db.Plan((*building_plan(phase), *swapping_plan(phase)), phase.connection)
+
+
+def apply(phase: Phase, options: dict[str, int] | None = None) -> Table:
+    """Builds the new index beside the one that serves; the one that serves is not touched.
+
+    options: in place of those of the parameters.
+    """
+    todo = building_plan(phase, options)
+    if not phase.execute:
+        return phase.carry_out(todo)
+    rows = []
+    for statement in todo:
+        built = index.concurrently(phase, statement)
+        rows.append((statement.purpose, statement.lock, round(built.seconds, 2)))
+        new = _one(standing(phase), "new")
+        if statement.name != SQL["drop"].name and new:
+            index.note_built(phase, built, new.bytes)
+    return Table(("what", "lock", "seconds"), rows)
+
+
+def swap(phase: Phase) -> Table:
+    """Puts the new index into its place and drops the old one, without blocking reads or writes."""
+    todo = swapping_plan(phase)
+    if not phase.execute:
+        return phase.carry_out(todo)
+    before = _one(standing(phase), "current")
+    rows: list[tuple[Any, ...]] = []
+    for statement in todo:
+        if statement.name == SQL["swap"].name:
+            seconds = phase.do(statement).seconds
+            # Written down at once: undo finds the former options here, and a rerun that there is nothing to prove.
+            phase.note("rebuild", {"run_id": phase.run_id, "before": before.options if before else {}})
+        else:
+            seconds = index.concurrently(phase, statement).seconds
+        rows.append((statement.purpose, statement.lock, round(seconds, 3)))
+    return Table(("what", "lock", "seconds"), rows)
+
+
+def check(phase: Phase) -> Gates:
+    """Before anything is changed: an index serves, and nobody else is building on this table."""
+    found = standing(phase)
+    current = _one(found, "current")
+    subject = f"{index_name(phase.params)} on {phase.params.target.schema_}.{phase.params.target.table}"
+    builds = max((s.builds_under_way for s in found), default=0)
+    return collect(
+        [
+            gate(
+                "rebuild.an_index_serves",
+                bool(current and current.usable),
+                subject,
+                found="no such index" if current is None else "valid" if current.usable else "invalid",
+                needed="a valid index, which serves until the new one is proved",
+                danger="there is nothing to compare the new index with",
+                do="run 60_build_index with execute: true",
+            ),
+            gate(
+                "rebuild.no_build_is_under_way",
+                not builds,
+                subject,
+                found=f"{builds} builds at work on this table" if builds else "none",
+                needed="none",
+                danger="the two would wait for each other, and what looks left over may be at work",
+                do="wait for it: SELECT * FROM pg_stat_progress_create_index;",
+            ),
+        ]
+    )
+
+
+def verify_new(phase: Phase) -> Gates:
+    """The new index is whole and finds as much as is asked for, or as much as the one that serves."""
+    found = standing(phase)
+    new, current = _one(found, "new"), _one(found, "current")
+    whole = _is_whole(phase, new) if not _one(found, "old") and not is_done(phase) else None
+    if whole is None:
+        return collect([_is_in_place(phase, current)])
+    if not new or not new.usable:
+        return collect([whole])
+    asked = recall.questions(phase)
+    others = [s.name for s in found if s.usable]
+    was = recall.through(phase, asked, index_name(phase.params), [n for n in others if n != index_name(phase.params)])
+    now = recall.through(phase, asked, new.name, [n for n in others if n != new.name])
+    for measured in (was, now):
+        phase.note("recall", measured.as_data() if measured else {})
+    return collect([whole, recall_gate(phase, "rebuild.new_index_finds_as_much", new.name, was, now)])
+
+
+def recall_gate(
+    phase: Phase, name: str, subject: str, was: recall.Measured | None, now: recall.Measured | None
+) -> Gate:
+    """Recall reaches the target, or what it was before where that was less."""
+    target = phase.params.tune.target_recall
+    needed = min(target, was.recall) if was else target
+    return gate(
+        name,
+        None if now is None else now.recall >= needed and now.short <= (was.short if was else 0),
+        subject,
+        found=f"{now}; before {was or 'not measured'}" if now else "the planner does not use it",
+        needed=f"recall {needed:.3f}, no more queries short of rows than before",
+        danger="the index would hide answers that exact search finds, and that the one before found",
+        do="build with a higher ef_construction or m in index; nothing else has changed",
+        figures={"before": was.recall if was else None, "after": now.recall if now else None},
+    )
+
+
+def _is_whole(phase: Phase, new: Standing | None) -> Gate:
+    return gate(
+        "rebuild.new_index_is_valid",
+        bool(new and new.usable),
+        new_name(phase.params),
+        found="no such index" if new is None else f"valid, {size(new.bytes)}" if new.usable else "invalid",
+        needed="valid",
+        danger="nothing can take the place of the index that serves, yet every write pays for what is there",
+        do="run 40_rebuild_index again with execute: true; it drops what is left and builds anew",
+        figures={"bytes": new.bytes} if new else {},
+    )
+
+
+def _is_in_place(phase: Phase, current: Standing | None) -> Gate:
+    return gate(
+        "rebuild.new_index_is_in_place",
+        bool(current and current.usable),
+        index_name(phase.params),
+        found="in its place, proved before" if current else "no index of that name",
+        needed="the new index, proved before it was put there",
+        danger="searches read the whole table",
+        do="run 60_build_index with execute: true",
+    )
+
+
+def verify(phase: Phase) -> Gates:
+    """The index has the options that were asked for, is whole, finds known rows, and nothing is left beside it."""
+    return index.verify(phase) + collect([_has_options(phase, wanted_options(phase)), _nothing_is_left(phase)])
+
+
+def _has_options(phase: Phase, wanted: dict[str, int]) -> Gate:
+    current = _one(standing(phase), "current")
+    options = current.options if current else {}
+    return gate(
+        "rebuild.index_has_its_options",
+        wanted.items() <= options.items(),
+        index_name(phase.params),
+        found=", ".join(f"{k} {v}" for k, v in options.items()) or "none of its own",
+        needed=", ".join(f"{k} {v}" for k, v in wanted.items()) or "any",
+        danger="recall and speed are those of another index than the one that was asked for",
+        do="run 40_rebuild_index again with execute: true",
+    )
+
+
+def _nothing_is_left(phase: Phase) -> Gate:
+    left = [s.name for s in standing(phase) if s.role in ("new", "old", "leftover")]
+    return gate(
+        "rebuild.nothing_is_left",
+        not left,
+        spelled(phase.params, "vectors"),
+        found=", ".join(left) or "one index",
+        needed="one index",
+        danger="every write pays for each index that is left",
+        do="run 40_rebuild_index again with execute: true",
+    )
+
+
+def former_options(phase: Phase) -> dict[str, int]:
+    """The options of the index before the last swap; empty where there was none."""
+    last = phase.ledger.latest("rebuild")
+    return {k: int(v) for k, v in last["before"].items()} if last else {}
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """Back to the index that served before: swapped back while it is there, otherwise built again as it was."""
+    found = standing(phase)
+    roles, current = {s.role for s in found}, _one(found, "current")
+    drops = [_drop(phase, s.name) for s in found if s.role == "leftover"]
+    if "old" in roles:
+        back = [_named(phase, "swap_back"), _drop(phase, new_name(phase.params))]
+    elif "new" in roles:
+        back = [_drop(phase, new_name(phase.params))]
+    elif current and former_options(phase) and current.options != former_options(phase):
+        back = [_build(phase, former_options(phase)), _named(phase, "swap"), _drop(phase, old_name(phase.params))]
+    else:
+        back = []
+    return db.Plan((*drops, *back), phase.connection)
+
+
+def undo(phase: Phase) -> Table:
+    """Carries out the way back; does nothing where the index is the one that served before."""
+    todo = undo_plan(phase)
+    if not phase.execute:
+        return phase.carry_out(todo)
+    in_a_transaction = (SQL["swap"].name, SQL["swap_back"].name)
+    rows = [
+        (s.purpose, (phase.do(s) if s.name in in_a_transaction else index.concurrently(phase, s)).seconds)
+        for s in todo
+    ]
+    return Table(("what", "seconds"), rows)
+
+
+def verify_undone(phase: Phase) -> Gates:
+    """The index has the options that it had before, and nothing is left beside it."""
+    return collect([_has_options(phase, former_options(phase)), _nothing_is_left(phase)])
