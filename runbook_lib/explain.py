@@ -27,7 +27,7 @@ def gates(phase: Phase) -> list[Gate]:
     routes = list(dict.fromkeys(["vector", p.cut_over.route]))
     found = [_function_searches_by_index(phase, route) for route in routes]
     sent = [function_query(phase), *([application_query(phase)] if p.search.application_query else [])]
-    with _as_the_application(phase) as connection:
+    with as_the_application(phase) as connection:
         found += [judge(phase, connection, s, kind) for s in sent for kind in ("custom", "generic")]
     return found
 
@@ -68,7 +68,7 @@ def _usual_value(phase: Phase, column: str) -> str | None:
 
 
 @contextmanager
-def _as_the_application(phase: Phase) -> Iterator[db.Connection]:
+def as_the_application(phase: Phase) -> Iterator[db.Connection]:
     """A fresh connection with the settings that the search function carries, which sway the planner."""
     state = search.function_state(phase)
     with db.connect(phase.params, f"runbook {phase.run_id} plans") as connection:
@@ -124,7 +124,7 @@ def _function_searches_by_index(phase: Phase, route: str) -> Gate:
 
 
 def _cause_in_the_function(phase: Phase) -> diagnose.Cause:
-    with _as_the_application(phase) as connection:
+    with as_the_application(phase) as connection:
         return diagnose.diagnose(phase, connection, function_query(phase), "custom")
 
 

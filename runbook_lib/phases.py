@@ -25,9 +25,10 @@ UNDO = {
 # What comes after, and the phase that each relies on.
 OPERATE = {
     "10_refresh": "50_backfill",
+    "20_watch": "70_tune",
     "40_rebuild_index": "60_build_index",
 }
-# Shares its work by claims on rows, so it may run beside itself and beside a run of the migration.
-RUNS_BESIDE = frozenset({"10_refresh"})
+# Share their work by claims on rows, or only read: they may run beside themselves and beside a run of the migration.
+RUNS_BESIDE = frozenset({"10_refresh", "20_watch"})
 # Reads only, so it needs neither a sign-off nor the maintenance window.
 READS_ONLY = MIGRATE[0]

@@ -1,0 +1,332 @@
+"""Operate 20: is the search still what was proved? It only reads, so it can run every hour and before a release."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from pgvector.psycopg import register_vector
+from psycopg import sql
+
+from runbook_lib import compare, db, embed, evaluate, explain, forecast, index, search, tune, versions
+from runbook_lib.display import Table, duration, number, size
+from runbook_lib.evaluate import Query
+from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.ledger import SQL as LEDGER_SQL
+from runbook_lib.names import names, spelled
+from runbook_lib.phase import Phase
+from runbook_lib.prepared import vector_indexes
+from runbook_lib.sql import load
+
+SQL = load("watch")
+
+DAY_S = 86_400
+# Below these, a ratio says more about small numbers than about the table.
+FEWEST_ROWS_FOR_DEAD = 1000
+SMALLEST_FORECAST_BYTES = 1024 * 1024
+# A page holds a dozen rows or more: so many times the rows that are wanted are asked for.
+ROWS_A_SAMPLE = 20
+# What these gates of 60_build_index say stays true; the other is about the build.
+STANDING_INDEX_GATES = ("index.is_valid", "index.has_the_right_operator_class", "index.finds_known_rows")
+
+
+def look(phase: Phase) -> Gates:
+    """Every gate of the check that stays; what it saw goes into the ledger, for the next look to compare with."""
+    seen = _seen(phase)
+    if _standing(phase) is None:
+        phase.note("standing", {"settings": seen["settings"], "source": seen["source"]})
+    gates = list(_gates(phase, seen))
+    phase.note("watch", {**seen, "verdicts": {g.name: str(g.verdict) for g in gates}})
+    return collect(gates)
+
+
+def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
+    yield _route_is_as_set(phase)
+    yield from (g for g in index.verify(phase) if g.name in STANDING_INDEX_GATES)
+    if vector_indexes(phase.connection, phase.params):
+        yield from explain.gates(phase)
+        yield _recall_holds(phase)
+    yield from _relevance_holds(phase)
+    yield from _rows_are_fresh(phase)
+    yield _queue_is_young(phase)
+    yield _index_is_used(phase, seen)
+    yield _dead_rows_are_few(phase)
+    yield _index_is_lean(phase, seen)
+    yield _settings_hold(phase, seen)
+    yield _extension_is_sound(phase)
+
+
+def last_look(phase: Phase) -> Table:
+    """What the look before this one saw."""
+    last = phase.ledger.latest("watch") or {}
+    shown = [(key, value) for key, value in last.items() if key in ("at", "scans", "bytes", "route", "calls")]
+    verdicts = list(last.get("verdicts", {}).values())
+    counts = [(verdict, verdicts.count(verdict)) for verdict in sorted(set(verdicts))]
+    return Table(("last look", ""), [*shown, *counts] or [("none yet", "")])
+
+
+def _seen(phase: Phase) -> dict[str, Any]:
+    """Counters and settings as they are before this look adds to them."""
+    p = phase.params
+    oids = [row["oid"] for row in vector_indexes(phase.connection, p)]
+    row = db.one(phase.connection, SQL["scans"], p, oids=oids, schema=p.target.schema_, function=p.function_name)
+    state = search.function_state(phase)
+    return {
+        **row,
+        "route": search.current_route(phase)[0] if state else None,
+        "settings": sorted(state["settings"] or []) if state else [],
+        "source": state["source"] if state else None,
+    }
+
+
+def _table(phase: Phase) -> str:
+    return f"{phase.params.target.schema_}.{phase.params.target.table}"
+
+
+def _route_is_as_set(phase: Phase) -> Gate:
+    """A route that somebody moved past the runbook shows here."""
+    set_to = phase.ledger.latest("route")
+    expected = (set_to["route"], set_to["share_percent"]) if set_to else ("legacy", 0)
+    found = search.current_route(phase) if search.function_state(phase) else None
+    return gate(
+        "watch.route_is_as_set",
+        found == expected,
+        phase.params.target.name,
+        found=f"{found[0]} at {found[1]} %" if found else "no search function",
+        needed=f"{expected[0]} at {expected[1]} %, as the ledger has it",
+        danger="reads go where nobody has judged them",
+        do="run 90_cut_over again, or undo/10_reads_to_legacy; both write down what they do",
+    )
+
+
+def _recall_holds(phase: Phase) -> Gate:
+    """Recall on other queries at every look, and on rows that are in the table now."""
+    p = phase.params
+    chosen = random.Random(phase.run_id)  # noqa: S311 - a sample, not a secret
+    queries = evaluate.read_queries(p)
+    queries = chosen.sample(queries, min(p.watch.queries, len(queries)))
+    rows = _some_rows(phase)
+    asked = [*queries, *(Query(f"row {row['key']}", "") for row in rows)]
+    vectors = np.array([*embed.query_vectors(p, queries), *(_as_array(row["embedding"]) for row in rows)])
+    statement = search.route_statement(phase.connection, p, "vector")
+    with tune.exactly(phase) as connection:
+        exact = search.ask(connection, p, statement, asked, vectors, p.queries.k)
+    with explain.as_the_application(phase) as connection:
+        got = search.ask(connection, p, statement, asked, vectors, p.queries.k)
+    ids = [q.query_id for q in asked]
+    recall = evaluate.recall([exact.keys[i] for i in ids], [got.keys[i] for i in ids])
+    needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
+    return gate(
+        "watch.recall_holds",
+        recall >= needed,
+        _table(phase),
+        found=f"recall@{p.queries.k} {recall:.3f} on {len(queries)} queries and {len(rows)} rows",
+        needed=f"{needed:.3f}, the target less watch.largest_recall_loss",
+        danger="the index hides answers that exact search finds",
+        do="run 70_tune again; if a higher setting does not reach it, build the index anew",
+        figures={"recall": recall, "queries": len(queries), "rows": len(rows)},
+    )
+
+
+def _some_rows(phase: Phase) -> list[db.Row]:
+    register_vector(phase.connection)
+    wanted = phase.params.watch.queries
+    return phase.connection.execute(
+        SQL["some_vectors"].compose(names(phase.params) | {"looked_at": _sampled(phase)}),
+        {"n": wanted, "percent": _percent(phase, wanted * ROWS_A_SAMPLE)},
+    ).fetchall()
+
+
+def _as_array(value: Any) -> Any:
+    """A vector as numpy has it; halfvec comes as an object of pgvector."""
+    return value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
+
+
+def _sampled(phase: Phase) -> sql.Composed:
+    return SQL["sampled"].compose(names(phase.params))
+
+
+def _percent(phase: Phase, rows: int) -> float:
+    """The share of the pages that holds about so many rows."""
+    found = db.one(phase.connection, SQL["size"], phase.params, table=spelled(phase.params, "table"))["rows"]
+    return min(100.0, 100.0 * rows / found) if found else 100.0
+
+
+def _relevance_holds(phase: Phase) -> Iterator[Gate]:
+    """Relevance of the route now against what 80_shadow recorded, on the same queries; nothing without judgements."""
+    p = phase.params
+    route = p.cut_over.route
+    recorded = (phase.ledger.latest("shadow") or {}).get("per_query", {}).get(route, {})
+    marks = compare.judgements(phase)
+    known = [q for q in evaluate.read_queries(p) if q.query_id in recorded and q.query_id in marks]
+    queries = evaluate.sample(known, p.watch.judged)
+    if not queries:
+        return
+    statement = search.route_statement(phase.connection, p, route)
+    with explain.as_the_application(phase) as connection:
+        vectors = embed.query_vectors(p, queries)
+        got = search.ask(connection, p, statement, queries, vectors, compare.JUDGED_DEPTH)
+    now = evaluate.relevance(got.keys, {q.query_id: marks[q.query_id] for q in queries}).per_query
+    pair = evaluate.paired({q.query_id: recorded[q.query_id] for q in queries}, now)
+    yield gate(
+        "watch.relevance_holds",
+        pair.difference >= -p.watch.largest_relevance_loss,
+        route,
+        found=f"nDCG@10 {pair.difference:+.3f} since 80_shadow ({pair.low:+.3f} to {pair.high:+.3f},"
+        f" p = {pair.p_value:.2g}) on {pair.queries} judged queries",
+        needed=f"at least {-p.watch.largest_relevance_loss:+.3f}",
+        danger="users find less than on the day of the cut-over",
+        do="look for missing and stale rows above; if there are none, judge what was added since, and run 80_shadow",
+        figures=vars(pair),
+    )
+
+
+def _rows_are_fresh(phase: Phase) -> Iterator[Gate]:
+    """Counted over the texts as they are now; on a large table over a sample of its pages, and then it says so."""
+    p = phase.params
+    rows = db.one(phase.connection, SQL["size"], p, table=spelled(p, "table"))["rows"]
+    whole = rows <= p.watch.count_up_to_rows
+    looked_at = sql.SQL("true") if whole else _sampled(phase)
+    found = phase.connection.execute(
+        SQL["freshness"].compose(names(p) | {"looked_at": looked_at}),
+        {"percent": _percent(phase, p.watch.count_up_to_rows)},
+    ).fetchone()
+    assert found is not None
+    of = f"of {number(found['looked_at'])} rows" + ("" if whole else f", a sample of about {number(rows)}")
+    for kind, what, danger in (
+        ("missing", "have text, no vector", "the new search never finds these rows"),
+        ("stale", "have the vector of an older text", "the new search ranks these rows by words they no longer hold"),
+    ):
+        yield gate(
+            f"watch.nothing_is_{kind}",
+            found[kind] == 0,
+            _table(phase),
+            found=f"{number(found[kind])} {of} {what} and are not queued",
+            needed="0",
+            danger=danger,
+            do="look whether the capture triggers are enabled, then run 40_load_embeddings and 50_backfill",
+            figures={kind: found[kind], "looked_at": found["looked_at"], "whole_table": whole},
+        )
+
+
+def _queue_is_young(phase: Phase) -> Gate:
+    found = db.one(phase.connection, SQL["queue"], phase.params)
+    limit = phase.params.watch.oldest_queued_s
+    return gate(
+        "watch.queue_is_young",
+        found["oldest_s"] <= limit,
+        spelled(phase.params, "queue"),
+        found=f"{number(found['changes'])} changes wait"
+        + (f", the oldest for {duration(found['oldest_s'])}" if found["changes"] else ""),
+        needed=f"none for longer than {duration(limit)}",
+        danger="changed rows are found by their old words, new ones not at all",
+        do="run operate/10_refresh, and see that it is scheduled",
+        figures=found,
+    )
+
+
+def _index_is_used(phase: Phase, seen: dict[str, Any]) -> Gate:
+    """Fails where calls were made and no scan was, or where a day has gone by without any."""
+    last = phase.ledger.latest("watch")
+    scans = seen["scans"] - last["scans"] if last else seen["scans"]
+    calls = (
+        seen["calls"] - last["calls"] if last and seen["calls"] is not None and last["calls"] is not None else None
+    )
+    idle = last is not None and seen["at_s"] - last["at_s"] > DAY_S
+    since = f" since {last['at'][:16]}" if last else " so far; this is the first look"
+    return gate(
+        "watch.index_is_used",
+        scans > 0 or seen["route"] in (None, "legacy") or not (idle or calls),
+        phase.params.function_name,
+        found=f"{number(scans)} index scans{since}" + (f", {number(calls)} calls" if calls is not None else ""),
+        needed="scans wherever there are calls, and some every day",
+        danger="the reads do not go where the route says: every write pays for an index that no search uses",
+        do="look at explain's gates above, and at whether the application calls the function",
+        figures={"scans": scans, "calls": calls},
+    )
+
+
+def _dead_rows_are_few(phase: Phase) -> Gate:
+    found = db.one(phase.connection, SQL["size"], phase.params, table=spelled(phase.params, "vectors"))
+    together = found["live"] + found["dead"]
+    percent = 100 * found["dead"] / together if together else 0.0
+    limit = phase.params.watch.dead_rows_percent
+    return gate(
+        "watch.dead_rows_are_few",
+        percent <= limit or together < FEWEST_ROWS_FOR_DEAD,
+        spelled(phase.params, "vectors"),
+        found=f"{number(found['dead'])} dead rows, {percent:.0f} % of all",
+        needed=f"at most {limit:g} %",
+        danger="an index scan spends its candidates on dead rows, and returns fewer than were asked for",
+        do=f"VACUUM (ANALYZE) {spelled(phase.params, 'vectors')}, and look at what keeps autovacuum from it",
+        figures={"dead": found["dead"], "live": found["live"]},
+    )
+
+
+def _index_is_lean(phase: Phase, seen: dict[str, Any]) -> Gate:
+    found = db.one(phase.connection, SQL["size"], phase.params, table=spelled(phase.params, "vectors"))
+    expected = max(forecast.forecast(found["rows"], phase.params).index_bytes, SMALLEST_FORECAST_BYTES)
+    limit = phase.params.watch.index_growth
+    return gate(
+        "watch.index_is_lean",
+        seen["bytes"] <= limit * expected,
+        spelled(phase.params, "vectors"),
+        found=f"{size(seen['bytes'])}, {seen['bytes'] / expected:.1f} × the forecast of {number(found['rows'])} rows",
+        needed=f"at most {limit:g} ×",
+        danger="searches read pages of rows that are gone, and the index no longer fits where it did",
+        do="build the index anew, concurrently: operate's rebuild, or undo/20_remove_index and 60_build_index",
+        figures={"bytes": seen["bytes"], "forecast_bytes": expected},
+    )
+
+
+def _settings_hold(phase: Phase, seen: dict[str, Any]) -> Gate:
+    """The function is as it was when the reads were moved, or at the first look after it was tuned again."""
+    before = _standing(phase)
+    was = sorted(before["settings"] or []) if before else seen["settings"]
+    changed = [s for s in seen["settings"] if s not in was] + [f"no {s}" for s in was if s not in seen["settings"]]
+    same_source = before is None or before["source"] == seen["source"]
+    return gate(
+        "watch.settings_hold",
+        not changed and same_source,
+        phase.params.function_name,
+        found=("; ".join(changed) if changed else "the settings that were chosen")
+        + ("" if same_source else "; its source was changed"),
+        needed="; ".join(s for s in was if not s.startswith("search_path")) or "no settings",
+        danger="the application searches with another setting than the one that was measured",
+        do="run 70_tune again, which measures and sets it; find out who changed it in pg_stat_statements or the log",
+        figures={"changed": len(changed)},
+    )
+
+
+def _standing(phase: Phase) -> dict[str, Any] | None:
+    """The function's settings and source as they are meant to be; None where it was tuned after they were noted."""
+    if not phase.ledger.exists():
+        return None
+    standing, tuning = (
+        next(iter(db.rows(phase.ledger.connection, LEDGER_SQL["latest"], phase.params, kind=kind, phase=None)), None)
+        for kind in ("standing", "tuning")
+    )
+    if standing is None or (tuning is not None and tuning["seq"] > standing["seq"]):
+        return None
+    return dict(standing["body"])
+
+
+def _extension_is_sound(phase: Phase) -> Gate:
+    found = db.rows(phase.connection, SQL["extension"], phase.params)
+    installed = found[0]["version"] if found else None
+    newest = versions.RELEASES[-1].version
+    mended = (
+        [f"{r.version}: {fix}" for r in versions.between(installed, newest) for fix in r.fixes] if installed else []
+    )
+    return gate(
+        "watch.extension_has_no_known_fault",
+        installed is not None and not mended,
+        "vector",
+        found=installed or "not installed",
+        needed=f"{newest}, or one without faults that a later release mends",
+        danger="; ".join(mended) or "there is nothing to search with",
+        do="install the server's package of the newer release, then ALTER EXTENSION vector UPDATE",
+        figures={"faults": len(mended)},
+    )
