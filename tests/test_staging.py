@@ -118,7 +118,7 @@ def test_refused_vectors_are_kept_with_their_reason_and_tried_again(
         staging.apply(phase)
     refused = {g.name: g for g in staging.verify(phase)}["staging.no_vector_was_refused"]
     assert str(refused) == (
-        "FAIL    staging.no_vector_was_refused   \"runbook\".\"articles_rejected\"\n"
+        'FAIL    staging.no_vector_was_refused   "runbook"."articles_rejected"\n'
         "  found   1 × NaN or infinity among its numbers (for instance key 4);"
         " 1 × a zero vector, which cosine cannot rank (for instance key 6)\n"
         "  needed  none\n"
