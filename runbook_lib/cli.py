@@ -231,7 +231,7 @@ def _lab() -> None:
     try:
         lab.wait()
     except KeyboardInterrupt:
-        _say("stopping JupyterLab and the server")
+        say("stopping JupyterLab and the server")
     finally:
         if lab.poll() is None:
             lab.terminate()
