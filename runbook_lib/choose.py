@@ -17,7 +17,9 @@ from runbook_lib.sweep import Measured, Way
 # Questions that say whether a way is worth measuring in full.
 SCREENED = 40
 # A way that takes this much longer than the cheapest that reaches the target, on the first questions, is left.
-HOPELESS = 1.5
+HOPELESS = 1.2
+# Of ways that take no longer than this many times the cheapest, the one that finds most is chosen.
+AS_CHEAP = 1.1
 # An exact search slower than this, and so many times slower than one without a filter, is worth an index of its own.
 SLOW_MS, SLOW_TIMES = 5.0, 5.0
 # More values than this call for partitions, not for an index each.
@@ -70,16 +72,22 @@ def unfiltered(phase: Phase, connection: db.Connection, ways: Sequence[Way], ask
     return _choice(phase, connection, classes.UNFILTERED, points, reached[0].way if reached else None, held_out)
 
 
-def filtered(phase: Phase, connection: db.Connection, of: FilterClass, asked: Sequence[Asked]) -> Choice:
-    """Every row that the filter lets through, then the index in each of its ways, as long as they can still win."""
+def filtered(phase: Phase, connection: db.Connection, of: FilterClass, asked: Sequence[Asked], rows: int) -> Choice:
+    """Every row that the filter lets through, then the index in each of its ways, as long as they can still win.
+
+    rows: of the table; an iterative scan cannot scan more. A way that PostgreSQL answers without the vector index,
+    because it finds the filter's rows sooner, is not chosen: which plan it takes may change with the statistics,
+    and ``exact`` says the same for good.
+    """
     tuning, held_out = asked[::2], asked[1::2]
     target = phase.params.tune.target_recall
     points = [sweep.measure(phase, connection, sweep.exact_way(phase), tuning[: 2 * SCREENED])]
-    best = points[0]
-    for family in _families(phase):
+    reached = [points[0]]
+    for family in _families(phase, rows):
         for way in family:
             screened = sweep.measure(phase, connection, way, tuning[:SCREENED])
-            if screened.p50_ms > best.p50_ms * HOPELESS:
+            dear = screened.p50_ms > HOPELESS * min(m.p50_ms for m in reached)
+            if dear or not screened.uses_the_index:
                 points.append(screened)
                 break
             if screened.high < target or screened.rows_short:
@@ -87,12 +95,17 @@ def filtered(phase: Phase, connection: db.Connection, of: FilterClass, asked: Se
                 continue
             points.append(sweep.measure(phase, connection, way, tuning))
             if points[-1].reaches(target):
-                best = min(best, points[-1], key=lambda m: m.p50_ms)
+                reached.append(points[-1])
                 break
-    return _choice(phase, connection, of, points, best.way, held_out)
+    return _choice(phase, connection, of, points, _best(reached).way, held_out)
 
 
-def _families(phase: Phase) -> Iterator[list[Way]]:
+def _best(reached: Sequence[Measured]) -> Measured:
+    cheapest = min(m.p50_ms for m in reached)
+    return max((m for m in reached if m.p50_ms <= AS_CHEAP * cheapest), key=lambda m: (m.recall, -m.p50_ms))
+
+
+def _families(phase: Phase, rows: int) -> Iterator[list[Way]]:
     """Ways through the index, in lists that grow dearer and better."""
     method = phase.params.index.method
     t = phase.params.tune
@@ -100,7 +113,9 @@ def _families(phase: Phase) -> Iterator[list[Way]]:
     default = search.MOST_SCANNED_DEFAULT[method]
     yield [Way("index", n, "off", default) for n in candidates]
     limits = sorted(set(t.max_scan_tuples)) if method == "hnsw" else [default]
-    for limit in limits:
+    # Past the whole table a higher limit changes nothing.
+    whole = next((i for i, limit in enumerate(limits) if limit >= rows), len(limits))
+    for limit in limits[: whole + 1]:
         if method == "hnsw":
             yield [Way("index", n, "strict_order", limit) for n in candidates]
         yield [Way("relaxed", n, "relaxed_order", limit) for n in candidates]

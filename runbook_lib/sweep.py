@@ -28,6 +28,7 @@ RESAMPLES, CONFIDENCE, SEED = 2_000, 0.95, 20260225
 Z = 1.959964
 # Rows as near as the last exact one, up to this, count as found: single precision does not tell them apart.
 SAME_DISTANCE = 1e-5
+VECTOR_INDEX = "vector index"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Measured:
     p99_ms: float
     buffers: int
     plan: str
+
+    @property
+    def uses_the_index(self) -> bool:
+        """Were the explained questions answered by the vector index, all of them?"""
+        return self.plan == VECTOR_INDEX
 
     def reaches(self, target: float) -> bool:
         """Is the target reached with confidence, for every value, and no question short of rows?"""
@@ -189,19 +195,19 @@ def interval(shares: Sequence[float], answers: int) -> tuple[float, float]:
 def _explain(
     phase: Phase, connection: db.Connection, statement: sql.Composed, asked: Sequence[Asked]
 ) -> tuple[int, str]:
-    """Pages touched by a question, a median, and how the rows of the last one were found."""
+    """Pages touched by a question, a median, and how their rows were found."""
     explained = sql.SQL("EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) {}").format(statement)
-    pages, plan = [], ""
+    pages: list[int] = []
+    plans: list[str] = []
     for question in asked:
         row = connection.execute(explained, _values(phase, question), prepare=False).fetchone()
         root = row["QUERY PLAN"][0]["Plan"] if row else {}
         pages.append(root.get("Shared Hit Blocks", 0) + root.get("Shared Read Blocks", 0))
-        text = json.dumps(root)
-        plan = (
-            "vector index"
-            if index_name(phase.params) in text
-            else "whole table"
-            if "Seq Scan" in text
-            else "filter's index"
-        )
-    return int(np.median(pages)) if pages else 0, plan
+        plans.append(_plan(phase, json.dumps(root)))
+    return int(np.median(pages)) if pages else 0, ", ".join(dict.fromkeys(plans))
+
+
+def _plan(phase: Phase, explained: str) -> str:
+    if index_name(phase.params) in explained:
+        return VECTOR_INDEX
+    return "whole table" if "Seq Scan" in explained else "filter's index"

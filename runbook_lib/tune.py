@@ -150,7 +150,8 @@ def apply(phase: Phase) -> Tuning | Table:
     without = asked.pop(classes.UNFILTERED)
     with sweep.session(phase) as connection:
         first = choose.unfiltered(phase, connection, _ways_to_try(phase, connection, without[0]), without)
-        others = [choose.filtered(phase, connection, c, q) for c, q in asked.items()]
+        rows = without[0].exact.matching
+        others = [choose.filtered(phase, connection, c, q, rows) for c, q in asked.items()]
     tuning = Tuning(
         k=p.queries.k,
         queries=len(without),
