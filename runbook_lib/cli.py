@@ -24,7 +24,7 @@ from runbook_lib import cli_review, db, inputs, runner
 from runbook_lib import params as params_module
 from runbook_lib.console import COMPLETION_HELP, EXIT_CODES_HELP, PARAMS, plain_errors, say, say_nothing
 from runbook_lib.display import Table
-from runbook_lib.gates import BadInput, Verdict
+from runbook_lib.gates import BadInput, GateFailed, Verdict
 from runbook_lib.ledger import Ledger
 from runbook_lib.manifest import SYMBOLS, Status
 from runbook_lib.params import Params
@@ -115,10 +115,13 @@ def undo(params_file: Path, execute: bool, last: str | None, quiet: bool, verbos
         )
 
 
-@main.command()
+@main.command(epilog=EXIT_CODES_HELP)
 @PARAMS
 def check(params_file: Path) -> None:
-    """Check parameters and inputs, and start nothing; exit code 2 and every problem if they will not do."""
+    """Check parameters and inputs; after a migration, that the search is still what was proved. Starts nothing.
+
+    Exit code 2 and every problem where a run would not start; 1 and every failed gate where the search regressed.
+    """
     with plain_errors():
         params = params_module.load(params_file)
         gates = inputs.input_problems(params)
@@ -127,6 +130,19 @@ def check(params_file: Path) -> None:
         click.echo(
             f"{SYMBOLS[Status.PASSED]} {params_file}: nothing stands against a run ({len(gates)} inputs checked)"
         )
+        _check_search(params)
+
+
+def _check_search(params: Params) -> None:
+    """The gates of operate/20_watch, where there is something to watch; for CI, cron and a release checklist."""
+    # Here, because it needs what takes longer to import than the other commands take to run.
+    from runbook_lib import watch
+
+    gates = watch.check(params)
+    if gates.failed:
+        raise GateFailed(gates)
+    if gates:
+        click.echo(f"{SYMBOLS[Status.PASSED]} the search is what was proved ({len(gates)} gates passed)")
 
 
 def _names(value: str) -> tuple[str, ...]:

@@ -1,12 +1,16 @@
 """Operate 20: what drifts after the cut-over is found, and named."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 
 from runbook_lib import backfill, compare, cutover, extension, index, schema, search, staging, tune, watch
+from runbook_lib.cli import main
 from runbook_lib.gates import Gate
 from runbook_lib.phase import Phase
 
@@ -205,3 +209,19 @@ def test_a_day_without_any_scan_is_found(open_phase: Open) -> None:
     assert watch._index_is_used(phase, seen | {"at_s": 5000.0}).verdict == "PASS"
     assert watch._index_is_used(phase, seen | {"at_s": 100_000.0}).verdict == "FAIL"
     assert watch._index_is_used(phase, seen | {"at_s": 100_000.0, "route": "legacy"}).verdict == "PASS"
+
+
+def test_runbook_check_ends_with_1_where_the_search_regressed(
+    tuned: Callable[..., Phase], articles: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    phase = tuned()
+    runner, path = CliRunner(), str(tmp_path / "toy.yaml")
+    before = runner.invoke(main, ["check", path])
+    assert before.exit_code == 0 and "the search is what was proved" not in before.output, "nothing proved yet"
+    replace(phase.ledger, phase="70_tune").append("phase", {"verdict": "PASS"})
+    holds = runner.invoke(main, ["check", path])
+    assert holds.exit_code == 0 and "the search is what was proved" in holds.output, holds.output
+    articles.execute("DROP INDEX articles_embedding_hnsw")
+    broken = runner.invoke(main, ["check", path])
+    assert broken.exit_code == 1 and "FAIL    index.is_valid" in broken.output
+    assert phase.ledger.latest("watch") is None, "a check writes nothing"
