@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 # Inline, because a saved notebook and its HTML carry no style sheet of ours.
 CELL = "padding:.25em .6em;text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:break-word"
 VERDICT = CELL.replace("pre-wrap", "nowrap")
+LONG_WORD = re.compile(r"\S{30,}")
+MARK = re.compile(r"([/._,(])")
 ROW_STYLES = {
     "gate-pass": "border-left:.4em solid #1a7f37",
     "gate-fail": "border-left:.4em solid #b3261e;font-weight:600",
@@ -55,6 +58,12 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _markup(value: Any) -> str:
+    """The value as HTML; a long path or name may break behind its marks, a word never does."""
+    escaped = html.escape(_text(value))
+    return LONG_WORD.sub(lambda word: MARK.sub(r"\1<wbr>", word[0]), escaped)
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows under column titles; text in a terminal, HTML in a notebook. Values are escaped."""
@@ -88,8 +97,7 @@ class Table:
             kind = self.row_classes[i] if self.row_classes else ""
             style = f' class="{kind}" style="{ROW_STYLES.get(kind, "")}"' if kind else ""
             cells = "".join(
-                f'<td style="{VERDICT if kind and not j else CELL}">{html.escape(_text(v))}</td>'
-                for j, v in enumerate(row)
+                f'<td style="{VERDICT if kind and not j else CELL}">{_markup(v)}</td>' for j, v in enumerate(row)
             )
             body.append(f"<tr{style}>{cells}</tr>")
         caption = f'<caption style="text-align:left">{html.escape(self.caption)}</caption>' if self.caption else ""
