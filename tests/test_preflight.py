@@ -75,6 +75,7 @@ def test_problems_of_every_kind_are_named_at_once(articles: Connection, make_par
         "inputs.fulltext_config_exists",
         "inputs.granted_roles_exist",
         "inputs.legacy_query_runs",
+        "inputs.judged_keys_exist",
         "embed.model_dimension_fits",
     ]
 
