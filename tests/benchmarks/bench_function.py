@@ -16,6 +16,8 @@ from runbook_lib.phase import Phase
 from tests.benchmarks import dictionaries
 
 CALLS, K = 400, 10
+# The percentile of the calls that nobody disturbed.
+QUIET = 10
 EF_SEARCH = 80
 # The function may cost so much over the query that an application would send: the larger of the two.
 MOST_TIMES, MOST_MS = 1.1, 0.2
@@ -51,6 +53,7 @@ def test_the_function_costs_little_over_its_query(dictionary: Callable[..., Phas
                 rows = connection.execute(text, values | {"embedding": own}, prepare=False).fetchall()
                 seconds[name].append(time.perf_counter() - started)
                 assert len(rows) == K
-    before, after = (1000 * float(np.median(seconds[name])) for name in ("bare", "function"))
+    # Not the median: on a machine that others use too, it tells their load.
+    before, after = (1000 * float(np.percentile(seconds[name], QUIET)) for name in ("bare", "function"))
     print(f"\nbare {before:.3f} ms, function {after:.3f} ms: {after - before:+.3f} ms, {after / before:.2f} times")
     assert after <= max(before * MOST_TIMES, before + MOST_MS)
