@@ -33,7 +33,7 @@ PLANS = {
     "10_reads_to_legacy": ("cutover.undo_plan",),
     "20_remove_index": ("tune.undo_plan", "index.undo_plan"),
     "30_remove_schema": ("schema.undo_plan",),
-    "40_remove_search_function": ("search.undo_plan",),
+    "40_remove_search_function": ("live.undo_plan", "search.undo_plan"),
     "50_remove_extension": ("extension.undo_plan",),
 }
 

@@ -235,7 +235,7 @@ def _run_phase(folder: Path, params: Params, manifest: Manifest, name: str, stop
         stop.raises = True
         if manifest.execute and name in MIGRATE and name != READS_ONLY:
             window.enter(params, say=say)
-        with limited_to(minutes):
+        with limited_to(minutes, stop):
             executed = _execute(folder, manifest, name)
     except KeyboardInterrupt:
         # The notebook's tasks were left where they stood; asyncio would report each of them at the end.

@@ -24,15 +24,17 @@ GRACE_S = 1.0
 
 TIME_LIMIT = "its time limit"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Windows has no alarm; a phase has no time limit there.
-ALARM = getattr(signal, "SIGALRM", None)
 
 
 class Stop:
-    """Whether somebody asked this run to stop, and whether an exception may be raised where the code stands."""
+    """Whether somebody asked this run to stop, and whether an exception may be raised where the code stands.
+
+    reason: why this process signals itself; empty for a signal from elsewhere.
+    """
 
     def __init__(self) -> None:
         self.requested = ""
+        self.reason = ""
         self.raises = False
 
 
@@ -50,8 +52,7 @@ def end_sessions(params: Params, run_id: str, grace_s: float = 0) -> int:
 
 @contextmanager
 def stopped_by_signals(params: Params, run_id: str) -> Iterator[Stop]:
-    """SIGINT, SIGTERM and the alarm of a time limit cancel the run's statement at once and interrupt the notebook;
-    the rest is still written.
+    """SIGINT and SIGTERM cancel the run's statement at once and interrupt the notebook; the rest is still written.
 
     A second signal changes nothing: the end is bounded, and the record must not be cut off.
     """
@@ -60,7 +61,7 @@ def stopped_by_signals(params: Params, run_id: str) -> Iterator[Stop]:
     def handle(number: int, _frame: FrameType | None) -> None:
         if stop.requested:
             return
-        stop.requested = TIME_LIMIT if number == ALARM else signal.Signals(number).name
+        stop.requested = stop.reason or signal.Signals(number).name
         # On a thread: the kernel may be too busy to be told, and the statement must be gone in any case.
         threading.Thread(target=quietly, args=(end_sessions, params, run_id, GRACE_S), daemon=True).start()
         if stop.raises:
@@ -69,7 +70,7 @@ def stopped_by_signals(params: Params, run_id: str) -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {s: signal.signal(s, handle) for s in (*SIGNALS, *([ALARM] if ALARM else []))}
+    before = {s: signal.signal(s, handle) for s in SIGNALS}
     try:
         yield stop
     finally:
@@ -78,16 +79,27 @@ def stopped_by_signals(params: Params, run_id: str) -> Iterator[Stop]:
 
 
 @contextmanager
-def limited_to(minutes: float | None) -> Iterator[None]:
-    """Sends this process the alarm once the time is over; only where signals can be handled."""
-    if minutes is None or ALARM is None or threading.current_thread() is not threading.main_thread():
+def limited_to(minutes: float | None, stop: Stop) -> Iterator[None]:
+    """Interrupts this process as by SIGINT once the time is over; only where signals can be handled.
+
+    Not by SIGALRM: schedulers and test runners keep their own time with it.
+    """
+    main = threading.main_thread()
+    if minutes is None or threading.current_thread() is not main:
         yield
         return
-    signal.setitimer(signal.ITIMER_REAL, minutes * 60)
+
+    def interrupt() -> None:
+        stop.reason = TIME_LIMIT
+        signal.pthread_kill(main.ident or 0, signal.SIGINT)
+
+    timer = threading.Timer(minutes * 60, interrupt)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        timer.cancel()
 
 
 def quietly(do: Callable[..., Any], *values: Any) -> str:

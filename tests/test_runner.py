@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,54 +18,12 @@ import pytest
 
 from runbook_lib import manifest, params, runner
 from runbook_lib.gates import BadInput
-from runbook_lib.manifest import Manifest
-from runbook_lib.runner import RunResult
 from tests import small_notebooks
 from tests.conftest import write_params
-
-FIRST, SECOND, THIRD = "00_preflight", "10_baseline", "20_extension"
-ROOT = Path(__file__).parent.parent
-GATE = """from runbook_lib.gates import gate, collect
-phase._judge(collect([gate("toy.fact_holds", False, "articles", found="this", needed="that", do="do")]))"""
+from tests.small_runs import FIRST, GATE, ROOT, SECOND, ledger_rows, record_of, sessions, wait_until
+from tests.small_runs import run as run  # a fixture
 
 pytestmark = pytest.mark.usefixtures("articles")
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RunResult, list[str]]]:
-    """Runs small notebooks on the toy table; returns the result and the lines said."""
-
-    def go(bodies: dict[str, str] | None = None, **options: Any) -> tuple[RunResult, list[str]]:
-        folder = small_notebooks.write(tmp_path / "note{books}", **(bodies or {}))
-        monkeypatch.setenv(runner.NOTEBOOKS_ENV, str(folder))
-        said: list[str] = []
-        options = {"execute": True, "last": FIRST} | options
-        return runner.run(write_params(tmp_path), say=said.append, **options), said
-
-    return go
-
-
-def record_of(result: RunResult) -> Manifest:
-    assert result.folder is not None
-    assert {"index.html", "manifest.json"} <= {p.name for p in result.folder.iterdir()}
-    assert not list(result.folder.glob("*.unfinished"))
-    return manifest.read(result.folder)
-
-
-def ledger_rows(dsn: str, kind: str) -> list[tuple[Any, ...]]:
-    with psycopg.connect(dsn) as connection:
-        return connection.execute(
-            "SELECT phase, body FROM runbook.entry WHERE kind = %s ORDER BY seq", [kind]
-        ).fetchall()
-
-
-def sessions(dsn: str, run_id: str = "") -> int:
-    with psycopg.connect(dsn) as connection:
-        row = connection.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE starts_with(application_name, %s)", [f"runbook {run_id}"]
-        ).fetchone()
-        assert row is not None
-        return int(row[0])
 
 
 def test_a_run_that_passes(run: Callable[..., Any], database: str) -> None:
@@ -202,13 +159,6 @@ def test_a_signal_cancels_the_statement_within_two_seconds_and_leaves_a_record(
     assert sessions(database, m.run_id) == 0
     result, _ = run()
     assert result.status == "passed"
-
-
-def wait_until(holds: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.02)
 
 
 def test_a_runner_that_was_killed_is_found_out_by_the_next_run(run: Callable[..., Any]) -> None:
