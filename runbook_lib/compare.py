@@ -213,6 +213,9 @@ class Comparison:
     def _repr_html_(self) -> str:
         return "".join(table._repr_html_() for table in self.tables)
 
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(str(self))
+
 
 def shadow(phase: Phase) -> Comparison | Table:
     """Phase 80: every system answers the same queries; the figures and the winner go into the ledger."""
