@@ -90,6 +90,9 @@ def _files(params: Params) -> Iterator[Gate]:
     try:
         queries = evaluate.read_queries(params)
         evaluate.read_judgements(params)
+        if params.queries.embeddings is not None or not params.embeddings.has_model:
+            # Found now rather than in 70_tune, hours later.
+            embed.query_vectors(params, queries)
     except BadInput as error:
         yield from error.problems
     else:

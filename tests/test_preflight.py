@@ -57,6 +57,17 @@ def test_an_unreachable_server_does_not_hide_the_other_problems(
     assert "hunter2" not in str(gates)
 
 
+def test_vectors_without_a_model_and_queries_without_vectors_are_found_first(
+    articles: Connection, make_params: MakeParams
+) -> None:
+    articles.execute(
+        "CREATE EXTENSION vector; CREATE TABLE made_elsewhere (id bigint PRIMARY KEY, embedding vector(8))"
+    )
+    articles.execute("INSERT INTO made_elsewhere VALUES (1, '[1,0,0,0,0,0,0,0]')")
+    p = make_params(embeddings={"source": "table", "callable": None, "table": "public.made_elsewhere"})
+    assert _failed(inputs.input_problems(p)) == ["embed.model_can_be_loaded"]
+
+
 def test_problems_of_every_kind_are_named_at_once(articles: Connection, make_params: MakeParams) -> None:
     articles.execute("ALTER TABLE articles ADD COLUMN embedding real[]")
     p = make_params(
