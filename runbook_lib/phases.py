@@ -26,6 +26,7 @@ UNDO = {
 OPERATE = {
     "10_refresh": "50_backfill",
     "20_watch": "70_tune",
+    "30_update_extension": "60_build_index",
     "40_rebuild_index": "60_build_index",
 }
 # Share their work by claims on rows, or only read: they may run beside themselves and beside a run of the migration.

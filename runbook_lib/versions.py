@@ -10,6 +10,8 @@ from runbook_lib.params import Params
 
 # Older ones overflow a buffer in a parallel HNSW build.
 OLDEST_PGVECTOR = "0.8.2"
+# Vacuums of an HNSW index by older ones could lose links of its graph: CHANGELOG.md of pgvector, 0.8.3 and 0.8.4.
+VACUUMS_HNSW_SAFELY = "0.8.4"
 # pgvector 0.8.0 dropped PostgreSQL 12.
 OLDEST_SERVER = 130000
 # Release notes of PostgreSQL 14.4: concurrent builds before it can leave rows out of the new index.
@@ -181,3 +183,8 @@ def has_checkpointer_view(server_version: int) -> bool:
 def explains_generic_plans(server_version: int) -> bool:
     """EXPLAIN (GENERIC_PLAN): PostgreSQL 16."""
     return server_version >= 160000
+
+
+def names_loaded_libraries(server_version: int) -> bool:
+    """pg_get_loaded_modules(), with the release that a library says it is: PostgreSQL 18."""
+    return server_version >= 180000

@@ -57,7 +57,8 @@ def give(data_dir: Path) -> None:
 def running(release: str, data_dir: Path) -> Iterator[str]:
     """A server of that release on a data folder, made where there is none, for the length of a block; its DSN."""
     programs, log = binaries(release), data_dir / "server.log"
-    if owner():
+    # Only where it must be: it gives every file a new time, and upgrade looks at the library's.
+    if owner() and not (programs / "postgres").stat().st_mode & 0o001:
         ensure_folder_permissions(programs.parent, 0o055)
     data_dir.mkdir(parents=True, exist_ok=True)
     give(data_dir)

@@ -41,10 +41,10 @@ NEWER = {
     r"\bGENERIC_PLAN\b|\bany_value\b|\bpg_stat_io\b|\blast_(idx|seq)_scan\b|\bn_tup_newpage_upd\b": 16,
     r"\b\d+_\d{3}\b|\bjson_(array|arrayagg|object|objectagg)\s*\(|\barray_(sample|shuffle)\b|\bIS JSON\b": 16,
     r"\bpg_stat_checkpointer\b|\bjson_(table|query|value|exists)\b|\bMERGE_ACTION\b|\bON_ERROR\b|\bpg_maintain\b": 17,
-    r"\bNOT ENFORCED\b|\bVIRTUAL\b|\buuidv7\b|\bRETURNING (OLD|NEW)\b|\barray_(sort|reverse)\b|\bpg_aios\b": 18,
+    r"\bNOT ENFORCED\b|\bVIRTUAL\b|\buuidv7\b|\barray_(sort|reverse)\b|\bpg_get_loaded_modules\b": 18,
 }
 # Blocks that runbook_lib.versions sends to newer servers only.
-SWITCHED = {"health.requested_checkpoints": 17}
+SWITCHED = {"health.requested_checkpoints": 17, "upgrade.loaded": 18}
 
 
 @pytest.fixture(params=["16.14 with 0.8.5", "18.4 with 0.8.5", "18.3 with 0.8.2"])
@@ -99,7 +99,10 @@ def test_sql_says_nothing_that_the_oldest_server_does_not_know() -> None:
     [
         (versions.ends_statements_of_gone_clients, 140000),
         (versions.shows_copy_progress, 140000),
+        (versions.scans_ranges_of_blocks, 140000),
         (versions.explains_generic_plans, 160000),
+        (versions.has_checkpointer_view, 170000),
+        (versions.names_loaded_libraries, 180000),
     ],
 )
 def test_a_switch_turns_at_its_release(switch: Callable[[int], bool], first: int) -> None:

@@ -1,0 +1,32 @@
+-- From one release of pgvector to a newer one, without new embeddings.
+
+-- name: loaded
+-- purpose: The release of the library that this session has loaded, as the library itself says; PostgreSQL 18.
+SELECT version FROM pg_get_loaded_modules() WHERE module_name = 'vector';
+
+-- name: may_look_at_files
+-- purpose: May this role see when the server's files changed, and which grants would let it?
+SELECT has_function_privilege('pg_config()', 'EXECUTE')
+       AND has_function_privilege('pg_stat_file(text, boolean)', 'EXECUTE') AS may, quote_ident(current_user) AS role;
+
+-- name: library_file
+-- purpose: When the library's file came to where it is, to the second; a package may carry an older time of its own.
+SELECT greatest(f.modification, f.change) AS changed_at
+FROM pg_config() AS c, pg_stat_file(c.setting || '/vector.so', true) AS f
+WHERE c.name = 'PKGLIBDIR' AND f.modification IS NOT NULL;
+
+-- name: older_sessions
+-- purpose: Sessions of this database that began before a time, or whose begin this role may not see.
+SELECT a.pid, a.usename::text AS role, a.application_name AS application, a.backend_start AS began
+FROM pg_stat_activity a
+WHERE a.datname = current_database() AND coalesce(a.backend_type, 'client backend') = 'client backend'
+  AND a.pid <> pg_backend_pid()
+  AND (a.backend_start IS NULL OR a.backend_start < coalesce(%(changed_at)s::timestamptz + interval '1 s', (
+      SELECT own.backend_start FROM pg_stat_activity own WHERE own.pid = pg_backend_pid())))
+ORDER BY a.backend_start NULLS FIRST;
+
+-- name: vacuums
+-- purpose: How often the relation that holds the vectors was vacuumed, and since when that is counted.
+SELECT coalesce(sum(s.vacuum_count + s.autovacuum_count), 0)::bigint AS vacuums,
+       (SELECT d.stats_reset FROM pg_stat_database d WHERE d.datname = current_database()) AS counted_since
+FROM pg_stat_all_tables s WHERE s.relid = to_regclass(%(vectors)s);
