@@ -338,7 +338,7 @@ class Backfill(Section):
     )
     workers: int = Field(1, ge=1, le=64, description="Workers of this run, each with a connection of its own.")
     batch_rows: int = Field(500, ge=1, le=100_000, description="Rows of the first transaction; then time decides.")
-    batch_ms: int = Field(100, ge=5, le=60_000, description="Time that a transaction should take.")
+    batch_ms: int = Field(60, ge=5, le=60_000, description="Time that a transaction should take.")
     most_batch_rows: int = Field(20_000, ge=1, le=1_000_000, description="Rows of one transaction at most.")
     pause_between_batches_ms: int = Field(0, ge=0, le=60_000, description="Rest after each batch.")
     lease_s: int = Field(60, ge=1, le=86_400, description="A worker that is silent for longer loses its window.")

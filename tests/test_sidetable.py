@@ -144,3 +144,10 @@ def test_undo_leads_back_to_the_catalogue_of_the_start(
     assert schema.verify_undone(phase).passed
     assert schema.verify_as_at_start(phase).passed
     assert articles.execute("SELECT to_regclass('articles_embedding')").fetchone() == (None,)
+
+
+def test_the_plan_can_be_printed_before_anything_is_there(open_phase: Open) -> None:
+    phase = open_phase("50_backfill", execute=False, vector={"layout": "side_table"})
+    assert "sidetable.validate" in [s.name for s in backfill.plan(phase)]
+    assert "RENAME TO" in str(backfill.plan(phase))
+    assert "ON DELETE CASCADE" in str(schema.plan(phase))
