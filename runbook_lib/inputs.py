@@ -273,7 +273,12 @@ def _key_is_unique(look: _Look) -> Gate:
     unique = f"unique by {found[0]['index']}" if found else "no valid unique index on this column alone"
     column = sql.Identifier(key).as_string(look.connection)
     wanted = [] if not_null else [f"ALTER TABLE {look.subject} ALTER COLUMN {column} SET NOT NULL;"]
-    if not found:
+    if not found and look.table["kind"] == "p":
+        wanted.append(
+            "PostgreSQL keeps a partitioned table unique only by keys that hold its partition key: partition it by"
+            f" {column}, or name a unique column that it is partitioned by in target.key"
+        )
+    elif not found:
         wanted.append(f"CREATE UNIQUE INDEX CONCURRENTLY ON {look.subject} ({column});")
     return gate(
         "inputs.key_identifies_rows",

@@ -30,6 +30,8 @@ PLANS = {
     "70_tune": ("tune.plan",),
     "80_shadow": ("live.plan",),
     "90_cut_over": ("cutover.plan",),
+    "30_update_extension": ("upgrade.plan",),
+    "40_rebuild_index": ("rebuild.plan",),
     "10_reads_to_legacy": ("cutover.undo_plan",),
     "20_remove_index": ("tune.undo_plan", "index.undo_plan"),
     "30_remove_schema": ("schema.undo_plan",),
