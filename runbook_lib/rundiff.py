@@ -169,9 +169,8 @@ def notebooks(found: Difference, *, colour: bool = False) -> str:
     from nbdime.diffing.notebooks import diff_notebooks, set_notebook_diff_targets
     from nbdime.prettyprint import PrettyPrintConfig, pretty_print_notebook_diff
 
-    # Neither metadata nor details: both runs have times and execution counts of their own. The cell with the
-    # parameters gets a new id each time.
-    set_notebook_diff_targets(metadata=False, details=False, identifier=False)
+    # Neither metadata nor details: both runs have times and execution counts of their own.
+    set_notebook_diff_targets(metadata=False, details=False)
     buffer = io.StringIO()
     for path in sorted(found.a.folder.glob("*.ipynb")):
         other = found.b.folder / path.name
@@ -185,7 +184,10 @@ def notebooks(found: Difference, *, colour: bool = False) -> str:
 
 def _notebook(path: Path, run: Manifest) -> Any:
     text = path.read_text("utf-8").replace(run.run_id, "RUN-ID")
-    return nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
+    notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
+    for position, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{position}"  # papermill gives the cell of the parameters a new one each time
+    return notebook
 
 
 def _no_record(name: str, found: str) -> Gate:

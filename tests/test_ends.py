@@ -1,0 +1,247 @@
+"""The rarer ends of a run: what docs/ends-of-a-run.md says of them. The commoner ones stand in test_runner.py."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from runbook_lib import approval, claim, db, embedded, manifest, params, runner, window
+from runbook_lib.gates import BadInput
+from runbook_lib.phase import open_phase
+from runbook_lib.runner import RunResult
+from tests import small_notebooks, toy
+from tests.conftest import DSN_ENV, write_params
+from tests.small_runs import FIRST, GATE, ROOT, SECOND, THIRD, ledger_rows, record_of, sessions, wait_until
+from tests.small_runs import run as run  # a fixture
+
+SLEEP = "phase.connection.execute('SELECT pg_sleep(60)')"
+SLEEPING = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)' AND state = 'active'"
+
+Run = Callable[..., tuple[RunResult, list[str]]]
+
+
+@pytest.mark.usefixtures("articles")
+def test_a_kernel_without_memory_is_a_crash_and_the_run_goes_on_later(run: Run) -> None:
+    body = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)); bytearray(2**33)"
+    result, _ = run({f"p{FIRST}": body})
+    m = record_of(result)
+    assert (m.status, result.exit_code, m.phases[0].error) == ("crashed", 4, "MemoryError: ")
+    assert run()[0].status == "passed"
+
+
+@pytest.mark.usefixtures("articles")
+def test_a_phase_past_its_time_is_interrupted_and_its_statement_gone(run: Run, database: str) -> None:
+    seen: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        with psycopg.connect(database, autocommit=True) as connection:
+            while not over.wait(0.02):
+                if connection.execute(SLEEPING).fetchone() == (1,):
+                    seen.append(time.monotonic())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        limit = {"run": {"phase_timeout_minutes": {FIRST: 0.1}}}
+        result, _ = run({f"p{FIRST}": SLEEP}, limit, last=SECOND)
+    finally:
+        over.set()
+        watcher.join()
+    m = record_of(result)
+    assert (m.status, result.exit_code) == ("interrupted", 4)
+    assert m.phases[0].error == "stopped by its time limit of 0.1 minutes (run.phase_timeout_minutes)"
+    # The limit runs from before the kernel's start, so the statement has less than all of it.
+    assert 0 < seen[-1] - seen[0] < 6 + 2
+    assert sessions(database, m.run_id) == 0
+    assert run()[0].status == "passed"
+
+
+def test_a_lost_server_is_a_crash_and_the_run_goes_on_after_its_recovery(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="runbook-lost-"))  # a socket's path is short
+    data = folder / "data"
+    try:
+        dsn = embedded.start(data)
+        monkeypatch.setenv(DSN_ENV, dsn)
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            toy.create_articles(connection)
+
+        def lose() -> None:
+            with psycopg.connect(dsn, autocommit=True) as connection:
+                wait_until(lambda: connection.execute(SLEEPING).fetchone() == (1,), 30)
+            embedded.stop(data, signal.SIGQUIT)
+
+        loser = threading.Thread(target=lose)
+        loser.start()
+        result, _ = run({f"p{SECOND}": SLEEP}, last=SECOND)
+        loser.join()
+        m = record_of(result)
+        assert (m.status, result.exit_code) == ("crashed", 4)
+        assert [p.status for p in m.phases] == ["passed", "crashed"]
+        assert m.phases[1].error.startswith(("AdminShutdown: ", "OperationalError: "))
+        assert any("could not ask the server whether a statement still runs" in note for note in m.notes)
+        assert any("the record could not be sealed in the ledger" in note for note in m.notes)
+        embedded.start(data)
+        again, said = run(last=SECOND)
+        assert (again.status, said[0]) == (
+            "passed", f"proved in this database up to {FIRST}; going on with {SECOND}",
+        )  # fmt: skip
+    finally:
+        embedded.stop(data)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.usefixtures("articles")
+def test_a_file_that_does_not_fit_is_a_crash_that_says_so(database: str, tmp_path: Path) -> None:
+    """As on a full disk, writes fail half-way: here at a limit of the file's size, which the notebook passes."""
+    # In lines: nbclient takes minutes to look for carriage returns in one line of this length.
+    body = "print('much\\n' * 100_000)"
+    small_notebooks.write(tmp_path / "nb", **{f"p{FIRST}": body})
+    limit = 200_000
+    environment = os.environ | {runner.NOTEBOOKS_ENV: str(tmp_path / "nb"), "IPYTHONDIR": str(tmp_path / "ipython")}
+    command = [sys.executable, "-c", "from runbook_lib.cli import main; main()", "run", "--execute", "--to", FIRST]
+    done = subprocess.run(
+        [*command, str(write_params(tmp_path))], cwd=ROOT, env=environment, text=True, capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), check=False,
+    )  # fmt: skip
+    assert done.returncode == 4, done.stderr
+    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    (folder,) = (tmp_path / "runs").glob("*/")
+    m = manifest.read(folder)
+    assert (m.status, m.phases[0].status) == ("crashed", "crashed")
+    assert "crashed" in (folder / "index.html").read_text()
+    assert sessions(database, m.run_id) == 0
+
+
+@pytest.mark.usefixtures("articles")
+def test_pages_that_cannot_be_written_cost_the_record_only_those(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("runbook_lib.record.write", full)
+    result, _ = run()
+    assert result.folder is not None
+    m = manifest.read(result.folder)
+    assert (m.status, result.exit_code) == ("passed", 0)
+    assert m.notes == ("a page of the record could not be written: [Errno 28] No space left on device",)
+
+
+def test_a_phase_waits_for_its_sign_off_and_is_carried_out_after_it(
+    run: Run, articles: psycopg.Connection[Any], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = {"approval": {"phases": [SECOND]}}
+    result, _ = run(sections=waiting, last=SECOND)
+    m = record_of(result)
+    assert (m.status, result.exit_code, [p.status for p in m.phases]) == ("waiting", 3, ["passed", "waiting"])
+    assert f"let another person run `runbook approve PARAMS {SECOND}`" in m.phases[1].error
+    assert "waits for approval" in (result.folder / "index.html").read_text()
+    assert ledger_rows(database, "run")[-1][1]["status"] == "waiting"
+
+    name = f"second_{abs(hash(database)):x}"
+    role = sql.Identifier(name)
+    articles.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
+    try:
+        articles.execute(sql.SQL("GRANT USAGE ON SCHEMA runbook TO {}").format(role))
+        articles.execute(sql.SQL("GRANT SELECT, INSERT ON runbook.entry TO {}").format(role))
+        p = params.load(write_params(tmp_path, **waiting))
+        with monkeypatch.context() as patch:
+            patch.setenv(DSN_ENV, make_conninfo(database, user=name))
+            with db.connect(p, "the second person") as connection:
+                approval.approve(connection, p, approval.pending(connection, p, SECOND), "read")
+        again, _ = run(sections=waiting, last=SECOND)
+    finally:
+        articles.execute(sql.SQL("DROP OWNED BY {}").format(role))
+        articles.execute(sql.SQL("DROP ROLE {}").format(role))
+    assert (again.status, [p.name for p in record_of(again).phases]) == ("passed", [SECOND])
+    assert f"by {name} at " in (again.folder / "index.html").read_text()
+
+
+@pytest.mark.usefixtures("articles")
+def test_outside_the_window_a_changing_phase_does_not_begin(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "is_open", lambda *_: False)
+    hours = {"run": {"window": "22:00-05:00", "outside_window": "stop"}}
+    result, _ = run(sections=hours, last=SECOND)
+    m = record_of(result)
+    assert (m.status, result.exit_code, [p.status for p in m.phases]) == ("waiting", 3, ["passed", "waiting"])
+    assert "needed  the maintenance window, 22:00-05:00; it opens at " in m.phases[1].error
+    assert not (result.folder / f"{SECOND}.ipynb").exists()
+
+
+@pytest.mark.usefixtures("articles")
+def test_a_second_run_is_refused_between_two_phases_of_the_first(run: Run, tmp_path: Path) -> None:
+    path = write_params(tmp_path)
+    p = params.load(path)
+    with claim.held_by_runner(p, "the-first-run"):
+        result, _ = run()
+        m = record_of(result)
+        assert (m.status, result.exit_code, m.phases[0].status) == ("failed", 2, "failed")
+        assert m.phases[0].error.startswith("FAIL    phase.target_is_free   articles\n  found   pid ")
+        assert "runbook-runner the-first-run, postgres, since " in m.phases[0].error
+        with pytest.raises(BadInput, match="runbook-runner the-first-run"):
+            open_phase(FIRST, str(path), "by-hand", True)
+        own = open_phase(FIRST, str(path), "the-first-run", True)
+        try:
+            with pytest.raises(BadInput, match="runbook the-first-run 00_preflight ledger"):
+                open_phase(FIRST, str(path), "the-first-run", True)
+        finally:
+            own.connection.close()
+            own.ledger.connection.close()
+    assert run()[0].status == "passed"
+
+
+@pytest.mark.usefixtures("articles")
+def test_a_failed_hook_is_noted_and_changes_nothing_else(run: Run) -> None:
+    result, said = run({f"p{FIRST}": GATE}, {"notify": {"command": ["/no/such/program"]}})
+    m = record_of(result)
+    notes = [
+        f"notify.command did not take the event {event}: No such file or directory"
+        for event in ("gate_failed", "end")
+    ]
+    assert (m.status, result.exit_code, list(m.notes)) == ("failed", 1, notes)
+    assert said[-3:-1] == notes
+
+
+@pytest.mark.usefixtures("articles")
+def test_verbose_lines_carry_time_and_run(run: Run) -> None:
+    result, said = run(verbose=True)
+    assert result.folder is not None
+    stamps = [line.split(" ", 2) for line in said]
+    assert {run_id for _, run_id, _ in stamps} == {result.folder.name}
+    assert stamps[1][2] == f"▸ {FIRST}" and stamps[0][0].endswith("+00:00")
+
+
+@pytest.mark.usefixtures("articles")
+def test_a_plan_shows_each_statement_with_its_lock_and_no_gate_as_passed(run: Run) -> None:
+    prove = "from runbook_lib import schema; phase.prove(schema.verify)"
+    result, _ = run({"p30_expand_schema": prove}, execute=False, last=None)
+    assert (result.status, result.exit_code) == ("planned", 0)
+    page = (result.folder / "index.html").read_text()
+    assert "Statements that would be carried out" in page and "ACCESS EXCLUSIVE" in page
+    assert "every read and write" in page and "ADD COLUMN" in page
+    assert "NOT RUN · schema.verify" in page and "PASS ·" not in page
+    assert THIRD in page
+
+
+def test_a_plan_leaves_a_proved_ledger_as_it_is(run: Run, articles: psycopg.Connection[Any]) -> None:
+    run(last=SECOND)
+    count = "SELECT count(*) FROM runbook.entry"
+    before = articles.execute(count).fetchone()
+    result, _ = run({f"p{FIRST}": "phase.prove(lambda p: 1 / 0)"}, execute=False)
+    assert (result.status, articles.execute(count).fetchone()) == ("planned", before)

@@ -1,0 +1,116 @@
+"""Tampering with a record, one way at a time: each is found, and named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from runbook_lib import manifest, params, verify
+from runbook_lib.gates import Gate
+from tests.small_runs import FIRST, SECOND
+from tests.small_runs import run as run  # a fixture
+
+APART = "ALTER TABLE runbook.entry DISABLE TRIGGER ALL; "
+
+
+@pytest.fixture
+def sealed(run: Callable[..., Any], articles: psycopg.Connection[Any]) -> Path:
+    """The folder of a run that passed."""
+    assert articles is not None
+    result, _ = run({f"p{FIRST}": "print(900 + 38, 'rows')"}, last=SECOND)
+    assert result.status == "passed" and result.folder is not None
+    return Path(result.folder)
+
+
+def broken(folder: Path, head: str = "") -> list[Gate]:
+    """The gates of verify that do not pass."""
+    p = params.load(folder.parent.parent / "toy.yaml")
+    return list(verify.check(p, folder.name, head).failed)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_record_as_it_was_written_is_whole(sealed: Path) -> None:
+    assert broken(sealed) == []
+    assert broken(sealed, manifest.read(sealed).head) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "found"),
+    [
+        (f"{FIRST}.ipynb", "938 rows", "939 rows", "changed: the outputs of cell 5"),
+        (f"{FIRST}.ipynb", "900 + 38", "900 + 37", "changed: the source of cell 5"),
+        (f"{FIRST}.ipynb", '"status": "passed"', '"status": "failed"', "changed: its metadata only"),
+        (f"{FIRST}.html", "938 rows", "939 rows", "changed"),
+        ("index.html", "every gate passed", "every gate surpassed", "changed"),
+        ("manifest.json", '"status": "passed",\n  "exit_code"', '"status": "failed",\n  "exit_code"',
+         "status failed, by the ledger passed"),
+    ],
+)  # fmt: skip
+def test_a_changed_file_is_named(sealed: Path, file: str, old: str, new: str, found: str) -> None:
+    edit(sealed / file, old, new)
+    assert [(g.subject, g.found) for g in broken(sealed)] == [(f"{sealed.name}/{file}", found)]
+
+
+def test_a_replaced_and_a_missing_file_are_named(sealed: Path) -> None:
+    (sealed / f"{SECOND}.ipynb").write_bytes((sealed / f"{FIRST}.ipynb").read_bytes())
+    (sealed / "index.html").unlink()
+    notebook, page = broken(sealed)
+    assert (notebook.subject, page.found) == (f"{sealed.name}/{SECOND}.ipynb", "missing")
+    assert notebook.found.startswith("changed: the source of cell ")
+
+
+def test_a_changed_dropped_or_added_row_of_the_ledger_copy_is_named(sealed: Path) -> None:
+    path = sealed / verify.LEDGER_COPY
+    rows = json.loads(path.read_text())
+    changed = [rows[0] | {"body": {}}, *rows[2:], rows[-1] | {"seq": 999}]
+    path.write_text(json.dumps(changed))
+    (gate,) = broken(sealed)
+    assert gate.found == (
+        f"changed: row {rows[1]['seq']} is missing, row 999 is not in the ledger,"
+        f" row {rows[0]['seq']} differs from the ledger"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tampering", "found"),
+    [
+        ("UPDATE runbook.entry SET body = '{}' WHERE seq = 2", "row 2 (gate of 00_preflight, run {run}) was changed"),
+        ("DELETE FROM runbook.entry WHERE seq = 2", "row 2 is missing"),
+        (
+            "UPDATE runbook.entry SET seq = -2 WHERE seq = 2; UPDATE runbook.entry SET seq = 2 WHERE seq = 3;"
+            "UPDATE runbook.entry SET seq = 3 WHERE seq = -2",
+            "row 2 does not follow the row before it",
+        ),
+    ],
+)
+def test_a_tampered_ledger_is_found(
+    sealed: Path, articles: psycopg.Connection[Any], tampering: str, found: str
+) -> None:
+    articles.execute(APART + tampering)
+    chain = broken(sealed)[0]
+    assert (chain.name, chain.found.split(" (")[0]) == ("ledger.chain_is_whole", found.split(" (")[0])
+
+
+def test_rows_cut_off_the_end_are_found_by_the_head(sealed: Path, articles: psycopg.Connection[Any]) -> None:
+    head = manifest.read(sealed).head
+    articles.execute(APART + "DELETE FROM runbook.entry WHERE kind = 'record'")
+    (gate,) = broken(sealed)
+    assert (gate.name, gate.found) == ("record.head_is_in_the_ledger", f"no row has the hash {head[:16]}")
+
+
+def test_a_forged_record_is_found_by_a_head_kept_elsewhere(sealed: Path, articles: psycopg.Connection[Any]) -> None:
+    head = manifest.read(sealed).head
+    articles.execute(APART + "DELETE FROM runbook.entry WHERE kind = 'record'")
+    edit(sealed / "manifest.json", head, "")
+    assert broken(sealed) == []
+    assert [g.subject for g in broken(sealed, head)] == ["the head that was given"]
