@@ -47,6 +47,7 @@ def apply(phase: Phase) -> Table:
     choice, outcome = move_staged(phase)
     phase.do(_clear_textless(phase))
     drained = refresh.drain(phase)
+    phase.do(db.statement(SQL["analyze"], phase.params))
     return _shown(choice, outcome, drained)
 
 

@@ -156,6 +156,7 @@ def statement(
     """A block with this target's names in it. ``extra`` adds names that only this statement knows."""
     query = block.compose(names(params) | dict(extra or {}))
     lock = block.lock.replace("{table}", f"{params.target.schema_}.{params.target.table}")
+    lock = lock.replace("{vectors}", spelled(params, "vectors"))
     return Statement(block.name, block.purpose, lock, block.undo, query, values)
 
 

@@ -70,6 +70,12 @@ FROM (
 UPDATE {table} t SET {embedding} = NULL, {embedding_hash} = NULL, {embedding_updated_at} = now()
 WHERE t.{embedding} IS NOT NULL AND btrim({text}, E' \t\r\n') = '';
 
+-- name: analyze
+-- purpose: Let the planner know that the column is filled; while it still believes in NULLs it shuns the index.
+-- lock: SHARE UPDATE EXCLUSIVE on {vectors}, while a sample of its pages is read
+-- undo: none needed
+ANALYZE {vectors};
+
 -- name: queued
 -- purpose: Changes that wait.
 SELECT count(*) AS changes, count(DISTINCT key) AS rows FROM {queue};
