@@ -240,3 +240,15 @@ def test_the_reference_describes_every_key() -> None:
     assert rows["vector.dimension"][:2] == ("whole number", "required")
     assert rows["tune.ef_search"][0] == "list of whole number"
     assert rows["queries.judgements"][0] == "path"
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    path = _change(tmp_path, lambda _: None)
+    lines = path.read_text().splitlines()
+    at = lines.index("vector:") + 1
+    path.write_text("\n".join([*lines[: at + 1], "  dimension: 9", *lines[at + 1 :]]))
+    (problem,) = _problems(path)
+    assert (problem.name, problem.found) == (
+        "params.file_is_yaml",
+        f"the key dimension stands twice: lines {at + 1} and {at + 2}",
+    )

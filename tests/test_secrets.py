@@ -1,0 +1,101 @@
+"""Nothing that a run leaves holds a secret, however the run ended: files, ledger and output."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote, quote_plus
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from runbook_lib import runner
+from tests import small_notebooks
+from tests.conftest import DSN_ENV, write_params
+from tests.small_runs import FIRST, GATE, ROOT, SECOND
+
+PASSWORD = "planted p@ss/w0rd+%"
+API_KEY = "sk-planted/key+4711="
+TOKEN = "planted-hook-token"
+
+SECTIONS = {
+    "notify": {"webhook_env": "PLANTED_HOOK", "timeout_s": 2, "command": [sys.executable, "-c", "exit(3)"]},
+    "approval": {"phases": [SECOND]},
+}
+LOST = "phase.connection.execute('SELECT pg_terminate_backend(pg_backend_pid())')"
+NO_SERVER = """import os, psycopg.conninfo
+dsn = os.environ[phase.params.connection.dsn_env]
+os.environ[phase.params.connection.dsn_env] = psycopg.conninfo.make_conninfo(dsn, host='127.0.0.1', port=1)
+open_phase('00_preflight', params_file, run_id, False)"""
+NO_DSN = """import os
+os.environ[phase.params.connection.dsn_env] += " nonsense='"
+open_phase('00_preflight', params_file, run_id, False)"""
+
+# What happens in the first phase, and the exit code; the second one always waits for its sign-off.
+ENDS = {
+    "passed, then waits": ("%sql SELECT 1 AS one", 3),
+    "failed gate": (GATE, 1),
+    "exception": ("1 / 0", 4),
+    "SQL that fails": ("phase.connection.execute('SELECT no_such_column')", 4),
+    "%sql that fails": ("%sql SELECT no_such_column", 4),
+    "kernel killed": ("import os; os.kill(os.getpid(), 9)", 4),
+    "server lost": (LOST, 4),
+    "server that cannot be reached": (NO_SERVER, 2),
+    "DSN that cannot be read": (NO_DSN, 2),
+}
+
+
+def encodings(secret: str) -> Iterator[bytes]:
+    """The secret as it might stand somewhere."""
+    yield from (text.encode() for text in {secret, quote(secret), quote(secret, safe=""), quote_plus(secret)})
+    yield base64.b64encode(secret.encode())
+    yield secret.encode().hex().encode()
+
+
+def left_by(folder: Path, dsn: str, output: bytes) -> Iterator[tuple[str, bytes]]:
+    """All that a run leaves, each with its name."""
+    yield "stdout and stderr", output
+    for path in folder.rglob("*"):
+        if path.is_file():
+            yield str(path.relative_to(folder)), path.read_bytes()
+    with psycopg.connect(dsn) as connection:
+        if connection.execute("SELECT to_regclass('runbook.entry')").fetchone() != (None,):
+            for row in connection.execute("SELECT to_jsonb(e)::text FROM runbook.entry e").fetchall():
+                yield "ledger", row[0].encode()
+
+
+@pytest.mark.usefixtures("articles")
+@pytest.mark.parametrize("end", ENDS)
+def test_no_secret_is_left_behind(end: str, tmp_path: Path, database: str) -> None:
+    body, exit_code = ENDS[end]
+    small_notebooks.write(tmp_path / "nb", **{f"p{FIRST}": body})
+    environment = os.environ | {
+        runner.NOTEBOOKS_ENV: str(tmp_path / "nb"),
+        DSN_ENV: make_conninfo(database, password=PASSWORD),
+        "OPENAI_API_KEY": API_KEY,
+        "PLANTED_HOOK": f"http://127.0.0.1:1/{TOKEN}",
+    }
+    command = [sys.executable, "-c", "from runbook_lib.cli import main; main()", "run", "--execute", "--verbose"]
+    path = write_params(tmp_path, **SECTIONS)
+    done = subprocess.run([*command, str(path)], cwd=ROOT, env=environment, capture_output=True, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode == exit_code, output.decode()
+    assert b"Traceback" not in output
+    left = list(left_by(tmp_path / "runs", database, output))
+    assert {"index.html"} < {Path(name).name for name, _ in left} and len(left) > 5
+    for secret in (PASSWORD, API_KEY, TOKEN):
+        for encoded in encodings(secret):
+            assert [name for name, content in left if encoded in content] == []
+
+
+@pytest.mark.usefixtures("articles")
+@pytest.mark.parametrize("written", list(encodings(PASSWORD)), ids=lambda b: b.decode()[:8])
+def test_the_search_would_find_one(tmp_path: Path, database: str, written: bytes) -> None:
+    (tmp_path / "page.html").write_bytes(b"<p>" + written + b"</p>")
+    found = [name for name, content in left_by(tmp_path, database, b"") for e in encodings(PASSWORD) if e in content]
+    assert found == ["page.html"]
