@@ -118,6 +118,7 @@ def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
         return
     columns = {c["name"]: c for c in db.rows(connection, SQL["columns"], params, oid=found["oid"])}
     look = _Look(connection, params, server, found, columns)
+    yield _not_partitioned(look)
     yield _key_is_supported(look)
     if params.target.key in columns:
         yield _key_is_unique(look)
@@ -224,6 +225,19 @@ def _table_gate(connection: db.Connection, params: Params, found: db.Row | None)
         needed="a table that columns can be added to",
         danger=NOTHING_STARTED,
         do=do,
+    )
+
+
+def _not_partitioned(look: _Look) -> Gate:
+    """The index of a partitioned table cannot be built CONCURRENTLY as a whole, and 60_build_index does no more."""
+    return gate(
+        "inputs.table_is_not_partitioned",
+        look.table["kind"] == "r",
+        spelled(look.params, "table"),
+        found="a partitioned table" if look.table["kind"] == "p" else "one table",
+        needed="one table: this runbook does not build an index partition by partition yet",
+        danger="60_build_index would fail after the whole backfill (PostgreSQL: 0A000)",
+        do="migrate the partitions as targets of their own, or the table before it is partitioned",
     )
 
 
