@@ -565,7 +565,9 @@ def test_facts_and_plan_of_a_table_whose_names_need_quoting(articles: Connection
     assert preflight.take(phase).rows == 5
 
 
-def test_a_partitioned_table_is_refused_before_hours_are_spent_on_it(articles: Connection, make_params: MakeParams) -> None:
+def test_a_partitioned_table_is_refused_before_hours_are_spent_on_it(
+    articles: Connection, make_params: MakeParams
+) -> None:
     articles.execute("CREATE TABLE parted (LIKE articles, PRIMARY KEY (id)) PARTITION BY HASH (id)")
     gates = inputs.input_problems(make_params(target={"table": "parted"}, queries={"judgements": None}))
     assert _failed(gates) == ["inputs.table_is_not_partitioned"]
