@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from runbook_lib import db, refresh, sidetable, strategy, windows, workers
+from runbook_lib import db, refresh
 from runbook_lib import params as params_module
 from runbook_lib.display import Table, number
+from runbook_lib.filling import sidetable, strategy, windows, workers
+from runbook_lib.filling.strategy import Choice
+from runbook_lib.filling.workers import Outcome
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import Ledger
 from runbook_lib.names import names, spelled, vectors_stand_beside
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
-from runbook_lib.strategy import Choice
-from runbook_lib.workers import Outcome
 
 SQL = load("backfill")
 

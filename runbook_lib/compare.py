@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 from psycopg import sql
 
-from runbook_lib import agreement, db, embed, evaluate, search, slices, tune
+from runbook_lib import db, search, tune
 from runbook_lib.display import Table, number
-from runbook_lib.evaluate import Query
 from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.measuring import agreement, evaluate, slices
+from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import identifier, names
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
+from runbook_lib.vectors import embed
 
 SQL = load("compare")
 

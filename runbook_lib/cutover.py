@@ -9,11 +9,13 @@ from typing import Any
 
 import psycopg
 
-from runbook_lib import compare, db, embed, evaluate, search
+from runbook_lib import compare, db, search
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, GateFailed, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
+from runbook_lib.measuring import evaluate
 from runbook_lib.phase import Phase
+from runbook_lib.vectors import embed
 
 # A canary's p95 may wander this far from the shadow's figure before it counts as slower.
 LATENCY_TOLERANCE = 2.0

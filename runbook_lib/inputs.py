@@ -79,7 +79,8 @@ def require_table(connection: db.Connection, params: Params) -> None:
 def _files(params: Params) -> Iterator[Gate]:
     """What can be checked without a server: release, model, queries and judgements."""
     # Imported here: both modules load numerical libraries, which the checks of the server do without.
-    from runbook_lib import embed, evaluate
+    from runbook_lib.measuring import evaluate
+    from runbook_lib.vectors import embed
 
     yield versions.check_wanted(params)
     for check_model in (embed.check_dimension, embed.check_distance):
@@ -421,7 +422,7 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
 
 
 def _judged_keys(look: _Look) -> Gate:
-    from runbook_lib import evaluate
+    from runbook_lib.measuring import evaluate
 
     try:
         unknown = evaluate.unknown_keys(look.connection, look.params)

@@ -12,10 +12,11 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import agreement, db, evaluate, search
+from runbook_lib import db, search
 from runbook_lib.compare import FAST_ENOUGH_MS
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.measuring import agreement, evaluate
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from runbook_lib import approval, claim, db, kernel, plans, sqlmagic, window
+from runbook_lib import db, kernel, sqlmagic
 from runbook_lib import params as params_module
 from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, Verdict, collect, gate, not_run
@@ -17,6 +17,7 @@ from runbook_lib.params import Params
 from runbook_lib.phases import MIGRATE as MIGRATE
 from runbook_lib.phases import OPERATE, READS_ONLY, RUNS_BESIDE
 from runbook_lib.phases import UNDO as UNDO
+from runbook_lib.running import approval, claim, plans, window
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, inputs, masking, versions
+from runbook_lib import db, inputs, versions
 from runbook_lib import forecast as forecast_module
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.forecast import Forecast
@@ -18,6 +18,7 @@ from runbook_lib.inputs import input_problems as input_problems
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
+from runbook_lib.vectors import masking
 
 SQL = load("preflight")
 

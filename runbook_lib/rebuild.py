@@ -12,9 +12,10 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import db, index, recall
+from runbook_lib import db, index
 from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.measuring import recall
 from runbook_lib.names import identifier, index_name, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase

@@ -16,12 +16,13 @@ from typing import Any
 from pgvector import HalfVector
 from pgvector.psycopg import register_vector
 
-from runbook_lib import db, embed, masking, staging
+from runbook_lib import db, staging
 from runbook_lib.display import Table, duration, number
 from runbook_lib.gates import Gates, collect, gate
 from runbook_lib.names import names, spelled, vectors_stand_beside
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
+from runbook_lib.vectors import embed, masking
 
 SQL = load("refresh")
 # Class of the advisory locks by which workers show that they live: "rbrf" in ASCII.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runbook_lib import db, sidetable
+from runbook_lib import db
 from runbook_lib.display import Table
+from runbook_lib.filling import sidetable
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.names import names, spelled, trigger_name, vectors_stand_beside
 from runbook_lib.params import Params

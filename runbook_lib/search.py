@@ -14,8 +14,8 @@ from psycopg import sql
 
 from runbook_lib import db
 from runbook_lib.display import Table
-from runbook_lib.evaluate import Query
 from runbook_lib.gates import Gates, collect, gate
+from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase

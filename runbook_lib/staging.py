@@ -16,13 +16,14 @@ from pgvector import HalfVector
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, embed, masking, packing, sources
+from runbook_lib import db
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.names import names, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.progress import Progress
 from runbook_lib.sql import load
+from runbook_lib.vectors import embed, masking, packing, sources
 
 SQL = load("staging")
 # A key that is none is kept this long.

@@ -11,15 +11,16 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import choose, classes, db, evaluate, exact, explain, search, sweep
-from runbook_lib.choose import Choice
-from runbook_lib.classes import Asked
+from runbook_lib import db, search
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.measuring import choose, classes, evaluate, exact, explain, sweep
+from runbook_lib.measuring.choose import Choice
+from runbook_lib.measuring.classes import Asked
+from runbook_lib.measuring.sweep import Measured, Way
 from runbook_lib.names import index_name, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
-from runbook_lib.sweep import Measured, Way
 
 SQL = load("tune")
 
@@ -80,7 +81,7 @@ class Tuning:
 
     def _repr_html_(self) -> str:
         # Here, because matplotlib takes longer to import than most phases take to run.
-        from runbook_lib import pictures
+        from runbook_lib.records import pictures
 
         data = self.as_data()
         advice = [f"<p>{html.escape(f'{c.of}: {c.advice}')}</p>" for c in self.choices if c.advice]

@@ -11,18 +11,20 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import compare, db, embed, evaluate, explain, forecast, index, search, tune, versions
+from runbook_lib import compare, db, forecast, index, search, tune, versions
 from runbook_lib.display import Table, duration, number, size
-from runbook_lib.evaluate import Query
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.ledger import Ledger
+from runbook_lib.measuring import evaluate, explain
+from runbook_lib.measuring.evaluate import Query
+from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.names import names, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.phases import OPERATE
-from runbook_lib.prepared import vector_indexes
 from runbook_lib.sql import load
+from runbook_lib.vectors import embed
 
 SQL = load("watch")
 

@@ -14,7 +14,8 @@ import yaml
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import db, embedded, params
+from runbook_lib import db, params
+from runbook_lib.commands import embedded
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase

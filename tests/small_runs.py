@@ -10,9 +10,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import manifest, runner
-from runbook_lib.manifest import Manifest
-from runbook_lib.runner import RunResult
+from runbook_lib.running import manifest, runner
+from runbook_lib.running.manifest import Manifest
+from runbook_lib.running.runner import RunResult
 from tests import small_notebooks
 from tests.conftest import write_params
 

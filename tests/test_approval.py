@@ -15,10 +15,11 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import approval, params, plans
-from runbook_lib.cli import main
+from runbook_lib import params
+from runbook_lib.commands.cli import main
 from runbook_lib.gates import BadInput, NotApproved
 from runbook_lib.phase import MIGRATE, UNDO, Phase
+from runbook_lib.running import approval, plans
 from tests.conftest import DSN_ENV, write_params
 
 PHASE = "30_expand_schema"

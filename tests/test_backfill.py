@@ -8,7 +8,8 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib import backfill, extension, refresh, schema, staging, strategy, windows, workers
+from runbook_lib import backfill, extension, refresh, schema, staging
+from runbook_lib.filling import strategy, windows, workers
 from runbook_lib.gates import BadInput, LockNotObtained
 from runbook_lib.phase import Phase
 from tests import toy
@@ -181,7 +182,7 @@ def test_drain_puts_a_failed_batch_back(
         raise OSError("the model is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr("runbook_lib.embed.model", lambda params: broken)
+        patch.setattr("runbook_lib.vectors.embed.model", lambda params: broken)
         with pytest.raises(OSError, match="away"):
             refresh.drain(phase)
     assert articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone() == (5,)

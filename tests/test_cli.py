@@ -14,8 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import runbook_lib
-from runbook_lib import embedded, manifest, runner
-from runbook_lib.cli import main
+from runbook_lib.commands import embedded
+from runbook_lib.commands.cli import main
+from runbook_lib.running import manifest, runner
 from tests import small_notebooks
 from tests.conftest import write_params
 
@@ -137,7 +138,7 @@ def test_demo_stop_without_a_server(
 def test_sigterm_stops_the_embedded_server(tmp_path: Path) -> None:
     """The command is stopped while it loads; --stop afterwards finds nothing left."""
     code = (
-        "import time; from runbook_lib import cli, demo\n"
+        "import time; from runbook_lib.commands import cli, demo\n"
         "def load(*a, **k): print('loading', flush=True); time.sleep(60)\n"
         "demo.load = load; cli.main(['demo'])"
     )

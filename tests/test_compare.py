@@ -8,20 +8,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import (
-    agreement,
-    backfill,
-    compare,
-    evaluate,
-    extension,
-    index,
-    schema,
-    search,
-    slices,
-    staging,
-    tune,
-)
-from runbook_lib.evaluate import Query
+from runbook_lib import backfill, compare, extension, index, schema, search, staging, tune
+from runbook_lib.measuring import agreement, evaluate, slices
+from runbook_lib.measuring.evaluate import Query
 from runbook_lib.phase import Phase
 
 Open = Callable[..., Phase]

@@ -12,9 +12,11 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook_lib import db, demo, evaluate, params, search
-from runbook_lib.evaluate import Query
+from runbook_lib import db, params, search
+from runbook_lib.commands import demo
 from runbook_lib.gates import BadInput
+from runbook_lib.measuring import evaluate
+from runbook_lib.measuring.evaluate import Query
 from runbook_lib.params import Params
 
 DEMO_YAML = Path(__file__).parent.parent / "params" / "demo.yaml"

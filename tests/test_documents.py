@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runbook_lib import documents
+from runbook_lib.commands import documents
 from runbook_lib.phases import MIGRATE, UNDO
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,7 @@ def recipes(language: str) -> list[str]:
 @pytest.mark.parametrize("name", documents.DOCUMENTS)
 def test_a_document_made_from_the_code_is_current(name: str) -> None:
     made = documents.DOCUMENTS[name]()
-    assert (DOCS / name).read_text("utf-8") == made, "run: python -m runbook_lib.documents"
+    assert (DOCS / name).read_text("utf-8") == made, "run: python -m runbook_lib.commands.documents"
 
 
 def test_crontab_lines_have_five_fields_and_a_command_that_a_shell_can_parse() -> None:
@@ -63,7 +63,7 @@ def test_the_dag_is_valid_python_and_the_pipelines_are_valid_yaml() -> None:
 
 
 def gates_of_the_library() -> set[str]:
-    sources = "\n".join(p.read_text("utf-8") for p in (ROOT / "runbook_lib").glob("*.py"))
+    sources = "\n".join(p.read_text("utf-8") for p in (ROOT / "runbook_lib").rglob("*.py"))
     named = set(re.findall(r'"([a-z]+\.[a-z_]+)"', sources))
     # Some modules build the name from its second half.
     halves = re.findall(r'f"([a-z]+)\.\{', sources)

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from runbook_lib import embed
 from runbook_lib.gates import BadInput
 from runbook_lib.params import Params
+from runbook_lib.vectors import embed
 from tests import toy
 
 MakeParams = Callable[..., Params]

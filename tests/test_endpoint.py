@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runbook_lib import embed, endpoint, refresh, schema, staging
 from runbook_lib import extension as extension_module
+from runbook_lib import refresh, schema, staging
 from runbook_lib.gates import BadInput
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
+from runbook_lib.vectors import embed, endpoint
 from tests import toy
 from tests.endpoints import Answer, Endpoint, embeddings, serving
 
@@ -219,7 +220,7 @@ def test_text_is_masked_before_it_leaves_and_the_hash_is_that_of_the_text(
 
 
 def test_query_texts_are_masked_too(make_params: MakeParams, served: Endpoint) -> None:
-    from runbook_lib.evaluate import Query
+    from runbook_lib.measuring.evaluate import Query
 
     p = make_params(embeddings=section(served), masking={"rules": ["email"]})
     embed.query_vectors(p, [Query("q1", "mail of ann@example.org")])

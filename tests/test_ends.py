@@ -20,10 +20,12 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import approval, claim, db, embedded, manifest, params, runner, window
+from runbook_lib import db, params
+from runbook_lib.commands import embedded
 from runbook_lib.gates import BadInput
 from runbook_lib.phase import open_phase
-from runbook_lib.runner import RunResult
+from runbook_lib.running import approval, claim, manifest, runner, window
+from runbook_lib.running.runner import RunResult
 from tests import small_notebooks, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.small_runs import FIRST, GATE, ROOT, SECOND, THIRD, ledger_rows, record_of, sessions, wait_until
@@ -116,7 +118,15 @@ def test_a_file_that_does_not_fit_is_a_crash_that_says_so(database: str, tmp_pat
     small_notebooks.write(tmp_path / "nb", **{f"p{FIRST}": body})
     limit = 200_000
     environment = os.environ | {runner.NOTEBOOKS_ENV: str(tmp_path / "nb"), "IPYTHONDIR": str(tmp_path / "ipython")}
-    command = [sys.executable, "-c", "from runbook_lib.cli import main; main()", "run", "--execute", "--to", FIRST]
+    command = [
+        sys.executable,
+        "-c",
+        "from runbook_lib.commands.cli import main; main()",
+        "run",
+        "--execute",
+        "--to",
+        FIRST,
+    ]
     done = subprocess.run(
         [*command, str(write_params(tmp_path))], cwd=ROOT, env=environment, text=True, capture_output=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), check=False,
@@ -135,7 +145,7 @@ def test_pages_that_cannot_be_written_cost_the_record_only_those(run: Run, monke
     def full(*_args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("runbook_lib.record.write", full)
+    monkeypatch.setattr("runbook_lib.records.record.write", full)
     result, _ = run()
     assert result.folder is not None
     m = manifest.read(result.folder)

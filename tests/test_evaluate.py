@@ -13,9 +13,10 @@ import pytest
 from psycopg import sql
 from scipy import stats
 
-from runbook_lib import db, evaluate
-from runbook_lib.evaluate import Query
+from runbook_lib import db
 from runbook_lib.gates import BadInput
+from runbook_lib.measuring import evaluate
+from runbook_lib.measuring.evaluate import Query
 from runbook_lib.params import Params
 
 MakeParams = Callable[..., Params]

@@ -7,7 +7,8 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib import db, exact
+from runbook_lib import db
+from runbook_lib.measuring import exact
 from runbook_lib.params import Params
 
 ROWS, DIMENSION, QUERIES, K = 3000, 8, 20, 10

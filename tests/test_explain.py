@@ -8,10 +8,11 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import backfill, db, explain, extension, index, params, schema, search, staging
+from runbook_lib import backfill, db, extension, index, params, schema, search, staging
 from runbook_lib.ledger import Ledger
+from runbook_lib.measuring import explain
+from runbook_lib.measuring.prepared import Sent
 from runbook_lib.phase import Phase
-from runbook_lib.prepared import Sent
 from tests.conftest import DSN_ENV, write_params
 
 VECTOR = "[1,2,3,4,5,6,7,8]"

@@ -9,8 +9,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import db, health, windows
-from runbook_lib.health import State, Watch
+from runbook_lib import db
+from runbook_lib.filling import health, windows
+from runbook_lib.filling.health import State, Watch
 from runbook_lib.phase import Phase
 
 Open = Callable[..., Phase]

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from runbook_lib import inputs, params
-from runbook_lib.cli import main
+from runbook_lib.commands.cli import main
 from runbook_lib.params import Params
 from tests.conftest import DSN_ENV
 

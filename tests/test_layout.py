@@ -5,7 +5,7 @@ from typing import Any
 
 import psycopg
 
-from runbook_lib import layout
+from runbook_lib.filling import layout
 from runbook_lib.phase import Phase
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runbook_lib.legacy import LegacyQuery, of_statement
+from runbook_lib.commands.legacy import LegacyQuery, of_statement
 
 FILTERS = {"status": "text", "lang id": "integer"}
 

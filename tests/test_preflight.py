@@ -11,10 +11,11 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import inputs, masking, preflight
+from runbook_lib import inputs, preflight
 from runbook_lib.gates import BadInput, Gate, Gates
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
+from runbook_lib.vectors import masking
 from tests.conftest import DSN_ENV
 
 Connection = psycopg.Connection[Any]

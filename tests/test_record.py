@@ -13,9 +13,10 @@ from typing import Any
 import nbformat
 import pytest
 
-from runbook_lib import manifest, record, review
-from runbook_lib.manifest import PhaseRun
 from runbook_lib.phase import MIGRATE, Phase
+from runbook_lib.records import record, review
+from runbook_lib.running import manifest
+from runbook_lib.running.manifest import PhaseRun
 from tests.records import RUN_ID, entry, gate, make_entries, make_manifest
 
 VOID = {"meta", "br", "path", "use", "rect", "line", "circle", "img", "hr", "col", "input", "link"}

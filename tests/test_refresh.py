@@ -7,10 +7,11 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib import backfill, embed, extension, params, refresh, schema, staging
+from runbook_lib import backfill, extension, params, refresh, schema, staging
 from runbook_lib.gates import GateFailed
 from runbook_lib.ledger import Ledger
 from runbook_lib.phase import Phase
+from runbook_lib.vectors import embed
 from tests import toy
 
 Open = Callable[..., Phase]

@@ -10,9 +10,10 @@ import nbformat
 import pytest
 from click.testing import CliRunner, Result
 
-from runbook_lib import manifest, rundiff
-from runbook_lib.cli import main
+from runbook_lib.commands.cli import main
 from runbook_lib.gates import BadInput
+from runbook_lib.records import rundiff
+from runbook_lib.running import manifest
 from tests.records import RUN_ID, make_entries, make_manifest
 
 

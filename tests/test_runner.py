@@ -16,8 +16,9 @@ import nbformat
 import psycopg
 import pytest
 
-from runbook_lib import manifest, params, runner
+from runbook_lib import params
 from runbook_lib.gates import BadInput
+from runbook_lib.running import manifest, runner
 from tests import small_notebooks
 from tests.conftest import write_params
 from tests.small_runs import FIRST, GATE, ROOT, SECOND, ledger_rows, record_of, sessions, wait_until
@@ -137,7 +138,7 @@ def test_a_signal_cancels_the_statement_within_two_seconds_and_leaves_a_record(
 ) -> None:
     small_notebooks.write(tmp_path / "nb", **{f"p{FIRST}": "phase.connection.execute('SELECT pg_sleep(60)')"})
     environment = os.environ | {runner.NOTEBOOKS_ENV: str(tmp_path / "nb")}
-    command = [sys.executable, "-c", "from runbook_lib.cli import main; main()", "run", "--execute"]
+    command = [sys.executable, "-c", "from runbook_lib.commands.cli import main; main()", "run", "--execute"]
     process = subprocess.Popen(
         [*command, str(write_params(tmp_path))], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import runner
+from runbook_lib.running import runner
 from tests import small_notebooks
 from tests.conftest import DSN_ENV, write_params
 from tests.small_runs import FIRST, GATE, ROOT, SECOND
@@ -80,7 +80,14 @@ def test_no_secret_is_left_behind(end: str, tmp_path: Path, database: str) -> No
         "OPENAI_API_KEY": API_KEY,
         "PLANTED_HOOK": f"http://127.0.0.1:1/{TOKEN}",
     }
-    command = [sys.executable, "-c", "from runbook_lib.cli import main; main()", "run", "--execute", "--verbose"]
+    command = [
+        sys.executable,
+        "-c",
+        "from runbook_lib.commands.cli import main; main()",
+        "run",
+        "--execute",
+        "--verbose",
+    ]
     path = write_params(tmp_path, **SECTIONS)
     done = subprocess.run([*command, str(path)], cwd=ROOT, env=environment, capture_output=True, check=False)
     output = done.stdout + done.stderr

@@ -15,11 +15,12 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from runbook_lib import embed, extension, schema, sources, staging
-from runbook_lib.evaluate import Query
+from runbook_lib import extension, schema, staging
 from runbook_lib.gates import BadInput
+from runbook_lib.measuring.evaluate import Query
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
+from runbook_lib.vectors import embed, sources
 from tests import toy
 
 MakeParams = Callable[..., Params]

@@ -7,8 +7,9 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib import embed, extension, schema, staging
+from runbook_lib import extension, schema, staging
 from runbook_lib.phase import Phase
+from runbook_lib.vectors import embed
 from tests import toy
 
 Open = Callable[..., Phase]

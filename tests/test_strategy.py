@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from runbook_lib import strategy
+from runbook_lib.filling import strategy
+from runbook_lib.filling.strategy import Choice, Relation
 from runbook_lib.gates import BadInput
 from runbook_lib.params import Params
-from runbook_lib.strategy import Choice, Relation
 
 # 6 rows of 1,170 bytes on each page, 384 dimensions: the table of the measurements, whose vectors go to TOAST.
 TABLE = Relation("public.articles", 14_286, "heap", 100, 100_000, 2, ("gin",))

@@ -7,7 +7,8 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib import backfill, choose, classes, db, exact, extension, index, schema, search, staging, sweep, tune
+from runbook_lib import backfill, db, extension, index, schema, search, staging, tune
+from runbook_lib.measuring import choose, classes, exact, sweep
 from runbook_lib.phase import Phase
 from tests.test_search import FILTERED, call
 

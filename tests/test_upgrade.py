@@ -14,10 +14,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import compare, db, embed, params, rebuild, upgrade, versions
+from runbook_lib import compare, db, params, rebuild, upgrade, versions
 from runbook_lib.gates import BadInput, GateFailed
 from runbook_lib.ledger import Ledger
 from runbook_lib.phase import MIGRATE, Phase
+from runbook_lib.vectors import embed
 from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.stepping import step, step_all

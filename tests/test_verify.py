@@ -10,8 +10,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import manifest, params, verify
+from runbook_lib import params
 from runbook_lib.gates import Gate
+from runbook_lib.records import verify
+from runbook_lib.running import manifest
 from tests.small_runs import FIRST, SECOND
 from tests.small_runs import run as run  # a fixture
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from runbook_lib import backfill, compare, cutover, extension, index, schema, search, staging, tune, watch
-from runbook_lib.cli import main
+from runbook_lib.commands.cli import main
 from runbook_lib.gates import Gate
 from runbook_lib.phase import Phase
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from runbook_lib import params, window
+from runbook_lib import params
 from runbook_lib.gates import BadInput, OutsideWindow
 from runbook_lib.params import Params
+from runbook_lib.running import window
 from tests.conftest import write_params
 
 

@@ -33,7 +33,8 @@ import yaml
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import backfill, db, demo, embedded, extension, params, schema
+from runbook_lib import backfill, db, extension, params, schema
+from runbook_lib.commands import demo, embedded
 from runbook_lib.ledger import Ledger
 from runbook_lib.names import names
 from runbook_lib.phase import Phase

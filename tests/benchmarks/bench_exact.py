@@ -10,8 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from runbook_lib import db, embed, exact
+from runbook_lib import db
+from runbook_lib.measuring import exact
 from runbook_lib.phase import Phase
+from runbook_lib.vectors import embed
 from tests.benchmarks import dictionaries
 
 QUERIES, K, BY_SQL = 1000, 10, 10

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from pgvector.psycopg import register_vector
 
-from runbook_lib import db, embed, search
+from runbook_lib import db, search
 from runbook_lib.phase import Phase
+from runbook_lib.vectors import embed
 from tests.benchmarks import dictionaries
 
 CALLS, K = 400, 10

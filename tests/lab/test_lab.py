@@ -19,7 +19,7 @@ import pytest
 
 from runbook_lib import extension, schema, staging
 from runbook_lib.phase import Phase
-from runbook_lib.runner import NOTEBOOKS_ENV
+from runbook_lib.running.runner import NOTEBOOKS_ENV
 from tests.conftest import write_params
 from tests.lab.browser import browser, program
 from tests.lab.lab import Lab, configure, jupyterlab, ready
@@ -158,7 +158,7 @@ def test_make_lab_serves_the_notebooks_until_ctrl_c(tmp_path: Path) -> None:
         shutil.copytree(NOTEBOOKS.parent / folder, tmp_path / folder)
     port = free_port()
     env = configure(tmp_path / "jupyter", port) | {NOTEBOOKS_ENV: str(tmp_path / "notebooks")}
-    command = [sys.executable, "-c", "from runbook_lib.cli import main; main()", "demo", "--lab"]
+    command = [sys.executable, "-c", "from runbook_lib.commands.cli import main; main()", "demo", "--lab"]
     log = tmp_path / "lab.log"
     with log.open("w") as stderr:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=stderr)

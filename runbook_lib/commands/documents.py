@@ -1,0 +1,95 @@
+"""The two documents that are made from the code: parameters and locks. ``python -m runbook_lib.commands.documents``.
+
+A test compares them with the files in ``docs/``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+from runbook_lib import params
+from runbook_lib.db import BLOCKED_BY
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+MADE = "<!-- Made by `python -m runbook_lib.commands.documents`; changes here are lost. -->"
+# The strongest first, so that "SHARE" is not found inside "SHARE ROW EXCLUSIVE".
+LEVEL = re.compile("|".join(sorted(BLOCKED_BY, key=len, reverse=True)))
+NOT_OF_THE_RUNBOOK = {"demo"}
+
+
+def parameters() -> str:
+    """``docs/parameters.md``: a table a section, in the order of the model."""
+    lines = [
+        "# Parameters",
+        "",
+        MADE,
+        "",
+        "One YAML file a target. An unknown key, a wrong type or a value out of range is refused before anything"
+        " starts. Units stand in the names. Paths are relative to the file. Secrets are named, never written:"
+        " an environment variable, a service of `pg_service.conf`, a password file.",
+    ]
+    section = ""
+    for key, kind, default, what in params.reference():
+        name, _, rest = key.partition(".")
+        if name != section:
+            section = name
+            about = (Params.model_fields[name].annotation.__doc__ or "").strip()
+            lines += ["", f"## {name}", "", about, "", "| key | type | default | what it is |", "|---|---|---|---|"]
+        lines.append(f"| `{rest}` | {_cell(kind)} | {_cell(default)} | {_cell(what)} |")
+    return "\n".join(lines) + "\n"
+
+
+def locks() -> str:
+    """``docs/locks.md``: every statement that takes a lock somebody may wait for, as the SQL files declare it."""
+    lines = [
+        "# Locks",
+        "",
+        MADE,
+        "",
+        "Every statement of the runbook that takes more than a reader's lock, from `runbook_lib/sql/`. A notebook"
+        " shows the same lines beside the statement itself before it is carried out.",
+        "",
+        "| statement | what for | lock | it blocks | taken back by |",
+        "|---|---|---|---|---|",
+    ]
+    for name, purpose, lock, undo in _locking():
+        found = LEVEL.match(lock)
+        blocks = BLOCKED_BY[found[0]] if found else "nobody"
+        lines.append(f"| `{name}` | {_cell(purpose)} | {_cell(lock)} | {blocks} | {_cell(undo)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _locking() -> Iterator[tuple[str, str, str, str]]:
+    folder = files("runbook_lib.sql")
+    modules = sorted(Path(str(f)).stem for f in folder.iterdir() if str(f).endswith(".sql"))
+    for module in modules:
+        for block in load(module).values() if module not in NOT_OF_THE_RUNBOOK else ():
+            if LEVEL.match(block.lock):
+                yield block.name, block.purpose, _plain(block.lock), _plain(block.undo)
+
+
+def _plain(text: str) -> str:
+    """Names of the target in words."""
+    words = {"table": "the table", "vectors": "the table that holds the vectors"}
+    return re.sub(r"\{(\w+)\}", lambda m: words.get(m[1], f"the {m[1].replace('_', ' ')}"), text)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+DOCUMENTS = {"parameters.md": parameters, "locks.md": locks}
+
+
+def write(folder: Path) -> None:
+    """Writes both documents into the folder."""
+    for name, make in DOCUMENTS.items():
+        (folder / name).write_text(make(), "utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parents[2] / "docs")

@@ -1,0 +1,1 @@
+"""How the backfill divides, paces and shares its work, and where the vectors stand."""

@@ -1,0 +1,1 @@
+"""How searches are measured: queries, exact answers, recall, relevance, plans."""

@@ -1,0 +1,56 @@
+"""How much two searches agree, where nobody has judged their answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from runbook_lib.measuring import evaluate
+
+# Weight of each place of the one before it; Webber, Moffat and Zobel, TOIS 2010: the first ten places count 86 %.
+PERSISTENCE = 0.9
+
+Answers = Mapping[str, Sequence[str]]
+
+
+def rank_biased_overlap(a: Sequence[str], b: Sequence[str], k: int) -> float:
+    """Overlap of the first 1, 2, … k answers, the first places counting most; 1.0 for equal lists, 0.0 for disjoint.
+
+    The finite sum of Webber, Moffat and Zobel (2010), divided by what equal lists reach at depth k. Where both lists
+    end before k, their length is the depth. 1.0 where neither has any answer.
+    """
+    depth = min(k, max(len(a), len(b)))
+    if not depth:
+        return 1.0
+    weights = [PERSISTENCE**d for d in range(depth)]
+    shared = [len(set(a[:d]) & set(b[:d])) / d for d in range(1, depth + 1)]
+    return sum(w * s for w, s in zip(weights, shared, strict=True)) / sum(weights)
+
+
+def rank_correlation(a: Sequence[str], b: Sequence[str], k: int) -> float | None:
+    """Kendall's tau over the rows that both answer among their first k; None where they share fewer than two."""
+    places = {key: i for i, key in enumerate(b[:k])}
+    shared = [(i, places[key]) for i, key in enumerate(a[:k]) if key in places]
+    if len(shared) < 2:
+        return None
+    tau = float(kendalltau([i for i, _ in shared], [j for _, j in shared]).statistic)
+    return None if math.isnan(tau) else tau
+
+
+def agreement(a: Answers, b: Answers, k: int) -> dict[str, float | None]:
+    """Means over the queries of both: ``overlap`` of the first k, ``rbo``, and ``tau`` where it can be had."""
+    both = [i for i in a if i in b]
+    taus = [tau for i in both if (tau := rank_correlation(a[i], b[i], k)) is not None]
+    return {
+        "overlap": round(float(np.mean([evaluate.overlap(a[i], b[i], k) for i in both])), 4) if both else None,
+        "rbo": round(float(np.mean([rank_biased_overlap(a[i], b[i], k) for i in both])), 4) if both else None,
+        "tau": round(float(np.mean(taus)), 4) if taus else None,
+    }
+
+
+def most_different(a: Answers, b: Answers, k: int, n: int) -> list[str]:
+    """The ids of the n queries whose answers differ most, by rank-biased overlap."""
+    return sorted((i for i in a if i in b), key=lambda i: (rank_biased_overlap(a[i], b[i], k), i))[:n]

@@ -1,0 +1,157 @@
+"""Filter classes: each filter column's values by how many rows they let through, and the questions asked of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from pgvector.psycopg import register_vector
+from psycopg import sql
+
+from runbook_lib import db
+from runbook_lib.gates import Gate
+from runbook_lib.measuring import evaluate, exact
+from runbook_lib.names import identifier, names, spelled
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
+from runbook_lib.sql import load
+from runbook_lib.vectors import embed
+
+SQL = load("classes")
+
+# Upper bounds of the share of rows that a value lets through.
+BUCKETS = ((0.01, "below 1 %"), (0.1, "1 to 10 %"), (0.5, "10 to 50 %"), (1.01, "above 50 %"))
+RARE = BUCKETS[0][0]
+# Values of one class that are measured: few, since each takes its share of the questions.
+MEASURED_VALUES = 4
+# Up to so many rows the values are counted one by one, above it in a sample of pages of about as many.
+COUNTED_ROWS = 1_000_000
+
+
+@dataclass(frozen=True)
+class FilterClass:
+    """Values of a filter column that let through a like share of the rows.
+
+    column: None for searches without a filter. values: those measured. shares: of every value that is listed in the
+    search function's strategies; empty for rare values, which are too many to list.
+    """
+
+    column: str | None
+    bucket: str
+    values: tuple[str, ...]
+    shares: dict[str, float] = field(hash=False)
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.column}, {self.bucket}" if self.column else self.bucket
+
+
+UNFILTERED = FilterClass(None, "unfiltered", (), {}, 1.0)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query with its vector, its filter, and its exact answers.
+
+    own_key: the row that the query was made from, which every search finds and which therefore counts for none.
+    """
+
+    text: str
+    vector: np.ndarray
+    allowed: tuple[tuple[str, str], ...]
+    exact: exact.Nearest
+    own_key: str | None = None
+
+
+@dataclass(frozen=True)
+class _Query:
+    text: str
+    vector: np.ndarray
+    own_key: str | None = None
+
+
+def find(phase: Phase) -> list[FilterClass]:
+    """The unfiltered class first, then those of each filter column, rarest first."""
+    return [UNFILTERED, *(c for column in phase.params.target.filters for c in _of_column(phase, column))]
+
+
+def _of_column(phase: Phase, column: str) -> Iterator[FilterClass]:
+    counted = _counted(phase, column)
+    lower = 0.0
+    for upper, name in BUCKETS:
+        shares = {value: share for value, share in counted.items() if lower <= share < upper}
+        lower = upper
+        if shares:
+            values = _spread(list(shares), MEASURED_VALUES)
+            mean = float(np.mean([shares[v] for v in values]))
+            yield FilterClass(column, name, tuple(values), {} if upper == RARE else shares, mean)
+
+
+def _counted(phase: Phase, column: str) -> dict[str, float]:
+    """Share of the rows by value: every value above RARE, and a few below, spread over their frequencies."""
+    n = names(phase.params)
+    rows = int(db.one(phase.connection, SQL["rows"], phase.params, table=spelled(phase.params, "table"))["rows"])
+    percent = min(100.0, 100.0 * COUNTED_ROWS / max(rows, 1))
+    sampled = sql.SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (1)").format(sql.Literal(percent))
+    query = SQL["values"].compose(
+        n | {"column": identifier(column), "sampled": sampled if percent < 100 else sql.SQL("")}
+    )
+    found = phase.connection.execute(query, {"rare": RARE, "measured": MEASURED_VALUES}).fetchall()
+    return {row["value"]: row["share"] for row in found}
+
+
+def _spread(values: Sequence[str], n: int) -> list[str]:
+    """At most n of them, evenly spread, first and last among them."""
+    if len(values) <= n:
+        return list(values)
+    return [values[i * (len(values) - 1) // (n - 1)] for i in range(n)]
+
+
+def questions(phase: Phase, found: Sequence[FilterClass]) -> tuple[dict[FilterClass, list[Asked]], Gate, list[float]]:
+    """Every query put to every class, with its exact answers; a gate on these; and seconds of exact SQL.
+
+    Each value of a class takes its turn with the queries, whose subject has nothing to do with it: a search for one
+    tenant is not near that tenant's rows, which is what an index finds hardest.
+    """
+    p = phase.params
+    queries = list(_queries(phase))
+    vectors = np.array([q.vector for q in queries], np.float32)
+    keyed = {c: [exact.Question(i, _filter(c, i)) for i in range(len(queries))] for c in found}
+    asked = [question for c in found for question in keyed[c]]
+    with db.connect(p, f"runbook {phase.run_id} exact") as connection, connection.transaction():
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        nearest = exact.nearest(connection, p, vectors, asked, p.queries.k)
+        agrees = exact.stream_agrees_with_sql(connection, p, vectors, asked, nearest, p.queries.k)
+        seconds = exact.seconds_by_sql(connection, p, vectors, p.queries.k)
+    answers = iter(nearest)
+    result = {
+        c: [
+            Asked(queries[q.query].text, vectors[q.query], q.allowed, next(answers), queries[q.query].own_key)
+            for q in keyed[c]
+        ]
+        for c in found
+    }
+    return result, agrees, seconds
+
+
+def _filter(found: FilterClass, i: int) -> tuple[tuple[str, str], ...]:
+    # Two queries in a row take the same value: one for tuning, one to be held out.
+    return ((found.column, found.values[i // 2 % len(found.values)]),) if found.column else ()
+
+
+def _queries(phase: Phase) -> Iterator[_Query]:
+    """The query sample; where it is small, rows of the table stand in for what is missing."""
+    p = phase.params
+    own = evaluate.sample(evaluate.read_queries(p), p.tune.queries)
+    yield from map(_Query, (q.text for q in own), embed.query_vectors(p, own))
+    register_vector(phase.connection)
+    for row in db.rows(phase.connection, SQL["rows_as_queries"], p, n=p.tune.queries - len(own)):
+        vector = row["embedding"]
+        yield _Query("", np.asarray(vector if isinstance(vector, np.ndarray) else vector.to_numpy()), row["key"])
+
+
+def has_btree(connection: db.Connection, params: Params, column: str) -> bool:
+    """Does an index of the table start with this column, so that its rows are found without reading the others?"""
+    row = db.one(connection, SQL["has_btree"], params, table=spelled(params, "table"), column=column)
+    return bool(row["there"])

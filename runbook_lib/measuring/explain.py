@@ -1,0 +1,148 @@
+"""Does the query that the application really sends use the index? Asked of the server, as the application asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from psycopg import sql
+
+from runbook_lib import db, search
+from runbook_lib.gates import Gate, gate
+from runbook_lib.measuring import diagnose, evaluate
+from runbook_lib.measuring.prepared import EXECUTIONS_TO_A_GENERIC_PLAN, Sent, fresh_name, plan_of, vector_indexes
+from runbook_lib.measuring.statement import bound
+from runbook_lib.names import identifier, index_name, names
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
+from runbook_lib.sql import load
+from runbook_lib.vectors import embed
+
+SQL = load("explain")
+
+DANGER = "every search would read the whole table"
+
+
+def gates(phase: Phase) -> list[Gate]:
+    """The function searches by the index, and so does each statement, with a custom and with a generic plan."""
+    p = phase.params
+    routes = list(dict.fromkeys(["vector", p.cut_over.route]))
+    found = [_function_searches_by_index(phase, route) for route in routes]
+    sent = [function_query(phase), *([application_query(phase)] if p.search.application_query else [])]
+    with as_the_application(phase) as connection:
+        found += [judge(phase, connection, s, kind) for s in sent for kind in ("custom", "generic")]
+    return found
+
+
+def function_query(phase: Phase) -> Sent:
+    """The vector query of the search function, with its LIMIT bound."""
+    p = phase.params
+    text = search.route_statement(phase.connection, p, "vector", in_function=True)
+    types = search.column_types(phase.connection, p)
+    return Sent(
+        f"the vector query of {p.function_name}",
+        text.as_string(phase.connection).replace("%%", "%"),
+        ("query", "embedding", "k", *p.target.filters),
+        (*_values(phase), *[None] * len(p.target.filters)),
+        ("text", "real[]", "integer", *(types[c] for c in p.target.filters)),
+    )
+
+
+def application_query(phase: Phase) -> Sent:
+    """The statement of ``search.application_query``, each filter with the value that its column holds most often."""
+    p = phase.params
+    text, used = bound(str(p.search.application_query), ["query", "embedding", "k", *p.target.filters])
+    known = dict(zip(("query", "embedding", "k"), _values(phase), strict=True))
+    known |= {c: _usual_value(phase, c) for c in p.target.filters if c in used}
+    return Sent("the application's query", text, tuple(used), tuple(known[name] for name in used))
+
+
+def _values(phase: Phase) -> tuple[str, list[float], int]:
+    p = phase.params
+    query = evaluate.sample(evaluate.read_queries(p), 1)[0]
+    return query.text, [float(x) for x in embed.query_vectors(p, [query])[0]], p.queries.k
+
+
+def _usual_value(phase: Phase, column: str) -> str | None:
+    query = SQL["usual_value"].compose(names(phase.params) | {"column": identifier(column)})
+    row = phase.connection.execute(query, {}).fetchone()
+    return row["value"] if row else None
+
+
+@contextmanager
+def as_the_application(phase: Phase) -> Iterator[db.Connection]:
+    """A fresh connection with the settings that the search function carries, which sway the planner."""
+    state = search.function_state(phase)
+    with db.connect(phase.params, f"runbook {phase.run_id} plans") as connection:
+        connection.execute(SQL["load_library"].compose({}))
+        for setting in (state["settings"] or []) if state else []:
+            name, _, value = setting.partition("=")
+            if name != "search_path":
+                connection.execute(SQL["set"].compose({}), {"name": name, "value": value, "local": False})
+        yield connection
+
+
+def judge(phase: Phase, connection: db.Connection, sent: Sent, kind: str) -> Gate:
+    """Gate: the plan of this statement reads a vector index below a LIMIT; otherwise it names the cause."""
+    indexes = {row["name"] for row in vector_indexes(connection, phase.params)}
+    found = plan_of(connection, sent, kind)
+    holds = found.index in indexes and found.limited
+    cause = None if holds else diagnose.diagnose(phase, connection, sent, kind)
+    return gate(
+        f"explain.{kind}_plan_uses_the_index",
+        holds,
+        sent.subject,
+        found=found.scan if cause is None else f"{found.scan}; {cause.found}",
+        needed=f"Index Scan {index_name(phase.params)}",
+        danger=DANGER if found.index not in indexes else "the index ends after some rows; the rest is never returned",
+        do=cause.do if cause else "",
+        figures={"cause": cause.name if cause else None, "cost": found.cost},
+    )
+
+
+def _function_searches_by_index(phase: Phase, route: str) -> Gate:
+    """Calls the function, prepared, with the route moved for this transaction alone, and counts the index scans."""
+    p = phase.params
+    calls = 2 * EXECUTIONS_TO_A_GENERIC_PLAN
+    with db.connect(p, f"runbook {phase.run_id} calls") as connection:
+        oids = [row["oid"] for row in vector_indexes(connection, phase.params)]
+        with connection.transaction(force_rollback=True):
+            moved = {"route": route, "share_percent": 100}
+            connection.execute(search.SQL["move_route"].compose(names(p)), moved)
+            before = _scans(connection, p, oids)
+            _call_prepared(phase, connection)
+            scans = _scans(connection, p, oids) - before
+    cause = None if scans >= calls else _cause_in_the_function(phase)
+    return gate(
+        "explain.function_searches_by_the_index",
+        scans >= calls,
+        f"{p.function_name}, route {route}",
+        found=f"{scans} index scans in {calls} calls" + (f"; {cause.found}" if cause else ""),
+        needed=f"one in each of {calls} calls, prepared, six with a custom and six with a generic plan",
+        danger=DANGER,
+        do=cause.do if cause else "",
+        figures={"cause": cause.name if cause else None, "scans": scans, "calls": calls},
+    )
+
+
+def _cause_in_the_function(phase: Phase) -> diagnose.Cause:
+    with as_the_application(phase) as connection:
+        return diagnose.diagnose(phase, connection, function_query(phase), "custom")
+
+
+def _scans(connection: db.Connection, params: Params, oids: list[int]) -> int:
+    return int(db.one(connection, SQL["scans"], params, oids=oids)["scans"])
+
+
+def _call_prepared(phase: Phase, connection: db.Connection) -> None:
+    """Six calls with a custom plan and six with a generic one, as a driver with prepared statements makes them."""
+    name = fresh_name()
+    function = names(phase.params)["function"]
+    prepare = sql.SQL("PREPARE {} (text, real[], integer) AS SELECT * FROM {}($1, $2, $3)")
+    connection.execute(prepare.format(name, function))
+    execute = sql.SQL("EXECUTE {} ({})").format(name, sql.SQL(", ").join(map(sql.Literal, _values(phase))))
+    for kind in ("custom", "generic"):
+        mode = {"name": "plan_cache_mode", "value": f"force_{kind}_plan", "local": True}
+        connection.execute(SQL["set"].compose({}), mode)
+        for _ in range(EXECUTIONS_TO_A_GENERIC_PLAN):
+            connection.execute(execute)

@@ -1,0 +1,175 @@
+"""Recall of one index as the search function uses it, while other indexes on the same column are there too.
+
+Exact answers first; then the same queries through the index that is meant, and the plan of each pass is looked at
+before it counts. Fresh connections throughout: nothing prepared earlier can slip in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import psycopg
+from pgvector.psycopg import register_vector
+from psycopg import sql
+
+from runbook_lib import db, search, tune
+from runbook_lib.gates import RunbookError
+from runbook_lib.measuring import evaluate
+from runbook_lib.measuring.evaluate import Query
+from runbook_lib.names import identifier
+from runbook_lib.phase import Phase
+from runbook_lib.sql import load
+from runbook_lib.vectors import embed
+
+SQL = load("recall")
+
+# Another index is hidden under a lock that readers wait for: so few queries at a time, and none for longer than this.
+ASKED_UNDER_LOCK = 5
+LONGEST_UNDER_LOCK_MS = 500
+TRIES_UNDER_LOCK = 5
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Queries with their vectors, shape (n, dimension), and their exact answers."""
+
+    statement: sql.Composed
+    queries: Sequence[Query]
+    vectors: np.ndarray
+    exact: search.Answers
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One index: recall@k against exact answers, p50 in ms, queries with fewer rows than exact, queries asked."""
+
+    index: str
+    recall: float
+    p50_ms: float
+    short: int
+    queries: int
+
+    def as_data(self) -> dict[str, Any]:
+        """For the ledger."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"recall {self.recall:.3f} on {self.queries} queries, {self.short} short of rows"
+
+
+def questions(phase: Phase) -> Questions:
+    """The timed sample of the query set, answered without any index."""
+    p = phase.params
+    queries = evaluate.sample(evaluate.read_queries(p), p.queries.sample)
+    vectors = np.asarray(embed.query_vectors(p, queries))
+    statement = search.route_statement(phase.connection, p, "vector")
+    with tune.exactly(phase) as connection:
+        register_vector(connection)
+        if used := _indexes_used(connection, phase, statement, queries[0], vectors[0]):
+            raise RuntimeError(f"the exact pass was planned with {used}; its answers would not be exact")
+        exact = search.ask(connection, p, statement, queries, vectors, p.queries.k)
+    return Questions(statement, queries, vectors, exact)
+
+
+def through(phase: Phase, asked: Questions, index: str, others: Sequence[str] = ()) -> Measured | None:
+    """The same queries through one index, with the settings that the search function carries.
+
+    others: vector indexes on the same column. Where the planner likes one of them better they are hidden, by a DROP
+    INDEX that is rolled back after a few queries. None where the planner does not use the index even so.
+    """
+    p = phase.params
+    with db.connect(p, f"runbook {phase.run_id} recall") as connection:
+        register_vector(connection)
+        for name, value in {**_settings(phase), "enable_seqscan": "off", "enable_sort": "off"}.items():
+            connection.execute(SQL["set"].compose({}), {"name": name, "value": value})
+        hidden = [] if _uses(connection, phase, asked, index) else others
+        if hidden:
+            answers = _ask_without(phase, connection, asked, index, hidden)
+        elif _uses(connection, phase, asked, index):
+            answers = search.ask(connection, p, asked.statement, asked.queries, asked.vectors, p.queries.k)
+        else:
+            answers = None
+    return _measured(index, asked, answers) if answers else None
+
+
+def _measured(index: str, asked: Questions, got: search.Answers) -> Measured:
+    ids = [q.query_id for q in asked.queries]
+    exact = [asked.exact.keys[i] for i in ids]
+    found = [got.keys[i] for i in ids]
+    short = sum(len(f) < len(e) for e, f in zip(exact, found, strict=True))
+    p50 = evaluate.latency(got.seconds)["p50_ms"]
+    return Measured(index, round(evaluate.recall(exact, found), 4), round(p50, 3), short, len(ids))
+
+
+def _settings(phase: Phase) -> dict[str, str]:
+    """The index settings that the search function carries."""
+    found = search.function_state(phase)
+    carried = [s.split("=", 1) for s in (found["settings"] or [])] if found else []
+    return {name: value for name, value in carried if name.split(".")[0] in ("hnsw", "ivfflat")}
+
+
+def _uses(connection: db.Connection, phase: Phase, asked: Questions, index: str) -> bool:
+    return index in _indexes_used(connection, phase, asked.statement, asked.queries[0], asked.vectors[0])
+
+
+def _indexes_used(
+    connection: db.Connection, phase: Phase, statement: sql.Composed, query: Query, vector: np.ndarray
+) -> list[str]:
+    values = dict.fromkeys(phase.params.target.filters) | {"query": query.text, "k": phase.params.queries.k}
+    explained = sql.SQL("EXPLAIN (FORMAT JSON) {}").format(statement)
+    row = connection.execute(explained, values | {"embedding": vector}, prepare=False).fetchone()
+    found: list[str] = []
+
+    def note(node: dict[str, Any]) -> dict[str, Any]:
+        found.extend([node["Index Name"]] if "Index Name" in node else [])
+        return node
+
+    json.loads(json.dumps(row["QUERY PLAN"] if row else []), object_hook=note)
+    return found
+
+
+def _ask_without(
+    phase: Phase, connection: db.Connection, asked: Questions, index: str, hidden: Sequence[str]
+) -> search.Answers | None:
+    """A few queries at a time in a transaction that has dropped the other indexes, and is rolled back."""
+    schema = phase.params.target.schema_
+    drops = [SQL["hide"].compose({"hidden": identifier(schema, name)}) for name in hidden]
+    got = search.Answers({}, [], [])
+    for first in range(0, len(asked.queries), ASKED_UNDER_LOCK):
+        part = slice(first, first + ASKED_UNDER_LOCK)
+
+        def look(part: slice = part) -> search.Answers | None:
+            with connection.transaction(force_rollback=True):
+                for drop in drops:
+                    connection.execute(drop)
+                connection.execute(SQL["at_most"].compose({}), {"ms": str(LONGEST_UNDER_LOCK_MS)})
+                if part.start == 0 and not _uses(connection, phase, asked, index):
+                    return None
+                queries, vectors = asked.queries[part], asked.vectors[part]
+                return search.ask(connection, phase.params, asked.statement, queries, vectors, phase.params.queries.k)
+
+        answers = _in_time(phase, connection, look)
+        if answers is None:
+            return None
+        got = search.Answers(got.keys | answers.keys, got.seconds + answers.seconds, [])
+    return got
+
+
+def _in_time(phase: Phase, connection: db.Connection, look: Any) -> search.Answers | None:
+    """Looks again where a query took too long under the lock: what it read is in memory by then."""
+    for _ in range(TRIES_UNDER_LOCK):
+        try:
+            answers, _ = db.in_short_tries(connection, phase.params, SQL["hide"].name, SQL["hide"].lock, look)
+            return answers  # type: ignore[no-any-return]
+        except psycopg.errors.QueryCanceled:
+            continue
+    raise RunbookError(
+        found=f"a search through the index took longer than {LONGEST_UNDER_LOCK_MS} ms, {TRIES_UNDER_LOCK} times",
+        needed=f"at most {LONGEST_UNDER_LOCK_MS} ms, since readers wait meanwhile",
+        danger="nothing has changed; the index was not proved",
+        do="run this again at a quieter time, or when the index is in memory",
+    )
