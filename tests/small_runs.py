@@ -16,7 +16,7 @@ from runbook_lib.running.runner import RunResult
 from tests import small_notebooks
 from tests.conftest import write_params
 
-FIRST, SECOND, THIRD = "00_preflight", "10_baseline", "20_extension"
+FIRST, SECOND = "00_preflight", "10_baseline"
 ROOT = Path(__file__).parent.parent
 
 GATE = """from runbook_lib.gates import gate, collect
