@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 from runbook_lib.phase import MIGRATE, Phase
-from runbook_lib.records import record, review
+from runbook_lib.records import record, review, tables
 from runbook_lib.running import manifest
 from runbook_lib.running.manifest import PhaseRun
 from tests.records import RUN_ID, entry, gate, make_entries, make_manifest
@@ -244,3 +244,28 @@ def test_a_lost_server_costs_the_ledger_but_not_the_page(
     record.write(tmp_path / "run", make_params(), make_manifest())
     page = (tmp_path / "run" / "index.html").read_text()
     assert "The ledger could not be read" in page and "planted-secret" not in page
+
+
+def test_filters_classes_and_backfill_have_tables_of_their_own() -> None:
+    point = {"scan": "relaxed", "candidates": 80, "recall": 0.98, "low": 0.96, "p50_ms": 0.5}
+    tuning = {"classes": [
+        {"column": None, "bucket": "all", "chosen": point},
+        {"column": "status", "bucket": "1 to 10 %", "chosen": point, "practice": {"recall": 0.7, "p50_ms": 2.0}},
+    ]}  # fmt: skip
+    found = tables.filters(tuning)
+    assert found is not None and found[2] == [
+        (
+            "status, 1 to 10 % of the rows",
+            "relaxed, 80 candidates",
+            "0.980 (from 0.960)",
+            "0.50 ms",
+            "0.700 in 2.00 ms",
+        )
+    ]
+    lost = {"slice": "short", "queries": 9, "legacy": 0.5, "route": 0.4, "low": -0.2, "high": 0.1, "p_value": 0.3,
+            "difference": -0.1, "blame": "model"}  # fmt: skip
+    classes = tables.slices({"slices": [lost]})
+    assert classes is not None and classes[2] == [
+        ("short", 9, "0.500", "0.400", "-0.200 to +0.100, p = 0.3", "legacy wins: model")
+    ]
+    assert tables.filters({}) is tables.slices({}) is tables.backfill({}) is None, "older records are shown without"

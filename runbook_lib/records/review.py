@@ -11,7 +11,7 @@ from markupsafe import Markup
 from runbook_lib.display import duration, number, size
 from runbook_lib.gates import Verdict
 from runbook_lib.phase import UNDO
-from runbook_lib.records import pictures
+from runbook_lib.records import pictures, tables
 from runbook_lib.running.manifest import Manifest, Status
 
 Entry = Mapping[str, Any]
@@ -70,6 +70,7 @@ class Record:
     planned: Sequence[Mapping[str, Any]]
     pictures: Sequence[Picture]
     comparison: Figures | None
+    tables: Sequence[tuple[str, Figures]]
     forecast: Sequence[tuple[str, str, str, str]]
     ways_back: Sequence[tuple[str, str]]
     notes: Sequence[str] = field(default_factory=tuple)
@@ -102,6 +103,7 @@ def collect(run: Manifest, entries: Iterable[Entry], pages: Iterable[str] = (), 
         planned=planned,
         pictures=_pictures(found),
         comparison=_comparison(found),
+        tables=_tables(found),
         forecast=_forecast(found),
         ways_back=_ways_back(run),
         notes=[*run.notes, *notes],
@@ -173,6 +175,15 @@ def _systems(found: _Newest) -> tuple[dict[str, dict[str, Any]], _Found] | None:
             order = [n for n in SYSTEM_NAMES if n in systems] + [n for n in systems if n not in SYSTEM_NAMES]
             return {name: _measures(systems[name]) for name in order}, entry
     return None
+
+
+def _tables(found: _Newest) -> list[tuple[str, Figures]]:
+    made = []
+    for kind, table in (("shadow", tables.slices), ("tuning", tables.filters), ("backfill", tables.backfill)):
+        if (entry := found(kind)) and (shown := table(entry.body)):
+            title, columns, rows = shown
+            made.append((title, Figures(columns, rows, None, entry.source)))
+    return made
 
 
 def _chosen(tuning: Mapping[str, Any]) -> Mapping[str, Any] | None:
