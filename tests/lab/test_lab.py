@@ -39,8 +39,9 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def lab(tmp_path: Path, articles: psycopg.Connection[Any]) -> Iterator[Lab]:
+def lab(tmp_path: Path, articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     """JupyterLab on the notebooks, which name the toy target and carry things out."""
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
     params_file = write_params(tmp_path, index={"maintenance_work_mem_mb": 64, "parallel_workers": 0})
     shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
     for path in (tmp_path / "notebooks").glob("*/*.ipynb"):
