@@ -202,7 +202,7 @@ def test_9_probes_as_many_as_lists(ask: Callable[..., str]) -> None:
         "CREATE INDEX articles_embedding_ivf ON articles USING ivfflat (embedding vector_cosine_ops)"
         " WITH (lists = 20)",
         "SET LOCAL ivfflat.probes = 20",
-        "SET LOCAL random_page_cost = 8",
+        "SET LOCAL random_page_cost = 16",
     )
     assert answer == message(
         "Seq Scan articles; ivfflat.probes 20 of 20 lists: the index would read every row as well",
