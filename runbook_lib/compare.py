@@ -314,8 +314,8 @@ def verify_shadow(phase: Phase) -> Gates:
     return collect(
         [
             _relevance_is_kept(phase, recorded, route),
-            _is_fast_enough(recorded, route, "legacy"),
-            _is_fast_enough(recorded, "vector", "exact"),
+            _is_fast_enough(recorded, route, "legacy", "p95"),
+            _is_fast_enough(recorded, "vector", "exact", "p50"),
             gate(
                 "compare.no_query_is_short",
                 recorded["short"][route] == 0,
@@ -358,16 +358,18 @@ def _relevance_is_kept(phase: Phase, recorded: dict[str, Any], route: str) -> Ga
     )
 
 
-def _is_fast_enough(recorded: dict[str, Any], name: str, other: str) -> Gate:
-    new, old = recorded["systems"][name]["p95_ms"], recorded["systems"][other]["p95_ms"]
+def _is_fast_enough(recorded: dict[str, Any], name: str, other: str, percentile: str) -> Gate:
+    """Users feel the slow answers, so against legacy p95 counts; that the index pays shows best in the median."""
+    key = f"{percentile}_ms"
+    new, old = recorded["systems"][name][key], recorded["systems"][other][key]
     return gate(
         f"compare.{name}_is_not_slower_than_{other}",
         new <= max(old, FAST_ENOUGH_MS),
         name,
-        found=f"p95 {new:.2f} ms, {other} {old:.2f} ms",
+        found=f"{percentile} {new:.2f} ms, {other} {old:.2f} ms",
         needed=f"at most {max(old, FAST_ENOUGH_MS):.2f} ms"
         + (f" (below {FAST_ENOUGH_MS:g} ms the difference is noise)" if old < FAST_ENOUGH_MS else ""),
         danger="users wait longer than today" if other == "legacy" else "the index costs writes and gains nothing",
         do="look at the plan in 70_tune, at shared_buffers, and at the setting that was chosen",
-        figures={"p95_ms": new, f"{other}_p95_ms": old},
+        figures={key: new, f"{other}_{key}": old},
     )
