@@ -656,7 +656,9 @@ def _from_pydantic(path: Path, error: Any) -> Gate:
         return _problem("key_is_given", subject, "not given", _describe(error["loc"]))
     found = _shown(error["loc"], error["input"])
     needed = error["msg"].removeprefix("Value error, ")
-    return _problem("value_is_valid", subject, found, needed[:1].lower() + needed[1:], _describe(error["loc"]))
+    # Where a section's keys do not fit each other, what the section is for would help nobody.
+    do = "" if isinstance(error["input"], dict) else _describe(error["loc"])
+    return _problem("value_is_valid", subject, found, needed[:1].lower() + needed[1:], do)
 
 
 def _shown(loc: tuple[Any, ...], value: Any) -> str:
