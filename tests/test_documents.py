@@ -84,9 +84,9 @@ def test_every_gate_that_a_document_names_exists(name: str) -> None:
 
 
 def own_parameters() -> Iterator[str]:
-    from runbook_lib import params
+    from runbook_lib.params import reference
 
-    for key, *_ in params.reference():
+    for key, *_ in reference.rows():
         yield key
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from runbook_lib import params
 from runbook_lib.gates import BadInput, Gate
-from runbook_lib.params import Params
+from runbook_lib.params import Params, reference
 from tests.conftest import write_params
 
 DANGER = "a misread parameter would act on the wrong thing; nothing was started"
@@ -233,13 +233,15 @@ def test_the_fingerprint_changes_with_what_must_not_change(make_params: Callable
 
 
 def test_the_reference_describes_every_key() -> None:
-    rows = {key: (kind, default, text) for key, kind, default, text in params.reference()}
+    rows = {key: (kind, default, text) for key, kind, default, text in reference.rows()}
     assert all(text for _, _, text in rows.values())
     assert rows["vector.distance"][:2] == ("cosine | l2 | inner_product", '"cosine"')
     assert rows["target.schema"][:2] == ("text", '"public"')
     assert rows["vector.dimension"][:2] == ("whole number", "required")
     assert rows["tune.ef_search"][0] == "list of whole number"
     assert rows["queries.judgements"][0] == "path"
+    assert rows["masking.patterns"][0] == "name: text"
+    assert rows["run.phase_timeout_minutes"][0] == "number, or phase: number"
 
 
 def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> None:

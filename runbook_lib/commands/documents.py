@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
-from runbook_lib import params
 from runbook_lib.db import BLOCKED_BY
-from runbook_lib.params import Params
+from runbook_lib.params import Params, reference
 from runbook_lib.sql import load
 
 MADE = "<!-- Made by `python -m runbook_lib.commands.documents`; changes here are lost. -->"
@@ -33,7 +32,7 @@ def parameters() -> str:
         " an environment variable, a service of `pg_service.conf`, a password file.",
     ]
     section = ""
-    for key, kind, default, what in params.reference():
+    for key, kind, default, what in reference.rows():
         name, _, rest = key.partition(".")
         if name != section:
             section = name

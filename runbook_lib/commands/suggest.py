@@ -15,7 +15,8 @@ from psycopg import sql
 from runbook_lib import db, forecast, inputs, preflight
 from runbook_lib.display import number, size
 from runbook_lib.names import identifier, names, spelled
-from runbook_lib.params import MAX_INDEXED_DIMENSION, Params
+from runbook_lib.params import Params
+from runbook_lib.params.data import MAX_INDEXED_DIMENSION
 from runbook_lib.sql import load
 
 SQL = load("init")

@@ -15,7 +15,8 @@ import numpy as np
 import tenacity
 
 from runbook_lib.gates import BadInput, Gate, RunbookError, Verdict
-from runbook_lib.params import Embeddings, Params
+from runbook_lib.params import Params
+from runbook_lib.params.data import Embeddings
 from runbook_lib.vectors.sources import Vectors
 
 # 408, 425 and 429 ask for patience; 5xx is the server's trouble, not the request's.

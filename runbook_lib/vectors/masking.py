@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import phonenumbers
 
 from runbook_lib.gates import BadInput, Gate, Verdict
-from runbook_lib.params import Masking, Params
+from runbook_lib.params import Params
+from runbook_lib.params.data import Masking
 
 # (start, end) of every value of one kind in a text.
 Finder = Callable[[str], Iterable[tuple[int, int]]]

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from runbook_lib.gates import BadInput, Gate, Verdict
 from runbook_lib.names import HASH_BYTES
-from runbook_lib.params import FORMATS, Params
+from runbook_lib.params import Params
+from runbook_lib.params.data import FORMATS
 
 Vectors = NDArray[np.float32]
 

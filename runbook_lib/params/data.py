@@ -1,0 +1,250 @@
+"""What is migrated: the server, the table, its vectors and where they come from, the search of today."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from runbook_lib.params.section import AnyPath, Name, Section, ShortName
+
+# pgvector's limits for a column with an index on it; README of pgvector, "Indexing".
+MAX_INDEXED_DIMENSION = {"vector": 2000, "halfvec": 4000}
+# How a file of vectors tells its format.
+FORMATS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".arrows": "arrow",
+    ".ipc": "arrow",
+    ".npy": "npy",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+}
+
+
+class Connection(Section):
+    """Where the server is. Holds names only: a secret written here would reach every record."""
+
+    dsn_env: str | None = Field(None, description="Name of the environment variable that holds the DSN.")
+    service: str | None = Field(None, description="Name of a service in pg_service.conf.")
+    passfile: str | None = Field(None, description="Path of a password file, used beside service or dsn_env.")
+
+    @model_validator(mode="after")
+    def one_way_in(self) -> Self:
+        if (self.dsn_env is None) == (self.service is None):
+            raise ValueError("give exactly one of dsn_env and service")
+        return self
+
+    @field_validator("dsn_env")
+    @classmethod
+    def is_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not value.replace("_", "").isalnum():
+            raise ValueError("names an environment variable; the DSN itself must not stand in this file")
+        return value
+
+
+class Target(Section):
+    """The table being migrated."""
+
+    name: ShortName = Field(description="Names the ledger's rows, the staging table and, by default, the function.")
+    schema_: Name = Field("public", alias="schema", description="Schema of the table.")
+    table: Name = Field(description="The table as PostgreSQL spells it, without quotes.")
+    key: Name = Field(description="Primary key or NOT NULL unique column; bigint, integer, uuid or text.")
+    text_columns: list[Name] = Field(min_length=1, description="Columns whose text is embedded, in this order.")
+    filters: list[Name] = Field([], description="Columns that the application filters by, with equality.")
+
+
+class Vector(Section):
+    """The column to add."""
+
+    column: Name = Field("embedding", description="Name of the new column.")
+    type: Literal["vector", "halfvec"] = Field("vector", description="pgvector type: 4 or 2 bytes a dimension.")
+    dimension: int = Field(ge=1, description="Dimensions of every vector.")
+    distance: Literal["cosine", "l2", "inner_product"] = Field("cosine", description="What the model was made for.")
+    layout: Literal["column", "side_table"] = Field(
+        "column", description="A column of the table, or a table of its own with one row a key, beside it."
+    )
+
+    @model_validator(mode="after")
+    def within_pgvector(self) -> Self:
+        limit = MAX_INDEXED_DIMENSION[self.type]
+        if self.dimension > limit:
+            way_out = "type: halfvec allows 4000" if self.dimension <= 4000 else "use a model with fewer dimensions"
+            raise ValueError(f"dimension {self.dimension} cannot be indexed: {self.type} allows {limit}; {way_out}")
+        return self
+
+
+class Embeddings(Section):
+    """Where the vectors come from."""
+
+    source: Literal["wordllama", "callable", "http", "file", "table"] = Field(
+        description="A packaged model, module:function, an HTTP endpoint, or vectors in a file or table."
+    )
+    callable: str | None = Field(None, pattern=r"^[\w.]+:\w+$", description="module:function from texts to vectors.")
+    file: AnyPath | None = Field(
+        None,
+        description="File with the key column under its own name, and `embedding`; `text_hash` (hex of the first 16"
+        " bytes of the text's SHA-256) or `text`, if there, keeps its vectors from texts changed since.",
+    )
+    format: Literal["parquet", "arrow", "npy", "jsonl", "csv"] | None = Field(
+        None, description="Format of the file; by its suffix if not given."
+    )
+    ids_file: AnyPath | None = Field(
+        None, description="For an .npy file: the keys of its rows, an .npy file too or text with a key a line."
+    )
+    table: str | None = Field(
+        None,
+        pattern=r"^[^.]+\.[^.]+$",
+        description="schema.table with the key column, indexed, and `embedding`: vector, halfvec or an array;"
+        " `text_hash` or `text` as in a file.",
+    )
+    url: str | None = Field(
+        None, pattern=r"^https?://\S+$", description="Address of an OpenAI-compatible endpoint, …/v1/embeddings."
+    )
+    model: str | None = Field(None, description="Name of the endpoint's model.")
+    api_key_env: str | None = Field(
+        None,
+        pattern=r"^\w+$",
+        description="Environment variable that holds the endpoint's key; the key never stands here.",
+    )
+    send_dimensions: bool = Field(False, description="Ask the endpoint for vector.dimension dimensions.")
+    request_texts: int = Field(64, ge=1, le=2048, description="Texts of one request.")
+    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="Longest wait for one answer.")
+    request_tries: int = Field(
+        6, ge=1, le=100, description="Tries of one request, after 429, 5xx, a timeout or a lost connection."
+    )
+    parallel_requests: int = Field(4, ge=1, le=64, description="Requests under way at once.")
+    batch_rows: int | None = Field(
+        None,
+        ge=1,
+        le=50_000,
+        description="Rows embedded and copied in one transaction; 1000 from a model, 5000 from a file or table.",
+    )
+    accept_refused_rows: int = Field(
+        0,
+        ge=0,
+        description="Rows of a file or table that may be refused (key unknown or twice, older text, unsound vector)"
+        " without failing the gate, where every row with text has its vector all the same.",
+    )
+    refresh_tries: int = Field(
+        3, ge=1, le=100, description="Tries to embed a changed row before it is set aside with its error."
+    )
+
+    @model_validator(mode="after")
+    def source_is_complete(self) -> Self:
+        for source, key in (("callable", "callable"), ("file", "file"), ("table", "table"), ("http", "url")):
+            given = getattr(self, key) is not None
+            if given != (self.source == source):
+                raise ValueError(f"source: {self.source} and {key}: {'given' if given else 'missing'} do not fit")
+        if (self.model is not None) != (self.source == "http"):
+            raise ValueError("source: http and model: name the endpoint's model, and only there")
+        if self.file is not None and self.file_format is None:
+            raise ValueError(f"format: is needed, since {self.file.name} does not tell by its suffix")
+        if (self.ids_file is not None) != (self.file_format == "npy"):
+            raise ValueError("ids_file: is needed for an .npy file, and only there")
+        return self
+
+    @property
+    def file_format(self) -> str | None:
+        """The format of the file, as given or by its suffix; None where neither tells."""
+        return self.format or (FORMATS.get(self.file.suffix.lower()) if self.file else None)
+
+    @property
+    def has_model(self) -> bool:
+        """Can a text that is new today be embedded?"""
+        return self.source not in ("file", "table")
+
+    @property
+    def rows_a_batch(self) -> int:
+        """Rows of one transaction. A packed COPY gains up to 5000 rows; a model's batch is work lost by a stop."""
+        return self.batch_rows or (1000 if self.has_model else 5000)
+
+
+class Masking(Section):
+    """What is taken out of a text before it leaves for the model."""
+
+    rules: list[Literal["email", "phone", "card", "iban", "ip", "token"]] = Field(
+        [], description="Shapes replaced by placeholders such as <email>."
+    )
+    patterns: dict[ShortName, str] = Field(
+        {}, description="Own rules: a name, which becomes the placeholder, and a regular expression."
+    )
+    named_entities: bool = Field(
+        False, description="Names of people and places too, through presidio-analyzer (extra `masking`)."
+    )
+    phone_region: str | None = Field(
+        None, pattern=r"^[A-Z]{2}$", description="Country of phone numbers without +; only those with + if not given."
+    )
+
+    @field_validator("patterns")
+    @classmethod
+    def patterns_compile(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, pattern in value.items():
+            try:
+                compiled = re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{name} is no regular expression: {error}") from None
+            if compiled.search(""):
+                raise ValueError(f"{name} matches where there is nothing, so it would mask every place of a text")
+        return value
+
+
+class Legacy(Section):
+    """The search of today."""
+
+    query: str = Field(
+        description="The statement of today, best answer first; :query and :k stand for the text and the number"
+        " of rows wanted, :<filter> for a filter's value or NULL. It must return the key column."
+    )
+
+    @field_validator("query")
+    @classmethod
+    def has_placeholders(cls, value: str) -> str:
+        missing = [p for p in (":query", ":k") if p not in value]
+        if missing:
+            raise ValueError(f"the statement does not mention {' and '.join(missing)}")
+        return value.strip().rstrip(";")
+
+
+class Search(Section):
+    """The function that the application calls."""
+
+    function: Name | None = Field(None, description="Its name, in the table's schema; search_<target> if not given.")
+    grant_to: list[Name] = Field([], description="Roles that may call the function.")
+    fulltext_column: Name | None = Field(None, description="A tsvector column; the hybrid route needs one.")
+    fulltext_config: Name = Field("english", description="Text search configuration of that column.")
+    hybrid_candidates: int = Field(100, ge=10, le=1000, description="Rows that each half of hybrid contributes.")
+    mode: Literal["function", "application"] = Field(
+        "function", description="Who holds the new query: the search function, or the application in its own SQL."
+    )
+    application_query: str | None = Field(
+        None,
+        description="mode application: the statement that the application will send, whose plan is proved; :query,"
+        " :embedding, :k and :<filter> stand for its values.",
+    )
+
+    @model_validator(mode="after")
+    def application_gives_its_query(self) -> Self:
+        if self.mode == "application" and ":embedding" not in (self.application_query or ""):
+            raise ValueError("mode: application needs application_query, a statement that mentions :embedding")
+        return self
+
+
+class Queries(Section):
+    """Representative queries, and judgements where there are any."""
+
+    file: AnyPath = Field(description='JSON lines: {"query_id": …, "text": …}.')
+    judgements: AnyPath | None = Field(None, description='JSON lines: {"query_id": …, "key": …, "relevance": …}.')
+    embeddings: AnyPath | None = Field(
+        None,
+        description="Vectors of these queries, made by the model that made the file or table: Parquet, Arrow, JSON"
+        " lines or CSV with `query_id` and `embedding`.",
+    )
+    k: int = Field(10, ge=1, le=100, description="Answers that the application shows.")
+    sample: int = Field(200, ge=10, le=10_000, description="Queries that are timed and compared, chosen by hash.")
+    judged_sample: int = Field(
+        1000, ge=10, le=100_000, description="Judged queries that measure relevance, likewise."
+    )

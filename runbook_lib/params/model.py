@@ -1,0 +1,76 @@
+"""The whole of a params file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Self
+
+from pydantic import ValidationInfo, model_validator
+
+from runbook_lib.params.data import Connection, Embeddings, Legacy, Masking, Queries, Search, Target, Vector
+from runbook_lib.params.run import Approval, Ledger, Notify, Record, Run
+from runbook_lib.params.section import Section
+from runbook_lib.params.work import Backfill, CutOver, Extension, Health, Index, Locks, Shadow, Tune, Watch
+
+# What changes how vectors are fetched, but not which vectors they are.
+NOT_OF_THE_MODEL = {
+    "batch_rows",
+    "request_texts",
+    "request_timeout_s",
+    "request_tries",
+    "parallel_requests",
+    "api_key_env",
+    "accept_refused_rows",
+    "refresh_tries",
+}
+
+
+class Params(Section):
+    """Everything that one target's migration needs to know."""
+
+    connection: Connection
+    target: Target
+    vector: Vector
+    embeddings: Embeddings
+    legacy: Legacy
+    queries: Queries
+    masking: Masking = Masking()
+    search: Search = Search()
+    extension: Extension = Extension()
+    index: Index = Index()
+    locks: Locks = Locks()
+    backfill: Backfill = Backfill()
+    health: Health = Health()
+    tune: Tune = Tune()
+    shadow: Shadow = Shadow()
+    cut_over: CutOver = CutOver()
+    watch: Watch = Watch()
+    approval: Approval = Approval()
+    run: Run = Run()
+    notify: Notify = Notify()
+    record: Record = Record()
+    ledger: Ledger = Ledger()
+
+    @model_validator(mode="after")
+    def fits_together(self, info: ValidationInfo) -> Self:
+        if self.cut_over.route == "hybrid" and self.search.fulltext_column is None:
+            raise ValueError("cut_over.route: hybrid needs search.fulltext_column")
+        if len(set(self.target.text_columns)) < len(self.target.text_columns):
+            raise ValueError("target.text_columns names a column twice")
+        return self
+
+    @property
+    def function_name(self) -> str:
+        return self.search.function or f"search_{self.target.name}"
+
+    def for_record(self) -> dict[str, Any]:
+        """The parameters as plain data; they hold no secrets, so they can be shown whole."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what must not change between two phases: target, vector, model, ledger."""
+        included = {"target", "vector", "embeddings", "masking", "ledger"}
+        parts = self.model_dump(mode="json", include=included)
+        parts["embeddings"] = {k: v for k, v in parts["embeddings"].items() if k not in NOT_OF_THE_MODEL}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

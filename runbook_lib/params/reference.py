@@ -1,0 +1,47 @@
+"""Every parameter with its type, default and description, for the documents."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel
+
+from runbook_lib.params.model import Params
+
+
+def rows() -> list[tuple[str, str, str, str]]:
+    """Every parameter as (key, type, default, description), in the order of the model; for the documents."""
+    found: list[tuple[str, str, str, str]] = []
+    for section_name, section in Params.model_fields.items():
+        model = typing.cast(type[BaseModel], section.annotation)
+        for name, field in model.model_fields.items():
+            key = f"{section_name}.{field.alias or name}"
+            default = "required" if field.is_required() else json.dumps(field.default, default=str)
+            found.append((key, _type_name(field.annotation), default, field.description or ""))
+    return found
+
+
+def _type_name(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin is list:
+        return f"list of {_type_name(args[0])}"
+    if origin is dict and typing.get_origin(args[0]) is Annotated:
+        return f"name: {_type_name(args[1])}"
+    if origin is dict:
+        return f"{_type_name(args[1])}, or phase: {_type_name(args[1])}"
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(a) for a in args if a is not type(None))
+    return {
+        "str": "text",
+        "int": "whole number",
+        "float": "number",
+        "Path": "path",
+        "bool": "true | false",
+    }.get(getattr(annotation, "__name__", ""), str(annotation))

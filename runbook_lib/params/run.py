@@ -1,0 +1,113 @@
+"""How a run is run: sign-off, hours, limits, who hears of it, what it leaves."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from runbook_lib.params.section import AnyPath, Minutes, Section, ShortName
+from runbook_lib.phases import MIGRATE, READS_ONLY, UNDO
+
+# In run.phase_timeout_minutes: the phases that are not named.
+EVERY_PHASE = "every_phase"
+
+
+class Approval(Section):
+    """Phases that wait for a second person."""
+
+    phases: list[str] = Field([], description="Phases that wait for `runbook approve` by another database user.")
+
+    @field_validator("phases")
+    @classmethod
+    def can_wait(cls, value: list[str]) -> list[str]:
+        # A way back never waits, and preflight changes nothing.
+        _require_known(value, [p for p in MIGRATE if p != READS_ONLY])
+        return value
+
+
+def _require_known(given: Iterable[str], known: Sequence[str]) -> None:
+    """A mistyped phase would never wait, or never end: it must not pass for a setting."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            raise ValueError(f"{name}: " + (f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"))
+
+
+def _for_every_phase(value: Any) -> Any:
+    return {EVERY_PHASE: value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+class Run(Section):
+    """When phases may run, and for how long."""
+
+    phase_timeout_minutes: Annotated[dict[str, Minutes], BeforeValidator(_for_every_phase)] = Field(
+        {}, description="A phase that takes longer is interrupted: one number for every phase, or phase: number."
+    )
+    window: str | None = Field(
+        None,
+        pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$",
+        description='Phases that change something start, and long ones go on, only in these hours: "22:00-05:00".',
+    )
+    time_zone: str = Field("UTC", description="Time zone of the window, for instance Europe/Berlin.")
+    outside_window: Literal["wait", "stop"] = Field(
+        "wait", description="Outside the window, wait until it opens, or stop with exit code 3."
+    )
+
+    @field_validator("phase_timeout_minutes")
+    @classmethod
+    def names_phases(cls, value: dict[str, float]) -> dict[str, float]:
+        _require_known(value, [EVERY_PHASE, *MIGRATE, *UNDO])
+        return value
+
+    @field_validator("time_zone")
+    @classmethod
+    def is_a_time_zone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (ZoneInfoNotFoundError, ValueError) as error:
+            raise ValueError("a name of the IANA time zone database, for instance Europe/Berlin") from error
+        return value
+
+    @model_validator(mode="after")
+    def window_is_open_at_some_time(self) -> Self:
+        if self.window and self.window[:5] == self.window[6:]:
+            raise ValueError("run.window opens and closes at the same minute; leave it out to be always open")
+        return self
+
+    def timeout_minutes(self, phase: str) -> float | None:
+        """The limit of one phase; None if it has none."""
+        return self.phase_timeout_minutes.get(phase, self.phase_timeout_minutes.get(EVERY_PHASE))
+
+
+class Notify(Section):
+    """Who hears of a gate that did not pass, a sign-off that is wanted, and the end of a run."""
+
+    command: list[str] = Field([], description="Program and arguments; gets the event as JSON on standard input.")
+    webhook_env: str | None = Field(
+        None, description="Name of the environment variable that holds a URL; the event is sent there by POST."
+    )
+    timeout_s: float = Field(10.0, gt=0, le=120, description="How long either may take.")
+
+    @field_validator("webhook_env")
+    @classmethod
+    def is_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not value.replace("_", "").isalnum():
+            raise ValueError("names an environment variable; the URL itself is a secret and must not stand here")
+        return value
+
+
+class Record(Section):
+    """What a run leaves."""
+
+    runs_dir: AnyPath = Field(Path("runs"), description="Folder of the runs, relative to the params file.")
+
+
+class Ledger(Section):
+    """The runbook's own schema in the target database."""
+
+    schema_: ShortName = Field("runbook", alias="schema", description="Schema of the ledger and the staging table.")
