@@ -11,7 +11,7 @@ import numpy as np
 from runbook_lib import db, refresh
 from runbook_lib import params as params_module
 from runbook_lib.display import Table, number
-from runbook_lib.filling import sidetable, strategy, windows, workers
+from runbook_lib.filling import pruning, sidetable, strategy, windows, workers
 from runbook_lib.filling.strategy import Choice
 from runbook_lib.filling.workers import Outcome
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
@@ -21,6 +21,7 @@ from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("backfill")
+PRUNING = load("pruning")
 
 
 def plan(phase: Phase) -> db.Plan:
@@ -30,7 +31,16 @@ def plan(phase: Phase) -> db.Plan:
     """
     if vectors_stand_beside(phase.params):
         return db.Plan(tuple(sidetable.plan(phase)), phase.connection)
-    return db.Plan((*windows.plan(phase), _update_statement(phase)), phase.connection)
+    own = windows.plan(phase)
+    if _schema_is_there(phase) and strategy.choose(phase).strategy == "page_interleaved":
+        own += pruning.plan(phase, [r.part for r in strategy.relations(phase)])
+    return db.Plan((*own, _update_statement(phase)), phase.connection)
+
+
+def _schema_is_there(phase: Phase) -> bool:
+    """A plan may be made before 30_expand_schema; then nothing can be asked of its columns."""
+    staging = spelled(phase.params, "staging")
+    return db.one(phase.connection, PRUNING["exists"], phase.params, part=staging)["there"] is True
 
 
 def _update_statement(phase: Phase, keys: Sequence[Any] | None = None) -> db.Statement:
@@ -106,8 +116,11 @@ def _through_windows(phase: Phase) -> tuple[Choice, Outcome]:
     to_do = db.one(phase.connection, SQL["to_do"], phase.params)["rows"]
     if to_do and not windows.state(phase).left:
         windows.cut(phase, choice)
+    if to_do and choice.strategy == "page_interleaved":
+        pruning.apply(phase, [r.part for r in strategy.relations(phase)])
     before = _server_counts(phase)
     outcome = workers.run(phase, choice, to_do)
+    pruning.restore(phase)
     closing = _close(phase)
     outcome.rows += closing
     seconds = _elapsed(outcome)
@@ -234,5 +247,6 @@ def verify(phase: Phase) -> Gates:
                 do="run this phase again; it drains the queue of changed rows",
                 figures={"stale": left["stale"], "queued": queued["rows"]},
             ),
+            *pruning.verify(phase),
         ]
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from runbook_lib import db
 from runbook_lib.display import Table
-from runbook_lib.filling import sidetable
+from runbook_lib.filling import pruning, sidetable
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.names import names, spelled, trigger_name, vectors_stand_beside
 from runbook_lib.params import Params
@@ -153,7 +153,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     own = [sidetable.statement(phase, "drop")] if beside and there["columns"] else []
     windows = [db.statement(WINDOWS[n], phase.params) for n in ("drop", "drop_control") if there["window"]]
     others = [db.statement(SQL[n], phase.params) for n, present in wanted if present]
-    return db.Plan((*others, *own, *windows), phase.connection)
+    return db.Plan((*others, *own, *windows, *pruning.restore_plan(phase)), phase.connection)
 
 
 def undo(phase: Phase) -> Table:

@@ -91,7 +91,11 @@ def test_a_row_changed_during_the_backfill_is_never_given_its_old_vector(
         backfill.apply(phase)
     bare = articles.execute("SELECT id FROM articles WHERE embedding IS NULL ORDER BY 1").fetchall()
     assert [b[0] for b in bare] == [1, 88, 150, 201, 9001], "no old vector was given"
-    assert [(g.verdict, g.figures.get("missing")) for g in backfill.verify(phase)] == [("FAIL", 3), ("PASS", None)]
+    assert [(g.verdict, g.figures.get("missing")) for g in backfill.verify(phase)] == [
+        ("FAIL", 3),
+        ("PASS", None),
+        ("PASS", None),
+    ]
     backfill.apply(phase)
     assert backfill.verify(phase).passed
     assert_every_row_has_the_vector_of_its_text(articles)
@@ -103,7 +107,7 @@ def test_a_text_emptied_after_the_backfill_loses_its_vector(
     phase = loaded()
     backfill.apply(phase)
     articles.execute("UPDATE articles SET title = '', body = NULL WHERE id = 9")
-    assert [g.verdict for g in backfill.verify(phase)] == ["PASS", "FAIL"]
+    assert [g.verdict for g in backfill.verify(phase)] == ["PASS", "FAIL", "PASS"]
     backfill.apply(phase)
     assert backfill.verify(phase).passed
     assert_every_row_has_the_vector_of_its_text(articles)

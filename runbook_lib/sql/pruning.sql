@@ -1,0 +1,22 @@
+-- Phase 50: when the server tidies a page.
+
+-- name: exists
+-- purpose: Is the relation still there?
+SELECT to_regclass(%(part)s) IS NOT NULL AS there;
+
+-- name: fillfactor
+-- purpose: The fillfactor that is set on a relation itself.
+SELECT (SELECT o.option_value FROM pg_class c, pg_options_to_table(c.reloptions) o
+        WHERE c.oid = to_regclass(%(part)s) AND o.option_name = 'fillfactor') AS fillfactor;
+
+-- name: set
+-- purpose: Set how full a page is filled, which also says how early it is tidied.
+-- lock: SHARE UPDATE EXCLUSIVE on {part}
+-- undo: pruning.restore_plan
+ALTER TABLE {part} SET (fillfactor = {value});
+
+-- name: reset
+-- purpose: Take the setting of how full a page is filled away again.
+-- lock: SHARE UPDATE EXCLUSIVE on {part}
+-- undo: none needed
+ALTER TABLE {part} RESET (fillfactor);
