@@ -19,7 +19,7 @@ PAGE_ROOM = PAGE - PAGE_HEADER - PAGE_TRAILER
 TUPLE_HEADER = 24
 MB = 1024 * 1024
 
-BYTES_A_DIMENSION = {"vector": 4, "halfvec": 2}
+BYTES_A_DIMENSION = {"vector": 4.0, "halfvec": 2.0, "bit": 1 / 8}
 VECTOR_HEADER = 8
 
 # pgvector's hnsw.h: HnswElementTupleData before its vector, HnswNeighborTupleData before its six-byte pointers.
@@ -56,8 +56,11 @@ def _align(n: int) -> int:
 
 
 def vector_bytes(dimension: int, kind: str) -> int:
-    """Bytes of one value of pgvector's type ``kind`` (vector or halfvec). Source: README of pgvector, "Reference"."""
-    return VECTOR_HEADER + BYTES_A_DIMENSION[kind] * dimension
+    """Bytes of one value of type ``kind``: vector, halfvec, or PostgreSQL's bit.
+
+    Source: README of pgvector, "Reference"; for bit, VarBit in PostgreSQL's varbit.h, whose header is as long.
+    """
+    return VECTOR_HEADER + math.ceil(BYTES_A_DIMENSION[kind] * dimension)
 
 
 def hnsw_build_bytes_per_row(m: int, dimension: int, kind: str = "vector") -> float:
@@ -238,13 +241,13 @@ def forecast(rows: int, params: Params, *, row_bytes: int = 0, table_bytes: int 
     v, ix = params.vector, params.index
     lists: int | None = None
     if ix.method == "hnsw":
-        index_bytes = 2 * PAGE + round(rows * hnsw_index_bytes_per_row(ix.m, v.dimension, v.type))
-        memory = round(rows * hnsw_build_bytes_per_row(ix.m, v.dimension, v.type))
+        index_bytes = 2 * PAGE + round(rows * hnsw_index_bytes_per_row(ix.m, v.dimension, params.indexed_type))
+        memory = round(rows * hnsw_build_bytes_per_row(ix.m, v.dimension, params.indexed_type))
         budget = hnsw_build_budget_bytes(ix.maintenance_work_mem_mb, ix.parallel_workers)
     else:
         lists = ix.lists or lists_rule(rows)
-        index_bytes = ivfflat_index_bytes(rows, v.dimension, v.type, lists)
-        memory = ivfflat_build_bytes(rows, v.dimension, v.type, lists)
+        index_bytes = ivfflat_index_bytes(rows, v.dimension, params.indexed_type, lists)
+        memory = ivfflat_build_bytes(rows, v.dimension, params.indexed_type, lists)
         budget = ix.maintenance_work_mem_mb * MB
     staged = rows * (vector_bytes(v.dimension, v.type) + STAGING_WAL_A_ROW)
     moved = backfill_wal_bytes(rows, v.dimension, v.type, row_bytes, indexes, table_bytes)

@@ -42,8 +42,23 @@ def vectors_stand_beside(params: Params) -> bool:
 
 
 def operator_class(params: Params) -> str:
-    """For instance ``vector_cosine_ops``."""
-    return f"{params.vector.type}_{OPERATOR_CLASSES[params.vector.distance]}"
+    """Of the index, for instance ``vector_cosine_ops``. Bits have one distance, whatever the vectors' own is."""
+    if params.index.storage == "bit":
+        return "bit_hamming_ops"
+    return f"{params.indexed_type}_{OPERATOR_CLASSES[params.vector.distance]}"
+
+
+def as_indexed(params: Params, vector: sql.Composable) -> sql.Composable:
+    """A vector, of a row or of a query, as the index holds it; both sides of its operator must be written so."""
+    form = {"vector": "{}", "halfvec": "{}::halfvec({})", "bit": "binary_quantize({})::bit({})"}[params.index.storage]
+    return sql.SQL(form).format(vector, sql.Literal(params.vector.dimension))
+
+
+def indexed(params: Params) -> sql.Composable:
+    """The column, or the expression over it, that the index is on, as CREATE INDEX wants it."""
+    column = identifier(params.vector.column)
+    plain = params.index.storage == "vector"
+    return column if plain else sql.SQL("({})").format(as_indexed(params, column))
 
 
 def trigger_name(params: Params, event: str) -> str:
@@ -60,6 +75,9 @@ def names(params: Params) -> dict[str, sql.Composable]:
     Whatever the layout: ``{vectors}`` is the relation that holds the vectors; ``{from_vectors}`` every row that can
     be searched, and ``{with_vectors}`` every row of the target, both with alias ``t`` for the target;
     ``{row_embedding}``, ``{row_embedding_hash}`` and ``{row_embedding_updated_at}`` are that row's.
+
+    ``{distance}`` is the operator of the vectors. What the index holds may be smaller: ``{indexed}`` is its column
+    or expression, ``{row_indexed}`` the same of a row above, ``{index_distance}`` the operator that it serves.
     """
     target, vector = params.target, params.vector
     ledger = params.ledger.schema_
@@ -75,6 +93,8 @@ def names(params: Params) -> dict[str, sql.Composable]:
         "vector_type": vector_type,
         "distance": sql.SQL(OPERATORS[vector.distance]),
         "operator_class": identifier(operator_class(params)),
+        "indexed": indexed(params),
+        "index_distance": sql.SQL("<~>" if params.index.storage == "bit" else OPERATORS[vector.distance]),
         "index": identifier(index_name(params)),
         "qualified_index": identifier(target.schema_, index_name(params)),
         "text": text,
@@ -118,6 +138,7 @@ def _where_vectors_stand(params: Params) -> dict[str, sql.Composable]:
         "from_vectors": sql.SQL(inner if beside else "{table} t").format(**parts),
         "with_vectors": sql.SQL(outer if beside else "{table} t").format(**parts),
         "row_embedding": identifier(alias, column),
+        "row_indexed": as_indexed(params, identifier(alias, column)),
         "row_embedding_hash": identifier(alias, f"{column}_hash"),
         "row_embedding_updated_at": identifier(alias, f"{column}_updated_at"),
     }

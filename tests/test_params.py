@@ -154,15 +154,48 @@ def test_values_out_of_range_are_refused_by_key(tmp_path: Path, section: str, ke
 
 def test_a_dimension_that_cannot_be_indexed_names_the_way_out(tmp_path: Path) -> None:
     (problem,) = _problems(_change(tmp_path, lambda d: d["vector"].update(dimension=3072)))
-    assert problem.needed == "dimension 3072 cannot be indexed: vector allows 2000; type: halfvec allows 4000"
+    assert problem.needed == (
+        "vector.dimension: 3072 cannot be indexed as vector, which allows 2000;"
+        " index.storage: halfvec allows 4000, bit allows 64000"
+    )
     (problem,) = _problems(_change(tmp_path, lambda d: d["vector"].update(dimension=5000, type="halfvec")))
     assert problem.needed == (
-        "dimension 5000 cannot be indexed: halfvec allows 4000; use a model with fewer dimensions"
+        "vector.dimension: 5000 cannot be indexed as halfvec, which allows 4000; index.storage: bit allows 64000"
     )
+    (problem,) = _problems(_change(tmp_path, lambda d: d["vector"].update(dimension=16_001)))
+    assert problem.needed == "input should be less than or equal to 16000"
 
 
-def test_halfvec_allows_what_vector_does_not(make_params: Callable[..., Params]) -> None:
-    assert make_params(vector={"dimension": 3072, "type": "halfvec"}).vector.dimension == 3072
+def test_halfvec_and_bit_allow_what_vector_does_not(make_params: Callable[..., Params]) -> None:
+    assert make_params(vector={"dimension": 3072, "type": "halfvec"}).indexed_type == "halfvec"
+    assert make_params(vector={"dimension": 3072}, index={"storage": "halfvec"}).indexed_type == "halfvec"
+    assert make_params(vector={"dimension": 16_000}, index={"storage": "bit"}).indexed_type == "bit"
+
+
+@pytest.mark.parametrize(
+    ("sections", "needed"),
+    [
+        (
+            {"vector": {"dimension": 8, "type": "halfvec"}, "index": {"storage": "halfvec"}},
+            "index.storage: halfvec is what the column holds already; leave index.storage out",
+        ),
+        (
+            {"index": {"storage": "bit", "rerank": 3}},
+            "storage: bit needs rerank of 4 at least: bits alone rank too coarsely",
+        ),
+        (
+            {"index": {"storage": "bit", "rerank": 1000}, "queries": {"k": 21}},
+            "index.rerank × queries.k = 21000 rows to sort again a query; an index scan ends after 20000",
+        ),
+    ],
+)
+def test_a_storage_that_does_not_fit_says_why(tmp_path: Path, sections: dict[str, Any], needed: str) -> None:
+    def change(data: dict[str, Any]) -> None:
+        for section, values in sections.items():
+            data[section] = data.get(section, {}) | values
+
+    (problem,) = _problems(_change(tmp_path, change))
+    assert problem.needed == needed
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from pydantic import Field, field_validator, model_validator
 
 from runbook_lib.params.section import AnyPath, Name, Section, ShortName
 
-# pgvector's limits for a column with an index on it; README of pgvector, "Indexing".
-MAX_INDEXED_DIMENSION = {"vector": 2000, "halfvec": 4000}
+# pgvector's limits for a column, and for what an index holds; README of pgvector, "Indexing".
+MAX_DIMENSION = 16_000
+MAX_INDEXED_DIMENSION = {"vector": 2000, "halfvec": 4000, "bit": 64_000}
 # How a file of vectors tells its format.
 FORMATS = {
     ".parquet": "parquet",
@@ -62,19 +63,11 @@ class Vector(Section):
 
     column: Name = Field("embedding", description="Name of the new column.")
     type: Literal["vector", "halfvec"] = Field("vector", description="pgvector type: 4 or 2 bytes a dimension.")
-    dimension: int = Field(ge=1, description="Dimensions of every vector.")
+    dimension: int = Field(ge=1, le=MAX_DIMENSION, description="Dimensions of every vector.")
     distance: Literal["cosine", "l2", "inner_product"] = Field("cosine", description="What the model was made for.")
     layout: Literal["column", "side_table"] = Field(
         "column", description="A column of the table, or a table of its own with one row a key, beside it."
     )
-
-    @model_validator(mode="after")
-    def within_pgvector(self) -> Self:
-        limit = MAX_INDEXED_DIMENSION[self.type]
-        if self.dimension > limit:
-            way_out = "type: halfvec allows 4000" if self.dimension <= 4000 else "use a model with fewer dimensions"
-            raise ValueError(f"dimension {self.dimension} cannot be indexed: {self.type} allows {limit}; {way_out}")
-        return self
 
 
 class Embeddings(Section):
@@ -217,6 +210,12 @@ class Search(Section):
     fulltext_column: Name | None = Field(None, description="A tsvector column; the hybrid route needs one.")
     fulltext_config: Name = Field("english", description="Text search configuration of that column.")
     hybrid_candidates: int = Field(100, ge=10, le=1000, description="Rows that each half of hybrid contributes.")
+    read_dsn_env: str | None = Field(
+        None, description="Environment variable with the DSN of a streaming replica, where searches are measured."
+    )
+    read_wait_s: float = Field(
+        60.0, gt=0, le=86_400, description="Longest wait until that replica has replayed what the primary wrote."
+    )
     mode: Literal["function", "application"] = Field(
         "function", description="Who holds the new query: the search function, or the application in its own SQL."
     )
@@ -225,6 +224,13 @@ class Search(Section):
         description="mode application: the statement that the application will send, whose plan is proved; :query,"
         " :embedding, :k and :<filter> stand for its values.",
     )
+
+    @field_validator("read_dsn_env")
+    @classmethod
+    def is_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not value.replace("_", "").isalnum():
+            raise ValueError("names an environment variable; the DSN itself must not stand in this file")
+        return value
 
     @model_validator(mode="after")
     def application_gives_its_query(self) -> Self:

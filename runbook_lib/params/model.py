@@ -8,10 +8,34 @@ from typing import Any, Self
 
 from pydantic import ValidationInfo, model_validator
 
-from runbook_lib.params.data import Connection, Embeddings, Legacy, Masking, Queries, Search, Target, Vector
+from runbook_lib.params.data import (
+    MAX_INDEXED_DIMENSION,
+    Connection,
+    Embeddings,
+    Legacy,
+    Masking,
+    Queries,
+    Search,
+    Target,
+    Vector,
+)
 from runbook_lib.params.run import Approval, Ledger, Notify, Record, Run
 from runbook_lib.params.section import Section
-from runbook_lib.params.work import Backfill, CutOver, Extension, Health, Index, Locks, Shadow, Tune, Watch
+from runbook_lib.params.work import (
+    Backfill,
+    CutOver,
+    Extension,
+    Filters,
+    Health,
+    Index,
+    Locks,
+    ModelChange,
+    Preflight,
+    Rehearse,
+    Shadow,
+    Tune,
+    Watch,
+)
 
 # What changes how vectors are fetched, but not which vectors they are.
 NOT_OF_THE_MODEL = {
@@ -25,6 +49,9 @@ NOT_OF_THE_MODEL = {
     "refresh_tries",
 }
 
+# hnsw.max_scan_tuples where nothing else is said.
+MOST_RERANKED_ROWS = 20_000
+
 
 class Params(Section):
     """Everything that one target's migration needs to know."""
@@ -37,14 +64,18 @@ class Params(Section):
     queries: Queries
     masking: Masking = Masking()
     search: Search = Search()
+    preflight: Preflight = Preflight()
+    rehearse: Rehearse = Rehearse()
     extension: Extension = Extension()
     index: Index = Index()
     locks: Locks = Locks()
     backfill: Backfill = Backfill()
     health: Health = Health()
     tune: Tune = Tune()
+    filters: Filters = Filters()
     shadow: Shadow = Shadow()
     cut_over: CutOver = CutOver()
+    model_change: ModelChange = ModelChange()
     watch: Watch = Watch()
     approval: Approval = Approval()
     run: Run = Run()
@@ -58,7 +89,33 @@ class Params(Section):
             raise ValueError("cut_over.route: hybrid needs search.fulltext_column")
         if len(set(self.target.text_columns)) < len(self.target.text_columns):
             raise ValueError("target.text_columns names a column twice")
+        if unknown := set(self.filters.partial_indexes) - set(self.target.filters):
+            raise ValueError(f"filters.partial_indexes: {min(unknown)} is not among target.filters")
+        self._index_can_hold_the_vectors()
         return self
+
+    def _index_can_hold_the_vectors(self) -> None:
+        column, storage, dimension = self.vector.type, self.index.storage, self.vector.dimension
+        if column == storage == "halfvec":
+            raise ValueError("index.storage: halfvec is what the column holds already; leave index.storage out")
+        limit = MAX_INDEXED_DIMENSION[self.indexed_type]
+        if dimension > limit:
+            wider = [f"{s} allows {n}" for s, n in MAX_INDEXED_DIMENSION.items() if n >= dimension]
+            raise ValueError(
+                f"vector.dimension: {dimension} cannot be indexed as {self.indexed_type}, which allows {limit};"
+                f" index.storage: {', '.join(wider)}"
+            )
+        deepest = self.index.rerank * self.queries.k
+        if storage == "bit" and deepest > MOST_RERANKED_ROWS:
+            raise ValueError(
+                f"index.rerank × queries.k = {deepest} rows to sort again a query; an index scan ends after"
+                f" {MOST_RERANKED_ROWS}"
+            )
+
+    @property
+    def indexed_type(self) -> str:
+        """What the index holds: vector, halfvec or bit."""
+        return self.vector.type if self.index.storage == "vector" else self.index.storage
 
     @property
     def function_name(self) -> str:

@@ -8,22 +8,72 @@ from pydantic import Field, field_validator, model_validator
 
 from runbook_lib.params.section import AnyPath, Name, Section
 
+# Binary codes alone find about a third of the nearest rows; fewer candidates than this times k mend little of it.
+LEAST_RERANK = 4
+
 
 class Index(Section):
     """The vector index."""
 
     method: Literal["hnsw", "ivfflat"] = Field("hnsw", description="HNSW, or IVFFlat as the fallback.")
+    storage: Literal["vector", "halfvec", "bit"] = Field(
+        "vector",
+        description="What the index holds: the column as it is, its two-byte numbers, or a bit a dimension, whose"
+        " nearest rows are sorted again by the full vectors.",
+    )
+    rerank: int = Field(
+        10, ge=1, le=1000, description="Storage bit: so many times k rows are sorted again by the full vectors."
+    )
     m: int = Field(16, ge=2, le=100, description="HNSW: links a node.")
     ef_construction: int = Field(64, ge=4, le=1000, description="HNSW: candidates while building; at least 2 × m.")
     lists: int | None = Field(None, ge=1, le=32768, description="IVFFlat: lists; by pgvector's rule if not given.")
     maintenance_work_mem_mb: int = Field(256, ge=32, le=1_048_576, description="For the build's session only.")
     parallel_workers: int = Field(2, ge=0, le=64, description="max_parallel_maintenance_workers for the build.")
+    prewarm: bool = Field(
+        False, description="Read the finished index into shared_buffers, as far as they hold it, with pg_prewarm."
+    )
 
     @model_validator(mode="after")
     def candidates_cover_links(self) -> Self:
         if self.method == "hnsw" and self.ef_construction < 2 * self.m:
             raise ValueError(f"ef_construction {self.ef_construction} must be at least 2 × m = {2 * self.m}")
         return self
+
+    @model_validator(mode="after")
+    def bits_are_ranked_again(self) -> Self:
+        if self.storage == "bit" and self.rerank < LEAST_RERANK:
+            raise ValueError(f"storage: bit needs rerank of {LEAST_RERANK} at least: bits alone rank too coarsely")
+        return self
+
+
+class Preflight(Section):
+    """What the runbook cannot see of a server on another machine, stated by who can."""
+
+    free_disk_gb: float | None = Field(
+        None, ge=0, le=1_000_000, description="Free disk for data and WAL on the server, as df says there."
+    )
+    shared_memory_mb: int | None = Field(
+        None, ge=0, le=16_777_216, description="Size of /dev/shm where the server runs, as df says there."
+    )
+
+
+class Rehearse(Section):
+    """Samples that the migration is rehearsed on."""
+
+    sample_percents: list[Annotated[float, Field(gt=0, le=100)]] = Field(
+        [1.0, 2.0, 5.0], min_length=1, max_length=10, description="Samples, in per cent of the table's rows."
+    )
+    most_rows: int = Field(
+        100_000, ge=100, le=10_000_000, description="Rows of the largest sample at most; the others shrink with it."
+    )
+    server: Literal["target", "embedded"] = Field(
+        "target",
+        description="Where: in a schema of its own of the target's database, or on an embedded PostgreSQL beside"
+        " this process, which only reads a sample from the target; its times are those of this machine.",
+    )
+    statement_timeout_minutes: float = Field(
+        15.0, gt=0, le=1440, description="A statement of the rehearsal that takes longer is cancelled."
+    )
 
 
 class Extension(Section):
@@ -92,6 +142,26 @@ class Tune(Section):
     )
 
 
+class Filters(Section):
+    """Values of a filter that get a vector index of their own."""
+
+    partial_indexes: dict[Name, list[Annotated[str, Field(min_length=1)]]] = Field(
+        {},
+        description="Filter column: values, as text, that get an index of their own; where empty, the values of the"
+        " classes that 70_tune found slow or below the target.",
+    )
+    most_indexes: int = Field(4, ge=1, le=100, description="Indexes at most; more values call for partitions.")
+    smallest_share: float = Field(
+        0.01, ge=0, le=1, description="Share of the rows below which a value gets none unless it is named."
+    )
+    slow_ms: float = Field(
+        5.0, gt=0, le=60_000, description="p50 above which a class that reaches the target is slow."
+    )
+    smallest_gain: float = Field(
+        1.5, gt=0, le=1000, description="Times faster than before that a value must become to keep its index."
+    )
+
+
 class Shadow(Section):
     """Live calls that are answered by both searches; both answers are logged, none of the texts."""
 
@@ -124,6 +194,22 @@ class CutOver(Section):
         if value != sorted(set(value)) or value[-1] != 100:
             raise ValueError("shares must rise and end at 100")
         return value
+
+
+class ModelChange(Section):
+    """Another model or dimension for a table that was migrated before: this target takes over the other's search."""
+
+    replaces_params: AnyPath | None = Field(
+        None, description="Params file of the target, on the same table, whose search function this one takes over."
+    )
+    tell_apart: Literal["dimension", "setting"] = Field(
+        "dimension",
+        description="How a call says which model made its vector: by its dimension, or, where both have the same, by"
+        " the session's setting `<ledger schema>.<replaced target>`.",
+    )
+    quiet_hours: float = Field(
+        24, ge=0, le=10_000, description="Hours without a search in the old vectors before they may be retired."
+    )
 
 
 class Watch(Section):

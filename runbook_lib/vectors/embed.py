@@ -260,13 +260,13 @@ def check(vectors: Vectors, params: Params) -> dict[int, str]:
     """What is wrong with vectors of shape (n, d), by index; a vector that may be loaded is not named.
 
     pgvector refuses NaN and infinity, and under cosine leaves zero vectors out of the index without a word. For
-    halfvec, what counts is what is left of a number in two bytes.
+    halfvec, in the column or in the index, what counts is what is left of a number in two bytes.
     """
     if vectors.shape[1] != params.vector.dimension:
         reason = f"{vectors.shape[1]} dimensions, {params.vector.dimension} needed"
         return dict.fromkeys(range(len(vectors)), reason)
     with np.errstate(over="ignore"):
-        looked_at = vectors.astype(np.float16) if params.vector.type == "halfvec" else vectors
+        looked_at = vectors.astype(np.float16) if "halfvec" in (params.vector.type, params.indexed_type) else vectors
     # A sum is finite unless a number is not, or the sum itself overflows; the few that are not are looked at closely.
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("ij,ij->i", looked_at, looked_at, dtype=np.float32)
