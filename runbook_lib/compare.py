@@ -13,7 +13,7 @@ from psycopg import sql
 from runbook_lib import db, search, tune
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.measuring import agreement, evaluate, slices
+from runbook_lib.measuring import agreement, evaluate, replica, slices
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import identifier, names
 from runbook_lib.phase import Phase
@@ -48,7 +48,7 @@ def _connected(phase: Phase, system: str) -> Iterator[db.Connection]:
         with tune.exactly(phase) as connection:
             yield connection
     elif system in WITHOUT_VECTORS:
-        with db.connect(phase.params, f"runbook {phase.run_id} {system}") as connection, connection.transaction():
+        with replica.connect(phase, system) as connection, connection.transaction():
             yield connection
     else:
         chosen = (phase.ledger.latest("tuning") or {}).get("chosen") or tune.settings_to_try(phase)[-1]
@@ -63,8 +63,13 @@ def _ask(phase: Phase, system: str, queries: Sequence[Query], vectors: np.ndarra
     else:
         route = "vector" if system == "exact" else system
         statement = search.route_statement(phase.connection, p, route)  # type: ignore[arg-type]
-    with _connected(phase, system) as connection:
-        return search.ask(connection, p, statement, queries, None if system in WITHOUT_VECTORS else vectors, k)
+    asked = None if system in WITHOUT_VECTORS else vectors
+
+    def ask() -> search.Answers:
+        with _connected(phase, system) as connection:
+            return search.ask(connection, p, statement, queries, asked, k)
+
+    return replica.again(p, ask)
 
 
 def _fulltext_statement(phase: Phase) -> sql.Composed:

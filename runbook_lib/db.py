@@ -40,26 +40,36 @@ BLOCKED_BY = {
 def dsn(params: Params) -> str:
     """The connection string, from the place that the parameters name. Raises BadInput where it is not set."""
     c = params.connection
-    if c.dsn_env is None:
-        conninfo = make_conninfo(service=c.service)
-    elif value := os.environ.get(c.dsn_env):
-        conninfo = value
-    else:
-        raise BadInput([_unreachable(f"environment variable {c.dsn_env}", "not set", f"export {c.dsn_env}=…")])
+    return make_conninfo(service=c.service, passfile=c.passfile) if c.dsn_env is None else _from(params, c.dsn_env)
+
+
+def read_dsn(params: Params) -> str | None:
+    """The connection string of the replica that is measured on, likewise; None where the parameters name none."""
+    variable = params.search.read_dsn_env
+    return None if variable is None else _from(params, variable)
+
+
+def _from(params: Params, variable: str) -> str:
+    value, passfile = os.environ.get(variable), params.connection.passfile
+    if not value:
+        raise BadInput([_unreachable(f"environment variable {variable}", "not set", f"export {variable}=…")])
     try:
-        return make_conninfo(conninfo, passfile=c.passfile) if c.passfile else make_conninfo(conninfo)
+        return make_conninfo(value, passfile=passfile) if passfile else make_conninfo(value)
     except psycopg.ProgrammingError:
         # Without its cause: libpq quotes the string in its message, and a password may stand in it.
-        problem = _unreachable(str(c.dsn_env), "not a connection string", "write it as postgresql://… or key=value")
+        problem = _unreachable(variable, "not a connection string", "write it as postgresql://… or key=value")
         raise BadInput([problem]) from None
 
 
-def connect(params: Params, application_name: str, *, autocommit: bool = True) -> Connection:
+def connect(
+    params: Params, application_name: str, *, autocommit: bool = True, conninfo: str | None = None
+) -> Connection:
     """A connection that names itself, ends its statement with the client, and never waits for a lock for long.
 
-    Raises BadInput where the server cannot be reached; the message holds no password.
+    conninfo: of another server than the target's. Raises BadInput where the server cannot be reached; the message
+    holds no password.
     """
-    conninfo = dsn(params)
+    conninfo = conninfo or dsn(params)
     try:
         connection = psycopg.connect(
             conninfo,

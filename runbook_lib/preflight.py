@@ -15,6 +15,7 @@ from runbook_lib.display import Table, duration, number, size
 from runbook_lib.forecast import Forecast
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.inputs import input_problems as input_problems
+from runbook_lib.measuring import replica
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -248,6 +249,7 @@ def _risks(phase: Phase) -> Iterator[Gate]:
     yield _no_prepared_transactions(phase)
     yield _memory_fits_index(phase)
     yield _wal_slots_healthy(phase)
+    yield from replica.gates(phase)
 
 
 def _no_old_snapshot(phase: Phase) -> Gate:

@@ -14,7 +14,7 @@ from psycopg import sql
 from runbook_lib import db, search
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.measuring import choose, classes, evaluate, exact, explain, sweep
+from runbook_lib.measuring import choose, classes, evaluate, exact, explain, replica, sweep
 from runbook_lib.measuring.choose import Choice
 from runbook_lib.measuring.classes import Asked
 from runbook_lib.measuring.sweep import Measured, Way
@@ -116,7 +116,7 @@ def plan(phase: Phase) -> db.Plan:
 @contextmanager
 def exactly(phase: Phase) -> Iterator[db.Connection]:
     """A fresh connection in a transaction that may use no index; nothing prepared earlier can slip in."""
-    with db.connect(phase.params, f"runbook {phase.run_id} exact") as connection, connection.transaction():
+    with replica.connect(phase, "exact") as connection, connection.transaction():
         connection.execute(SQL["exact_only"].compose({}))
         yield connection
 
@@ -125,7 +125,7 @@ def exactly(phase: Phase) -> Iterator[db.Connection]:
 def through_the_index(phase: Phase, value: int) -> Iterator[db.Connection]:
     """A fresh connection in a transaction with one index setting and the iterative scan of the search function."""
     method = phase.params.index.method
-    with db.connect(phase.params, f"runbook {phase.run_id} index") as connection, connection.transaction():
+    with replica.connect(phase, "index") as connection, connection.transaction():
         connection.execute(SQL["load_library"].compose({}))
         for name, text in ((search.SETTING[method], str(value)), search.ITERATIVE[method]):
             connection.execute(SQL["index_setting"].compose({}), {"name": name, "value": text})

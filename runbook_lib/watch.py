@@ -16,7 +16,7 @@ from runbook_lib.display import Table, duration, number, size
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.ledger import Ledger
-from runbook_lib.measuring import evaluate, explain
+from runbook_lib.measuring import evaluate, explain, replica
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.names import names, spelled
@@ -87,7 +87,14 @@ def _seen(phase: Phase) -> dict[str, Any]:
     """Counters and settings as they are before this look adds to them."""
     p = phase.params
     oids = [row["oid"] for row in vector_indexes(phase.connection, p)]
-    row = db.one(phase.connection, SQL["scans"], p, oids=oids, schema=p.target.schema_, function=p.function_name)
+    asked = {"oids": oids, "schema": p.target.schema_, "function": p.function_name}
+    row = db.one(phase.connection, SQL["scans"], p, **asked)
+    if replica.is_given(p):
+        # Each server counts its own reads.
+        with replica.connect(phase, "scans") as connection:
+            there = db.one(connection, SQL["scans"], p, **asked)
+        calls = None if row["calls"] is None and there["calls"] is None else (row["calls"] or 0) + (there["calls"] or 0)
+        row |= {"scans": row["scans"] + there["scans"], "calls": calls}
     state = search.function_state(phase)
     return {
         **row,
@@ -127,8 +134,12 @@ def _recall_holds(phase: Phase) -> Gate:
     asked = [*queries, *(Query(f"row {row['key']}", "") for row in rows)]
     vectors = np.array([*embed.query_vectors(p, queries), *(_as_array(row["embedding"]) for row in rows)])
     statement = search.route_statement(phase.connection, p, "vector")
-    with tune.exactly(phase) as connection:
-        exact = search.ask(connection, p, statement, asked, vectors, p.queries.k)
+
+    def exactly() -> search.Answers:
+        with tune.exactly(phase) as connection:
+            return search.ask(connection, p, statement, asked, vectors, p.queries.k)
+
+    exact = replica.again(p, exactly)
     with explain.as_the_application(phase) as connection:
         got = search.ask(connection, p, statement, asked, vectors, p.queries.k)
     ids = [q.query_id for q in asked]
@@ -147,12 +158,13 @@ def _recall_holds(phase: Phase) -> Gate:
 
 
 def _some_rows(phase: Phase) -> list[db.Row]:
-    register_vector(phase.connection)
     wanted = phase.params.watch.queries
-    return phase.connection.execute(
-        SQL["some_vectors"].compose(names(phase.params) | {"looked_at": _sampled(phase)}),
-        {"n": wanted, "percent": _percent(phase, wanted * ROWS_A_SAMPLE)},
-    ).fetchall()
+    with replica.connect(phase, "rows") as connection:
+        register_vector(connection)
+        return connection.execute(
+            SQL["some_vectors"].compose(names(phase.params) | {"looked_at": _sampled(phase)}),
+            {"n": wanted, "percent": _percent(phase, wanted * ROWS_A_SAMPLE)},
+        ).fetchall()
 
 
 def _as_array(value: Any) -> Any:

@@ -11,7 +11,7 @@ from psycopg import sql
 
 from runbook_lib import db
 from runbook_lib.gates import Gate
-from runbook_lib.measuring import evaluate, exact
+from runbook_lib.measuring import evaluate, exact, replica
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
@@ -97,7 +97,8 @@ def _counted(phase: Phase, column: str) -> dict[str, float]:
     query = SQL["values"].compose(
         n | {"column": identifier(column), "sampled": sampled if percent < 100 else sql.SQL("")}
     )
-    found = phase.connection.execute(query, {"rare": RARE, "measured": MEASURED_VALUES}).fetchall()
+    with replica.connect(phase, "values") as connection:
+        found = connection.execute(query, {"rare": RARE, "measured": MEASURED_VALUES}).fetchall()
     return {row["value"]: row["share"] for row in found}
 
 
@@ -119,11 +120,15 @@ def questions(phase: Phase, found: Sequence[FilterClass]) -> tuple[dict[FilterCl
     vectors = np.array([q.vector for q in queries], np.float32)
     keyed = {c: [exact.Question(i, _filter(c, i)) for i in range(len(queries))] for c in found}
     asked = [question for c in found for question in keyed[c]]
-    with db.connect(p, f"runbook {phase.run_id} exact") as connection, connection.transaction():
-        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        nearest = exact.nearest(connection, p, vectors, asked, p.queries.k)
-        agrees = exact.stream_agrees_with_sql(connection, p, vectors, asked, nearest, p.queries.k)
-        seconds = exact.seconds_by_sql(connection, p, vectors, p.queries.k)
+
+    def look() -> tuple[list[exact.Nearest], Gate, list[float]]:
+        with replica.connect(phase, "exact") as connection, connection.transaction():
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            nearest = exact.nearest(connection, p, vectors, asked, p.queries.k)
+            agrees = exact.stream_agrees_with_sql(connection, p, vectors, asked, nearest, p.queries.k)
+            return nearest, agrees, exact.seconds_by_sql(connection, p, vectors, p.queries.k)
+
+    nearest, agrees, seconds = replica.again(p, look)
     answers = iter(nearest)
     result = {
         c: [
@@ -145,8 +150,10 @@ def _queries(phase: Phase) -> Iterator[_Query]:
     p = phase.params
     own = evaluate.sample(evaluate.read_queries(p), p.tune.queries)
     yield from map(_Query, (q.text for q in own), embed.query_vectors(p, own))
-    register_vector(phase.connection)
-    for row in db.rows(phase.connection, SQL["rows_as_queries"], p, n=p.tune.queries - len(own)):
+    with replica.connect(phase, "rows") as connection:
+        register_vector(connection)
+        rows = db.rows(connection, SQL["rows_as_queries"], p, n=p.tune.queries - len(own))
+    for row in rows:
         vector = row["embedding"]
         yield _Query("", np.asarray(vector if isinstance(vector, np.ndarray) else vector.to_numpy()), row["key"])
 

@@ -9,7 +9,7 @@ from psycopg import sql
 
 from runbook_lib import db, search
 from runbook_lib.gates import Gate, gate
-from runbook_lib.measuring import diagnose, evaluate
+from runbook_lib.measuring import diagnose, evaluate, replica
 from runbook_lib.measuring.prepared import EXECUTIONS_TO_A_GENERIC_PLAN, Sent, fresh_name, plan_of, vector_indexes
 from runbook_lib.measuring.statement import bound
 from runbook_lib.names import identifier, index_name, names
@@ -73,7 +73,7 @@ def _usual_value(phase: Phase, column: str) -> str | None:
 def as_the_application(phase: Phase) -> Iterator[db.Connection]:
     """A fresh connection with the settings that the search function carries, which sway the planner."""
     state = search.function_state(phase)
-    with db.connect(phase.params, f"runbook {phase.run_id} plans") as connection:
+    with replica.connect(phase, "plans") as connection:
         connection.execute(SQL["load_library"].compose({}))
         for setting in (state["settings"] or []) if state else []:
             name, _, value = setting.partition("=")
@@ -101,14 +101,19 @@ def judge(phase: Phase, connection: db.Connection, sent: Sent, kind: str) -> Gat
 
 
 def _function_searches_by_index(phase: Phase, route: str) -> Gate:
-    """Calls the function, prepared, with the route moved for this transaction alone, and counts the index scans."""
+    """Calls the function, prepared, with the route moved for this transaction alone, and counts the index scans.
+
+    A route can be moved on the primary alone, so the replica is asked only where the reads have moved already.
+    """
     p = phase.params
     calls = 2 * EXECUTIONS_TO_A_GENERIC_PLAN
-    with db.connect(p, f"runbook {phase.run_id} calls") as connection:
+    there = search.current_route(phase) == (route, 100)
+    with replica.connect(phase, "calls") if there else db.connect(p, f"runbook {phase.run_id} calls") as connection:
         oids = [row["oid"] for row in vector_indexes(connection, phase.params)]
         with connection.transaction(force_rollback=True):
-            moved = {"route": route, "share_percent": 100}
-            connection.execute(search.SQL["move_route"].compose(names(p)), moved)
+            if not there:
+                moved = {"route": route, "share_percent": 100}
+                connection.execute(search.SQL["move_route"].compose(names(p)), moved)
             before = _scans(connection, p, oids)
             _call_prepared(phase, connection)
             scans = _scans(connection, p, oids) - before

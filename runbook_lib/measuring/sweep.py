@@ -14,7 +14,7 @@ from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db, search
-from runbook_lib.measuring import evaluate
+from runbook_lib.measuring import evaluate, replica
 from runbook_lib.measuring.classes import Asked
 from runbook_lib.names import index_name
 from runbook_lib.phase import Phase
@@ -89,7 +89,7 @@ def exact_way(phase: Phase) -> Way:
 @contextmanager
 def session(phase: Phase) -> Iterator[db.Connection]:
     """A fresh connection with pgvector's library loaded; nothing prepared earlier can slip in."""
-    with db.connect(phase.params, f"runbook {phase.run_id} tune") as connection:
+    with replica.connect(phase, "tune") as connection:
         connection.execute(SQL["load_library"].compose({}))
         register_vector(connection)
         yield connection
@@ -97,6 +97,10 @@ def session(phase: Phase) -> Iterator[db.Connection]:
 
 def measure(phase: Phase, connection: db.Connection, way: Way, asked: Sequence[Asked]) -> Measured:
     """Puts the questions, one after the other, as the search function does: planned anew, with its settings."""
+    return replica.again(phase.params, lambda: _measure(phase, connection, way, asked))
+
+
+def _measure(phase: Phase, connection: db.Connection, way: Way, asked: Sequence[Asked]) -> Measured:
     p = phase.params
     statement = search.route_statement(phase.connection, p, "vector", scan=way.scan)
     shares: list[float] = []
