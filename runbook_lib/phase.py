@@ -15,7 +15,7 @@ from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, Verdict, collec
 from runbook_lib.ledger import Ledger, as_data
 from runbook_lib.params import Params
 from runbook_lib.phases import MIGRATE as MIGRATE
-from runbook_lib.phases import OPERATE, READS_ONLY, RUNS_BESIDE
+from runbook_lib.phases import OPERATE, RUNS_BESIDE, waits
 from runbook_lib.phases import UNDO as UNDO
 from runbook_lib.running import approval, claim, plans, window
 
@@ -71,8 +71,7 @@ class Phase:
         if not self.execute:
             return gates.without_pass() + self._judge(approval.check(self))
         gates = self._judge(gates)
-        # A way back never waits.
-        if self.name in (*MIGRATE, *OPERATE) and self.name not in {READS_ONLY, *RUNS_BESIDE}:
+        if waits(self.name):
             window.enter(self.params)
         return gates + self._judge(approval.check(self))
 
@@ -226,10 +225,9 @@ class Phase:
             plans.note_statements(self)
         self.connection.close()
         self.ledger.connection.close()
-        order = MIGRATE if self.name in MIGRATE else tuple(UNDO)
-        here = order.index(self.name) if self.name in order else len(order)
-        following = order[here + 1] if here + 1 < len(order) else "nothing: this was the last"
-        return Table(("phase", "verdict", "next"), [(self.name, verdict if self.execute else "NOT RUN", following)])
+        return Table(
+            ("phase", "verdict", "next"), [(self.name, verdict if self.execute else "NOT RUN", following(self.name))]
+        )
 
 
 def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | str = False) -> Phase:
@@ -250,6 +248,15 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     kernel.hold(phase.connection)
     sqlmagic.connect(phase)
     return phase
+
+
+def following(name: str) -> str:
+    """What comes after a phase or a way back; an operation stands for itself."""
+    if name in OPERATE:
+        return "nothing: an operation stands for itself"
+    order = MIGRATE if name in MIGRATE else tuple(UNDO)
+    here = order.index(name) if name in order else len(order)
+    return order[here + 1] if here + 1 < len(order) else "nothing: this was the last"
 
 
 def _boolean(value: bool | str) -> bool:

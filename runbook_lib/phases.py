@@ -24,12 +24,26 @@ UNDO = {
 }
 # What comes after, and the phase that each relies on.
 OPERATE = {
+    "00_rehearse": "00_preflight",
     "10_refresh": "50_backfill",
     "20_watch": "70_tune",
     "30_update_extension": "60_build_index",
     "40_rebuild_index": "60_build_index",
+    "70_serve_filters": "70_tune",
 }
 # Share their work by claims on rows, or only read: they may run beside themselves and beside a run of the migration.
-RUNS_BESIDE = frozenset({"10_refresh", "20_watch"})
+RUNS_BESIDE = frozenset({"00_rehearse", "10_refresh", "20_watch"})
 # Reads only, so it needs neither a sign-off nor the maintenance window.
 READS_ONLY = MIGRATE[0]
+
+
+def waits(name: str) -> bool:
+    """Does it keep the maintenance window, and may it wait for a sign-off? A way back never does."""
+    return name in (*MIGRATE, *OPERATE) and name not in {READS_ONLY, *RUNS_BESIDE}
+
+
+def relied_on(name: str) -> tuple[str, ...]:
+    """The phases of the migration that a phase or an operation rests on, in their order."""
+    if name in OPERATE:
+        return MIGRATE[: MIGRATE.index(OPERATE[name]) + 1]
+    return MIGRATE[: MIGRATE.index(name)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 
-from runbook_lib.phase import MIGRATE, UNDO
+from runbook_lib.phases import MIGRATE, OPERATE, UNDO
 
 OPEN = """from runbook_lib.phase import open_phase
 phase = open_phase("{name}", params_file, run_id, execute)
@@ -15,11 +15,11 @@ CLOSE = "phase.close(phase.require())"
 
 
 def write(folder: Path, **bodies: str) -> Path:
-    """Writes every notebook of both ways; ``p50_backfill="…"`` puts code between opening and closing."""
-    for way, names in (("migrate", MIGRATE), ("undo", tuple(UNDO))):
+    """Writes every notebook; ``p50_backfill="…"`` puts code between opening and closing."""
+    for way, names in (("migrate", MIGRATE), ("operate", tuple(OPERATE)), ("undo", tuple(UNDO))):
         (folder / way).mkdir(parents=True, exist_ok=True)
         for name in names:
-            body = bodies.get(f"p{name}", "'nothing special'") if way == "migrate" else "'back'"
+            body = bodies.get(f"p{name}", "'nothing special'") if way != "undo" else "'back'"
             parameters = nbformat.v4.new_code_cell("params_file = ''\nrun_id = ''\nexecute = False")
             parameters.metadata["tags"] = ["parameters"]
             cells = [

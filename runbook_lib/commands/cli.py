@@ -28,7 +28,7 @@ from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, GateFailed, Verdict
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
-from runbook_lib.phase import MIGRATE
+from runbook_lib.phases import MIGRATE, OPERATE
 from runbook_lib.running import runner
 from runbook_lib.running.manifest import SYMBOLS, Status
 from runbook_lib.running.runner import RunResult
@@ -76,6 +76,7 @@ def main() -> None:
       runbook run params/articles.yaml --execute    # carry it out, go on where it stopped
       runbook status params/articles.yaml
       runbook approve params/articles.yaml 90_cut_over
+      runbook operate params/articles.yaml 10_refresh --execute
       runbook undo params/articles.yaml --execute --to 10_reads_to_legacy
     """
 
@@ -115,6 +116,50 @@ def undo(params_file: Path, execute: bool, last: str | None, quiet: bool, verbos
             runner.run(params_file, execute=execute, last=last, way="undo", say=_progress(quiet), verbose=verbose),
             quiet,
         )
+
+
+@main.command(epilog=f"Operations: {', '.join(OPERATE)}.\n\n{EXIT_CODES_HELP}")
+@PARAMS
+@click.argument("name", metavar="OPERATION")
+@EXECUTE
+@QUIET
+@VERBOSE
+def operate(params_file: Path, name: str, execute: bool, quiet: bool, verbose: bool) -> None:
+    """Carry out one operation on a table that was migrated: refresh, watch, update, rebuild and the others.
+
+    \b
+    Examples:
+      runbook operate params/articles.yaml 10_refresh --execute --quiet    # from cron
+      runbook operate params/articles.yaml 40_rebuild_index                # the plan
+    """
+    with plain_errors():
+        _end(
+            runner.run(
+                params_file,
+                execute=execute,
+                first=name,
+                last=name,
+                way="operate",
+                say=_progress(quiet),
+                verbose=verbose,
+            ),
+            quiet,
+        )
+
+
+@main.command(name="help-out", epilog=EXIT_CODES_HELP)
+@PARAMS
+def help_out(params_file: Path) -> None:
+    """Take part in a backfill that a run has begun, from this machine; ends when no window is left.
+
+    The run that began it closes it and proves it. A helper that is stopped or lost costs nothing: its window is
+    taken over.
+    """
+    # Here, because it needs what takes longer to import than the other commands take to run.
+    from runbook_lib import backfill
+
+    with plain_errors():
+        click.echo(str(backfill.help_out(str(params_file))))
 
 
 @main.command(epilog=EXIT_CODES_HELP)

@@ -11,22 +11,21 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from runbook_lib.params.section import AnyPath, Minutes, Section, ShortName
-from runbook_lib.phases import MIGRATE, READS_ONLY, UNDO
+from runbook_lib.phases import MIGRATE, OPERATE, UNDO, waits
 
 # In run.phase_timeout_minutes: the phases that are not named.
 EVERY_PHASE = "every_phase"
 
 
 class Approval(Section):
-    """Phases that wait for a second person."""
+    """Phases and operations that wait for a second person."""
 
-    phases: list[str] = Field([], description="Phases that wait for `runbook approve` by another database user.")
+    phases: list[str] = Field([], description="Those that wait for `runbook approve` by another database user.")
 
     @field_validator("phases")
     @classmethod
     def can_wait(cls, value: list[str]) -> list[str]:
-        # A way back never waits, and preflight changes nothing.
-        _require_known(value, [p for p in MIGRATE if p != READS_ONLY])
+        _require_known(value, [p for p in (*MIGRATE, *OPERATE) if waits(p)])
         return value
 
 
@@ -61,7 +60,7 @@ class Run(Section):
     @field_validator("phase_timeout_minutes")
     @classmethod
     def names_phases(cls, value: dict[str, float]) -> dict[str, float]:
-        _require_known(value, [EVERY_PHASE, *MIGRATE, *UNDO])
+        _require_known(value, [EVERY_PHASE, *MIGRATE, *OPERATE, *UNDO])
         return value
 
     @field_validator("time_zone")

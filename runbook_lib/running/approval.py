@@ -20,7 +20,7 @@ from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, Gate, Gates, NotApproved, RunbookError, Verdict, gate, not_run
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
-from runbook_lib.phases import MIGRATE
+from runbook_lib.phases import OPERATE, relied_on
 from runbook_lib.running import plans
 from runbook_lib.sql import load
 
@@ -139,7 +139,7 @@ def _void(phase: Phase, asked: Asked, given: db.Row) -> str:
     if new := set(asked.statements) - set(approved["statements"]):
         return f"{by} is void: the plan has changed, {len(new)} of its statements are not the approved ones"
     if approved["evidence"] != asked.evidence:
-        newest = db.rows(connection, SQL["evidence"], params, phase=phase.name, before=_before(phase.name))
+        newest = db.rows(connection, SQL["evidence"], params, **_evidence_of(phase.name))
         of = f"row {newest[0]['seq']}, {newest[0]['kind']} of {newest[0]['phase']}" if newest else "rows are gone"
         return f"{by} is void: there is newer evidence ({of})"
     return ""
@@ -267,12 +267,21 @@ def _involved(connection: db.Connection, params: Params, phase: str) -> dict[str
 
 
 def _evidence(connection: db.Connection, params: Params, phase: str) -> tuple[int, str]:
-    found = db.rows(connection, SQL["evidence"], params, phase=phase, before=_before(phase))
+    found = db.rows(connection, SQL["evidence"], params, **_evidence_of(phase))
     return (found[0]["seq"], found[0]["hash"]) if found else (0, "")
 
 
 def _before(phase: str) -> list[str]:
-    return list(MIGRATE[: MIGRATE.index(phase)])
+    return list(relied_on(phase))
+
+
+def _evidence_of(phase: str) -> dict[str, Any]:
+    """Whose rows a sign-off rests on, and the verdicts of the phase itself after which it is used up.
+
+    An operation that has passed is signed anew the next time.
+    """
+    used_up = ["UNDONE", str(Verdict.PASS)] if phase in OPERATE else ["UNDONE"]
+    return {"phase": phase, "before": _before(phase), "used_up": used_up}
 
 
 def _newest(connection: db.Connection, params: Params, phase: str, kind: str) -> db.Row | None:

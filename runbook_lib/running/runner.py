@@ -27,7 +27,7 @@ from runbook_lib.display import duration
 from runbook_lib.gates import BadInput, OutsideWindow
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
-from runbook_lib.phases import MIGRATE, READS_ONLY
+from runbook_lib.phases import RUNS_BESIDE, waits
 from runbook_lib.records import verify
 from runbook_lib.running import claim, ending, notify, selection, window
 from runbook_lib.running import manifest as manifests
@@ -72,7 +72,8 @@ def run(
     say: Say | None = None,
     verbose: bool = False,
 ) -> RunResult:
-    """Runs phases ``first`` to ``last`` of ``migrate`` or ``undo``, stopping at the first that does not pass.
+    """Runs phases ``first`` to ``last`` of ``migrate`` or ``undo``, stopping at the first that does not pass; or one
+    operation, which is both ``first`` and ``last`` of ``operate``.
 
     With ``execute`` and no ``first``, a migration goes on where the ledger says that it stands; phases proved
     before are not run again. ``say`` gets the progress, a line a phase; standard error if not given. ``verbose``:
@@ -178,9 +179,12 @@ def _versions(params: Params) -> dict[str, str]:
 
 
 def _run_claimed(folder: Path, params: Params, manifest: Manifest, stop: Stop, say: Say, verbose: bool) -> Manifest:
-    """The phases, with the target held from the first to the last; a plan changes nothing and needs no claim."""
+    """The phases, with the target held from the first to the last.
+
+    A plan changes nothing and needs no claim, nor does what may run beside another run.
+    """
     with ExitStack() as held:
-        if manifest.execute:
+        if manifest.execute and not RUNS_BESIDE.issuperset(p.name for p in manifest.phases):
             try:
                 held.enter_context(claim.held_by_runner(params, manifest.run_id))
             except BadInput as error:
@@ -235,7 +239,7 @@ def _run_phase(folder: Path, params: Params, manifest: Manifest, name: str, stop
     minutes = params.run.timeout_minutes(name)
     try:
         stop.raises = True
-        if manifest.execute and name in MIGRATE and name != READS_ONLY:
+        if manifest.execute and waits(name):
             window.enter(params, say=say)
         with limited_to(minutes, stop):
             executed = _execute(folder, manifest, name)

@@ -13,10 +13,10 @@ from runbook_lib.gates import BadInput, Gate, Verdict
 from runbook_lib.inputs import input_problems
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
-from runbook_lib.phases import MIGRATE, UNDO
+from runbook_lib.phases import MIGRATE, OPERATE, UNDO
 from runbook_lib.running.manifest import SYMBOLS, Status
 
-ORDERS = {"migrate": MIGRATE, "undo": tuple(UNDO)}
+ORDERS = {"migrate": MIGRATE, "undo": tuple(UNDO), "operate": tuple(OPERATE)}
 NOTEBOOKS_ENV = "RUNBOOK_NOTEBOOKS"
 
 
@@ -34,7 +34,8 @@ def check(params: Params, way: str, first: str | None, last: str | None) -> None
         problems = [
             _bad_choice("runner.range_is_in_order", f"{first} to {last}", f"{last} comes before {first}", "swap them")
         ]
-    missing = [n for n in order if not (notebooks() / way / f"{n}.ipynb").is_file()] if not problems else []
+    needed = order if way != "operate" else tuple(n for n in order if n in (first, last))
+    missing = [n for n in needed if not (notebooks() / way / f"{n}.ipynb").is_file()] if not problems else []
     if missing:
         do = f"install with `pip install --editable .`, or set {NOTEBOOKS_ENV} to the folder that holds {way}/"
         problems = [_bad_choice("runner.notebooks_are_there", str(notebooks() / way), f"no {missing[0]}.ipynb", do)]

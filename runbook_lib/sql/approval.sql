@@ -26,7 +26,7 @@ ORDER BY seq DESC LIMIT 1;
 SELECT seq, hash, phase, kind FROM {entry}
 WHERE target = {target_name}
   AND (phase = ANY (%(before)s) AND kind <> 'notebook'
-       OR phase = %(phase)s AND kind = 'phase' AND body ->> 'verdict' = 'UNDONE')
+       OR phase = %(phase)s AND kind = 'phase' AND body ->> 'verdict' = ANY (%(used_up)s))
 ORDER BY seq DESC LIMIT 1;
 
 -- name: proved_by
