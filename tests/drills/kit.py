@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from tests.conftest import write_params
 
 ROOT = Path(__file__).parents[2]
 FULL = os.environ.get("RUNBOOK_DRILLS") == "full"
+# Another one each day, unless it is given to have the same moments again.
+SEED = os.environ.get("RUNBOOK_DRILL_SEED") or f"{datetime.now(UTC):%Y-%m-%d}"
 # Small batches with a rest after each, so that there are many moments to be hit.
 SLOW: dict[str, dict[str, Any]] = {
     "backfill": {"batch_rows": 10, "most_batch_rows": 10, "pause_between_batches_ms": 10, "lease_s": 1},
@@ -34,13 +37,15 @@ STEPS: dict[str, Callable[[Phase], Any]] = {
     "backfill": backfill.apply,
     "refresh": refresh.drain,
 }
+# What was broken in this session: how often, and rows lost by it.
+BROKEN: dict[str, tuple[int, int]] = {}
 LONGEST_STEP_S = 60.0
 WRITES_A_SECOND = 150
 
 
 def moments(few: int, seed: str, longest_s: float) -> list[float]:
     """Seeded moments within a step: 20 in the full drill, a few otherwise."""
-    draw = random.Random(seed)
+    draw = random.Random(f"{SEED} {seed}")
     return [round(draw.uniform(0, longest_s), 3) for _ in range(20 if FULL else few)]
 
 
@@ -91,6 +96,27 @@ def lost(dsn: str, layout: str = "column") -> int:
     """Rows whose vector is missing, or is not that of the text that they have now."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         return evidence.gather(connection, layout).lost
+
+
+def nothing_is_lost(dsn: str, *broken: str, layout: str = "column") -> None:
+    """Holds every row against an embedding made anew, and counts it for the table of what was broken."""
+    found = lost(dsn, layout)
+    for what in broken:
+        times, rows = BROKEN.get(what, (0, 0))
+        BROKEN[what] = (times + 1, rows + found)
+    assert found == 0
+
+
+def table() -> list[str]:
+    """What was broken, how often, and the rows lost, stale or doubled by it; as Markdown."""
+    lines = [f"| {broken} | {times} | {rows} |" for broken, (times, rows) in BROKEN.items()]
+    return ["| what was broken | how often | rows lost, stale or doubled |", "|---|---|---|", *lines]
+
+
+def change_texts(dsn: str, rows: int) -> None:
+    """A refresh has something to do only where texts have changed."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("UPDATE articles SET body = body || ' again' WHERE id <= %s", [rows])
 
 
 def write(connection: psycopg.Connection[Any], draw: random.Random) -> None:

@@ -1,4 +1,7 @@
-"""Killed at any moment, in load, backfill and refresh, while others write: nothing lost, nothing stale."""
+"""Sessions ended, and a process killed, at any moment, while others write: nothing lost, nothing stale.
+
+Kernel, runner and backend of real runs are killed in test_real_runs.py.
+"""
 
 import time
 from pathlib import Path
@@ -19,36 +22,14 @@ CASES = [
 ]
 
 
-def make_work(articles: psycopg.Connection[Any], step: str) -> None:
-    """A refresh has something to do only where texts have changed."""
-    if step == "refresh":
-        articles.execute("UPDATE articles SET body = body || ' again' WHERE id <= 150")
-
-
-@pytest.mark.parametrize(("step", "moment"), CASES)
-def test_kill_9_of_the_process(
-    articles: psycopg.Connection[Any], database: str, tmp_path: Path, step: str, moment: float
-) -> None:
-    params_file = kit.prepared(tmp_path, BEFORE[step])
-    with kit.writers(database) as written:
-        make_work(articles, step)
-        with kit.in_a_process(step, params_file) as process:
-            time.sleep(moment)
-            process.kill()
-        with kit.opened(params_file) as phase:
-            kit.STEPS[step](phase)
-    assert min(written) > 0
-    kit.finish(params_file)
-    assert kit.lost(database) == 0
-
-
 @pytest.mark.parametrize(("step", "moment"), CASES)
 def test_end_of_the_backends(
     articles: psycopg.Connection[Any], database: str, tmp_path: Path, step: str, moment: float
 ) -> None:
     params_file = kit.prepared(tmp_path, BEFORE[step])
     with kit.writers(database):
-        make_work(articles, step)
+        if step == "refresh":
+            kit.change_texts(database, 150)
         with kit.in_a_process(step, params_file) as process:
             time.sleep(moment)
             articles.execute(
@@ -57,7 +38,7 @@ def test_end_of_the_backends(
             )
             process.wait(kit.LONGEST_STEP_S)
     kit.finish(params_file)
-    assert kit.lost(database) == 0
+    kit.nothing_is_lost(database, f"pg_terminate_backend of every session in {step}")
 
 
 @pytest.mark.parametrize("moment", kit.moments(1, "promotion", 0.3))
@@ -69,4 +50,4 @@ def test_kill_9_while_the_staging_table_takes_its_place(
         time.sleep(moment)
         process.kill()
     kit.finish(params_file)
-    assert kit.lost(database, "side_table") == 0
+    kit.nothing_is_lost(database, "kill -9 while the staging table takes its place", layout="side_table")
