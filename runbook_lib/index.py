@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psycopg
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, forecast
-from runbook_lib.display import Table, duration, number, size
+from runbook_lib import db, forecast, index_partitions
+from runbook_lib.building import Built
+from runbook_lib.building import concurrently as concurrently
+from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.names import index_name, operator_class, spelled
+from runbook_lib.names import as_indexed, identifier, index_name, names, operator_class, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("index")
 
-SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_LINES = 10.0
 KNOWN_ROWS = 20
+FEWEST_KNOWN_ROWS_A_PARTITION = 2
 # Distances are float4 sums; a row is itself if it comes out this near.
 SAME_DISTANCE = 1e-4
 
@@ -42,6 +40,8 @@ def state(phase: Phase) -> db.Row | None:
 
 def plan(phase: Phase) -> db.Plan:
     """Nothing if the index is whole; otherwise the build, after dropping what an unfinished one left."""
+    if index_partitions.is_needed(phase):
+        return index_partitions.plan(phase)
     found = state(phase)
     if found and found["valid"] and found["ready"]:
         return db.Plan((), phase.connection)
@@ -83,6 +83,8 @@ def in_the_way(phase: Phase) -> Table:
 
 def apply(phase: Phase) -> Table:
     """Builds what is not there, saying phase, blocks and time left; an interrupt cancels the build in the server."""
+    if index_partitions.is_needed(phase):
+        return index_partitions.apply(phase)
     todo = plan(phase)
     if not phase.execute:
         return phase.carry_out(todo)
@@ -111,68 +113,23 @@ def note_built(phase: Phase, built: Built, size_bytes: int) -> None:
     )
 
 
-@dataclass
-class Built:
-    """What a statement took: seconds, the server's notices, and samples of seconds, blocks done and blocks in all."""
-
-    seconds: float = 0.0
-    notices: list[str] = field(default_factory=list)
-    samples: list[list[float]] = field(default_factory=list)
-
-
-def concurrently(phase: Phase, statement: db.Statement) -> Built:
-    """Runs a CONCURRENTLY statement on a connection of its own, with lock and statement timeouts off.
-
-    A timeout would let a build run to its end and then fail it, leaving an invalid index that every write pays for.
-    """
-    i = phase.params.index
-    built = Built()
-    with db.connect(phase.params, f"runbook {phase.run_id} {phase.name} build") as connection:
-        connection.execute(
-            SQL["settings"].compose({}),
-            {"memory": f"{i.maintenance_work_mem_mb}MB", "workers": str(i.parallel_workers)},
-        )
-        connection.add_notice_handler(lambda notice: built.notices.append(notice.message_primary or ""))
-        stop = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(phase, connection.info.backend_pid, built, stop), daemon=True)
-        started = time.perf_counter()
-        watcher.start()
-        try:
-            connection.execute(statement.query, statement.values)
-        finally:
-            stop.set()
-            watcher.join()
-    built.seconds = time.perf_counter() - started
-    print(f"  {statement.name}: done in {duration(built.seconds)}")
-    for notice in built.notices:
-        print(f"  NOTICE: {notice}")
-    phase.note_statement(db.Done(statement, -1, built.seconds, 1))
-    return built
-
-
-def _watch(phase: Phase, pid: int, built: Built, stop: threading.Event) -> None:
-    """Samples the build's progress from a session of its own until told to stop."""
-    started = last_line = time.perf_counter()
-    with db.connect(phase.params, f"runbook {phase.run_id} {phase.name} watch") as connection:
-        while not stop.wait(SECONDS_BETWEEN_LOOKS):
-            row = connection.execute(SQL["progress"].compose({}), {"pid": pid}).fetchone()
-            if row is None:
-                continue
-            now = time.perf_counter()
-            built.samples.append([round(now - started, 2), row["blocks_done"], row["blocks_total"]])
-            if now - last_line >= SECONDS_BETWEEN_LINES:
-                last_line = now
-                done, total = row["blocks_done"], row["blocks_total"]
-                left = f", about {duration((now - started) * (total - done) / done)} left" if done else ""
-                print(f"  {row['phase']}: {number(done)} of {number(total)} blocks{left}")
-
-
 def verify(phase: Phase) -> Gates:
     """Valid and ready by pg_index, the right operator class and column, built in memory, and it finds known rows."""
+    if index_partitions.is_needed(phase):
+        return _verify_partitions(phase)
     found = state(phase)
     gates = [_is_valid(phase, found)]
     if found and found["valid"]:
         gates += [_has_right_class(phase, found), _was_built_in_memory(phase), _finds_known_rows(phase)]
+    return collect(gates)
+
+
+def _verify_partitions(phase: Phase) -> Gates:
+    now = index_partitions.standing(phase)
+    gates = [index_partitions.is_valid(phase, now)]
+    if now.is_whole:
+        gates += [index_partitions.has_right_class(phase, now), _was_built_in_memory(phase)]
+        gates.append(_finds_known_rows(phase, [identifier(part.schema, part.name) for part in now.leaves]))
     return collect(gates)
 
 
@@ -205,16 +162,24 @@ def _is_valid(phase: Phase, found: db.Row | None) -> Gate:
 
 def _has_right_class(phase: Phase, found: db.Row) -> Gate:
     p = phase.params
-    is_ours = (found["method"], found["operator_class"], found["column_name"], found["on_target"])
+    indexed, wanted = unquoted(found["indexed"]), unquoted(spelled(p, "indexed"))
+    is_ours = (found["method"], found["operator_class"], indexed, found["on_target"])
     return gate(
         "index.has_the_right_operator_class",
-        is_ours == (p.index.method, operator_class(p), p.vector.column, True),
+        is_ours == (p.index.method, operator_class(p), wanted, True),
         _subject(phase),
-        found=f"{found['method']} with {found['operator_class']} on {found['column_name']}",
-        needed=f"{p.index.method} with {operator_class(p)} on {p.vector.column}",
+        found=f"{found['method']} with {found['operator_class']} on {indexed}",
+        needed=f"{p.index.method} with {operator_class(p)} on {wanted}",
         danger="queries with the distance that was asked for cannot use it",
-        do="drop the index of this name, or name another column, and run 60_build_index again",
+        do="drop the index of this name, or name another column, and run 60_build_index again"
+        if indexed == wanted
+        else "put index.storage back, or go over to another one with operate/40_rebuild_index",
     )
+
+
+def unquoted(text: str) -> str:
+    """As PostgreSQL writes a name that needs no quotes; the runbook always quotes."""
+    return text.replace('"', "")
 
 
 def _was_built_in_memory(phase: Phase) -> Gate:
@@ -233,18 +198,25 @@ def _was_built_in_memory(phase: Phase) -> Gate:
     )
 
 
-def _finds_known_rows(phase: Phase) -> Gate:
-    """Asks the index for rows that are known to be there: each one's nearest row must be as near as itself."""
+def _finds_known_rows(phase: Phase, relations: Sequence[sql.Composable] = ()) -> Gate:
+    """Asks the index for rows that are known to be there: each one's nearest row must be as near as itself.
+
+    relations: partitions that are asked one by one, each through its own index.
+    """
     register_vector(phase.connection)
-    known = db.rows(phase.connection, SQL["known_row"], phase.params, n=KNOWN_ROWS)
+    n = names(phase.params)
+    value = sql.SQL("%(embedding)s::{}").format(n["vector_type"])
+    n |= {"query_indexed": as_indexed(phase.params, value)}
+    known: list[db.Row] = []
     lost: list[Any] = []
-    with phase.connection.transaction():
-        phase.connection.execute("SET LOCAL enable_seqscan = off")
-        for row in known:
-            own = db.one(phase.connection, SQL["own_distance"], phase.params, embedding=row["embedding"])
-            near = db.rows(phase.connection, SQL["nearest"], phase.params, embedding=row["embedding"])
-            if not near or near[0]["distance"] > own["distance"] + SAME_DISTANCE:
-                lost.append(row["key"])
+    rows_each = max(FEWEST_KNOWN_ROWS_A_PARTITION, KNOWN_ROWS // max(len(relations), 1))
+    for relation in relations or [n["vectors"]]:
+        here = n | {"vectors": relation}
+        rows = phase.connection.execute(SQL["known_row"].compose(here), {"n": rows_each}).fetchall()
+        known += rows
+        with phase.connection.transaction():
+            phase.connection.execute("SET LOCAL enable_seqscan = off")
+            lost += [row["key"] for row in rows if not _is_found(phase, here, row)]
     return gate(
         "index.finds_known_rows",
         bool(known) and not lost,
@@ -258,13 +230,26 @@ def _finds_known_rows(phase: Phase) -> Gate:
     )
 
 
+def _is_found(phase: Phase, n: Mapping[str, sql.Composable], row: db.Row) -> bool:
+    """Is the nearest row, through the index, as near as the row itself?"""
+    asked = {"embedding": row["embedding"]}
+    own, near = (
+        phase.connection.execute(SQL[block].compose(n), asked).fetchone() for block in ("own_distance", "nearest")
+    )
+    return own is not None and near is not None and near["distance"] <= own["distance"] + SAME_DISTANCE
+
+
 def undo_plan(phase: Phase) -> db.Plan:
-    """DROP INDEX CONCURRENTLY, if the index is there."""
+    """DROP INDEX CONCURRENTLY, if the index is there; the index of a partitioned table by a short lock."""
+    if index_partitions.is_needed(phase):
+        return index_partitions.undo_plan(phase)
     return db.Plan((drop_statement(phase),) if state(phase) else (), phase.connection)
 
 
 def undo(phase: Phase) -> Table:
     """Drops the index without blocking reads or writes; does nothing where it is not there."""
+    if index_partitions.is_needed(phase):
+        return index_partitions.undo(phase)
     if not phase.execute:
         return phase.carry_out(undo_plan(phase))
     return Table(
@@ -274,6 +259,8 @@ def undo(phase: Phase) -> Table:
 
 def verify_undone(phase: Phase) -> Gates:
     """No index of that name is left, valid or not."""
+    if index_partitions.is_needed(phase):
+        return collect([index_partitions.is_gone(phase, index_partitions.standing(phase))])
     found = state(phase)
     return collect(
         [

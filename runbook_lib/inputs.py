@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, rights, versions
+from runbook_lib import db, partition_checks, rights, versions
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import spelled
 from runbook_lib.params import Params
@@ -119,7 +119,7 @@ def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
         return
     columns = {c["name"]: c for c in db.rows(connection, SQL["columns"], params, oid=found["oid"])}
     look = _Look(connection, params, server, found, columns)
-    yield _not_partitioned(look)
+    yield from partition_checks.check(connection, params, found)
     yield _key_is_supported(look)
     if params.target.key in columns:
         yield _key_is_unique(look)
@@ -229,19 +229,6 @@ def _table_gate(connection: db.Connection, params: Params, found: db.Row | None)
     )
 
 
-def _not_partitioned(look: _Look) -> Gate:
-    """The index of a partitioned table cannot be built CONCURRENTLY as a whole, and 60_build_index does no more."""
-    return gate(
-        "inputs.table_is_not_partitioned",
-        look.table["kind"] == "r",
-        spelled(look.params, "table"),
-        found="a partitioned table" if look.table["kind"] == "p" else "one table",
-        needed="one table: this runbook does not build an index partition by partition yet",
-        danger="60_build_index would fail after the whole backfill (PostgreSQL: 0A000)",
-        do="migrate the partitions as targets of their own, or the table before it is partitioned",
-    )
-
-
 def _nearest_table(connection: db.Connection, params: Params, tables: list[tuple[str, str]]) -> str:
     target = params.target
     # The right name in another schema is nearer than a similar name in the same one.
@@ -285,15 +272,12 @@ def _key_is_unique(look: _Look) -> Gate:
     key = look.params.target.key
     found = db.rows(look.connection, SQL["unique_key"], look.params, oid=look.table["oid"], key=key)
     not_null = bool(look.columns[key]["not_null"])
+    if not found and look.table["kind"] == "p":
+        return partition_checks.key_is_unique(look.connection, look.params, look.table, not_null)
     unique = f"unique by {found[0]['index']}" if found else "no valid unique index on this column alone"
     column = sql.Identifier(key).as_string(look.connection)
     wanted = [] if not_null else [f"ALTER TABLE {look.subject} ALTER COLUMN {column} SET NOT NULL;"]
-    if not found and look.table["kind"] == "p":
-        wanted.append(
-            "PostgreSQL keeps a partitioned table unique only by keys that hold its partition key: partition it by"
-            f" {column}, or name a unique column that it is partitioned by in target.key"
-        )
-    elif not found:
+    if not found:
         wanted.append(f"CREATE UNIQUE INDEX CONCURRENTLY ON {look.subject} ({column});")
     return gate(
         "inputs.key_identifies_rows",

@@ -564,29 +564,3 @@ def test_facts_and_plan_of_a_table_whose_names_need_quoting(articles: Connection
     found = preflight.facts(phase)
     assert (found.rows, found.text_bytes, [m for _, m, *_ in found.indexes]) == (5, 10, ["btree"])
     assert preflight.take(phase).rows == 5
-
-
-def test_a_partitioned_table_is_refused_before_hours_are_spent_on_it(
-    articles: Connection, make_params: MakeParams
-) -> None:
-    articles.execute("CREATE TABLE parted (LIKE articles, PRIMARY KEY (id)) PARTITION BY HASH (id)")
-    gates = inputs.input_problems(make_params(target={"table": "parted"}, queries={"judgements": None}))
-    assert _failed(gates) == ["inputs.table_is_not_partitioned"]
-
-
-def test_a_partitioned_table_whose_key_is_unique_only_with_another_column_is_refused(
-    articles: Connection, make_params: MakeParams
-) -> None:
-    articles.execute(
-        "CREATE TABLE parted (id bigint, tenant int, title text, body text, tsv tsvector, PRIMARY KEY (id, tenant))"
-        " PARTITION BY LIST (tenant)"
-    )
-    gates = {g.name: g for g in inputs.input_problems(make_params(target={"table": "parted"}))}
-    assert str(gates["inputs.key_identifies_rows"]) == (
-        'FAIL    inputs.key_identifies_rows   id of "public"."parted"\n'
-        "  found   no valid unique index on this column alone, NOT NULL\n"
-        "  needed  NOT NULL, with a primary key or unique index of its own, without a condition\n"
-        "  danger  a vector could reach two rows, or none\n"
-        "  do      PostgreSQL keeps a partitioned table unique only by keys that hold its partition key: partition it"
-        ' by "id", or name a unique column that it is partitioned by in target.key'
-    )

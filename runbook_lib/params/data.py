@@ -54,6 +54,10 @@ class Target(Section):
     schema_: Name = Field("public", alias="schema", description="Schema of the table.")
     table: Name = Field(description="The table as PostgreSQL spells it, without quotes.")
     key: Name = Field(description="Primary key or NOT NULL unique column; bigint, integer, uuid or text.")
+    key_from_one_source: bool = Field(
+        False,
+        description="Of a partitioned table whose key PostgreSQL cannot keep unique: no key is ever given twice.",
+    )
     text_columns: list[Name] = Field(min_length=1, description="Columns whose text is embedded, in this order.")
     filters: list[Name] = Field([], description="Columns that the application filters by, with equality.")
 

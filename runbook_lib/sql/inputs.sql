@@ -23,7 +23,8 @@ SELECT
 -- name: table
 -- purpose: The relation by that name, of whatever kind, and who owns it.
 SELECT c.oid::bigint AS oid, c.relkind::text AS kind, quote_ident(pg_get_userbyid(c.relowner)) AS owner,
-    pg_has_role(c.relowner, 'USAGE') AS owned, has_table_privilege(c.oid, 'SELECT') AS readable
+    pg_has_role(c.relowner, 'USAGE') AS owned, has_table_privilege(c.oid, 'SELECT') AS readable,
+    CASE WHEN c.relispartition THEN pg_partition_root(c.oid)::regclass::text END AS root
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S', 'i', 'I', 'c');
 
