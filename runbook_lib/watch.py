@@ -93,8 +93,8 @@ def _seen(phase: Phase) -> dict[str, Any]:
         # Each server counts its own reads.
         with replica.connect(phase, "scans") as connection:
             there = db.one(connection, SQL["scans"], p, **asked)
-        calls = None if row["calls"] is None and there["calls"] is None else (row["calls"] or 0) + (there["calls"] or 0)
-        row |= {"scans": row["scans"] + there["scans"], "calls": calls}
+        known = [r["calls"] for r in (row, there) if r["calls"] is not None]
+        row |= {"scans": row["scans"] + there["scans"], "calls": sum(known) if known else None}
     state = search.function_state(phase)
     return {
         **row,
