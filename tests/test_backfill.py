@@ -10,7 +10,7 @@ import pytest
 
 from runbook_lib import backfill, extension, refresh, schema, staging
 from runbook_lib.filling import strategy, windows, workers
-from runbook_lib.gates import BadInput, LockNotObtained
+from runbook_lib.gates import BadInput, LockNotObtained, OutsideWindow
 from runbook_lib.phase import Phase
 from tests import toy
 from tests.conftest import write_params
@@ -192,3 +192,38 @@ def test_drain_puts_a_failed_batch_back(
     assert articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone() == (5,)
     assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
     assert_every_row_has_the_vector_of_its_text(articles)
+
+
+def _closes_after(monkeypatch: pytest.MonkeyPatch, looks: int, answers: int) -> None:
+    """The maintenance window is open for so many looks, then shut for so many."""
+    asked = iter(range(1000))
+    shut = range(looks, looks + answers)
+    monkeypatch.setattr(workers.window, "is_open", lambda params, now=None: next(asked) not in shut)
+
+
+def test_the_window_that_closes_ends_the_backfill_where_the_run_is_to_stop(
+    loaded: Callable[..., Phase], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = loaded(run={"window": "22:00-05:00", "outside_window": "stop"}, backfill={"most_batch_rows": 20})
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "SECONDS_BETWEEN_LOOKS", 0.01)
+        _closes_after(patch, 1, 2)
+        with pytest.raises(OutsideWindow, match="22:00-05:00"):
+            backfill.apply(phase)
+        patch.setattr(workers.window, "is_open", lambda params, now=None: True)
+        backfill.apply(phase)
+    assert assert_every_row_has_the_vector_of_its_text(articles) == toy.ROWS
+
+
+def test_the_wait_for_the_window_is_no_pause_that_is_too_long(
+    loaded: Callable[..., Phase], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = loaded(run={"window": "22:00-05:00"}, health={"longest_pause_minutes": 1})
+    monkeypatch.setattr(workers, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(workers.window, "enter", lambda params: 3600.0)
+    _closes_after(monkeypatch, 0, 1)
+    backfill.apply(phase)
+    recorded = phase.ledger.latest("backfill")
+    assert recorded is not None
+    assert recorded["pauses"] == [{"reason": "outside the maintenance window", "seconds": 3600.0}]
+    assert assert_every_row_has_the_vector_of_its_text(articles) == toy.ROWS

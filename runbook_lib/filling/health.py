@@ -16,7 +16,6 @@ from runbook_lib import db, versions
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.names import spelled
 from runbook_lib.params import Params
-from runbook_lib.running import window
 from runbook_lib.sql import load
 
 SQL = load("health")
@@ -106,14 +105,6 @@ def _stop_file(connection: db.Connection, params: Params, watch: Watch) -> Answe
     return _stop_if("stop file", there, f"{path.name} is {'there' if there else 'not there'}")
 
 
-def _maintenance_window(connection: db.Connection, params: Params, watch: Watch) -> Answer:
-    name, wanted = "maintenance window", params.run.window
-    if wanted is None:
-        return Answer(name, State.NORMAL, "none is given in run.window")
-    inside = window.is_open(params)
-    return _stop_if(name, not inside, f"{'inside' if inside else 'outside'} {wanted}")
-
-
 def _replicas(connection: db.Connection, params: Params, watch: Watch) -> Answer:
     name, limits = "replica lag", params.health
     found = db.rows(connection, SQL["replicas"], params)
@@ -195,7 +186,6 @@ def _snapshot(connection: db.Connection, params: Params, watch: Watch) -> Answer
 INDICATORS: tuple[tuple[str, Ask], ...] = (
     ("control row", _control),
     ("stop file", _stop_file),
-    ("maintenance window", _maintenance_window),
     ("replica lag", _replicas),
     ("WAL", _wal),
     ("archiver", _archiver),

@@ -34,7 +34,7 @@ def plan(phase: Phase, parts: Sequence[str]) -> list[db.Statement]:
 
 
 def apply(phase: Phase, parts: Sequence[str]) -> None:
-    """Carries the plan out, what was there before written down first; goes on without it where the lock is not free."""
+    """Carries the plan out, what was there before written down first; goes on without it where the table is held."""
     statements = plan(phase, parts)
     if not statements:
         return

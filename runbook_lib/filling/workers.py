@@ -29,6 +29,7 @@ from runbook_lib.gates import PausedTooLong
 from runbook_lib.names import names
 from runbook_lib.phase import Phase
 from runbook_lib.progress import Progress
+from runbook_lib.running import window
 from runbook_lib.sql import load
 
 SQL = load("backfill")
@@ -98,10 +99,12 @@ def run(phase: Phase, choice: Choice, total: int) -> Outcome:
         watch = health.Watch()
         pause = _Pause(phase, outcome)
         try:
+            _keep_hours(phase, board, pause)
             _steer(connection, phase, board, watch, pause)
             futures = [pool.submit(work, phase, board, worker_name(n)) for n in range(workers)]
             while not _ended(futures):
                 _count(board, outcome, progress, choice)
+                _keep_hours(phase, board, pause)
                 _steer(connection, phase, board, watch, pause)
         finally:
             board.stop.set()
@@ -174,10 +177,24 @@ class _Pause:
         if self.since is None:
             return
         seconds = time.monotonic() - self.since
-        print(f"  goes on after {duration(seconds)}")
-        self.outcome.pauses.append((self.reasons, round(seconds, 3)))
-        self.phase.note("pause", {"reason": self.reasons, "seconds": round(seconds, 3)})
+        self.note(self.reasons, seconds)
         self.since, self.reasons = None, ""
+
+    def note(self, reason: str, seconds: float) -> None:
+        """Writes down a pause that has ended."""
+        print(f"  goes on after {duration(seconds)}")
+        self.outcome.pauses.append((reason, round(seconds, 3)))
+        self.phase.note("pause", {"reason": reason, "seconds": round(seconds, 3)})
+
+
+def _keep_hours(phase: Phase, board: Board, pause: _Pause) -> None:
+    """Holds the workers until the maintenance window opens, however long that is; raises OutsideWindow where the
+    parameters want the run to stop instead."""
+    if window.is_open(phase.params):
+        return
+    board.hold.set()
+    pause.end()
+    pause.note("outside the maintenance window", window.enter(phase.params))
 
 
 def _steer(connection: db.Connection, phase: Phase, board: Board, watch: health.Watch, pause: _Pause) -> None:
