@@ -4,14 +4,14 @@
 -- purpose: Build the HNSW index beside the running application.
 -- lock: SHARE UPDATE EXCLUSIVE on {vectors}, for the whole build; it waits for older transactions to end
 -- undo: index.drop
-CREATE INDEX CONCURRENTLY {index} ON {vectors} USING hnsw ({embedding} {operator_class})
+CREATE INDEX CONCURRENTLY {index} ON {vectors} USING hnsw ({indexed} {operator_class})
     WITH (m = {m}, ef_construction = {ef_construction});
 
 -- name: create_ivfflat
 -- purpose: Build the IVFFlat index beside the running application.
 -- lock: SHARE UPDATE EXCLUSIVE on {vectors}, for the whole build; it waits for older transactions to end
 -- undo: index.drop
-CREATE INDEX CONCURRENTLY {index} ON {vectors} USING ivfflat ({embedding} {operator_class}) WITH (lists = {lists});
+CREATE INDEX CONCURRENTLY {index} ON {vectors} USING ivfflat ({indexed} {operator_class}) WITH (lists = {lists});
 
 -- name: drop
 -- purpose: Drop the vector index, or what an unfinished build left of it.
@@ -30,11 +30,10 @@ SELECT set_config('maintenance_work_mem', %(memory)s, false),
 SELECT i.indisvalid AS valid, i.indisready AS ready, am.amname AS method, oc.opcname AS operator_class,
        pg_relation_size(i.indexrelid) AS bytes, pg_get_indexdef(i.indexrelid) AS definition,
        i.indrelid = to_regclass(%(table)s) AS on_target,
-       a.attname AS column_name
+       pg_get_indexdef(i.indexrelid, 1, true) AS indexed
 FROM pg_index i
 JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam
 JOIN pg_opclass oc ON oc.oid = i.indclass[0]
-LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
 WHERE i.indexrelid = to_regclass(%(index)s);
 
 -- name: in_the_way
@@ -59,10 +58,10 @@ SELECT t.{key} AS key, t.{embedding} AS embedding FROM {vectors} t
 WHERE t.{embedding} IS NOT NULL ORDER BY t.{embedding_hash} LIMIT %(n)s;
 
 -- name: nearest
--- purpose: The distance of the nearest row, through the index.
-SELECT t.{embedding} {distance} %(embedding)s AS distance FROM {vectors} t
-ORDER BY t.{embedding} {distance} %(embedding)s LIMIT 1;
+-- purpose: The distance of the nearest row, through the index and of what it holds.
+SELECT {indexed} {index_distance} {query_indexed} AS distance FROM {vectors} t
+ORDER BY {indexed} {index_distance} {query_indexed} LIMIT 1;
 
 -- name: own_distance
 -- purpose: The distance of a vector to itself, by the same operator.
-SELECT %(embedding)s::{vector_type} {distance} %(embedding)s::{vector_type} AS distance;
+SELECT {query_indexed} {index_distance} {query_indexed} AS distance;
