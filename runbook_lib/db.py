@@ -257,20 +257,20 @@ def in_short_tries(
                 connection.execute("SELECT set_config('lock_timeout', %s, true)", [f"{params.locks.timeout_ms}ms"])
                 return work(), tries
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
-            holders = _holders(connection, params)
-            say(f"  {name}: try {tries} of {params.locks.tries} did not get its lock; {holders}")
+            say(f"  {name}: try {tries} of {params.locks.tries} did not get its lock; {holders(connection, params)}")
             if tries < params.locks.tries:
                 sleep(wait_s)
                 wait_s = min(wait_s * 2, params.locks.longest_wait_between_tries_s)
     raise LockNotObtained(
-        found=f"{name} did not get its lock in {params.locks.tries} tries; {_holders(connection, params)}",
+        found=f"{name} did not get its lock in {params.locks.tries} tries; {holders(connection, params)}",
         needed=f"{lock}, waiting at most {params.locks.timeout_ms} ms a try",
         danger="waiting longer would queue every reader and writer of the table behind this statement",
         do="end that session, or run this phase again at a quieter time: what was done before stays done",
     )
 
 
-def _holders(connection: Connection, params: Params) -> str:
+def holders(connection: Connection, params: Params) -> str:
+    """The sessions that hold a lock on the table, those with the oldest transaction first, as one line."""
     held = connection.execute(
         """
         SELECT a.pid, a.usename, a.application_name, a.state,

@@ -7,9 +7,10 @@ locked. A claim is as alive as its session, so what a killed worker held is take
 from __future__ import annotations
 
 import secrets
+import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,11 +34,13 @@ LEASE_S = 900
 
 @dataclass(frozen=True)
 class Drained:
-    """What a drain did: changes finished, rows given a vector, rows set aside after their last try."""
+    """What a drain did: changes finished, rows given a vector, rows set aside after their last try, and changes left
+    in the queue since somebody held their row to the end."""
 
     changes: int
     updated: int
     refused: int
+    put_off: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class _Worker:
     model: embed.Model
     rules: tuple[masking.Rule, ...]
     number: int
-    masked: Counter[str]
+    masked: Counter[str] = field(default_factory=Counter)
+    # Changes whose row somebody held when it was their turn, with the row's key.
+    put_off: dict[int, Any] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -83,6 +88,7 @@ def waiting(phase: Phase, before: datetime | None = None) -> Waiting:
         if e.has_model
         else f"for newer vectors: {embed.described(phase.params)} has no model"
     )
+    why += f"; {number(row['tried'])} of them were tried: {row['tried_error']}" if row["tried"] else ""
     return Waiting(row["waiting"], row["waiting_since_before"], row["set_aside"], row["oldest_s"], row["error"], why)
 
 
@@ -90,29 +96,63 @@ def drain(phase: Phase) -> Drained:
     """Takes changes from the queue, batch by batch, until none can be taken.
 
     A text that the model does not take is tried ``refresh_tries`` times, then set aside in the queue with its error;
-    the others go on. Where the model is away, or a row stays locked, the error rises and the changes wait. A row that
-    changes between reading and writing is left to its newer place in the queue. Vectors made elsewhere have no model
-    to ask: what has its vector meanwhile leaves the queue, the rest waits.
+    a row that somebody else holds is put off to the end, tried again as often as ``locks`` says, and left in the
+    queue with who may hold it; the others go on. Where the model is away, the error rises and the changes wait. A row
+    that changes between reading and writing is left to its newer place in the queue. Vectors made elsewhere have no
+    model to ask: what has its vector meanwhile leaves the queue, the rest waits.
     """
     if not phase.params.embeddings.has_model:
         return Drained(_settle(phase), 0, 0)
     register_vector(phase.connection)
-    worker = _Worker(
-        phase, embed.model(phase.params), masking.rules(phase.params.masking), secrets.randbits(31), Counter()
-    )
+    worker = _Worker(phase, embed.model(phase.params), masking.rules(phase.params.masking), secrets.randbits(31))
     worker.run("worker")
-    total, texts = Drained(0, 0, 0), 0
+    done: list[Drained] = []
     try:
-        while claimed := _claim(worker):
-            done = _refresh(worker, claimed)
-            texts += done.updated
-            total = Drained(total.changes + done.changes, total.updated + done.updated, total.refused + done.refused)
+        done += _until_none_is_left(worker)
+        wait_s = db.FIRST_WAIT_BETWEEN_TRIES_S
+        for _ in range(phase.params.locks.tries):
+            if not worker.put_off:
+                break
+            time.sleep(wait_s)
+            wait_s = min(wait_s * 2, phase.params.locks.longest_wait_between_tries_s)
+            if _take_up_again(worker):
+                done += _until_none_is_left(worker)
     finally:
         if not phase.connection.broken:
             worker.run("release")
-    if texts:
+    if texts := sum(d.updated for d in done):
         staging.note_masking(phase, worker.masked, texts)
-    return total
+    if worker.put_off:
+        print(f"  {len(worker.put_off)} changes stay queued, since others hold their rows")
+    return Drained(
+        sum(d.changes for d in done), sum(d.updated for d in done), sum(d.refused for d in done), len(worker.put_off)
+    )
+
+
+def _until_none_is_left(worker: _Worker) -> list[Drained]:
+    done = []
+    while claimed := _claim(worker):
+        done.append(_refresh(worker, claimed))
+    return done
+
+
+def _take_up_again(worker: _Worker) -> bool:
+    """Lets those rows be claimed again that nobody holds any more; asks first, since the model may cost something."""
+    keys = list(set(worker.put_off.values()))
+    with worker.phase.connection.transaction():
+        held = _held(worker, keys)
+    held &= {row["key"] for row in db.rows(worker.phase.connection, SQL["texts"], worker.phase.params, keys=keys)}
+    free = [i for i, key in worker.put_off.items() if key not in held]
+    for i in free:
+        del worker.put_off[i]
+    return bool(free)
+
+
+def _held(worker: _Worker, keys: Iterable[Any]) -> set[Any]:
+    """The rows that somebody else has locked, or that are gone by now; the others are locked by this transaction."""
+    block = "lock_rows_beside" if vectors_stand_beside(worker.phase.params) else "lock_rows"
+    locked = {row["key"] for row in worker.run(block, keys=list(keys)).fetchall()}
+    return set(keys) - locked
 
 
 def _settle(phase: Phase) -> int:
@@ -120,7 +160,8 @@ def _settle(phase: Phase) -> int:
 
 
 def _claim(worker: _Worker) -> list[db.Row]:
-    rows = worker.run("claim", lease_s=LEASE_S, batch_rows=worker.phase.params.embeddings.rows_a_batch)
+    batch_rows = worker.phase.params.embeddings.rows_a_batch
+    rows = worker.run("claim", lease_s=LEASE_S, batch_rows=batch_rows, put_off=list(worker.put_off))
     return list(rows.fetchall())
 
 
@@ -147,38 +188,44 @@ def _refresh(worker: _Worker, claimed: Sequence[db.Row]) -> Drained:
         for i, vector in zip(made.places, made.vectors, strict=True)
         if with_text[i]["key"] not in failed
     ]
-    finished = [key for key in ids if key not in failed]
-    done_ids = [i for key in finished for i in ids[key]]
     gone = [{"key": r["key"]} for r in rows if not r["has_text"]]
-    updated, _ = db.in_short_tries(
-        connection,
-        p,
-        "refresh.update",
-        SQL["update"].lock,
-        lambda: _write(worker, values, gone, done_ids, finished),
+    rest = {key: ids[key] for key in ids if key not in failed}
+    (updated, held), _ = db.in_short_tries(
+        connection, p, "refresh.update", SQL["update"].lock, lambda: _write(worker, values, gone, rest)
     )
+    _put_off(worker, {i: key for key in held for i in ids[key]})
     refused = sum(_fail(worker, ids[key], error) for key, error in failed.items())
-    return Drained(len(done_ids), updated, refused)
+    return Drained(sum(len(ids[key]) for key in rest if key not in held), updated, refused)
 
 
 def _write(
-    worker: _Worker,
-    values: Sequence[dict[str, Any]],
-    gone: Sequence[dict[str, Any]],
-    ids: Sequence[int],
-    keys: Sequence[Any],
-) -> int:
+    worker: _Worker, values: Sequence[dict[str, Any]], gone: Sequence[dict[str, Any]], ids: dict[Any, list[int]]
+) -> tuple[int, set[Any]]:
+    """Writes what nobody else holds, and takes it out of the queue; rows given a vector, and the keys of those held.
+
+    ids: places in the queue by key.
+    """
     p = worker.phase.params
     beside = "_beside" if vectors_stand_beside(p) else ""
     updated = 0
+    held = _held(worker, {v["key"] for v in (*values, *gone)})
     with worker.phase.connection.cursor() as cursor:
-        if values:
-            cursor.executemany(SQL[f"update{beside}"].compose(names(p)), values)
+        if free := [v for v in values if v["key"] not in held]:
+            cursor.executemany(SQL[f"update{beside}"].compose(names(p)), free)
             updated = cursor.rowcount
-        if gone:
-            cursor.executemany(SQL[f"clear{beside}"].compose(names(p)), gone)
-    worker.run("finish", ids=list(ids), keys=list(keys))
-    return updated
+        if free := [v for v in gone if v["key"] not in held]:
+            cursor.executemany(SQL[f"clear{beside}"].compose(names(p)), free)
+    done = [key for key in ids if key not in held]
+    worker.run("finish", ids=[i for key in done for i in ids[key]], keys=done)
+    return updated, held
+
+
+def _put_off(worker: _Worker, changes: dict[int, Any]) -> None:
+    """Gives changes back whose row somebody holds, and remembers them for the end. changes: keys by place."""
+    if changes:
+        error = f"held by somebody else; {db.holders(worker.phase.connection, worker.phase.params)}"
+        worker.run("put_off", ids=list(changes), error=error)
+        worker.put_off.update(changes)
 
 
 def _fail(worker: _Worker, ids: list[int], error: str) -> bool:
@@ -205,7 +252,8 @@ def apply(phase: Phase) -> Table:
     phase.do(db.statement(SQL["one_more_try"], phase.params, tries=phase.params.embeddings.refresh_tries))
     drained = drain(phase)
     phase.note("refresh", {"began": began.isoformat(), **vars(drained)})
-    return Table.of([{"changes": drained.changes, "rows embedded": drained.updated, "set aside": drained.refused}])
+    shown = {"changes": drained.changes, "rows embedded": drained.updated, "set aside": drained.refused}
+    return Table.of([shown | {"put off, since somebody holds the row": drained.put_off}])
 
 
 def verify(phase: Phase) -> Gates:
@@ -225,7 +273,7 @@ def verify(phase: Phase) -> Gates:
                 else f"nothing waits from before this drain; {number(state.waiting)} rows changed since",
                 needed="0 from before this drain",
                 danger="the search ranks these rows by words that they no longer hold",
-                do="run this notebook again; another worker may hold their claims"
+                do="run this notebook again; another worker may hold their claims, or a session their rows"
                 if e.has_model
                 else "make vectors of these rows' texts, run 40_load_embeddings and 50_backfill, and this again",
                 figures={"waiting": state.waiting, "since_before": state.since_before},

@@ -1,5 +1,6 @@
 """The queue of changed rows: one bad row never blocks the rest, and nobody waits while the model is asked."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,13 @@ from runbook_lib.gates import GateFailed
 from runbook_lib.ledger import Ledger
 from runbook_lib.phase import Phase
 from runbook_lib.vectors import embed
-from tests import toy
+from tests import evidence, toy
 
 Open = Callable[..., Phase]
 Articles = psycopg.Connection[Any]
+
+
+LAYOUTS = pytest.mark.parametrize("layout", ["column", "side_table"])
 
 
 @pytest.fixture
@@ -57,17 +61,18 @@ def picky(texts: list[str]) -> np.ndarray:
 PICKY = {"embeddings": {"callable": "tests.test_refresh:picky", "batch_rows": 7}}
 
 
+@LAYOUTS
 def test_inserted_changed_emptied_and_deleted_rows_are_brought_up_to_date(
-    filled: Callable[..., Phase], articles: Articles
+    filled: Callable[..., Phase], articles: Articles, layout: str
 ) -> None:
-    phase = filled()
+    phase = filled(vector={"layout": layout})
     articles.execute("UPDATE articles SET body = 'other words ' || id WHERE id <= 40")
     articles.execute("INSERT INTO articles (title, body) VALUES ('new', 'one')")
     articles.execute("UPDATE articles SET title = '', body = ' ' WHERE id = 50; DELETE FROM articles WHERE id = 3")
-    assert refresh.apply(phase).rows == [[42, 40, 0]]
+    assert refresh.apply(phase).rows == [[42, 40, 0, 0]]
     assert refresh.verify(phase).passed
-    assert without_the_vector_of_their_text(articles) == [50]
-    assert articles.execute("SELECT embedding IS NULL FROM articles WHERE id = 50").fetchone() == (True,)
+    # Row 50 has lost its text and, with it, its vector.
+    assert evidence.assert_every_row_has_the_vector_of_its_text(articles, layout) == toy.ROWS - 1
 
 
 def test_a_row_that_the_model_does_not_take_is_set_aside_and_the_rest_goes_on(
@@ -187,6 +192,48 @@ def test_a_text_that_changes_while_the_model_is_asked_never_gets_the_old_vector(
     assert without_the_vector_of_their_text(articles) == []
 
 
+@LAYOUTS
+def test_a_row_that_somebody_holds_is_left_in_the_queue_and_the_others_go_on(
+    filled: Callable[..., Phase], articles: Articles, database: str, layout: str
+) -> None:
+    phase = filled(vector={"layout": layout}, embeddings={"batch_rows": 5})
+    articles.execute("UPDATE articles SET body = 'other words ' || id WHERE id <= 20")
+    with psycopg.connect(database, application_name="the shop") as holder:
+        holder.execute("UPDATE articles SET views = 1 WHERE id IN (7, 8)")
+        assert refresh.apply(phase).rows == [[18, 18, 0, 2]]
+        gate = refresh.verify(phase).failed[0]
+        pid = holder.info.backend_pid
+        assert gate.found.startswith("2 rows wait since before this drain, the oldest for ")
+        why = ": changed since the last drain; 2 of them were tried: held by somebody else; "
+        assert f"{why}pid {pid} (postgres, the shop, idle in transaction for 0 s) holds " in gate.found
+        holder.rollback()
+    kept = articles.execute("SELECT key, attempts, claimed_by FROM runbook.articles_queue ORDER BY key").fetchall()
+    assert kept == [(7, 0, None), (8, 0, None)], "no try was counted"
+    assert refresh.apply(phase).rows == [[2, 2, 0, 0]]
+    assert refresh.verify(phase).passed
+    assert evidence.assert_every_row_has_the_vector_of_its_text(articles, layout) == toy.ROWS
+
+
+@LAYOUTS
+def test_a_row_that_comes_free_is_taken_by_the_same_drain(
+    filled: Callable[..., Phase], articles: Articles, database: str, layout: str
+) -> None:
+    phase = filled(vector={"layout": layout}, locks={"tries": 20, "longest_wait_between_tries_s": 0.2})
+    articles.execute("UPDATE articles SET body = 'other words ' || id WHERE id <= 20")
+    with psycopg.connect(database) as changing, psycopg.connect(database) as deleting:
+        changing.execute("UPDATE articles SET body = 'the words of the holder' WHERE id = 7")
+        deleting.execute("DELETE FROM articles WHERE id = 8")
+        ends = [threading.Timer(0.5, c.commit) for c in (changing, deleting)]
+        for end in ends:
+            end.start()
+        drained = refresh.drain(phase)
+        for end in ends:
+            end.join()
+    # 20 changes and the holder's own; rows 1 to 20 without 8 have a vector of their text.
+    assert drained == refresh.Drained(changes=21, updated=19, refused=0)
+    assert evidence.assert_every_row_has_the_vector_of_its_text(articles, layout) == toy.ROWS - 1
+
+
 def test_a_source_without_a_model_says_what_waits_and_settles_what_does_not(
     filled: Callable[..., Phase], articles: Articles
 ) -> None:
@@ -199,7 +246,7 @@ def test_a_source_without_a_model_says_what_waits_and_settles_what_does_not(
     without = params.Params.model_copy(phase.params, update={"embeddings": stored})
     ledger = Ledger(phase.ledger.connection, without, "test-run", "10_refresh")
     other = Phase("10_refresh", "test-run", True, without, phase.connection, ledger)
-    assert refresh.apply(other).rows == [[1, 0, 0]]
+    assert refresh.apply(other).rows == [[1, 0, 0, 0]]
     gate = refresh.verify(other).failed[0]
     assert gate.found.startswith("1 rows wait since before this drain, the oldest for ")
     assert gate.found.endswith(": for newer vectors: source: table (a.b) has no model")

@@ -12,7 +12,7 @@ SELECT pg_try_advisory_lock(%(class)s, %(worker)s) AS taken;
 -- undo: refresh.release
 UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = clock_timestamp() WHERE id IN (
     SELECT q.id FROM {queue} q
-    WHERE q.attempts < %(tries)s AND (
+    WHERE q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s) AND (
         q.claimed_by IS NULL OR q.claimed_at < clock_timestamp() - make_interval(secs => %(lease_s)s)
         OR NOT EXISTS (
             SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database AND d.datname = current_database()
@@ -33,6 +33,18 @@ SELECT t.{key} AS key, {text} AS text, {text_hash} AS text_hash, btrim({text}, E
 FROM {with_vectors}
 WHERE t.{key} = ANY (%(keys)s)
   AND ({row_embedding} IS NULL OR {row_embedding_hash} IS DISTINCT FROM {text_hash});
+
+-- name: lock_rows
+-- purpose: Of these rows, lock those that nobody else has locked, and say which.
+-- lock: ROW SHARE on {table}, on the rows of one batch, until its commit
+-- undo: none needed; the locks end with the transaction
+SELECT t.{key} AS key FROM {table} t WHERE t.{key} = ANY (%(keys)s) FOR NO KEY UPDATE SKIP LOCKED;
+
+-- name: lock_rows_beside
+-- purpose: Of these rows, share-lock those that no writer has locked, and say which.
+-- lock: ROW SHARE on {table}, on the rows of one batch, until its commit
+-- undo: none needed; the locks end with the transaction
+SELECT t.{key} AS key FROM {table} t WHERE t.{key} = ANY (%(keys)s) FOR SHARE SKIP LOCKED;
 
 -- name: update
 -- purpose: Give each row its vector, if its text is still the one that the vector was made from.
@@ -79,6 +91,12 @@ DELETE FROM {queue} WHERE id = ANY (%(ids)s) OR (key = ANY (%(keys)s) AND attemp
 UPDATE {queue} SET attempts = attempts + 1, error = %(error)s, claimed_by = NULL, claimed_at = NULL
 WHERE id = ANY (%(ids)s) RETURNING attempts;
 
+-- name: put_off
+-- purpose: Give back changes whose row somebody else has locked, and note who may hold it; no try is counted.
+-- lock: ROW EXCLUSIVE on the queue, for milliseconds
+-- undo: none needed; the changes wait as they did before
+UPDATE {queue} SET error = %(error)s, claimed_by = NULL, claimed_at = NULL WHERE id = ANY (%(ids)s);
+
 -- name: one_more_try
 -- purpose: Give what was set aside one more try.
 -- lock: ROW EXCLUSIVE on the queue, for milliseconds
@@ -101,7 +119,9 @@ SELECT count(DISTINCT key) FILTER (WHERE attempts < %(tries)s) AS waiting,
        count(DISTINCT key) FILTER (WHERE attempts < %(tries)s AND queued_at < %(before)s) AS waiting_since_before,
        count(DISTINCT key) FILTER (WHERE attempts >= %(tries)s) AS set_aside,
        coalesce(extract(epoch FROM clock_timestamp() - min(queued_at)), 0)::float8 AS oldest_s,
-       min(split_part(error, ':', 1)) FILTER (WHERE attempts >= %(tries)s) AS error
+       min(split_part(error, ':', 1)) FILTER (WHERE attempts >= %(tries)s) AS error,
+       count(DISTINCT key) FILTER (WHERE attempts < %(tries)s AND error IS NOT NULL) AS tried,
+       min(split_part(error, ':', 1)) FILTER (WHERE attempts < %(tries)s) AS tried_error
 FROM {queue};
 
 -- name: clock

@@ -23,8 +23,8 @@ TEXTS_CHANGED = 300
 ENDS = {"kernel": "crashed", "backend": "crashed", "runner": "interrupted"}
 
 
-@pytest.mark.parametrize("turn", ROUNDS)
 @pytest.mark.parametrize("step", real_runs.RUNS)
+@pytest.mark.parametrize("turn", ROUNDS)
 def test_kill_9_of_kernel_runner_and_backend(
     breakable: str,
     templates: Callable[[str], str],
