@@ -16,7 +16,7 @@ from runbook_lib import db, search
 from runbook_lib.compare import FAST_ENOUGH_MS
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.measuring import agreement, evaluate
+from runbook_lib.measuring import agreement, evaluate, together
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
@@ -37,26 +37,37 @@ def _log(params: Params) -> sql.Composable:
     return identifier(params.ledger.schema_, f"{params.target.name}_shadow_log")
 
 
+def _function(params: Params) -> sql.Composable:
+    return identifier(params.target.schema_, function_name(params))
+
+
+def _facts(phase: Phase, *, shadow: bool = False) -> db.Row:
+    """Of the search function, or of its shadow, from the catalogue."""
+    p = phase.params
+    name = function_name(p) if shadow else p.function_name
+    return db.one(phase.connection, SQL["function_facts"], p, schema=spelled(p, "schema"), function=name)
+
+
 def _names(phase: Phase) -> dict[str, sql.Composable]:
     """What the blocks need beside the common names; arguments and settings come from the catalogue."""
     p = phase.params
-    facts = db.one(phase.connection, SQL["function_facts"], p, schema=spelled(p, "schema"), function=p.function_name)
-    route = p.cut_over.route
-    query = search.route_statement(phase.connection, p, route, in_function=True)
-    keys = sql.SQL("SELECT array_agg(q.key::text) FROM (\n{}\n) q").format(query).as_string(phase.connection)
+    facts = _facts(phase)
     passed = [identifier(name) for name in facts["passed"]]
+    filters = [
+        sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(argument, _raw(sql.Literal(column).as_string()))
+        for column, argument in zip(p.target.filters, passed[3:], strict=True)
+    ]
     return names(p) | {
         "log": _log(p),
         "log_index": identifier(f"{p.target.name}_shadow_log_at"),
-        "shadow_function": identifier(p.target.schema_, function_name(p)),
+        "shadow_function": _function(p),
         "arguments": _raw(facts["arguments"]),
         "identity": _raw(facts["identity"]),
         "result": _raw(facts["result"]),
         "settings": sql.SQL(" ").join(_setting(s) for s in facts["settings"]),
         "passed": sql.SQL(", ").join(passed),
-        "passed_without_vector": sql.SQL(", ").join([passed[0], sql.SQL("NULL"), *passed[2:]]),
-        "new_route": sql.Literal(route),
-        "new_query": sql.SQL(sql.Literal(keys).as_string(phase.connection)),
+        "filters_given": sql.SQL(", ").join(filters),
+        "new_route": sql.Literal(p.cut_over.route),
         "sample_percent": sql.Literal(p.shadow.sample_percent),
         "most_calls": sql.Literal(p.shadow.calls_per_minute),
     }
@@ -111,16 +122,17 @@ def logged(phase: Phase, since: datetime | None = None) -> list[db.Row]:
 
 
 def summary(phase: Phase) -> Table:
-    """What the sampled calls say, a row for each way round; it goes into the ledger too."""
+    """What the sampled calls say, a row for each way round and set of filters; it goes into the ledger too."""
     rows = logged(phase)
-    found = [_figures(rows, live) for live in sorted({row["live_route"] for row in rows})]
+    kinds = sorted({(row["live_route"], tuple(row["filters"])) for row in rows})
+    found = [_figures(rows, live, filters) for live, filters in kinds]
     if found:
         phase.note("live", {"calls": len(rows), "ways": found})
     return Table.of(found, "live calls answered twice") if found else Table(("live calls",), [("none sampled yet",)])
 
 
-def _figures(rows: list[db.Row], live: str) -> dict[str, Any]:
-    mine = [row for row in rows if row["live_route"] == live]
+def _figures(rows: list[db.Row], live: str, filters: tuple[str, ...]) -> dict[str, Any]:
+    mine = [row for row in rows if (row["live_route"], tuple(row["filters"])) == (live, filters)]
     whole = [row for row in mine if row["problem"] is None]
     pairs = [(row["live_keys"], row["other_keys"]) for row in whole]
     depth = max((len(a) for a, _ in pairs), default=0)
@@ -130,6 +142,7 @@ def _figures(rows: list[db.Row], live: str) -> dict[str, Any]:
     return {
         "live": live,
         "other": mine[0]["other_route"],
+        "filters": together.name(filters) or "none",
         "calls": len(mine),
         "problems": len(mine) - len(whole),
         "other_is_empty": sum(not b and bool(a) for a, b in pairs),
@@ -192,11 +205,15 @@ def _is_fast_enough(phase: Phase, rows: list[db.Row]) -> Gate:
 
 
 def undo_plan(phase: Phase) -> db.Plan:
-    """DROP of the function and its log, where they are there; before the search function is dropped."""
+    """DROP of the function and of its log, each where it is there, whether the search function still is or not."""
     there = _what_is_there(phase)
-    if not (there["function"] or there["log"]) or search.function_state(phase) is None:
-        return db.Plan((), phase.connection)
-    return db.Plan((db.statement(SQL["drop"], phase.params, _names(phase)),), phase.connection)
+    statements = []
+    if there["function"]:
+        own = {"shadow_function": _function(phase.params), "identity": _raw(_facts(phase, shadow=True)["identity"])}
+        statements.append(db.statement(SQL["drop_function"], phase.params, own))
+    if there["log"]:
+        statements.append(db.statement(SQL["drop_log"], phase.params, {"log": _log(phase.params)}))
+    return db.Plan(tuple(statements), phase.connection)
 
 
 def undo(phase: Phase) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ from psycopg import sql
 from runbook_lib import db
 from runbook_lib.display import Table
 from runbook_lib.gates import Gates, collect, gate
+from runbook_lib.measuring import together
 from runbook_lib.measuring.evaluate import Query
-from runbook_lib.names import identifier, names, spelled
+from runbook_lib.names import as_indexed, identifier, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -25,7 +27,8 @@ SQL = load("search")
 
 Route = Literal["legacy", "vector", "hybrid"]
 # How the nearest rows are found. index: in the order in which the index gives them. relaxed: the same, sorted
-# afterwards. exact: among all rows that the filters let through, the vector index unused.
+# afterwards, as an index that holds less than the vectors always needs. exact: by the full vectors, among all rows
+# that the filters let through, the vector index unused.
 Scan = Literal["index", "relaxed", "exact"]
 SETTING = {"hnsw": "hnsw.ef_search", "ivfflat": "ivfflat.probes"}
 MOST_SCANNED = {"hnsw": "hnsw.max_scan_tuples", "ivfflat": "ivfflat.max_probes"}
@@ -90,25 +93,41 @@ def route_statement(
     if route == "legacy":
         return legacy_statement(params, in_function)
     places = _placeholders(params, in_function)
-    block = "hybrid" if route == "hybrid" else "relaxed" if scan == "relaxed" else "exact_or_vector"
-    # An expression around the distance is what no vector index can answer.
-    nearest_first = "({e} {distance} {v}) + 0" if scan == "exact" else "{e} {distance} {v}"
+    sorted_again = scan == "relaxed" or (scan == "index" and params.index.storage != "vector")
+    block = "hybrid" if route == "hybrid" else "relaxed" if sorted_again else "exact_or_vector"
     n = names(params)
     return SQL[block].compose(
         n
         | {
-            "nearest_first": sql.SQL(nearest_first).format(
-                e=n["row_embedding"], distance=n["distance"], v=places["embedding"]
-            ),
+            "nearest_first": _nearest_first(params, places["embedding"], scan),
             "query_text": places["query"],
             "query_vector": places["embedding"],
             "k": places["k"],
+            **_how_many(params, places["k"], scan),
             "filters": _filters(params, places, column_types(connection, params)),
-            "candidates": sql.Literal(params.search.hybrid_candidates),
             "fulltext": identifier(params.search.fulltext_column or ""),
             "fulltext_config": sql.SQL("{}::regconfig").format(sql.Literal(params.search.fulltext_config)),
         }
     )
+
+
+def _nearest_first(params: Params, vector: sql.Composable, scan: Scan) -> sql.Composable:
+    """The sort key: what the index holds of both vectors, by the operator that it serves."""
+    n = names(params)
+    if scan == "exact":
+        # An expression around the distance is what no vector index can answer.
+        return sql.SQL("({} {} {}) + 0").format(n["row_embedding"], n["distance"], vector)
+    return sql.SQL("{} {} {}").format(n["row_indexed"], n["index_distance"], as_indexed(params, vector))
+
+
+def _how_many(params: Params, k: sql.Composable, scan: Scan) -> dict[str, sql.Composable]:
+    """Rows that are fetched by the sort key, before the full vectors sort them: more than k only for storage bit."""
+    candidates: sql.Composable = sql.Literal(params.search.hybrid_candidates)
+    if params.index.storage != "bit" or scan == "exact":
+        return {"nearest_rows": k, "nearest_candidates": candidates, "candidates": candidates}
+    rows = sql.SQL("{} * {}").format(k, sql.Literal(params.index.rerank))
+    deeper = sql.SQL("greatest({}, {})").format(candidates, rows)
+    return {"nearest_rows": rows, "nearest_candidates": deeper, "candidates": candidates}
 
 
 def _function_names(phase: Phase) -> dict[str, sql.Composable]:
@@ -133,6 +152,8 @@ def _function_names(phase: Phase) -> dict[str, sql.Composable]:
         "key_type": sql.SQL(types[p.target.key]),
         "using": sql.SQL(", ").join(map(sql.Identifier, using)),
         "search_path": sql.SQL(", ").join(map(identifier, _search_path(phase))),
+        # Made again, the function would lose what 70_tune gave it.
+        "kept_settings": _set_clauses(carried_settings(phase)),
         "choose_way": _choose_way(p),
         "vector_query": _as_literal(phase, "vector"),
         "vector_relaxed_query": _as_literal(phase, "vector", "relaxed"),
@@ -150,14 +171,12 @@ def _choose_way(params: Params) -> sql.Composable:
         return sql.SQL("NULL")  # there is one way to search
     method = params.index.method
     given = [identifier(f"filter_{c}") for c in filters]
-    asked = [
-        sql.SQL("({}, {}::text)").format(_literal(c), argument) for c, argument in zip(filters, given, strict=True)
-    ]
     return SQL["choose_way"].compose(
         names(params)
         | {
             "filter_arguments": sql.SQL(", ").join(given),
-            "asked": sql.SQL(", ").join(asked),
+            "asked_filter": together.given_name(filters, given),
+            "asked_value": together.given_value(given),
             "setting": sql.Literal(SETTING[method]),
             "iterative_setting": sql.Literal(ITERATIVE[method][0]),
             "most_scanned_setting": sql.Literal(MOST_SCANNED[method]),
@@ -165,9 +184,9 @@ def _choose_way(params: Params) -> sql.Composable:
     )
 
 
-def _literal(text: str) -> sql.Composable:
-    """A string of SQL, with its per cent signs doubled as a statement with bound values needs them."""
-    return sql.SQL(sql.Literal(text).as_string().replace("%", "%%"))
+def _set_clauses(settings: Mapping[str, str]) -> sql.Composable:
+    clauses = [sql.SQL("SET {} = {}").format(sql.SQL(name), sql.Literal(v)) for name, v in settings.items()]
+    return sql.SQL(" ").join(clauses)
 
 
 def _search_path(phase: Phase) -> list[str]:
@@ -187,6 +206,35 @@ def _as_literal(phase: Phase, route: Route, scan: Scan = "index") -> sql.Composa
     wrapped = sql.SQL("SELECT q.{}, {}, {} FROM (\n{}\n) q").format(key, score, sql.SQL(f"text '{route}'"), text)
     # legacy_statement has doubled its per cent signs for a client; the others hold none.
     return sql.SQL(sql.Literal(wrapped.as_string(phase.connection)).as_string(phase.connection))
+
+
+def create_statement(phase: Phase, settings_of: Mapping[str, str] | None = None) -> db.Statement:
+    """CREATE OR REPLACE of the function, with the index settings that it carries.
+
+    settings_of: by name, in place of those that it carries now.
+    """
+    kept = carried_settings(phase) if settings_of is None else settings_of
+    return db.statement(
+        SQL["create_function"], phase.params, _function_names(phase) | {"kept_settings": _set_clauses(kept)}
+    )
+
+
+def carried_settings(phase: Phase) -> dict[str, str]:
+    """The index settings that the function carries; empty where it carries none, or is not there."""
+    found = function_state(phase)
+    carried = [s.split("=", 1) for s in (found["settings"] or [] if found else [])]
+    known = {*SETTING.values(), *MOST_SCANNED.values(), *(name for name, _ in ITERATIVE.values())}
+    return {name: value for name, value in carried if name in known}
+
+
+def is_as_planned(phase: Phase) -> bool:
+    """Is the function there, with the very text that these parameters make?"""
+    found = function_state(phase)
+    if found is None:
+        return False
+    text = db.statement(SQL["create_function"], phase.params, _function_names(phase)).text(phase.connection)
+    body = text.split("$runbook$")[1]
+    return bool(found["source"] == hashlib.md5(body.encode(), usedforsecurity=False).hexdigest())
 
 
 def plan(phase: Phase) -> db.Plan:
@@ -237,17 +285,22 @@ def settings(params: Params, candidates: int | None) -> list[tuple[str, str]]:
 def set_search_setting(phase: Phase, value: int) -> list[db.Statement]:
     """Statements that carry the tuned setting, and an iterative scan, into the function.
 
-    Carry them out with pgvector's library loaded: a role that is no superuser may not name a setting that the server
-    does not know yet.
+    Where the function still searches what another ``index.storage`` held, it is made anew first. Carry them out
+    with pgvector's library loaded: a role that is no superuser may not name a setting that the server does not know
+    yet.
     """
     extra = _function_names(phase)
+    anew = [] if function_state(phase) is None or is_as_planned(phase) else [create_statement(phase)]
     return [
-        db.statement(
-            SQL["set_search_settings"],
-            phase.params,
-            extra | {"setting": sql.SQL(name), "value": sql.Literal(text)},
-        )
-        for name, text in settings(phase.params, value)
+        *anew,
+        *(
+            db.statement(
+                SQL["set_search_settings"],
+                phase.params,
+                extra | {"setting": sql.SQL(name), "value": sql.Literal(text)},
+            )
+            for name, text in settings(phase.params, value)
+        ),
     ]
 
 
@@ -342,3 +395,11 @@ def ask(
 def call_statement(params: Params) -> sql.Composed:
     """A call of the function, as the application makes it."""
     return SQL["call"].compose(names(params))
+
+
+def filtered_call_statement(params: Params) -> sql.Composed:
+    """The same with every filter bound by its column's name; NULL lets every row through."""
+    given = [
+        sql.SQL(", {} => {}").format(identifier(f"filter_{c}"), sql.Placeholder(c)) for c in params.target.filters
+    ]
+    return SQL["call_filtered"].compose(names(params) | {"filters": sql.SQL("").join(given)})

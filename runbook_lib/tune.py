@@ -14,9 +14,10 @@ from psycopg import sql
 from runbook_lib import db, search
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.measuring import choose, classes, evaluate, exact, explain, replica, sweep
+from runbook_lib.measuring import choose, classes, evaluate, exact, explain, replica, sweep, together
 from runbook_lib.measuring.choose import Choice
 from runbook_lib.measuring.classes import Asked
+from runbook_lib.measuring.prepared import reads_index
 from runbook_lib.measuring.sweep import Measured, Way
 from runbook_lib.names import index_name, spelled
 from runbook_lib.phase import Phase
@@ -136,7 +137,7 @@ def uses_index(connection: db.Connection, phase: Phase, statement: sql.Composabl
     """Does the plan of this statement, with these values, read our index?"""
     explained = sql.SQL("EXPLAIN (FORMAT JSON) {}").format(statement)
     row = connection.execute(explained, values, prepare=False).fetchone()
-    return row is not None and index_name(phase.params) in json.dumps(row)
+    return row is not None and reads_index(connection, phase.params, row["QUERY PLAN"][0]["Plan"])
 
 
 def apply(phase: Phase) -> Tuning | Table:
@@ -193,21 +194,26 @@ def strategies(phase: Phase, tuning: Tuning) -> list[db.Statement]:
         of = choice.of
         values: list[str | None] = list(of.shares) or [None]
         shares = list(of.shares.values()) or [of.share]
-        learned.append(_learn(phase, str(of.column), values, shares, choice.chosen))
+        learned.append(_learn(phase, str(of.filter), values, shares, choice.chosen))
     # A value that did not exist when this was measured is rare: its few rows are read, and none is missed.
-    measured_rare = {c.of.column for c in tuning.choices if c.of.column and not c.of.shares}
-    unlisted = [c for c in phase.params.target.filters if c not in measured_rare]
-    return learned + [_learn(phase, column, [None], [0.0], None) for column in unlisted]
+    measured_rare = {c.of.filter for c in tuning.choices if c.of.columns and not c.of.shares}
+    unlisted = [name for name in _filters(phase) if name not in measured_rare]
+    return learned + [_learn(phase, name, [None], [0.0], None) for name in unlisted]
+
+
+def _filters(phase: Phase) -> list[str]:
+    """Each filter, and each set of filters given together that is measured, as the strategies name them."""
+    return [together.name(columns) for columns in classes.measured_filters(phase.params)]
 
 
 def _learn(
-    phase: Phase, column: str, values: list[str | None], shares: list[float], measured: Measured | None
+    phase: Phase, name: str, values: list[str | None], shares: list[float], measured: Measured | None
 ) -> db.Statement:
     way = measured.way if measured else sweep.exact_way(phase)
     return db.statement(
         search.SQL["learn_strategy"],
         phase.params,
-        filter=column,
+        filter=name,
         values=values,
         shares=shares,
         **vars(way),
@@ -292,7 +298,7 @@ def _function_has_settings(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
 
 def _function_has_strategies(phase: Phase, tuning: dict[str, Any] | None) -> list[Gate]:
     """The strategy table says what was chosen, value by value."""
-    filters = phase.params.target.filters
+    filters = _filters(phase)
     if not filters:
         return []
     found = db.rows(phase.connection, search.SQL["strategies"], phase.params)

@@ -9,6 +9,7 @@ import pytest
 from runbook_lib import backfill, extension, index, live, schema, search, staging, tune
 from runbook_lib.phase import Phase
 from tests import toy
+from tests.test_search import FILTERED, carry_settings, learn
 
 Open = Callable[..., Phase]
 VECTOR = [float(x) for x in toy.embed(["cookie leaks"])[0]]
@@ -18,10 +19,12 @@ LOG = "runbook.articles_shadow_log"
 
 @pytest.fixture
 def shadowed(open_phase: Open) -> Callable[..., Phase]:
-    def make(sample_percent: float = 100, calls_per_minute: int = 60, **sections: dict[str, Any]) -> Phase:
+    def make(
+        sample_percent: float = 100, calls_per_minute: int = 60, by_hand: bool = False, **sections: dict[str, Any]
+    ) -> Phase:
         shadow = {"sample_percent": sample_percent, "calls_per_minute": calls_per_minute}
         phase = open_phase("80_shadow", shadow=shadow, **sections)
-        for module in (search, extension, schema, staging, backfill, index, tune, live):
+        for module in (search, extension, schema, staging, backfill, index, *(() if by_hand else (tune,)), live):
             module.apply(phase)
         return phase
 
@@ -134,3 +137,104 @@ def test_undo_removes_both_and_twice_does_nothing(shadowed: Callable[..., Phase]
     live.undo(phase)
     assert live.verify_undone(phase).passed
     assert live.undo_plan(phase).statements == ()
+
+
+def test_undo_removes_each_where_the_search_function_has_gone_before(
+    shadowed: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = shadowed()
+    search.undo(phase)
+    assert [s.name for s in live.undo_plan(phase)] == ["live.drop_function", "live.drop_log"]
+    articles.execute("DROP FUNCTION search_articles_shadow")
+    assert [s.name for s in live.undo_plan(phase)] == ["live.drop_log"]
+    live.undo(phase)
+    assert live.verify_undone(phase).passed
+    assert live.undo_plan(phase).statements == ()
+
+
+# Filters: the route's own way of searching by them, not a plain query beside it
+
+
+@pytest.fixture
+def filtered(shadowed: Callable[..., Phase], articles: psycopg.Connection[Any]) -> Phase:
+    """A shadow on a table where every tenth row is a Draft, and one row of two hundred Rare.
+
+    Drafts are searched through the index by so few candidates that a plain query would answer more.
+    """
+    articles.execute("UPDATE articles SET status = 'Draft' WHERE id % 10 = 0")
+    articles.execute("UPDATE articles SET status = 'Rare' WHERE id = 7")
+    phase = shadowed(calls_per_minute=1000, by_hand=True, **FILTERED)
+    carry_settings(phase)
+    learn(phase, "status", "Draft", "index", candidates=12)
+    learn(phase, "status", None, "exact")
+    articles.execute("UPDATE runbook.strategy SET iterative_scan = 'off' WHERE value = 'Draft'")
+    for setting in ("enable_seqscan", "enable_bitmapscan", "enable_sort"):
+        articles.execute(f"SET {setting} = off")
+    return phase
+
+
+def by_route(connection: psycopg.Connection[Any], route: str, function: str, status: str | None) -> list[str]:
+    """Keys that the function answers for these filters while reads go to a route."""
+    share = 0 if route == "legacy" else 100
+    connection.execute("UPDATE runbook.route SET route = %s, share_percent = %s", [route, share])
+    call = f"SELECT id::text FROM {function}('cookie leaks', %s::real[], 10, filter_status => %s)"
+    return [row[0] for row in connection.execute(call, [VECTOR, status]).fetchall()]  # type: ignore[call-overload]
+
+
+def test_the_shadow_is_what_the_route_answers_for_these_filters(
+    filtered: Phase, articles: psycopg.Connection[Any]
+) -> None:
+    answered: dict[str | None, int] = {}
+    for status in (None, "Draft", "Rare", "Stable", "nowhere"):
+        articles.execute("TRUNCATE runbook.articles_shadow_log")
+        answers = {route: by_route(articles, route, "search_articles", status) for route in ("legacy", "vector")}
+        for route in ("legacy", "vector"):
+            assert by_route(articles, route, "search_articles_shadow", status) == answers[route]
+        rows = live.logged(filtered)
+        assert [(r["live_route"], r["other_route"], r["problem"]) for r in rows] == [
+            ("legacy", "vector", None),
+            ("vector", "legacy", None),
+        ]
+        for row in rows:
+            assert (row["live_keys"], row["other_keys"]) == (answers[row["live_route"]], answers[row["other_route"]])
+            assert row["filters"] == (["status"] if status else [])
+        answered[status] = len(answers["vector"])
+    assert answered.pop("Draft") < 10, "by the strategy's own candidates; a plain query would fill the page"
+    assert answered == {None: 10, "Rare": 1, "Stable": 10, "nowhere": 0}
+
+
+def test_a_strategy_that_fails_is_found_before_any_read_moves(
+    filtered: Phase, articles: psycopg.Connection[Any]
+) -> None:
+    articles.execute("UPDATE runbook.strategy SET candidates = 0 WHERE value = 'Draft'")
+    by_route(articles, "legacy", "search_articles_shadow", "Draft")
+    assert (
+        live.verify(filtered).failed[0].found.startswith("1 of 1 sampled calls; 22023 0 is outside the valid range")
+    )
+    assert articles.execute("SELECT current_setting('runbook.route', true)").fetchone() in [(None,), ("",)]
+
+
+def test_the_summary_has_a_row_for_each_set_of_filters(filtered: Phase, articles: psycopg.Connection[Any]) -> None:
+    for status in (None, "Draft", "Rare"):
+        by_route(articles, "legacy", "search_articles_shadow", status)
+    live.summary(filtered)
+    noted = filtered.ledger.latest("live")
+    assert noted is not None
+    assert [(w["live"], w["filters"], w["calls"]) for w in noted["ways"]] == [
+        ("legacy", "none", 1),
+        ("legacy", "status", 2),
+    ]
+
+
+def test_a_route_that_a_transaction_names_ends_with_it(filtered: Phase, articles: psycopg.Connection[Any]) -> None:
+    call = "SELECT DISTINCT answered_by FROM search_articles('cookie leaks', %s::real[], 3)"
+    with articles.transaction():
+        articles.execute("SELECT set_config('runbook.route', 'vector', true)")
+        assert articles.execute(call, [VECTOR]).fetchall() == [("vector",)]
+    assert articles.execute(call, [VECTOR]).fetchall() == [("legacy",)]
+    with articles.transaction():
+        articles.execute("SELECT set_config('runbook.route', 'nonsense', true)")
+        assert articles.execute(call, [VECTOR]).fetchall() == [("legacy",)], "whatever is no route"
+        articles.execute("SELECT set_config('runbook.route', 'vector', true)")
+        without = "SELECT DISTINCT answered_by FROM search_articles('cookie leaks')"
+        assert articles.execute(without).fetchall() == [("legacy",)], "without a vector there is one way"

@@ -219,8 +219,8 @@ def test_a_dear_class_is_told_what_to_build_and_why(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     phase = ready()
-    few = classes.FilterClass("status", "10 to 50 %", ("a", "b's"), {"a": 0.2, "b's": 0.2}, 0.2)
-    many = classes.FilterClass("status", "1 to 10 %", ("a",), {f"v{i}": 0.02 for i in range(40)}, 0.02)
+    few = classes.FilterClass(("status",), "10 to 50 %", ("a", "b's"), {"a": 0.2, "b's": 0.2}, 0.2)
+    many = classes.FilterClass(("status",), "1 to 10 %", ("a",), {f"v{i}": 0.02 for i in range(40)}, 0.02)
     reason = "exact takes 40.0 ms and 10 pages; the index, at 60, relaxed, 100,000, finds 0.740 in 28.0 ms. "
     assert advice(phase, few) == (
         f'{reason}Find its rows by an index: CREATE INDEX CONCURRENTLY ON "public"."articles" ("status");'

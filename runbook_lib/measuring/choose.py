@@ -12,7 +12,7 @@ from runbook_lib import db, search
 from runbook_lib.measuring import classes, sweep
 from runbook_lib.measuring.classes import Asked, FilterClass
 from runbook_lib.measuring.sweep import Measured, Way
-from runbook_lib.names import identifier, names
+from runbook_lib.names import identifier, names, spelled, vectors_stand_beside
 from runbook_lib.phase import Phase
 
 # Questions that say whether a way is worth measuring in full.
@@ -48,9 +48,9 @@ class Choice:
     def as_data(self) -> dict[str, Any]:
         """For the ledger."""
         return {
-            "column": self.of.column,
+            "column": self.of.filter,
             "bucket": self.of.bucket,
-            "values": list(self.of.values),
+            "values": self.of.shown(),
             "shares": self.of.shares,
             "share": self.of.share,
             "chosen": _data(self.chosen) if self.chosen else None,
@@ -142,17 +142,21 @@ def _advice(phase: Phase, of: FilterClass, points: Sequence[Measured], chosen: M
     """What would make this class fast, with the measured reason and the statement; empty where nothing is needed."""
     if chosen is None:
         return _denser_index(phase, points)
-    if of.column is None or chosen.way.scan != "exact" or chosen.p50_ms <= SLOW_MS:
+    if not of.columns or chosen.way.scan != "exact" or chosen.p50_ms <= SLOW_MS:
         return ""
     through = [p for p in points if p.way.scan != "exact"]
     best = max(through, key=lambda p: p.recall, default=None)
     reason = f"exact takes {chosen.p50_ms:.1f} ms and {chosen.buffers:,} pages"
     if best:
         reason += f"; the index, at {best.way}, finds {best.recall:.3f} in {best.p50_ms:.1f} ms"
-    if not classes.has_btree(phase.connection, phase.params, of.column):
-        return f"{reason}. Find its rows by an index: {_btree(phase, of.column)}"
+    if not classes.has_btree(phase.connection, phase.params, of.columns):
+        return f"{reason}. Find its rows by an index: {_btree(phase, of.columns)}"
+    if vectors_stand_beside(phase.params):
+        # Neither a partial index nor a partition of the vectors can know a column of the other table.
+        beside = f"{spelled(phase.params, 'vectors')}, which lacks {', '.join(of.columns)}"
+        return f"{reason}. The vectors stand in {beside}: an index for these rows alone needs vector.layout: column"
     if not of.shares or len(of.shares) > MOST_PARTIAL_INDEXES:
-        return f"{reason}. Partition the table by {of.column}, with a vector index on each partition"
+        return f"{reason}. Partition the table by {', '.join(of.columns)}, with a vector index on each partition"
     return f"{reason}. Give each value an index of its own: {' '.join(_partial(phase, of))}"
 
 
@@ -160,30 +164,33 @@ def _denser_index(phase: Phase, points: Sequence[Measured]) -> str:
     best = max(points, key=lambda p: p.recall, default=None)
     found = f"the best setting, {best.way}, finds {best.recall:.3f} in {best.p50_ms:.1f} ms. " if best else ""
     i = phase.params.index
+    if i.storage == "bit":
+        return f"{found}Sort more rows again, index.rerank: {2 * i.rerank}, or go over to index.storage: halfvec"
     if i.method == "ivfflat":
         return f"{found}Try higher tune.probes, or index.method: hnsw"
     return f"{found}Build again with index.m: {2 * i.m} and index.ef_construction: {2 * i.ef_construction}"
 
 
-def _btree(phase: Phase, column: str) -> str:
-    statement = sql.SQL("CREATE INDEX CONCURRENTLY ON {table} ({column});")
-    return _pasted(statement.format(table=names(phase.params)["table"], column=identifier(column)))
+def _btree(phase: Phase, columns: Sequence[str]) -> str:
+    statement = sql.SQL("CREATE INDEX CONCURRENTLY ON {table} ({columns});")
+    listed = sql.SQL(", ").join(map(identifier, columns))
+    return _pasted(statement.format(table=names(phase.params)["table"], columns=listed))
 
 
 def _partial(phase: Phase, of: FilterClass) -> Iterator[str]:
     n = names(phase.params)
     statement = sql.SQL(
-        "CREATE INDEX CONCURRENTLY ON {table} USING {method} ({embedding} {ops}) WHERE {column} = {value};"
+        "CREATE INDEX CONCURRENTLY ON {table} USING {method} ({indexed} {ops}) WHERE {condition};"
     )
     for value in of.shares:
+        wanted = [sql.SQL("{} = {}").format(identifier(c), sql.Literal(v)) for c, v in of.allowed(value)]
         yield _pasted(
             statement.format(
                 table=n["table"],
                 method=sql.SQL(phase.params.index.method),
-                embedding=n["embedding"],
+                indexed=n["indexed"],
                 ops=n["operator_class"],
-                column=identifier(str(of.column)),
-                value=sql.Literal(value),
+                condition=sql.SQL(" AND ").join(wanted),
             )
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 from pgvector.psycopg import register_vector
@@ -11,7 +12,7 @@ from psycopg import sql
 
 from runbook_lib import db
 from runbook_lib.gates import Gate
-from runbook_lib.measuring import evaluate, exact, replica
+from runbook_lib.measuring import evaluate, exact, replica, together
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
@@ -25,29 +26,52 @@ BUCKETS = ((0.01, "below 1 %"), (0.1, "1 to 10 %"), (0.5, "10 to 50 %"), (1.01, 
 RARE = BUCKETS[0][0]
 # Values of one class that are measured: few, since each takes its share of the questions.
 MEASURED_VALUES = 4
+# Filters that are given together, which are measured: every pair, and all of them. Others are searched exactly.
+MOST_TOGETHER = 10
 # Up to so many rows the values are counted one by one, above it in a sample of pages of about as many.
 COUNTED_ROWS = 1_000_000
 
 
 @dataclass(frozen=True)
 class FilterClass:
-    """Values of a filter column that let through a like share of the rows.
+    """Values of a filter, or of several given together, that let through a like share of the rows.
 
-    column: None for searches without a filter. values: those measured. shares: of every value that is listed in the
-    search function's strategies; empty for rare values, which are too many to list.
+    columns: none for searches without a filter. values: those measured, as the strategies write them. shares: of
+    every value that is listed in the search function's strategies; empty for rare values, too many to list.
     """
 
-    column: str | None
+    columns: tuple[str, ...]
     bucket: str
     values: tuple[str, ...]
     shares: dict[str, float] = field(hash=False)
     share: float
 
+    @property
+    def filter(self) -> str | None:
+        """The filter's name in the strategies; None for searches without one."""
+        return together.name(self.columns) if self.columns else None
+
+    def allowed(self, value: str) -> tuple[tuple[str, str], ...]:
+        """What each column must hold for one of the values."""
+        return tuple(zip(self.columns, together.parts(self.columns, value), strict=True))
+
+    def shown(self) -> list[str]:
+        """The values measured, for a person to read."""
+        return [together.AND.join(together.parts(self.columns, value)) for value in self.values]
+
     def __str__(self) -> str:
-        return f"{self.column}, {self.bucket}" if self.column else self.bucket
+        return f"{self.filter}, {self.bucket}" if self.columns else self.bucket
 
 
-UNFILTERED = FilterClass(None, "unfiltered", (), {}, 1.0)
+UNFILTERED = FilterClass((), "unfiltered", (), {}, 1.0)
+
+
+def measured_filters(params: Params) -> list[tuple[str, ...]]:
+    """Each filter alone, then pairs, then all of them together, which let through the fewest rows."""
+    columns = params.target.filters
+    pairs: list[tuple[str, ...]] = list(combinations(columns, 2))
+    several = [*pairs[: MOST_TOGETHER - 1], tuple(columns)] if len(columns) > 2 else pairs
+    return [*((column,) for column in columns), *several]
 
 
 @dataclass(frozen=True)
@@ -72,30 +96,36 @@ class _Query:
 
 
 def find(phase: Phase) -> list[FilterClass]:
-    """The unfiltered class first, then those of each filter column, rarest first."""
-    return [UNFILTERED, *(c for column in phase.params.target.filters for c in _of_column(phase, column))]
+    """The unfiltered class first, then those of each filter and of filters given together, rarest first."""
+    return [UNFILTERED, *(c for columns in measured_filters(phase.params) for c in _of_columns(phase, columns))]
 
 
-def _of_column(phase: Phase, column: str) -> Iterator[FilterClass]:
-    counted = _counted(phase, column)
+def _of_columns(phase: Phase, columns: tuple[str, ...]) -> Iterator[FilterClass]:
+    counted = shares(phase, columns)
     lower = 0.0
     for upper, name in BUCKETS:
-        shares = {value: share for value, share in counted.items() if lower <= share < upper}
+        found = {value: share for value, share in counted.items() if lower <= share < upper}
         lower = upper
-        if shares:
-            values = _spread(list(shares), MEASURED_VALUES)
-            mean = float(np.mean([shares[v] for v in values]))
-            yield FilterClass(column, name, tuple(values), {} if upper == RARE else shares, mean)
+        if found:
+            values = _spread(list(found), MEASURED_VALUES)
+            mean = float(np.mean([found[v] for v in values]))
+            yield FilterClass(columns, name, tuple(values), {} if upper == RARE else found, mean)
 
 
-def _counted(phase: Phase, column: str) -> dict[str, float]:
+def shares(phase: Phase, columns: Sequence[str]) -> dict[str, float]:
     """Share of the rows by value: every value above RARE, and a few below, spread over their frequencies."""
     n = names(phase.params)
     rows = int(db.one(phase.connection, SQL["rows"], phase.params, table=spelled(phase.params, "table"))["rows"])
     percent = min(100.0, 100.0 * COUNTED_ROWS / max(rows, 1))
     sampled = sql.SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (1)").format(sql.Literal(percent))
+    own = [sql.SQL("t.{}").format(identifier(c)) for c in columns]
     query = SQL["values"].compose(
-        n | {"column": identifier(column), "sampled": sampled if percent < 100 else sql.SQL("")}
+        n
+        | {
+            "columns": sql.SQL(", ").join(own),
+            "value": together.given_value(own),
+            "sampled": sampled if percent < 100 else sql.SQL(""),
+        }
     )
     with replica.connect(phase, "values") as connection:
         found = connection.execute(query, {"rare": RARE, "measured": MEASURED_VALUES}).fetchall()
@@ -142,7 +172,7 @@ def questions(phase: Phase, found: Sequence[FilterClass]) -> tuple[dict[FilterCl
 
 def _filter(found: FilterClass, i: int) -> tuple[tuple[str, str], ...]:
     # Two queries in a row take the same value: one for tuning, one to be held out.
-    return ((found.column, found.values[i // 2 % len(found.values)]),) if found.column else ()
+    return found.allowed(found.values[i // 2 % len(found.values)]) if found.columns else ()
 
 
 def _queries(phase: Phase) -> Iterator[_Query]:
@@ -158,7 +188,7 @@ def _queries(phase: Phase) -> Iterator[_Query]:
         yield _Query("", np.asarray(vector if isinstance(vector, np.ndarray) else vector.to_numpy()), row["key"])
 
 
-def has_btree(connection: db.Connection, params: Params, column: str) -> bool:
-    """Does an index of the table start with this column, so that its rows are found without reading the others?"""
-    row = db.one(connection, SQL["has_btree"], params, table=spelled(params, "table"), column=column)
+def has_btree(connection: db.Connection, params: Params, columns: Sequence[str]) -> bool:
+    """Does an index of the table start with these columns, so that their rows are found without reading others?"""
+    row = db.one(connection, SQL["has_btree"], params, table=spelled(params, "table"), columns=list(columns))
     return bool(row["there"])

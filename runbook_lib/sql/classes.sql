@@ -8,8 +8,10 @@ WHERE c.oid = to_regclass(%(table)s) OR c.oid IN (SELECT relid FROM pg_partition
 
 -- name: values
 -- purpose: Share of the rows by value, rarest first: every common value, and a few rare ones spread over their ranks.
+-- A row that lacks one of the columns counts, and has no value.
 WITH counted AS (
-    SELECT t.{column}::text AS value, count(*) AS n FROM {table} t {sampled} GROUP BY 1
+    SELECT CASE WHEN num_nulls({columns}) = 0 THEN {value} END AS value, count(*) AS n
+    FROM {table} t {sampled} GROUP BY 1
 ), ranked AS (
     SELECT value, n / sum(n) OVER ()::double precision AS share, row_number() OVER (ORDER BY n, value) AS place
     FROM counted
@@ -27,11 +29,13 @@ SELECT t.{key}::text AS key, {row_embedding} AS embedding FROM {from_vectors}
 WHERE {row_embedding} IS NOT NULL ORDER BY {row_embedding_hash}, t.{key} LIMIT greatest(%(n)s, 0);
 
 -- name: has_btree
--- purpose: Does a valid index, on all rows, start with this column?
+-- purpose: Does a valid index, on all rows, start with these columns, in whatever order?
 SELECT EXISTS (
     SELECT FROM pg_index i
-    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
     JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam
-    WHERE i.indrelid = to_regclass(%(table)s) AND a.attname = %(column)s AND am.amname IN ('btree', 'hash')
+    WHERE i.indrelid = to_regclass(%(table)s) AND am.amname IN ('btree', 'hash')
+      AND %(columns)s::text[] <@ ARRAY(
+          SELECT a.attname::text FROM pg_attribute a
+          WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:cardinality(%(columns)s::text[]) - 1]))
       AND i.indisvalid AND i.indpred IS NULL
 ) AS there;

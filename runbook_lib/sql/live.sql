@@ -10,13 +10,14 @@ FROM pg_proc p
 WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s;
 
 -- name: create_log
--- purpose: Make the log of sampled calls: a hash of the text, both answers, both times; never the text.
+-- purpose: Make the log of sampled calls: a hash of the text, names of the filters, both answers and times; no text.
 -- lock: none on the target
--- undo: live.drop
+-- undo: live.drop_log
 CREATE TABLE IF NOT EXISTS {log} (
     id          bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     logged_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
     text_hash   bytea NOT NULL,
+    filters     text[] NOT NULL DEFAULT '{{}}',
     live_route  text NOT NULL,
     live_ms     double precision NOT NULL,
     live_keys   text[] NOT NULL,
@@ -30,17 +31,19 @@ CREATE INDEX IF NOT EXISTS {log_index} ON {log} (logged_at);
 -- name: create_function
 -- purpose: Make the function that answers as the search function does, and lets the other search answer a share too.
 -- lock: none on the target
--- undo: live.drop
+-- undo: live.drop_function
 CREATE OR REPLACE FUNCTION {shadow_function}({arguments}) RETURNS {result}
 LANGUAGE plpgsql VOLATILE {settings} AS $runbook$
 DECLARE
     answer     record;
     began      timestamptz := clock_timestamp();
-    live       text := 'legacy';
+    live       text;
     live_ms    double precision;
     live_keys  text[] := '{{}}';
     other      text := {new_route};
     other_keys text[];
+    filters    text[] := array_remove(ARRAY[{filters_given}]::text[], NULL);
+    forced     text := current_setting('runbook.route', true);
 BEGIN
     FOR answer IN SELECT * FROM {function}({passed}) LOOP
         {key} := answer.{key};
@@ -61,23 +64,30 @@ BEGIN
         THEN
             RETURN;
         END IF;
-        SELECT r.route INTO live FROM {route} r
-        WHERE r.target = {target_name} AND abs(hashtextextended(query_text, 0) %% 100) < r.share_percent;
-        live := coalesce(live, 'legacy');
+        -- The answer says by which route it came; one without rows does not.
+        live := answered_by;
+        IF live IS NULL THEN
+            SELECT r.route INTO live FROM {route} r
+            WHERE r.target = {target_name} AND abs(hashtextextended(query_text, 0) %% 100) < r.share_percent;
+            live := coalesce(nullif(forced, ''), live, 'legacy');
+        END IF;
+        IF live <> 'legacy' THEN
+            other := 'legacy';
+        END IF;
         began := clock_timestamp();
         BEGIN
-            IF live = 'legacy' THEN
-                EXECUTE {new_query} INTO other_keys USING {passed};
-            ELSE
-                other := 'legacy';
-                SELECT array_agg(f.{key}::text) INTO other_keys FROM {function}({passed_without_vector}) f;
-            END IF;
-            INSERT INTO {log} (text_hash, live_route, live_ms, live_keys, other_route, other_ms, other_keys)
-            VALUES (sha256(convert_to(query_text, 'UTF8')), live, live_ms, live_keys, other,
+            -- The very function that would answer, with the way that it takes for these filters.
+            PERFORM set_config('runbook.route', other, true);
+            SELECT array_agg(f.{key}::text) INTO other_keys FROM {function}({passed}) f;
+            PERFORM set_config('runbook.route', coalesce(forced, ''), true);
+            INSERT INTO {log} (text_hash, filters, live_route, live_ms, live_keys, other_route, other_ms, other_keys)
+            VALUES (sha256(convert_to(query_text, 'UTF8')), filters, live, live_ms, live_keys, other,
                     1000 * extract(epoch FROM clock_timestamp() - began), coalesce(other_keys, '{{}}'));
         EXCEPTION WHEN others THEN
-            INSERT INTO {log} (text_hash, live_route, live_ms, live_keys, other_route, problem)
-            VALUES (sha256(convert_to(query_text, 'UTF8')), live, live_ms, live_keys, other, SQLSTATE || ' ' || SQLERRM);
+            -- The route that was named ends with what failed.
+            INSERT INTO {log} (text_hash, filters, live_route, live_ms, live_keys, other_route, problem)
+            VALUES (sha256(convert_to(query_text, 'UTF8')), filters, live, live_ms, live_keys, other,
+                    SQLSTATE || ' ' || SQLERRM);
         END;
     EXCEPTION WHEN others THEN
         RAISE WARNING 'the shadow of this call was not logged: %% %%', SQLSTATE, SQLERRM;
@@ -88,21 +98,26 @@ $runbook$;
 -- name: revoke_public
 -- purpose: Let nobody call it but its owner and the roles named in the parameters.
 -- lock: none on the target
--- undo: live.drop
+-- undo: live.drop_function
 REVOKE ALL ON FUNCTION {shadow_function}({identity}) FROM PUBLIC;
 
 -- name: grant
 -- purpose: Let the application's role call it and write the log, of which it may read the times alone.
 -- lock: none on the target
--- undo: live.drop
+-- undo: live.drop_function
 GRANT EXECUTE ON FUNCTION {shadow_function}({identity}) TO {role};
 GRANT INSERT, SELECT (logged_at) ON {log} TO {role};
 
--- name: drop
--- purpose: Remove the function and its log.
+-- name: drop_function
+-- purpose: Remove the function that the application called for the time of the shadow.
 -- lock: none on the target
 -- undo: live.create_function
 DROP FUNCTION IF EXISTS {shadow_function}({identity});
+
+-- name: drop_log
+-- purpose: Remove the log of sampled calls.
+-- lock: none on the target
+-- undo: live.create_log
 DROP TABLE IF EXISTS {log};
 
 -- name: what_is_there
@@ -113,5 +128,5 @@ SELECT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = to_regnamespace(%(sc
 
 -- name: logged
 -- purpose: The sampled calls since a moment, or (NULL) all.
-SELECT live_route, live_ms, live_keys, other_route, other_ms, other_keys, problem FROM {log}
+SELECT filters, live_route, live_ms, live_keys, other_route, other_ms, other_keys, problem FROM {log}
 WHERE %(since)s::timestamptz IS NULL OR logged_at >= %(since)s ORDER BY id;

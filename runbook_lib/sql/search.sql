@@ -10,15 +10,15 @@ ORDER BY {nearest_first}
 LIMIT {k};
 
 -- name: relaxed
--- purpose: The nearest rows through an iterative scan that finds them nearly in order; sorted once they are found.
+-- purpose: The nearest rows through an index that finds them nearly in order; sorted by their vectors once found.
 WITH nearest AS MATERIALIZED (
     SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
     FROM {from_vectors}
     WHERE {filters} AND {row_embedding} IS NOT NULL
     ORDER BY {nearest_first}
-    LIMIT {k}
+    LIMIT {nearest_rows}
 )
-SELECT key, -distance AS score FROM nearest ORDER BY distance + 0;
+SELECT key, -distance AS score FROM nearest ORDER BY distance + 0 LIMIT {k};
 
 -- name: hybrid
 -- purpose: Nearest rows and best full-text rows, merged by reciprocal rank fusion (Cormack et al. 2009, constant 60).
@@ -27,7 +27,7 @@ WITH nearest AS MATERIALIZED (
     FROM {from_vectors}
     WHERE {filters} AND {row_embedding} IS NOT NULL
     ORDER BY {nearest_first}
-    LIMIT {candidates}
+    LIMIT {nearest_candidates}
 ), words AS (
     SELECT replace(plainto_tsquery({fulltext_config}, {query_text})::text, ' & ', ' | ')::tsquery AS any_word
 ), matching AS MATERIALIZED (
@@ -76,7 +76,9 @@ CREATE TABLE IF NOT EXISTS {strategy} (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS strategy_of_a_value ON {strategy} (target, filter, coalesce(value, ''), (value IS NULL));
 COMMENT ON TABLE {strategy} IS 'How the search functions search: one row a filter and value, as last measured. '
-    'A value that is not listed is searched by the row whose value is NULL, a filter without rows as no filter.';
+    'A value that is not listed is searched by the row whose value is NULL, a filter without rows as no filter.'
+    ' Filters given together have rows of their own, "a & b" with their values as a JSON array; together without'
+    ' any row, they are searched exactly.';
 
 -- name: start_with_legacy
 -- purpose: Send every read to the legacy query.
@@ -90,16 +92,22 @@ INSERT INTO {route} (target, route, share_percent) VALUES ({target_name}, 'legac
 -- undo: search.drop_function
 CREATE OR REPLACE FUNCTION {function}({arguments})
 RETURNS TABLE ({key} {key_type}, score double precision, answered_by text)
-LANGUAGE plpgsql STABLE SET search_path = {search_path} AS $runbook$
+LANGUAGE plpgsql STABLE SET search_path = {search_path} {kept_settings} AS $runbook$
 DECLARE
-    chosen text := 'legacy';
-    way    text := 'index';
-    how    record;
+    chosen       text := 'legacy';
+    way          text := 'index';
+    how          record;
+    asked_filter text;
+    asked_value  text;
 BEGIN
     IF query_embedding IS NOT NULL THEN
-        -- The share is drawn by the text, so that one query is answered by one route for as long as the share stands.
-        SELECT r.route INTO chosen FROM {route} r
-        WHERE r.target = {target_name} AND abs(hashtextextended(query_text, 0) %% 100) < r.share_percent;
+        -- A shadow, or who measures, names the route of a call in this setting; nobody else has a reason to.
+        chosen := nullif(current_setting('runbook.route', true), '');
+        IF chosen IS NULL THEN
+            -- The share is drawn by the text, so that a query is answered by one route as long as the share stands.
+            SELECT r.route INTO chosen FROM {route} r
+            WHERE r.target = {target_name} AND abs(hashtextextended(query_text, 0) %% 100) < r.share_percent;
+        END IF;
         chosen := coalesce(chosen, 'legacy');
     END IF;
     {choose_way};
@@ -122,21 +130,22 @@ $runbook$;
 -- name: choose_way
 -- purpose: Part of the function, for a target with filters: how to search by those that are given.
 IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
-        -- Where one of the filters asks for every row that it lets through, so do all; otherwise the rarest decides.
-        SELECT found.* INTO how
-        FROM (VALUES {asked}) AS asked (filter, value) CROSS JOIN LATERAL (
-            SELECT s.* FROM {strategy} s
-            WHERE s.target = {target_name} AND s.filter = asked.filter AND (s.value = asked.value OR s.value IS NULL)
-            ORDER BY s.value LIMIT 1
-        ) AS found
-        WHERE asked.value IS NOT NULL
-        ORDER BY (found.scan = 'exact') DESC, found.share LIMIT 1;
+        asked_filter := {asked_filter};
+        asked_value := {asked_value};
+        SELECT s.* INTO how FROM {strategy} s
+        WHERE s.target = {target_name} AND s.filter = asked_filter AND (s.value = asked_value OR s.value IS NULL)
+        ORDER BY s.value LIMIT 1;
         IF FOUND THEN
             way := how.scan;
             -- They end with this call: the function has a SET for each of them.
             PERFORM set_config({setting}, how.candidates::text, true),
                     set_config({iterative_setting}, how.iterative_scan, true),
                     set_config({most_scanned_setting}, how.most_scanned::text, true);
+        ELSIF num_nonnulls({filter_arguments}) > 1
+            AND EXISTS (SELECT FROM {strategy} s WHERE s.target = {target_name})
+        THEN
+            -- How few rows these let through together nobody has measured; to read them all misses none.
+            way := 'exact';
         END IF;
     END IF;
 
@@ -224,3 +233,11 @@ WHERE attrelid = to_regclass(%(table)s) AND attname = ANY (%(columns)s) AND NOT 
 -- name: call
 -- purpose: Call the function as the application does.
 SELECT * FROM {function}(%(query)s, %(embedding)s::real[], %(k)s);
+
+-- name: call_filtered
+-- purpose: Call the function with its filters; one that is NULL lets every row through.
+SELECT * FROM {function}(%(query)s, %(embedding)s::real[], %(k)s{filters});
+
+-- name: force_route
+-- purpose: Name the route of the calls of this transaction, whatever the table says.
+SELECT set_config('runbook.route', %(route)s, true);
