@@ -1,0 +1,436 @@
+"""Vector indexes of their own for filter values that are searched badly: measured, built, used or taken back.
+
+The search function plans its inner statement anew in each call, with the value as a constant, so the planner knows
+that a partial index holds every row that is asked for. What sends a value to its index is its row in the strategy
+table; the function itself stays as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from psycopg import sql
+
+from runbook_lib import db, forecast, index, search
+from runbook_lib.display import Table, size
+from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.measuring import classes, partial
+from runbook_lib.measuring.partial import CALLS, Value
+from runbook_lib.measuring.sweep import Measured
+from runbook_lib.names import identifier, index_name, spelled, vectors_stand_beside
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
+from runbook_lib.sql import load
+
+SQL = load("filters")
+
+# Tells the values of a column apart in a name; two of a few values alike are beyond chance.
+TAIL_DIGITS = 8
+LONGEST_NAME_BYTES = 63
+# What the ledger keeps of a value is one row for all of them, so that the newest says everything.
+KIND = "filters"
+
+
+def name_of(params: Params, value: Value) -> str:
+    """Name of a value's index: that of the vector index, and a hash of column and value."""
+    digest = hashlib.sha256(f"{value.column}\0{value.value}".encode()).hexdigest()[:TAIL_DIGITS]
+    return index_name(params).encode()[: LONGEST_NAME_BYTES - TAIL_DIGITS - 1].decode(errors="ignore") + f"_{digest}"
+
+
+def _own(phase: Phase) -> dict[str, db.Row]:
+    """The indexes of this operation, whole or left over, by name."""
+    found = db.rows(phase.connection, SQL["standing"], phase.params, vectors=spelled(phase.params, "vectors"))
+    known = {name_of(phase.params, v) for v in partial.called_for(phase)} | set(remembered(phase))
+    return {row["name"]: row for row in found if row["name"] in known}
+
+
+def remembered(phase: Phase) -> dict[str, dict[str, Any]]:
+    """What the ledger knows of each index of this operation, by its name."""
+    body = phase.ledger.latest(KIND)
+    return dict(body["indexes"]) if body else {}
+
+
+def _remember(phase: Phase, name: str, **known: Any) -> None:
+    before = remembered(phase)
+    phase.note(KIND, {"indexes": before | {name: before.get(name, {}) | known}})
+
+
+def wanted(phase: Phase) -> dict[str, Value]:
+    """Values that are to have an index, by its name. Those that are served stay where the parameters name none:
+    tuned again with its index there, a value is slow no more.
+    """
+    found = {name_of(phase.params, v): v for v in partial.called_for(phase)}
+    if phase.params.filters.partial_indexes:
+        return found
+    own = _own(phase)
+    served = {
+        name: Value(m["column"], m["value"], "served by its index")
+        for name, m in remembered(phase).items()
+        if m.get("served") and name in own and name not in found
+    }
+    return served | found
+
+
+def check(phase: Phase) -> Gates:
+    """Before anything is changed: such an index can be made here, the function can use it, its build fits."""
+    p, values = phase.params, list(wanted(phase).values())
+    table = spelled(p, "table")
+    kind = db.one(phase.connection, SQL["table_kind"], p, table=table)
+    beside, partitioned = vectors_stand_beside(p), bool(kind["partitioned"])
+    builds = db.one(phase.connection, SQL["builds_under_way"], p, vectors=spelled(p, "vectors"))["builds"]
+    return collect(
+        [
+            gate(
+                "filters.table_takes_partial_indexes",
+                not beside and not partitioned,
+                f"{p.target.schema_}.{p.target.table}",
+                found="the vectors stand in a table of their own, without the filters"
+                if beside
+                else "partitioned"
+                if partitioned
+                else "an ordinary table that holds vectors and filters",
+                needed="an ordinary table that holds vectors and filters",
+                danger="the condition of an index may name columns of its own table only, and a concurrent build"
+                " takes no partitioned table",
+                do="partition by the filter (75_partition_by_filter), with a vector index on each partition",
+            ),
+            gate(
+                "filters.function_holds_the_query",
+                p.search.mode == "function",
+                p.function_name,
+                found=f"search.mode: {p.search.mode}",
+                needed="search.mode: function, which knows the value when it plans",
+                danger="a statement of the application that binds its filter uses no partial index once its plan is"
+                " generic: every write would pay for an index that no search uses",
+                do="move reads to the search function, or write the value into the application's statement and make"
+                " the index by hand",
+            ),
+            gate(
+                "filters.indexes_are_few",
+                len(values) <= p.filters.most_indexes,
+                ", ".join(dict.fromkeys(v.column for v in values)) or "no value",
+                found=f"{len(values)} values",
+                needed=f"{p.filters.most_indexes} at most",
+                danger="each index takes memory from the others, and planning a search looks at all of them",
+                do="name fewer values in filters.partial_indexes, or partition by it (75_partition_by_filter)",
+            ),
+            gate(
+                "filters.no_build_is_under_way",
+                not builds,
+                spelled(p, "vectors"),
+                found=f"{builds} builds at work on this table" if builds else "none",
+                needed="none",
+                danger="the two would wait for each other, and what looks left over may be at work",
+                do="wait for it: SELECT * FROM pg_stat_progress_create_index;",
+            ),
+            *partial.fits_in_memory(phase, values),
+        ]
+    )
+
+
+def expected(phase: Phase) -> Table:
+    """What each index will cost, before it is built."""
+    return partial.cost_table(phase, list(wanted(phase).values()))
+
+
+def standing(phase: Phase) -> Table:
+    """The indexes of this operation as they are, with what an unfinished one left."""
+    rows = [
+        (name, row["condition"], row["usable"], size(row["bytes"]), "" if name in wanted(phase) else "not wanted")
+        for name, row in _own(phase).items()
+    ]
+    return Table(("index", "condition", "usable", "size", ""), rows, "partial vector indexes of the runbook")
+
+
+def _create(phase: Phase, name: str, value: Value) -> db.Statement:
+    lists = sql.Literal(phase.params.index.lists or forecast.lists_rule(partial.rows_of(phase, [value])[value]))
+    build = index.build_statement(phase, {"index": identifier(name), "lists": lists})
+    literal = sql.SQL(sql.Literal(value.value).as_string().replace("%", "%%"))
+    extra = {"build": build.query, "column": identifier(value.column), "value": literal}
+    return replace(db.statement(SQL["create"], phase.params, extra), values=build.values)
+
+
+def _drop(phase: Phase, name: str) -> db.Statement:
+    qualified = identifier(phase.params.target.schema_, name)
+    return db.statement(SQL["drop"], phase.params, {"partial_index": qualified})
+
+
+def _route(phase: Phase, value: Value, strategy: Mapping[str, Any]) -> list[db.Statement]:
+    """Statements that make the function search this value so."""
+    way = {
+        name: strategy[name] for name in ("scan", "candidates", "iterative_scan", "most_scanned", "recall", "p50_ms")
+    }
+    return [
+        _forget(phase, value),
+        db.statement(
+            search.SQL["learn_strategy"],
+            phase.params,
+            filter=value.column,
+            values=[value.value],
+            shares=[strategy["share"]],
+            **way,
+        ),
+    ]
+
+
+def _forget(phase: Phase, value: Value) -> db.Statement:
+    return db.statement(SQL["forget_strategy"], phase.params, filter=value.column, value=value.value)
+
+
+def is_served(phase: Phase, name: str, value: Value) -> bool:
+    """Is the index whole, proved before, and does the function search the value through it?"""
+    known, row = remembered(phase).get(name, {}), _own(phase).get(name)
+    return bool(
+        known.get("served") and row and row["usable"] and _searched_as(partial.strategy_of(phase, value), known)
+    )
+
+
+def _searched_as(row: Mapping[str, Any] | None, known: Mapping[str, Any]) -> bool:
+    """Does the strategy table send the value where this operation sent it?"""
+    own = ("scan", "candidates", "iterative_scan", "most_scanned")
+    return row is not None and row["value"] is not None and all(row[k] == known["after"][k] for k in own)
+
+
+def plan(phase: Phase) -> db.Plan:
+    """What is left over or no longer wanted dropped, after its value is searched as before; then the builds."""
+    values, own = wanted(phase), _own(phase)
+    todo: list[db.Statement] = []
+    for name, row in own.items():
+        if name not in values:
+            todo += [*_back(phase, name), _drop(phase, name)]
+        elif not row["usable"]:
+            todo.append(_drop(phase, name))
+    todo += [_create(phase, name, v) for name, v in values.items() if name not in own or not own[name]["usable"]]
+    return db.Plan(tuple(todo), phase.connection)
+
+
+def apply(phase: Phase) -> Table:
+    """Measures each value, builds its index, measures again, and sends the function there.
+
+    An index that the function does not use, that misses the target, or that gains too little, is dropped again.
+    """
+    if not phase.execute:
+        return phase.carry_out(plan(phase))
+    values = wanted(phase)
+    for name in _own(phase):
+        if name not in values:
+            _take_back(phase, name)
+    todo = {name: v for name, v in values.items() if not is_served(phase, name, v)}
+    shares = {
+        v: n / max(partial.rows_of_table(phase), 1) for v, n in partial.rows_of(phase, list(todo.values())).items()
+    }
+    asked = partial.questions(phase, shares) if todo else {}
+    for name, value in todo.items():
+        _measure_before(phase, name, value, asked[value], shares[value])
+        _build(phase, name, value)
+        _use_or_drop(phase, name, value, partial.cheapest_through_the_index(phase, asked[value]))
+    return shown(phase)
+
+
+def _measure_before(phase: Phase, name: str, value: Value, asked: list[classes.Asked], share: float) -> None:
+    """Written down before the build: a rerun after an interruption would measure with the new index there."""
+    if name in _own(phase) and "before" in remembered(phase).get(name, {}):
+        return
+    before = partial.measure_now(phase, value, asked)
+    row = partial.strategy_of(phase, value)
+    _remember(
+        phase,
+        name,
+        column=value.column,
+        value=value.value,
+        share=share,
+        strategy=row if row and row["value"] is not None else None,
+        before=partial.as_data(before),
+        served=False,
+    )
+
+
+def _build(phase: Phase, name: str, value: Value) -> None:
+    row = _own(phase).get(name)
+    if row and row["usable"]:
+        return
+    if row:
+        index.concurrently(phase, _drop(phase, name))
+    built = index.concurrently(phase, _create(phase, name, value))
+    _remember(phase, name, seconds=round(built.seconds, 3), notices=built.notices, bytes=_own(phase)[name]["bytes"])
+
+
+def _use_or_drop(phase: Phase, name: str, value: Value, after: Measured) -> None:
+    known = remembered(phase)[name]
+    through = partial.as_data(after) | {"share": known["share"]}
+    change = _route(phase, value, through)
+    scans = partial.scans_by_the_function(phase, value, _own(phase)[name]["oid"], change)
+    why_not = _why_not(phase, known["before"], after, scans)
+    if why_not:
+        _remember(phase, name, after=through, scans=scans, served=False, why_not=why_not)
+        index.concurrently(phase, _drop(phase, name))
+        return
+    # The ledger first: interrupted between the two, undo finds what to take back and a rerun proves it again.
+    _remember(phase, name, after=through, scans=scans, served=True, why_not="")
+    with phase.connection.transaction():
+        for statement in change:
+            phase.do(statement)
+
+
+def _why_not(phase: Phase, before: Mapping[str, Any], after: Measured, scans: int) -> str:
+    """Why an index is not kept; empty where it is."""
+    target, gain = phase.params.tune.target_recall, phase.params.filters.smallest_gain
+    if scans < CALLS:
+        return f"the function uses it in {scans} of {CALLS} calls"
+    if after.recall < target or after.rows_short:
+        return f"recall {after.recall:.3f}, {after.rows_short} questions short of rows"
+    was_good = before["recall"] >= target and not before["rows_short"]
+    times = before["p50_ms"] / max(after.p50_ms, 1e-6)
+    return f"{times:.2f} times as fast as before" if was_good and times < gain else ""
+
+
+def shown(phase: Phase) -> Table:
+    """Before and after, a row a value: recall with its confidence, latency, rows returned, pages."""
+    rows = [
+        (
+            f"{m['column']} = {m['value']}",
+            f"{m['share']:.1%}",
+            when,
+            *partial.figures(m[when]),
+            _verdict(m) if i else "",
+        )
+        for m in remembered(phase).values()
+        for i, when in enumerate(("before", "after"))
+        if when in m
+    ]
+    k = phase.params.queries.k
+    titles = ("value", "rows", "", "way", f"recall@{k}", "rows returned", "p50", "p95", "pages", "")
+    return Table(titles, rows, "The same held-out questions before and after, warm")
+
+
+def _verdict(m: Mapping[str, Any]) -> str:
+    return "served by its index" if m.get("served") else f"dropped again: {m.get('why_not') or 'taken back'}"
+
+
+def verify(phase: Phase) -> Gates:
+    """Each value: its index is whole, the function searches by it, and it does what it was built for."""
+    values = wanted(phase)
+    gates = [g for name, value in values.items() for g in _value_gates(phase, name, value)]
+    return collect([*gates, _nothing_is_left(phase, values)])
+
+
+def _value_gates(phase: Phase, name: str, value: Value) -> list[Gate]:
+    known, row = remembered(phase).get(name, {}), _own(phase).get(name)
+    kept = bool(known.get("served"))
+    found = (
+        f"recall {known['after']['recall']:.3f}, p50 {known['after']['p50_ms']:.2f} ms" if "after" in known else ""
+    )
+    before = f"before recall {known['before']['recall']:.3f}, p50 {known['before']['p50_ms']:.2f} ms" if known else ""
+    f, target = phase.params.filters, phase.params.tune.target_recall
+    gates = [
+        gate(
+            "filters.index_serves_its_value",
+            kept,
+            str(value),
+            found=f"{found}; {before}" + ("" if kept else f"; {_verdict(known)}") if found else "not measured",
+            needed=f"recall {target}, used in each call, {f.smallest_gain:g} times as fast where it was good before",
+            danger="every write to rows of this value would pay for an index that gains nothing",
+            do="leave the value out of filters, or raise index.m or tune.ef_search; nothing was changed for it",
+            figures={when: known[when] for when in ("before", "after") if when in known},
+        )
+    ]
+    return gates + ([_is_valid(name, value, row), _is_used(phase, name, value, row)] if kept else [])
+
+
+def _is_valid(name: str, value: Value, row: db.Row | None) -> Gate:
+    return gate(
+        "filters.index_is_valid",
+        bool(row and row["usable"]),
+        f"{name} for {value}",
+        found="no such index" if row is None else f"valid, {size(row['bytes'])}" if row["usable"] else "invalid",
+        needed="valid",
+        danger="searches with this value read through the index of all rows, with settings made for this one",
+        do="run 70_serve_filters again with execute: true",
+        figures={"bytes": row["bytes"]} if row else {},
+    )
+
+
+def _is_used(phase: Phase, name: str, value: Value, row: db.Row | None) -> Gate:
+    scans = partial.scans_by_the_function(phase, value, row["oid"]) if row else 0
+    return gate(
+        "filters.function_uses_the_index",
+        scans >= CALLS,
+        f"{phase.params.function_name}, {value}",
+        found=f"{scans} scans of {name} in {CALLS} calls",
+        needed=f"one in each of {CALLS} calls, prepared, half with a custom and half with a generic plan",
+        danger="the index is paid for and not used",
+        do="run ANALYZE on the table; if it comes back, undo this operation (filters.undo)",
+        figures={"scans": scans, "calls": CALLS},
+    )
+
+
+def _nothing_is_left(phase: Phase, values: Mapping[str, Value]) -> Gate:
+    left = [name for name, row in _own(phase).items() if name not in values or not row["usable"]]
+    return gate(
+        "filters.nothing_is_left",
+        not left,
+        spelled(phase.params, "vectors"),
+        found=", ".join(left) or f"{len(values)} values have an index" if values else "no value calls for an index",
+        needed="no index that is left over or no longer wanted",
+        danger="every write to its rows pays for it",
+        do="run 70_serve_filters again with execute: true",
+    )
+
+
+def _back(phase: Phase, name: str) -> list[db.Statement]:
+    """Statements that make the function search a value as before its index, or exactly where it was tuned since."""
+    known = remembered(phase).get(name)
+    if not known or not known.get("served"):
+        return []
+    value = Value(known["column"], known["value"], "")
+    row = partial.strategy_of(phase, value)
+    if row is None or row["value"] is None or row["scan"] == "exact":
+        return []  # forgotten or tuned again: it needs no index
+    if not _searched_as(row, known):
+        # What was measured with the index says nothing without it, and exact is never wrong.
+        return _route(phase, value, row | {"scan": "exact", "iterative_scan": "off"})
+    return _route(phase, value, known["strategy"]) if known["strategy"] else [_forget(phase, value)]
+
+
+def _take_back(phase: Phase, name: str) -> list[tuple[str, float]]:
+    """The value searched as before first, its index dropped after; returns purposes and seconds."""
+    with phase.connection.transaction():
+        rows = [(s.purpose, phase.do(s).seconds) for s in _back(phase, name)]
+    if name in remembered(phase):
+        _remember(phase, name, served=False)
+    drop = _drop(phase, name)
+    return [*rows, (drop.purpose, round(index.concurrently(phase, drop).seconds, 3))]
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """Every value searched as before, and its index dropped."""
+    todo = [s for name in _own(phase) for s in (*_back(phase, name), _drop(phase, name))]
+    return db.Plan(tuple(todo), phase.connection)
+
+
+def undo(phase: Phase) -> Table:
+    """Carries out the way back without blocking reads or writes; does nothing where there is no such index."""
+    if not phase.execute:
+        return phase.carry_out(undo_plan(phase))
+    return Table(("what", "seconds"), [row for name in list(_own(phase)) for row in _take_back(phase, name)])
+
+
+def verify_undone(phase: Phase) -> Gates:
+    """No index of this operation is left, valid or not."""
+    left = list(_own(phase))
+    return collect(
+        [
+            gate(
+                "filters.indexes_are_gone",
+                not left,
+                spelled(phase.params, "vectors"),
+                found=", ".join(left) or "none",
+                needed="none",
+                danger="every write to their rows still pays for them",
+                do="run the way back again; a drop that timed out leaves an invalid index",
+            )
+        ]
+    )
