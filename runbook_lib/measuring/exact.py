@@ -323,7 +323,8 @@ def agreement(params: Params, alike: int, n: int) -> Gate:
 def by_sql(connection: db.Connection, params: Params, vectors: FLOAT, question: Question, k: int) -> list[db.Row]:
     """The same by plain SQL: key (as text) and distance of the k nearest rows."""
     conditions = [
-        sql.SQL("t.{c}::text = {v}").format(c=identifier(c), v=sql.Literal(value)) for c, value in question.allowed
+        sql.SQL("t.{c}::text = {v}").format(c=identifier(c), v=sql.Placeholder(f"allowed_{i}"))
+        for i, (c, _) in enumerate(question.allowed)
     ]
     n = names(params)
     query = SQL["nearest"].compose(
@@ -333,7 +334,8 @@ def by_sql(connection: db.Connection, params: Params, vectors: FLOAT, question: 
             "filters": sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true"),
         }
     )
-    values = {"vector": vectors[question.query], "k": k}
+    allowed = {f"allowed_{i}": value for i, (_, value) in enumerate(question.allowed)}
+    values = {"vector": vectors[question.query], "k": k, **allowed}
     return connection.execute(query, values, prepare=False).fetchall()
 
 
