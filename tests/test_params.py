@@ -287,3 +287,18 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> N
         "params.file_is_yaml",
         f"the key dimension stands twice: lines {at + 1} and {at + 2}",
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "needed"),
+    [
+        ({"key": "k"}, "the search function has an argument or a result named k; "),
+        ({"key": "score"}, "the search function has an argument or a result named score; "),
+        ({"filters": ["tenant", "query"]}, ":query already stands for something else in the statements; "),
+        ({"filters": ["tenant", "tenant"]}, "a column is named twice"),
+    ],
+)
+def test_names_that_the_function_has_already_are_refused(tmp_path: Path, target: dict[str, Any], needed: str) -> None:
+    with pytest.raises(BadInput) as error:
+        params.load(write_params(tmp_path, target=target))
+    assert error.value.needed.startswith(needed)

@@ -12,6 +12,10 @@ from runbook_lib.params.section import AnyPath, Name, Section, ShortName
 # pgvector's limits for a column, and for what an index holds; README of pgvector, "Indexing".
 MAX_DIMENSION = 16_000
 MAX_INDEXED_DIMENSION = {"vector": 2000, "halfvec": 4000, "bit": 64_000}
+# Arguments and results of the search function beside the key and the filters.
+NAMES_IN_THE_FUNCTION = frozenset({"query_text", "query_embedding", "k", "score", "answered_by"})
+# What :name may stand for in legacy.query and search.application_query, beside the filters.
+PLACEHOLDERS = frozenset({"query", "embedding", "k"})
 # How a file of vectors tells its format.
 FORMATS = {
     ".parquet": "parquet",
@@ -60,6 +64,27 @@ class Target(Section):
     )
     text_columns: list[Name] = Field(min_length=1, description="Columns whose text is embedded, in this order.")
     filters: list[Name] = Field([], description="Columns that the application filters by, with equality.")
+
+    @field_validator("key")
+    @classmethod
+    def key_is_no_other_column_of_the_function(cls, value: str) -> str:
+        if value in NAMES_IN_THE_FUNCTION:
+            raise ValueError(
+                f"the search function has an argument or a result named {value}; use a generated column of another name,"
+                " with a UNIQUE index"
+            )
+        return value
+
+    @field_validator("filters")
+    @classmethod
+    def filters_are_no_other_placeholders(cls, value: list[str]) -> list[str]:
+        if taken := sorted(PLACEHOLDERS.intersection(value)):
+            raise ValueError(
+                f":{taken[0]} already stands for something else in the statements; use a generated column of another name"
+            )
+        if len(set(value)) < len(value):
+            raise ValueError("a column is named twice")
+        return value
 
 
 class Vector(Section):
