@@ -70,8 +70,8 @@ class Target(Section):
     def key_is_no_other_column_of_the_function(cls, value: str) -> str:
         if value in NAMES_IN_THE_FUNCTION:
             raise ValueError(
-                f"the search function has an argument or a result named {value}; use a generated column of another name,"
-                " with a UNIQUE index"
+                f"the search function has an argument or a result named {value}; use a generated column"
+                " of another name, with a UNIQUE index"
             )
         return value
 
@@ -80,7 +80,8 @@ class Target(Section):
     def filters_are_no_other_placeholders(cls, value: list[str]) -> list[str]:
         if taken := sorted(PLACEHOLDERS.intersection(value)):
             raise ValueError(
-                f":{taken[0]} already stands for something else in the statements; use a generated column of another name"
+                f":{taken[0]} already stands for something else in the statements;"
+                " use a generated column of another name"
             )
         if len(set(value)) < len(value):
             raise ValueError("a column is named twice")
