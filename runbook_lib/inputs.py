@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, partition_checks, rights, versions
+from runbook_lib import db, free_names, partition_checks, rights, versions
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import spelled
 from runbook_lib.params import Params
@@ -21,15 +21,6 @@ SQL = load("inputs")
 NOTHING_STARTED = "nothing was started; the run would break half-way"
 MEND = "mend the params file and run the same command again"
 KEY_TYPES = ("bigint", "integer", "uuid", "text", "character varying")
-KINDS = {
-    "v": "a view",
-    "m": "a materialized view",
-    "f": "a foreign table",
-    "S": "a sequence",
-    "i": "an index",
-    "I": "an index",
-    "c": "a composite type",
-}
 # Roles that managed services let install extensions instead of a superuser: Amazon, Google, Microsoft.
 ADMINISTRATORS = ["rds_superuser", "cloudsqlsuperuser", "azure_pg_admin"]
 LEGACY_TIMEOUT = "10s"
@@ -128,7 +119,7 @@ def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
     for column in params.target.filters:
         yield _filter_column(look, column)
     yield from rights.check(look.connection, look.params, look.server, look.table)
-    yield _new_columns(look)
+    yield from free_names.check(connection, params, columns)
     yield from _search(look)
     yield legacy_query_runs(connection, params)
     if params.target.key in columns:
@@ -213,7 +204,6 @@ def _find_table(connection: db.Connection, params: Params) -> db.Row | None:
 
 
 def _table_gate(connection: db.Connection, params: Params, found: db.Row | None) -> Gate:
-    kinds = {"r": "a table", "p": "a partitioned table"} | KINDS
     do = "name the table behind it" if found else MEND
     if found is None:
         tables = [(r["schema"], r["table"]) for r in db.rows(connection, SQL["tables"], params)]
@@ -222,7 +212,7 @@ def _table_gate(connection: db.Connection, params: Params, found: db.Row | None)
         "inputs.table_exists",
         found is not None and found["kind"] in ("r", "p"),
         spelled(params, "table"),
-        found=kinds[found["kind"]] if found else "no such table",
+        found=free_names.KINDS[found["kind"]] if found else "no such table",
         needed="a table that columns can be added to",
         danger=NOTHING_STARTED,
         do=do,
@@ -309,31 +299,6 @@ def _filter_column(look: _Look, column: str) -> Gate:
         return _missing(look, "inputs.filter_column_exists", column, "a column to filter by")
     kind = look.columns[column]["type"]
     return gate("inputs.filter_column_exists", True, f"{column} of {look.subject}", found=kind, needed="a column")
-
-
-def _new_columns(look: _Look) -> Gate:
-    vector = look.params.vector.column
-    taken = [c for c in (vector, f"{vector}_updated_at", f"{vector}_hash") if c in look.columns]
-    ours = bool(taken) and _added_by_runbook(look)
-    return gate(
-        "inputs.new_columns_are_free",
-        not taken or ours,
-        look.subject,
-        found=f"{', '.join(taken)} {'made by this runbook' if ours else 'there, not made by this runbook'}"
-        if taken
-        else "free",
-        needed=f"{vector}, {vector}_updated_at and {vector}_hash free, or made by this runbook",
-        danger="the backfill would overwrite, and the way back would drop, what somebody else keeps there",
-        do="name another column in vector.column",
-    )
-
-
-def _added_by_runbook(look: _Look) -> bool:
-    try:
-        return bool(db.one(look.connection, SQL["added_by_runbook"], look.params)["added"])
-    except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
-        # No ledger, or one that this role cannot read, which a gate of its own says.
-        return False
 
 
 def _search(look: _Look) -> Iterator[Gate]:

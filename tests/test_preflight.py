@@ -11,7 +11,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import inputs, preflight
+from runbook_lib import extension, inputs, preflight, schema
 from runbook_lib.gates import BadInput, Gate, Gates
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
@@ -220,6 +220,33 @@ def test_columns_that_the_runbook_made_are_not_in_its_way(
     assert _failed(inputs.input_problems(make_params())) == ["inputs.new_columns_are_free"]
 
 
+def test_a_side_table_that_the_runbook_did_not_make_is_refused(
+    articles: Connection, open_phase: OpenPhase, make_params: MakeParams
+) -> None:
+    articles.execute("CREATE TABLE articles_embedding (id bigint, note text)")
+    beside = {"layout": "side_table"}
+    phase = open_phase("30_expand_schema", vector=beside)
+    assert str(_only(inputs.input_problems(make_params(vector=beside)))) == (
+        'FAIL    inputs.side_table_is_free   "public"."articles_embedding"\n'
+        "  found   a table, not made by this runbook\n"
+        "  needed  no relation by that name, or the one that this runbook made\n"
+        "  danger  the backfill would put vectors into it, and the way back would drop what somebody else keeps"
+        " there\n"
+        "  do      name another column in vector.column: the table beside is called articles_<column>; or set"
+        " vector.layout: column"
+    )
+    assert inputs.input_problems(make_params()).passed, "in the column's layout the name is of no concern"
+    articles.execute("DROP TABLE articles_embedding; CREATE VIEW articles_embedding AS SELECT 1 AS one")
+    assert _only(inputs.input_problems(make_params(vector=beside))).found == "a view, not made by this runbook"
+    articles.execute("DROP VIEW articles_embedding")
+    extension.apply(phase)
+    schema.apply(phase)
+    assert inputs.input_problems(make_params(vector=beside)).passed, "its own is not in its way"
+    schema.undo(phase)
+    articles.execute("CREATE TABLE articles_embedding (id bigint)")
+    assert _failed(inputs.input_problems(make_params(vector=beside))) == ["inputs.side_table_is_free"]
+
+
 @pytest.mark.parametrize(
     ("query", "found"),
     [
@@ -344,6 +371,8 @@ def test_a_quiet_database_passes_every_risk(open_phase: OpenPhase) -> None:
         "preflight.no_old_snapshot",
         "preflight.no_prepared_transactions",
         "preflight.memory_fits_index",
+        "preflight.shared_memory_holds_build",
+        "preflight.disk_holds_it",
         "preflight.wal_slots_healthy",
     ]
 
@@ -390,8 +419,9 @@ def test_memory_that_does_not_hold_the_index_says_how_much_would(articles: Conne
         "  found   200,000 rows want 136 MB while the index is built\n"
         "  needed  at most 60 MB, of index.maintenance_work_mem_mb: 64\n"
         "  danger  pgvector writes the unfinished graph to disk and goes on ten times as slowly\n"
-        "  do      set index.maintenance_work_mem_mb: 141, or vector.type: halfvec, or index.method: ivfflat;"
-        " the server must have that memory to spare"
+        "  do      set index.maintenance_work_mem_mb: 141, if the server has that to spare;"
+        " or index.storage: halfvec (133 MB while it is built, 61 MB after);"
+        " or index.method: ivfflat (200 lists, 14 probes to start with, 8.3 MB while it is built, 11 MB after)"
     )
     again = open_phase(index={"maintenance_work_mem_mb": 141})
     assert preflight.look(again).passed

@@ -50,11 +50,11 @@ FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.
 WHERE i.indrelid = %(oid)s AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indnkeyatts = 1
   AND i.indpred IS NULL AND i.indexprs IS NULL AND a.attname = %(key)s;
 
--- name: added_by_runbook
--- purpose: Did the runbook add the columns for this target, and not take them away since?
-SELECT coalesce(max(seq) FILTER (WHERE kind = 'statement' AND body->>'name' = 'schema.add_columns'), 0)
-     > coalesce(max(seq) FILTER (WHERE (kind = 'statement' AND body->>'name' = 'schema.drop_columns')
-        OR (kind = 'phase' AND phase = '30_expand_schema' AND body->>'verdict' = 'UNDONE')), 0) AS added
+-- name: made_by_runbook
+-- purpose: Did the runbook make this for the target, by that statement, and not take it away since?
+SELECT coalesce(max(seq) FILTER (WHERE kind = 'statement' AND body->>'name' = %(made)s), 0)
+     > coalesce(max(seq) FILTER (WHERE (kind = 'statement' AND body->>'name' = %(dropped)s)
+        OR (kind = 'phase' AND phase = '30_expand_schema' AND body->>'verdict' = 'UNDONE')), 0) AS made
 FROM {entry} WHERE target = {target_name};
 
 -- name: unknown_roles
