@@ -27,6 +27,13 @@ T = TypeVar("T")
 CONNECT_TIMEOUT_S = 10
 FIRST_WAIT_BETWEEN_TRIES_S = 0.1
 
+# What passes by itself: a lock that others hold, or a row that an update of its partition key has just moved.
+NOT_NOW = (
+    psycopg.errors.LockNotAvailable,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.SerializationFailure,
+)
+
 # PostgreSQL manual, "Explicit Locking": what each level keeps others from doing.
 BLOCKED_BY = {
     "ACCESS EXCLUSIVE": "every read and write",
@@ -256,7 +263,7 @@ def in_short_tries(
             with connection.transaction():
                 connection.execute("SELECT set_config('lock_timeout', %s, true)", [f"{params.locks.timeout_ms}ms"])
                 return work(), tries
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+        except NOT_NOW:
             say(f"  {name}: try {tries} of {params.locks.tries} did not get its lock; {holders(connection, params)}")
             if tries < params.locks.tries:
                 sleep(wait_s)
@@ -273,11 +280,15 @@ def holders(connection: Connection, params: Params) -> str:
     """The sessions that hold a lock on the table, those with the oldest transaction first, as one line."""
     held = connection.execute(
         """
+        WITH RECURSIVE part AS (
+            SELECT to_regclass(%s)::oid AS oid
+            UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
+        )
         SELECT a.pid, a.usename, a.application_name, a.state,
                extract(epoch FROM now() - a.xact_start)::int AS seconds,
                string_agg(DISTINCT l.mode, ', ') AS modes
         FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-        WHERE l.granted AND l.relation = to_regclass(%s) AND a.pid <> pg_backend_pid()
+        WHERE l.granted AND l.relation IN (SELECT oid FROM part) AND a.pid <> pg_backend_pid()
         GROUP BY 1, 2, 3, 4, 5 ORDER BY seconds DESC NULLS LAST LIMIT 3
         """,
         [spelled(params, "table")],

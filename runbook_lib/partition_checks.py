@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from psycopg import sql
 
@@ -95,4 +95,29 @@ def key_is_unique(connection: db.Connection, params: Params, table: db.Row, not_
         " index",
         danger="a row would get no vector, or every batch would read the whole table",
         do=" ".join(text for held, text in todo if not held).rstrip(";") + ";",
+    )
+
+
+def captures(connection: db.Connection, params: Params, triggers: Sequence[str]) -> Iterator[Gate]:
+    """Gate: each of these triggers of a partitioned table is on every partition and enabled; none for another."""
+    subject = spelled(params, "table")
+    parts = partitions.tree(connection, params, subject)
+    if not parts or parts[0].kind != partitions.PARTITIONED:
+        return
+    leaves = partitions.leaves(parts)
+    values = {"relations": [p.oid for p in leaves], "triggers": list(triggers), "wanted": len(triggers)}
+    deaf = [row["shown"] for row in db.rows(connection, partitions.SQL["captured"], params, **values)]
+    yield gate(
+        "schema.every_partition_captures",
+        not deaf,
+        subject,
+        found=f"{', '.join(deaf[:SHOWN_PARTITIONS])} of {len(leaves)} partitions do not"
+        if deaf
+        else f"{len(leaves)} of {len(leaves)} partitions",
+        needed="both triggers on every partition, enabled",
+        danger="rows that are written to those partitions keep no vector, or an old one",
+        do=f"ALTER TABLE {deaf[0]} ENABLE TRIGGER …, for each trigger of {params.target.table} named runbook_…"
+        if deaf
+        else "",
+        figures={"partitions": len(leaves), "deaf": len(deaf)},
     )

@@ -79,3 +79,18 @@ def indexes(connection: db.Connection, params: Params, parts: Sequence[Part]) ->
     """Every vector index on these relations, attached or not, whole or left over."""
     found = db.rows(connection, SQL["indexes"], params, relations=[part.oid for part in parts])
     return [PartIndex(**row | {"options": tuple(row["options"])}) for row in found]
+
+
+def with_their_parents(connection: db.Connection, params: Params, names: Sequence[str]) -> set[str]:
+    """These indexes, by name, and the partitioned indexes that they are part of: a plan names a partition's own."""
+    found = db.rows(connection, SQL["with_their_parents"], params, names=list(names))
+    return {row["name"] for row in found}
+
+
+def without_index(connection: db.Connection, params: Params, table: str) -> list[str]:
+    """The partitions of this table, as SQL spells them, that have no usable vector index; none of an ordinary one."""
+    parts = tree(connection, params, table)
+    if not parts or parts[0].kind != PARTITIONED:
+        return []
+    usable = {x.relation for x in indexes(connection, params, parts) if x.usable}
+    return [part.shown for part in leaves(parts) if part.oid not in usable]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runbook_lib import db
+from runbook_lib import db, partition_checks
 from runbook_lib.display import Table
 from runbook_lib.filling import pruning, sidetable
 from runbook_lib.gates import Gate, Gates, collect, gate
@@ -67,7 +67,9 @@ def apply(phase: Phase) -> Table:
 
 def verify(phase: Phase) -> Gates:
     """The column is what was asked for, the table is otherwise unchanged, and a change of text arrives."""
-    return collect([_column_has_right_type(phase), _only_ours_was_added(phase), _changes_arrive(phase)])
+    gates = [_column_has_right_type(phase), _only_ours_was_added(phase), _changes_arrive(phase)]
+    triggers = [trigger_name(phase.params, "insert"), trigger_name(phase.params, "update")]
+    return collect([*gates, *partition_checks.captures(phase.connection, phase.params, triggers)])
 
 
 def _column_has_right_type(phase: Phase) -> Gate:

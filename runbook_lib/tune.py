@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import choose, classes, evaluate, exact, explain, replica, sweep, together
 from runbook_lib.measuring.choose import Choice
 from runbook_lib.measuring.classes import Asked
+from runbook_lib.measuring.prepared import reads_index
 from runbook_lib.measuring.prepared import reads_index
 from runbook_lib.measuring.sweep import Measured, Way
 from runbook_lib.names import index_name, spelled

@@ -42,6 +42,7 @@ def create_articles(connection: psycopg.Connection[Any], kind: Kind) -> None:
         CREATE TABLE articles (
             id bigint NOT NULL DEFAULT nextval('articles_id_seq'), tenant text NOT NULL,
             title text, body text, status text NOT NULL DEFAULT 'Stable', views int NOT NULL DEFAULT 0,
+            padding text NOT NULL DEFAULT repeat('x', 1500),
             tsv tsvector GENERATED ALWAYS AS
                 (to_tsvector('english', coalesce(title, '') || ' ' || coalesce(body, ''))) STORED,
             PRIMARY KEY {KEY[kind]}

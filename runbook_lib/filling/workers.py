@@ -17,8 +17,6 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import psycopg
-
 from runbook_lib import db
 from runbook_lib.display import duration
 from runbook_lib.filling import health, windows
@@ -289,6 +287,6 @@ def _update(desk: _Desk, keys: Sequence[Any]) -> Batch:
             before = db.one(desk.connection, SQL["hot"], p, part=part)
             rows = desk.connection.execute(update, {"keys": list(keys)}).rowcount
             after = db.one(desk.connection, SQL["hot"], p, part=part)
-    except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+    except db.NOT_NOW:
         return Batch(0, 0, time.perf_counter() - started, put_off=len(keys))
     return Batch(rows, after["hot"] - before["hot"], time.perf_counter() - started)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import psycopg
 
-from runbook_lib import db, forecast
+from runbook_lib import db, forecast, partitions
 from runbook_lib.display import number
 from runbook_lib.measuring.prepared import SQL, Planned, Sent, plan_of, vector_indexes
 from runbook_lib.measuring.statement import VectorSearch, casts_without_dimension, find, named
@@ -60,7 +60,7 @@ class _Case:
         """Would that plan read a vector index?"""
         names = {row["name"] for row in vector_indexes(self.connection, self.params)}
         found = self.plan(text, settings, kind)
-        return found is not None and found.index in names
+        return found is not None and found.by_index in names
 
     def setting(self, name: str) -> db.Row:
         return db.one(self.connection, SQL["setting"], self.params, name=name)
@@ -79,6 +79,12 @@ def diagnose(phase: Phase, connection: db.Connection, sent: Sent, kind: str) -> 
     usable = [row for row in found if row["usable"]]
     if not usable:
         return _invalid(found[0])
+    if lacking := partitions.without_index(connection, p, spelled(p, "vectors")):
+        return Cause(
+            "partition_without_index",
+            f"no vector index on {', '.join(lacking)}",
+            "run 60_build_index with execute: true; it builds what these partitions lack",
+        )
     case = _Case(p, connection, sent, kind, usable[0])
     if case.uses(sent.text, CHEAP):
         return _of_price(case)

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 from psycopg import sql
 
-from runbook_lib import db, search
+from runbook_lib import db, partitions, search
 from runbook_lib.gates import Gate, gate
 from runbook_lib.measuring import diagnose, evaluate, replica
 from runbook_lib.measuring.prepared import EXECUTIONS_TO_A_GENERIC_PLAN, Sent, fresh_name, plan_of, vector_indexes
 from runbook_lib.measuring.statement import bound
-from runbook_lib.names import identifier, index_name, names
+from runbook_lib.names import identifier, index_name, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -86,7 +86,8 @@ def judge(phase: Phase, connection: db.Connection, sent: Sent, kind: str) -> Gat
     """Gate: the plan of this statement reads a vector index below a LIMIT; otherwise it names the cause."""
     indexes = {row["name"] for row in vector_indexes(connection, phase.params)}
     found = plan_of(connection, sent, kind)
-    holds = found.index in indexes and found.limited
+    lacking = partitions.without_index(connection, phase.params, spelled(phase.params, "vectors"))
+    holds = found.by_index in indexes and found.limited and not (found.sorted_whole and lacking)
     cause = None if holds else diagnose.diagnose(phase, connection, sent, kind)
     return gate(
         f"explain.{kind}_plan_uses_the_index",

@@ -10,8 +10,8 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import db
-from runbook_lib.names import spelled
+from runbook_lib import db, partitions
+from runbook_lib.names import index_name, spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -19,6 +19,8 @@ SQL = load("explain")
 
 # A prepared statement may turn to a generic plan after its fifth execution; PostgreSQL manual, PREPARE.
 EXECUTIONS_TO_A_GENERIC_PLAN = 6
+# So few rows are read sooner than an index is entered, so the planner is right to.
+SMALL_PARTITION_ROWS = 1000
 PARAMETER = re.compile(r"\$(\d+)\b")
 _probes = count(1)
 
@@ -55,12 +57,22 @@ class Sent:
 
 @dataclass(frozen=True)
 class Planned:
-    """What the server means to do: the node that reads the table, the index it reads by, and the price."""
+    """What the server means to do: the node that reads the table, the index it reads by, and the price.
+
+    sorted_whole: partitions, with their rows, that are read whole and sorted beside others that are read by an index.
+    """
 
     scan: str
     index: str
     limited: bool
     cost: float
+    sorted_whole: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def by_index(self) -> str:
+        """The index, unless a partition that is not small is read without it."""
+        large = any(rows > SMALL_PARTITION_ROWS for _, rows in self.sorted_whole)
+        return "" if large else self.index
 
 
 def plan_of(
@@ -91,12 +103,29 @@ def _planned(top: dict[str, Any]) -> Planned:
     nodes = list(_nodes(top))
     ordered = [n for n, _ in nodes if "Order By" in n]
     scan = next(iter(ordered), next((n for n, _ in nodes if "Relation Name" in n), {}))
+    described = f"{scan.get('Node Type', 'no scan')} {scan.get('Index Name') or scan.get('Relation Name', '')}"
+    whole = tuple(_sorted_whole(nodes))
+    if len(ordered) > 1:
+        described = f"Merge Append of {len(ordered)} index scans, {described} the first"
+    if whole:
+        described += "; read whole: " + ", ".join(f"{name} ({rows} rows)" for name, rows in whole)
     return Planned(
-        scan=f"{scan.get('Node Type', 'no scan')} {scan.get('Index Name') or scan.get('Relation Name', '')}".strip(),
+        scan=described.strip(),
+        sorted_whole=whole,
         index=scan.get("Index Name", "") if ordered else "",
         limited=any(limited for n, limited in nodes if n is scan),
         cost=float(top.get("Total Cost", 0)),
     )
+
+
+def _sorted_whole(nodes: list[tuple[dict[str, Any], bool]]) -> Iterator[tuple[str, int]]:
+    """Relations that a Merge Append reads whole and sorts, beside others that an index gives in order."""
+    for node, _ in nodes:
+        branches = [[n for n, _ in _nodes(child)] for child in node.get("Plans", [])]
+        if node.get("Node Type") == "Merge Append" and any("Order By" in n for branch in branches for n in branch):
+            for branch in branches:
+                if not any("Order By" in n for n in branch):
+                    yield from ((n["Relation Name"], n["Plan Rows"]) for n in branch if "Relation Name" in n)
 
 
 def _nodes(node: dict[str, Any], limited: bool = False) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -104,6 +133,17 @@ def _nodes(node: dict[str, Any], limited: bool = False) -> Iterator[tuple[dict[s
     yield node, limited
     for child in node.get("Plans", []):
         yield from _nodes(child, limited or node.get("Node Type") == "Limit")
+
+
+def reads_index(connection: db.Connection, params: Params, top: dict[str, Any]) -> bool:
+    """Does this plan read the runbook's index, or that of a partition which is part of it? top: the plan's root."""
+    found = partitions.with_their_parents(connection, params, indexes_in(top))
+    return any(index_name(params) in name for name in found)
+
+
+def indexes_in(top: dict[str, Any]) -> list[str]:
+    """The names of the indexes that a plan reads."""
+    return list(dict.fromkeys(n["Index Name"] for n, _ in _nodes(top) if "Index Name" in n))
 
 
 def vector_indexes(connection: db.Connection, params: Params) -> list[db.Row]:

@@ -16,7 +16,7 @@ import psycopg
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, search, tune
+from runbook_lib import db, partitions, search, tune
 from runbook_lib.gates import RunbookError
 from runbook_lib.measuring import evaluate
 from runbook_lib.measuring.evaluate import Query
@@ -113,7 +113,8 @@ def _settings(phase: Phase) -> dict[str, str]:
 
 
 def _uses(connection: db.Connection, phase: Phase, asked: Questions, index: str) -> bool:
-    return index in _indexes_used(connection, phase, asked.statement, asked.queries[0], asked.vectors[0])
+    used = _indexes_used(connection, phase, asked.statement, asked.queries[0], asked.vectors[0])
+    return index in partitions.with_their_parents(connection, phase.params, used)
 
 
 def _indexes_used(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pgvector.psycopg import register_vector
@@ -16,7 +17,7 @@ from psycopg import sql
 from runbook_lib import db, search
 from runbook_lib.measuring import evaluate, replica
 from runbook_lib.measuring.classes import Asked
-from runbook_lib.names import index_name
+from runbook_lib.measuring.prepared import reads_index
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
@@ -208,11 +209,11 @@ def _explain(
         row = connection.execute(explained, _values(phase, question), prepare=False).fetchone()
         root = row["QUERY PLAN"][0]["Plan"] if row else {}
         pages.append(root.get("Shared Hit Blocks", 0) + root.get("Shared Read Blocks", 0))
-        plans.append(_plan(phase, json.dumps(root)))
+        plans.append(_plan(phase, root))
     return int(np.median(pages)) if pages else 0, ", ".join(dict.fromkeys(plans))
 
 
-def _plan(phase: Phase, explained: str) -> str:
-    if index_name(phase.params) in explained:
+def _plan(phase: Phase, root: dict[str, Any]) -> str:
+    if reads_index(phase.connection, phase.params, root):
         return VECTOR_INDEX
-    return "whole table" if "Seq Scan" in explained else "filter's index"
+    return "whole table" if "Seq Scan" in json.dumps(root) else "filter's index"

@@ -49,8 +49,12 @@ WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash;
 
 -- name: hot
 -- purpose: Updates of this session that are not reported yet, and how many of them touched no index.
-SELECT pg_stat_get_xact_tuples_updated(to_regclass(%(part)s)) AS updates,
-       pg_stat_get_xact_tuples_hot_updated(to_regclass(%(part)s)) AS hot;
+WITH RECURSIVE part AS (
+    SELECT to_regclass(%(part)s)::oid AS oid
+    UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
+)
+SELECT coalesce(sum(pg_stat_get_xact_tuples_updated(oid)), 0)::bigint AS updates,
+       coalesce(sum(pg_stat_get_xact_tuples_hot_updated(oid)), 0)::bigint AS hot FROM part;
 
 -- name: left
 -- purpose: Rows that still want a vector, counted by their texts as they are now.
@@ -82,4 +86,9 @@ SELECT count(*) AS changes, count(DISTINCT key) AS rows FROM {queue};
 
 -- name: server_counts
 -- purpose: Where the WAL stands, and how large the relation that holds the vectors is.
-SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint AS wal, pg_table_size(to_regclass(%(table)s)) AS bytes;
+WITH RECURSIVE part AS (
+    SELECT to_regclass(%(table)s)::oid AS oid
+    UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
+)
+SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint AS wal,
+       coalesce(sum(pg_table_size(oid)), 0)::bigint AS bytes FROM part;

@@ -2,9 +2,12 @@
 
 -- name: rows
 -- purpose: Rows of the table, as the planner estimates them; partitions are added up.
+WITH RECURSIVE part AS (
+    SELECT to_regclass(%(table)s)::oid AS oid
+    UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
+)
 SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS rows
-FROM pg_class c
-WHERE c.oid = to_regclass(%(table)s) OR c.oid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(table)s)));
+FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
 
 -- name: values
 -- purpose: Share of the rows by value, rarest first: every common value, and a few rare ones spread over their ranks.

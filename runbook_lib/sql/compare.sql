@@ -14,8 +14,13 @@ LIMIT %(k)s;
 SELECT text, tsvector_to_array(to_tsvector('simple', text)) AS words FROM unnest(%(texts)s::text[]) AS text;
 
 -- name: estimated_rows
--- purpose: Rows of the table by the planner's estimate.
-SELECT greatest(reltuples, 0)::bigint AS rows FROM pg_class WHERE oid = to_regclass(%(table)s);
+-- purpose: Rows of the table by the planner's estimate; partitions are added up.
+WITH RECURSIVE part AS (
+    SELECT to_regclass(%(table)s)::oid AS oid
+    UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
+)
+SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS rows
+FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
 
 -- name: document_frequency
 -- purpose: In which share of the rows, or of a sample of the table's pages, each of these words stands.

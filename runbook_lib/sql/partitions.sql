@@ -52,6 +52,15 @@ SELECT t.{key}::text AS key FROM {table} t GROUP BY t.{key} HAVING count(*) > 1 
 SELECT format('%%I.%%I', n.nspname, c.relname) AS shown
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = ANY (%(relations)s::oid[])
-  AND (SELECT count(*) FROM pg_trigger g JOIN pg_proc f ON f.oid = g.tgfoid
+  AND (SELECT count(*) FROM pg_trigger g
        WHERE g.tgrelid = c.oid AND g.tgenabled IN ('O', 'A') AND g.tgname = ANY (%(triggers)s)) < %(wanted)s
 ORDER BY c.oid;
+
+-- name: with_their_parents
+-- purpose: These indexes, and the partitioned ones that they are part of.
+WITH RECURSIVE up AS (
+    SELECT c.oid, c.relname FROM pg_class c WHERE c.relname = ANY (%(names)s) AND c.relkind IN ('i', 'I')
+    UNION
+    SELECT p.oid, p.relname FROM up JOIN pg_inherits h ON h.inhrelid = up.oid JOIN pg_class p ON p.oid = h.inhparent
+)
+SELECT DISTINCT relname::text AS name FROM up;

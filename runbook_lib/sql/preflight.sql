@@ -7,7 +7,8 @@ WITH part AS (
     UNION SELECT p.relid FROM pg_partition_tree(to_regclass(%(table)s)) p WHERE p.isleaf
 )
 SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS estimated_rows,
-    coalesce(bool_and(c.reltuples > 0), false) AS analyzed,
+    coalesce(bool_and(c.reltuples > 0 OR pg_relation_size(c.oid) = 0) AND bool_or(c.reltuples > 0), false) AS analyzed,
+    coalesce(max(greatest(c.reltuples, 0)), 0)::bigint AS largest_partition_rows,
     count(*) FILTER (WHERE c.oid <> to_regclass(%(table)s)) AS partitions,
     coalesce(sum(pg_relation_size(c.oid)), 0)::bigint AS heap_bytes,
     coalesce(sum(pg_table_size(c.oid) - pg_relation_size(c.oid)), 0)::bigint AS toast_bytes,
@@ -26,9 +27,11 @@ FROM part JOIN pg_class c USING (oid) LEFT JOIN pg_stat_all_tables s ON s.relid 
 SELECT count(*) AS rows FROM {table};
 
 -- name: indexes
--- purpose: The table's indexes with their sizes; each of them is written to by an update that is not HOT.
+-- purpose: The table's indexes with their sizes, those of partitions added up; each of them is written to by an update that is not HOT.
 SELECT i.indexrelid::regclass::text AS index, m.amname::text AS method,
-    pg_relation_size(i.indexrelid)::bigint AS bytes, i.indisvalid AS valid
+    (WITH RECURSIVE part AS (
+        SELECT i.indexrelid AS oid UNION ALL SELECT h.inhrelid FROM part JOIN pg_inherits h ON h.inhparent = part.oid
+     ) SELECT sum(pg_relation_size(oid)) FROM part)::bigint AS bytes, i.indisvalid AS valid
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
 WHERE i.indrelid = to_regclass(%(table)s) ORDER BY 1;
 

@@ -26,7 +26,11 @@ WHERE a.datname = current_database() AND coalesce(a.backend_type, 'client backen
 ORDER BY a.backend_start NULLS FIRST;
 
 -- name: vacuums
--- purpose: How often the relation that holds the vectors was vacuumed, and since when that is counted.
+-- purpose: How often the relation that holds the vectors, or a partition of it, was vacuumed, and since when it counts.
+WITH RECURSIVE part AS (
+    SELECT to_regclass(%(vectors)s)::oid AS oid
+    UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
+)
 SELECT coalesce(sum(s.vacuum_count + s.autovacuum_count), 0)::bigint AS vacuums,
        (SELECT d.stats_reset FROM pg_stat_database d WHERE d.datname = current_database()) AS counted_since
-FROM pg_stat_all_tables s WHERE s.relid = to_regclass(%(vectors)s);
+FROM pg_stat_all_tables s WHERE s.relid IN (SELECT oid FROM part);

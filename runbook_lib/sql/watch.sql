@@ -1,10 +1,15 @@
 -- Operate 20: what is looked at again and again. All of it only reads.
 
 -- name: size
--- purpose: Rows by the planner's estimate, rows alive and dead by the statistics, of the relation with the vectors.
-SELECT greatest(c.reltuples, 0)::bigint AS rows,
-       pg_stat_get_live_tuples(c.oid) AS live, pg_stat_get_dead_tuples(c.oid) AS dead
-FROM pg_class c WHERE c.oid = to_regclass(%(table)s);
+-- purpose: Rows by the planner's estimate, rows alive and dead by the statistics; partitions are added up.
+WITH RECURSIVE part AS (
+    SELECT to_regclass(%(table)s)::oid AS oid
+    UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
+)
+SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS rows,
+       coalesce(sum(pg_stat_get_live_tuples(c.oid)), 0)::bigint AS live,
+       coalesce(sum(pg_stat_get_dead_tuples(c.oid)), 0)::bigint AS dead
+FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
 
 -- name: freshness
 -- purpose: Rows whose vector is missing or of an older text, though nothing is queued for them.
