@@ -17,7 +17,6 @@ from runbook_lib.measuring import choose, classes, evaluate, exact, explain, rep
 from runbook_lib.measuring.choose import Choice
 from runbook_lib.measuring.classes import Asked
 from runbook_lib.measuring.prepared import reads_index
-from runbook_lib.measuring.prepared import reads_index
 from runbook_lib.measuring.sweep import Measured, Way
 from runbook_lib.names import index_name, spelled
 from runbook_lib.phase import Phase
