@@ -224,7 +224,7 @@ def verify(phase: Phase) -> Gates:
     left = db.one(phase.connection, SQL["left"], p)
     queued = db.one(phase.connection, SQL["queued"], p)
     table = f"{p.target.schema_}.{p.target.table}"
-    waiting = f"; {number(queued['rows'])} rows are queued" if queued["rows"] else ""
+    waiting = f"; {refresh.waiting(phase)}" if queued["rows"] else ""
     return collect(
         [
             gate(

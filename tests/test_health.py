@@ -2,14 +2,13 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from runbook_lib import db
 from runbook_lib.filling import health, windows
 from runbook_lib.filling.health import State, Watch
 from runbook_lib.phase import Phase
@@ -104,9 +103,34 @@ def test_what_the_role_may_not_ask_is_not_available(
     )
 
 
-def test_autovacuum_at_work_on_the_table(phase: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def restless_autovacuum(articles: psycopg.Connection[Any]) -> Iterator[None]:
+    """The launcher looks every second, and takes its time on the table."""
+    slow = {"vacuum_cost_delay": 100, "vacuum_cost_limit": 1, "vacuum_threshold": 0, "vacuum_scale_factor": 0}
+    options = ", ".join(f"autovacuum_{name} = {value}" for name, value in slow.items())
+    articles.execute(f"ALTER TABLE articles SET ({options})")
+    articles.execute("ALTER SYSTEM SET autovacuum_naptime = '1s'")
+    articles.execute("SELECT pg_reload_conf()")
+    yield
+    articles.execute("ALTER SYSTEM RESET autovacuum_naptime")
+    articles.execute("SELECT pg_reload_conf()")
+
+
+@pytest.mark.usefixtures("restless_autovacuum")
+def test_autovacuum_at_work_on_the_table(phase: Callable[..., Phase], articles: psycopg.Connection[Any]) -> None:
     opened = phase()
-    at_work = [{"pid": 7, "phase": "scanning heap", "relation": "articles"}]
-    monkeypatch.setattr(db, "rows", lambda *args, **values: at_work)
-    found = health._autovacuum(opened.connection, opened.params, Watch())
-    assert (found.state, found.reason) == (State.STOP, "at work on articles, scanning heap")
+    articles.execute("INSERT INTO articles (title) SELECT 'row ' || i FROM generate_series(1, 3000) i")
+    articles.execute("UPDATE articles SET views = views + 1")
+    found, until = answers(opened)["autovacuum"], time.monotonic() + 60
+    while found.state is State.NORMAL:
+        assert time.monotonic() < until, "no autovacuum came"
+        time.sleep(0.05)
+        found = answers(opened)["autovacuum"]
+    assert found.state is State.STOP
+    assert found.reason.startswith("at work on articles, ")
+    let_go = opened.params.model_copy(
+        update={"health": opened.params.health.model_copy(update={"pause_for_autovacuum": False})}
+    )
+    assert health._autovacuum(opened.connection, let_go, Watch()).state is State.NORMAL
+    articles.execute("DROP TABLE articles")
+    assert answers(opened)["autovacuum"].reason == "not at work on the table"
