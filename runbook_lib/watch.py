@@ -16,7 +16,7 @@ from runbook_lib.display import Table, duration, number, size
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.ledger import Ledger
-from runbook_lib.measuring import evaluate, explain, replica
+from runbook_lib.measuring import evaluate, explain, replica, standing
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.names import names, spelled
@@ -45,7 +45,9 @@ def look(phase: Phase) -> Gates:
     if _standing(phase) is None:
         phase.note("standing", {"settings": seen["settings"], "source": seen["source"]})
     gates = list(_gates(phase, seen))
-    phase.note("watch", {**seen, "verdicts": {g.name: str(g.verdict) for g in gates}})
+    # Several gates may have one name: the one that did not pass is what the next look must know.
+    by_name = sorted(gates, key=lambda g: g.verdict != Verdict.PASS)
+    phase.note("watch", {**seen, "verdicts": {g.name: str(g.verdict) for g in by_name}})
     return collect(gates)
 
 
@@ -64,6 +66,7 @@ def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
     if vector_indexes(phase.connection, phase.params):
         yield from explain.gates(phase)
         yield _recall_holds(phase)
+        yield from _recall_holds_by_filter(phase)
     yield from _relevance_holds(phase)
     yield from _rows_are_fresh(phase)
     yield _queue_is_young(phase)
@@ -134,10 +137,11 @@ def _recall_holds(phase: Phase) -> Gate:
     asked = [*queries, *(Query(f"row {row['key']}", "") for row in rows)]
     vectors = np.array([*embed.query_vectors(p, queries), *(_as_array(row["embedding"]) for row in rows)])
     statement = search.route_statement(phase.connection, p, "vector")
+    all_rows = search.route_statement(phase.connection, p, "vector", scan="exact")
 
     def exactly() -> search.Answers:
         with tune.exactly(phase) as connection:
-            return search.ask(connection, p, statement, asked, vectors, p.queries.k)
+            return search.ask(connection, p, all_rows, asked, vectors, p.queries.k)
 
     exact = replica.again(p, exactly)
     with explain.as_the_application(phase) as connection:
@@ -155,6 +159,32 @@ def _recall_holds(phase: Phase) -> Gate:
         do="run 70_tune again; if a higher setting does not reach it, build the index anew",
         figures={"recall": recall, "queries": len(queries), "rows": len(rows)},
     )
+
+
+def _recall_holds_by_filter(phase: Phase) -> Iterator[Gate]:
+    """The same for each class of filters that 70_tune chose a way for, values drawn anew, by the function itself."""
+    p = phase.params
+    if not p.target.filters or search.function_state(phase) is None:
+        return
+    chosen = random.Random(f"{phase.run_id} filters")  # noqa: S311 - a sample, not a secret
+    found = standing.strategy_classes(phase, chosen)
+    queries = evaluate.read_queries(p)
+    queries = chosen.sample(queries, min(p.watch.queries, len(queries)))
+    vectors = embed.query_vectors(p, queries)
+    questions = [standing.Question(q.text, v) for q, v in zip(queries, vectors, strict=True)]
+    questions += [standing.Question("", _as_array(row["embedding"]), row["key"]) for row in _some_rows(phase)]
+    needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
+    for now in standing.measure(phase, found, questions) if found else []:
+        yield gate(
+            "watch.recall_holds_by_filter",
+            now.recall >= needed,
+            f"{now.of} ({', '.join(now.of.shown())})",
+            found=f"recall@{p.queries.k} {now.recall:.3f} on {now.questions} questions, {now.short} short of rows",
+            needed=f"{needed:.3f}, the target less watch.largest_recall_loss",
+            danger="searches with this filter hide answers that exact search finds",
+            do="run 70_tune again, which measures this filter as the table is now",
+            figures={"recall": now.recall, "questions": now.questions, "short": now.short},
+        )
 
 
 def _some_rows(phase: Phase) -> list[db.Row]:

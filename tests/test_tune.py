@@ -73,15 +73,15 @@ def test_rows_stand_in_for_missing_queries_and_never_count_themselves(ready: Cal
     own = [q for q in questions if q.own_key]
     assert len(own) == 40, "the toy has forty queries"
     row = own[0]
-    assert sweep._found([(str(row.own_key), 0.0)], row) == 0.0
+    assert sweep.found_of([(str(row.own_key), 0.0)], row) == 0.0
 
 
 def test_an_answer_as_near_as_the_last_exact_one_counts_as_found() -> None:
     nearest = exact.Nearest(("1", "2"), (0.1, 0.2), 5)
     question = classes.Asked("", np.zeros(8), (), nearest)
-    assert sweep._found([("1", 0.1), ("3", 0.2)], question) == 1.0
-    assert sweep._found([("1", 0.1), ("3", 0.21)], question) == 0.5
-    assert np.isnan(sweep._found([], classes.Asked("", np.zeros(8), (), exact.Nearest((), (), 0))))
+    assert sweep.found_of([("1", 0.1), ("3", 0.2)], question) == 1.0
+    assert sweep.found_of([("1", 0.1), ("3", 0.21)], question) == 0.5
+    assert np.isnan(sweep.found_of([], classes.Asked("", np.zeros(8), (), exact.Nearest((), (), 0))))
 
 
 def test_the_interval_is_never_certain_and_knows_that_misses_come_together() -> None:

@@ -118,7 +118,7 @@ def _measure(phase: Phase, connection: db.Connection, way: Way, asked: Sequence[
             seconds.append(time.perf_counter() - started)
             expected = len(question.exact.keys)
             returned, wanted, short = returned + len(rows), wanted + expected, short + (len(rows) < expected)
-            shares.append(_found([(str(r["key"]), -r["score"]) for r in rows], question))
+            shares.append(found_of([(str(r["key"]), -r["score"]) for r in rows], question))
         buffers, plan = _explain(phase, connection, statement, asked[:EXPLAINED])
     times = evaluate.latency(seconds)
     answers = sum(len(q.exact.keys) for q in asked)
@@ -126,7 +126,7 @@ def _measure(phase: Phase, connection: db.Connection, way: Way, asked: Sequence[
     return Measured(
         way=way,
         questions=len(asked),
-        recall=_mean(shares),
+        recall=mean(shares),
         low=low,
         high=high,
         worst=_worst(shares, asked),
@@ -156,7 +156,7 @@ def _values(phase: Phase, question: Asked) -> dict[str, object]:
     return filters | dict(question.allowed) | own
 
 
-def _found(rows: Sequence[tuple[str, float]], question: Asked) -> float:
+def found_of(rows: Sequence[tuple[str, float]], question: Asked) -> float:
     """The share of the exact answers that were found; NaN where there is none to be found."""
     wanted = {key for key in question.exact.keys if key != question.own_key}
     if not wanted:
@@ -167,7 +167,8 @@ def _found(rows: Sequence[tuple[str, float]], question: Asked) -> float:
     return min(right, len(wanted)) / len(wanted)
 
 
-def _mean(shares: Sequence[float]) -> float:
+def mean(shares: Sequence[float]) -> float:
+    """Mean recall over the questions that have an answer to be found; 1.0 where none has."""
     known = [s for s in shares if not math.isnan(s)]
     return float(np.mean(known)) if known else 1.0
 
@@ -176,7 +177,7 @@ def _worst(shares: Sequence[float], asked: Sequence[Asked]) -> float:
     by_value: dict[object, list[float]] = {}
     for share, question in zip(shares, asked, strict=True):
         by_value.setdefault(question.allowed, []).append(share)
-    return min(_mean(s) for s in by_value.values())
+    return min(mean(s) for s in by_value.values())
 
 
 def interval(shares: Sequence[float], answers: int) -> tuple[float, float]:
