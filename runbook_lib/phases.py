@@ -29,6 +29,7 @@ OPERATE = {
     "20_watch": "70_tune",
     "30_update_extension": "60_build_index",
     "40_rebuild_index": "60_build_index",
+    "60_change_model": "80_shadow",
     "70_serve_filters": "70_tune",
 }
 # Share their work by claims on rows, or only read: they may run beside themselves and beside a run of the migration.

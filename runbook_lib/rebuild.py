@@ -64,7 +64,8 @@ def _with_tail(name: str, tail: str) -> str:
 
 def standing(phase: Phase) -> list[Standing]:
     """Every vector index of the table, as pg_index has it."""
-    found = db.rows(phase.connection, SQL["standing"], phase.params, vectors=spelled(phase.params, "vectors"))
+    values = {"vectors": spelled(phase.params, "vectors"), "column": phase.params.vector.column}
+    found = db.rows(phase.connection, SQL["standing"], phase.params, **values)
     return [
         Standing(
             row["name"],

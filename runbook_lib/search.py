@@ -13,7 +13,7 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db
+from runbook_lib import db, handover
 from runbook_lib.display import Table
 from runbook_lib.gates import Gates, collect, gate
 from runbook_lib.measuring import together
@@ -211,8 +211,9 @@ def _as_literal(phase: Phase, route: Route, scan: Scan = "index") -> sql.Composa
 def create_statement(phase: Phase, settings_of: Mapping[str, str] | None = None) -> db.Statement:
     """CREATE OR REPLACE of the function, with the index settings that it carries.
 
-    settings_of: by name, in place of those that it carries now.
+    settings_of: by name, in place of those that it carries now. Raises GateFailed where another target took it over.
     """
+    handover.require_own(phase)
     kept = carried_settings(phase) if settings_of is None else settings_of
     return db.statement(
         SQL["create_function"], phase.params, _function_names(phase) | {"kept_settings": _set_clauses(kept)}
@@ -238,7 +239,11 @@ def is_as_planned(phase: Phase) -> bool:
 
 
 def plan(phase: Phase) -> db.Plan:
-    """The tables of routes and strategies, this target's route, the function, and the grants."""
+    """The tables of routes and strategies, this target's route, the function, and the grants.
+
+    Raises GateFailed where another target took the function over.
+    """
+    handover.require_own(phase)
     extra = _function_names(phase)
     blocks = ["create_route", "create_strategy", "start_with_legacy", "create_function", "revoke_public"]
     statements = [db.statement(SQL[b], phase.params, extra) for b in blocks]

@@ -11,6 +11,7 @@ import numpy as np
 import psycopg
 
 DIMENSION = 8
+FINER = 16
 SUBJECTS = ("cookie", "password", "buffer", "index", "query", "session", "socket", "thread")
 VERBS = ("leaks", "overflows", "expires", "blocks", "returns")
 PLACES = ("on logout", "under load", "after a restart", "in a loop", "at midnight")
@@ -22,14 +23,28 @@ def embed(texts: list[str]) -> np.ndarray:
 
     Each text with words has a small direction of its own too: rows at one distance have no one right order.
     """
-    vectors = np.zeros((len(texts), DIMENSION), dtype=np.float32)
+    return _counted(texts, DIMENSION)
+
+
+def _counted(texts: list[str], dimension: int) -> np.ndarray:
+    vectors = np.zeros((len(texts), dimension), dtype=np.float32)
     for i, text in enumerate(texts):
         for word in text.lower().split():
-            vectors[i, hashlib.sha256(word.encode()).digest()[0] % DIMENSION] += 1
+            vectors[i, hashlib.sha256(word.encode()).digest()[0] % dimension] += 1
         if vectors[i].any():
-            vectors[i] += np.frombuffer(hashlib.sha256(text.encode()).digest()[:DIMENSION], np.uint8) / 2550
+            vectors[i] += np.frombuffer(hashlib.sha256(text.encode()).digest()[:dimension], np.uint8) / 2550
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(norms == 0, 1, norms)
+
+
+def embed_finer(texts: list[str]) -> np.ndarray:
+    """The same words in sixteen buckets: another model, of another dimension; shape (len(texts), 16), float32."""
+    return _counted(texts, FINER)
+
+
+def embed_otherwise(texts: list[str]) -> np.ndarray:
+    """Another model of the same dimension: the eight buckets in another order, so that no vector means the same."""
+    return embed(texts)[:, ::-1]
 
 
 def create_articles(connection: psycopg.Connection[Any], *, trigram: bool = True) -> None:

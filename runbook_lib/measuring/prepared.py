@@ -148,4 +148,5 @@ def indexes_in(top: dict[str, Any]) -> list[str]:
 
 def vector_indexes(connection: db.Connection, params: Params) -> list[db.Row]:
     """The vector indexes that a search could use, as the catalogue has them."""
-    return db.rows(connection, SQL["vector_indexes"], params, table=spelled(params, "vectors"))
+    values = {"table": spelled(params, "vectors"), "column": params.vector.column}
+    return db.rows(connection, SQL["vector_indexes"], params, **values)

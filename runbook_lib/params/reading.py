@@ -70,6 +70,9 @@ def _absolute(params: Params, folder: Path) -> Params:
                 update={"file": at(params.embeddings.file), "ids_file": at(params.embeddings.ids_file)}
             ),
             "record": params.record.model_copy(update={"runs_dir": at(params.record.runs_dir)}),
+            "model_change": params.model_change.model_copy(
+                update={"replaces_params": at(params.model_change.replaces_params)}
+            ),
             "health": params.health.model_copy(update={"stop_file": at(params.health.stop_file)}),
         }
     )

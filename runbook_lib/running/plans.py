@@ -34,6 +34,7 @@ PLANS = {
     "10_refresh": ("refresh.plan",),
     "30_update_extension": ("upgrade.plan",),
     "40_rebuild_index": ("rebuild.plan",),
+    "60_change_model": ("model_change.plan",),
     "70_serve_filters": ("filters.plan",),
     "10_reads_to_legacy": ("cutover.undo_plan",),
     "20_remove_index": ("tune.undo_plan", "filters.undo_plan", "index.undo_plan"),

@@ -1,7 +1,7 @@
 -- Phase 70: the plan of the query that the application really sends.
 
 -- name: vector_indexes
--- purpose: Every vector index on the relation that holds the vectors, and on its partitions.
+-- purpose: Every vector index on this target's column, and on that of its partitions; another target has its own.
 SELECT c.relname AS name, c.oid::regclass::text AS shown, c.oid AS oid, am.amname AS method,
        i.indisvalid AND i.indisready AS usable, oc.opcname AS operator_class,
        pg_get_indexdef(c.oid, 1, true) AS indexed, pg_get_expr(i.indpred, i.indrelid) AS predicate,
@@ -13,6 +13,9 @@ JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam
 JOIN pg_opclass oc ON oc.oid = i.indclass[0]
 WHERE am.amname IN ('hnsw', 'ivfflat')
   AND (i.indrelid = to_regclass(%(table)s) OR i.indrelid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(table)s))))
+  AND EXISTS (SELECT FROM pg_depend d JOIN pg_attribute a ON (a.attrelid, a.attnum) = (d.refobjid, d.refobjsubid)
+              WHERE (d.classid, d.refclassid) = ('pg_class'::regclass, 'pg_class'::regclass) AND d.objid = c.oid
+                AND a.attname = %(column)s)
 ORDER BY c.relname;
 
 -- name: scans

@@ -1,13 +1,16 @@
 -- The vector index built again beside the one that serves, proved, and put into its place.
 
 -- name: standing
--- purpose: Every vector index on the relation that holds the vectors, whole or left over.
+-- purpose: Every vector index on this target's column, whole or left over; another target has its own.
 SELECT c.relname::text AS name, i.indisvalid AND i.indisready AS usable, am.amname::text AS method,
        coalesce(c.reloptions, '{{}}') AS options, pg_relation_size(c.oid) AS bytes, c.oid::bigint AS oid,
        (SELECT count(*) FROM pg_stat_progress_create_index p WHERE p.index_relid = c.oid OR p.relid = i.indrelid)::int
            AS builds_under_way
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam
 WHERE i.indrelid = to_regclass(%(vectors)s) AND am.amname IN ('hnsw', 'ivfflat')
+  AND EXISTS (SELECT FROM pg_depend d JOIN pg_attribute a ON (a.attrelid, a.attnum) = (d.refobjid, d.refobjsubid)
+              WHERE (d.classid, d.refclassid) = ('pg_class'::regclass, 'pg_class'::regclass) AND d.objid = c.oid
+                AND a.attname = %(column)s)
 ORDER BY c.relname;
 
 -- name: drop

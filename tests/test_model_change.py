@@ -1,0 +1,488 @@
+"""Another model on the same table: both searchable, compared, swapped under load, and taken back to the letter."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from runbook_lib import compare, db, handover, model_change, params, search
+from runbook_lib.gates import BadInput, GateFailed
+from runbook_lib.ledger import Ledger
+from runbook_lib.measuring import models
+from runbook_lib.measuring.prepared import vector_indexes
+from runbook_lib.phase import MIGRATE, UNDO, Phase
+from tests import toy
+from tests.conftest import DSN_ENV, write_params
+from tests.stepping import step, step_all
+from tests.test_migration import dump
+
+SECTIONS: dict[str, Any] = {
+    # The toy model is worse than LIKE on these queries, and 80_shadow would say so.
+    "cut_over": {"calls_per_step": 20, "share_steps_percent": [100], "largest_relevance_loss": 1.0},
+    "tune": {"ef_search": [20, 60], "target_recall": 0.9},
+    # Calls while the function is swapped must not wait for a busy machine.
+    "locks": {"timeout_ms": 1000, "tries": 10, "longest_wait_between_tries_s": 0.1},
+}
+FINER: dict[str, Any] = {
+    "target": {"name": "articles_v2"},
+    "vector": {"column": "embedding_v2", "dimension": toy.FINER},
+    "embeddings": {"callable": "tests.toy:embed_finer"},
+    "model_change": {"replaces_params": "../toy.yaml"},
+}
+OPERATION = "operate/60_change_model"
+CALL = "SELECT id, score, answered_by FROM search_articles(%s, %s::real[], 3)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def noise_is_no_slowness() -> Iterator[None]:
+    """A busy machine makes any search of five milliseconds slow now and then; that gate has a test of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "FAST_ENOUGH_MS", 1000.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the params file of the first target, and that of the second in a folder of its own."""
+    path = tmp_path_factory.mktemp("models")
+    write_params(path, **SECTIONS)
+    (path / "v2").mkdir()
+    write_params(path / "v2", **SECTIONS | FINER)
+    return path
+
+
+@pytest.fixture(scope="module")
+def both(server: str, folder: Path) -> Iterator[str]:
+    """Name of a database in which the first target is cut over, and the second proved up to 80_shadow."""
+    with psycopg.connect(server, autocommit=True) as admin, pytest.MonkeyPatch.context() as patch:
+        admin.execute("CREATE DATABASE t_models")
+        patch.setenv(DSN_ENV, make_conninfo(server, dbname="t_models"))
+        with psycopg.connect(make_conninfo(server, dbname="t_models"), autocommit=True) as connection:
+            connection.execute("CREATE ROLE app_of_models")
+            toy.create_articles(connection)
+            connection.execute("ALTER TABLE articles SET (autovacuum_enabled = off)")
+        step_all("migrate", MIGRATE, folder / "toy.yaml")
+        step_all("migrate", MIGRATE[:9], folder / "v2" / "toy.yaml")
+        yield "t_models"
+        admin.execute("DROP DATABASE t_models WITH (FORCE)")
+        admin.execute("DROP ROLE app_of_models")
+
+
+@pytest.fixture
+def copied(both: str, server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """DSN of a copy of that database, of its own for the test; the parameters find it through the environment."""
+    name = f"m_{abs(hash(request.node.nodeid)):x}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(both)))
+        dsn = make_conninfo(server, dbname=name)
+        monkeypatch.setenv(DSN_ENV, dsn)
+        yield dsn
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def articles(copied: str) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(copied, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def new(folder: Path) -> Path:
+    """The params file of the second target."""
+    return folder / "v2" / "toy.yaml"
+
+
+@pytest.fixture
+def opened(copied: str, new: Path) -> Iterator[Callable[..., Phase]]:
+    """Opens the operation on the second target, or another phase on any params file."""
+    phases: list[Phase] = []
+
+    def make(name: str = "60_change_model", path: Path = new, execute: bool = True) -> Phase:
+        p = params.load(path)
+        phase = Phase(name, "r", execute, p, db.connect(p, "t"), Ledger(db.connect(p, "t"), p, "r", name))
+        phases.append(phase)
+        return phase
+
+    yield make
+    for phase in phases:
+        close(phase)
+
+
+def close(phase: Phase) -> None:
+    """Ends its sessions, which hold the claim on both targets, as the end of a notebook does."""
+    phase.connection.close()
+    phase.ledger.connection.close()
+
+
+def old_vector(text: str) -> list[float]:
+    return [float(x) for x in toy.embed([text])[0]]
+
+
+def new_vector(text: str) -> list[float]:
+    return [float(x) for x in toy.embed_finer([text])[0]]
+
+
+def definition(connection: psycopg.Connection[Any]) -> str:
+    row = connection.execute("SELECT pg_get_functiondef('search_articles'::regproc)").fetchone()
+    assert row
+    return str(row[0])
+
+
+def test_both_are_searchable_and_two_targets_on_one_table_do_not_meet(
+    articles: psycopg.Connection[Any], opened: Callable[..., Phase], folder: Path
+) -> None:
+    text = "cookie leaks on logout"
+    by_old = articles.execute(
+        "SELECT id FROM search_articles(%s, %s::real[], 1)", [text, old_vector(text)]
+    ).fetchall()
+    articles.execute("UPDATE runbook.route SET route = 'vector', share_percent = 100 WHERE target = 'articles_v2'")
+    by_new = articles.execute(
+        "SELECT id FROM search_articles_v2(%s, %s::real[], 1)", [text, new_vector(text)]
+    ).fetchall()
+    assert by_old == by_new == [(1,)]
+    triggers = "SELECT tgname FROM pg_trigger WHERE tgrelid = 'articles'::regclass AND NOT tgisinternal ORDER BY 1"
+    assert [t for (t,) in articles.execute(triggers)] == [
+        f"runbook_{name}_{event}" for name in ("articles", "articles_v2") for event in ("insert", "update")
+    ]
+    articles.execute("UPDATE articles SET title = 'another title' WHERE id = 7")
+    for name in ("articles", "articles_v2"):
+        queue = sql.Identifier("runbook", f"{name}_queue")
+        assert articles.execute(sql.SQL("SELECT key FROM {}").format(queue)).fetchall() == [(7,)]
+    for path, index in ((folder / "toy.yaml", "articles_embedding_hnsw"), (None, "articles_embedding_v2_hnsw")):
+        phase = opened("20_watch", path) if path else opened("20_watch")
+        assert [row["name"] for row in vector_indexes(phase.connection, phase.params)] == [index]
+
+
+def test_the_notebook_swaps_and_both_models_are_answered_by_their_own_column(
+    articles: psycopg.Connection[Any], new: Path
+) -> None:
+    before = definition(articles)
+    step(OPERATION, new, execute=False)
+    assert definition(articles) == before
+    step(OPERATION, new)
+    text = "cookie leaks on logout"
+    for vector, function in (
+        (old_vector(text), "search_articles_before"),
+        (new_vector(text), "search_articles_v2"),
+        (None, "search_articles_before"),
+    ):
+        direct = sql.SQL("SELECT id, score, answered_by FROM {}(%s, %s::real[], 3)").format(sql.Identifier(function))
+        got = articles.execute(CALL, [text, vector]).fetchall()
+        assert got == articles.execute(direct, [text, vector]).fetchall()
+        assert {route for _, _, route in got} <= {"vector" if vector else "legacy"}
+    row = articles.execute(
+        "SELECT body->'paired'->>'p_value', body->'models'->'new'->>'nDCG@10' FROM runbook.entry"
+        " WHERE kind = 'model_comparison' AND target = 'articles_v2'"
+    ).fetchone()
+    assert row and 0 < float(row[0]) <= 1 and 0 < float(row[1]) <= 1
+    # The canary of the new target goes on from here; the check that stays finds both functions as they are meant.
+    step("migrate/90_cut_over", new)
+    step(OPERATION, new)
+    verdicts = articles.execute(
+        "SELECT body->>'verdict' FROM runbook.entry WHERE kind = 'phase' AND phase = '60_change_model' ORDER BY seq"
+    ).fetchall()
+    assert verdicts == [("PASS",), ("PASS",)]
+
+
+def test_a_third_dimension_gets_an_error_that_names_both(
+    articles: psycopg.Connection[Any], opened: Callable[..., Phase]
+) -> None:
+    model_change.apply(opened())
+    for vector in ([1.0] * 9, []):
+        with pytest.raises(psycopg.errors.DataException) as raised:
+            articles.execute(CALL, ["cookie", vector])
+        assert raised.value.diag.message_primary == f"the query vector has {len(vector)} dimensions"
+        assert raised.value.diag.message_hint == (
+            "search_articles takes vectors of dimension 8 (articles) or 16 (articles_v2)."
+        )
+
+
+def test_no_call_fails_while_the_function_is_swapped_and_swapped_back(
+    copied: str, articles: psycopg.Connection[Any], opened: Callable[..., Phase]
+) -> None:
+    phase, stop, problems = opened(), threading.Event(), list[str]()
+    calls: dict[str, int] = {"old": 0, "new": 0}
+    swapped = threading.Event()
+
+    def call(which: str, prepared: bool) -> None:
+        with psycopg.connect(copied, autocommit=True) as connection:
+            while not stop.is_set():
+                if which == "new" and not swapped.is_set():
+                    time.sleep(0.001)
+                    continue
+                vector = old_vector("cookie leaks") if which == "old" else new_vector("cookie leaks")
+                try:
+                    got = connection.execute(CALL, ["cookie leaks", vector], prepare=prepared).fetchall()
+                    if len(got) != 3 or {r[2] for r in got} != {"vector"}:
+                        problems.append(f"{which}: {got}")
+                except psycopg.Error as error:
+                    # Vectors of the new model are refused by the former function: the servers go back first.
+                    if which == "old" or swapped.is_set():
+                        problems.append(f"{which}: {error}")
+                calls[which] += 1
+
+    threads = [threading.Thread(target=call, args=args) for args in (("old", True), ("old", False), ("new", True))]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(8):
+            model_change.apply(phase)
+            swapped.set()
+            time.sleep(0.15)
+            swapped.clear()
+            time.sleep(0.05)  # a call of the new vectors that is under way ends
+            model_change.undo(phase)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert problems == []
+    assert calls["old"] > 200 and calls["new"] > 50, calls
+
+
+def test_undo_leads_back_to_the_letter_and_twice_does_nothing(
+    copied: str, articles: psycopg.Connection[Any], opened: Callable[..., Phase]
+) -> None:
+    articles.execute("GRANT EXECUTE ON FUNCTION search_articles, search_articles_v2 TO app_of_models")
+    before, text = definition(articles), dump(copied)
+    phase = opened()
+    model_change.apply(phase)
+    assert articles.execute(
+        "SELECT has_function_privilege('app_of_models', 'search_articles_before(text, real[], int)', 'EXECUTE')"
+    ).fetchone() == (True,)
+    assert [s.name for s in model_change.plan(phase)] == []
+    model_change.apply(phase)
+    assert [s.name for s in model_change.undo_plan(phase)] == ["model_change.swap_back", "model_change.drop_before"]
+    model_change.undo(phase)
+    assert definition(articles) == before
+    assert dump(copied) == text
+    assert model_change.verify_undone(phase).passed
+    assert model_change.undo_plan(phase).statements == ()
+    model_change.apply(phase)
+    assert models.verify_swapped(phase).passed, "and it can take over again"
+
+
+@pytest.mark.parametrize("left", ["route moved", "copy left"])
+def test_killed_between_a_rerun_goes_on(
+    copied: str, articles: psycopg.Connection[Any], opened: Callable[..., Phase], left: str
+) -> None:
+    phase = opened()
+    text = dump(copied)
+    if left == "route moved":
+        search.move_route(phase, "vector", 100, "as the process ended")
+        names = ["model_change.swap"]
+    else:
+        model_change.apply(phase)
+        phase.do(model_change.undo_plan(phase).statements[0])
+        assert not model_change.verify_undone(phase).passed
+        names = ["model_change.drop_before"]
+        assert [s.name for s in model_change.undo_plan(phase)] == names
+        assert model_change.check(phase).passed, "the copy is the runbook's own"
+        names = ["model_change.swap"]
+    assert [s.name for s in model_change.plan(phase)] == names
+    model_change.apply(phase)
+    assert models.verify_swapped(phase).passed
+    model_change.undo(phase)
+    assert dump(copied) == text
+
+
+def test_a_swap_that_fails_half_way_changes_nothing(
+    copied: str, opened: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, block = dump(copied), model_change.SQL["swap"]
+    monkeypatch.setitem(model_change.SQL, "swap", replace(block, text=block.text + ";\nSELECT 1/0"))
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        model_change.apply(opened())
+    assert dump(copied) == text
+
+
+def test_a_model_that_finds_less_is_not_swapped_in(
+    articles: psycopg.Connection[Any], folder: Path, opened: Callable[..., Phase]
+) -> None:
+    strict = folder / "strict"
+    strict.mkdir(exist_ok=True)
+    (strict / "v2").mkdir(exist_ok=True)
+    loss = {"cut_over": SECTIONS["cut_over"] | {"largest_relevance_loss": 0.0}}
+    path = write_params(strict, **SECTIONS | FINER | loss | {"model_change": {"replaces_params": "../toy.yaml"}})
+    articles.execute(  # every row has the vector of another one
+        "UPDATE articles a SET embedding_v2 = b.embedding_v2 FROM articles b WHERE b.id = (a.id * 7) % 200 + 1"
+    )
+    before = definition(articles)
+    phase = opened(path=path)
+    models.measure(phase)
+    (failed,) = models.verify(phase).failed
+    figures = failed.figures
+    assert figures["new"] < figures["replaced"] and figures["high"] < 0 and figures["p_value"] < 0.05
+    assert str(failed) == (
+        "FAIL    models.relevance_is_kept   articles_v2\n"
+        f"  found   nDCG@10 {figures['new']:.3f} on 40 judged queries, replaced {figures['replaced']:.3f} (difference"
+        f" {figures['low']:+.3f} to {figures['high']:+.3f}, p = {figures['p_value']:.2g})\n"
+        f"  needed  at least {figures['replaced']:.3f}\n"
+        "  danger  users find less than they do today\n"
+        "  do      choose another model, or another route in cut_over.route"
+    )
+    with pytest.raises(GateFailed):
+        step(OPERATION, path)
+    assert definition(articles) == before
+
+
+def test_without_judgements_it_wants_to_be_told(opened: Callable[..., Phase], folder: Path) -> None:
+    for accepted in (False, True):
+        bare = folder / f"bare_{accepted}"
+        bare.mkdir(exist_ok=True)
+        own = {"cut_over": SECTIONS["cut_over"] | {"accept_unjudged": accepted}, "queries": {"judgements": None}}
+        phase = opened(path=write_params(bare, **SECTIONS | FINER | own))
+        models.measure(phase)
+        kept = models.verify(phase).gates[0]
+        assert str(kept.verdict) == ("PASS" if accepted else "UNKNOWN")
+        assert kept.found.startswith("no judgements; ") and "of the answers in common" in kept.found
+        assert kept.found.endswith(", accepted by cut_over.accept_unjudged") == accepted
+
+
+@pytest.mark.parametrize("name", ["10_baseline", "70_tune", "20_remove_index"])
+def test_the_replaced_target_does_not_break_the_function_while_both_answer(
+    articles: psycopg.Connection[Any], opened: Callable[..., Phase], folder: Path, new: Path, name: str
+) -> None:
+    phase = opened()
+    model_change.apply(phase)
+    close(phase)
+    swapped = definition(articles)
+    way = "migrate" if name in MIGRATE else "undo"
+    if way == "undo":
+        step("undo/10_reads_to_legacy", folder / "toy.yaml")
+    with pytest.raises(GateFailed) as raised:
+        step(f"{way}/{name}", folder / "toy.yaml")
+    assert str(raised.value.gates.failed[0]) == (
+        "FAIL    handover.no_other_target_relies_on_it   search_articles\n"
+        "  found   search_articles was handed over from articles to articles_v2; both answer\n"
+        "  needed  no function handed over from or to this target\n"
+        "  danger  calls of the application would fail, or be answered by the other model's vectors\n"
+        "  do      take it back first: model_change.undo(phase) in operate/60_change_model, on articles_v2;"
+        " or run operate/65_retire_model there"
+    )
+    with pytest.raises(GateFailed):
+        search.plan(opened("10_baseline", folder / "toy.yaml"))
+    for later in ("30_remove_schema", "40_remove_search_function"):
+        assert handover.check(opened(later, folder / "toy.yaml")).failed
+    assert definition(articles) == swapped
+
+
+def test_the_whole_way_back_of_the_new_target_leaves_the_old_one_as_it_was(
+    copied: str, articles: psycopg.Connection[Any], opened: Callable[..., Phase], new: Path, folder: Path
+) -> None:
+    phase = opened()
+    model_change.apply(phase)
+    close(phase)
+    step("undo/10_reads_to_legacy", new)
+    text = "cookie leaks on logout"
+    assert {r[2] for r in articles.execute(CALL, ["cookie leaks", new_vector(text)])} == {"legacy"}
+    with pytest.raises(GateFailed) as raised:
+        step("undo/20_remove_index", new)
+    assert "model_change.undo(phase) in operate/60_change_model, on articles_v2" in str(raised.value)
+    phase = opened()
+    model_change.undo(phase)
+    close(phase)
+    step_all("undo", list(UNDO)[1:], new)
+    left = dump(copied)
+    assert "v2" not in left and "runbook_articles_insert" in left and "articles_embedding_hnsw" in left
+    assert {r[2] for r in articles.execute(CALL, [text, old_vector(text)])} == {"vector"}
+    step_all("undo", UNDO, folder / "toy.yaml")
+    assert "embedding" not in dump(copied)
+
+
+def test_one_dimension_is_told_apart_by_a_setting(
+    articles: psycopg.Connection[Any], opened: Callable[..., Phase], folder: Path
+) -> None:
+    same = folder / "same"
+    same.mkdir(exist_ok=True)
+    own = {
+        "target": {"name": "articles_v3"},
+        "vector": {"column": "embedding_v3", "dimension": toy.DIMENSION},
+        "embeddings": {"callable": "tests.toy:embed_otherwise"},
+    }
+    untold = write_params(same, **SECTIONS | FINER | own)
+    step_all("migrate", MIGRATE[:9], untold)
+    (failed,) = model_change.check(opened(path=untold)).failed
+    assert str(failed) == (
+        "FAIL    model_change.calls_can_be_told_apart   search_articles\n"
+        "  found   dimensions 8 and 8\n"
+        "  needed  different dimensions, or model_change.tell_apart: setting\n"
+        "  danger  vectors of one model would be compared with those of the other: answers without meaning,"
+        " no error\n"
+        "  do      set model_change.tell_apart: setting, and let servers with the new model SET runbook.articles ="
+        " 'articles_v3' in each session, or call search_articles_v3 by its own name"
+    )
+    told = {"model_change": FINER["model_change"] | {"tell_apart": "setting"}}
+    step(OPERATION, write_params(same, **SECTIONS | FINER | own | told))
+    text = "cookie leaks on logout"
+    vector = [float(x) for x in toy.embed_otherwise([text])[0]]
+    old_answer = articles.execute(CALL, [text, old_vector(text)]).fetchall()
+    assert old_answer[0][0] == 1
+    articles.execute("SET runbook.articles = 'articles_v3'")
+    answer = articles.execute(CALL, [text, vector]).fetchall()
+    assert (
+        answer[0][0] == 1
+        and answer
+        == articles.execute(
+            "SELECT id, score, answered_by FROM search_articles_v3(%s, %s::real[], 3)", [text, vector]
+        ).fetchall()
+    )
+    articles.execute("SET runbook.articles = 'articles'")
+    assert articles.execute(CALL, [text, old_vector(text)]).fetchall() == old_answer
+    articles.execute("SET runbook.articles = 'artcles_v3'")
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=r"runbook\.articles names no model: artcles_v3"):
+        articles.execute(CALL, [text, vector])
+
+
+def test_targets_that_do_not_fit_are_refused_with_every_reason(opened: Callable[..., Phase], folder: Path) -> None:
+    odd = folder / "odd"
+    odd.mkdir(exist_ok=True)
+    own = {"target": {"name": "other", "key": "views", "filters": ["status"]}, "vector": {"dimension": 16}}
+    (failed,) = model_change.check(opened(path=write_params(odd, **SECTIONS | FINER | own))).failed
+    assert failed.found == (
+        "target.key differs; target.filters differs; vector.column is the same; no function search_other"
+    )
+    with pytest.raises(BadInput) as raised:
+        model_change.check(opened(path=folder / "toy.yaml"))
+    assert [g.name for g in raised.value.problems] == ["model_change.replaced_target_is_named"]
+
+
+def test_a_caller_without_rights_on_the_new_is_named(
+    articles: psycopg.Connection[Any], opened: Callable[..., Phase]
+) -> None:
+    articles.execute("GRANT EXECUTE ON FUNCTION search_articles TO app_of_models")
+    (failed,) = model_change.check(opened()).failed
+    assert (failed.name, failed.found) == (
+        "model_change.callers_may_call_the_new",
+        "app_of_models may not call it, or not read embedding_v2",
+    )
+    articles.execute("GRANT EXECUTE ON FUNCTION search_articles_v2 TO app_of_models")
+    articles.execute("GRANT SELECT ON articles TO app_of_models")
+    assert model_change.check(opened()).passed
+
+
+def test_a_function_of_somebody_else_is_not_overwritten(
+    articles: psycopg.Connection[Any], opened: Callable[..., Phase]
+) -> None:
+    articles.execute("CREATE FUNCTION search_articles_before() RETURNS int LANGUAGE sql AS 'SELECT 1'")
+    (failed,) = model_change.check(opened()).failed
+    assert failed.found == "a function search_articles_before is there already"
+    assert model_change.undo_plan(opened()).statements == ()
+
+
+def test_handovers_are_read_from_the_source_that_runs(opened: Callable[..., Phase]) -> None:
+    phase = opened()
+    assert handover.standing(phase.connection, phase.params) == []
+    model_change.apply(phase)
+    assert handover.standing(phase.connection, phase.params) == [
+        handover.Handover("search_articles", "articles", "articles_v2", handover.BOTH)
+    ]
