@@ -37,6 +37,8 @@ STEPS: dict[str, Callable[[Phase], Any]] = {
     "backfill": backfill.apply,
     "refresh": refresh.drain,
 }
+# How far a target has to be for a step to begin.
+BEFORE = {"load": "schema", "backfill": "load", "refresh": "backfill"}
 # What was broken in this session: how often, and rows lost by it.
 BROKEN: dict[str, tuple[int, int]] = {}
 LONGEST_STEP_S = 60.0

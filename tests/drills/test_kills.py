@@ -14,7 +14,6 @@ from tests.drills import kit
 
 pytestmark = pytest.mark.drill
 
-BEFORE = {"load": "schema", "backfill": "load", "refresh": "backfill"}
 CASES = [
     (step, moment)
     for step, longest_s in (("load", 0.5), ("backfill", 1.0), ("refresh", 0.5))
@@ -26,7 +25,7 @@ CASES = [
 def test_end_of_the_backends(
     articles: psycopg.Connection[Any], database: str, tmp_path: Path, step: str, moment: float
 ) -> None:
-    params_file = kit.prepared(tmp_path, BEFORE[step])
+    params_file = kit.prepared(tmp_path, kit.BEFORE[step])
     with kit.writers(database):
         if step == "refresh":
             kit.change_texts(database, 150)

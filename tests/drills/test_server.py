@@ -19,7 +19,7 @@ from runbook_lib import backfill
 from runbook_lib.commands import embedded
 from tests import toy
 from tests.conftest import DSN_ENV
-from tests.drills import kit
+from tests.drills import kit, real_runs
 
 pytestmark = pytest.mark.drill
 
@@ -38,21 +38,36 @@ def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("moment", kit.moments(1, "crash", 0.8))
-def test_the_server_crashes_and_starts_again(own_server: tuple[str, Path], tmp_path: Path, moment: float) -> None:
+CRASHES = [
+    (step, moment)
+    for step, longest_s in (("load", 0.5), ("backfill", 0.8), ("refresh", 0.5))
+    for moment in kit.moments(1, f"crash in {step}", longest_s)
+]
+
+
+@pytest.mark.parametrize(("step", "moment"), CRASHES)
+def test_the_server_crashes_and_starts_again(
+    breakable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, moment: float
+) -> None:
     """Commits of the last moment may be gone, since workers do not wait for the disk; their rows are done again."""
-    dsn, data = own_server
-    params_file = kit.prepared(tmp_path, "load")
-    with kit.writers(dsn) as written:
-        with kit.in_a_process("backfill", params_file) as process:
-            time.sleep(moment)
-            assert embedded.stop(data, signal.SIGQUIT)
-            process.wait(kit.LONGEST_STEP_S)
-        before = list(written)
-        embedded.start(data)
-        kit.wait_for(lambda: sum(written) > sum(before), "the writers' return")
-    kit.finish(params_file)
-    kit.nothing_is_lost(dsn, "immediate stop of the server in backfill, and its restart")
+    data = Path(str(conninfo_to_dict(breakable)["host"]))
+    with real_runs.database(breakable, "template1") as dsn:
+        monkeypatch.setenv(DSN_ENV, dsn)
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            toy.create_articles(connection)
+        params_file = kit.prepared(tmp_path, kit.BEFORE[step])
+        with kit.writers(dsn) as written:
+            if step == "refresh":
+                kit.change_texts(dsn, 150)
+            with kit.in_a_process(step, params_file) as process:
+                time.sleep(moment)
+                assert embedded.stop(data, signal.SIGQUIT)
+                process.wait(kit.LONGEST_STEP_S)
+            before = list(written)
+            embedded.start(data)
+            kit.wait_for(lambda: sum(written) > sum(before), "the writers' return")
+        kit.finish(params_file)
+        kit.nothing_is_lost(dsn, f"immediate stop of the server in {step}, and its restart")
 
 
 @pytest.fixture
