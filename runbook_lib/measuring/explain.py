@@ -95,7 +95,9 @@ def judge(phase: Phase, connection: db.Connection, sent: Sent, kind: str) -> Gat
         sent.subject,
         found=found.scan if cause is None else f"{found.scan}; {cause.found}",
         needed=f"Index Scan {index_name(phase.params)}",
-        danger=DANGER if found.index not in indexes else "the index ends after some rows; the rest is never returned",
+        danger="the index ends after some rows; the rest is never returned"
+        if found.by_index in indexes and not found.limited
+        else DANGER,
         do=cause.do if cause else "",
         figures={"cause": cause.name if cause else None, "cost": found.cost},
     )
