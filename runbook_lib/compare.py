@@ -61,8 +61,9 @@ def _ask(phase: Phase, system: str, queries: Sequence[Query], vectors: np.ndarra
     if system == "fulltext":
         statement = _fulltext_statement(phase)
     else:
-        route = "vector" if system == "exact" else system
-        statement = search.route_statement(phase.connection, p, route)  # type: ignore[arg-type]
+        exact = system == "exact"
+        route = "vector" if exact else system
+        statement = search.route_statement(phase.connection, p, route, scan="exact" if exact else "index")  # type: ignore[arg-type]
     asked = None if system in WITHOUT_VECTORS else vectors
 
     def ask() -> search.Answers:

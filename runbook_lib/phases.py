@@ -29,6 +29,7 @@ OPERATE = {
     "20_watch": "70_tune",
     "30_update_extension": "60_build_index",
     "40_rebuild_index": "60_build_index",
+    "50_compare_storage": "50_backfill",
     "60_change_model": "80_shadow",
     "70_serve_filters": "70_tune",
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import db, index
+from runbook_lib import db, going_over, index, search
 from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import recall
@@ -42,6 +42,7 @@ class Standing:
     name: str
     role: str
     usable: bool
+    storage: str
     options: dict[str, int]
     bytes: int
     oid: int
@@ -71,6 +72,7 @@ def standing(phase: Phase) -> list[Standing]:
             row["name"],
             _role(phase.params, row),
             row["usable"],
+            going_over.storage_of(phase.params, row),
             _options(row["options"]),
             row["bytes"],
             row["oid"],
@@ -95,12 +97,16 @@ def _options(stored: list[str]) -> dict[str, int]:
 def shown(phase: Phase) -> Table:
     """The vector indexes of the table, and what each is to this operation."""
     return Table(
-        ("index", "what it is", "usable", "options", "size"),
+        ("index", "what it is", "usable", "holds", "options", "size"),
         [
-            (s.name, WHAT_IT_IS[s.role], s.usable, ", ".join(f"{k} {v}" for k, v in s.options.items()), size(s.bytes))
+            (s.name, WHAT_IT_IS[s.role], s.usable, s.storage, _listed(s.options), size(s.bytes))
             for s in standing(phase)
         ],
     )
+
+
+def _listed(options: dict[str, int]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in options.items())
 
 
 def _one(found: list[Standing], role: str) -> Standing | None:
@@ -117,7 +123,8 @@ def wanted_options(phase: Phase) -> dict[str, int]:
 
 def _fits(phase: Phase, found: Standing, options: dict[str, int] | None) -> bool:
     wanted = wanted_options(phase) if options is None else options
-    return found.usable and wanted.items() <= found.options.items()
+    same = found.storage == phase.params.index.storage
+    return found.usable and same and wanted.items() <= found.options.items()
 
 
 def _drop(phase: Phase, name: str) -> db.Statement:
@@ -168,9 +175,17 @@ def swapping_plan(phase: Phase) -> db.Plan:
     found = standing(phase)
     roles = {s.role for s in found}
     # Before the build there is no new index yet, but there will be.
-    swap = () if "old" in roles or ("new" not in roles and is_done(phase)) else (_named(phase, "swap"),)
+    swap = () if "old" in roles or ("new" not in roles and is_done(phase)) else (_swap(phase, found),)
     drop = (_drop(phase, old_name(phase.params)),) if swap or "old" in roles else ()
     return db.Plan((*swap, *drop), phase.connection)
+
+
+def _swap(phase: Phase, found: list[Standing]) -> db.Statement:
+    """The renames; the search function goes over with them where it must."""
+    renames = _named(phase, "swap")
+    current = _one(found, "current")
+    goes_over = current is not None and going_over.changes_function(phase, current.storage)
+    return going_over.swap(phase, renames) if goes_over else renames
 
 
 def plan(phase: Phase) -> db.Plan:
@@ -201,17 +216,30 @@ def swap(phase: Phase) -> Table:
     todo = swapping_plan(phase)
     if not phase.execute:
         return phase.carry_out(todo)
-    before = _one(standing(phase), "current")
     rows: list[tuple[Any, ...]] = []
     for statement in todo:
         if statement.name == SQL["swap"].name:
+            # Written down first: undo finds here what served before, and a rerun that there is nothing to prove.
+            _note_before(phase)
             seconds = phase.do(statement).seconds
-            # Written down at once: undo finds the former options here, and a rerun that there is nothing to prove.
-            phase.note("rebuild", {"run_id": phase.run_id, "before": before.options if before else {}})
         else:
             seconds = index.concurrently(phase, statement).seconds
         rows.append((statement.purpose, statement.lock, round(seconds, 3)))
     return Table(("what", "lock", "seconds"), rows)
+
+
+def _note_before(phase: Phase) -> None:
+    before = _one(standing(phase), "current")
+    goes_over = before is not None and going_over.changes_function(phase, before.storage)
+    phase.note(
+        "rebuild",
+        {
+            "run_id": phase.run_id,
+            "before": before.options if before else {},
+            "storage": before.storage if before else None,
+            "function": going_over.definition(phase) if goes_over else None,
+        },
+    )
 
 
 def check(phase: Phase) -> Gates:
@@ -255,8 +283,14 @@ def verify_new(phase: Phase) -> Gates:
         return collect([whole])
     asked = recall.questions(phase)
     others = [s.name for s in found if s.usable]
-    was = recall.through(phase, asked, index_name(phase.params), [n for n in others if n != index_name(phase.params)])
-    now = recall.through(phase, asked, new.name, [n for n in others if n != new.name])
+    beside_old, beside_new = ([n for n in others if n != own] for own in (index_name(phase.params), new.name))
+    if current and going_over.changes_function(phase, current.storage):
+        # Their queries are not the same, so neither can answer for the other.
+        was = going_over.before(phase, asked, current.name, current.storage, beside_old)
+        now = going_over.after(phase, asked, new.name, _needed(phase, was), beside_new)
+    else:
+        was = recall.through(phase, asked, index_name(phase.params), beside_old)
+        now = recall.through(phase, asked, new.name, beside_new)
     for measured in (was, now):
         phase.note("recall", measured.as_data() if measured else {})
     return collect([whole, recall_gate(phase, "rebuild.new_index_finds_as_much", new.name, was, now)])
@@ -266,8 +300,7 @@ def recall_gate(
     phase: Phase, name: str, subject: str, was: recall.Measured | None, now: recall.Measured | None
 ) -> Gate:
     """Recall reaches the target, or what it was before where that was less."""
-    target = phase.params.tune.target_recall
-    needed = min(target, was.recall) if was else target
+    needed = _needed(phase, was)
     return gate(
         name,
         None if now is None else now.recall >= needed and now.short <= (was.short if was else 0),
@@ -275,9 +308,16 @@ def recall_gate(
         found=f"{now}; before {was or 'not measured'}" if now else "the planner does not use it",
         needed=f"recall {needed:.3f}, no more queries short of rows than before",
         danger="the index would hide answers that exact search finds, and that the one before found",
-        do="build with a higher ef_construction or m in index; nothing else has changed",
+        do="raise index.rerank, or go over to index.storage: halfvec; nothing else has changed"
+        if phase.params.index.storage == "bit"
+        else "build with a higher ef_construction or m in index; nothing else has changed",
         figures={"before": was.recall if was else None, "after": now.recall if now else None},
     )
+
+
+def _needed(phase: Phase, was: recall.Measured | None) -> float:
+    target = phase.params.tune.target_recall
+    return min(target, was.recall) if was else target
 
 
 def _is_whole(phase: Phase, new: Standing | None) -> Gate:
@@ -307,7 +347,10 @@ def _is_in_place(phase: Phase, current: Standing | None) -> Gate:
 
 def verify(phase: Phase) -> Gates:
     """The index has the options that were asked for, is whole, finds known rows, and nothing is left beside it."""
-    return index.verify(phase) + collect([_has_options(phase, wanted_options(phase)), _nothing_is_left(phase)])
+    gates = [_has_options(phase, wanted_options(phase)), _nothing_is_left(phase)]
+    if search.function_state(phase):
+        gates.append(going_over.function_fits(phase))
+    return index.verify(phase) + collect(gates)
 
 
 def _has_options(phase: Phase, wanted: dict[str, int]) -> Gate:
@@ -344,16 +387,24 @@ def former_options(phase: Phase) -> dict[str, int]:
 
 
 def undo_plan(phase: Phase) -> db.Plan:
-    """Back to the index that served before: swapped back while it is there, otherwise built again as it was."""
+    """Back to the index that served before: swapped back while it is there, otherwise built again as it was.
+
+    The search function goes back with it, where it had gone over.
+    """
     found = standing(phase)
     roles, current = {s.role for s in found}, _one(found, "current")
     drops = [_drop(phase, s.name) for s in found if s.role == "leftover"]
+    last = phase.ledger.latest("rebuild") or {}
+    function, storage = last.get("function"), last.get("storage") or phase.params.index.storage
     if "old" in roles:
-        back = [_named(phase, "swap_back"), _drop(phase, new_name(phase.params))]
+        renames = going_over.swap_back(phase, _named(phase, "swap_back"), function)
+        back = [renames, _drop(phase, new_name(phase.params))]
     elif "new" in roles:
         back = [_drop(phase, new_name(phase.params))]
-    elif current and former_options(phase) and current.options != former_options(phase):
-        back = [_build(phase, former_options(phase)), _named(phase, "swap"), _drop(phase, old_name(phase.params))]
+    elif current and former_options(phase) and (current.options, current.storage) != (former_options(phase), storage):
+        renames = going_over.swap_back(phase, _named(phase, "swap"), function)
+        former = _build(going_over.under(phase, storage), former_options(phase))
+        back = [former, renames, _drop(phase, old_name(phase.params))]
     else:
         back = []
     return db.Plan((*drops, *back), phase.connection)

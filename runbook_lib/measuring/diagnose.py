@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import psycopg
+from psycopg import sql
 
 from runbook_lib import db, forecast, partitions
 from runbook_lib.display import number
 from runbook_lib.measuring.prepared import SQL, Planned, Sent, plan_of, vector_indexes
 from runbook_lib.measuring.statement import VectorSearch, casts_without_dimension, find, named
-from runbook_lib.names import OPERATORS, spelled
+from runbook_lib.names import OPERATORS, as_indexed, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 
@@ -25,6 +26,7 @@ RANDOM_PAGE_COST = "1.1"
 CHEAP = {
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
+    "enable_sort": "off",
     "enable_indexscan": "on",
     "random_page_cost": RANDOM_PAGE_COST,
 }
@@ -170,6 +172,15 @@ def _changes(case: _Case) -> Iterator[Change]:
         f"{column} is cast to halfvec without a dimension; the index is on {index['indexed']}",
         changed(lambda s: s.bare(left=indexed, right=other) if lacks_dimension else s.text),
     )
+    held = as_indexed(p, sql.SQL("{}::{}").format(sql.SQL(uncast), sql.SQL(vector_type))).as_string()
+    yield (
+        "not_as_indexed",
+        f"sorted by {' '.join(search.keys.split())}; the index holds {index['indexed']}"
+        + (f", whose first rows must be sorted again by {operator}" if p.index.storage == "bit" else ""),
+        changed(lambda s: s.bare(indexed, index["operator"] or operator, held))
+        if p.index.storage != "vector"
+        else lambda _: None,
+    )
     yield (
         "type_mismatch",
         f"the query's vector is {_cast_of(other) or 'of another type'}, {column} is {vector_type}:"
@@ -284,7 +295,7 @@ def _reset(case: _Case, setting: db.Row, value: str) -> str:
 
 def _other_index(case: _Case) -> Cause | None:
     found = case.plan(case.sent.text, {}, case.kind)
-    if found is None or "Index" not in found.scan:
+    if found is None or not found.by_another_index:
         return None
     return Cause(
         "another_index",

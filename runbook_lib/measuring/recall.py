@@ -7,7 +7,7 @@ before it counts. Fresh connections throughout: nothing prepared earlier can sli
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,16 +67,23 @@ def questions(phase: Phase) -> Questions:
     queries = evaluate.sample(evaluate.read_queries(p), p.queries.sample)
     vectors = np.asarray(embed.query_vectors(p, queries))
     statement = search.route_statement(phase.connection, p, "vector")
+    all_rows = search.route_statement(phase.connection, p, "vector", scan="exact")
     with tune.exactly(phase) as connection:
         register_vector(connection)
-        if used := _indexes_used(connection, phase, statement, queries[0], vectors[0]):
+        if used := _indexes_used(connection, phase, all_rows, queries[0], vectors[0]):
             raise RuntimeError(f"the exact pass was planned with {used}; its answers would not be exact")
-        exact = search.ask(connection, p, statement, queries, vectors, p.queries.k)
+        exact = search.ask(connection, p, all_rows, queries, vectors, p.queries.k)
     return Questions(statement, queries, vectors, exact)
 
 
-def through(phase: Phase, asked: Questions, index: str, others: Sequence[str] = ()) -> Measured | None:
-    """The same queries through one index, with the settings that the search function carries.
+def through(
+    phase: Phase,
+    asked: Questions,
+    index: str,
+    others: Sequence[str] = (),
+    settings: Mapping[str, str] | None = None,
+) -> Measured | None:
+    """The same queries through one index, with these settings, or those that the search function carries.
 
     others: vector indexes on the same column. Where the planner likes one of them better they are hidden, by a DROP
     INDEX that is rolled back after a few queries. None where the planner does not use the index even so.
@@ -84,7 +91,8 @@ def through(phase: Phase, asked: Questions, index: str, others: Sequence[str] = 
     p = phase.params
     with db.connect(p, f"runbook {phase.run_id} recall") as connection:
         register_vector(connection)
-        for name, value in {**_settings(phase), "enable_seqscan": "off", "enable_sort": "off"}.items():
+        own = search.carried_settings(phase) if settings is None else settings
+        for name, value in {**own, "enable_seqscan": "off", "enable_sort": "off"}.items():
             connection.execute(SQL["set"].compose({}), {"name": name, "value": value})
         hidden = [] if _uses(connection, phase, asked, index) else others
         if hidden:
@@ -103,13 +111,6 @@ def _measured(index: str, asked: Questions, got: search.Answers) -> Measured:
     short = sum(len(f) < len(e) for e, f in zip(exact, found, strict=True))
     p50 = evaluate.latency(got.seconds)["p50_ms"]
     return Measured(index, round(evaluate.recall(exact, found), 4), round(p50, 3), short, len(ids))
-
-
-def _settings(phase: Phase) -> dict[str, str]:
-    """The index settings that the search function carries."""
-    found = search.function_state(phase)
-    carried = [s.split("=", 1) for s in (found["settings"] or [])] if found else []
-    return {name: value for name, value in carried if name.split(".")[0] in ("hnsw", "ivfflat")}
 
 
 def _uses(connection: db.Connection, phase: Phase, asked: Questions, index: str) -> bool:

@@ -30,9 +30,11 @@ from runbook_lib.params.work import (
     Index,
     Locks,
     ModelChange,
+    Partitioning,
     Preflight,
     Rehearse,
     Shadow,
+    Storage,
     Tune,
     Watch,
 )
@@ -68,11 +70,13 @@ class Params(Section):
     rehearse: Rehearse = Rehearse()
     extension: Extension = Extension()
     index: Index = Index()
+    storage: Storage = Storage()
     locks: Locks = Locks()
     backfill: Backfill = Backfill()
     health: Health = Health()
     tune: Tune = Tune()
     filters: Filters = Filters()
+    partitioning: Partitioning = Partitioning()
     shadow: Shadow = Shadow()
     cut_over: CutOver = CutOver()
     model_change: ModelChange = ModelChange()
@@ -91,6 +95,8 @@ class Params(Section):
             raise ValueError("target.text_columns names a column twice")
         if unknown := set(self.filters.partial_indexes) - set(self.target.filters):
             raise ValueError(f"filters.partial_indexes: {min(unknown)} is not among target.filters")
+        if self.partitioning.column and self.partitioning.column not in self.target.filters:
+            raise ValueError(f"partitioning.column: {self.partitioning.column} is not among target.filters")
         self._index_can_hold_the_vectors()
         return self
 

@@ -76,6 +76,23 @@ class Rehearse(Section):
     )
 
 
+class Storage(Section):
+    """What an index could hold, compared on the table's own rows before ``index.storage`` is chosen."""
+
+    sample_rows: int = Field(
+        100_000, ge=100, le=100_000_000, description="Rows of the scratch table; all rows where there are fewer."
+    )
+    where: Literal["sample", "column"] = Field(
+        "sample", description="Build on a scratch table with a sample of the vectors, or on the real column."
+    )
+    rerank: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
+        [4, 10, 40],
+        min_length=1,
+        description="Where the index only finds candidates: so many times k are sorted again; depths to try.",
+    )
+    ivfflat: bool = Field(True, description="Compare IVFFlat with halfvec too.")
+
+
 class Extension(Section):
     """pgvector on the server."""
 
@@ -159,6 +176,33 @@ class Filters(Section):
     )
     smallest_gain: float = Field(
         1.5, gt=0, le=1000, description="Times faster than before that a value must become to keep its index."
+    )
+
+
+class Partitioning(Section):
+    """An ordinary table that becomes a partitioned one."""
+
+    column: Name | None = Field(None, description="Filter by whose values the table is divided; none if not given.")
+    method: Literal["list", "hash"] = Field(
+        "list", description="A partition a value and one for the rest, or so many partitions by hash."
+    )
+    smallest_share: float = Field(
+        0.01, ge=0.0001, le=1, description="list: share of the rows from which on a value has its own partition."
+    )
+    most_partitions: int = Field(50, ge=1, le=1000, description="list: values with a partition of their own at most.")
+    hash_partitions: int = Field(8, ge=2, le=1000, description="hash: partitions.")
+    accept_wider_key: bool = Field(
+        False,
+        description="The primary key becomes key and column: nothing but its sequence keeps the key alone unique.",
+    )
+    most_rows_in_swap: int = Field(
+        500, ge=1, le=100_000, description="Changes that may be left for the moment when everybody waits."
+    )
+    longest_catch_up_minutes: float = Field(
+        60,
+        gt=0,
+        le=10_080,
+        description="After that the phase ends, resumable: changes come faster than they are copied.",
     )
 
 

@@ -43,6 +43,8 @@ STYLE: dict[Any, Any] = {
     "axes.spines.left": False,
 }
 SIZE_INCHES = (5.4, 3.3)
+# Height of a line of small text.
+LABEL_POINTS = 12.0
 
 
 def recall_against_latency(tuning: Mapping[str, Any]) -> str:
@@ -100,6 +102,49 @@ def rows_by_selectivity(tuning: Mapping[str, Any]) -> str:
         axes.set_ylim(-2, 105)
         axes.legend(frameon=False, fontsize=9, loc="lower right")
         return _svg(figure, "selectivity")
+
+
+def bytes_against_recall(compared: Mapping[str, Any]) -> str:
+    """Recall@k over an index's bytes a row, a point a way to search, larger where it is slower; today's and the
+    recommended one are named in the picture, the others by what the index holds."""
+    found = compared["found"]
+    slowest = max(float(f["p50_ms"]) for f in found)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(height=3.9)
+        for place, f in _spread(found):
+            chosen, today = f["title"] == compared["recommended"], f["todays"]
+            x, y = float(f["bytes_a_row"]), float(f["recall"])
+            area = 25 + 275 * float(f["p50_ms"]) / slowest
+            axes.scatter(x, y, s=area, color=CHOSEN if chosen else ACCENT if today else SOFT, alpha=0.75, linewidth=0)
+            said = f"{f['title']}, {f['p50_ms']:.1f} ms" + (" ✔" if chosen else ", today's" if today else "")
+            axes.annotate(
+                said, (x, y), xytext=(10, place), textcoords="offset points", va="center", fontsize=9,
+                fontweight="bold" if chosen else "normal",
+            )  # fmt: skip
+        axes.axhline(float(compared["target_recall"]), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"target {compared['target_recall']:g}", (0, float(compared["target_recall"])),
+            xycoords=("axes fraction", "data"), xytext=(4, -12), textcoords="offset points",
+        )  # fmt: skip
+        axes.set(xlabel="bytes of the index a row", ylabel=f"recall@{compared['k']}")
+        axes.set_xlim(0, 1.55 * max(float(f["bytes_a_row"]) for f in found))
+        axes.margins(y=0.14)
+        return _svg(figure, "storage")
+
+
+def _spread(found: Sequence[Mapping[str, Any]]) -> list[tuple[float, Mapping[str, Any]]]:
+    """Each point with the height of its label, in points, so that labels of near points do not cover each other."""
+    spread = max(float(f["recall"]) for f in found) - min(float(f["recall"]) for f in found) or 1.0
+    placed: list[tuple[float, float, float]] = []
+    result = []
+    for f in sorted(found, key=lambda f: (-float(f["recall"]), float(f["bytes_a_row"]))):
+        x, y = float(f["bytes_a_row"]), 190 * float(f["recall"]) / spread
+        height = 0.0
+        while any(abs(x - px) < 700 and abs(y + height - py) < LABEL_POINTS for px, py, _ in placed):
+            height -= 2.0
+        placed.append((x, y + height, height))
+        result.append((height, f))
+    return result
 
 
 def in_a_notebook(drawn: Sequence[str]) -> str:

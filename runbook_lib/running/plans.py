@@ -34,6 +34,7 @@ PLANS = {
     "10_refresh": ("refresh.plan",),
     "30_update_extension": ("upgrade.plan",),
     "40_rebuild_index": ("rebuild.plan",),
+    "50_compare_storage": ("storage.plan",),
     "60_change_model": ("model_change.plan",),
     "70_serve_filters": ("filters.plan",),
     "10_reads_to_legacy": ("cutover.undo_plan",),

@@ -3,10 +3,12 @@
 -- name: standing
 -- purpose: Every vector index on this target's column, whole or left over; another target has its own.
 SELECT c.relname::text AS name, i.indisvalid AND i.indisready AS usable, am.amname::text AS method,
+       oc.opcname::text AS operator_class, pg_get_indexdef(c.oid, 1, true) AS indexed,
        coalesce(c.reloptions, '{{}}') AS options, pg_relation_size(c.oid) AS bytes, c.oid::bigint AS oid,
        (SELECT count(*) FROM pg_stat_progress_create_index p WHERE p.index_relid = c.oid OR p.relid = i.indrelid)::int
            AS builds_under_way
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam
+JOIN pg_opclass oc ON oc.oid = i.indclass[0]
 WHERE i.indrelid = to_regclass(%(vectors)s) AND am.amname IN ('hnsw', 'ivfflat')
   AND EXISTS (SELECT FROM pg_depend d JOIN pg_attribute a ON (a.attrelid, a.attnum) = (d.refobjid, d.refobjsubid)
               WHERE (d.classid, d.refclassid) = ('pg_class'::regclass, 'pg_class'::regclass) AND d.objid = c.oid
@@ -32,3 +34,8 @@ ALTER INDEX {qualified_new_index} RENAME TO {index};
 -- undo: rebuild.swap
 ALTER INDEX {qualified_index} RENAME TO {new_index};
 ALTER INDEX {qualified_old_index} RENAME TO {index};
+
+-- name: definition
+-- purpose: The search function as a statement that makes it again.
+SELECT pg_get_functiondef(p.oid) AS definition FROM pg_proc p
+WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s;
