@@ -14,6 +14,7 @@ from runbook_lib.measuring import explain
 from runbook_lib.measuring.prepared import Sent
 from runbook_lib.phase import Phase
 from tests.conftest import DSN_ENV, write_params
+from tests.test_search import FILTERED, learn
 
 VECTOR = "[1,2,3,4,5,6,7,8]"
 NEAREST = "SELECT id FROM articles ORDER BY embedding <=> $1 LIMIT $2"
@@ -52,11 +53,13 @@ def ask(big: Phase) -> Iterator[Callable[..., str]]:
     """Judges a statement after statements that spoil something; all of it is rolled back after the test."""
     with big.connection.transaction(force_rollback=True):
 
-        def judge(text: str, *spoilers: str, kind: str = "custom", values: tuple[Any, ...] = (VECTOR, 10)) -> str:
+        def judge(
+            text: str, *spoilers: str, kind: str = "custom", values: tuple[Any, ...] = (VECTOR, 10), exact: str = ""
+        ) -> str:
             for spoiler in spoilers:
                 big.connection.execute(sql.SQL(spoiler))
             sent = Sent("the application's query", text, ("embedding", "k", "status"), values)
-            return str(explain.judge(big, big.connection, sent, kind))
+            return str(explain.judge(big, big.connection, sent, kind, exact))
 
         yield judge
 
@@ -310,3 +313,63 @@ def test_the_function_and_the_applications_own_query_are_both_proved(open_phase:
         ("explain.generic_plan_uses_the_index", "the application's query", "FAIL"),
     ]
     assert search.current_route(phase) == ("legacy", 0), "the proof moves no read"
+
+
+BY_STATUS = "SELECT id FROM articles WHERE status = $3 ORDER BY embedding <=> $1 LIMIT $2"
+RARE = (
+    "UPDATE articles SET status = 'Rare' WHERE id <= 3",
+    "CREATE INDEX articles_status ON articles (status)",
+    "ANALYZE articles",
+)
+
+
+def test_14_exact_through_the_filters_own_index(ask: Callable[..., str]) -> None:
+    answer = ask(BY_STATUS, *RARE, "SET LOCAL enable_bitmapscan = off", values=(VECTOR, 10, "Rare"))
+    assert answer == message(
+        "Index Scan articles_status; exact search through articles_status is cheaper, for it leaves few rows",
+        "nothing: these answers are exact; let 70_tune decide which filters are answered so",
+    )
+
+
+@pytest.mark.parametrize(
+    ("off", "scan"), [("enable_bitmapscan", "Index Scan"), ("enable_indexscan", "Bitmap Index Scan")]
+)
+def test_14_where_70_tune_chose_exact_the_filters_own_index_is_right(
+    ask: Callable[..., str], off: str, scan: str
+) -> None:
+    spoilers = (*RARE, f"SET LOCAL {off} = off", "SET LOCAL enable_seqscan = off")
+    assert ask(BY_STATUS, *spoilers, values=(VECTOR, 10, "Rare"), exact="status = Rare") == (
+        "PASS    explain.custom_plan_uses_the_index   the application's query\n"
+        f"  found   {scan} articles_status\n"
+        "  needed  Index Scan articles_embedding_hnsw, or an index of the filter, for 70_tune chose exact where"
+        " status = Rare"
+    )
+
+
+def test_14_where_70_tune_chose_exact_the_whole_table_is_still_too_much(ask: Callable[..., str]) -> None:
+    spoilers = ("SET LOCAL enable_indexscan = off", "SET LOCAL enable_bitmapscan = off")
+    answer = ask(BY_STATUS, *RARE, *spoilers, values=(VECTOR, 10, "Rare"), exact="status = Rare")
+    assert answer.startswith("FAIL") and "found   Seq Scan articles" in answer
+
+
+@pytest.mark.parametrize(("scan", "verdict"), [("exact", "PASS"), ("relaxed", "FAIL")])
+def test_14_the_strategies_say_what_was_chosen_for_the_applications_filter(
+    open_phase: Callable[..., Phase], articles: psycopg.Connection[Any], scan: str, verdict: str
+) -> None:
+    articles.execute("UPDATE articles SET views = id")
+    articles.execute("CREATE INDEX articles_views ON articles (views)")
+    articles.execute("VACUUM ANALYZE articles")
+    query = "SELECT id FROM articles WHERE views = :views::int ORDER BY embedding <=> :embedding LIMIT :k"
+    target = {"name": "articles", "table": "articles", "key": "id", "text_columns": ["title", "body"]}
+    phase = open_phase(
+        "70_tune",
+        search={"mode": "application", "application_query": query},
+        **{**FILTERED, "target": target | {"filters": ["status", "views"]}},
+    )
+    for module in (search, extension, schema, staging, backfill, index):
+        module.apply(phase)
+    learn(phase, "views", None, scan)
+    articles.execute(f"ALTER DATABASE {articles.info.dbname} SET enable_seqscan = off")  # type: ignore[call-overload]
+    own = [g for g in explain.gates(phase) if g.subject == "the application's query"]
+    assert [str(g.verdict) for g in own] == [verdict] * 2
+    assert all("articles_views" in g.found for g in own)

@@ -9,7 +9,7 @@ from psycopg import sql
 
 from runbook_lib import db, partitions, search
 from runbook_lib.gates import Gate, gate
-from runbook_lib.measuring import diagnose, evaluate, replica
+from runbook_lib.measuring import diagnose, evaluate, replica, together
 from runbook_lib.measuring.prepared import EXECUTIONS_TO_A_GENERIC_PLAN, Sent, fresh_name, plan_of, vector_indexes
 from runbook_lib.measuring.statement import bound
 from runbook_lib.names import identifier, index_name, names, spelled
@@ -28,9 +28,12 @@ def gates(phase: Phase) -> list[Gate]:
     p = phase.params
     routes = list(dict.fromkeys(["vector", p.cut_over.route]))
     found = [_function_searches_by_index(phase, route) for route in routes]
-    sent = [function_query(phase), *([application_query(phase)] if p.search.application_query else [])]
+    sent = [(function_query(phase), "")]
+    if p.search.application_query:
+        own = application_query(phase)
+        sent.append((own, _chosen_exact(phase, own)))
     with as_the_application(phase) as connection:
-        found += [judge(phase, connection, s, kind) for s in sent for kind in ("custom", "generic")]
+        found += [judge(phase, connection, s, kind, exact) for s, exact in sent for kind in ("custom", "generic")]
     return found
 
 
@@ -63,6 +66,19 @@ def _values(phase: Phase) -> tuple[str, list[float], int]:
     return query.text, [float(x) for x in embed.query_vectors(p, [query])[0]], p.queries.k
 
 
+def _chosen_exact(phase: Phase, sent: Sent) -> str:
+    """The filters of the statement with their values, where 70_tune chose to search these exactly; else empty."""
+    p = phase.params
+    given = {c: v for c, v in zip(sent.names, sent.values, strict=True) if c in p.target.filters and v is not None}
+    columns = [c for c in p.target.filters if c in given]
+    if not columns:
+        return ""
+    value = together.given_value([sql.Placeholder(c) for c in columns])
+    query = SQL["way_of"].compose(names(p) | {"value": value})
+    row = phase.connection.execute(query, given | {"filter": together.name(columns)}).fetchone()
+    return together.AND.join(f"{c} = {given[c]}" for c in columns) if row and row["scan"] == "exact" else ""
+
+
 def _usual_value(phase: Phase, column: str) -> str | None:
     query = SQL["usual_value"].compose(names(phase.params) | {"column": identifier(column)})
     row = phase.connection.execute(query, {}).fetchone()
@@ -82,19 +98,24 @@ def as_the_application(phase: Phase) -> Iterator[db.Connection]:
         yield connection
 
 
-def judge(phase: Phase, connection: db.Connection, sent: Sent, kind: str) -> Gate:
-    """Gate: the plan of this statement reads a vector index below a LIMIT; otherwise it names the cause."""
+def judge(phase: Phase, connection: db.Connection, sent: Sent, kind: str, exact: str = "") -> Gate:
+    """Gate: the plan of this statement reads a vector index below a LIMIT; otherwise it names the cause.
+
+    exact: the filters of the statement, where they are to be searched exactly; their own index will do then.
+    """
     indexes = {row["name"] for row in vector_indexes(connection, phase.params)}
     found = plan_of(connection, sent, kind)
     lacking = partitions.without_index(connection, phase.params, spelled(phase.params, "vectors"))
     holds = found.by_index in indexes and found.limited and not (found.sorted_whole and lacking)
+    holds = holds or (bool(exact) and found.by_another_index)
     cause = None if holds else diagnose.diagnose(phase, connection, sent, kind)
     return gate(
         f"explain.{kind}_plan_uses_the_index",
         holds,
         sent.subject,
         found=found.scan if cause is None else f"{found.scan}; {cause.found}",
-        needed=f"Index Scan {index_name(phase.params)}",
+        needed=f"Index Scan {index_name(phase.params)}"
+        + (f", or an index of the filter, for 70_tune chose exact where {exact}" if exact else ""),
         danger="the index ends after some rows; the rest is never returned"
         if found.by_index in indexes and not found.limited
         else DANGER,

@@ -74,6 +74,11 @@ class Planned:
         large = any(rows > SMALL_PARTITION_ROWS for _, rows in self.sorted_whole)
         return "" if large else self.index
 
+    @property
+    def by_another_index(self) -> bool:
+        """Are the rows found by an index that knows nothing of their distance, and sorted afterwards?"""
+        return not self.index and "Index" in self.scan
+
 
 def plan_of(
     connection: db.Connection, sent: Sent, kind: str = "custom", settings: Mapping[str, str] | None = None
@@ -103,7 +108,9 @@ def _planned(top: dict[str, Any]) -> Planned:
     nodes = list(_nodes(top))
     ordered = [n for n, _ in nodes if "Order By" in n]
     scan = next(iter(ordered), next((n for n, _ in nodes if "Relation Name" in n), {}))
-    described = f"{scan.get('Node Type', 'no scan')} {scan.get('Index Name') or scan.get('Relation Name', '')}"
+    # A bitmap's heap scan does not say by which index it finds its rows; the scan below it does.
+    reads = next((n for n, _ in _nodes(scan) if "Index Name" in n), scan)
+    described = f"{reads.get('Node Type', 'no scan')} {reads.get('Index Name') or reads.get('Relation Name', '')}"
     whole = tuple(_sorted_whole(nodes))
     if len(ordered) > 1:
         described = f"Merge Append of {len(ordered)} index scans, {described} the first"

@@ -52,3 +52,9 @@ WITH RECURSIVE part AS (
 SELECT coalesce(sum(c.reltuples), 0)::bigint AS rows,
        coalesce(sum(pg_relation_size(c.oid) / current_setting('block_size')::int), 0)::bigint AS pages
 FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
+
+-- name: way_of
+-- purpose: How the search function searches by these filters, as 70_tune chose.
+SELECT s.scan FROM {strategy} s
+WHERE s.target = {target_name} AND s.filter = %(filter)s AND (s.value = {value} OR s.value IS NULL)
+ORDER BY s.value LIMIT 1;
