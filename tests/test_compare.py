@@ -107,6 +107,20 @@ def test_classes_of_queries(open_phase: Open, articles: psycopg.Connection[Any])
     }
 
 
+def test_a_word_is_rare_by_its_rows_and_by_its_share(open_phase: Open, articles: psycopg.Connection[Any]) -> None:
+    phase = open_phase("80_shadow")
+    articles.execute("INSERT INTO articles (body) SELECT 'usual ' || n FROM generate_series(1, 1800) n")
+    for word, rows in (("six", 6), ("five", 5), ("one", 1)):
+        articles.execute("UPDATE articles SET body = body || ' ' || %s WHERE id <= %s", [word, rows])
+    articles.execute("ANALYZE articles")
+    asked = {"usual", "six", "five", "one", "nowhere"}
+    # Six of two thousand rows are well below the share, and yet no rare word.
+    assert slices.rare_words(phase, asked) == {"five", "one", "nowhere"}
+    articles.execute("DELETE FROM articles WHERE id > 100")
+    articles.execute("VACUUM ANALYZE articles")
+    assert slices.rare_words(phase, asked) == {"nowhere", "usual"}, "one of a hundred rows is above the share"
+
+
 @pytest.mark.parametrize(
     ("exact", "vector", "route", "blame"),
     [(0.2, 0.2, "vector", "model"), (0.9, 0.3, "vector", "index"), (0.9, 0.9, "hybrid", "fusion")],

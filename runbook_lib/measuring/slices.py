@@ -16,8 +16,9 @@ from runbook_lib.sql import load
 SQL = load("compare")
 
 SHORT_WORDS = 3
-# A word that at most this share of the rows holds is rare.
-RARE_SHARE = 0.005
+# A word is rare that at most so many of the rows looked at hold, and no more than this share of them: in a table of
+# a few thousand rows the share alone would take in words that everybody uses.
+RARE_ROWS, RARE_SHARE = 5, 0.005
 ROWS_LOOKED_AT = 50_000
 CODES_AND_NAMES = re.compile(r"[0-9_()]|[a-z][A-Z]")
 # Fewer queries than these say nothing about their class.
@@ -51,7 +52,7 @@ def rare_words(phase: Phase, words: set[str]) -> set[str]:
     rows = db.one(phase.connection, SQL["estimated_rows"], phase.params, table=spelled(phase.params, "table"))["rows"]
     percent = min(100.0, 100.0 * ROWS_LOOKED_AT / rows) if rows else 100.0
     found = db.rows(phase.connection, SQL["document_frequency"], phase.params, words=sorted(words), percent=percent)
-    return words - {row["word"] for row in found if row["share"] > RARE_SHARE}
+    return words - {row["word"] for row in found if row["rows"] > RARE_ROWS or row["share"] > RARE_SHARE}
 
 
 def compare(groups: Mapping[str, Sequence[str]], scores: Mapping[str, Scores], route: str) -> list[dict[str, Any]]:

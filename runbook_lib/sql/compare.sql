@@ -23,12 +23,12 @@ SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS rows
 FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
 
 -- name: document_frequency
--- purpose: In which share of the rows, or of a sample of the table's pages, each of these words stands.
+-- purpose: In how many of the rows, or of a sample of the table's pages, each of these words stands, and their share.
 WITH sampled AS MATERIALIZED (
     SELECT to_tsvector('simple', left({text}, 20000)) AS words
     FROM {table} AS t TABLESAMPLE SYSTEM (%(percent)s)
 )
-SELECT word, count(*)::float8 / (SELECT count(*) FROM sampled) AS share
+SELECT word, count(*) AS rows, count(*)::float8 / (SELECT count(*) FROM sampled) AS share
 FROM sampled, unnest(tsvector_to_array(words)) AS word
 WHERE word = ANY (%(words)s) GROUP BY word;
 
