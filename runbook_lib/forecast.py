@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from runbook_lib.display import Table, number, size
+from runbook_lib.display import Table, duration, number, size
 from runbook_lib.params import Params
 
 PAGE = 8192
@@ -30,6 +30,8 @@ HNSW_POINTER = 6
 HNSW_HIGHEST_LEVEL = 63
 # hnswbuild.c: a parallel build leaves 3 MB for others and stops 1 MB before the end.
 HNSW_PARALLEL_RESERVE = 4 * MB
+# hnswbuild.c: a serial build takes its memory in blocks of this size, and runs out when it would take one too many.
+HNSW_BLOCK = MB
 
 # ivfflat.h and ivfbuild.c: list header, index tuple header, rows sampled for k-means.
 IVFFLAT_LIST_HEADER = 8
@@ -49,6 +51,23 @@ CHUNKS_A_PAGE = 4
 WAL_A_RECORD = 100
 STAGING_WAL_A_ROW = 60
 TIMESTAMP_AND_HASH = 8 + 17
+
+# Measured: 100 k rows of 1 kB, 384 dimensions, PostgreSQL 18.6, pgvector 0.8.6, 2 cores, all in shared_buffers. Times
+# of another machine and table differ; operate/00_rehearse measures them there.
+LOAD_US_A_ROW, LOAD_NS_A_BYTE = 4, 2
+BACKFILL_US_A_ROW = 33
+SLOW_INDEX_US = 450
+PROMOTE_US_A_ROW = 0.3
+HNSW_US = 24
+HNSW_EF_CONSTRUCTION = 64
+HNSW_DIMENSION = 384
+HNSW_SPEED_UP_A_WORKER = 0.76
+IVFFLAT_US_A_ROW, IVFFLAT_US_A_LIST = 9.4, 0.056
+
+# PostgreSQL, plan_create_index_workers and compute_parallel_worker: no worker below the first, one more whenever the
+# table is three times as large, and none that would have less memory than the last.
+PARALLEL_FROM_BYTES = 8 * MB
+MEMORY_A_PARTICIPANT_MB = 32
 
 
 def _align(n: int) -> int:
@@ -171,9 +190,13 @@ def staging_bytes(rows: int, dimension: int, kind: str) -> int:
     return rows * (TUPLE_HEADER + LINE_POINTER + 8 + TIMESTAMP_AND_HASH + stored_bytes_per_row(dimension, kind, 0))
 
 
-def backfill_wal_bytes(rows: int, dimension: int, kind: str, row_bytes: int, indexes: int, table_bytes: int) -> int:
+def backfill_wal_bytes(
+    rows: int, dimension: int, kind: str, row_bytes: int, indexes: int, table_bytes: int, hot_share: float = 0.0
+) -> int:
     """WAL of the backfill's UPDATE: each row's new version with its vector, an entry in each index, and one full
     image of every page of the table and of what it grows by.
+
+    hot_share: share of the updates that stay on their page, and so write to no index; 0 to 1.
 
     An inverted index (GIN) on the text writes more than that, by its number of terms a row, and checkpoints during
     the backfill repeat the full images: the record shows what it came to.
@@ -181,15 +204,65 @@ def backfill_wal_bytes(rows: int, dimension: int, kind: str, row_bytes: int, ind
     value = vector_bytes(dimension, kind)
     toasted = stored_bytes_per_row(dimension, kind, row_bytes) != value
     chunks = math.ceil(value / TOAST_CHUNK) if toasted else 0
-    row = value + row_bytes + TIMESTAMP_AND_HASH + WAL_A_RECORD * (1 + chunks + indexes)
-    return rows * row + table_bytes
+    records = 1 + chunks + indexes * (1 - hot_share)
+    return round(rows * (value + row_bytes + TIMESTAMP_AND_HASH + WAL_A_RECORD * records)) + table_bytes
+
+
+def build_workers(table_bytes: int, maintenance_work_mem_mb: int, most: int) -> int:
+    """Parallel workers that PostgreSQL gives the build, by the size of the heap: vectors in TOAST do not count."""
+    by_memory = maintenance_work_mem_mb // MEMORY_A_PARTICIPANT_MB - 1
+    by_size = 0 if table_bytes < PARALLEL_FROM_BYTES else 1 + int(math.log(table_bytes / PARALLEL_FROM_BYTES, 3))
+    return max(0, min(most, by_memory, by_size))
+
+
+def build_seconds(rows: int, params: Params, workers: int, lists: int | None) -> float:
+    """Time of the build on the machine of the measurements, while it fits into memory."""
+    dimension = params.vector.dimension / HNSW_DIMENSION
+    if lists is not None:
+        return rows * (IVFFLAT_US_A_ROW + IVFFLAT_US_A_LIST * lists) * dimension / 1e6
+    effort = params.index.ef_construction / HNSW_EF_CONSTRUCTION * (1 + dimension) / 2
+    return HNSW_US / 1e6 * rows * math.log(max(rows, 2)) * effort / (1 + HNSW_SPEED_UP_A_WORKER * workers)
+
+
+def ways_out(rows: int, params: Params, *, wanted_bytes: int) -> str:
+    """What to change where a build does not fit into its memory, each way with its figures."""
+    ix = params.index
+    reserve = ix.maintenance_work_mem_mb * MB - _build_of(rows, params)[2]
+    ways = [
+        f"set index.maintenance_work_mem_mb: {-(-(wanted_bytes + reserve) // MB)}, if the server has that to spare"
+    ]
+    if params.indexed_type == "vector":
+        ways.append(_way(rows, params, "storage", "halfvec"))
+    if ix.method == "hnsw":
+        ways.append(_way(rows, params, "method", "ivfflat"))
+    return "; or ".join(ways)
+
+
+def _way(rows: int, params: Params, key: str, value: str) -> str:
+    other = params.model_copy(update={"index": params.index.model_copy(update={key: value})})
+    index_bytes, memory, _, lists = _build_of(rows, other)
+    of = "" if lists is None else f"{lists} lists, {probes_rule(lists)} probes to start with, "
+    return f"index.{key}: {value} ({of}{size(memory)} while it is built, {size(index_bytes)} after)"
+
+
+def _build_of(rows: int, params: Params) -> tuple[int, int, int, int | None]:
+    """Bytes of the index, of its build, and of the memory that the build may take; lists of an IVFFlat index."""
+    ix, dimension, kind = params.index, params.vector.dimension, params.indexed_type
+    if ix.method == "ivfflat":
+        lists = ix.lists or lists_rule(rows)
+        memory = ivfflat_build_bytes(rows, dimension, kind, lists)
+        return ivfflat_index_bytes(rows, dimension, kind, lists), memory, ix.maintenance_work_mem_mb * MB, lists
+    index_bytes = 2 * PAGE + round(rows * hnsw_index_bytes_per_row(ix.m, dimension, kind))
+    memory = round(rows * hnsw_build_bytes_per_row(ix.m, dimension, kind))
+    return index_bytes, memory, hnsw_build_budget_bytes(ix.maintenance_work_mem_mb, ix.parallel_workers), None
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What this migration will take, in bytes; ``lists`` and ``probes`` are for IVFFlat and None for HNSW.
+    """What this migration will take, in bytes and seconds; ``lists`` and ``probes`` are None for HNSW.
 
-    build_memory_bytes: what the build wants; build_budget_bytes: what the parameters allow it.
+    build_memory_bytes: what the build wants; build_budget_bytes: what the parameters allow it. workers: of the build.
+    Times are those of another machine, which the measurements were made on.
     """
 
     rows: int
@@ -199,8 +272,13 @@ class Forecast:
     table_growth_bytes: int
     staging_bytes: int
     wal_bytes: int
+    load_seconds: float
+    backfill_seconds: float
+    build_seconds: float
+    workers: int
     lists: int | None = None
     probes: int | None = None
+    max_wal_bytes: int | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -218,10 +296,18 @@ class Forecast:
             ("staging table", size(self.staging_bytes)),
             ("free disk for all of these", size(self.disk_bytes)),
             ("WAL, at least", size(self.wal_bytes)),
+            ("loading, without the model; backfill; build: as measured elsewhere", self._times()),
+            ("parallel workers of the build", number(self.workers)),
         ]
+        if self.max_wal_bytes:
+            forced = f"{number(self.wal_bytes // self.max_wal_bytes)}, by max_wal_size {size(self.max_wal_bytes)}"
+            rows.append(("checkpoints that the WAL forces; each lets pages be logged whole again", forced))
         if self.lists is not None:
             rows += [("lists", number(self.lists)), ("probes to start with", number(self.probes or 1))]
         return Table(("forecast", "figure"), rows)
+
+    def _times(self) -> str:
+        return "; ".join(duration(s) for s in (self.load_seconds, self.backfill_seconds, self.build_seconds))
 
     def __str__(self) -> str:
         return str(self.table())
@@ -233,33 +319,57 @@ class Forecast:
         return self.table()._repr_html_()
 
 
-def forecast(rows: int, params: Params, *, row_bytes: int = 0, table_bytes: int = 0, indexes: int = 1) -> Forecast:
+def forecast(
+    rows: int,
+    params: Params,
+    *,
+    row_bytes: int = 0,
+    table_bytes: int = 0,
+    indexes: int = 1,
+    slow_indexes: int = 0,
+    hot_share: float = 0.0,
+    max_wal_bytes: int | None = None,
+    largest_partition: float = 1.0,
+) -> Forecast:
     """The forecast for this many rows under these parameters.
 
-    row_bytes: average width of a row today. table_bytes: size of the table today. indexes: how many it has.
+    row_bytes: average width of a row today. table_bytes: size of the table today. indexes: how many it has;
+    slow_indexes: how many of them are inverted ones, which a row enters many times. hot_share: share of the
+    backfill's updates that write to no index. max_wal_bytes: the server's max_wal_size. Vectors beside the table move
+    by a rename: no row is written again.
     """
     v, ix = params.vector, params.index
-    lists: int | None = None
-    if ix.method == "hnsw":
-        index_bytes = 2 * PAGE + round(rows * hnsw_index_bytes_per_row(ix.m, v.dimension, params.indexed_type))
-        memory = round(rows * hnsw_build_bytes_per_row(ix.m, v.dimension, params.indexed_type))
-        budget = hnsw_build_budget_bytes(ix.maintenance_work_mem_mb, ix.parallel_workers)
-    else:
-        lists = ix.lists or lists_rule(rows)
-        index_bytes = ivfflat_index_bytes(rows, v.dimension, params.indexed_type, lists)
-        memory = ivfflat_build_bytes(rows, v.dimension, params.indexed_type, lists)
-        budget = ix.maintenance_work_mem_mb * MB
+    index_bytes, _, budget, _ = _build_of(rows, params)
+    # Partitions are indexed one after the other, so the largest decides what memory a build wants.
+    _, memory, _, lists = _build_of(round(rows * largest_partition), params)
     staged = rows * (vector_bytes(v.dimension, v.type) + STAGING_WAL_A_ROW)
-    moved = backfill_wal_bytes(rows, v.dimension, v.type, row_bytes, indexes, table_bytes)
+    beside = v.layout == "side_table"
+    if beside:
+        # The staging table becomes the table beside, and its bytes are counted there.
+        growth, staging, moved = staging_bytes(rows, v.dimension, v.type), 0, 0
+        moving = rows * PROMOTE_US_A_ROW / 1e6
+    else:
+        growth = table_growth_bytes(rows, v.dimension, v.type, row_bytes)
+        staging = staging_bytes(rows, v.dimension, v.type)
+        moved = backfill_wal_bytes(rows, v.dimension, v.type, row_bytes, indexes, table_bytes, hot_share)
+        moving = rows * (BACKFILL_US_A_ROW + SLOW_INDEX_US * slow_indexes * (1 - hot_share)) / 1e6
+    inline = stored_bytes_per_row(v.dimension, v.type, row_bytes) == vector_bytes(v.dimension, v.type)
+    heap = growth if beside else table_bytes + (growth if inline else 0)
+    workers = build_workers(round(heap * largest_partition), ix.maintenance_work_mem_mb, ix.parallel_workers)
     return Forecast(
         rows=rows,
         index_bytes=index_bytes,
         build_memory_bytes=memory,
         build_budget_bytes=budget,
-        table_growth_bytes=table_growth_bytes(rows, v.dimension, v.type, row_bytes),
-        staging_bytes=staging_bytes(rows, v.dimension, v.type),
+        table_growth_bytes=growth,
+        staging_bytes=staging,
         # An index build logs each of its pages once, whole.
         wal_bytes=staged + moved + index_bytes,
+        load_seconds=rows * (LOAD_US_A_ROW * 1e3 + vector_bytes(v.dimension, v.type) * LOAD_NS_A_BYTE) / 1e9,
+        backfill_seconds=moving,
+        build_seconds=build_seconds(rows, params, workers, lists),
+        workers=workers,
         lists=lists,
         probes=probes_rule(lists) if lists else None,
+        max_wal_bytes=max_wal_bytes,
     )

@@ -9,15 +9,17 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, inputs, versions
+from runbook_lib import db, inputs, prewarm, room, versions
 from runbook_lib import forecast as forecast_module
 from runbook_lib.display import Table, duration, number, size
+from runbook_lib.filling import strategy
 from runbook_lib.forecast import Forecast
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.inputs import input_problems as input_problems
 from runbook_lib.measuring import replica
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.phase import Phase
+from runbook_lib.room import Room
 from runbook_lib.sql import load
 from runbook_lib.vectors import masking
 
@@ -30,8 +32,8 @@ SAMPLED_CHARACTERS = 10_000
 # Below this many rows reading the first pages is as cheap as sampling, and never comes back empty.
 SAMPLE_WHOLE_PAGES_FROM_ROWS = 20 * SAMPLED_ROWS
 SHOWN_STATEMENTS = 5
-# Where a slot holds back WAL that max_slot_wal_keep_size does not protect any more.
-BAD_WAL_STATUS = ("unreserved", "lost")
+# Access methods that enter a row once a word or trigram.
+INVERTED = ("gin",)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Facts:
     rows: int
     rows_are_counted: bool
     partitions: int
+    largest_partition: float
     heap_bytes: int
     toast_bytes: int
     indexes_bytes: int
@@ -63,6 +66,7 @@ class Facts:
     oldest_transaction_s: float | None
     replicas: tuple[str, ...]
     slots: tuple[str, ...]
+    room: Room
     settings: Mapping[str, str]
     legacy_statements: tuple[tuple[int, float, str], ...] | None
     not_seen: Mapping[str, str]
@@ -78,7 +82,7 @@ class Facts:
                 f"{self.pgvector_installed or 'not installed'}; offered: {self.pgvector_available or 'none'}",
             ),
             ("rows", f"{number(self.rows)}, {how}"),
-            ("partitions", number(self.partitions) if self.partitions else "none"),
+            ("partitions", self._partitions()),
             ("table", f"{size(self.heap_bytes)}, TOAST {size(self.toast_bytes)}, fillfactor {self.fillfactor}"),
             ("indexes", f"{len(self.indexes)}, {size(self.indexes_bytes)}"),
             *(
@@ -96,7 +100,8 @@ class Facts:
             ("replication slots", ", ".join(self.slots) or "none"),
             *((f"setting {name}", value) for name, value in self.settings.items()),
             *self._statements(),
-            ("free disk", "not visible through SQL: compare df on the server with the forecast"),
+            ("free disk", str(self.room.free_disk)),
+            ("shared memory", str(self.room.shared_memory)),
         ]
         return Table(("fact", "found"), found)
 
@@ -114,6 +119,10 @@ class Facts:
     def _transactions(self) -> str:
         oldest = self.oldest_transaction_s
         return f"{self.open_transactions}" + (f", the oldest for {duration(oldest)}" if oldest is not None else "")
+
+    def _partitions(self) -> str:
+        share = f", the largest with {self.largest_partition:.0%} of the rows"
+        return f"{number(self.partitions)}{share}" if self.partitions else "none"
 
     def _statements(self) -> Iterator[tuple[str, str]]:
         if self.legacy_statements is None:
@@ -161,6 +170,7 @@ def facts(phase: Phase) -> Facts:
         rows=n,
         rows_are_counted=counted,
         partitions=shape["partitions"],
+        largest_partition=_largest_partition(shape),
         heap_bytes=shape["heap_bytes"],
         toast_bytes=shape["toast_bytes"],
         indexes_bytes=shape["indexes_bytes"],
@@ -180,7 +190,8 @@ def facts(phase: Phase) -> Facts:
         open_transactions=len(sessions),
         oldest_transaction_s=float(sessions[0]["age_s"]) if sessions else None,
         replicas=tuple(_replica(r) for r in db.rows(c, SQL["replicas"], p)),
-        slots=tuple(_slot(r) for r in db.rows(c, SQL["slots"], p)),
+        slots=tuple(room.slot(r) for r in db.rows(c, room.SQL["slots"], p)),
+        room=room.look(c, p),
         settings={r["name"]: r["value"] for r in db.rows(c, SQL["settings"], p)},
         legacy_statements=_legacy_statements(phase, not_seen),
         not_seen=not_seen,
@@ -201,14 +212,15 @@ def _sample(phase: Phase, n: int, not_seen: dict[str, str]) -> list[db.Row] | No
         return None
 
 
+def _largest_partition(shape: db.Row) -> float:
+    """Share of the rows in the largest partition, 0 to 1; all of them where nothing is known."""
+    known = shape["partitions"] and shape["estimated_rows"]
+    return float(shape["largest_partition_rows"] / shape["estimated_rows"]) if known else 1.0
+
+
 def _replica(r: db.Row) -> str:
     lag = "" if r["lag_s"] is None else f", {duration(r['lag_s'])} behind"
     return f"{r['name'] or 'unnamed'} ({r['state'] or 'state hidden from this role'}{lag})"
-
-
-def _slot(r: db.Row) -> str:
-    kept = "" if r["kept_bytes"] is None else f", keeps {size(r['kept_bytes'])} of WAL"
-    return f"{r['name']} ({'active' if r['active'] else 'inactive'}{kept})"
 
 
 def _legacy_statements(phase: Phase, not_seen: dict[str, str]) -> tuple[tuple[int, float, str], ...] | None:
@@ -227,14 +239,19 @@ def _legacy_statements(phase: Phase, not_seen: dict[str, str]) -> tuple[tuple[in
     return tuple((r["calls"], r["mean_ms"], r["statement"]) for r in found)
 
 
-def expected(found: Facts, phase: Phase) -> Forecast:
-    """The forecast from these facts."""
+def expected(found: Facts, phase: Phase, rows: int | None = None) -> Forecast:
+    """The forecast from these facts, for all of the table or for so many of its rows."""
+    n = found.rows if rows is None else rows
     return forecast_module.forecast(
-        found.rows,
+        n,
         phase.params,
         row_bytes=found.row_bytes or round(found.heap_bytes / max(found.rows, 1)),
-        table_bytes=found.heap_bytes,
+        table_bytes=round(found.heap_bytes * n / max(found.rows, 1)),
         indexes=len(found.indexes),
+        slow_indexes=sum(method in INVERTED for _, method, _, _ in found.indexes),
+        hot_share=strategy.expected_hot_share(phase),
+        largest_partition=found.largest_partition if phase.params.vector.layout == "column" else 1.0,
+        max_wal_bytes=found.room.max_wal_bytes,
     )
 
 
@@ -247,8 +264,8 @@ def look(phase: Phase) -> Gates:
 def _risks(phase: Phase) -> Iterator[Gate]:
     yield _no_old_snapshot(phase)
     yield _no_prepared_transactions(phase)
-    yield _memory_fits_index(phase)
-    yield _wal_slots_healthy(phase)
+    yield from room.gates(phase.connection, phase.params, expected(facts(phase), phase))
+    yield from prewarm.gates(phase)
     yield from replica.gates(phase)
 
 
@@ -291,46 +308,6 @@ def _no_prepared_transactions(phase: Phase) -> Gate:
     )
 
 
-def _memory_fits_index(phase: Phase) -> Gate:
-    expects = expected(facts(phase), phase)
-    ix, v = phase.params.index, phase.params.vector
-    short_mb = -(-(expects.build_memory_bytes - expects.build_budget_bytes) // forecast_module.MB)
-    ways = [f"set index.maintenance_work_mem_mb: {ix.maintenance_work_mem_mb + max(short_mb, 0)}"]
-    if v.type == "vector":
-        ways.append("or vector.type: halfvec")
-    if ix.method == "hnsw":
-        ways.append("or index.method: ivfflat")
-    return gate(
-        "preflight.memory_fits_index",
-        expects.build_memory_bytes <= expects.build_budget_bytes,
-        f"{ix.method} on {_table_name(phase)}",
-        found=f"{number(expects.rows)} rows want {size(expects.build_memory_bytes)} while the index is built",
-        needed=f"at most {size(expects.build_budget_bytes)}, of index.maintenance_work_mem_mb:"
-        f" {ix.maintenance_work_mem_mb}",
-        danger="pgvector writes the unfinished graph to disk and goes on ten times as slowly"
-        if ix.method == "hnsw"
-        else "pgvector refuses to build",
-        do=", ".join(ways) + "; the server must have that memory to spare",
-        figures={"wanted_bytes": expects.build_memory_bytes, "allowed_bytes": expects.build_budget_bytes},
-    )
-
-
-def _wal_slots_healthy(phase: Phase) -> Gate:
-    slots = db.rows(phase.connection, SQL["slots"], phase.params)
-    bad = [s for s in slots if not s["active"] or s["wal_status"] in BAD_WAL_STATUS]
-    return gate(
-        "preflight.wal_slots_healthy",
-        not bad,
-        "replication slots",
-        found="; ".join(f"{_slot(s)}, {s['wal_status'] or 'no WAL reserved'}" for s in bad)
-        or (f"{len(slots)}, all active" if slots else "none"),
-        needed="every slot active",
-        danger="a slot that nobody reads keeps all WAL of the backfill, until the disk is full or the slot is lost",
-        do="bring its reader back, or drop it: SELECT pg_drop_replication_slot('<name>');",
-        figures={"slots": len(slots), "unhealthy": len(bad)},
-    )
-
-
 def plan_body(phase: Phase) -> dict[str, Any]:
     """What this migration will do to this table, by the figures of today: the body of the ledger's row ``plan``."""
     found = facts(phase)
@@ -349,6 +326,8 @@ def plan_body(phase: Phase) -> dict[str, Any]:
             "table_growth_bytes": expects.table_growth_bytes,
             "staging_bytes": expects.staging_bytes,
             "wal_bytes": expects.wal_bytes,
+            "build_seconds": round(expects.build_seconds, 1),
+            "backfill_seconds": round(expects.backfill_seconds, 1),
         },
         "params": phase.params.for_record(),
     }

@@ -101,7 +101,7 @@ def test_a_real_build_runs_out_of_memory_where_forecast(database: str) -> None:
         connection.execute("CREATE INDEX ix ON v USING hnsw (e vector_l2_ops) WITH (ef_construction = 32)")
     (notice,) = [n for n in notices if "no longer fits" in n]
     tuples = re.search(r"after (\d+) tuples", notice)
-    assert tuples and int(tuples[1]) == pytest.approx(expected, rel=0.1)
+    assert tuples and int(tuples[1]) == pytest.approx(expected, rel=0.03)
 
 
 def test_real_indexes_have_the_size_forecast(database: str) -> None:

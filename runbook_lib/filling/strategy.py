@@ -141,6 +141,15 @@ def choose(phase: Phase) -> Choice:
     return pick(phase.params, version, found, reads_ranges=ranges)
 
 
+def expected_hot_share(phase: Phase) -> float:
+    """The forecast share of updates that touch no index, before the columns are there to ask the planner about."""
+    found = relations(phase)
+    version = phase.connection.info.server_version
+    ranges = versions.scans_ranges_of_blocks(version) and all(r.access_method == "heap" for r in found)
+    choice = pick(phase.params, version, found, reads_ranges=ranges)
+    return choice.hot_share if choice.strategy == "page_interleaved" else 0.0
+
+
 def _reads_ranges(phase: Phase, part: str) -> bool:
     query = sql.SQL("EXPLAIN {}").format(ranked(phase.connection, phase.params, part))
     with phase.connection.transaction():

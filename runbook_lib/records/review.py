@@ -414,34 +414,47 @@ def _progress(entry: _Found) -> Picture:
 
 
 def _forecast(found: _Newest) -> list[tuple[str, str, str, str]]:
-    """What preflight foresaw, what it came to, and the ratio; an actual figure that nobody measured says so."""
+    """What was foreseen, by preflight's formulas and by a rehearsal where there was one; what it came to; the ratio.
+
+    An actual figure that nobody measured says so.
+    """
     plan = found("plan")
     if not plan or not plan.body.get("forecast"):
         return []
     forecast = plan.body["forecast"]
     index, backfill = found("index"), found("backfill")
+    rehearsal = found("rehearsal")
+    rehearsed = rehearsal.body["whole"] if rehearsal else {}
     actual = {
         "index_bytes": index.body.get("bytes") if index else None,
+        "build_seconds": index.body.get("seconds") if index else None,
         "table_growth_bytes": backfill.body.get("table_growth_bytes") if backfill else None,
         "wal_bytes": backfill.body.get("wal_bytes") if backfill else None,
+        "backfill_seconds": backfill.body.get("seconds") if backfill else None,
     }
     names = {
         "index_bytes": "size of the index",
         "build_memory_bytes": "memory for the build",
         "table_growth_bytes": "growth of the table",
         "wal_bytes": "write-ahead log",
+        "build_seconds": "time of the build",
+        "backfill_seconds": "time of the backfill",
     }
     rows = []
     for key, foreseen in forecast.items():
         if not isinstance(foreseen, int | float):
             continue
+        shown = duration if key.endswith("_seconds") else size
         was = actual.get(key)
-        said = size(was) if was is not None else "not measured"
+        said = shown(was) if was is not None else "not measured"
         if key == "build_memory_bytes" and index:
             over = any("no longer fits" in n for n in index.body.get("notices", ()))
             said = "did not fit into maintenance_work_mem" if over else "the build stayed within maintenance_work_mem"
         ratio = f"{was / foreseen:.2f} ×" if was is not None and foreseen else ""
-        rows.append((names.get(key, key.replace("_", " ")), size(foreseen), said, ratio))
+        expected = shown(foreseen)
+        if r := rehearsed.get(key):
+            expected += f"; rehearsed {shown(r['low'])} to {shown(r['high'])}"
+        rows.append((names.get(key, key.replace("_", " ")), expected, said, ratio))
     return rows
 
 

@@ -52,12 +52,6 @@ ORDER BY 1;
 SELECT coalesce(r.application_name, '') AS name, r.state, r.sync_state,
     extract(epoch FROM r.replay_lag)::float8 AS lag_s FROM pg_stat_replication r ORDER BY 1;
 
--- name: slots
--- purpose: Replication slots and the WAL that each keeps from being removed.
-SELECT s.slot_name::text AS name, s.active, s.wal_status,
-    pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn)::bigint AS kept_bytes
-FROM pg_replication_slots s WHERE NOT s.temporary ORDER BY 1;
-
 -- name: snapshots
 -- purpose: Transactions of this database that are open, the oldest first; a concurrent build waits for them.
 SELECT a.pid, a.usename::text AS role, a.application_name AS application, a.state,

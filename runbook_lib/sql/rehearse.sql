@@ -1,0 +1,133 @@
+-- The rehearsal: a sample of the table in a schema of its own, or on an embedded server. The target is only read.
+
+-- name: take
+-- purpose: Claim the rehearsal of this target for this session, until it ends; false if somebody is at it.
+SELECT pg_try_advisory_lock(hashtextextended('runbook rehearsal ' || {target_name}, 0)) AS taken;
+
+-- name: who_rehearses
+-- purpose: The session that rehearses this target now.
+SELECT a.pid, a.usename, a.application_name
+FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+WHERE l.locktype = 'advisory' AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND (l.classid::bigint << 32 | l.objid::bigint) = hashtextextended('runbook rehearsal ' || {target_name}, 0);
+
+-- name: scratch
+-- purpose: Is there a schema of the scratch schema's name, and did a rehearsal make it?
+SELECT n.oid IS NOT NULL AS there, coalesce(obj_description(n.oid, 'pg_namespace') = {mark}, false) AS ours
+FROM (SELECT to_regnamespace(%(scratch)s)::oid AS oid) n;
+
+-- name: rights
+-- purpose: What a rehearsal in this database needs: pgvector, and the right to make a schema.
+SELECT has_database_privilege(current_database(), 'CREATE') AS may_create, quote_ident(current_user) AS role,
+       quote_ident(current_database()) AS database,
+       (SELECT extversion FROM pg_extension WHERE extname = 'vector') AS pgvector;
+
+-- name: create_scratch
+-- purpose: Make the scratch schema of the rehearsal, and mark it as such.
+-- lock: none on the target
+-- undo: rehearse.drop_scratch
+CREATE SCHEMA {scratch};
+COMMENT ON SCHEMA {scratch} IS {mark};
+
+-- name: drop_scratch
+-- purpose: Drop the scratch schema with all that a rehearsal made in it.
+-- lock: none on the target
+-- undo: none needed; it held copies only
+DROP SCHEMA IF EXISTS {scratch} CASCADE;
+
+-- name: create_sample
+-- purpose: Make an empty table like the target, with its indexes, in the scratch schema.
+-- lock: ACCESS SHARE on {table}
+-- undo: rehearse.drop_scratch
+CREATE TABLE {sample} (LIKE {table} INCLUDING STORAGE INCLUDING INDEXES)
+    WITH (fillfactor = {fillfactor}, autovacuum_enabled = off, parallel_workers = {parallel_workers});
+ALTER TABLE {sample}
+    DROP COLUMN IF EXISTS {embedding}, DROP COLUMN IF EXISTS {embedding_updated_at},
+    DROP COLUMN IF EXISTS {embedding_hash};
+
+-- name: fill_sample
+-- purpose: Copy a sample of the target's pages into it; other pages are not read.
+-- lock: ACCESS SHARE on {table}
+-- undo: rehearse.drop_scratch
+INSERT INTO {sample} ({columns})
+SELECT {columns} FROM {table} TABLESAMPLE SYSTEM ({percent}) REPEATABLE ({seed}) LIMIT {rows};
+
+-- name: copy_out
+-- purpose: Send a sample of the target's pages to the embedded server; other pages are not read.
+-- lock: ACCESS SHARE on {table}
+COPY (SELECT {values} FROM {table} TABLESAMPLE SYSTEM ({percent}) REPEATABLE ({seed}) LIMIT {rows}) TO STDOUT;
+
+-- name: copy_in
+-- purpose: Take that sample in, on the embedded server.
+COPY {table} ({columns}) FROM STDIN;
+
+-- name: create_copy
+-- purpose: Make a table of the target's name and columns on the embedded server.
+CREATE TABLE {table} ({definitions})
+    WITH (fillfactor = {fillfactor}, autovacuum_enabled = off, parallel_workers = {parallel_workers});
+
+-- name: columns
+-- purpose: The target's columns without the runbook's own; a type that another database may lack is marked.
+SELECT a.attname::text AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AS not_null,
+       n.nspname = 'pg_catalog' OR EXISTS (
+           SELECT FROM pg_depend d WHERE d.classid = 'pg_type'::regclass AND d.objid = a.atttypid AND d.deptype = 'e'
+       ) AS known
+FROM pg_attribute a JOIN pg_type y ON y.oid = a.atttypid JOIN pg_namespace n ON n.oid = y.typnamespace
+WHERE a.attrelid = to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdropped AND NOT a.attname = ANY (%(added)s)
+ORDER BY a.attnum;
+
+-- name: index_definitions
+-- purpose: The statements that made the target's indexes, apart from those on vectors.
+SELECT c.relname::text AS name, pg_get_indexdef(i.indexrelid) AS definition
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
+WHERE i.indrelid = to_regclass(%(table)s) AND m.amname NOT IN ('hnsw', 'ivfflat') ORDER BY 1;
+
+-- name: extensions
+-- purpose: Extensions of this database, with the schema of each.
+SELECT e.extname::text AS name, n.nspname::text AS schema
+FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname <> 'plpgsql' ORDER BY 1;
+
+-- name: create_extension
+-- purpose: Make an extension of the target's database on the embedded server, in the schema that it has there.
+CREATE SCHEMA IF NOT EXISTS {schema};
+CREATE EXTENSION IF NOT EXISTS {extension} SCHEMA {schema};
+
+-- name: session
+-- purpose: Cancel a statement of the rehearsal that takes too long.
+SELECT set_config('statement_timeout', %(timeout)s, false);
+
+-- name: vacuum
+-- purpose: Leave the sample as a table in use is: tidied, and known to the planner.
+VACUUM (ANALYZE) {table};
+
+-- name: page
+-- purpose: The next rows of the sample that have text, in key order.
+SELECT t.{key} AS key, {text_hash} AS text_hash FROM {table} t
+WHERE {after} AND btrim({text}, E' \t\r\n') <> '' ORDER BY t.{key} LIMIT %(batch_rows)s;
+
+-- name: has_column
+-- purpose: Has the relation this column, of a type of pgvector?
+SELECT EXISTS (
+    SELECT FROM pg_attribute a JOIN pg_type y ON y.oid = a.atttypid
+    WHERE a.attrelid = to_regclass(%(relation)s) AND a.attname = %(column)s AND NOT a.attisdropped
+      AND y.typname IN ('vector', 'halfvec')
+) AS there;
+
+-- name: vectors_of
+-- purpose: Vectors that the target, or its staging table, has already of these rows.
+SELECT s.{source_key} AS key, s.{source_vector} AS embedding FROM {source} s
+WHERE s.{source_key} = ANY (%(keys)s) AND s.{source_vector} IS NOT NULL;
+
+-- name: wal
+-- purpose: Where the WAL of the whole server stands.
+SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint AS bytes;
+
+-- name: relation_bytes
+-- purpose: Size of a relation with its TOAST.
+SELECT pg_table_size(to_regclass(%(relation)s))::bigint AS bytes;
+
+-- name: build_settings
+-- purpose: Give this session the memory and workers of a build, and end one that takes too long.
+SELECT set_config('maintenance_work_mem', %(memory)s, false),
+       set_config('max_parallel_maintenance_workers', %(workers)s, false),
+       set_config('lock_timeout', '0', false), set_config('statement_timeout', %(timeout)s, false);
