@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from typing import Any
 
 import psycopg
 
-from runbook_lib import compare, db, search
+from runbook_lib import compare, db, live, search
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, GateFailed, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
-from runbook_lib.measuring import evaluate
+from runbook_lib.measuring import evaluate, standing
 from runbook_lib.phase import Phase
+from runbook_lib.sql import load
 from runbook_lib.vectors import embed
+
+SQL = load("cutover")
 
 # A canary's p95 may wander this far from the shadow's figure before it counts as slower.
 LATENCY_TOLERANCE = 2.0
@@ -30,7 +34,8 @@ class Step:
     drawn: calls that the share should send to the new route, by the hash of their text. short: answers of the new
     route with fewer rows than 80_shadow had for the query. overlap: mean share of an answer that 80_shadow had too;
     None where no call was answered by the new route, or nothing was recorded for it. p95_ms, legacy_p95_ms: of the
-    calls that the new route and legacy answered, side by side; None where there was none.
+    calls that the new route and legacy answered, side by side; None where there was none. filtered: a call by the new
+    route with each class of filters. live: what users' calls say, where a share of them is answered twice.
     """
 
     share_percent: int
@@ -43,6 +48,12 @@ class Step:
     errors: int
     p95_ms: float | None
     legacy_p95_ms: float | None
+    filtered: standing.Called = standing.NO_CALLS
+    live: live.Seen | None = None
+
+    def as_data(self) -> dict[str, Any]:
+        """For the ledger."""
+        return asdict(self)
 
 
 def plan(phase: Phase) -> db.Plan:
@@ -104,7 +115,7 @@ def apply(phase: Phase) -> Table:
         if gates.failed:
             # First of all, before anything is written down: users are waiting.
             search.move_route(phase, "legacy", 0, f"step {share} % did not pass: {gates.failed[0].name}")
-        phase.note("canary", {**vars(step), "verdicts": {g.name: str(g.verdict) for g in gates}})
+        phase.note("canary", {**step.as_data(), "verdicts": {g.name: str(g.verdict) for g in gates}})
         if gates.failed:
             raise GateFailed(gates)
         steps.append(step)
@@ -112,7 +123,13 @@ def apply(phase: Phase) -> Table:
         return Table(("",), [("the reads have moved already",)])
     state = search.function_state(phase)
     phase.note("standing", {"settings": state["settings"], "source": state["source"]} if state else {})
-    return Table.of([vars(s) for s in steps], "steps")
+    return Table.of([_shown(s) for s in steps], "steps")
+
+
+def _shown(step: Step) -> dict[str, Any]:
+    """One row of the table of steps."""
+    figures = {name: value for name, value in vars(step).items() if name not in ("filtered", "live")}
+    return figures | {"with_filters": step.filtered.calls, "live_calls": step.live.calls if step.live else None}
 
 
 def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
@@ -127,6 +144,7 @@ def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
     seconds: dict[str, list[float]] = {"legacy": [], p.cut_over.route: []}
     overlaps: list[float] = []
     by_new = empty = short = errors = 0
+    since = db.one(phase.connection, SQL["now"], p)["now"]
     began = time.perf_counter()
     with db.connect(p, f"runbook {phase.run_id} canary") as connection:
         for n, i in enumerate(calls, 1):
@@ -147,6 +165,10 @@ def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
                 overlaps.append(evaluate.overlap(expected, keys, p.queries.k))
                 short += len(keys) < len(expected)
             time.sleep(max(0.0, hold_s * n / len(calls) - (time.perf_counter() - began)))
+        asked = [standing.Question(q.text, v) for q, v in zip(queries, vectors, strict=True)]
+        filtered = standing.call_each(phase, connection, p.cut_over.route, asked)
+    if filtered.problem:
+        print(f"  call failed: {filtered.problem}")
     return Step(
         share_percent=share,
         calls=len(calls),
@@ -158,6 +180,8 @@ def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
         errors=errors,
         p95_ms=_p95_ms(seconds[p.cut_over.route]),
         legacy_p95_ms=_p95_ms(seconds["legacy"]),
+        filtered=filtered,
+        live=live.seen_since(phase, p.cut_over.route, since),
     )
 
 
@@ -179,6 +203,7 @@ def _judge(phase: Phase, step: Step) -> Gates:
         return gate(f"cutover.{fact}", holds, subject, found=found, needed=needed, danger=danger, do=do)
 
     again = "then run 90_cut_over again"
+    f = step.filtered
     answered = step.drawn - step.empty - step.errors
     overlap = "no answer to compare" if step.overlap is None else f"{step.overlap:.0%} of the rows"
     return collect(
@@ -200,8 +225,30 @@ def _judge(phase: Phase, step: Step) -> Gates:
                    f"{c.route} answered no call" if step.p95_ms is None else f"p95 {step.p95_ms:.2f} ms",
                    f"at most {limit_ms:.2f} ms, {LATENCY_TOLERANCE:g} × the slowest of legacy now and 80_shadow",
                    f"look at the load of the server, {again}"),
+            *([canary("no_filtered_call_fails", f.errors == 0, f"{f.errors} of {f.calls} calls with filters failed",
+                      "0", f"mend what the error above names, or run 70_tune again, {again}"),
+               canary("no_filtered_answer_is_short", f.short == 0, f"{f.short} of {f.calls} calls with filters",
+                      "0", f"run 70_tune again, {again}")] if f.calls else []),
+            *(_live_gates(step.live, canary, again) if step.live else []),
         ]
     )  # fmt: skip
+
+
+def _live_gates(seen: live.Seen, canary: Callable[..., Gate], again: str) -> list[Gate]:
+    """What users' own calls say: each was answered by the other search as well, in the same moment."""
+    limit_ms = max(compare.FAST_ENOUGH_MS, seen.other_p95_ms or 0) * LATENCY_TOLERANCE
+    enough = seen.calls >= live.FEWEST_CALLS
+    found = f"p95 {seen.p95_ms:.2f} ms in {seen.calls} live calls" if enough else f"{seen.calls} live calls, too few"
+    return [
+        canary("no_live_shadow_fails", seen.problems == 0, f"{seen.problems} sampled live calls", "0",
+               f"look at the log's column problem, {again}"),
+        canary("no_live_answer_is_empty", seen.empty == 0,
+               f"{seen.empty} of {seen.calls} live calls, where legacy had an answer", "0",
+               f"look for the filters of these calls in the log, run 70_tune again, {again}"),
+        canary("live_calls_are_fast_enough", not enough or (seen.p95_ms or 0) <= limit_ms, found,
+               f"at most {limit_ms:.2f} ms, {LATENCY_TOLERANCE:g} × legacy on the same calls, from"
+               f" {live.FEWEST_CALLS} calls on", f"look at the load of the server, {again}"),
+    ]  # fmt: skip
 
 
 def verify(phase: Phase) -> Gates:
@@ -232,7 +279,7 @@ def _function_answers_by_route(phase: Phase) -> Gate:
         needed="every call",
         danger="the application still reads the old search",
         do="look at the route table and at the function's source",
-        figures=vars(step),
+        figures=step.as_data(),
     )
 
 

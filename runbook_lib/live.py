@@ -7,6 +7,7 @@ can neither fail the call nor change its answer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -150,6 +151,36 @@ def _figures(rows: list[db.Row], live: str, filters: tuple[str, ...]) -> dict[st
         "other_p95_ms": _p95(row["other_ms"] for row in whole),
         **agreed,
     }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Sampled live calls that a route answered: how many, empty where the other search was not, and p95 of both.
+
+    problems: sampled calls in which the search that was not live failed.
+    """
+
+    calls: int = 0
+    problems: int = 0
+    empty: int = 0
+    p95_ms: float | None = None
+    other_p95_ms: float | None = None
+
+
+def seen_since(phase: Phase, route: str, since: datetime) -> Seen | None:
+    """What the live calls say of a route since a moment; None where no live call is sampled."""
+    if not phase.params.shadow.sample_percent or not _what_is_there(phase)["log"]:
+        return None
+    rows = logged(phase, since)
+    whole = [row for row in rows if row["problem"] is None]
+    mine = [row for row in whole if row["live_route"] == route]
+    return Seen(
+        calls=len(mine),
+        problems=len(rows) - len(whole),
+        empty=sum(not row["live_keys"] and bool(row["other_keys"]) for row in mine),
+        p95_ms=_p95(row["live_ms"] for row in mine),
+        other_p95_ms=_p95(row["other_ms"] for row in mine),
+    )
 
 
 def _p95(milliseconds: Any) -> float | None:

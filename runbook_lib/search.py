@@ -402,6 +402,12 @@ def call_statement(params: Params) -> sql.Composed:
     return SQL["call"].compose(names(params))
 
 
+def matching_statement(connection: db.Connection, params: Params) -> sql.Composed:
+    """Counts the rows, up to k, that the filters let through; bound as in :func:`filtered_call_statement`."""
+    filters = _filters(params, _placeholders(params, in_function=False), column_types(connection, params))
+    return SQL["count_matching"].compose(names(params) | {"filters": filters})
+
+
 def filtered_call_statement(params: Params) -> sql.Composed:
     """The same with every filter bound by its column's name; NULL lets every row through."""
     given = [

@@ -1,18 +1,20 @@
 """Phase 90: the reads move step by step under load, come back by themselves, and no call fails meanwhile."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg
 import pytest
 
-from runbook_lib import backfill, compare, cutover, extension, index, schema, search, staging, tune
+from runbook_lib import backfill, compare, cutover, extension, index, live, schema, search, staging, tune
 from runbook_lib.gates import GateFailed
 from runbook_lib.phase import Phase
 from tests import toy
+from tests.test_search import FILTERED
 
 Open = Callable[..., Phase]
 SUBJECTS = [f"{s} {v}" for s in toy.SUBJECTS for v in toy.VERBS]
@@ -45,7 +47,7 @@ class Callers:
 
 
 @contextmanager
-def load(dsn: str, callers: int = 3) -> Iterator[Callers]:
+def load(dsn: str, callers: int = 3, function: str = "search_articles") -> Iterator[Callers]:
     """Concurrent callers on connections of their own, until the block ends."""
     seen, stop = Callers(), threading.Event()
 
@@ -56,7 +58,8 @@ def load(dsn: str, callers: int = 3) -> Iterator[Callers]:
                 n = (n + 1) % len(SUBJECTS)
                 try:
                     rows = connection.execute(
-                        "SELECT * FROM search_articles(%s, %s::real[], 10)", [SUBJECTS[n], vectors[n]]
+                        f"SELECT * FROM {function}(%s, %s::real[], 10)",  # type: ignore[arg-type]
+                        [SUBJECTS[n], vectors[n]],
                     ).fetchall()
                 except psycopg.Error as error:
                     seen.errors.append(str(error))
@@ -74,6 +77,13 @@ def load(dsn: str, callers: int = 3) -> Iterator[Callers]:
         stop.set()
         for thread in threads:
             thread.join(10)
+
+
+def wait_for(fact: Callable[[], bool], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.01)
 
 
 def canaries(phase: Phase) -> list[int]:
@@ -105,10 +115,18 @@ def test_a_canary_is_rolled_back_by_its_own_gate_under_load_and_no_call_fails(
     shadow = phase.ledger.latest("shadow") or {}
     strange = {i: ["-1"] for i in shadow["answers"]["vector"]}
     phase.note("shadow", shadow | {"answers": {"vector": strange}})
-    with load(database) as seen, pytest.raises(GateFailed) as failed:
-        cutover.apply(phase)
+    with load(database) as seen:
+        with pytest.raises(GateFailed) as failed:
+            cutover.apply(phase)
+        assert seen.routes == {"legacy", "vector"}, "some calls were answered by the canary's route"
+        before = seen.calls
+        wait_for(lambda: seen.calls > before + 20)
+        seen.routes.clear()
+        before = seen.calls
+        wait_for(lambda: seen.calls > before + 40)
     assert search.current_route(phase) == ("legacy", 0)
-    assert (seen.errors, seen.empty) == ([], 0) and seen.calls > 10
+    assert seen.routes == {"legacy"}, "every caller is back, and none was told"
+    assert (seen.errors, seen.empty) == ([], 0)
     (gate,) = failed.value.gates.failed
     assert str(gate) == (
         "FAIL    cutover.answers_are_those_of_shadow   vector at 10 %\n"
@@ -139,6 +157,62 @@ def test_short_answers_and_slow_ones_are_named(ready: Callable[..., Phase]) -> N
         "cutover.no_answer_is_short",
         "cutover.calls_are_fast_enough",
     ]
+
+
+def test_filters_are_tried_by_the_canary_before_any_user_comes_with_them(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], database: str
+) -> None:
+    articles.execute("UPDATE articles SET status = 'Draft' WHERE id % 10 = 0")
+    phase = ready(**FILTERED)
+    articles.execute("UPDATE runbook.strategy SET candidates = 0 WHERE value = 'Draft' AND filter = 'status'")
+    with load(database) as seen, pytest.raises(GateFailed) as failed:
+        cutover.apply(phase)
+    assert search.current_route(phase) == ("legacy", 0) and seen.errors == []
+    (gate,) = failed.value.gates.failed
+    calls = (phase.ledger.latest("canary") or {})["filtered"]["calls"]
+    assert calls >= 4
+    assert str(gate) == (
+        "FAIL    cutover.no_filtered_call_fails   vector at 10 %\n"
+        f"  found   1 of {calls} calls with filters failed\n"
+        "  needed  0\n"
+        "  danger  users would get this answer; every read was sent back to legacy\n"
+        "  do      mend what the error above names, or run 70_tune again, then run 90_cut_over again"
+    )
+    articles.execute("UPDATE runbook.strategy SET candidates = 1, scan = 'index', iterative_scan = 'off'")
+    for setting in ("enable_seqscan", "enable_bitmapscan", "enable_sort"):
+        articles.execute(f"ALTER DATABASE {articles.info.dbname} SET {setting} = off")  # type: ignore[call-overload]
+    with pytest.raises(GateFailed) as failed:
+        cutover.apply(phase)
+    assert "cutover.no_filtered_answer_is_short" in [g.name for g in failed.value.gates.failed]
+
+
+def test_users_own_calls_judge_the_canary_too(ready: Callable[..., Phase], database: str) -> None:
+    phase = ready(shadow={"sample_percent": 100, "calls_per_minute": 10_000}, cut_over={"hold_s": 1.0})
+    live.apply(phase)
+    with load(database, function="search_articles_shadow") as seen:
+        cutover.apply(phase)
+    assert (seen.errors, seen.empty) == ([], 0) and seen.routes == {"legacy", "vector"}
+    bodies = [e["body"] for e in phase.ledger.entries() if e["kind"] == "canary"]
+    assert [b["share_percent"] for b in bodies] == [10, 50, 100]
+    assert all(b["live"]["problems"] == b["live"]["empty"] == 0 for b in bodies)
+    assert bodies[-1]["live"]["calls"] >= live.FEWEST_CALLS and bodies[-1]["live"]["p95_ms"] > 0
+
+
+def test_what_is_wrong_with_users_calls_is_named(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    step = cutover.Step(10, 40, 8, 8, empty=0, short=0, overlap=1.0, errors=0, p95_ms=1.0, legacy_p95_ms=9)
+    bad = replace(step, live=live.Seen(calls=40, problems=1, empty=2, p95_ms=41.0, other_p95_ms=20.0))
+    assert [(g.name, g.found, g.needed) for g in cutover._judge(phase, bad).failed] == [
+        ("cutover.no_live_shadow_fails", "1 sampled live calls", "0"),
+        ("cutover.no_live_answer_is_empty", "2 of 40 live calls, where legacy had an answer", "0"),
+        (
+            "cutover.live_calls_are_fast_enough",
+            "p95 41.00 ms in 40 live calls",
+            "at most 40.00 ms, 2 × legacy on the same calls, from 30 calls on",
+        ),
+    ]
+    few = replace(step, live=live.Seen(calls=29, p95_ms=41.0, other_p95_ms=20.0))
+    assert cutover._judge(phase, few).passed
 
 
 @pytest.mark.parametrize("stopped_at", [10, 50, 100])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import psycopg
 from pgvector.psycopg import register_vector
 
 from runbook_lib import db, search
@@ -108,3 +109,41 @@ def _with_exact_answers(
         [Asked(q.text, q.vector, values, next(answers), q.own_key) for q, values in zip(questions, mine, strict=True)]
         for mine in allowed
     ]
+
+
+@dataclass(frozen=True)
+class Called:
+    """Calls with filters, one for each value: how many, those that failed, those short of rows; the first error."""
+
+    calls: int
+    errors: int
+    short: int
+    problem: str = ""
+
+
+NO_CALLS = Called(0, 0, 0)
+
+
+def call_each(phase: Phase, connection: db.Connection, route: str, questions: Sequence[Question]) -> Called:
+    """Calls the function by a route, wherever reads go now, with each value of each class of filters."""
+    p = phase.params
+    found = strategy_classes(phase, random.Random(phase.run_id))  # noqa: S311 - a sample, not a secret
+    asked = [c.allowed(value) for c in found for value in c.values]
+    statement, matching = search.filtered_call_statement(p), search.matching_statement(connection, p)
+    empty: dict[str, object] = dict.fromkeys(p.target.filters)
+    errors = short = 0
+    problem = ""
+    for i, allowed in enumerate(asked):
+        question = questions[i % len(questions)]
+        values = empty | dict(allowed) | {"query": question.text, "k": p.queries.k, "embedding": question.vector}
+        try:
+            with connection.transaction():
+                connection.execute(search.SQL["force_route"].compose(names(p)), {"route": route})
+                rows = connection.execute(statement, values, prepare=False).fetchall()
+                there = connection.execute(matching, values, prepare=False).fetchone()
+        except psycopg.Error as error:
+            errors += 1
+            problem = problem or f"{dict(allowed)}: {error.sqlstate} {error}".splitlines()[0]
+        else:
+            short += there is not None and len(rows) < there["rows"]
+    return Called(len(asked), errors, short, problem)

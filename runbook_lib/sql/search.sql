@@ -238,6 +238,10 @@ SELECT * FROM {function}(%(query)s, %(embedding)s::real[], %(k)s);
 -- purpose: Call the function with its filters; one that is NULL lets every row through.
 SELECT * FROM {function}(%(query)s, %(embedding)s::real[], %(k)s{filters});
 
+-- name: count_matching
+-- purpose: How many rows with a vector these filters let through, up to k.
+SELECT count(*) AS rows FROM (SELECT FROM {from_vectors} WHERE {filters} AND {row_embedding} IS NOT NULL LIMIT %(k)s) m;
+
 -- name: force_route
 -- purpose: Name the route of the calls of this transaction, whatever the table says.
 SELECT set_config('runbook.route', %(route)s, true);
