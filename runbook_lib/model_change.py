@@ -218,7 +218,7 @@ def _renamed(function: db.Row) -> str:
     return str(function["other_head"] + function["definition"][len(function["head"]) :])
 
 
-def _names(phase: Phase, function: db.Row) -> dict[str, sql.Composable]:
+def names_of_both(phase: Phase, function: db.Row) -> dict[str, sql.Composable]:
     """What the blocks need beside the names of the replaced target; arguments come from the catalogue."""
     p, old = phase.params, replaced(phase).params
     schema, by_setting = old.target.schema_, p.model_change.tell_apart == "setting"
@@ -263,7 +263,7 @@ def _swap(phase: Phase) -> db.Statement | None:
     function = facts(phase, old.function_name, before_name(old))
     if function is None or stage(phase):
         return None
-    extra = _names(phase, function) | {"copy": _raw(_renamed(function))}
+    extra = names_of_both(phase, function) | {"copy": _raw(_renamed(function))}
     return db.statement(SQL["swap"], phase.params, extra)
 
 
@@ -313,7 +313,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     """
     old, now = replaced(phase).params, stage(phase)
     copy = facts(phase, before_name(old), old.function_name)
-    if now == NEW_ONLY or (now == BOTH and copy is None):
+    if now and copy is None:
         raise RunbookError(
             found=f"{old.function_name} answers by {phase.params.target.name}, and {before_name(old)} is gone",
             needed=f"the function of {old.target.name}, kept under that name",
@@ -324,8 +324,8 @@ def undo_plan(phase: Phase) -> db.Plan:
         return db.Plan((), phase.connection)
     if now is None and _somebodys_copy(phase, old, facts(phase, old.function_name)):
         return db.Plan((), phase.connection)  # the swap refuses it, and nothing is to be undone
-    extra = _names(phase, copy) | {"original": _raw(_renamed(copy))}
-    blocks = ("swap_back", "drop_before") if now == BOTH else ("drop_before",)
+    extra = names_of_both(phase, copy) | {"original": _raw(_renamed(copy))}
+    blocks = ("swap_back", "drop_before") if now else ("drop_before",)
     return db.Plan(tuple(db.statement(SQL[b], phase.params, extra) for b in blocks), phase.connection)
 
 

@@ -31,6 +31,7 @@ OPERATE = {
     "40_rebuild_index": "60_build_index",
     "50_compare_storage": "50_backfill",
     "60_change_model": "80_shadow",
+    "65_retire_model": "80_shadow",
     "70_serve_filters": "70_tune",
 }
 # Share their work by claims on rows, or only read: they may run beside themselves and beside a run of the migration.

@@ -14,8 +14,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import compare, db, handover, model_change, params, search
-from runbook_lib.gates import BadInput, GateFailed
+from runbook_lib import compare, db, handover, model_change, params, retire_model, search
+from runbook_lib.gates import BadInput, GateFailed, RunbookError
 from runbook_lib.ledger import Ledger
 from runbook_lib.measuring import models
 from runbook_lib.measuring.prepared import vector_indexes
@@ -211,11 +211,12 @@ def test_no_call_fails_while_the_function_is_swapped_and_swapped_back(
 ) -> None:
     phase, stop, problems = opened(), threading.Event(), list[str]()
     calls: dict[str, int] = {"old": 0, "new": 0}
-    swapped = threading.Event()
+    swapped, rounds = threading.Event(), [0]
 
     def call(which: str, prepared: bool) -> None:
         with psycopg.connect(copied, autocommit=True) as connection:
             while not stop.is_set():
+                began = rounds[0]
                 if which == "new" and not swapped.is_set():
                     time.sleep(0.001)
                     continue
@@ -226,7 +227,7 @@ def test_no_call_fails_while_the_function_is_swapped_and_swapped_back(
                         problems.append(f"{which}: {got}")
                 except psycopg.Error as error:
                     # Vectors of the new model are refused by the former function: the servers go back first.
-                    if which == "old" or swapped.is_set():
+                    if which == "old" or (swapped.is_set() and began == rounds[0]):
                         problems.append(f"{which}: {error}")
                 calls[which] += 1
 
@@ -239,6 +240,7 @@ def test_no_call_fails_while_the_function_is_swapped_and_swapped_back(
             swapped.set()
             time.sleep(0.15)
             swapped.clear()
+            rounds[0] += 1
             time.sleep(0.05)  # a call of the new vectors that is under way ends
             model_change.undo(phase)
     finally:
@@ -247,6 +249,24 @@ def test_no_call_fails_while_the_function_is_swapped_and_swapped_back(
             thread.join()
     assert problems == []
     assert calls["old"] > 200 and calls["new"] > 50, calls
+
+
+def test_the_copy_is_dropped_only_after_the_calls_that_began_before(
+    copied: str, opened: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = opened()
+    with psycopg.connect(copied, autocommit=True) as connection:
+        thread = threading.Thread(target=connection.execute, args=["SELECT pg_sleep(1.5)"])
+        thread.start()
+        time.sleep(0.3)
+        with monkeypatch.context() as patch:
+            patch.setattr(model_change, "LONGEST_WAIT_FOR_CALLS_S", 0.2)
+            with pytest.raises(RunbookError, match="1 statements older than"):
+                model_change.let_calls_end(phase)
+        assert thread.is_alive()
+        model_change.let_calls_end(phase)
+        thread.join(timeout=0.3)
+        assert not thread.is_alive()
 
 
 def test_undo_leads_back_to_the_letter_and_twice_does_nothing(
@@ -477,6 +497,81 @@ def test_a_function_of_somebody_else_is_not_overwritten(
     (failed,) = model_change.check(opened()).failed
     assert failed.found == "a function search_articles_before is there already"
     assert model_change.undo_plan(opened()).statements == ()
+
+
+def retire(folder: Path, hours: float) -> Path:
+    """A params file of the second target that wants so many quiet hours."""
+    own = {"model_change": FINER["model_change"] | {"quiet_hours": hours}}
+    path = folder / f"quiet_{hours:g}"
+    path.mkdir(exist_ok=True)
+    return write_params(path, **SECTIONS | FINER | own)
+
+
+def test_retired_the_name_answers_by_the_new_model_and_nothing_of_the_old_is_left(
+    copied: str, articles: psycopg.Connection[Any], new: Path, folder: Path, opened: Callable[..., Phase]
+) -> None:
+    with pytest.raises(GateFailed) as raised:
+        step("operate/65_retire_model", retire(folder, 0))
+    assert [g.name for g in raised.value.gates.failed] == ["retire_model.new_target_answers"]
+    step(OPERATION, new)
+    swapped = dump(copied)
+    step("operate/65_retire_model", retire(folder, 0), execute=False)
+    assert dump(copied) == swapped
+    step("operate/65_retire_model", retire(folder, 0))
+    left = dump(copied)
+    for gone in ("search_articles_before", "runbook_articles_insert", "articles_embedding_hnsw", " embedding "):
+        assert gone not in left
+    text = "cookie leaks on logout"
+    assert articles.execute(CALL, [text, new_vector(text)]).fetchall()[0][0] == 1
+    assert {r[2] for r in articles.execute(CALL, ["cookie leaks", None])} == {"legacy"}
+    with pytest.raises(psycopg.errors.DataException, match="expected 16 dimensions, not 8"):
+        articles.execute(CALL, [text, old_vector(text)])
+    step("operate/65_retire_model", retire(folder, 0))
+    assert dump(copied) == left, "twice does nothing"
+    # The old target's own ways back find nothing to do, and leave the function that is the new one's now.
+    with pytest.raises(RunbookError, match="search_articles_before is gone"):
+        model_change.undo(opened())
+    with pytest.raises(GateFailed, match="nothing is left to do here: the function is part of articles_v2"):
+        step("undo/40_remove_search_function", folder / "toy.yaml")
+    assert dump(copied) == left
+
+
+def test_old_vectors_that_are_searched_are_not_retired(
+    articles: psycopg.Connection[Any], opened: Callable[..., Phase], folder: Path
+) -> None:
+    phase = opened(path=retire(folder, 24))
+    model_change.apply(phase)
+    articles.execute("SET enable_seqscan = off; SET enable_sort = off")
+    found = []
+    for look in range(3):
+        if look == 2:
+            for _ in range(5):
+                articles.execute(CALL, ["cookie leaks", old_vector("cookie leaks")])
+            articles.execute("SELECT pg_stat_force_next_flush()")
+        quiet = retire_model.check(phase).gates[-1]
+        found.append((str(quiet.verdict), quiet.found.split(" searches since ")[0]))
+    assert found == [("FAIL", "not counted yet; from now on they are"), ("FAIL", "0"), ("FAIL", "5")]
+    noted = {"scans": quiet.figures["scans"], "at_s": time.time() - 25 * 3600, "at": "2026-01-01 00:00:00"}
+    phase.note(retire_model.KIND, noted)
+    assert retire_model.check(phase).passed, "a day and an hour without a search"
+
+
+@pytest.mark.parametrize("so_far", [1, 2, 3])
+def test_a_retirement_killed_anywhere_goes_on(
+    articles: psycopg.Connection[Any], opened: Callable[..., Phase], folder: Path, so_far: int
+) -> None:
+    phase = opened(path=retire(folder, 0))
+    before = definition(articles)
+    model_change.apply(phase)
+    for statement in list(retire_model.plan(phase))[:so_far]:
+        phase.connection.execute(statement.query)
+    if so_far == 1:
+        model_change.undo(phase)
+        assert definition(articles) == before and model_change.verify_undone(phase).passed, "there is a way back yet"
+        model_change.apply(phase)
+    retire_model.apply(phase)
+    assert retire_model.verify(phase).passed
+    assert retire_model.plan(phase).statements == ()
 
 
 def test_handovers_are_read_from_the_source_that_runs(opened: Callable[..., Phase]) -> None:

@@ -154,11 +154,11 @@ def verify_swapped(phase: Phase) -> Gates:
     )
     if model_change.stage(phase) != BOTH:
         return collect([swapped])
-    answers = [_answers_as(phase, which) for which in ("new", "replaced")]
+    answers = [answers_as(phase, which) for which in ("new", "replaced")]
     return collect([swapped, *answers, _others_are_refused(phase)])
 
 
-def _answers_as(phase: Phase, which: str) -> Gate:
+def answers_as(phase: Phase, which: str) -> Gate:
     """Calls the application's function and the one that stands behind it, and compares key by key."""
     p, old = phase.params, model_change.replaced(phase).params
     one, behind = (p, p.function_name) if which == "new" else (old, model_change.before_name(old))

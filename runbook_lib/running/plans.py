@@ -36,6 +36,7 @@ PLANS = {
     "40_rebuild_index": ("rebuild.plan",),
     "50_compare_storage": ("storage.plan",),
     "60_change_model": ("model_change.plan",),
+    "65_retire_model": ("retire_model.plan",),
     "70_serve_filters": ("filters.plan",),
     "10_reads_to_legacy": ("cutover.undo_plan",),
     "20_remove_index": ("tune.undo_plan", "filters.undo_plan", "index.undo_plan"),
