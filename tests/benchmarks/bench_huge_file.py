@@ -70,7 +70,7 @@ def most_memory_mb(pid: int) -> float:
 
 def _load(folder: Path) -> None:
     bench_load.DIMENSION = DIMENSION
-    bench_load.from_file(folder, "vectors.parquet")
+    bench_load.from_source(folder, "parquet")
 
 
 def load(folder: Path, most_s: float) -> tuple[float, float, bool]:

