@@ -79,6 +79,12 @@ class Tuning:
             " and how far it scans",
         )
 
+    def __str__(self) -> str:
+        return "\n".join([str(self.table()), *(f"{c.of}: {c.advice}" for c in self.choices if c.advice)])
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(str(self))
+
     def _repr_html_(self) -> str:
         # Here, because matplotlib takes longer to import than most phases take to run.
         from runbook_lib.records import pictures

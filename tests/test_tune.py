@@ -1,11 +1,13 @@
 """Phase 70: the cheapest way that reaches the target, per filter class; written down, carried, taken back."""
 
 from collections.abc import Callable
+from io import StringIO
 from typing import Any
 
 import numpy as np
 import psycopg
 import pytest
+from IPython.lib.pretty import RepresentationPrinter
 
 from runbook_lib import backfill, db, extension, index, schema, search, staging, tune
 from runbook_lib.measuring import choose, classes, exact, sweep
@@ -129,6 +131,9 @@ def test_tuning_is_measured_written_down_and_carried_into_the_function(ready: Ca
     search.move_route(phase, "vector", 100, "test")
     assert {row["id"] for row in call(phase.connection, "cookie leaks", status="Rare")} == {7}
     assert "<svg" in found._repr_html_()
+    shown = StringIO()
+    RepresentationPrinter(shown).pretty(found)
+    assert "status, 1 to 10 %" in shown.getvalue() and "Choice(" not in shown.getvalue()
 
 
 def test_a_target_out_of_reach_fails_and_says_what_to_build(ready: Callable[..., Phase]) -> None:
@@ -232,3 +237,28 @@ def test_a_dear_class_is_told_what_to_build_and_why(
     assert advice(phase, few) == (f"{reason}Give each value an index of its own: {create} = 'a'; {create} = 'b''s';")
     assert advice(phase, many) == (f"{reason}Partition the table by status, with a vector index on each partition")
     assert choose._advice(phase, few, [], measured(DEAR, p50_ms=4)) == "", "fast enough as it is"
+
+
+def test_filters_given_together_are_told_an_index_on_all_of_them(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = ready()
+    both = classes.FilterClass(("status", "views"), "1 to 10 %", ('["a","1"]',), {'["a","1"]': 0.02}, 0.02)
+    articles.execute("CREATE INDEX ON articles (status)")
+    assert advice(phase, both).endswith(
+        'Find its rows by an index: CREATE INDEX CONCURRENTLY ON "public"."articles" ("status", "views");'
+    )
+    articles.execute("CREATE INDEX ON articles (views, status)")
+    assert advice(phase, both).endswith("WHERE \"status\" = 'a' AND \"views\" = '1';")
+
+
+def test_vectors_beside_the_table_are_told_why_no_index_of_their_own_helps(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = ready(vector={"layout": "side_table"})
+    articles.execute("CREATE INDEX ON articles (status)")
+    few = classes.FilterClass(("status",), "10 to 50 %", ("a",), {"a": 0.2}, 0.2)
+    assert advice(phase, few).endswith(
+        'The vectors stand in "public"."articles_embedding", which lacks status: an index for these rows alone needs'
+        " vector.layout: column"
+    )
