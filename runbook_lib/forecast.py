@@ -336,7 +336,7 @@ def forecast(
     row_bytes: average width of a row today. table_bytes: size of the table today. indexes: how many it has;
     slow_indexes: how many of them are inverted ones, which a row enters many times. hot_share: share of the
     backfill's updates that write to no index. max_wal_bytes: the server's max_wal_size. Vectors beside the table move
-    by a rename: no row is written again.
+    by a rename: no row is written again. largest_partition: share of the rows in the largest partition, 0 to 1.
     """
     v, ix = params.vector, params.index
     index_bytes, _, budget, _ = _build_of(rows, params)

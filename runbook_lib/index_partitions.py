@@ -135,6 +135,11 @@ def _statement(phase: Phase, block: str, part: Part, **extra: sql.Composable) ->
     return replace(made, lock=made.lock.replace("{relation}", part.shown))
 
 
+def step(phase: Phase, block: str, part: Part, **extra: sql.Composable) -> Step:
+    """A block of ``index_partitions.sql`` about one partition."""
+    return Step(part, _statement(phase, block, part, **extra))
+
+
 def _qualified(name: str, part: Part) -> sql.Composable:
     """An index stands in the schema of its table."""
     return identifier(part.schema, name)

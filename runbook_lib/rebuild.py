@@ -7,12 +7,12 @@ its own. Where both are whole the planner may use either; each is measured with 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import db, going_over, index, search
+from runbook_lib import db, going_over, index, index_partitions, rebuild_partitions, search
 from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import recall
@@ -64,7 +64,9 @@ def _with_tail(name: str, tail: str) -> str:
 
 
 def standing(phase: Phase) -> list[Standing]:
-    """Every vector index of the table, as pg_index has it."""
+    """Every vector index of the table, as pg_index has it; those of partitions as one."""
+    if index_partitions.is_needed(phase):
+        return _of_partitions(phase)
     values = {"vectors": spelled(phase.params, "vectors"), "column": phase.params.vector.column}
     found = db.rows(phase.connection, SQL["standing"], phase.params, **values)
     return [
@@ -80,6 +82,28 @@ def standing(phase: Phase) -> list[Standing]:
         )
         for row in found
     ]
+
+
+def _of_partitions(phase: Phase) -> list[Standing]:
+    """The whole index; while a round is under way, a second entry says so."""
+    now = index_partitions.standing(phase)
+    if now.root is None:
+        return []
+    own = [now.own[part.oid] for part in now.leaves if part.oid in now.own]
+    options = rebuild_partitions.options_of(own[0]) if own else {}
+    # The youngest of its oids, since REINDEX gives each partition's index another.
+    whole = Standing(
+        name=now.parent.index,
+        role="current",
+        usable=now.is_whole,
+        storage=phase.params.index.storage,
+        options=options,
+        bytes=now.bytes,
+        oid=max((x.oid for x in own), default=now.root.oid),
+        builds_under_way=max((x.builds_under_way for x in now.found), default=0),
+    )
+    begun = rebuild_partitions.is_under_way(phase)
+    return [whole, replace(whole, name=f"{whole.name}, partition by partition", role="new")] if begun else [whole]
 
 
 def _role(params: Params, row: db.Row) -> str:
@@ -159,6 +183,8 @@ def is_done(phase: Phase) -> bool:
 
 def building_plan(phase: Phase, options: dict[str, int] | None = None) -> db.Plan:
     """What is left over dropped, and a new index built beside; nothing where one stands there, or replaced it."""
+    if index_partitions.is_needed(phase):
+        return rebuild_partitions.plan(phase, options)
     found = standing(phase)
     new, old = _one(found, "new"), _one(found, "old")
     drops = [_drop(phase, s.name) for s in found if s.role == "leftover"]
@@ -172,6 +198,8 @@ def building_plan(phase: Phase, options: dict[str, int] | None = None) -> db.Pla
 
 def swapping_plan(phase: Phase) -> db.Plan:
     """The new index put into the place of the old one, and the old one dropped."""
+    if index_partitions.is_needed(phase):
+        return db.Plan((), phase.connection)
     found = standing(phase)
     roles = {s.role for s in found}
     # Before the build there is no new index yet, but there will be.
@@ -198,6 +226,8 @@ def apply(phase: Phase, options: dict[str, int] | None = None) -> Table:
 
     options: in place of those of the parameters.
     """
+    if index_partitions.is_needed(phase):
+        return rebuild_partitions.apply(phase, options)
     todo = building_plan(phase, options)
     if not phase.execute:
         return phase.carry_out(todo)
@@ -213,6 +243,8 @@ def apply(phase: Phase, options: dict[str, int] | None = None) -> Table:
 
 def swap(phase: Phase) -> Table:
     """Puts the new index into its place and drops the old one, without blocking reads or writes."""
+    if index_partitions.is_needed(phase):
+        return rebuild_partitions.swap(phase)
     todo = swapping_plan(phase)
     if not phase.execute:
         return phase.carry_out(todo)
@@ -244,6 +276,8 @@ def _note_before(phase: Phase) -> None:
 
 def check(phase: Phase) -> Gates:
     """Before anything is changed: an index serves, and nobody else is building on this table."""
+    if index_partitions.is_needed(phase):
+        return rebuild_partitions.check(phase)
     found = standing(phase)
     current = _one(found, "current")
     subject = f"{index_name(phase.params)} on {phase.params.target.schema_}.{phase.params.target.table}"
@@ -274,6 +308,8 @@ def check(phase: Phase) -> Gates:
 
 def verify_new(phase: Phase) -> Gates:
     """The new index is whole and finds as much as is asked for, or as much as the one that serves."""
+    if index_partitions.is_needed(phase):
+        return rebuild_partitions.verify_new(phase)
     found = standing(phase)
     new, current = _one(found, "new"), _one(found, "current")
     whole = _is_whole(phase, new) if not _one(found, "old") and not is_done(phase) else None
@@ -347,6 +383,9 @@ def _is_in_place(phase: Phase, current: Standing | None) -> Gate:
 
 def verify(phase: Phase) -> Gates:
     """The index has the options that were asked for, is whole, finds known rows, and nothing is left beside it."""
+    if index_partitions.is_needed(phase):
+        of_parts = [rebuild_partitions.has_options(phase), rebuild_partitions.nothing_is_left(phase)]
+        return index.verify(phase) + collect(of_parts)
     gates = [_has_options(phase, wanted_options(phase)), _nothing_is_left(phase)]
     if search.function_state(phase):
         gates.append(going_over.function_fits(phase))
@@ -391,6 +430,8 @@ def undo_plan(phase: Phase) -> db.Plan:
 
     The search function goes back with it, where it had gone over.
     """
+    if index_partitions.is_needed(phase):
+        return rebuild_partitions.undo_plan(phase)
     found = standing(phase)
     roles, current = {s.role for s in found}, _one(found, "current")
     drops = [_drop(phase, s.name) for s in found if s.role == "leftover"]
@@ -412,6 +453,8 @@ def undo_plan(phase: Phase) -> db.Plan:
 
 def undo(phase: Phase) -> Table:
     """Carries out the way back; does nothing where the index is the one that served before."""
+    if index_partitions.is_needed(phase):
+        return rebuild_partitions.undo(phase)
     todo = undo_plan(phase)
     if not phase.execute:
         return phase.carry_out(todo)
@@ -425,4 +468,6 @@ def undo(phase: Phase) -> Table:
 
 def verify_undone(phase: Phase) -> Gates:
     """The index has the options that it had before, and nothing is left beside it."""
+    if index_partitions.is_needed(phase):
+        return collect([rebuild_partitions.has_options(phase), rebuild_partitions.nothing_is_left(phase)])
     return collect([_has_options(phase, former_options(phase)), _nothing_is_left(phase)])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from runbook_lib import compare
-from runbook_lib.phase import MIGRATE, UNDO
-from tests import partitioned
+from runbook_lib import backfill, compare, db, extension, forecast, index, preflight, schema, staging
+from runbook_lib.phase import MIGRATE, UNDO, Phase
+from runbook_lib.sql import load
+from tests import partitioned, toy
 from tests.conftest import write_params
+from tests.evidence import assert_every_row_has_the_vector_of_its_text
 from tests.partitioned import Kind
 from tests.stepping import step_all
 from tests.test_migration import dump
@@ -53,3 +58,122 @@ def test_there_and_back(
     step_all("undo", UNDO, path)
     assert dump(database) == before
     assert empty.execute(OWN_COLUMNS).fetchall() == own_rows
+
+
+@pytest.fixture
+def parted(articles: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
+    """The toy table, partitioned by a list of tenants, in the place of the ordinary one."""
+    articles.execute("DROP TABLE articles")
+    partitioned.create_articles(articles, "list")
+    return articles
+
+
+def test_a_row_that_moves_to_another_partition_under_the_update_is_taken_there(
+    parted: psycopg.Connection[Any], database: str, open_phase: Callable[..., Phase]
+) -> None:
+    phase = open_phase("50_backfill", locks={"timeout_ms": 20_000})
+    for module in (extension, schema, staging):
+        module.apply(phase)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            backfill.apply(phase)
+        except BaseException as error:
+            errors.append(error)
+
+    with psycopg.connect(database) as mover:
+        # Row 1 is of tenant acme; the backfill waits for the row, and finds it gone to another partition.
+        mover.execute("UPDATE articles SET tenant = 'bolt' WHERE id = 1")
+        filling = threading.Thread(target=run)
+        filling.start()
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            if parted.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'transactionid'").fetchone():
+                break
+            time.sleep(0.05)
+        mover.commit()
+        filling.join(60)
+    assert errors == []
+    assert assert_every_row_has_the_vector_of_its_text(parted) == toy.ROWS
+    assert backfill.verify(phase).passed
+    noted = phase.ledger.latest("backfill")
+    assert noted is not None and noted["put_off"] > 0, "the batch with the moved row was put off, and done at the end"
+
+
+def test_counters_are_those_of_the_partitions(
+    parted: psycopg.Connection[Any], open_phase: Callable[..., Phase]
+) -> None:
+    phase = open_phase("50_backfill", backfill={"strategy": "key_ranges"})
+    found = preflight.facts(phase)
+    sizes = dict(
+        parted.execute(
+            "SELECT i.relname, (SELECT sum(pg_relation_size(t.relid)) FROM pg_partition_tree(i.oid) t)::bigint"
+            " FROM pg_class i WHERE i.relkind = 'I' AND i.relname LIKE 'articles\\_%'"
+        ).fetchall()
+    )
+    named = {name: size for name, _, size, _ in found.indexes}
+    assert named == {name: sizes[name] for name in ("articles_pkey", "articles_trgm", "articles_tsv")}
+    assert (found.rows, found.rows_are_counted, found.partitions) == (201, False, 4)
+    assert found.largest_partition == pytest.approx(100 / 201)
+    of_largest = forecast.forecast(100, phase.params).build_memory_bytes
+    assert preflight.expected(found, phase).build_memory_bytes == of_largest, "one build at a time"
+    for leaf in partitioned.leaves(parted):
+        # Room on each page, so that some updates stay on theirs.
+        parted.execute(f"ALTER TABLE {leaf} SET (fillfactor = 50)")
+    parted.execute("VACUUM FULL ANALYZE articles")
+    for module in (extension, schema, staging):
+        module.apply(phase)
+    backfill.apply(phase)
+    noted = phase.ledger.latest("backfill")
+    parted.execute("SELECT pg_stat_force_next_flush()")
+    hot = parted.execute(
+        "SELECT sum(n_tup_hot_upd)::float / sum(n_tup_upd) FROM pg_stat_user_tables WHERE relname LIKE 'articles\\_%'"
+    ).fetchone()
+    assert noted is not None and hot is not None and hot[0] > 0.1
+    assert noted["hot_share"] == pytest.approx(hot[0], abs=0.02)
+    counted = db.one(phase.connection, load("backfill")["server_counts"], phase.params, table="articles")
+    stored = parted.execute("SELECT sum(pg_table_size(relid)) FROM pg_partition_tree('articles')").fetchone()
+    assert stored == (counted["bytes"],) and counted["bytes"] > 0
+    sums = db.one(phase.connection, load("watch")["size"], phase.params, table="articles")
+    assert sums["rows"] == 201, "not those of the parent beside those of its partitions"
+    assert db.one(phase.connection, load("classes")["rows"], phase.params, table="articles")["rows"] == 201
+    assert db.one(phase.connection, load("compare")["estimated_rows"], phase.params, table="articles")["rows"] == 201
+
+
+def test_a_partition_that_does_not_capture_changes_is_named(
+    parted: psycopg.Connection[Any], open_phase: Callable[..., Phase]
+) -> None:
+    phase = open_phase("30_expand_schema")
+    for module in (extension, schema):
+        module.apply(phase)
+    gates = {g.name: g for g in schema.verify(phase)}
+    assert gates["schema.every_partition_captures"].found == "4 of 4 partitions"
+    parted.execute("ALTER TABLE articles_bolt_1 DISABLE TRIGGER runbook_articles_update")
+    deaf = {g.name: g for g in schema.verify(phase)}["schema.every_partition_captures"]
+    assert str(deaf) == (
+        'FAIL    schema.every_partition_captures   "public"."articles"\n'
+        "  found   public.articles_bolt_1 of 4 partitions do not\n"
+        "  needed  both triggers on every partition, enabled\n"
+        "  danger  rows that are written to those partitions keep no vector, or an old one\n"
+        "  do      ALTER TABLE public.articles_bolt_1 ENABLE TRIGGER …, for each trigger of articles named runbook_…"
+    )
+
+
+@pytest.mark.parametrize("kind", ["range", "hash"])
+def test_vectors_beside_a_partitioned_table_stand_in_one_table(
+    articles: psycopg.Connection[Any], open_phase: Callable[..., Phase], kind: Kind
+) -> None:
+    articles.execute("DROP TABLE articles")
+    partitioned.create_articles(articles, kind)
+    phase = open_phase("60_build_index", vector={"layout": "side_table"})
+    for module in (extension, schema, staging, backfill, index):
+        module.apply(phase)
+        assert module.verify(phase).failed == () or module is schema
+    assert assert_every_row_has_the_vector_of_its_text(articles, "side_table") == toy.ROWS
+    articles.execute("DELETE FROM articles WHERE id = 7")
+    assert articles.execute("SELECT count(*) FROM articles_embedding WHERE id = 7").fetchone() == (0,)
+    assert partitioned.index_state(articles) == {"articles_embedding_hnsw": (True, False)}
+    for module in (index, schema):
+        module.undo(phase)
+        assert module.verify_undone(phase).passed
