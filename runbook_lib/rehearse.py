@@ -227,7 +227,9 @@ def _fits_memory(phase: Phase, noted: dict[str, Any]) -> Gate:
         needed=f"at most {size(expects.build_budget_bytes)}, of index.maintenance_work_mem_mb:"
         f" {ix.maintenance_work_mem_mb}",
         danger="the build would take many times as long as was measured here",
-        do=forecast.ways_out(facts.rows, phase.params, wanted_bytes=round(wanted)),
+        do=forecast.ways_out(
+            round(facts.rows * whole.built_at_once(phase.params, facts)), phase.params, wanted_bytes=round(wanted)
+        ),
         figures={"wanted_bytes": round(wanted), "allowed_bytes": expects.build_budget_bytes},
     )
 

@@ -13,12 +13,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, index, preflight, rehearse, schema, staging
+from runbook_lib import backfill, db, index, preflight, rehearse, schema, staging
 from runbook_lib.gates import BadInput, Gate, Gates
+from runbook_lib.ledger import Ledger
 from runbook_lib.measuring import extrapolate, sample, scratch, whole
+from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.records import review
-from tests import toy
+from tests import partitioned, toy
 from tests.conftest import write_params
 from tests.stepping import step
 
@@ -127,6 +129,29 @@ def test_vectors_that_are_there_already_are_taken(ready: Connection, open_phase:
     assert taken["vectors_from"] == {"column": toy.ROWS - 3, "random": 3}
     assert taken["lists"] == 3 and taken["memory_bytes_a_row"] is None
     assert (_target(ready, phase), _schemas(ready)) == (before, [])
+
+
+@pytest.mark.parametrize("where", ["target", "embedded"])
+def test_a_partitioned_table_is_rehearsed_as_one_and_built_a_partition_at_a_time(
+    database: str, make_params: Callable[..., Params], where: str
+) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        partitioned.create_articles(connection, "hash")
+        connection.execute("CREATE EXTENSION vector")
+        p = make_params(rehearse={"server": where})
+        with (
+            db.connect(p, "test") as work,
+            db.connect(p, "test ledger") as ledger_connection,
+        ):
+            ledger = Ledger(ledger_connection, p, "test-run", "00_rehearse")
+            ledger.create()
+            phase = Phase("00_rehearse", "test-run", True, p, work, ledger)
+            rehearse.apply(phase)
+            assert rehearse.verify(phase).passed and _schemas(connection) == []
+            (taken,) = _noted(phase)["samples"]
+            assert (taken["rows"], taken["vectors"], taken["left_out"]) == (201, toy.ROWS, [])
+            share = whole.built_at_once(p, preflight.facts(phase))
+            assert 0.4 < share < 0.6
 
 
 def test_an_embedded_server_gets_a_copy_and_the_target_is_only_read(large: Connection, open_phase: Open) -> None:

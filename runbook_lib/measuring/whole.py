@@ -39,7 +39,8 @@ def figures(params: Params, facts: Facts, expects: Forecast, found: Sequence[Sam
     }
     wal = [(s.rows, s.load_wal_bytes + s.backfill_wal_bytes + s.build_wal_bytes) for s in found]
     out["wal_bytes"] = extrapolate.linear(wal, rows).plus(0, _full_images(params, facts, largest))
-    if memory := [s.memory_bytes_a_row * vectors for s in found if s.memory_bytes_a_row]:
+    at_once = vectors * built_at_once(params, facts)
+    if memory := [s.memory_bytes_a_row * at_once for s in found if s.memory_bytes_a_row]:
         out["build_memory_bytes"] = extrapolate.of(memory)
     if expects.lists is None:
         out["build_seconds"] = extrapolate.hnsw_seconds([(s.vectors, s.build_seconds) for s in found], vectors)
@@ -47,6 +48,11 @@ def figures(params: Params, facts: Facts, expects: Forecast, found: Sequence[Sam
         built = [(s.vectors, s.lists or 1, s.build_seconds) for s in found]
         out["build_seconds"] = extrapolate.ivfflat_seconds(built, vectors, expects.lists)
     return out
+
+
+def built_at_once(params: Params, facts: Facts) -> float:
+    """Share of the rows that one build holds in memory: partitions are built one after the other."""
+    return 1.0 if vectors_stand_beside(params) else facts.largest_partition
 
 
 def _full_images(params: Params, facts: Facts, s: Sample) -> int:
