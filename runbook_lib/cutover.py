@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 
-from runbook_lib import compare, db, live, search
+from runbook_lib import compare, db, live, retire, search
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, GateFailed, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
@@ -284,15 +284,18 @@ def _function_answers_by_route(phase: Phase) -> Gate:
 
 
 def undo_plan(phase: Phase) -> db.Plan:
-    """One UPDATE of one row, if reads go anywhere but to legacy."""
+    """One UPDATE of one row, if reads go anywhere but to legacy; where legacy was retired, it is made again first."""
     if search.function_state(phase) is None or search.current_route(phase) == ("legacy", 0):
         return db.Plan((), phase.connection)
     back: dict[str, Any] = {"route": "legacy", "share_percent": 0}
-    return db.Plan((db.statement(search.SQL["move_route"], phase.params, **back),), phase.connection)
+    move = db.statement(search.SQL["move_route"], phase.params, **back)
+    return db.Plan((*retire.undo_plan(phase), move), phase.connection)
 
 
 def undo(phase: Phase) -> Table:
-    """Sends every read back to the legacy query."""
+    """Sends every read back to the legacy query; where that was retired, builds its indexes again first."""
+    if phase.execute:
+        retire.undo(phase)
     return phase.carry_out(undo_plan(phase))
 
 

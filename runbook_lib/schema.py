@@ -146,16 +146,22 @@ def undo_plan(phase: Phase) -> db.Plan:
     own_column = start is None or not any(
         line.startswith(f"column {phase.params.vector.column} ") for line in start["lines"]
     )
+    columns = bool(there["columns"]) and own_column and not beside
+    drop = [db.statement(SQL["drop_columns"], phase.params)] if columns else []
+    own = [sidetable.statement(phase, "drop")] if beside and there["columns"] else []
+    return db.Plan((*undo_capture_plan(phase), *drop, *own, *pruning.restore_plan(phase)), phase.connection)
+
+
+def undo_capture_plan(phase: Phase) -> list[db.Statement]:
+    """The statements that remove the capture of changes, the staging table, and what the backfill kept."""
+    there = _what_is_there(phase)
     wanted = [
         ("drop_capture", bool(there["triggers"]) or there["capture_function"]),
-        ("drop_columns", bool(there["columns"]) and own_column and not beside),
         ("drop_staging", there["staging"] or there["rejected"]),
         ("drop_queue", there["queue"]),
     ]
-    own = [sidetable.statement(phase, "drop")] if beside and there["columns"] else []
     windows = [db.statement(WINDOWS[n], phase.params) for n in ("drop", "drop_control") if there["window"]]
-    others = [db.statement(SQL[n], phase.params) for n, present in wanted if present]
-    return db.Plan((*others, *own, *windows, *pruning.restore_plan(phase)), phase.connection)
+    return [*(db.statement(SQL[n], phase.params) for n, present in wanted if present), *windows]
 
 
 def undo(phase: Phase) -> Table:

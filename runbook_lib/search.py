@@ -130,8 +130,11 @@ def _how_many(params: Params, k: sql.Composable, scan: Scan) -> dict[str, sql.Co
     return {"nearest_rows": rows, "nearest_candidates": deeper, "candidates": candidates}
 
 
-def _function_names(phase: Phase) -> dict[str, sql.Composable]:
-    """What the blocks about the function need beside the common names."""
+def _function_names(phase: Phase, retired: bool | None = None) -> dict[str, sql.Composable]:
+    """What the blocks about the function need beside the common names.
+
+    retired: the function is to be without its legacy branch; as the route has it if not given.
+    """
     p, connection = phase.params, phase.connection
     types = column_types(connection, p)
     filter_types = [sql.SQL(types[c]) for c in p.target.filters]
@@ -160,7 +163,7 @@ def _function_names(phase: Phase) -> dict[str, sql.Composable]:
         "vector_exact_query": _as_literal(phase, "vector", "exact"),
         "hybrid_query": _as_literal(phase, hybrid),
         "hybrid_exact_query": _as_literal(phase, hybrid, "exact"),
-        "legacy_query": _as_literal(phase, "legacy"),
+        "legacy_answer": _legacy_answer(phase, legacy_is_retired(phase) if retired is None else retired, using),
     }
 
 
@@ -189,6 +192,29 @@ def _set_clauses(settings: Mapping[str, str]) -> sql.Composable:
     return sql.SQL(" ").join(clauses)
 
 
+def retired_constraint(params: Params) -> str:
+    """Name of the constraint that keeps the route from going back to a legacy search that was retired."""
+    return f"{params.target.name}_legacy_is_retired"
+
+
+def legacy_is_retired(phase: Phase) -> bool:
+    """Has operate/80_retire_legacy taken the legacy search away?"""
+    p = phase.params
+    row = db.one(phase.connection, SQL["legacy_is_retired"], p, route=spelled(p, "route"), name=retired_constraint(p))
+    return bool(row["retired"])
+
+
+def _legacy_answer(phase: Phase, retired: bool, using: Sequence[str]) -> sql.Composable:
+    message = f"the legacy search behind {phase.params.function_name} was retired"
+    return SQL["refuse_legacy" if retired else "answer_by_legacy"].compose(
+        {
+            "retired_message": sql.SQL(sql.Literal(message).as_string().replace("%", "%%")),
+            "legacy_query": _as_literal(phase, "legacy"),
+            "using": sql.SQL(", ").join(map(sql.Identifier, using)),
+        }
+    )
+
+
 def _search_path(phase: Phase) -> list[str]:
     """The table's schema, what the session sees, pgvector's schema; pg_temp last, so that nothing shadows them."""
     row = phase.connection.execute("SELECT current_schemas(false) AS seen").fetchone()
@@ -208,15 +234,18 @@ def _as_literal(phase: Phase, route: Route, scan: Scan = "index") -> sql.Composa
     return sql.SQL(sql.Literal(wrapped.as_string(phase.connection)).as_string(phase.connection))
 
 
-def create_statement(phase: Phase, settings_of: Mapping[str, str] | None = None) -> db.Statement:
+def create_statement(
+    phase: Phase, settings_of: Mapping[str, str] | None = None, *, retired: bool | None = None
+) -> db.Statement:
     """CREATE OR REPLACE of the function, with the index settings that it carries.
 
-    settings_of: by name, in place of those that it carries now. Raises GateFailed where another target took it over.
+    settings_of: by name, in place of those that it carries now. retired: without its legacy branch; as the route has
+    it if not given. Raises GateFailed where another target took it over.
     """
     handover.require_own(phase)
     kept = carried_settings(phase) if settings_of is None else settings_of
     return db.statement(
-        SQL["create_function"], phase.params, _function_names(phase) | {"kept_settings": _set_clauses(kept)}
+        SQL["create_function"], phase.params, _function_names(phase, retired) | {"kept_settings": _set_clauses(kept)}
     )
 
 
@@ -245,7 +274,8 @@ def plan(phase: Phase) -> db.Plan:
     """
     handover.require_own(phase)
     extra = _function_names(phase)
-    blocks = ["create_route", "create_strategy", "start_with_legacy", "create_function", "revoke_public"]
+    start = [] if legacy_is_retired(phase) else ["start_with_legacy"]
+    blocks = ["create_route", "create_strategy", *start, "create_function", "revoke_public"]
     statements = [db.statement(SQL[b], phase.params, extra) for b in blocks]
     grants = [
         db.statement(SQL["grant"], phase.params, extra | {"role": identifier(role)})

@@ -188,3 +188,8 @@ def explains_generic_plans(server_version: int) -> bool:
 def names_loaded_libraries(server_version: int) -> bool:
     """pg_get_loaded_modules(), with the release that a library says it is: PostgreSQL 18."""
     return server_version >= 180000
+
+
+def dates_index_scans(server_version: int) -> bool:
+    """last_idx_scan of pg_stat_user_indexes: PostgreSQL 16."""
+    return server_version >= 160000

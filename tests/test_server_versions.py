@@ -44,7 +44,7 @@ NEWER = {
     r"\bNOT ENFORCED\b|\bVIRTUAL\b|\buuidv7\b|\barray_(sort|reverse)\b|\bpg_get_loaded_modules\b": 18,
 }
 # Blocks that runbook_lib.versions sends to newer servers only.
-SWITCHED = {"health.requested_checkpoints": 17, "upgrade.loaded": 18}
+SWITCHED = {"health.requested_checkpoints": 17, "retire.last_scans": 16, "upgrade.loaded": 18}
 
 
 @pytest.fixture(params=["16.14 with 0.8.5", "18.4 with 0.8.5", "18.3 with 0.8.2"])

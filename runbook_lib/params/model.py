@@ -33,6 +33,7 @@ from runbook_lib.params.work import (
     Partitioning,
     Preflight,
     Rehearse,
+    Retire,
     Shadow,
     Storage,
     Tune,
@@ -81,6 +82,7 @@ class Params(Section):
     cut_over: CutOver = CutOver()
     model_change: ModelChange = ModelChange()
     watch: Watch = Watch()
+    retire: Retire = Retire()
     approval: Approval = Approval()
     run: Run = Run()
     notify: Notify = Notify()

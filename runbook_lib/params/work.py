@@ -256,6 +256,26 @@ class ModelChange(Section):
     )
 
 
+class Retire(Section):
+    """When the legacy search may go, and what goes with it."""
+
+    unused_days: float = Field(
+        30, ge=0, le=3650, description="Days for which nobody called a legacy search or read one of its indexes."
+    )
+    indexes: list[Name] = Field(
+        [], description="Indexes to drop; those that only a search by LIKE or full text can read if not given."
+    )
+    remove_capture: bool = Field(
+        False, description="Remove staging, queue and triggers too: for texts that never change any more."
+    )
+    drop_fulltext_column: bool = Field(
+        False, description="Drop search.fulltext_column too, where it is generated and hybrid does not need it."
+    )
+    accept_unseen_standbys: bool = Field(
+        False, description="Go on though a standby is connected whose reads nobody looked at; say so in the open."
+    )
+
+
 class Watch(Section):
     """What the check that stays tolerates."""
 

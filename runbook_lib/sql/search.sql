@@ -122,10 +122,23 @@ BEGIN
     ELSIF chosen = 'hybrid' THEN
         RETURN QUERY EXECUTE {hybrid_query} USING {using};
     ELSE
-        RETURN QUERY EXECUTE {legacy_query} USING {using};
+        {legacy_answer};
     END IF;
 END
 $runbook$;
+
+-- name: answer_by_legacy
+-- purpose: Part of the function: the legacy search answers.
+RETURN QUERY EXECUTE {legacy_query} USING {using};
+
+-- name: refuse_legacy
+-- purpose: Part of the function once legacy is retired: without its indexes it would read the whole table.
+RAISE EXCEPTION USING ERRCODE = 'feature_not_supported', MESSAGE = {retired_message},
+            HINT = 'Pass query_embedding. undo/10_reads_to_legacy brings the legacy search back, with its indexes.';
+
+-- name: legacy_is_retired
+-- purpose: Is the route kept from going back to legacy?
+SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass(%(route)s) AND conname = %(name)s) AS retired;
 
 -- name: choose_way
 -- purpose: Part of the function, for a target with filters: how to search by those that are given.
