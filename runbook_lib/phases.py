@@ -33,6 +33,7 @@ OPERATE = {
     "60_change_model": "80_shadow",
     "65_retire_model": "80_shadow",
     "70_serve_filters": "70_tune",
+    "75_partition_by_filter": "70_tune",
     "80_retire_legacy": "90_cut_over",
 }
 # Share their work by claims on rows, or only read: they may run beside themselves and beside a run of the migration.

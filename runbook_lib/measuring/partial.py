@@ -146,7 +146,7 @@ def scans_by_the_function(phase: Phase, value: Value, oid: int, change: Sequence
         for statement in change:
             connection.execute(statement.query, statement.values)
         before = _scans(connection, phase, oid)
-        _call(phase, connection, value)
+        call_prepared(phase, connection, value)
         return _scans(connection, phase, oid) - before
 
 
@@ -154,8 +154,8 @@ def _scans(connection: db.Connection, phase: Phase, oid: int) -> int:
     return int(db.one(connection, explain.SQL["scans"], phase.params, oids=[oid])["scans"])
 
 
-def _call(phase: Phase, connection: db.Connection, value: Value) -> None:
-    """The value bound, as a driver binds it: under a generic plan the caller's statement does not know it."""
+def call_prepared(phase: Phase, connection: db.Connection, value: Value) -> None:
+    """:data:`CALLS` calls of the function, the value bound: under a generic plan the caller's statement hides it."""
     kind = sql.SQL(search.column_types(phase.connection, phase.params)[value.column])
     prepare = sql.SQL(
         "PREPARE {name} (text, real[], integer, {kind}) AS SELECT * FROM {function}($1, $2, $3, {argument} => $4)"

@@ -38,6 +38,7 @@ PLANS = {
     "60_change_model": ("model_change.plan",),
     "65_retire_model": ("retire_model.plan",),
     "70_serve_filters": ("filters.plan",),
+    "75_partition_by_filter": ("partitioning.plan",),
     "80_retire_legacy": ("retire.plan",),
     "10_reads_to_legacy": ("cutover.undo_plan",),
     "20_remove_index": ("tune.undo_plan", "filters.undo_plan", "index.undo_plan"),
