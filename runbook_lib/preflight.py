@@ -124,9 +124,6 @@ class Facts:
         share = f", the largest with {self.largest_partition:.0%} of the rows"
         return f"{number(self.partitions)}{share}" if self.partitions else "none"
 
-    def _partitions(self) -> str:
-        return f"{number(self.partitions)}, the largest with {self.largest_partition:.0%} of the rows" if self.partitions else "none"
-
     def _statements(self) -> Iterator[tuple[str, str]]:
         if self.legacy_statements is None:
             yield "searches seen", f"not seen: {self.not_seen['statements']}"
