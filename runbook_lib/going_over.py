@@ -6,6 +6,7 @@ name; from the swap on, the new function serves by the new one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from psycopg import sql
@@ -14,7 +15,7 @@ from runbook_lib import db, search, tune
 from runbook_lib.gates import Gate, gate
 from runbook_lib.index import unquoted
 from runbook_lib.measuring import recall
-from runbook_lib.names import spelled
+from runbook_lib.names import index_name, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -126,4 +127,20 @@ def function_fits(phase: Phase) -> Gate:
         needed=wanted,
         danger="every search would read the whole table",
         do="run 70_tune with execute: true; it makes the function anew",
+    )
+
+
+def holds_again(phase: Phase, found: Sequence[str]) -> Gate:
+    """Gate of the way back: the index holds what it held before this run's swap. found: of the index that serves."""
+    last = phase.ledger.latest("rebuild") or {}
+    swapped = last.get("run_id") == phase.run_id and last.get("storage")
+    needed = last["storage"] if swapped else found[0] if found else "an index"
+    return gate(
+        "rebuild.index_holds_what_it_held",
+        list(found) == [needed],
+        index_name(phase.params),
+        found=", ".join(found) or "no such index",
+        needed=needed,
+        danger="the search function that was brought back would read the whole table",
+        do="run rebuild.undo(phase) again",
     )

@@ -470,4 +470,5 @@ def verify_undone(phase: Phase) -> Gates:
     """The index has the options that it had before, and nothing is left beside it."""
     if index_partitions.is_needed(phase):
         return collect([rebuild_partitions.has_options(phase), rebuild_partitions.nothing_is_left(phase)])
-    return collect([_has_options(phase, former_options(phase)), _nothing_is_left(phase)])
+    held = going_over.holds_again(phase, [s.storage for s in standing(phase) if s.role == "current"])
+    return collect([_has_options(phase, former_options(phase)), held, _nothing_is_left(phase)])
