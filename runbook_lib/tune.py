@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,16 @@ from typing import Any
 from psycopg import sql
 
 from runbook_lib import db, search
-from runbook_lib.display import Table
+from runbook_lib.display import Table, duration
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import choose, classes, evaluate, exact, explain, replica, sweep, together
 from runbook_lib.measuring.choose import Choice
-from runbook_lib.measuring.classes import Asked
+from runbook_lib.measuring.classes import Asked, FilterClass
 from runbook_lib.measuring.prepared import reads_index
 from runbook_lib.measuring.sweep import Measured, Way
 from runbook_lib.names import index_name, spelled
 from runbook_lib.phase import Phase
+from runbook_lib.progress import SECONDS_BETWEEN_LINES
 from runbook_lib.sql import load
 
 SQL = load("tune")
@@ -158,7 +160,7 @@ def apply(phase: Phase) -> Tuning | Table:
     with sweep.session(phase) as connection:
         first = choose.unfiltered(phase, connection, _ways_to_try(phase, connection, without[0]), without)
         rows = without[0].exact.matching
-        others = [choose.filtered(phase, connection, c, q, rows) for c, q in asked.items()]
+        others = [choose.filtered(phase, connection, c, q, rows) for c, q in _in_turn(asked)]
     tuning = Tuning(
         k=p.queries.k,
         queries=len(without),
@@ -171,6 +173,18 @@ def apply(phase: Phase) -> Tuning | Table:
     if tuning.chosen is not None:
         _carry_into_function(phase, tuning)
     return tuning
+
+
+def _in_turn(asked: Mapping[FilterClass, list[Asked]]) -> Iterator[tuple[FilterClass, list[Asked]]]:
+    """Each filter class with its questions; says now and then how far it has come."""
+    started = last_line = time.perf_counter()
+    for done, (of, questions) in enumerate(asked.items()):
+        now = time.perf_counter()
+        if done and now - last_line >= SECONDS_BETWEEN_LINES:
+            last_line = now
+            left = duration((now - started) / done * (len(asked) - done))
+            print(f"  {done} of {len(asked)} filter classes measured, about {left} left; now {of}")
+        yield of, questions
 
 
 def _ways_to_try(phase: Phase, connection: db.Connection, question: Asked) -> list[Way]:

@@ -262,3 +262,13 @@ def test_vectors_beside_the_table_are_told_why_no_index_of_their_own_helps(
         'The vectors stand in "public"."articles_embedding", which lacks status: an index for these rows alone needs'
         " vector.layout: column"
     )
+
+
+def test_a_long_sweep_says_how_far_it_has_come(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "SECONDS_BETWEEN_LINES", -1.0)
+    found = {classes.FilterClass(("status",), bucket, (), {}, 0.1): [] for bucket in ("rare", "usual")}
+    assert list(tune._in_turn(found)) == list(found.items())
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("  1 of 2 filter classes measured, about ") and line.endswith("left; now status, usual")
