@@ -56,7 +56,11 @@ TIMESTAMP_AND_HASH = 8 + 17
 # of another machine and table differ; operate/00_rehearse measures them there.
 LOAD_US_A_ROW, LOAD_NS_A_BYTE = 4, 2
 BACKFILL_US_A_ROW = 33
-SLOW_INDEX_US = 450
+# Of one entry into a trigram index, by the bytes of the text: it has about a trigram for each.
+TRIGRAM_NS_A_BYTE = 450
+TRIGRAM_WAL_A_BYTE = 26
+# An inverted index of words has about so many entries for one of trigrams.
+WORDS_FOR_TRIGRAMS = 0.15
 PROMOTE_US_A_ROW = 0.3
 HNSW_US = 24
 HNSW_EF_CONSTRUCTION = 64
@@ -191,21 +195,30 @@ def staging_bytes(rows: int, dimension: int, kind: str) -> int:
 
 
 def backfill_wal_bytes(
-    rows: int, dimension: int, kind: str, row_bytes: int, indexes: int, table_bytes: int, hot_share: float = 0.0
+    rows: int,
+    dimension: int,
+    kind: str,
+    row_bytes: int,
+    indexes: int,
+    table_bytes: int,
+    hot_share: float = 0.0,
+    trigram_bytes: float = 0.0,
 ) -> int:
     """WAL of the backfill's UPDATE: each row's new version with its vector, an entry in each index, and one full
     image of every page of the table and of what it grows by.
 
-    hot_share: share of the updates that stay on their page, and so write to no index; 0 to 1.
+    hot_share: share of the updates that stay on their page, and so write to no index; 0 to 1. trigram_bytes: text of
+    a row that inverted indexes hold, as of trigrams.
 
-    An inverted index (GIN) on the text writes more than that, by its number of terms a row, and checkpoints during
-    the backfill repeat the full images: the record shows what it came to.
+    Checkpoints during the backfill repeat the full images, and how many entries a text makes is the text's own: the
+    record shows what it came to.
     """
     value = vector_bytes(dimension, kind)
     toasted = stored_bytes_per_row(dimension, kind, row_bytes) != value
     chunks = math.ceil(value / TOAST_CHUNK) if toasted else 0
     records = 1 + chunks + indexes * (1 - hot_share)
-    return round(rows * (value + row_bytes + TIMESTAMP_AND_HASH + WAL_A_RECORD * records)) + table_bytes
+    inverted = TRIGRAM_WAL_A_BYTE * trigram_bytes * (1 - hot_share)
+    return round(rows * (value + row_bytes + TIMESTAMP_AND_HASH + WAL_A_RECORD * records + inverted)) + table_bytes
 
 
 def build_workers(table_bytes: int, maintenance_work_mem_mb: int, most: int) -> int:
@@ -326,7 +339,7 @@ def forecast(
     row_bytes: int = 0,
     table_bytes: int = 0,
     indexes: int = 1,
-    slow_indexes: int = 0,
+    trigram_bytes: float = 0.0,
     hot_share: float = 0.0,
     max_wal_bytes: int | None = None,
     largest_partition: float = 1.0,
@@ -334,9 +347,9 @@ def forecast(
     """The forecast for this many rows under these parameters.
 
     row_bytes: average width of a row today. table_bytes: size of the table today. indexes: how many it has;
-    slow_indexes: how many of them are inverted ones, which a row enters many times. hot_share: share of the
-    backfill's updates that write to no index. max_wal_bytes: the server's max_wal_size. Vectors beside the table move
-    by a rename: no row is written again. largest_partition: share of the rows in the largest partition, 0 to 1.
+    trigram_bytes: text of a row that inverted ones hold, as of trigrams. hot_share: share of the backfill's updates
+    that write to no index. max_wal_bytes: the server's max_wal_size. largest_partition: share of the rows in the
+    largest partition, 0 to 1. Vectors beside the table move by a rename: no row is written again.
     """
     v, ix = params.vector, params.index
     index_bytes, _, budget, _ = _build_of(rows, params)
@@ -351,8 +364,10 @@ def forecast(
     else:
         growth = table_growth_bytes(rows, v.dimension, v.type, row_bytes)
         staging = staging_bytes(rows, v.dimension, v.type)
-        moved = backfill_wal_bytes(rows, v.dimension, v.type, row_bytes, indexes, table_bytes, hot_share)
-        moving = rows * (BACKFILL_US_A_ROW + SLOW_INDEX_US * slow_indexes * (1 - hot_share)) / 1e6
+        moved = backfill_wal_bytes(
+            rows, v.dimension, v.type, row_bytes, indexes, table_bytes, hot_share, trigram_bytes
+        )
+        moving = rows * (BACKFILL_US_A_ROW + TRIGRAM_NS_A_BYTE / 1e3 * trigram_bytes * (1 - hot_share)) / 1e6
     inline = stored_bytes_per_row(v.dimension, v.type, row_bytes) == vector_bytes(v.dimension, v.type)
     heap = growth if beside else table_bytes + (growth if inline else 0)
     workers = build_workers(round(heap * largest_partition), ix.maintenance_work_mem_mb, ix.parallel_workers)

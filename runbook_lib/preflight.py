@@ -32,8 +32,6 @@ SAMPLED_CHARACTERS = 10_000
 # Below this many rows reading the first pages is as cheap as sampling, and never comes back empty.
 SAMPLE_WHOLE_PAGES_FROM_ROWS = 20 * SAMPLED_ROWS
 SHOWN_STATEMENTS = 5
-# Access methods that enter a row once a word or trigram.
-INVERTED = ("gin",)
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,12 @@ def _sample(phase: Phase, n: int, not_seen: dict[str, str]) -> list[db.Row] | No
     try:
         values = {"longest": SAMPLED_CHARACTERS, "rows": SAMPLED_ROWS}
         return phase.connection.execute(query, values).fetchall()
-    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedColumn) as error:
+    except (
+        psycopg.errors.InsufficientPrivilege,
+        psycopg.errors.UndefinedColumn,
+        # Citus samples no pages across shards.
+        psycopg.errors.FeatureNotSupported,
+    ) as error:
         not_seen["sample"] = str(error).splitlines()[0]
         return None
 
@@ -239,6 +242,13 @@ def _legacy_statements(phase: Phase, not_seen: dict[str, str]) -> tuple[tuple[in
     return tuple((r["calls"], r["mean_ms"], r["statement"]) for r in found)
 
 
+def _trigram_bytes(found: Facts, phase: Phase) -> float:
+    """Text of a row that inverted indexes hold; one of words counts for less than one of trigrams."""
+    indexes = db.rows(phase.connection, SQL["inverted"], phase.params, table=_table_name(phase))
+    weights = (1.0 if i["of_trigrams"] else forecast_module.WORDS_FOR_TRIGRAMS for i in indexes)
+    return sum(weights) * (found.text_bytes or 0) / max(found.rows, 1)
+
+
 def expected(found: Facts, phase: Phase, rows: int | None = None) -> Forecast:
     """The forecast from these facts, for all of the table or for so many of its rows."""
     n = found.rows if rows is None else rows
@@ -248,7 +258,7 @@ def expected(found: Facts, phase: Phase, rows: int | None = None) -> Forecast:
         row_bytes=found.row_bytes or round(found.heap_bytes / max(found.rows, 1)),
         table_bytes=round(found.heap_bytes * n / max(found.rows, 1)),
         indexes=len(found.indexes),
-        slow_indexes=sum(method in INVERTED for _, method, _, _ in found.indexes),
+        trigram_bytes=_trigram_bytes(found, phase),
         hot_share=strategy.expected_hot_share(phase),
         largest_partition=found.largest_partition if phase.params.vector.layout == "column" else 1.0,
         max_wal_bytes=found.room.max_wal_bytes,

@@ -74,11 +74,11 @@ def body(phase: Phase, facts: Facts, found: Sequence[Sample]) -> dict[str, Any]:
         "whole": {
             name: {"forecast": getattr(expects, name), **whole[name].as_data()} for name in FIGURES if name in whole
         },
-        "remarks": _remarks(phase, facts, expects, found),
+        "remarks": _remarks(phase, facts, expects, found, whole["wal_bytes"].expected),
     }
 
 
-def _remarks(phase: Phase, facts: Facts, expects: Forecast, found: Sequence[Sample]) -> list[str]:
+def _remarks(phase: Phase, facts: Facts, expects: Forecast, found: Sequence[Sample], wal_bytes: float) -> list[str]:
     """What the figures do not hold, said openly."""
     last, remarks = found[-1], []
     if random := last.vectors_from.get("random"):
@@ -97,6 +97,12 @@ def _remarks(phase: Phase, facts: Facts, expects: Forecast, found: Sequence[Samp
         remarks.append("the largest sample is the whole table")
     if expects.lists is None and expects.build_memory_bytes > expects.build_budget_bytes:
         remarks.append("the time of the build holds only while its graph fits into memory; the whole one does not")
+    if expects.max_wal_bytes and wal_bytes > expects.max_wal_bytes:
+        times = number(int(wal_bytes / expects.max_wal_bytes))
+        remarks.append(
+            f"that WAL passes max_wal_size, {size(expects.max_wal_bytes)}, {times} times: the backfill pauses for"
+            " checkpoints, and its pauses are not among these times"
+        )
     if last.others_wal_bytes_per_s > 0:
         remarks.append(f"others wrote {size(last.others_wal_bytes_per_s)} of WAL a second meanwhile, left out here")
     return remarks

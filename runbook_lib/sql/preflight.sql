@@ -35,6 +35,13 @@ SELECT i.indexrelid::regclass::text AS index, m.amname::text AS method,
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
 WHERE i.indrelid = to_regclass(%(table)s) ORDER BY 1;
 
+-- name: inverted
+-- purpose: The table's inverted indexes, which enter a row once for each of its words or trigrams.
+SELECT bool_or(o.opcname LIKE '%%trgm%%') AS of_trigrams
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
+JOIN pg_opclass o ON o.oid = ANY (i.indclass::oid[])
+WHERE i.indrelid = to_regclass(%(table)s) AND m.amname = 'gin' GROUP BY i.indexrelid;
+
 -- name: triggers
 -- purpose: Triggers that will fire for the backfill's updates, apart from those of foreign keys.
 SELECT t.tgname::text AS name FROM pg_trigger t
