@@ -33,8 +33,9 @@ ILIKE = "SELECT id FROM glosses WHERE gloss ILIKE '%%' || %(query)s || '%%' ORDE
 
 
 def best_of(choice: Choice, target: float) -> Measured | None:
-    """The fastest point that reached the target."""
-    return min((p for p in choice.points if p.reaches(target)), key=lambda p: p.p50_ms, default=None)
+    """The fastest point that reached the target; one that was planned without the vector index is exact's twin."""
+    own = [p for p in choice.points if p.uses_the_index or p.way.scan == "exact"]
+    return min((p for p in own if p.reaches(target)), key=lambda p: p.p50_ms, default=None)
 
 
 def times_slower(phase: Phase, choice: Choice, best: Measured, asked: Sequence[Asked]) -> float:
@@ -86,8 +87,8 @@ def test_every_class_reaches_the_target_at_the_price_of_the_best_way(
         assert not slow or choice.advice, f"{choice.of}: nothing is said of what would make it fast"
     if found.chosen is None:
         phase = follow_the_advice(phase, dictionary, found, target)
-    assert max(ratios) <= WORST_RATIO
     compare_latency(phase)
+    assert max(ratios) <= WORST_RATIO
 
 
 def follow_the_advice(phase: Phase, dictionary: Callable[..., Phase], found: tune.Tuning, target: float) -> Phase:
