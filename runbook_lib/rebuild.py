@@ -6,8 +6,6 @@ its own. Where both are whole the planner may use either; each is measured with 
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
 from typing import Any
 
 from psycopg import sql
@@ -15,126 +13,15 @@ from psycopg import sql
 from runbook_lib import db, going_over, index, index_partitions, rebuild_partitions, search
 from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.index_roles import Standing, listed, new_name, old_name, one
+from runbook_lib.index_roles import shown as shown
+from runbook_lib.index_roles import standing as standing
 from runbook_lib.measuring import recall
 from runbook_lib.names import identifier, index_name, spelled
-from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("rebuild")
-
-# What REINDEX CONCURRENTLY calls the index that it builds, and the one that it replaces; a number follows the second.
-OF_REINDEX = re.compile(r"_cc(new|old)\d*$")
-LONGEST_NAME_BYTES = 63
-WHAT_IT_IS = {
-    "current": "serves",
-    "new": "built beside, not in its place yet",
-    "old": "served before; dropped as the last step",
-    "leftover": "left by a REINDEX CONCURRENTLY that did not finish",
-    "other": "not the runbook's",
-}
-
-
-@dataclass(frozen=True)
-class Standing:
-    """One vector index of the table: what it is to a rebuild, and whether queries can use it."""
-
-    name: str
-    role: str
-    usable: bool
-    storage: str
-    options: dict[str, int]
-    bytes: int
-    oid: int
-    builds_under_way: int
-
-
-def new_name(params: Params) -> str:
-    """Name of the index while it stands beside the one that serves."""
-    return _with_tail(index_name(params), "_new")
-
-
-def old_name(params: Params) -> str:
-    """Name of the index that served before, until it is dropped."""
-    return _with_tail(index_name(params), "_old")
-
-
-def _with_tail(name: str, tail: str) -> str:
-    return name.encode()[: LONGEST_NAME_BYTES - len(tail)].decode(errors="ignore") + tail
-
-
-def standing(phase: Phase) -> list[Standing]:
-    """Every vector index of the table, as pg_index has it; those of partitions as one."""
-    if index_partitions.is_needed(phase):
-        return _of_partitions(phase)
-    values = {"vectors": spelled(phase.params, "vectors"), "column": phase.params.vector.column}
-    found = db.rows(phase.connection, SQL["standing"], phase.params, **values)
-    return [
-        Standing(
-            row["name"],
-            _role(phase.params, row),
-            row["usable"],
-            going_over.storage_of(phase.params, row),
-            _options(row["options"]),
-            row["bytes"],
-            row["oid"],
-            row["builds_under_way"],
-        )
-        for row in found
-    ]
-
-
-def _of_partitions(phase: Phase) -> list[Standing]:
-    """The whole index; while a round is under way, a second entry says so."""
-    now = index_partitions.standing(phase)
-    if now.root is None:
-        return []
-    own = [now.own[part.oid] for part in now.leaves if part.oid in now.own]
-    options = rebuild_partitions.options_of(own[0]) if own else {}
-    # The youngest of its oids, since REINDEX gives each partition's index another.
-    whole = Standing(
-        name=now.parent.index,
-        role="current",
-        usable=now.is_whole,
-        storage=phase.params.index.storage,
-        options=options,
-        bytes=now.bytes,
-        oid=max((x.oid for x in own), default=now.root.oid),
-        builds_under_way=max((x.builds_under_way for x in now.found), default=0),
-    )
-    begun = rebuild_partitions.is_under_way(phase)
-    return [whole, replace(whole, name=f"{whole.name}, partition by partition", role="new")] if begun else [whole]
-
-
-def _role(params: Params, row: db.Row) -> str:
-    own = {index_name(params): "current", new_name(params): "new", old_name(params): "old"}
-    # A whole index of such a name was never left over: somebody chose the name.
-    left_over = bool(OF_REINDEX.search(row["name"])) and not row["usable"]
-    return own.get(row["name"], "leftover" if left_over else "other")
-
-
-def _options(stored: list[str]) -> dict[str, int]:
-    """Of an index as pg_class has them; pgvector's defaults are not written there, and the runbook writes its own."""
-    return {name: int(value) for name, _, value in (option.partition("=") for option in stored) if value.isdigit()}
-
-
-def shown(phase: Phase) -> Table:
-    """The vector indexes of the table, and what each is to this operation."""
-    return Table(
-        ("index", "what it is", "usable", "holds", "options", "size"),
-        [
-            (s.name, WHAT_IT_IS[s.role], s.usable, s.storage, _listed(s.options), size(s.bytes))
-            for s in standing(phase)
-        ],
-    )
-
-
-def _listed(options: dict[str, int]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in options.items())
-
-
-def _one(found: list[Standing], role: str) -> Standing | None:
-    return next((s for s in found if s.role == role), None)
 
 
 def wanted_options(phase: Phase) -> dict[str, int]:
@@ -186,7 +73,7 @@ def building_plan(phase: Phase, options: dict[str, int] | None = None) -> db.Pla
     if index_partitions.is_needed(phase):
         return rebuild_partitions.plan(phase, options)
     found = standing(phase)
-    new, old = _one(found, "new"), _one(found, "old")
+    new, old = one(found, "new"), one(found, "old")
     drops = [_drop(phase, s.name) for s in found if s.role == "leftover"]
     if old or (options is None and is_done(phase)):
         return db.Plan(tuple(drops), phase.connection)  # swapped already: only the old one is still to go
@@ -211,7 +98,7 @@ def swapping_plan(phase: Phase) -> db.Plan:
 def _swap(phase: Phase, found: list[Standing]) -> db.Statement:
     """The renames; the search function goes over with them where it must."""
     renames = _named(phase, "swap")
-    current = _one(found, "current")
+    current = one(found, "current")
     goes_over = current is not None and going_over.changes_function(phase, current.storage)
     return going_over.swap(phase, renames) if goes_over else renames
 
@@ -235,7 +122,7 @@ def apply(phase: Phase, options: dict[str, int] | None = None) -> Table:
     for statement in todo:
         built = index.concurrently(phase, statement)
         rows.append((statement.purpose, statement.lock, round(built.seconds, 2)))
-        new = _one(standing(phase), "new")
+        new = one(standing(phase), "new")
         if statement.name != SQL["drop"].name and new:
             index.note_built(phase, built, new.bytes)
     return Table(("what", "lock", "seconds"), rows)
@@ -261,7 +148,7 @@ def swap(phase: Phase) -> Table:
 
 
 def _note_before(phase: Phase) -> None:
-    before = _one(standing(phase), "current")
+    before = one(standing(phase), "current")
     goes_over = before is not None and going_over.changes_function(phase, before.storage)
     phase.note(
         "rebuild",
@@ -279,7 +166,7 @@ def check(phase: Phase) -> Gates:
     if index_partitions.is_needed(phase):
         return rebuild_partitions.check(phase)
     found = standing(phase)
-    current = _one(found, "current")
+    current = one(found, "current")
     subject = f"{index_name(phase.params)} on {phase.params.target.schema_}.{phase.params.target.table}"
     builds = max((s.builds_under_way for s in found), default=0)
     return collect(
@@ -311,8 +198,8 @@ def verify_new(phase: Phase) -> Gates:
     if index_partitions.is_needed(phase):
         return rebuild_partitions.verify_new(phase)
     found = standing(phase)
-    new, current = _one(found, "new"), _one(found, "current")
-    whole = _is_whole(phase, new) if not _one(found, "old") and not is_done(phase) else None
+    new, current = one(found, "new"), one(found, "current")
+    whole = _is_whole(phase, new) if not one(found, "old") and not is_done(phase) else None
     if whole is None:
         return collect([_is_in_place(phase, current)])
     if not new or not new.usable:
@@ -393,14 +280,14 @@ def verify(phase: Phase) -> Gates:
 
 
 def _has_options(phase: Phase, wanted: dict[str, int]) -> Gate:
-    current = _one(standing(phase), "current")
+    current = one(standing(phase), "current")
     options = current.options if current else {}
     return gate(
         "rebuild.index_has_its_options",
         wanted.items() <= options.items(),
         index_name(phase.params),
-        found=", ".join(f"{k} {v}" for k, v in options.items()) or "none of its own",
-        needed=", ".join(f"{k} {v}" for k, v in wanted.items()) or "any",
+        found=listed(options) or "none of its own",
+        needed=listed(wanted) or "any",
         danger="recall and speed are those of another index than the one that was asked for",
         do="run 40_rebuild_index again with execute: true",
     )
@@ -433,7 +320,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     if index_partitions.is_needed(phase):
         return rebuild_partitions.undo_plan(phase)
     found = standing(phase)
-    roles, current = {s.role for s in found}, _one(found, "current")
+    roles, current = {s.role for s in found}, one(found, "current")
     drops = [_drop(phase, s.name) for s in found if s.role == "leftover"]
     last = phase.ledger.latest("rebuild") or {}
     function, storage = last.get("function"), last.get("storage") or phase.params.index.storage

@@ -199,8 +199,9 @@ def _settings(params: Params, shape: Shape, depth: int) -> list[int]:
 def _prepare(connection: db.Connection, method: str) -> None:
     register_vector(connection)
     name, value = search.ITERATIVE[method]
-    # The question is what the index finds, whatever the planner thinks of so few rows.
-    for setting, to in ((name, value), ("enable_seqscan", "off"), ("enable_sort", "off")):
+    # The question is what the index finds, whatever the planner thinks of so few rows. Before PostgreSQL 18 the price
+    # of what is forbidden would call for a compiler.
+    for setting, to in ((name, value), ("enable_seqscan", "off"), ("enable_sort", "off"), ("jit", "off")):
         _set(connection, setting, to)
 
 
