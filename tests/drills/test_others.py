@@ -43,7 +43,9 @@ def test_a_worker_that_freezes_loses_its_window_and_does_no_harm_when_it_wakes(
         process.wait(kit.LONGEST_STEP_S)
     kit.finish(params_file)
     taken_over = "SELECT max((body->>'windows_taken_over')::int) FROM runbook.entry WHERE kind = 'backfill'"
-    assert articles.execute(taken_over).fetchone() == (1,)
+    found = articles.execute(taken_over).fetchone()
+    # A busy machine may freeze another one for longer than its lease.
+    assert found is not None and found[0] >= 1
     kit.nothing_is_lost(database, "a worker stopped (SIGSTOP), its window taken over, and woken")
 
 

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import DSN_ENV
 from tests.drills import kit, real_runs
 
-pytestmark = pytest.mark.drill
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(900)]
 
 ROUNDS = range(20 if kit.FULL else 1)
 TEXTS_CHANGED = 300
