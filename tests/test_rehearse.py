@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from runbook_lib import backfill, db, index, preflight, rehearse, schema, staging
 from runbook_lib.gates import BadInput, Gate, Gates
@@ -21,7 +22,7 @@ from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.records import review
 from tests import partitioned, toy
-from tests.conftest import write_params
+from tests.conftest import DSN_ENV, write_params
 from tests.stepping import step
 
 Connection = psycopg.Connection[Any]
@@ -202,6 +203,35 @@ def test_a_database_without_pgvector_is_told_both_ways(articles: Connection, ope
         "  danger  no sample could hold a vector\n"
         "  do      run CREATE EXTENSION vector; (20_extension does no more), or set rehearse.server: embedded"
     )
+
+
+def test_the_tables_owner_needs_no_more_than_a_schema_of_its_own(
+    ready: Connection, make_params: Callable[..., Params], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    role, at = f"rehearser_{ready.info.dbname}", ready.info.dbname
+    ready.execute(f"CREATE ROLE {role} LOGIN; ALTER TABLE articles OWNER TO {role}")
+    monkeypatch.setenv(DSN_ENV, make_conninfo(database, user=role))
+    try:
+        p = make_params()
+        with db.connect(p, "test") as work, db.connect(p, "test ledger") as ledger_connection:
+            ledger = Ledger(ledger_connection, p, "test-run", "00_rehearse")
+            ready.execute(f"GRANT CREATE ON DATABASE {at} TO {role}")
+            ledger.create()
+            phase = Phase("00_rehearse", "test-run", True, p, work, ledger)
+            ready.execute(f"REVOKE CREATE ON DATABASE {at} FROM {role}")
+            assert str(_one(rehearse.check(phase), "rehearse.may_make_schema")) == (
+                f"FAIL    rehearse.may_make_schema   {at}\n"
+                f"  found   {role} may not create a schema\n"
+                "  needed  CREATE on the database\n"
+                "  danger  the sample would have no place apart from the application's tables\n"
+                f"  do      GRANT CREATE ON DATABASE {at} TO {role}; or set rehearse.server: embedded"
+            )
+            ready.execute(f"GRANT CREATE ON DATABASE {at} TO {role}")
+            assert rehearse.check(phase).passed
+            rehearse.apply(phase)
+            assert rehearse.verify(phase).passed and _schemas(ready) == []
+    finally:
+        ready.execute(f"REASSIGN OWNED BY {role} TO postgres; DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 def test_a_schema_of_somebody_else_is_never_dropped(ready: Connection, open_phase: Open) -> None:
