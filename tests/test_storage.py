@@ -230,7 +230,12 @@ def test_what_no_index_can_hold_is_not_compared(make_params: Callable[..., Param
 
 def test_the_picture_names_every_way_and_the_target(make_params: Callable[..., Params]) -> None:
     picture = pictures.bytes_against_recall(Comparison.of(make_params(), [TODAY, HALF, BIT], FACTS).as_data())
-    for text in ("vector, as it is, 4.0 ms, today's", "halfvec, 4.0 ms", "bit, 4 × k again, 4.5 ms ✔", "target 0.95"):
+    for text in (
+        "1  vector, as it is, 4.0 ms, today's",
+        "2  halfvec, 4.0 ms",
+        "3  bit, 4 × k again, 4.5 ms ✔",
+        "target 0.95",
+    ):
         assert text in picture
 
 

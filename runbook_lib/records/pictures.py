@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from runbook_lib.display import number
 
@@ -43,8 +44,9 @@ STYLE: dict[Any, Any] = {
     "axes.spines.left": False,
 }
 SIZE_INCHES = (5.4, 3.3)
-# Height of a line of small text.
-LABEL_POINTS = 12.0
+WIDE_INCHES = (7.6, 3.6)
+# Room of a small number, how far it stands from its point, and the plot's sides, all in points and about.
+LABEL_POINTS, FIRST_SHIFT, PLOT_POINTS = 12.0, 8.0, 200.0
 
 
 def recall_against_latency(tuning: Mapping[str, Any]) -> str:
@@ -105,46 +107,52 @@ def rows_by_selectivity(tuning: Mapping[str, Any]) -> str:
 
 
 def bytes_against_recall(compared: Mapping[str, Any]) -> str:
-    """Recall@k over an index's bytes a row, a point a way to search, larger where it is slower; today's and the
-    recommended one are named in the picture, the others by what the index holds."""
+    """Recall@k over an index's bytes a row, a numbered point a way to search, larger where it is slower.
+
+    The ways are named beside the picture, with their p50; today's and the recommended one have colours of their own.
+    """
     found = compared["found"]
     slowest = max(float(f["p50_ms"]) for f in found)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(height=3.9)
-        for place, f in _spread(found):
-            chosen, today = f["title"] == compared["recommended"], f["todays"]
+        figure = Figure(figsize=WIDE_INCHES, layout="constrained")
+        axes = figure.subplots()
+        named: list[Line2D] = []
+        for n, (f, shift) in enumerate(zip(found, _shifts(found), strict=True), 1):
+            chosen = f["title"] == compared["recommended"]
+            colour = CHOSEN if chosen else ACCENT if f["todays"] else SOFT
             x, y = float(f["bytes_a_row"]), float(f["recall"])
-            area = 25 + 275 * float(f["p50_ms"]) / slowest
-            axes.scatter(x, y, s=area, color=CHOSEN if chosen else ACCENT if today else SOFT, alpha=0.75, linewidth=0)
-            said = f"{f['title']}, {f['p50_ms']:.1f} ms" + (" ✔" if chosen else ", today's" if today else "")
-            axes.annotate(
-                said, (x, y), xytext=(10, place), textcoords="offset points", va="center", fontsize=9,
-                fontweight="bold" if chosen else "normal",
-            )  # fmt: skip
+            axes.scatter(x, y, s=20 + 230 * float(f["p50_ms"]) / slowest, color=colour, alpha=0.7, linewidth=0)
+            axes.annotate(str(n), (x, y), xytext=(shift, 0), textcoords="offset points", va="center", fontsize=9)
+            said = f"{n}  {f['title']}, {f['p50_ms']:.1f} ms" + (", today's" if f["todays"] else "")
+            label = said + (" ✔" if chosen else "")
+            named.append(Line2D([], [], marker="o", linestyle="", color=colour, markersize=6, label=label))
         axes.axhline(float(compared["target_recall"]), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.annotate(
             f"target {compared['target_recall']:g}", (0, float(compared["target_recall"])),
-            xycoords=("axes fraction", "data"), xytext=(4, -12), textcoords="offset points",
+            xycoords=("axes fraction", "data"), xytext=(4, -12), textcoords="offset points", fontsize=9,
         )  # fmt: skip
         axes.set(xlabel="bytes of the index a row", ylabel=f"recall@{compared['k']}")
-        axes.set_xlim(0, 1.55 * max(float(f["bytes_a_row"]) for f in found))
-        axes.margins(y=0.14)
+        axes.set_xlim(0, 1.12 * max(float(f["bytes_a_row"]) for f in found))
+        axes.margins(y=0.12)
+        figure.legend(handles=named, loc="outside right upper", frameon=False, fontsize=9, handletextpad=0.2)
         return _svg(figure, "storage")
 
 
-def _spread(found: Sequence[Mapping[str, Any]]) -> list[tuple[float, Mapping[str, Any]]]:
-    """Each point with the height of its label, in points, so that labels of near points do not cover each other."""
-    spread = max(float(f["recall"]) for f in found) - min(float(f["recall"]) for f in found) or 1.0
-    placed: list[tuple[float, float, float]] = []
-    result = []
-    for f in sorted(found, key=lambda f: (-float(f["recall"]), float(f["bytes_a_row"]))):
-        x, y = float(f["bytes_a_row"]), 190 * float(f["recall"]) / spread
-        height = 0.0
-        while any(abs(x - px) < 700 and abs(y + height - py) < LABEL_POINTS for px, py, _ in placed):
-            height -= 2.0
-        placed.append((x, y + height, height))
-        result.append((height, f))
-    return result
+def _shifts(found: Sequence[Mapping[str, Any]]) -> list[float]:
+    """How far right of its point each number stands, in points, so that those of near points stand side by side."""
+    heights = [float(f["recall"]) for f in found]
+    spread = (max(heights) - min(heights)) or 1.0
+    widest = max(float(f["bytes_a_row"]) for f in found)
+    taken: list[tuple[float, float]] = []
+    shifts = []
+    for f in found:
+        x, y = PLOT_POINTS * float(f["bytes_a_row"]) / widest, PLOT_POINTS * float(f["recall"]) / spread
+        shift = FIRST_SHIFT
+        while any(abs(x + shift - tx) < LABEL_POINTS and abs(y - ty) < LABEL_POINTS for tx, ty in taken):
+            shift += LABEL_POINTS
+        taken.append((x + shift, y))
+        shifts.append(shift)
+    return shifts
 
 
 def in_a_notebook(drawn: Sequence[str]) -> str:
