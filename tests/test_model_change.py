@@ -14,7 +14,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import compare, db, handover, model_change, params, retire_model, search
+from runbook_lib import compare, db, handover, model_change, params, retire_model, search, watch
 from runbook_lib.gates import BadInput, GateFailed, RunbookError
 from runbook_lib.ledger import Ledger
 from runbook_lib.measuring import models
@@ -163,7 +163,7 @@ def test_both_are_searchable_and_two_targets_on_one_table_do_not_meet(
 
 
 def test_the_notebook_swaps_and_both_models_are_answered_by_their_own_column(
-    articles: psycopg.Connection[Any], new: Path
+    articles: psycopg.Connection[Any], new: Path, folder: Path, opened: Callable[..., Phase]
 ) -> None:
     before = definition(articles)
     step(OPERATION, new, execute=False)
@@ -187,6 +187,10 @@ def test_the_notebook_swaps_and_both_models_are_answered_by_their_own_column(
     # The canary of the new target goes on from here; the check that stays finds both functions as they are meant.
     step("migrate/90_cut_over", new)
     step(OPERATION, new)
+    for path in (folder / "toy.yaml", new):
+        seen = {g.name: str(g.verdict) for g in watch.look(opened("20_watch", path))}
+        wanted = ("watch.settings_hold", "watch.route_is_as_set", "explain.function_searches_by_the_index")
+        assert [seen[name] for name in wanted] == ["PASS"] * 3, path
     verdicts = articles.execute(
         "SELECT body->>'verdict' FROM runbook.entry WHERE kind = 'phase' AND phase = '60_change_model' ORDER BY seq"
     ).fetchall()
