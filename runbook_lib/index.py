@@ -109,6 +109,8 @@ def note_built(phase: Phase, built: Built, size_bytes: int) -> None:
             "bytes": size_bytes,
             "notices": built.notices,
             "samples": built.samples,
+            # What the age of its lists is told by.
+            **({"rows": _rows(phase)} if phase.params.index.method == "ivfflat" else {}),
         },
     )
 

@@ -16,7 +16,7 @@ from runbook_lib.display import Table, duration, number, size
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.ledger import Ledger
-from runbook_lib.measuring import evaluate, explain, replica, standing
+from runbook_lib.measuring import drift, evaluate, explain, replica, standing
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.names import names, spelled
@@ -67,9 +67,12 @@ def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
         yield from explain.gates(phase)
         yield _recall_holds(phase)
         yield from _recall_holds_by_filter(phase)
+        yield from drift.gates(phase)
     yield from _relevance_holds(phase)
-    yield from _rows_are_fresh(phase)
-    yield _queue_is_young(phase)
+    captured = _changes_are_captured(phase)
+    yield from _rows_are_fresh(phase, captured)
+    if captured:
+        yield _queue_is_young(phase)
     yield _index_is_used(phase, seen)
     yield _dead_rows_are_few(phase)
     yield _index_is_lean(phase, seen)
@@ -241,14 +244,22 @@ def _relevance_holds(phase: Phase) -> Iterator[Gate]:
     )
 
 
-def _rows_are_fresh(phase: Phase) -> Iterator[Gate]:
+def _changes_are_captured(phase: Phase) -> bool:
+    """False once operate/80_retire_legacy has removed the capture, for texts that never change any more."""
+    p = phase.params
+    return bool(db.one(phase.connection, SQL["captured"], p, queue=spelled(p, "queue"))["there"])
+
+
+def _rows_are_fresh(phase: Phase, captured: bool) -> Iterator[Gate]:
     """Counted over the texts as they are now; on a large table over a sample of its pages, and then it says so."""
     p = phase.params
     rows = db.one(phase.connection, SQL["size"], p, table=spelled(p, "table"))["rows"]
     whole = rows <= p.watch.count_up_to_rows
     looked_at = sql.SQL("true") if whole else _sampled(phase)
     found = phase.connection.execute(
-        SQL["freshness"].compose(names(p) | {"looked_at": looked_at}),
+        SQL["freshness"].compose(
+            names(p) | {"looked_at": looked_at} | ({} if captured else {"queue": SQL["no_queue"].compose(names(p))})
+        ),
         {"percent": _percent(phase, p.watch.count_up_to_rows)},
     ).fetchone()
     assert found is not None

@@ -13,7 +13,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import cutover, db, index, retirable, retire, search
+from runbook_lib import cutover, db, index, retirable, retire, search, watch
 from runbook_lib.gates import Gate, GateFailed
 from runbook_lib.ledger import Ledger
 from runbook_lib.measuring import usage
@@ -153,6 +153,9 @@ def test_the_way_back_from_the_start_brings_legacy_back_first(
     columns = "SELECT count(*) FROM pg_attribute WHERE attrelid = 'articles'::regclass AND attname = 'tsv'"
     assert articles.execute(columns).fetchone() == (0,)
     assert articles.execute("SELECT to_regclass('runbook.articles_queue')").fetchone() == (None,)
+    freshness = {g.name: str(g.verdict) for g in watch._rows_are_fresh(_open(path), False)}
+    assert freshness == {"watch.nothing_is_missing": "PASS", "watch.nothing_is_stale": "PASS"}
+    assert not watch._changes_are_captured(_open(path)), "the watch goes on without a queue"
     (first, *_) = cutover.undo_plan(_open(path)).statements
     assert first.name == "retire.add_column" and "stands still meanwhile" in first.purpose
     step("undo/10_reads_to_legacy", path)

@@ -284,6 +284,9 @@ class Watch(Section):
     oldest_queued_s: float = Field(3600, gt=0, description="Age of the oldest change that still waits for a vector.")
     dead_rows_percent: float = Field(20, gt=0, le=100, description="Dead rows of all rows of the table.")
     index_growth: float = Field(2.0, ge=1, description="Index bytes as a multiple of the forecast for its rows.")
+    list_unevenness: float = Field(
+        4.0, ge=1, description="IVFFlat: rows of the list that a row lies in, as a multiple of an even list."
+    )
     queries: int = Field(50, ge=10, le=10_000, description="Queries, and as many rows, that measure recall.")
     judged: int = Field(200, ge=10, le=100_000, description="Judged queries that measure relevance.")
     count_up_to_rows: int = Field(200_000, ge=1000, description="Above it, missing and stale rows are sampled.")

@@ -27,6 +27,14 @@ FROM (
 -- purpose: Part of the query above: rows of some of the table's pages.
 t.{key} IN (SELECT s.{key} FROM {table} AS s TABLESAMPLE SYSTEM (%(percent)s));
 
+-- name: captured
+-- purpose: Is there a queue of changes?
+SELECT to_regclass(%(queue)s) IS NOT NULL AS there;
+
+-- name: no_queue
+-- purpose: Part of the query of freshness, where nothing is queued because nothing is captured.
+(SELECT t.{key} AS key WHERE false);
+
 -- name: queue
 -- purpose: Changes that wait for a vector, and for how long the oldest has waited.
 SELECT count(*) AS changes, coalesce(extract(epoch FROM clock_timestamp() - min(queued_at)), 0)::float8 AS oldest_s

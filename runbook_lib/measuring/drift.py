@@ -1,0 +1,156 @@
+"""Have the lists of an IVFFlat index aged? They are made once, of the rows that are there when it is built.
+
+Rows that come later are put into the list whose centre is nearest, however far that is. What is new then lies
+scattered over lists that were made for something else, and few probes miss it; or it fills one list, and every probe
+of that reads much of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from pgvector.psycopg import register_vector
+from psycopg import sql
+
+from runbook_lib import db, index_partitions, search, tune
+from runbook_lib.display import number
+from runbook_lib.gates import Gate, gate
+from runbook_lib.measuring import evaluate, explain, replica
+from runbook_lib.measuring.evaluate import Query
+from runbook_lib.measuring.prepared import vector_indexes
+from runbook_lib.names import as_indexed, names, spelled
+from runbook_lib.phase import Phase
+from runbook_lib.sql import load
+
+SQL, WATCH = load("drift"), load("watch")
+
+# Fewer rows than these say nothing of their kind.
+FEWEST_ROWS = 10
+# Rows whose list is measured.
+LISTS_LOOKED_AT = 20
+# lists where the index was built without them.
+DEFAULT_LISTS = 100
+REBUILD = "run operate/40_rebuild_index, which makes the lists of the rows of today; then 70_tune"
+
+
+def gates(phase: Phase) -> Iterator[Gate]:
+    """The gates of the lists' age; none for another method, or where the ledger knows of no build."""
+    if phase.params.index.method != "ivfflat" or not phase.ledger.exists():
+        return
+    built = next(iter(db.rows(phase.ledger.connection, SQL["built"], phase.params)), None)
+    if built is None:
+        return
+    with replica.connect(phase, "drift") as connection:
+        register_vector(connection)
+        sides = _look(phase, connection, "sides", built)[0]
+        newer, older = (
+            _look(phase, connection, "some_rows", built, newer=n, n=phase.params.watch.queries) for n in (True, False)
+        )
+        held = _rows_held(phase, connection, [*newer, *older])
+    yield _new_rows_are_found(phase, built, sides, newer, older)
+    if held:
+        yield _lists_are_even(phase, held)
+
+
+def _look(phase: Phase, connection: db.Connection, block: str, built: db.Row, **values: Any) -> list[db.Row]:
+    """Rows of a block; on a large table of a sample of its pages."""
+    p = phase.params
+    rows = db.one(phase.connection, WATCH["size"], p, table=spelled(p, "table"))["rows"]
+    whole = rows <= p.watch.count_up_to_rows
+    looked_at = sql.SQL("true") if whole else WATCH["sampled"].compose(names(p))
+    percent = 100.0 * p.watch.count_up_to_rows / max(rows, 1)
+    query = SQL[block].compose(names(p) | {"looked_at": looked_at})
+    return connection.execute(query, {**values, "began_at": built["began_at"], "percent": percent}).fetchall()
+
+
+def _recall(phase: Phase, rows: Sequence[db.Row]) -> float:
+    """Recall on these rows as queries, with the settings that the search function carries."""
+    p = phase.params
+    asked = [Query(row["key"], "") for row in rows]
+    vectors = np.array([_as_array(row["embedding"]) for row in rows])
+    through_index, all_rows = (
+        search.route_statement(phase.connection, p, "vector", scan=scan) for scan in ("index", "exact")
+    )
+
+    def exactly() -> search.Answers:
+        with tune.exactly(phase) as connection:
+            return search.ask(connection, p, all_rows, asked, vectors, p.queries.k)
+
+    exact = replica.again(p, exactly)
+    with explain.as_the_application(phase) as connection:
+        got = search.ask(connection, p, through_index, asked, vectors, p.queries.k)
+    return evaluate.recall([exact.keys[q.query_id] for q in asked], [got.keys[q.query_id] for q in asked])
+
+
+def _as_array(value: Any) -> Any:
+    """A vector as numpy has it; halfvec comes as an object of pgvector."""
+    return value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
+
+
+def _new_rows_are_found(
+    phase: Phase, built: db.Row, sides: db.Row, newer: Sequence[db.Row], older: Sequence[db.Row]
+) -> Gate:
+    """Where old rows are missed as often as new ones, age is not the cause; watch.recall_holds says so."""
+    p = phase.params
+    needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
+    grown = sides["rows"] / built["rows"] if built["rows"] else None
+    enough = len(newer) >= FEWEST_ROWS
+    new = _recall(phase, newer) if enough else None
+    old = _recall(phase, older) if enough and len(older) >= FEWEST_ROWS else None
+    share = f"{number(sides['newer'])} of {number(sides['rows'])} rows are newer than the index"
+    size = "" if grown is None else f", and the table holds {grown:.1f} × the rows of which its lists were made"
+    said = f"recall@{p.queries.k} {new:.3f} on {len(newer)} of them" if new is not None else "too few to judge"
+    beside = "" if old is None else f", {old:.3f} on {len(older)} older ones"
+    return gate(
+        "drift.new_rows_are_found",
+        new is None or new >= needed or (old is not None and new >= old),
+        f"{spelled(p, 'index')} on {p.target.schema_}.{p.target.table}",
+        found=f"{said}{beside}; {share}{size}",
+        needed=f"{needed:.3f} on rows newer than the index, or no less than on older ones",
+        danger="the lists were made of other rows than these: searches for what is new miss it, the more so the more"
+        " of it comes",
+        do=REBUILD,
+        figures={"newer": new, "older": old, "rows_newer": sides["newer"], "rows": sides["rows"], "growth": grown},
+    )
+
+
+def _rows_held(phase: Phase, connection: db.Connection, rows: Sequence[db.Row]) -> list[int]:
+    """Rows in the list of each of some rows; none for a partitioned index, each part of which has its own lists."""
+    p = phase.params
+    if index_partitions.is_needed(phase):
+        return []
+    chosen = [rows[i * len(rows) // LISTS_LOOKED_AT] for i in range(LISTS_LOOKED_AT)] if rows else []
+    most = db.one(phase.connection, WATCH["size"], p, table=spelled(p, "vectors"))["rows"]
+    n = names(p)
+    asked = sql.SQL("%(embedding)s::{}").format(n["vector_type"])
+    query = SQL["rows_of_the_list"].compose(n | {"query_indexed": as_indexed(p, asked)})
+    with connection.transaction():
+        connection.execute(SQL["one_list"].compose({}))
+        values = {"most": max(most, 1)}
+        found = [
+            connection.execute(query, values | {"embedding": row["embedding"]}, prepare=False).fetchone()
+            for row in chosen
+        ]
+    return [row["rows"] for row in found if row]
+
+
+def _lists_are_even(phase: Phase, held: Sequence[int]) -> Gate:
+    """By the list that a row lies in: one that holds half the table is met by half of the rows."""
+    p = phase.params
+    rows = db.one(phase.connection, WATCH["size"], p, table=spelled(p, "vectors"))["rows"]
+    lists = next((row["lists"] for row in vector_indexes(phase.connection, p) if row["lists"]), None) or DEFAULT_LISTS
+    even = max(rows / lists, 1.0)
+    mean = float(np.mean(held))
+    limit = p.watch.list_unevenness
+    return gate(
+        "drift.lists_are_even",
+        mean <= limit * even,
+        f"{spelled(p, 'index')} on {p.target.schema_}.{p.target.table}",
+        found=f"a row's list holds {number(round(mean))} rows on average, {mean / even:.1f} × an even one",
+        needed=f"at most {limit:g} × (watch.list_unevenness)",
+        danger="a probe of a crowded list reads much of the table, and the others find little",
+        do=REBUILD,
+        figures={"rows_of_a_list": round(mean, 1), "even": round(even, 1), "lists": lists},
+    )
