@@ -1,6 +1,7 @@
 """A table becomes a partitioned one while it is written to: no row lost, no writer refused, and the same way back."""
 
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, db, extension, index, partitioning, schema, search, staging
+from runbook_lib import backfill, db, extension, index, params, partitioning, schema, search, staging
 from runbook_lib.filling import dividing, moving
 from runbook_lib.gates import GateFailed
+from runbook_lib.ledger import Ledger
+from runbook_lib.measuring import partition_proof
 from runbook_lib.phase import MIGRATE, Phase
-from tests.conftest import write_params
+from tests import servers, toy
+from tests.conftest import DSN_ENV, write_params
 from tests.stepping import step, step_all
 from tests.test_filters import EXACT, TARGET, many_rows
 from tests.test_search import call
@@ -24,6 +28,8 @@ from tests.test_server_versions import SECTIONS
 Open = Callable[..., Phase]
 DIVIDE: dict[str, Any] = {"column": "status", "accept_wider_key": True, "most_rows_in_swap": 200}
 PATIENT = {"locks": {"timeout_ms": 300, "tries": 40, "longest_wait_between_tries_s": 0.1}}
+FEW_ASKED = {"tune": TARGET["tune"] | {"queries": 16}}
+TIMES = 5
 
 
 def dressed(connection: psycopg.Connection[Any]) -> None:
@@ -82,11 +88,13 @@ def checksum(connection: psycopg.Connection[Any], table: str = "articles") -> An
 @pytest.fixture
 def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., Phase]:
     """Opens the operation on a searched table; its writers' sessions get what the table has beside columns."""
-    many_rows(articles)
+    many_rows(articles, TIMES)
     dressed(articles)
 
     def make(**sections: Any) -> Phase:
-        phase = open_phase("75_partition_by_filter", **(TARGET | PATIENT | {"partitioning": DIVIDE} | sections))
+        phase = open_phase(
+            "75_partition_by_filter", **(TARGET | PATIENT | FEW_ASKED | {"partitioning": DIVIDE} | sections)
+        )
         for module in (search, extension, schema, staging, backfill, index):
             module.apply(phase)
         db.use_search_path(phase.connection)
@@ -413,7 +421,7 @@ def test_without_execute_and_without_a_column_nothing_is_done(
 
 
 def test_the_notebook_does_it(articles: psycopg.Connection[Any], tmp_path: Path) -> None:
-    many_rows(articles)
+    many_rows(articles, TIMES)
     kept = {k: v for k, v in TARGET.items() if k != "tune"}
     path = write_params(tmp_path, **(SECTIONS | kept | {"partitioning": DIVIDE}))
     with pytest.raises(GateFailed) as raised:
@@ -425,3 +433,39 @@ def test_the_notebook_does_it(articles: psycopg.Connection[Any], tmp_path: Path)
     step("operate/75_partition_by_filter", path)
     assert articles.execute("SELECT relkind FROM pg_class WHERE oid = 'articles'::regclass").fetchone() == ("p",)
     step("operate/75_partition_by_filter", path)
+
+
+def test_on_postgresql_16_whose_partitions_have_no_identity_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="rb-", ignore_cleanup_errors=True) as folder,
+        servers.running("16.14 with 0.8.5", Path(folder) / "data") as dsn,
+        psycopg.connect(dsn, autocommit=True) as connection,
+    ):
+        monkeypatch.setenv(DSN_ENV, dsn)
+        toy.create_articles(connection, trigram=False)
+        connection.execute("UPDATE articles SET status = 'Draft' WHERE id % 2 = 0")
+        dressed(connection)
+        sections = SECTIONS | {k: v for k, v in TARGET.items() if k != "tune"} | {"partitioning": DIVIDE}
+        p = params.load(write_params(tmp_path, **sections))
+        ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "75_partition_by_filter")
+        ledger.create()
+        phase = Phase("75_partition_by_filter", "test-run", True, p, db.connect(p, "test"), ledger)
+        for module in (search, extension, schema, staging, backfill, index):
+            module.apply(phase)
+        before = look(connection)
+        monkeypatch.setattr(partition_proof, "measure", lambda *_: None)
+        partitioning.apply(phase)
+        assert partitioning.verify_copy(phase).passed
+        partitioning.swap(phase)
+        assert look(connection) == before
+        last = connection.execute("SELECT max(id) FROM articles").fetchone()
+        made = connection.execute("INSERT INTO articles (title) VALUES ('next') RETURNING id").fetchone()
+        assert last and made and made[0] == last[0] + 1
+        partitioning.undo(phase)
+        made = connection.execute("INSERT INTO articles (title) VALUES ('next') RETURNING id").fetchone()
+        assert made and made[0] == last[0] + 2
+        assert look(connection) == before and partitioning.verify_undone(phase).passed
+        phase.connection.close()
+        ledger.connection.close()
