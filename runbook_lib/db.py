@@ -16,7 +16,7 @@ from psycopg.rows import dict_row
 from runbook_lib import versions
 from runbook_lib.display import Table, duration
 from runbook_lib.gates import BadInput, Gate, LockNotObtained, Verdict
-from runbook_lib.names import names, spelled
+from runbook_lib.names import changing, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import Block
 
@@ -171,7 +171,7 @@ def statement(
     block: Block, params: Params, extra: Mapping[str, sql.Composable] | None = None, **values: Any
 ) -> Statement:
     """A block with this target's names in it. ``extra`` adds names that only this statement knows."""
-    query = block.compose(names(params) | dict(extra or {}))
+    query = block.compose(names(params) | changing(params) | dict(extra or {}))
     lock = block.lock.replace("{table}", f"{params.target.schema_}.{params.target.table}")
     lock = lock.replace("{vectors}", spelled(params, "vectors"))
     return Statement(block.name, block.purpose, lock, block.undo, query, values)

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, free_names, partition_checks, rights, versions
+from runbook_lib import citus, db, free_names, partition_checks, rights, versions
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import spelled
 from runbook_lib.params import Params
@@ -111,6 +111,7 @@ def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
     columns = {c["name"]: c for c in db.rows(connection, SQL["columns"], params, oid=found["oid"])}
     look = _Look(connection, params, server, found, columns)
     yield from partition_checks.check(connection, params, found)
+    yield from citus.check(connection, params)
     yield _key_is_supported(look)
     if params.target.key in columns:
         yield _key_is_unique(look)

@@ -61,6 +61,25 @@ def indexed(params: Params) -> sql.Composable:
     return column if plain else sql.SQL("({})").format(as_indexed(params, column))
 
 
+def changing(params: Params) -> dict[str, sql.Composable]:
+    """What ``{text}`` and ``{text_hash}`` are in a statement that changes rows: on a distributed table functions of
+    the runbook's own, since Citus takes only IMMUTABLE ones of a column there."""
+    ledger, name = params.ledger.schema_, params.target.name
+    functions = {
+        "text_function": identifier(ledger, f"{name}_text"),
+        "text_hash_function": identifier(ledger, f"{name}_text_hash"),
+    }
+    if not params.target.distributed:
+        return dict(functions)
+    columns = sql.SQL(", ").join(sql.SQL("{}::text").format(identifier("t", c)) for c in params.target.text_columns)
+    call = sql.SQL("{}({})")
+    return {
+        **functions,
+        "text": call.format(functions["text_function"], columns),
+        "text_hash": call.format(functions["text_hash_function"], columns),
+    }
+
+
 def trigger_name(params: Params, event: str) -> str:
     """Name of the capture trigger for ``insert`` or ``update``."""
     return f"runbook_{params.target.name}_{event}"

@@ -17,10 +17,10 @@ from typing import Any
 from pgvector import HalfVector
 from pgvector.psycopg import register_vector
 
-from runbook_lib import db, staging
+from runbook_lib import citus, db, staging
 from runbook_lib.display import Table, duration, number
 from runbook_lib.gates import Gates, collect, gate
-from runbook_lib.names import names, spelled, vectors_stand_beside
+from runbook_lib.names import changing, names, spelled, vectors_stand_beside
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed, masking
@@ -75,7 +75,10 @@ class _Worker:
         return {"class": LOCK_CLASS, "worker": self.number, "tries": self.phase.params.embeddings.refresh_tries}
 
     def run(self, block: str, **values: Any) -> Any:
-        return self.phase.connection.execute(SQL[block].compose(names(self.phase.params)), self.values | values)
+        params = self.phase.params
+        blocks = citus.SQL if params.target.distributed and block in citus.SQL else SQL
+        query = blocks[block].compose(names(params) | changing(params))
+        return self.phase.connection.execute(query, self.values | values)
 
 
 def waiting(phase: Phase, before: datetime | None = None) -> Waiting:
@@ -156,7 +159,8 @@ def _held(worker: _Worker, keys: Iterable[Any]) -> set[Any]:
 
 
 def _settle(phase: Phase) -> int:
-    return phase.connection.execute(SQL["settle"].compose(names(phase.params)), {}).rowcount
+    own = names(phase.params) | changing(phase.params)
+    return phase.connection.execute(SQL["settle"].compose(own), {}).rowcount
 
 
 def _claim(worker: _Worker) -> list[db.Row]:
@@ -211,10 +215,10 @@ def _write(
     held = _held(worker, {v["key"] for v in (*values, *gone)})
     with worker.phase.connection.cursor() as cursor:
         if free := [v for v in values if v["key"] not in held]:
-            cursor.executemany(SQL[f"update{beside}"].compose(names(p)), free)
+            cursor.executemany(SQL[f"update{beside}"].compose(names(p) | changing(p)), free)
             updated = cursor.rowcount
         if free := [v for v in gone if v["key"] not in held]:
-            cursor.executemany(SQL[f"clear{beside}"].compose(names(p)), free)
+            cursor.executemany(SQL[f"clear{beside}"].compose(names(p) | changing(p)), free)
     done = [key for key in ids if key not in held]
     worker.run("finish", ids=[i for key in done for i in ids[key]], keys=done)
     return updated, held

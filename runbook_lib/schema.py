@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runbook_lib import db, partition_checks
+from runbook_lib import citus, db, partition_checks
 from runbook_lib.display import Table
 from runbook_lib.filling import pruning, sidetable
 from runbook_lib.gates import Gate, Gates, collect, gate
@@ -56,8 +56,15 @@ def plan(phase: Phase) -> db.Plan:
         ("create_triggers", there["triggers"] == 0),
     ]
     own_table = (sidetable.statement(phase, "create"),) if beside and no_vectors else ()
-    others = tuple(db.statement(SQL[n], phase.params) for n, missing in wanted if missing)
-    return db.Plan((*own_table, *others), phase.connection)
+    others = tuple(_making(phase.params, n) for n, missing in wanted if missing)
+    functions = (citus.statement(phase.params, "create_text_functions"),) if phase.params.target.distributed else ()
+    return db.Plan((*own_table, *(functions if others else ()), *others), phase.connection)
+
+
+def _making(params: Params, name: str) -> db.Statement:
+    """The statement of that name; on a distributed table the one that Citus takes."""
+    replaced = params.target.distributed and name in citus.REPLACED
+    return citus.statement(params, name) if replaced else db.statement(SQL[name], params)
 
 
 def apply(phase: Phase) -> Table:
@@ -113,7 +120,8 @@ def _changes_arrive(phase: Phase) -> Gate:
     text_queued: int | None = None
     other_queued: int | None = None
     with phase.connection.transaction(force_rollback=True):
-        rows = db.rows(phase.connection, SQL["probe_row"], phase.params)
+        probe = citus.SQL if phase.params.target.distributed else SQL
+        rows = db.rows(phase.connection, probe["probe_row"], phase.params)
         if rows:
             row = rows[0]
 
@@ -161,7 +169,10 @@ def undo_capture_plan(phase: Phase) -> list[db.Statement]:
         ("drop_queue", there["queue"]),
     ]
     windows = [db.statement(WINDOWS[n], phase.params) for n in ("drop", "drop_control") if there["window"]]
-    return [*(db.statement(SQL[n], phase.params) for n, present in wanted if present), *windows]
+    drops = [db.statement(SQL[n], phase.params) for n, present in wanted if present]
+    if drops and phase.params.target.distributed:
+        drops.append(citus.statement(phase.params, "drop_text_functions"))
+    return [*drops, *windows]
 
 
 def undo(phase: Phase) -> Table:

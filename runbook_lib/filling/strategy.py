@@ -92,6 +92,8 @@ def pick(params: Params, server_version: int, found: list[Relation], *, reads_ra
     Raises BadInput where the parameters ask for what the server cannot do.
     """
     largest = max(found, key=lambda r: r.blocks) if found else None
+    if params.target.distributed:
+        return Choice("key_ranges", "the table is distributed: its pages lie on other servers", 0.0)
     if largest is None or not reads_ranges or not versions.scans_ranges_of_blocks(server_version):
         why = _why_no_ranges(server_version, largest)
         if params.backfill.strategy == "page_interleaved":

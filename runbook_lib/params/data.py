@@ -62,6 +62,9 @@ class Target(Section):
         False,
         description="Of a partitioned table whose key PostgreSQL cannot keep unique: no key is ever given twice.",
     )
+    distributed: Literal["accept_untested"] | None = Field(
+        None, description="Of a table that Citus has distributed: go on with statements that have run on no cluster."
+    )
     text_columns: list[Name] = Field(min_length=1, description="Columns whose text is embedded, in this order.")
     filters: list[Name] = Field([], description="Columns that the application filters by, with equality.")
 

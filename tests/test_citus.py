@@ -1,0 +1,213 @@
+"""A distributed target: found by a catalogue that looks like that of Citus, refused, planned for, and tried on
+stand-ins for its functions. This is one server: what a cluster says to these statements is not tested anywhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+from runbook_lib import backfill, citus, db, extension, index, inputs, refresh, schema, staging
+from runbook_lib.filling import strategy
+from runbook_lib.gates import Gate
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
+from tests import toy
+from tests.evidence import assert_every_row_has_the_vector_of_its_text
+
+MakeParams = Callable[..., Params]
+ACCEPTED = {"distributed": "accept_untested"}
+
+VALUES = {"key": 1, "text_hash": b"", "embedding": "[1]"}
+
+# The tables, functions and the setting of Citus that the runbook asks; distributing only writes down that it was.
+CATALOGUE = """
+    INSERT INTO pg_extension (oid, extname, extowner, extnamespace, extrelocatable, extversion)
+        VALUES (99001, 'citus', 10, 11, false, '13.0-1');
+    CREATE TABLE pg_dist_partition (logicalrelid regclass PRIMARY KEY, partmethod "char", partkey text,
+        colocationid int, repmodel "char");
+    CREATE TABLE pg_dist_shard (logicalrelid regclass, shardid bigint);
+    CREATE FUNCTION column_to_column_name(regclass, text) RETURNS text LANGUAGE sql AS 'SELECT $2';
+    CREATE TABLE workers (nodename text, nodeport int, success boolean, result text);
+    INSERT INTO workers VALUES ('one', 5432, true, '0.8.6 on'), ('two', 5432, true, '0.8.6 on');
+    CREATE FUNCTION run_command_on_workers(text) RETURNS SETOF workers LANGUAGE sql AS 'SELECT * FROM workers';
+    CREATE FUNCTION create_distributed_table(t regclass, c text, colocate_with text) RETURNS void LANGUAGE sql AS $$
+        INSERT INTO pg_dist_partition
+        SELECT t, 'h', c, (SELECT colocationid FROM pg_dist_partition WHERE logicalrelid = colocate_with::regclass),
+            's'
+    $$;
+    CREATE FUNCTION create_reference_table(t regclass) RETURNS void LANGUAGE sql
+        AS $$ INSERT INTO pg_dist_partition VALUES (t, 'n', NULL, 9, 't') $$;
+    INSERT INTO pg_dist_partition VALUES ('articles', 'h', 'id', 7, 's');
+    INSERT INTO pg_dist_shard SELECT 'articles', 102008 + i FROM generate_series(0, 31) i;
+"""
+
+
+@pytest.fixture
+def distribute(articles: psycopg.Connection[Any]) -> Callable[[], None]:
+    """Lets the toy table look as if Citus had distributed it by hash of its key."""
+
+    def make() -> None:
+        articles.execute(CATALOGUE)
+        articles.execute(f'ALTER DATABASE "{articles.info.dbname}" SET citus.enable_unsafe_triggers = on')
+
+    return make
+
+
+def _gates(params: Params) -> dict[str, Gate]:
+    return {g.name: g for g in inputs.input_problems(params)}
+
+
+def _failed(params: Params) -> list[str]:
+    return [name for name, g in _gates(params).items() if g.verdict != "PASS"]
+
+
+def test_an_ordinary_table_is_asked_nothing_more_and_must_not_be_called_distributed(
+    articles: psycopg.Connection[Any], make_params: MakeParams
+) -> None:
+    assert not any("distributed" in name for name in _gates(make_params()))
+    wrong = _gates(make_params(target=ACCEPTED))["inputs.table_is_distributed"]
+    assert (wrong.verdict, wrong.do) == ("FAIL", "take target.distributed out of the parameters")
+
+
+def test_a_distributed_table_is_found_and_not_gone_on_with_silently(
+    distribute: Callable[[], None],
+    articles: psycopg.Connection[Any],
+    make_params: MakeParams,
+    open_phase: Callable[..., Phase],
+) -> None:
+    phase = open_phase()
+    assert "no: an ordinary table" in str(citus.plan_table(phase.connection, phase.params))
+    distribute()
+    found = citus.look(phase.connection, phase.params)
+    assert found == citus.Distribution("13.0-1", "h", "s", 7, "id", 32)
+    assert _failed(make_params()) == ["inputs.distributed_is_accepted"]
+    assert str(_gates(make_params())["inputs.distributed_is_accepted"]) == (
+        'FAIL    inputs.distributed_is_accepted   "public"."articles"\n'
+        "  found   distributed by Citus; the runbook's statements for it have run on no cluster\n"
+        "  needed  target.distributed: accept_untested, after a rehearsal on a copy of the cluster\n"
+        "  danger  a statement that Citus refuses stops the migration half-way; 70_tune does not read its plans yet\n"
+        "  do      run the phases on a copy of the cluster first; then set target.distributed: accept_untested"
+    )
+    assert _failed(make_params(target=ACCEPTED)) == []
+    articles.execute("UPDATE pg_dist_partition SET partkey = 'status'")
+    assert str(_gates(make_params(target=ACCEPTED))["inputs.distributed_by_its_key"]) == (
+        'FAIL    inputs.distributed_by_its_key   "public"."articles"\n'
+        "  found   distributed by hash of status, in 32 shards\n"
+        "  needed  by hash of target.key, id\n"
+        "  danger  Citus updates from a join only where both sides are distributed by the column they are joined on\n"
+        "  do      name status in target.key if it is unique, or SELECT alter_distributed_table("
+        "'\"public\".\"articles\"', distribution_column := 'id')"
+    )
+
+
+OTHERS: list[tuple[str, dict[str, dict[str, Any]], str, str]] = [
+    (
+        "UPDATE pg_dist_partition SET partmethod = 'n', partkey = NULL",
+        {},
+        "inputs.distributed_by_its_key",
+        "distributed as a copy on every node, or on one, in 32 shards",
+    ),
+    (
+        "UPDATE pg_extension SET extversion = '11.3-1' WHERE extname = 'citus'",
+        {},
+        "inputs.distributed_table_is_supported",
+        "Citus 11.3-1",
+    ),
+    ("", {"vector": {"layout": "side_table"}}, "inputs.distributed_table_is_supported", "vector.layout: side_table"),
+    (
+        "",
+        {"backfill": {"strategy": "page_interleaved"}},
+        "inputs.distributed_table_is_supported",
+        "backfill.strategy: page_interleaved",
+    ),
+    (
+        "UPDATE workers SET result = '0.8.2 on' WHERE nodename = 'two'",
+        {},
+        "inputs.workers_have_pgvector",
+        "they offer 0.8.2, 0.8.6",
+    ),
+    ("UPDATE workers SET result = 'none on'", {}, "inputs.workers_have_pgvector", "they offer none"),
+    (
+        "UPDATE workers SET result = '0.8.6 off' WHERE nodename = 'two'",
+        {},
+        "inputs.capture_may_run_on_shards",
+        "citus.enable_unsafe_triggers is off on two:5432",
+    ),
+]
+
+
+def test_what_is_not_supported_is_refused_and_named(
+    distribute: Callable[[], None], articles: psycopg.Connection[Any], make_params: MakeParams
+) -> None:
+    distribute()
+    for spoiler, sections, name, found in OTHERS:
+        p = make_params(target=ACCEPTED, **sections)
+        with db.connect(p, "test") as connection, connection.transaction(force_rollback=True):
+            if spoiler:
+                connection.execute(spoiler)  # type: ignore[arg-type]
+            refused = [g for g in citus.check(connection, p) if g.verdict != "PASS"]
+        assert [(g.name, g.found) for g in refused] == [(name, found)]
+
+
+def test_the_plan_says_what_is_done_otherwise(
+    distribute: Callable[[], None], open_phase: Callable[..., Phase]
+) -> None:
+    distribute()
+    phase = open_phase(target=ACCEPTED)
+    text = str(citus.plan_table(phase.connection, phase.params))
+    table = 'colocate_with => \'"public"."articles"\''
+    assert f"""SELECT create_distributed_table('"runbook"."articles_staging"', 'key', {table})""" in text
+    assert f"""SELECT create_distributed_table('"runbook"."articles_queue"', 'key', {table})""" in text
+    assert """SELECT create_reference_table('"runbook"."articles_rejected"')""" in text
+    assert "not run on a cluster" in text and "not supported from here on" in text
+
+
+def test_no_statement_that_changes_a_distributed_table_calls_a_stable_function_on_a_column(
+    open_phase: Callable[..., Phase],
+) -> None:
+    phase = open_phase(target=ACCEPTED)
+    of_refresh = [db.statement(refresh.SQL[n], phase.params, **VALUES) for n in ("update", "clear")]
+    changing = [backfill._update_statement(phase, [1]), backfill._clear_textless(phase), *of_refresh]
+    for statement in changing:
+        text = statement.text(phase.connection)
+        assert "concat_ws" not in text and "convert_to" not in text, statement.name
+        assert "FOR UPDATE" not in text and "SKIP LOCKED" not in text and "ctid" not in text
+        assert re.search(r'"articles_text(_hash)?"\("t"\."title"::text, "t"\."body"::text\)', text), statement.name
+
+
+def test_the_replaced_statements_do_what_the_ordinary_ones_do(
+    distribute: Callable[[], None], articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]
+) -> None:
+    phase = open_phase("60_build_index", target=ACCEPTED, search={"fulltext_column": None})
+    distribute()
+    schema.record_start(phase)
+    for module in (extension, schema, staging):
+        module.apply(phase)
+    assert schema.verify(phase).passed and schema.plan(phase).statements == ()
+    standing = dict(articles.execute("SELECT logicalrelid::text, colocationid FROM pg_dist_partition").fetchall())
+    assert standing == {
+        "articles": 7,
+        "runbook.articles_staging": 7,
+        "runbook.articles_queue": 7,
+        "runbook.articles_rejected": 9,
+    }
+    assert strategy.choose(phase).strategy == "key_ranges"
+    articles.execute("UPDATE articles SET body = NULL WHERE id = 3; UPDATE articles SET title = 'new' WHERE id = 4")
+    articles.execute("UPDATE articles SET title = NULL, body = '' WHERE id = 5")
+    backfill.apply(phase)
+    assert backfill.verify(phase).passed
+    assert assert_every_row_has_the_vector_of_its_text(articles) == toy.ROWS - 1
+    articles.execute("UPDATE articles SET title = 'changed again' WHERE id IN (6, 7)")
+    refresh.drain(phase)
+    assert assert_every_row_has_the_vector_of_its_text(articles) == toy.ROWS - 1
+    index.apply(phase)
+    assert index.verify(phase).passed
+    for module in (index, schema):
+        module.undo(phase)
+        assert module.verify_undone(phase).passed
+    left = articles.execute("SELECT proname FROM pg_proc WHERE pronamespace = 'runbook'::regnamespace").fetchall()
+    assert left == [("chain_entry",)]
