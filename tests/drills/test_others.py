@@ -34,7 +34,8 @@ def open_window(articles: psycopg.Connection[Any]) -> bool:
 def test_a_worker_that_freezes_loses_its_window_and_does_no_harm_when_it_wakes(
     articles: psycopg.Connection[Any], database: str, tmp_path: Path
 ) -> None:
-    params_file = kit.prepared(tmp_path, "load")
+    # Long rests, so that the window is still at work when the signal comes, however busy the machine.
+    params_file = kit.prepared(tmp_path, "load", backfill={"pause_between_batches_ms": 150})
     with kit.writers(database), kit.in_a_process("backfill", params_file) as process:
         kit.wait_for(lambda: open_window(articles), "a window at work")
         process.send_signal(signal.SIGSTOP)
