@@ -22,6 +22,8 @@ SQL = load("index")
 
 KNOWN_ROWS = 20
 FEWEST_KNOWN_ROWS_A_PARTITION = 2
+# Rows looked at for each one that is asked for: pages without a vector are passed over.
+SAMPLED_FOR_ONE = 100
 # Distances are float4 sums; a row is itself if it comes out this near.
 SAME_DISTANCE = 1e-4
 
@@ -214,7 +216,7 @@ def _finds_known_rows(phase: Phase, relations: Sequence[sql.Composable] = ()) ->
     rows_each = max(FEWEST_KNOWN_ROWS_A_PARTITION, KNOWN_ROWS // max(len(relations), 1))
     for relation in relations or [n["vectors"]]:
         here = n | {"vectors": relation}
-        rows = phase.connection.execute(SQL["known_row"].compose(here), {"n": rows_each}).fetchall()
+        rows = _known_rows(phase, here, rows_each)
         known += rows
         with phase.connection.transaction():
             phase.connection.execute("SET LOCAL enable_seqscan = off")
@@ -230,6 +232,23 @@ def _finds_known_rows(phase: Phase, relations: Sequence[sql.Composable] = ()) ->
         do="drop the index with undo/20_remove_index and build it again",
         figures={"asked": len(known), "lost": len(lost)},
     )
+
+
+def _known_rows(phase: Phase, n: Mapping[str, sql.Composable], most: int) -> list[db.Row]:
+    """So many rows of a sample of pages; of all pages where the relation is small, or the sample holds too few."""
+    relation = n["vectors"].as_string(phase.connection)
+    believed = db.one(phase.connection, SQL["believed_rows"], phase.params, relation=relation)["rows"]
+    percent = 100 * SAMPLED_FOR_ONE * most / believed if believed else 100
+    samples = (
+        [sql.SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (1)").format(sql.Literal(percent))] if percent < 100 else []
+    )
+    rows: list[db.Row] = []
+    for sampled in (*samples, sql.SQL("")):
+        query = SQL["known_row"].compose({**n, "sampled": sampled})
+        rows = phase.connection.execute(query, {"n": most}).fetchall()
+        if len(rows) == most:
+            break
+    return rows
 
 
 def _is_found(phase: Phase, n: Mapping[str, sql.Composable], row: db.Row) -> bool:

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from runbook_lib import backfill, db, extension, index, schema, staging
+from runbook_lib.names import names
 from runbook_lib.phase import Phase
 
 Open = Callable[..., Phase]
@@ -39,6 +40,25 @@ def test_it_is_valid_has_its_class_and_finds_known_rows(filled: Callable[..., Ph
         "index.finds_known_rows",
     ]
     assert index.plan(phase).statements == (), "built once, nothing is left to do"
+
+
+def test_known_rows_of_a_large_table_come_from_a_sample_of_its_pages(
+    filled: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = filled()
+    index.apply(phase)
+    n = names(phase.params) | {"vectors": names(phase.params)["table"]}
+    pick = "SELECT id FROM articles {} WHERE embedding IS NOT NULL ORDER BY embedding_hash LIMIT 5"
+
+    def picked(sampled: str) -> list[Any]:
+        return [row[0] for row in articles.execute(pick.format(sampled)).fetchall()]  # type: ignore[arg-type]
+
+    articles.execute("UPDATE pg_class SET reltuples = 2000 WHERE oid = 'articles'::regclass")
+    quarter = 100 * index.SAMPLED_FOR_ONE * 5 / 2000
+    found = [row["key"] for row in index._known_rows(phase, n, 5)]
+    assert found == picked(f"TABLESAMPLE SYSTEM ({quarter}) REPEATABLE (1)") != picked("")
+    articles.execute("UPDATE pg_class SET reltuples = 1e9 WHERE oid = 'articles'::regclass")
+    assert [row["key"] for row in index._known_rows(phase, n, 5)] == picked(""), "too few in the sample"
 
 
 @pytest.mark.parametrize(

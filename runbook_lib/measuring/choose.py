@@ -179,9 +179,7 @@ def _btree(phase: Phase, columns: Sequence[str]) -> str:
 
 def _partial(phase: Phase, of: FilterClass) -> Iterator[str]:
     n = names(phase.params)
-    statement = sql.SQL(
-        "CREATE INDEX CONCURRENTLY ON {table} USING {method} ({indexed} {ops}) WHERE {condition};"
-    )
+    statement = sql.SQL("CREATE INDEX CONCURRENTLY ON {table} USING {method} ({indexed} {ops}) WHERE {condition};")
     for value in of.shares:
         wanted = [sql.SQL("{} = {}").format(identifier(c), sql.Literal(v)) for c, v in of.allowed(value)]
         yield _pasted(

@@ -36,7 +36,7 @@ class Block:
 
 @cache
 def load(module: str) -> dict[str, Block]:
-    """The blocks of ``<module>.sql`` by name. Raises ValueError where a block has no name or no purpose."""
+    """The blocks of ``<module>.sql`` by name. Raises ValueError for one without purpose, or two of one name."""
     blocks: dict[str, Block] = {}
     head: dict[str, str] = {}
     body: list[str] = []
@@ -46,6 +46,8 @@ def load(module: str) -> dict[str, Block]:
             return
         if not head.get("purpose"):
             raise ValueError(f"{module}.sql: block {head['name']} does not say its purpose")
+        if head["name"] in blocks:
+            raise ValueError(f"{module}.sql: block {head['name']} stands twice")
         text = "\n".join(body).strip().removesuffix(";")
         blocks[head["name"]] = Block(
             f"{module}.{head['name']}", head["purpose"], head.get("lock", ""), head.get("undo", ""), text
