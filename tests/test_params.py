@@ -261,6 +261,7 @@ def test_the_fingerprint_changes_with_what_must_not_change(make_params: Callable
     assert make_params().fingerprint() == first
     for harmless in ({"locks": {"tries": 9}}, {"tune": {"target_recall": 0.9}}, {"embeddings": {"batch_rows": 5}}):
         assert make_params(**harmless).fingerprint() == first
+    assert make_params(target={"filters": []}).fingerprint() == first, "said or not, it is the default"
     for change in ({"target": {"table": "x"}}, {"vector": {"dimension": 9}}, {"ledger": {"schema": "x"}}):
         assert make_params(**change).fingerprint() != first
 

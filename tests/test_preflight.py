@@ -290,14 +290,17 @@ def test_a_legacy_query_may_hold_per_cent_signs_filters_and_no_trigger_of_execut
     assert time.perf_counter() - started < 30
 
 
+@pytest.mark.parametrize(("there", "gone", "holds"), [(95, 5, True), (94, 6, False)])
 def test_judged_keys_that_are_not_in_the_table_are_named(
-    articles: Connection, make_params: MakeParams, tmp_path: Path
+    articles: Connection, make_params: MakeParams, tmp_path: Path, there: int, gone: int, holds: bool
 ) -> None:
     p = make_params()
-    with (tmp_path / "judgements.jsonl").open("a") as file:
-        file.write(json.dumps({"query_id": "q00", "key": "99999", "relevance": 1}) + "\n")
-    g = _only(inputs.input_problems(p))
-    assert g.name == "inputs.judged_keys_exist" and "99999" in g.found
+    keys = [*range(1, there + 1), *range(99_999, 99_999 + gone)]
+    lines = [json.dumps({"query_id": "q00", "key": str(key), "relevance": 1}) + "\n" for key in keys]
+    (tmp_path / "judgements.jsonl").write_text("".join(lines))
+    (g,) = [g for g in inputs.input_problems(p) if g.name == "inputs.judged_keys_exist"]
+    assert (g.verdict == "PASS", g.found.startswith("not in the table: 99999, 100000, ")) == (holds, True)
+    assert g.needed == 'every judged key a id of "public"."articles", but for 5% that may have been deleted since'
 
 
 def test_a_missing_query_file_is_named(articles: Connection, make_params: MakeParams, tmp_path: Path) -> None:

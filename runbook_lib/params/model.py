@@ -134,8 +134,11 @@ class Params(Section):
         return self.model_dump(mode="json", by_alias=True)
 
     def fingerprint(self) -> str:
-        """SHA-256 of what must not change between two phases: target, vector, model, ledger."""
+        """SHA-256 of what must not change between two phases: target, vector, model, ledger.
+
+        Without what is left at its default: a key that a later release knows must not look like somebody's change.
+        """
         included = {"target", "vector", "embeddings", "masking", "ledger"}
-        parts = self.model_dump(mode="json", include=included)
+        parts = self.model_dump(mode="json", include=included, exclude_defaults=True)
         parts["embeddings"] = {k: v for k, v in parts["embeddings"].items() if k not in NOT_OF_THE_MODEL}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
