@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from runbook_lib import storage
 from runbook_lib.measuring.advice import Comparison
+from runbook_lib.operations import storage
 from runbook_lib.phase import Phase
 from runbook_lib.records import pictures
 from tests.benchmarks import dictionaries
@@ -62,7 +62,12 @@ def test_the_table_before_the_choice(dictionary: Callable[..., Phase], tmp_path:
     queries = {name: str(tmp_path / f"{name}.jsonl") for name in ("queries", "judgements")}
     phase = dictionary(
         tune={"target_recall": target},
-        queries={"file": queries["queries"], "judgements": queries["judgements"], "sample": 300},
+        queries={
+            "file": queries["queries"],
+            "judgements": queries["judgements"],
+            "sample": 200,
+            "judged_sample": 500,
+        },
         storage={"sample_rows": 1_000_000},
     )
     found = storage.apply(phase)
