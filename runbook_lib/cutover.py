@@ -10,11 +10,12 @@ from typing import Any
 
 import psycopg
 
-from runbook_lib import compare, db, live, retire, search
+from runbook_lib import compare, db, live, search
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, GateFailed, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.measuring import evaluate, standing
+from runbook_lib.operations import retire
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed

@@ -9,11 +9,12 @@ import psycopg
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, forecast, index_partitions
-from runbook_lib.building import Built
-from runbook_lib.building import concurrently as concurrently
+from runbook_lib import db, forecast
 from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.indexing import index_partitions
+from runbook_lib.indexing.building import Built
+from runbook_lib.indexing.building import concurrently as concurrently
 from runbook_lib.names import as_indexed, identifier, index_name, names, operator_class, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load

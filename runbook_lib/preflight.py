@@ -9,17 +9,19 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, inputs, prewarm, room, versions
+from runbook_lib import db, versions
 from runbook_lib import forecast as forecast_module
+from runbook_lib.checking import inputs, room
+from runbook_lib.checking.inputs import input_problems as input_problems
+from runbook_lib.checking.room import Room
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.filling import strategy
 from runbook_lib.forecast import Forecast
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.inputs import input_problems as input_problems
+from runbook_lib.indexing import prewarm
 from runbook_lib.measuring import replica
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.phase import Phase
-from runbook_lib.room import Room
 from runbook_lib.sql import load
 from runbook_lib.vectors import masking
 

@@ -17,7 +17,8 @@ from typing import Any
 from pgvector import HalfVector
 from pgvector.psycopg import register_vector
 
-from runbook_lib import citus, db, staging
+from runbook_lib import db, staging
+from runbook_lib.checking import citus
 from runbook_lib.display import Table, duration, number
 from runbook_lib.gates import Gates, collect, gate
 from runbook_lib.names import changing, names, spelled, vectors_stand_beside

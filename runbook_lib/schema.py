@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runbook_lib import citus, db, partition_checks
+from runbook_lib import db
+from runbook_lib.checking import citus, partition_checks
 from runbook_lib.display import Table
 from runbook_lib.filling import pruning, sidetable
 from runbook_lib.gates import Gate, Gates, collect, gate

@@ -13,12 +13,13 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, handover
+from runbook_lib import db
 from runbook_lib.display import Table
 from runbook_lib.gates import Gates, collect, gate
 from runbook_lib.measuring import together
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import as_indexed, identifier, names, spelled
+from runbook_lib.operations import handover
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load

@@ -10,7 +10,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, citus, db, extension, index, inputs, refresh, schema, staging
+from runbook_lib import backfill, db, extension, index, refresh, schema, staging
+from runbook_lib.checking import citus, inputs
 from runbook_lib.filling import strategy
 from runbook_lib.gates import Gate
 from runbook_lib.params import Params

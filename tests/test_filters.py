@@ -8,10 +8,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, db, extension, filters, index, schema, search, staging
+from runbook_lib import backfill, db, extension, index, schema, search, staging
 from runbook_lib.gates import BadInput, GateFailed
 from runbook_lib.measuring import partial
 from runbook_lib.measuring.partial import CALLS, Value
+from runbook_lib.operations import filters
 from runbook_lib.phase import MIGRATE, Phase
 from tests.conftest import write_params
 from tests.stepping import step, step_all

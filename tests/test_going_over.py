@@ -9,9 +9,10 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib import backfill, extension, going_over, index, rebuild, schema, search, staging
+from runbook_lib import backfill, extension, index, schema, search, staging
 from runbook_lib.measuring import diagnose, explain
 from runbook_lib.names import operator_class
+from runbook_lib.operations import going_over, rebuild
 from runbook_lib.phase import MIGRATE, UNDO, Phase
 from tests import shapes
 from tests.conftest import write_params

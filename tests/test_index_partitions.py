@@ -10,8 +10,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, db, extension, index, index_partitions, partitions, schema, staging
+from runbook_lib import backfill, db, extension, index, schema, staging
+from runbook_lib.checking import partitions
 from runbook_lib.gates import LockNotObtained
+from runbook_lib.indexing import index_partitions
 from runbook_lib.measuring import explain
 from runbook_lib.measuring.prepared import Sent
 from runbook_lib.phase import Phase

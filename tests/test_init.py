@@ -11,7 +11,8 @@ import psycopg
 import pytest
 from click.testing import CliRunner, Result
 
-from runbook_lib import inputs, params
+from runbook_lib import params
+from runbook_lib.checking import inputs
 from runbook_lib.commands.cli import main
 from runbook_lib.params import Params
 from tests.conftest import DSN_ENV

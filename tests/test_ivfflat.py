@@ -15,10 +15,11 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook_lib import backfill, compare, db, extension, index, rebuild, schema, search, staging, tune
+from runbook_lib import backfill, compare, db, extension, index, schema, search, staging, tune
 from runbook_lib.gates import Gate, GateFailed
 from runbook_lib.ledger import Ledger
 from runbook_lib.measuring import drift
+from runbook_lib.operations import rebuild
 from runbook_lib.params import load
 from runbook_lib.phase import MIGRATE, UNDO, Phase
 from tests import toy

@@ -11,7 +11,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import compare, inputs
+from runbook_lib import compare
+from runbook_lib.checking import inputs
 from runbook_lib.gates import Gate, GateFailed
 from runbook_lib.params import Params
 from runbook_lib.phase import MIGRATE, UNDO

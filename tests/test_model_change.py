@@ -14,11 +14,12 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import compare, db, handover, model_change, params, retire_model, search, watch
+from runbook_lib import compare, db, params, search
 from runbook_lib.gates import BadInput, GateFailed, RunbookError
 from runbook_lib.ledger import Ledger
 from runbook_lib.measuring import models
 from runbook_lib.measuring.prepared import vector_indexes
+from runbook_lib.operations import handover, model_change, retire_model, watch
 from runbook_lib.phase import MIGRATE, UNDO, Phase
 from tests import toy
 from tests.conftest import DSN_ENV, write_params

@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import inputs
+from runbook_lib.checking import inputs
 from runbook_lib.gates import Gate
 from runbook_lib.params import Params
 from tests import partitioned

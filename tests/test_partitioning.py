@@ -12,11 +12,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, db, extension, index, params, partitioning, schema, search, staging
+from runbook_lib import backfill, db, extension, index, params, schema, search, staging
 from runbook_lib.filling import dividing, moving
 from runbook_lib.gates import GateFailed
 from runbook_lib.ledger import Ledger
 from runbook_lib.measuring import partition_proof
+from runbook_lib.operations import partitioning
 from runbook_lib.phase import MIGRATE, Phase
 from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params

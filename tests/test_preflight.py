@@ -11,7 +11,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import extension, inputs, preflight, schema
+from runbook_lib import extension, preflight, schema
+from runbook_lib.checking import inputs
 from runbook_lib.gates import BadInput, Gate, Gates
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase

@@ -6,7 +6,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, extension, index, preflight, prewarm, schema, staging
+from runbook_lib import backfill, extension, index, preflight, schema, staging
+from runbook_lib.indexing import prewarm
 from runbook_lib.phase import Phase
 
 Connection = psycopg.Connection[Any]

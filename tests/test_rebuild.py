@@ -8,9 +8,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, extension, index, rebuild, schema, search, staging
+from runbook_lib import backfill, extension, index, schema, search, staging
 from runbook_lib.gates import GateFailed
 from runbook_lib.measuring import recall
+from runbook_lib.operations import rebuild
 from runbook_lib.phase import MIGRATE, Phase
 from tests.conftest import write_params
 from tests.stepping import step, step_all

@@ -9,8 +9,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import rebuild, rebuild_partitions
 from runbook_lib.gates import GateFailed
+from runbook_lib.operations import rebuild, rebuild_partitions
 from runbook_lib.phase import MIGRATE, Phase, open_phase
 from tests import partitioned
 from tests.conftest import write_params

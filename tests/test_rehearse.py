@@ -14,10 +14,11 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import backfill, db, index, preflight, rehearse, schema, staging
+from runbook_lib import backfill, db, index, preflight, schema, staging
 from runbook_lib.gates import BadInput, Gate, Gates
 from runbook_lib.ledger import Ledger
 from runbook_lib.measuring import extrapolate, sample, scratch, whole
+from runbook_lib.operations import rehearse
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.records import review

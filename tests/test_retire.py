@@ -13,10 +13,11 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import compare, cutover, db, index, retirable, retire, search, watch
+from runbook_lib import compare, cutover, db, index, search
 from runbook_lib.gates import Gate, GateFailed
 from runbook_lib.ledger import Ledger
 from runbook_lib.measuring import usage
+from runbook_lib.operations import retirable, retire, watch
 from runbook_lib.params import load
 from runbook_lib.phase import MIGRATE, UNDO, Phase
 from tests import toy

@@ -10,7 +10,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import forecast, preflight, room
+from runbook_lib import forecast, preflight
+from runbook_lib.checking import room
 from runbook_lib.forecast import MB, Forecast
 from runbook_lib.gates import Gate
 from runbook_lib.params import Params

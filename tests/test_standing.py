@@ -7,8 +7,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, db, extension, index, schema, search, staging, tune, watch
+from runbook_lib import backfill, db, extension, index, schema, search, staging, tune
 from runbook_lib.measuring import classes, evaluate, standing, sweep
+from runbook_lib.operations import watch
 from runbook_lib.phase import Phase
 from tests import toy
 from tests.test_search import FILTERED, call, keys, learn

@@ -9,10 +9,11 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib import backfill, extension, index, schema, search, staging, storage
+from runbook_lib import backfill, extension, index, schema, search, staging
 from runbook_lib.gates import GateFailed
 from runbook_lib.measuring import shapes as measuring
 from runbook_lib.measuring.advice import Comparison
+from runbook_lib.operations import storage
 from runbook_lib.params import Params
 from runbook_lib.phase import MIGRATE, Phase
 from runbook_lib.records import pictures

@@ -14,9 +14,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import compare, db, params, rebuild, upgrade, versions
+from runbook_lib import compare, db, params, versions
 from runbook_lib.gates import BadInput, GateFailed
 from runbook_lib.ledger import Ledger
+from runbook_lib.operations import rebuild, upgrade
 from runbook_lib.phase import MIGRATE, Phase
 from runbook_lib.vectors import embed
 from tests import servers, toy

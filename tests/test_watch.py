@@ -9,9 +9,10 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from runbook_lib import backfill, compare, cutover, extension, index, schema, search, staging, tune, watch
+from runbook_lib import backfill, compare, cutover, extension, index, schema, search, staging, tune
 from runbook_lib.commands.cli import main
 from runbook_lib.gates import Gate
+from runbook_lib.operations import watch
 from runbook_lib.phase import Phase
 
 Open = Callable[..., Phase]

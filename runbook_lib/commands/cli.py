@@ -20,8 +20,9 @@ from typing import Any
 import click
 
 import runbook_lib
-from runbook_lib import db, inputs
+from runbook_lib import db
 from runbook_lib import params as params_module
+from runbook_lib.checking import inputs
 from runbook_lib.commands import cli_review
 from runbook_lib.commands.console import COMPLETION_HELP, EXIT_CODES_HELP, PARAMS, plain_errors, say, say_nothing
 from runbook_lib.display import Table
@@ -183,7 +184,7 @@ def check(params_file: Path) -> None:
 def _check_search(params: Params) -> None:
     """The gates of operate/20_watch, where there is something to watch; for CI, cron and a release checklist."""
     # Here, because it needs what takes longer to import than the other commands take to run.
-    from runbook_lib import watch
+    from runbook_lib.operations import watch
 
     gates = watch.check(params)
     if gates.failed:

@@ -19,8 +19,9 @@ import psycopg
 import yaml
 from psycopg import sql
 
-from runbook_lib import db, inputs, preflight
+from runbook_lib import db, preflight
 from runbook_lib import params as params_module
+from runbook_lib.checking import inputs
 from runbook_lib.commands import legacy, suggest
 from runbook_lib.commands.legacy import LegacyQuery
 from runbook_lib.commands.suggest import SQL, Found, Setting

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from psycopg import sql
 
-from runbook_lib import db, forecast, inputs, preflight
+from runbook_lib import db, forecast, preflight
+from runbook_lib.checking import inputs
 from runbook_lib.display import number, size
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.params import Params

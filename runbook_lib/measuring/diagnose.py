@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, forecast, partitions
+from runbook_lib import db, forecast
+from runbook_lib.checking import partitions
 from runbook_lib.display import number
 from runbook_lib.measuring.prepared import SQL, Planned, Sent, plan_of, vector_indexes
 from runbook_lib.measuring.statement import VectorSearch, casts_without_dimension, find, named

@@ -14,9 +14,10 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, index_partitions, search, tune
+from runbook_lib import db, search, tune
 from runbook_lib.display import number
 from runbook_lib.gates import Gate, gate
+from runbook_lib.indexing import index_partitions
 from runbook_lib.measuring import evaluate, explain, replica
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.prepared import vector_indexes

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from psycopg import sql
 
-from runbook_lib import db, partitions, search
+from runbook_lib import db, search
+from runbook_lib.checking import partitions
 from runbook_lib.gates import Gate, gate
 from runbook_lib.measuring import diagnose, evaluate, replica, together
 from runbook_lib.measuring.prepared import EXECUTIONS_TO_A_GENERIC_PLAN, Sent, fresh_name, plan_of, vector_indexes

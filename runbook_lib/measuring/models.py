@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import psycopg
 
-from runbook_lib import compare, db, model_change, search
+from runbook_lib import compare, db, search
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.handover import BOTH
 from runbook_lib.measuring import agreement, evaluate
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import identifier, names
+from runbook_lib.operations import model_change
+from runbook_lib.operations.handover import BOTH
 from runbook_lib.phase import Phase
 from runbook_lib.vectors import embed
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import db, partitions
+from runbook_lib import db
+from runbook_lib.checking import partitions
 from runbook_lib.names import index_name, spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load

@@ -16,7 +16,8 @@ import psycopg
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, partitions, search, tune
+from runbook_lib import db, search, tune
+from runbook_lib.checking import partitions
 from runbook_lib.gates import RunbookError
 from runbook_lib.measuring import evaluate
 from runbook_lib.measuring.evaluate import Query

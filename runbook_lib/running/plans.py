@@ -30,18 +30,18 @@ PLANS = {
     "70_tune": ("tune.plan",),
     "80_shadow": ("live.plan",),
     "90_cut_over": ("cutover.plan",),
-    "00_rehearse": ("rehearse.plan",),
+    "00_rehearse": ("operations.rehearse.plan",),
     "10_refresh": ("refresh.plan",),
-    "30_update_extension": ("upgrade.plan",),
-    "40_rebuild_index": ("rebuild.plan",),
-    "50_compare_storage": ("storage.plan",),
-    "60_change_model": ("model_change.plan",),
-    "65_retire_model": ("retire_model.plan",),
-    "70_serve_filters": ("filters.plan",),
-    "75_partition_by_filter": ("partitioning.plan",),
-    "80_retire_legacy": ("retire.plan",),
+    "30_update_extension": ("operations.upgrade.plan",),
+    "40_rebuild_index": ("operations.rebuild.plan",),
+    "50_compare_storage": ("operations.storage.plan",),
+    "60_change_model": ("operations.model_change.plan",),
+    "65_retire_model": ("operations.retire_model.plan",),
+    "70_serve_filters": ("operations.filters.plan",),
+    "75_partition_by_filter": ("operations.partitioning.plan",),
+    "80_retire_legacy": ("operations.retire.plan",),
     "10_reads_to_legacy": ("cutover.undo_plan",),
-    "20_remove_index": ("tune.undo_plan", "filters.undo_plan", "index.undo_plan"),
+    "20_remove_index": ("tune.undo_plan", "operations.filters.undo_plan", "index.undo_plan"),
     "30_remove_schema": ("schema.undo_plan",),
     "40_remove_search_function": ("live.undo_plan", "search.undo_plan"),
     "50_remove_extension": ("extension.undo_plan",),
@@ -53,7 +53,7 @@ def of(phase: Phase) -> list[dict[str, str]]:
     statements: list[db.Statement] = []
     for name in PLANS.get(phase.name, ()):
         # By name: these modules stand above the phase, and only the one at work is needed.
-        module, _, function = name.partition(".")
+        module, _, function = name.rpartition(".")
         statements += getattr(import_module(f"runbook_lib.{module}"), function)(phase)
     return db.rendered(statements, phase.connection)
 

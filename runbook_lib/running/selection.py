@@ -9,8 +9,8 @@ from pathlib import Path
 
 import runbook_lib
 from runbook_lib import db
+from runbook_lib.checking.inputs import input_problems
 from runbook_lib.gates import BadInput, Gate, Verdict
-from runbook_lib.inputs import input_problems
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
 from runbook_lib.phases import MIGRATE, OPERATE, UNDO

@@ -15,12 +15,13 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, forecast, partitions
-from runbook_lib.building import Built, concurrently
+from runbook_lib import db, forecast
+from runbook_lib.checking import partitions
+from runbook_lib.checking.partitions import Part, PartIndex
 from runbook_lib.display import Table, number, size
 from runbook_lib.gates import Gate, gate
+from runbook_lib.indexing.building import Built, concurrently
 from runbook_lib.names import identifier, index_name, names, operator_class, spelled
-from runbook_lib.partitions import Part, PartIndex
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 

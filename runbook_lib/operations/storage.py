@@ -14,9 +14,10 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import compare, db, index, index_partitions
+from runbook_lib import compare, db, index
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.indexing import index_partitions
 from runbook_lib.measuring import evaluate, exact, shapes
 from runbook_lib.measuring.advice import Comparison
 from runbook_lib.measuring.evaluate import Query

@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from runbook_lib import backfill, db, index, live, model_change, schema, search
+from runbook_lib import backfill, db, index, live, schema, search
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
-from runbook_lib.handover import BOTH, NEW_ONLY
 from runbook_lib.measuring import models
 from runbook_lib.measuring.prepared import vector_indexes
+from runbook_lib.operations import model_change
+from runbook_lib.operations.handover import BOTH, NEW_ONLY
 from runbook_lib.phase import Phase
 from runbook_lib.phases import MIGRATE
 from runbook_lib.running import claim

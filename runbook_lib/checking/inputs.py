@@ -10,7 +10,8 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import citus, db, free_names, partition_checks, rights, versions
+from runbook_lib import db, versions
+from runbook_lib.checking import citus, free_names, partition_checks, rights
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import spelled
 from runbook_lib.params import Params

@@ -14,14 +14,15 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, index, retirable, schema, search
+from runbook_lib import db, index, schema, search
 from runbook_lib.display import Table, number, size
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import evaluate
 from runbook_lib.names import identifier, spelled
+from runbook_lib.operations import retirable
+from runbook_lib.operations.retirable import check as check
+from runbook_lib.operations.retirable import shown as shown
 from runbook_lib.phase import Phase
-from runbook_lib.retirable import check as check
-from runbook_lib.retirable import shown as shown
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed
 

@@ -12,14 +12,15 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import db, forecast, index_partitions
-from runbook_lib.building import concurrently
+from runbook_lib import db, forecast
+from runbook_lib.checking.partitions import Part, PartIndex
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.index_partitions import Step
+from runbook_lib.indexing import index_partitions
+from runbook_lib.indexing.building import concurrently
+from runbook_lib.indexing.index_partitions import Step
 from runbook_lib.measuring import recall
 from runbook_lib.names import identifier, index_name
-from runbook_lib.partitions import Part, PartIndex
 from runbook_lib.phase import Phase
 
 # What REINDEX CONCURRENTLY calls the index that it builds, and the one that it replaces; a number follows the second.

@@ -14,12 +14,13 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import backfill, db, handover, index, search
+from runbook_lib import backfill, db, index, search
 from runbook_lib import params as params_module
 from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, Gate, Gates, RunbookError, Verdict, collect, gate
-from runbook_lib.handover import BOTH, NEW_ONLY
 from runbook_lib.names import identifier, names, spelled
+from runbook_lib.operations import handover
+from runbook_lib.operations.handover import BOTH, NEW_ONLY
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.running import claim

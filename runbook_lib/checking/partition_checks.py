@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from psycopg import sql
 
-from runbook_lib import db, partitions
+from runbook_lib import db
+from runbook_lib.checking import partitions
 from runbook_lib.gates import Gate, gate
 from runbook_lib.names import spelled, vectors_stand_beside
 from runbook_lib.params import Params

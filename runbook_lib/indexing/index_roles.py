@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from runbook_lib import db, going_over, index_partitions, rebuild_partitions
+from runbook_lib import db
 from runbook_lib.display import Table, size
+from runbook_lib.indexing import index_partitions
 from runbook_lib.names import index_name, spelled
+from runbook_lib.operations import going_over, rebuild_partitions
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load

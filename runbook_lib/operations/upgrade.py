@@ -9,11 +9,12 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from runbook_lib import db, extension, rebuild, versions
+from runbook_lib import db, extension, versions
 from runbook_lib.display import Table, number
 from runbook_lib.gates import BadInput, Gate, Gates, collect, gate
 from runbook_lib.measuring import recall
 from runbook_lib.names import index_name, spelled
+from runbook_lib.operations import rebuild
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
