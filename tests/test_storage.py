@@ -115,6 +115,16 @@ def test_recall_is_that_of_the_full_vectors_by_an_independent_count(
     assert first["recall"] < 0.9, "the model was not trained for its first dimensions"
 
 
+def test_the_plan_is_made_before_the_table_that_is_compared(
+    loaded: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = loaded(storage={"sample_rows": 60_000, "rerank": [4], "ivfflat": True})
+    articles.execute("UPDATE pg_class SET reltuples = 1e8 WHERE oid = 'articles'::regclass")
+    said = [s.text(phase.connection) for s in storage.plan(phase)]
+    assert "CREATE UNLOGGED TABLE" in said[0] and said[-1].startswith("DROP TABLE")
+    assert any("lists = 60" in s for s in said), "by the rows that are compared, not by those of the table"
+
+
 def test_a_sample_holds_the_judged_rows_and_no_more_than_was_asked_for(
     loaded: Callable[..., Phase], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

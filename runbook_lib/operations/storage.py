@@ -14,7 +14,7 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import compare, db, index
+from runbook_lib import compare, db, forecast, index
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.indexing import index_partitions
@@ -126,9 +126,19 @@ def _drop_scratch(phase: Phase) -> db.Statement:
 
 def _build(phase: Phase, shape: Shape) -> db.Statement:
     p = measured_params(phase.params)
-    here = replace(phase, params=shape.storage_params(p))
+    here = replace(phase, params=_with_lists(phase, shape.storage_params(p)))
     names = {"index": identifier(index_name(phase.params, shape))} | shape.index_names(p)
     return index.build_statement(here, names)
+
+
+def _with_lists(phase: Phase, params: Params) -> Params:
+    """Lists for the rows that will be compared: the plan is made before their table is there."""
+    if params.index.method != "ivfflat" or params.index.lists:
+        return params
+    rows = db.one(phase.connection, SQL["whole"], phase.params, vectors=spelled(phase.params, "table"))["rows"]
+    compared = rows if on_column(phase.params) else min(rows, phase.params.storage.sample_rows)
+    lists = params.index.model_copy(update={"lists": forecast.lists_rule(compared)})
+    return params.model_copy(update={"index": lists})
 
 
 def _drop_index(phase: Phase, shape: Shape) -> db.Statement:
