@@ -44,6 +44,11 @@ BLOCKED_BY = {
 }
 
 
+def lock_level(lock: str) -> str:
+    """The level that a block's lock begins with: SHARE UPDATE EXCLUSIVE is not SHARE. Empty where it names none."""
+    return max((level for level in BLOCKED_BY if lock.startswith(level)), key=len, default="")
+
+
 def dsn(params: Params) -> str:
     """The connection string, from the place that the parameters name. Raises BadInput where it is not set."""
     c = params.connection
@@ -159,8 +164,7 @@ class Statement:
     @property
     def blocks(self) -> str:
         """Whom the lock keeps waiting, from PostgreSQL's table of lock conflicts."""
-        level = next((level for level in BLOCKED_BY if self.lock.startswith(level)), None)
-        return BLOCKED_BY[level] if level else "nobody"
+        return BLOCKED_BY[level] if (level := lock_level(self.lock)) else "nobody"
 
     def text(self, connection: Connection) -> str:
         """The statement as it can be pasted into psql."""

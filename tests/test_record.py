@@ -13,11 +13,12 @@ from typing import Any
 import nbformat
 import pytest
 
+from runbook_lib import db
 from runbook_lib.phase import MIGRATE, Phase
 from runbook_lib.records import record, review, tables
 from runbook_lib.running import manifest
 from runbook_lib.running.manifest import PhaseRun
-from tests.records import RUN_ID, entry, gate, make_entries, make_manifest
+from tests.records import RUN_ID, entry, gate, make_entries, make_manifest, statement
 
 VOID = {"meta", "br", "path", "use", "rect", "line", "circle", "img", "hr", "col", "input", "link"}
 
@@ -82,6 +83,28 @@ def test_a_reviewer_reads_what_changed_under_which_locks_and_what_was_proved() -
         "On 1,893 judged queries, hybrid answers best: nDCG@10 0.368; vectors, exact 0.312, vectors, by index 0.309,"
         " legacy search 0.221.",
     ]
+
+
+def test_the_record_of_an_operation_says_which_and_its_own_locks() -> None:
+    run = make_manifest(way="operate", phases=(PhaseRun("40_rebuild_index", "passed"),))
+    held = statement("Build the index beside", "SHARE UPDATE EXCLUSIVE on public.articles", 7.5)
+    page, text = page_of(run, [entry("40_rebuild_index", "statement", held)])
+    assert "<h1>40_rebuild_index on public.articles</h1>" in page
+    assert "The strongest lock was SHARE UPDATE EXCLUSIVE (1 statement, the longest 7.5 s)" in text
+
+
+@pytest.mark.parametrize(
+    ("lock", "level"),
+    [
+        ("SHARE UPDATE EXCLUSIVE on x", "SHARE UPDATE EXCLUSIVE"),
+        ("SHARE ROW EXCLUSIVE on x", "SHARE ROW EXCLUSIVE"),
+        ("SHARE on x", "SHARE"),
+        ("ROW EXCLUSIVE on x", "ROW EXCLUSIVE"),
+        ("one row of the route table", ""),
+    ],
+)
+def test_a_lock_is_the_level_that_it_names(lock: str, level: str) -> None:
+    assert db.lock_level(lock) == level
 
 
 def test_the_page_stands_alone_and_shows_every_part() -> None:

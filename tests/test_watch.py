@@ -102,7 +102,7 @@ def test_rows_that_escaped_the_capture_are_counted(
     articles.execute("ALTER TABLE articles DISABLE TRIGGER USER")
     articles.execute("INSERT INTO articles (title) VALUES ('never seen')")
     articles.execute("UPDATE articles SET title = 'rewritten' WHERE id <= 2")
-    found = {g.name: g for g in watch._rows_are_fresh(phase)}
+    found = {g.name: g for g in watch._rows_are_fresh(phase, True)}
     assert str(found["watch.nothing_is_missing"]) == (
         "FAIL    watch.nothing_is_missing   public.articles\n"
         "  found   1 of 202 rows have text, no vector and are not queued\n"
@@ -118,7 +118,7 @@ def test_queued_rows_are_no_fault_until_they_are_old(
 ) -> None:
     phase = tuned()
     articles.execute("UPDATE articles SET title = 'changed' WHERE id = 1")
-    assert all(g.verdict == "PASS" for g in (*watch._rows_are_fresh(phase), watch._queue_is_young(phase)))
+    assert all(g.verdict == "PASS" for g in (*watch._rows_are_fresh(phase, True), watch._queue_is_young(phase)))
     articles.execute("UPDATE runbook.articles_queue SET queued_at = now() - interval '2 hours'")
     gate = watch._queue_is_young(phase)
     assert (gate.found, gate.needed) == (
@@ -133,7 +133,7 @@ def test_a_large_table_is_sampled_and_says_so(tuned: Callable[..., Phase], artic
         "INSERT INTO articles (title, body) SELECT 'row ' || n, repeat('x', 500) FROM generate_series(1, 3000) n"
     )
     articles.execute("ANALYZE articles")
-    gate = next(watch._rows_are_fresh(phase))
+    gate = next(watch._rows_are_fresh(phase, True))
     assert gate.found.endswith("rows, a sample of about 3,201 have text, no vector and are not queued")
     assert 0 < gate.figures["looked_at"] < 3201 and gate.figures["whole_table"] is False
 

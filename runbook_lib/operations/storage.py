@@ -33,6 +33,8 @@ SQL = load("storage")
 
 # Pages are drawn for so many more rows than are wanted, since pages are not equally full.
 DRAWN_TIMES = 1.2
+# Of a table that is hardly larger than the sample all pages are drawn: a draw of a few pages may come out short.
+MOST_DRAWN_PERCENT = 50.0
 LONGEST_NAME_BYTES = 63
 KIND = "storage"
 
@@ -103,7 +105,8 @@ def _statement(phase: Phase, block: str, **values: Any) -> db.Statement:
 def _making(phase: Phase) -> list[db.Statement]:
     p = phase.params
     rows = db.one(phase.connection, SQL["whole"], p, vectors=spelled(p, "table"))["rows"]
-    percent = min(100.0, 100.0 * DRAWN_TIMES * p.storage.sample_rows / rows) if rows else 100.0
+    percent = 100.0 * DRAWN_TIMES * p.storage.sample_rows / rows if rows else 100.0
+    percent = percent if percent < MOST_DRAWN_PERCENT else 100.0
     values = {"judged": _judged_keys(phase), "percent": percent, "rows": p.storage.sample_rows}
     return [
         _statement(phase, "create_scratch"),

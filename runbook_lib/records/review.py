@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from runbook_lib.db import BLOCKED_BY, lock_level
 from runbook_lib.display import duration, number, size
 from runbook_lib.gates import Verdict
 from runbook_lib.phase import UNDO
@@ -17,7 +18,7 @@ from runbook_lib.running.manifest import Manifest, Status
 Entry = Mapping[str, Any]
 
 # Strongest first; PostgreSQL manual, "Explicit Locking".
-LOCKS = ("ACCESS EXCLUSIVE", "EXCLUSIVE", "SHARE ROW EXCLUSIVE", "SHARE", "SHARE UPDATE EXCLUSIVE", "ROW EXCLUSIVE")
+LOCKS = tuple(BLOCKED_BY)
 MEASURES = ("nDCG@10", "RR", "R@10", "R@100", "P@10")
 LATENCIES = ("p50_ms", "p95_ms", "p99_ms")
 SYSTEM_NAMES = {
@@ -291,7 +292,7 @@ def _what_changed(run: Manifest, found: _Newest) -> list[str]:
 
 def _under_which_locks(statements: Sequence[Mapping[str, Any]]) -> str:
     def strength(s: Mapping[str, Any]) -> int:
-        return next((i for i, lock in enumerate(LOCKS) if s["lock"].startswith(lock)), len(LOCKS))
+        return LOCKS.index(level) if (level := lock_level(s["lock"])) else len(LOCKS)
 
     strongest = min(statements, key=lambda s: (strength(s), -s["seconds"]))
     text = f"{_count(len(statements), 'statement')} changed something."

@@ -38,7 +38,7 @@ SELECT
      WHERE i.indrelid = a.attrelid AND i.indkey[0] = a.attnum AND am.amname = 'btree' AND i.indisvalid
        AND i.indpred IS NULL ORDER BY i.indisunique DESC, i.indexrelid LIMIT 1) AS led_index,
     CASE WHEN a.attidentity <> '' THEN 'its identity'
-         WHEN pg_get_expr(d.adbin, d.adrelid) ~* '^(\w+\.)?(nextval|gen_random_uuid|uuidv4|uuidv7|uuid_generate_v\w+)\('
+         WHEN pg_get_expr(d.adbin, d.adrelid) ~* '^(\w+\.)?(nextval|gen_random_uuid|uuidv\d|uuid_generate_v\w+)\('
          THEN pg_get_expr(d.adbin, d.adrelid) END AS drawn_from
 FROM pg_attribute a LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
 WHERE a.attrelid = %(oid)s AND a.attname = %(key)s AND NOT a.attisdropped;
