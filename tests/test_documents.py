@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from runbook_lib.commands import documents
-from runbook_lib.phases import MIGRATE, UNDO
+from runbook_lib.phases import MIGRATE, OPERATE, UNDO
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -95,3 +95,10 @@ def own_parameters() -> Iterator[str]:
 def test_the_dbas_page_has_every_phase_and_every_way_back() -> None:
     text = (DOCS / "dba.md").read_text("utf-8")
     assert [name for name in (*MIGRATE, *UNDO) if f"`{name}`" not in text and f"`undo/{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("name", list(OPERATE))
+def test_the_readme_and_the_table_of_operations_name_each(name: str) -> None:
+    number, words = name.split("_", 1)
+    assert f"| {number} {words.replace('_', ' ')} |" in (DOCS.parent / "README.md").read_text("utf-8")
+    assert f"| `{name}` |" in (DOCS / "operations.md").read_text("utf-8")

@@ -139,7 +139,7 @@ def neighbour(dsn: str, rows: int, ready: Event, stop: Event, out: Any, update: 
     """Reads, or updates, one random row after the other and reports the time of each in ms."""
     times, draw = [], random.Random(2)
     statement = (
-        "UPDATE articles SET views = views + 1 WHERE id = %s" if update else "SELECT * FROM articles WHERE id = %s"
+        "UPDATE articles SET views = views + 1 WHERE id = %s" if update else "SELECT id, title, body, views FROM articles WHERE id = %s"
     )
     with psycopg.connect(dsn, autocommit=True) as connection:
         ready.set()
