@@ -20,7 +20,7 @@ from pgvector.psycopg import register_vector
 from runbook_lib import db, staging
 from runbook_lib.checking import citus
 from runbook_lib.display import Table, duration, number
-from runbook_lib.gates import Gates, collect, gate
+from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import changing, names, spelled, vectors_stand_beside
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -240,13 +240,37 @@ def _fail(worker: _Worker, ids: list[int], error: str) -> bool:
 
 
 def plan(phase: Phase) -> db.Plan:
-    """The UPDATE that a drain sends for each row; empty where nothing waits."""
+    """The UPDATE that a drain sends for each row; empty where nothing waits.
+
+    Raises BadInput where there is no queue to drain.
+    """
+    if phase.execute:
+        _require_queue(phase)
     if phase.execute and not (state := waiting(phase)).waiting + state.set_aside:
         return db.Plan((), phase.connection)
     block = "update_beside" if vectors_stand_beside(phase.params) else "update"
     return db.Plan(
         (db.statement(SQL[block], phase.params, key=None, text_hash=None, embedding=None),), phase.connection
     )
+
+
+def _require_queue(phase: Phase) -> None:
+    queue = spelled(phase.params, "queue")
+    if not db.one(phase.connection, SQL["queue_is_there"], phase.params, queue=queue)["there"]:
+        raise BadInput(
+            [
+                Gate(
+                    "refresh.changes_are_captured",
+                    Verdict.FAIL,
+                    f"{phase.params.target.schema_}.{phase.params.target.table}",
+                    f"no queue {queue}",
+                    "the queue that the triggers on the table fill",
+                    "texts that changed since the capture was removed keep the vector of their former text",
+                    "if operate/80_retire_legacy removed the capture on purpose, take 10_refresh off the schedule;"
+                    " retire.undo brings the capture back",
+                )
+            ]
+        )
 
 
 def apply(phase: Phase) -> Table:

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from runbook_lib import backfill, extension, params, refresh, schema, staging
-from runbook_lib.gates import GateFailed
+from runbook_lib.gates import BadInput, GateFailed
 from runbook_lib.ledger import Ledger
 from runbook_lib.phase import Phase
 from runbook_lib.vectors import embed
@@ -274,3 +274,18 @@ def test_without_execute_nothing_is_taken(open_phase: Open) -> None:
     phase = open_phase("10_refresh", execute=False)
     assert "not carried out" in str(refresh.apply(phase))
     assert [s.name for s in refresh.plan(phase)] == ["refresh.update"]
+
+
+def test_without_a_queue_it_says_so_and_changes_nothing(filled: Callable[..., Phase], articles: Articles) -> None:
+    phase = filled()
+    articles.execute("DROP TABLE runbook.articles_queue")
+    with pytest.raises(BadInput) as error:
+        refresh.plan(phase)
+    assert str(error.value) == (
+        "\nFAIL    refresh.changes_are_captured   public.articles\n"
+        '  found   no queue "runbook"."articles_queue"\n'
+        "  needed  the queue that the triggers on the table fill\n"
+        "  danger  texts that changed since the capture was removed keep the vector of their former text\n"
+        "  do      if operate/80_retire_legacy removed the capture on purpose, take 10_refresh off the schedule;"
+        " retire.undo brings the capture back"
+    )

@@ -127,3 +127,7 @@ FROM {queue};
 -- name: clock
 -- purpose: The server's time.
 SELECT clock_timestamp() AS now;
+
+-- name: queue_is_there
+-- purpose: Is there a queue to drain?
+SELECT to_regclass(%(queue)s) IS NOT NULL AS there;
