@@ -292,7 +292,7 @@ def test_what_a_killed_rehearsal_left_is_dropped_by_the_next(
 ) -> None:
     phase = open_phase("00_rehearse")
     program = (
-        "import time; from runbook_lib import rehearse; from runbook_lib.phase import open_phase;"
+        "import time; from runbook_lib.operations import rehearse; from runbook_lib.phase import open_phase;"
         "from runbook_lib.measuring import sample; sample._build = lambda *_: time.sleep(600);"
         f"rehearse.apply(open_phase('00_rehearse', {str(tmp_path / 'toy.yaml')!r}, 'killed', True))"
     )
