@@ -92,7 +92,7 @@ def test_no_secret_is_left_behind(end: str, tmp_path: Path, database: str) -> No
     done = subprocess.run([*command, str(path)], cwd=ROOT, env=environment, capture_output=True, check=False)
     output = done.stdout + done.stderr
     assert done.returncode == exit_code, output.decode()
-    assert b"Traceback" not in output
+    assert b"Traceback" not in output, output.decode()
     left = list(left_by(tmp_path / "runs", database, output))
     assert {"index.html"} < {Path(name).name for name, _ in left} and len(left) > 5
     for secret in (PASSWORD, API_KEY, TOKEN):

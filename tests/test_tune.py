@@ -264,6 +264,37 @@ def test_vectors_beside_the_table_are_told_why_no_index_of_their_own_helps(
     )
 
 
+@pytest.mark.parametrize(
+    ("held_out", "chosen"),
+    [
+        ({20: 0.95, 60: 0.97, 0: 1.0}, (20, 0.95)),
+        ({20: 0.88, 60: 0.97, 0: 1.0}, (60, 0.97)),
+        ({20: 0.88, 60: 0.89, 0: 1.0}, (0, 1.0)),
+        ({20: 0.88, 60: 0.89, 0: 0.5}, (20, 0.88)),
+    ],
+    ids=["confirmed", "the next", "exact", "none: the gate fails on the first"],
+)
+def test_a_way_that_the_held_out_questions_do_not_confirm_gives_way_to_the_next(
+    ready: Callable[..., Phase],
+    monkeypatch: pytest.MonkeyPatch,
+    held_out: dict[int, float],
+    chosen: tuple[int, float],
+) -> None:
+    phase = ready()
+    ways = [sweep.Way("exact" if n == 0 else "index", n, "off", 100_000) for n in held_out]
+    asked: list[str] = []
+
+    def answer(_phase: Phase, _connection: db.Connection, way: sweep.Way, questions: list[str]) -> sweep.Measured:
+        asked.extend(questions)
+        return measured(way, recall=held_out.get(way.candidates, 0.0))
+
+    monkeypatch.setattr(sweep, "measure", answer)
+    reached = [measured(way) for way in ways]
+    choice = choose._choice(phase, phase.connection, classes.UNFILTERED, reached, reached, ["held out"])  # type: ignore[list-item]
+    assert choice.chosen and (choice.chosen.way.candidates, choice.chosen.recall) == chosen
+    assert set(asked) == {"held out"}
+
+
 def test_a_long_sweep_says_how_far_it_has_come(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

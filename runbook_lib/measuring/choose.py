@@ -21,8 +21,8 @@ SCREENED = 40
 HOPELESS = 1.2
 # Of ways that take no longer than this many times the cheapest, the one that finds most is chosen.
 AS_CHEAP = 1.1
-# An exact search slower than this, and so many times slower than one without a filter, is worth an index of its own.
-SLOW_MS, SLOW_TIMES = 5.0, 5.0
+# An exact search slower than this is worth an index of its own.
+SLOW_MS = 5.0
 # More values than this call for partitions, not for an index each.
 MOST_PARTIAL_INDEXES = 4
 # What most guides recommend: pgvector's README, "Filtering" and "Iterative Index Scans".
@@ -73,7 +73,7 @@ def unfiltered(phase: Phase, connection: db.Connection, ways: Sequence[Way], ask
         sweep.measure(phase, connection, way, tuning)
     points = [sweep.measure(phase, connection, way, tuning) for way in ways]
     reached = [p for p in points if p.reaches(phase.params.tune.target_recall)]
-    return _choice(phase, connection, classes.UNFILTERED, points, reached[0].way if reached else None, held_out)
+    return _choice(phase, connection, classes.UNFILTERED, points, reached, held_out)
 
 
 def filtered(phase: Phase, connection: db.Connection, of: FilterClass, asked: Sequence[Asked], rows: int) -> Choice:
@@ -101,12 +101,13 @@ def filtered(phase: Phase, connection: db.Connection, of: FilterClass, asked: Se
             if points[-1].reaches(target):
                 reached.append(points[-1])
                 break
-    return _choice(phase, connection, of, points, _best(reached).way, held_out)
+    return _choice(phase, connection, of, points, _best_first(reached), held_out)
 
 
-def _best(reached: Sequence[Measured]) -> Measured:
+def _best_first(reached: Sequence[Measured]) -> list[Measured]:
     cheapest = min(m.p50_ms for m in reached)
-    return max((m for m in reached if m.p50_ms <= AS_CHEAP * cheapest), key=lambda m: (m.recall, -m.p50_ms))
+    best = max((m for m in reached if m.p50_ms <= AS_CHEAP * cheapest), key=lambda m: (m.recall, -m.p50_ms))
+    return [best, *sorted((m for m in reached if m is not best), key=lambda m: m.p50_ms)]
 
 
 def _families(phase: Phase, rows: int) -> Iterator[list[Way]]:
@@ -130,11 +131,20 @@ def _choice(
     connection: db.Connection,
     of: FilterClass,
     points: Sequence[Measured],
-    way: Way | None,
+    reached: Sequence[Measured],
     held_out: Sequence[Asked],
 ) -> Choice:
+    """The first of ``reached``, best first, that the held-out questions confirm; the first of all where none is."""
+    target = phase.params.tune.target_recall
     practice = sweep.measure(phase, connection, PRACTICE[phase.params.index.method], held_out)
-    chosen = sweep.measure(phase, connection, way, held_out) if way else None
+    confirmed: list[Measured] = []
+    for candidate in reached:
+        confirmed.append(sweep.measure(phase, connection, candidate.way, held_out))
+        if confirmed[-1].recall >= target and not confirmed[-1].rows_short:
+            break
+    else:
+        confirmed = confirmed[:1]
+    chosen = confirmed[-1] if confirmed else None
     return Choice(of, tuple(points), chosen, practice, _advice(phase, of, points, chosen))
 
 
