@@ -46,9 +46,13 @@ def connect(phase: Phase) -> None:
 
 
 def _display_connection(phase: Phase) -> psycopg.Connection[Any]:
-    """A read-only connection, in the row format that SQLAlchemy expects."""
+    """A read-only connection, in the row format that SQLAlchemy expects.
+
+    Autocommit: a cell that fails leaves no broken transaction to the next one, and SQLAlchemy has nothing to roll
+    back on a session that the server has ended, which it would print a traceback about as the kernel leaves.
+    """
     connection: psycopg.Connection[Any] = psycopg.connect(
-        db.dsn(phase.params), application_name=f"runbook {phase.run_id} display"[:63]
+        db.dsn(phase.params), autocommit=True, application_name=f"runbook {phase.run_id} display"[:63]
     )
     settings = {
         "runbook.table": spelled(phase.params, "table"),
@@ -58,5 +62,4 @@ def _display_connection(phase: Phase) -> psycopg.Connection[Any]:
     }
     for name, value in settings.items():
         connection.execute("SELECT set_config(%s, %s, false)", [name, value])
-    connection.commit()
     return connection

@@ -36,6 +36,19 @@ NO_DSN = """import os
 os.environ[phase.params.connection.dsn_env] += " nonsense='"
 open_phase('00_preflight', params_file, run_id, False)"""
 
+# A cell with a typing error, mended; then the server is restarted, and the notebook's first cell is run again.
+DISPLAY_LOST = """import psycopg, pytest, sqlalchemy
+from runbook_lib import sqlmagic
+with pytest.raises(sqlalchemy.exc.ProgrammingError):
+    get_ipython().run_line_magic("sql", "SELECT no_such_column")
+%sql SELECT 1 AS one
+with pytest.raises(sqlalchemy.exc.ProgrammingError):
+    get_ipython().run_line_magic("sql", "SELECT no_such_column")
+ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE '%%display'"
+assert phase.connection.execute(ended, {}).rowcount == 1
+sqlmagic.connect(phase)
+%sql SELECT 1 AS one"""
+
 # What happens in the first phase, and the exit code; the second one always waits for its sign-off.
 ENDS = {
     "passed, then waits": ("%sql SELECT 1 AS one", 3),
@@ -43,6 +56,7 @@ ENDS = {
     "exception": ("1 / 0", 4),
     "SQL that fails": ("phase.connection.execute('SELECT no_such_column')", 4),
     "%sql that fails": ("%sql SELECT no_such_column", 4),
+    "%sql that lost its session": (DISPLAY_LOST, 3),
     "kernel killed": ("import os; os.kill(os.getpid(), 9)", 4),
     "server lost": (LOST, 4),
     "server that cannot be reached": (NO_SERVER, 2),
