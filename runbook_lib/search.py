@@ -296,6 +296,11 @@ def current_route(phase: Phase) -> tuple[Route, int]:
     return row["route"], row["share_percent"]
 
 
+def force_route(connection: db.Connection, params: Params, route: str) -> None:
+    """Names the route of the calls of this transaction, whatever the table says; no row of it is locked."""
+    connection.execute(SQL["force_route"].compose(names(params)), {"route": route})
+
+
 def move_route(phase: Phase, route: Route, share_percent: int, reason: str) -> db.Done:
     """Moves the reads in one transaction, and writes down why."""
     done = phase.do(db.statement(SQL["move_route"], phase.params, route=route, share_percent=share_percent))

@@ -11,7 +11,8 @@ import pytest
 from runbook_lib import backfill, db, extension, index, schema, search, staging
 from runbook_lib.gates import BadInput, GateFailed
 from runbook_lib.measuring import partial
-from runbook_lib.measuring.partial import CALLS, Value
+from runbook_lib.measuring.partial import Value
+from runbook_lib.measuring.prepared import CALLS
 from runbook_lib.operations import filters
 from runbook_lib.phase import MIGRATE, Phase
 from tests.conftest import write_params

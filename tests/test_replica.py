@@ -154,8 +154,7 @@ def test_the_migration_and_the_watch_measure_there_and_write_here(pair: tuple[st
     step_all("migrate", MIGRATE[:7], path)
     here, there = scans(primary), scans(standby)
     step("migrate/70_tune", path)
-    # The proof that moves the route, and rolls it back, is all that the primary answers: 12 calls of the function.
-    assert scans(primary) - here == 12
+    assert scans(primary) == here, "the primary answers nothing, not even the calls of the function"
     assert scans(standby) - there > 100
     step_all("migrate", MIGRATE[8:], path)
     tuned = purposes(standby)

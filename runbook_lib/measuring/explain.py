@@ -11,10 +11,9 @@ from runbook_lib import db, search
 from runbook_lib.checking import partitions
 from runbook_lib.gates import Gate, gate
 from runbook_lib.measuring import diagnose, evaluate, replica, together
-from runbook_lib.measuring.prepared import EXECUTIONS_TO_A_GENERIC_PLAN, Sent, fresh_name, plan_of, vector_indexes
+from runbook_lib.measuring.prepared import CALLS, Sent, call_prepared, plan_of, scans, vector_indexes
 from runbook_lib.measuring.statement import bound
 from runbook_lib.names import identifier, index_name, names, spelled
-from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed
@@ -126,53 +125,28 @@ def judge(phase: Phase, connection: db.Connection, sent: Sent, kind: str, exact:
 
 
 def _function_searches_by_index(phase: Phase, route: str) -> Gate:
-    """Calls the function, prepared, with the route moved for this transaction alone, and counts the index scans.
-
-    A route can be moved on the primary alone, so the replica is asked only where the reads have moved already.
-    """
+    """Calls the function by a route, prepared, wherever reads go now, and counts the index scans."""
     p = phase.params
-    calls = 2 * EXECUTIONS_TO_A_GENERIC_PLAN
-    there = search.current_route(phase) == (route, 100)
-    with replica.connect(phase, "calls") if there else db.connect(p, f"runbook {phase.run_id} calls") as connection:
-        oids = [row["oid"] for row in vector_indexes(connection, phase.params)]
+    call = sql.SQL("SELECT * FROM {}($1, $2, $3)").format(names(p)["function"])
+    with replica.connect(phase, "calls") as connection:
+        oids = [row["oid"] for row in vector_indexes(connection, p)]
         with connection.transaction(force_rollback=True):
-            if not there:
-                moved = {"route": route, "share_percent": 100}
-                connection.execute(search.SQL["move_route"].compose(names(p)), moved)
-            before = _scans(connection, p, oids)
-            _call_prepared(phase, connection)
-            scans = _scans(connection, p, oids) - before
-    cause = None if scans >= calls else _cause_in_the_function(phase)
+            search.force_route(connection, p, route)
+            call_prepared(connection, ("text", "real[]", "integer"), call, _values(phase))
+            found = scans(connection, p, oids)
+    cause = None if found >= CALLS else _cause_in_the_function(phase)
     return gate(
         "explain.function_searches_by_the_index",
-        scans >= calls,
+        found >= CALLS,
         f"{p.function_name}, route {route}",
-        found=f"{scans} index scans in {calls} calls" + (f"; {cause.found}" if cause else ""),
-        needed=f"one in each of {calls} calls, prepared, six with a custom and six with a generic plan",
+        found=f"{found} index scans in {CALLS} calls" + (f"; {cause.found}" if cause else ""),
+        needed=f"one in each of {CALLS} calls, prepared, six with a custom and six with a generic plan",
         danger=DANGER,
         do=cause.do if cause else "",
-        figures={"cause": cause.name if cause else None, "scans": scans, "calls": calls},
+        figures={"cause": cause.name if cause else None, "scans": found, "calls": CALLS},
     )
 
 
 def _cause_in_the_function(phase: Phase) -> diagnose.Cause:
     with as_the_application(phase) as connection:
         return diagnose.diagnose(phase, connection, function_query(phase), "custom")
-
-
-def _scans(connection: db.Connection, params: Params, oids: list[int]) -> int:
-    return int(db.one(connection, SQL["scans"], params, oids=oids)["scans"])
-
-
-def _call_prepared(phase: Phase, connection: db.Connection) -> None:
-    """Six calls with a custom plan and six with a generic one, as a driver with prepared statements makes them."""
-    name = fresh_name()
-    function = names(phase.params)["function"]
-    prepare = sql.SQL("PREPARE {} (text, real[], integer) AS SELECT * FROM {}($1, $2, $3)")
-    connection.execute(prepare.format(name, function))
-    execute = sql.SQL("EXECUTE {} ({})").format(name, sql.SQL(", ").join(map(sql.Literal, _values(phase))))
-    for kind in ("custom", "generic"):
-        mode = {"name": "plan_cache_mode", "value": f"force_{kind}_plan", "local": True}
-        connection.execute(SQL["set"].compose({}), mode)
-        for _ in range(EXECUTIONS_TO_A_GENERIC_PLAN):
-            connection.execute(execute)

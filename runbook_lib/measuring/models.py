@@ -23,11 +23,10 @@ KIND = "model_comparison"
 
 
 def _ask(one: Phase, queries: Sequence[Query], vectors: np.ndarray, k: int) -> search.Answers:
-    """Calls a target's function as the application would, with its route moved for this transaction alone."""
+    """Calls a target's function as the application would, by the route that it is to have, wherever reads go now."""
     p = one.params
-    moved = {"route": p.cut_over.route, "share_percent": 100}
-    with db.connect(p, f"runbook {one.run_id} models") as connection, connection.transaction(force_rollback=True):
-        connection.execute(search.SQL["move_route"].compose(names(p)), moved)
+    with db.connect(p, f"runbook {one.run_id} models") as connection, connection.transaction():
+        search.force_route(connection, p, p.cut_over.route)
         return search.ask(connection, p, search.call_statement(p), queries, vectors, k)
 
 

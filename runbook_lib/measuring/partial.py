@@ -13,16 +13,13 @@ from runbook_lib.display import Table, number, size
 from runbook_lib.gates import Gate, gate
 from runbook_lib.measuring import choose, classes, explain, sweep
 from runbook_lib.measuring.classes import Asked, FilterClass
-from runbook_lib.measuring.prepared import EXECUTIONS_TO_A_GENERIC_PLAN, fresh_name
+from runbook_lib.measuring.prepared import call_prepared, scans
 from runbook_lib.measuring.sweep import Measured, Way
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("filters")
-
-# Calls that prove how the function plans: so many with a custom plan, and as many with a generic one.
-CALLS = 2 * EXECUTIONS_TO_A_GENERIC_PLAN
 
 
 @dataclass(frozen=True)
@@ -138,39 +135,24 @@ def cheapest_through_the_index(phase: Phase, asked: Sequence[Asked]) -> Measured
 def scans_by_the_function(phase: Phase, value: Value, oid: int, change: Sequence[db.Statement] = ()) -> int:
     """Scans of one index in :data:`CALLS` calls of the function with this value, prepared, by the server's own count.
 
-    change: statements that the transaction starts with; it is rolled back, with the route that it moves.
+    change: statements that the transaction starts with; it is rolled back.
     """
     p = phase.params
     with db.connect(p, f"runbook {phase.run_id} calls") as connection, connection.transaction(force_rollback=True):
-        connection.execute(search.SQL["move_route"].compose(names(p)), {"route": "vector", "share_percent": 100})
         for statement in change:
             connection.execute(statement.query, statement.values)
-        before = _scans(connection, phase, oid)
-        call_prepared(phase, connection, value)
-        return _scans(connection, phase, oid) - before
+        call_with_value(phase, connection, value)
+        return scans(connection, p, [oid])
 
 
-def _scans(connection: db.Connection, phase: Phase, oid: int) -> int:
-    return int(db.one(connection, explain.SQL["scans"], phase.params, oids=[oid])["scans"])
-
-
-def call_prepared(phase: Phase, connection: db.Connection, value: Value) -> None:
-    """:data:`CALLS` calls of the function, the value bound: under a generic plan the caller's statement hides it."""
-    kind = sql.SQL(search.column_types(phase.connection, phase.params)[value.column])
-    prepare = sql.SQL(
-        "PREPARE {name} (text, real[], integer, {kind}) AS SELECT * FROM {function}($1, $2, $3, {argument} => $4)"
-    )
-    name = fresh_name()
+def call_with_value(phase: Phase, connection: db.Connection, value: Value) -> None:
+    """Calls the function by the vector route, the value bound: a generic plan of the caller does not know it."""
+    p = phase.params
+    types = ("text", "real[]", "integer", search.column_types(phase.connection, p)[value.column])
     argument = identifier(f"filter_{value.column}")
-    function = names(phase.params)["function"]
-    connection.execute(prepare.format(name=name, kind=kind, function=function, argument=argument))
-    given = [*explain.function_query(phase).values[:3], value.value]
-    execute = sql.SQL("EXECUTE {} ({})").format(name, sql.SQL(", ").join(map(sql.Literal, given)))
-    for kind_of_plan in ("custom", "generic"):
-        mode = {"name": "plan_cache_mode", "value": f"force_{kind_of_plan}_plan", "local": True}
-        connection.execute(explain.SQL["set"].compose({}), mode)
-        for _ in range(EXECUTIONS_TO_A_GENERIC_PLAN):
-            connection.execute(execute)
+    call = sql.SQL("SELECT * FROM {}($1, $2, $3, {} => $4)").format(names(p)["function"], argument)
+    search.force_route(connection, p, "vector")
+    call_prepared(connection, types, call, [*explain.function_query(phase).values[:3], value.value])
 
 
 def rows_of_table(phase: Phase) -> int:

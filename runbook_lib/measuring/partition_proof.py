@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runbook_lib import db, search
+from runbook_lib import db
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, gate
 from runbook_lib.measuring import classes, partial
-from runbook_lib.measuring.partial import CALLS, Value
-from runbook_lib.names import names, spelled
+from runbook_lib.measuring.partial import Value
+from runbook_lib.measuring.prepared import CALLS
+from runbook_lib.names import spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
@@ -85,12 +86,11 @@ def _value_gate(phase: Phase, value: str, m: Mapping[str, Any]) -> Gate:
 def touched(phase: Phase, value: Value, others: Sequence[str]) -> list[str]:
     """Partitions, and those of the other relations, on which calls of the function with this value take a lock.
 
-    The transaction is rolled back, with the route that it moves. PostgreSQL locks no partition that it has pruned.
+    PostgreSQL locks no partition that it has pruned.
     """
     p = phase.params
     with db.connect(p, f"runbook {phase.run_id} calls") as connection, connection.transaction(force_rollback=True):
-        connection.execute(search.SQL["move_route"].compose(names(p)), {"route": "vector", "share_percent": 100})
-        partial.call_prepared(phase, connection, value)
+        partial.call_with_value(phase, connection, value)
         found = db.rows(connection, SQL["touched"], p, table=spelled(p, "table"), others=list(others))
     return [row["name"] for row in found]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -20,6 +20,8 @@ SQL = load("explain")
 
 # A prepared statement may turn to a generic plan after its fifth execution; PostgreSQL manual, PREPARE.
 EXECUTIONS_TO_A_GENERIC_PLAN = 6
+# Calls that prove how a statement is planned: so many with a custom plan, and as many with a generic one.
+CALLS = 2 * EXECUTIONS_TO_A_GENERIC_PLAN
 # So few rows are read sooner than an index is entered, so the planner is right to.
 SMALL_PARTITION_ROWS = 1000
 PARAMETER = re.compile(r"\$(\d+)\b")
@@ -29,6 +31,29 @@ _probes = count(1)
 def fresh_name() -> sql.Identifier:
     """A name that no other prepared statement of this session has: PREPARE outlives a rollback."""
     return sql.Identifier(f"runbook_probe_{next(_probes)}")
+
+
+def call_prepared(
+    connection: db.Connection, types: Sequence[str], statement: sql.Composable, values: Sequence[object]
+) -> None:
+    """:data:`CALLS` executions of one prepared statement, as a driver makes them: half with a custom plan.
+
+    statement: with $1, $2, …, one of ``types`` each. Sets plan_cache_mode for the caller's transaction.
+    """
+    name = fresh_name()
+    declared = sql.SQL(", ").join(map(sql.SQL, types))
+    connection.execute(sql.SQL("PREPARE {} ({}) AS {}").format(name, declared, statement))
+    execute = sql.SQL("EXECUTE {} ({})").format(name, sql.SQL(", ").join(map(sql.Literal, values)))
+    for kind in ("custom", "generic"):
+        mode = {"name": "plan_cache_mode", "value": f"force_{kind}_plan", "local": True}
+        connection.execute(SQL["set"].compose({}), mode)
+        for _ in range(EXECUTIONS_TO_A_GENERIC_PLAN):
+            connection.execute(execute)
+
+
+def scans(connection: db.Connection, params: Params, oids: Sequence[int]) -> int:
+    """Scans of these indexes that this transaction has begun, by the server's own count."""
+    return int(db.one(connection, SQL["scans"], params, oids=list(oids))["scans"])
 
 
 @dataclass(frozen=True)

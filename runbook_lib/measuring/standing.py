@@ -13,7 +13,6 @@ from pgvector.psycopg import register_vector
 from runbook_lib import db, search
 from runbook_lib.measuring import classes, exact, replica, sweep, together
 from runbook_lib.measuring.classes import Asked, FilterClass
-from runbook_lib.names import names
 from runbook_lib.phase import Phase
 
 NOT_LISTED = "values not listed"
@@ -78,7 +77,7 @@ def measure(phase: Phase, found: Sequence[FilterClass], questions: Sequence[Ques
     result = []
     with replica.connect(phase, "filters") as connection, connection.transaction():
         register_vector(connection)
-        connection.execute(search.SQL["force_route"].compose(names(phase.params)), {"route": "vector"})
+        search.force_route(connection, phase.params, "vector")
         for of, mine in zip(found, asked, strict=True):
             shares, short = [], 0
             for question in mine:
@@ -138,7 +137,7 @@ def call_each(phase: Phase, connection: db.Connection, route: str, questions: Se
         values = empty | dict(allowed) | {"query": question.text, "k": p.queries.k, "embedding": question.vector}
         try:
             with connection.transaction():
-                connection.execute(search.SQL["force_route"].compose(names(p)), {"route": route})
+                search.force_route(connection, p, route)
                 rows = connection.execute(statement, values, prepare=False).fetchall()
                 there = connection.execute(matching, values, prepare=False).fetchone()
         except psycopg.Error as error:

@@ -18,7 +18,8 @@ from runbook_lib import db, forecast, index, search
 from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import classes, partial
-from runbook_lib.measuring.partial import CALLS, Value
+from runbook_lib.measuring.partial import Value
+from runbook_lib.measuring.prepared import CALLS
 from runbook_lib.measuring.sweep import Measured
 from runbook_lib.names import identifier, index_name, spelled, vectors_stand_beside
 from runbook_lib.params import Params

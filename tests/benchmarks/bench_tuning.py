@@ -19,7 +19,6 @@ from runbook_lib.measuring import choose, classes, evaluate, sweep
 from runbook_lib.measuring.choose import Choice
 from runbook_lib.measuring.classes import Asked
 from runbook_lib.measuring.sweep import Measured
-from runbook_lib.names import names
 from runbook_lib.phase import Phase
 from runbook_lib.vectors import embed
 from tests.benchmarks import dictionaries
@@ -136,7 +135,7 @@ def compare_latency(phase: Phase) -> None:
         for word, vector in zip(words, vectors, strict=True):
             for name, (statement, setting) in searches.items():
                 with connection.transaction():
-                    connection.execute(search.SQL["force_route"].compose(names(p)), {"route": "vector"})
+                    search.force_route(connection, p, "vector")
                     if setting:
                         connection.execute(setting)  # type: ignore[call-overload]
                     values = empty | {"query": word, "embedding": vector, "k": K}
