@@ -54,7 +54,11 @@ def ask(big: Phase) -> Iterator[Callable[..., str]]:
     with big.connection.transaction(force_rollback=True):
 
         def judge(
-            text: str, *spoilers: str, kind: str = "custom", values: tuple[Any, ...] = (VECTOR, 10), exact: str = ""
+            text: str,
+            *spoilers: str,
+            kind: str = "custom",
+            values: tuple[Any, ...] = (VECTOR, 10),
+            exact: explain.Exactly | None = None,
         ) -> str:
             for spoiler in spoilers:
                 big.connection.execute(sql.SQL(spoiler))
@@ -338,7 +342,7 @@ def test_14_where_70_tune_chose_exact_the_filters_own_index_is_right(
     ask: Callable[..., str], off: str, scan: str
 ) -> None:
     spoilers = (*RARE, f"SET LOCAL {off} = off", "SET LOCAL enable_seqscan = off")
-    assert ask(BY_STATUS, *spoilers, values=(VECTOR, 10, "Rare"), exact="status = Rare") == (
+    assert ask(BY_STATUS, *spoilers, values=(VECTOR, 10, "Rare"), exact=explain.Exactly("status = Rare", "")) == (
         "PASS    explain.custom_plan_uses_the_index   the application's query\n"
         f"  found   {scan} articles_status\n"
         "  needed  Index Scan articles_embedding_hnsw, or an index of the filter, for 70_tune chose exact where"
@@ -348,8 +352,64 @@ def test_14_where_70_tune_chose_exact_the_filters_own_index_is_right(
 
 def test_14_where_70_tune_chose_exact_the_whole_table_is_still_too_much(ask: Callable[..., str]) -> None:
     spoilers = ("SET LOCAL enable_indexscan = off", "SET LOCAL enable_bitmapscan = off")
-    answer = ask(BY_STATUS, *RARE, *spoilers, values=(VECTOR, 10, "Rare"), exact="status = Rare")
+    answer = ask(BY_STATUS, *RARE, *spoilers, values=(VECTOR, 10, "Rare"), exact=explain.Exactly("status = Rare", ""))
     assert answer.startswith("FAIL") and "found   Seq Scan articles" in answer
+
+
+MISSED = explain.Exactly("status = Stable", "the index finds 0.740 of their answers")
+
+
+@pytest.mark.parametrize("kind", ["custom", "generic"])
+def test_14_where_70_tune_chose_exact_the_vector_index_will_not_do(ask: Callable[..., str], kind: str) -> None:
+    stable = {"values": (VECTOR, 10, "Stable"), "kind": kind}
+    answer = ask(BY_STATUS, **stable, exact=MISSED)
+    assert answer == (
+        f"FAIL    explain.{kind}_plan_uses_the_index   the application's query\n"
+        "  found   Index Scan articles_embedding_hnsw; the index finds 0.740 of their answers\n"
+        "  needed  an index of the filter, for 70_tune chose exact where status = Stable\n"
+        "  danger  the index hides rows that exact search finds\n"
+        "  do      send instead, for these: SELECT id FROM articles WHERE status = :status"
+        " ORDER BY (embedding <=> :embedding) + 0 LIMIT :k"
+    )
+    pasted = BY_STATUS.replace("embedding <=> $1", "(embedding <=> $1) + 0")
+    as_told = ("CREATE INDEX articles_status ON articles (status)", "SET LOCAL enable_seqscan = off")
+    assert ask(pasted, *as_told, **stable, exact=MISSED).startswith("PASS"), "as it was told"
+
+
+def test_14_where_the_index_was_measured_to_find_enough_it_will_do(ask: Callable[..., str]) -> None:
+    enough = explain.Exactly("status = Stable", "")
+    assert ask(BY_STATUS, values=(VECTOR, 10, "Stable"), exact=enough).startswith("PASS")
+
+
+@pytest.mark.parametrize(
+    ("low", "missed"),
+    [
+        (0.97, ""),
+        (0.6, "the index finds 0.990 of their answers"),
+        (None, "what the index finds of their answers was not measured"),
+    ],
+)
+def test_14_what_the_index_finds_is_what_70_tune_measured(
+    open_phase: Callable[..., Phase], low: float | None, missed: str
+) -> None:
+    target = {"name": "articles", "table": "articles", "key": "id", "text_columns": ["title", "body"]}
+    phase = open_phase("70_tune", **{**FILTERED, "target": target | {"filters": ["status"]}})
+    search.apply(phase)
+    learn(phase, "status", None, "exact")
+    point = {
+        "scan": "index",
+        "candidates": 40,
+        "iterative_scan": "strict_order",
+        "most_scanned": 20_000,
+        "recall": 0.99,
+    }
+    other = point | {"candidates": 80, "low": 0.1, "worst": 0.1, "rows_short": 5}
+    points = [other] if low is None else [other, point | {"low": low, "worst": 0.98, "rows_short": 0}]
+    rare = {"column": "status", "shares": {}, "points": [other]}
+    listed = {"column": "status", "shares": {"Stable": 0.7}, "points": points}
+    phase.note("tuning", {"chosen": 40, "classes": [{"column": None, "shares": {}, "points": []}, rare, listed]})
+    sent = Sent("the application's query", BY_STATUS, ("embedding", "k", "status"), (VECTOR, 10, "Stable"))
+    assert explain._chosen_exact(phase, sent) == explain.Exactly("status = Stable", missed)
 
 
 @pytest.mark.parametrize(("scan", "verdict"), [("exact", "PASS"), ("relaxed", "FAIL")])

@@ -94,6 +94,14 @@ def diagnose(phase: Phase, connection: db.Connection, sent: Sent, kind: str) -> 
     return _of_statement(case)
 
 
+def through_the_index(sent: Sent, missed: str) -> Cause:
+    """A statement that reads the vector index although its filters are to be searched exactly."""
+    search = find(sent.text)
+    # What is not a bare distance cannot be read from the index, and is sorted exactly.
+    text = search.bare(f"({search.left}", right=f"{search.right}) + 0") if search else sent.text
+    return Cause("exact_was_chosen", missed, f"send instead, for these: {' '.join(named(text, sent.names).split())}")
+
+
 def _invalid(row: db.Row) -> Cause:
     return Cause(
         "invalid_index",

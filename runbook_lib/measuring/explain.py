@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from psycopg import sql
 
@@ -28,13 +29,25 @@ def gates(phase: Phase) -> list[Gate]:
     p = phase.params
     routes = list(dict.fromkeys(["vector", p.cut_over.route]))
     found = [_function_searches_by_index(phase, route) for route in routes]
-    sent = [(function_query(phase), "")]
+    sent: list[tuple[Sent, Exactly | None]] = [(function_query(phase), None)]
     if p.search.application_query:
         own = application_query(phase)
         sent.append((own, _chosen_exact(phase, own)))
     with as_the_application(phase) as connection:
         found += [judge(phase, connection, s, kind, exact) for s, exact in sent for kind in ("custom", "generic")]
     return found
+
+
+@dataclass(frozen=True)
+class Exactly:
+    """Filters that 70_tune chose to search exactly.
+
+    where: the filters with their values. missed: why the vector index will not do for them; empty where it was
+    measured to reach the target with the settings of the function.
+    """
+
+    where: str
+    missed: str
 
 
 def function_query(phase: Phase) -> Sent:
@@ -66,17 +79,35 @@ def _values(phase: Phase) -> tuple[str, list[float], int]:
     return query.text, [float(x) for x in embed.query_vectors(p, [query])[0]], p.queries.k
 
 
-def _chosen_exact(phase: Phase, sent: Sent) -> str:
-    """The filters of the statement with their values, where 70_tune chose to search these exactly; else empty."""
+def _chosen_exact(phase: Phase, sent: Sent) -> Exactly | None:
+    """The filters of the statement with their values, where 70_tune chose to search these exactly."""
     p = phase.params
     given = {c: v for c, v in zip(sent.names, sent.values, strict=True) if c in p.target.filters and v is not None}
     columns = [c for c in p.target.filters if c in given]
     if not columns:
-        return ""
+        return None
     value = together.given_value([sql.Placeholder(c) for c in columns])
     query = SQL["way_of"].compose(names(p) | {"value": value})
     row = phase.connection.execute(query, given | {"filter": together.name(columns)}).fetchone()
-    return together.AND.join(f"{c} = {given[c]}" for c in columns) if row and row["scan"] == "exact" else ""
+    if row is None or row["scan"] != "exact":
+        return None
+    return Exactly(together.AND.join(f"{c} = {given[c]}" for c in columns), _missed(phase, columns, row["value"]))
+
+
+def _missed(phase: Phase, columns: list[str], value: str) -> str:
+    """What 70_tune found of these filters through the index, set as the function sets it for no filter at all."""
+    tuning = phase.ledger.latest("tuning") or {"chosen": None, "classes": []}
+    limit = search.MOST_SCANNED_DEFAULT[phase.params.index.method]
+    way = ("index", tuning["chosen"], search.ITERATIVE[phase.params.index.method][1], limit)
+    own = [
+        c for c in tuning["classes"] if c["column"] == together.name(columns) and value in (c["shares"] or [value])
+    ]
+    for point in (p for c in own for p in c["points"]):
+        if (point["scan"], point["candidates"], point["iterative_scan"], point["most_scanned"]) == way:
+            target = phase.params.tune.target_recall
+            reached = min(point["low"], point["worst"]) >= target and not point["rows_short"]
+            return "" if reached else f"the index finds {point['recall']:.3f} of their answers"
+    return "what the index finds of their answers was not measured"
 
 
 def _usual_value(phase: Phase, column: str) -> str | None:
@@ -98,27 +129,32 @@ def as_the_application(phase: Phase) -> Iterator[db.Connection]:
         yield connection
 
 
-def judge(phase: Phase, connection: db.Connection, sent: Sent, kind: str, exact: str = "") -> Gate:
+def judge(phase: Phase, connection: db.Connection, sent: Sent, kind: str, exact: Exactly | None = None) -> Gate:
     """Gate: the plan of this statement reads a vector index below a LIMIT; otherwise it names the cause.
 
-    exact: the filters of the statement, where they are to be searched exactly; their own index will do then.
+    exact: filters of the statement that are to be searched exactly; their own index will do then, and the vector
+    index only where it was measured to find enough.
     """
     indexes = {row["name"] for row in vector_indexes(connection, phase.params)}
     found = plan_of(connection, sent, kind)
     lacking = partitions.without_index(connection, phase.params, spelled(phase.params, "vectors"))
-    holds = found.by_index in indexes and found.limited and not (found.sorted_whole and lacking)
-    holds = holds or (bool(exact) and found.by_another_index)
-    cause = None if holds else diagnose.diagnose(phase, connection, sent, kind)
+    through = found.by_index in indexes and found.limited and not (found.sorted_whole and lacking)
+    danger, cause = DANGER, None
+    own = f"an index of the filter, for 70_tune chose exact where {exact.where}" if exact else ""
+    vector = f"Index Scan {index_name(phase.params)}" if exact is None or not exact.missed else ""
+    if through and exact and exact.missed:
+        cause, danger = diagnose.through_the_index(sent, exact.missed), "the index hides rows that exact search finds"
+    elif not through and not (exact and found.by_another_index):
+        cause = diagnose.diagnose(phase, connection, sent, kind)
+        if found.by_index in indexes and not found.limited:
+            danger = "the index ends after some rows; the rest is never returned"
     return gate(
         f"explain.{kind}_plan_uses_the_index",
-        holds,
+        cause is None,
         sent.subject,
         found=found.scan if cause is None else f"{found.scan}; {cause.found}",
-        needed=f"Index Scan {index_name(phase.params)}"
-        + (f", or an index of the filter, for 70_tune chose exact where {exact}" if exact else ""),
-        danger="the index ends after some rows; the rest is never returned"
-        if found.by_index in indexes and not found.limited
-        else DANGER,
+        needed=", or ".join(filter(None, (vector, own))),
+        danger=danger,
         do=cause.do if cause else "",
         figures={"cause": cause.name if cause else None, "cost": found.cost},
     )

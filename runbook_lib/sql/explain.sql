@@ -55,6 +55,6 @@ FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
 
 -- name: way_of
 -- purpose: How the search function searches by these filters, as 70_tune chose.
-SELECT s.scan FROM {strategy} s
+SELECT s.scan, {value} AS value FROM {strategy} s
 WHERE s.target = {target_name} AND s.filter = %(filter)s AND (s.value = {value} OR s.value IS NULL)
 ORDER BY s.value LIMIT 1;
