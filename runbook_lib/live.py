@@ -189,20 +189,32 @@ def _p95(milliseconds: Any) -> float | None:
 
 
 def verify(phase: Phase) -> Gates:
-    """No sampled call failed in the other search, and the new route is as fast on live calls as legacy."""
+    """No sampled call failed in the other search; and, from :data:`FEWEST_CALLS` calls on, the new route is as fast
+    on live calls as legacy. Both searches answered the same calls, whichever of them was live.
+    """
     rows = logged(phase)
-    return collect([_nothing_failed(phase, rows), _is_fast_enough(phase, rows)])
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        if row["problem"] is None:
+            times.setdefault(row["live_route"], []).append(row["live_ms"])
+            times.setdefault(row["other_route"], []).append(row["other_ms"])
+    route = phase.params.cut_over.route
+    new, old = times.get(route, []), times.get("legacy", [])
+    fast = [_is_fast_enough(route, new, old)] if min(len(new), len(old)) >= FEWEST_CALLS else []
+    return collect([_nothing_failed(phase, rows, timed=bool(fast)), *fast])
 
 
-def _nothing_failed(phase: Phase, rows: list[db.Row]) -> Gate:
+def _nothing_failed(phase: Phase, rows: list[db.Row], *, timed: bool) -> Gate:
     problems = [row["problem"] for row in rows if row["problem"]]
+    found = f"{len(problems)} of {number(len(rows))} sampled calls" if rows else "no live call sampled"
+    found += f"; {problems[0]}" if problems else ""
+    if rows and not timed:
+        found += f"; too few to judge their times, which takes {FEWEST_CALLS} without a problem"
     return gate(
         "live.no_shadow_failed",
         not problems,
         function_name(phase.params),
-        found=f"{len(problems)} of {number(len(rows))} sampled calls" + (f"; {problems[0]}" if problems else "")
-        if rows
-        else "no live call sampled",
+        found=found,
         needed="0",
         danger="these calls would fail for users as soon as the reads move",
         do="mend what the error names, then DELETE the rows with a problem from the log and run 80_shadow again",
@@ -210,28 +222,19 @@ def _nothing_failed(phase: Phase, rows: list[db.Row]) -> Gate:
     )
 
 
-def _is_fast_enough(phase: Phase, rows: list[db.Row]) -> Gate:
-    """Both searches answered the same calls, whichever of them was live."""
-    times: dict[str, list[float]] = {}
-    for row in rows:
-        if row["problem"] is None:
-            times.setdefault(row["live_route"], []).append(row["live_ms"])
-            times.setdefault(row["other_route"], []).append(row["other_ms"])
-    route = phase.params.cut_over.route
-    new, old = _p95(times.get(route, [])), _p95(times.get("legacy", []))
-    enough = new is not None and old is not None and len(times[route]) >= FEWEST_CALLS
-    limit = max(old or 0.0, FAST_ENOUGH_MS)
+def _is_fast_enough(route: str, new: list[float], old: list[float]) -> Gate:
+    """new, old: milliseconds of each call."""
+    new_p95, old_p95 = (evaluate.latency([ms / 1000 for ms in times])["p95_ms"] for times in (new, old))
+    limit = max(old_p95, FAST_ENOUGH_MS)
     return gate(
         "live.new_route_is_fast_enough",
-        not enough or (new or 0.0) <= limit,
+        new_p95 <= limit,
         f"{route} on live calls",
-        found=f"p95 {new:.2f} ms, legacy {old:.2f} ms, {len(times[route])} calls"
-        if enough
-        else f"{len(times.get(route, []))} sampled calls, too few to judge",
-        needed=f"at most {limit:.2f} ms" if enough else f"at most legacy's p95, from {FEWEST_CALLS} calls on",
+        found=f"p95 {new_p95:.2f} ms, legacy {old_p95:.2f} ms, {len(new)} calls",
+        needed=f"at most {limit:.2f} ms",
         danger="users wait longer than today",
         do="look at the load of the server and at the setting chosen by 70_tune",
-        figures={"p95_ms": new, "legacy_p95_ms": old},
+        figures={"p95_ms": round(new_p95, 3), "legacy_p95_ms": round(old_p95, 3)},
     )
 
 

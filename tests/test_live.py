@@ -64,6 +64,34 @@ def test_both_answers_and_times_are_logged_and_no_text(
     assert "vector" in str(live.summary(phase)) and live.verify(phase).passed
 
 
+@pytest.mark.parametrize(
+    ("calls", "new_ms", "found"),
+    [
+        (live.FEWEST_CALLS - 1, 900.0, None),
+        (live.FEWEST_CALLS, 900.0, ("FAIL", "p95 900.00 ms, legacy 20.00 ms, 30 calls", "at most 20.00 ms")),
+        (live.FEWEST_CALLS, 19.0, ("PASS", "p95 19.00 ms, legacy 20.00 ms, 30 calls", "at most 20.00 ms")),
+        (live.FEWEST_CALLS, 21.0, ("FAIL", "p95 21.00 ms, legacy 20.00 ms, 30 calls", "at most 20.00 ms")),
+    ],
+)
+def test_times_are_judged_from_thirty_calls_on(
+    shadowed: Callable[..., Phase],
+    articles: psycopg.Connection[Any],
+    calls: int,
+    new_ms: float,
+    found: tuple[str, str, str] | None,
+) -> None:
+    phase = shadowed()
+    articles.execute(
+        f"INSERT INTO {LOG} (text_hash, live_route, live_ms, live_keys, other_route, other_ms, other_keys)"
+        " SELECT '', 'vector', %s, '{1}', 'legacy', 20, '{1}' FROM generate_series(1, %s)",
+        [new_ms, calls],
+    )
+    gates = {g.name: g for g in live.verify(phase)}
+    timed = gates.get("live.new_route_is_fast_enough")
+    assert (timed and (str(timed.verdict), timed.found, timed.needed)) == found
+    assert ("too few to judge" in gates["live.no_shadow_failed"].found) == (found is None)
+
+
 def test_no_more_calls_a_minute_than_the_parameters_allow(
     shadowed: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
@@ -87,7 +115,8 @@ def test_a_shadow_that_fails_is_logged_and_the_call_has_its_answer(
     assert len(articles.execute(CALL, [[1.0, 2.0]]).fetchall()) == 5
     assert str(live.verify(phase).failed[0]) == (
         "FAIL    live.no_shadow_failed   search_articles_shadow\n"
-        "  found   1 of 1 sampled calls; 22000 expected 8 dimensions, not 2\n"
+        "  found   1 of 1 sampled calls; 22000 expected 8 dimensions, not 2; too few to judge their times,"
+        " which takes 30 without a problem\n"
         "  needed  0\n"
         "  danger  these calls would fail for users as soon as the reads move\n"
         "  do      mend what the error names, then DELETE the rows with a problem from the log and run"
