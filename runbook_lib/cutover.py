@@ -250,8 +250,8 @@ def _live_gates(seen: live.Seen, canary: Callable[..., Gate], again: str) -> lis
                f"look for the filters of these calls in the log, run 70_tune again, {again}"),
         *([canary("live_calls_are_fast_enough", (seen.p95_ms or 0) <= limit_ms,
                   f"p95 {seen.p95_ms:.2f} ms in {seen.calls} live calls",
-                  f"at most {limit_ms:.2f} ms, {LATENCY_TOLERANCE:g} × legacy on the same calls, from {live.FEWEST_CALLS}"
-                  " calls on", f"look at the load of the server, {again}")] if enough else []),
+                  f"at most {limit_ms:.2f} ms, {LATENCY_TOLERANCE:g} × legacy on the same calls, from"
+                  f" {live.FEWEST_CALLS} calls on", f"look at the load of the server, {again}")] if enough else []),
     ]  # fmt: skip
 
 
