@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from psycopg import sql
 
 from runbook_lib.params import Params
@@ -11,6 +13,10 @@ OPERATOR_CLASSES = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip
 
 # 16 of SHA-256's 32 bytes: at a billion texts the chance of one collision is below 1e-20, at half the room.
 HASH_BYTES = 16
+# NAMEDATALEN less the zero that ends it; PostgreSQL cuts what is longer, with a NOTICE.
+LONGEST_NAME_BYTES = 63
+# Two of a few values or names alike in so many hex digits are beyond chance.
+DIGITS_IN_A_NAME = 8
 
 
 def identifier(*parts: str) -> sql.Composable:
@@ -23,17 +29,30 @@ def spelled(params: Params, name: str) -> str:
     return names(params)[name].as_string().replace("%%", "%")
 
 
+def digits(text: str) -> str:
+    """Hex digits that tell a text from others, where a name has no room for the text itself."""
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS_IN_A_NAME]
+
+
+def shortened(stem: str, tail: str, unlike: str = "") -> str:
+    """``stem`` and ``tail`` as one name that PostgreSQL does not cut: the tail whole, of the stem what fits.
+
+    Never half a character of several bytes. unlike: what tells this name from others whose stems begin alike; where
+    the stem must be cut, its :func:`digits` come before the tail.
+    """
+    if unlike and len((stem + tail).encode()) > LONGEST_NAME_BYTES:
+        tail = f"_{digits(unlike)}{tail}"
+    return stem.encode()[: LONGEST_NAME_BYTES - len(tail.encode())].decode(errors="ignore") + tail
+
+
 def index_name(params: Params) -> str:
-    """Name of the vector index: table, column and method, cut to PostgreSQL's 63 bytes."""
-    tail = f"_{params.vector.column}_{params.index.method}"
-    head = params.target.table.encode()[: 63 - len(tail.encode())].decode(errors="ignore")
-    return head + tail
+    """Name of the vector index: table, column and method."""
+    return shortened(params.target.table, f"_{params.vector.column}_{params.index.method}")
 
 
 def side_table_name(params: Params) -> str:
-    """Name of the table that holds the vectors where they are kept beside the table, cut to PostgreSQL's 63 bytes."""
-    tail = f"_{params.vector.column}"
-    return params.target.table.encode()[: 63 - len(tail.encode())].decode(errors="ignore") + tail
+    """Name of the table that holds the vectors where they are kept beside the table."""
+    return shortened(params.target.table, f"_{params.vector.column}")
 
 
 def vectors_stand_beside(params: Params) -> bool:

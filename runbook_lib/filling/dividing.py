@@ -5,7 +5,6 @@ Everything is read from the catalogue of the table that serves: what it has, its
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,24 +15,19 @@ from runbook_lib import db, search
 from runbook_lib.display import Table
 from runbook_lib.filling.moving import Move
 from runbook_lib.measuring import classes
-from runbook_lib.names import identifier, spelled, trigger_name
+from runbook_lib.names import digits, identifier, shortened, spelled, trigger_name
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("partitioning")
 
-LONGEST_NAME_BYTES = 63
-DIGITS = 8
 PARTS, WHOLE = "_parts", "_whole"
 
 
 def beside_name(name: str, tail: str) -> str:
     """A name with a tail; where it must be cut, with digits that no other name has."""
-    if len((name + tail).encode()) <= LONGEST_NAME_BYTES:
-        return name + tail
-    tail = f"_{hashlib.sha256(name.encode()).hexdigest()[:DIGITS]}{tail}"
-    return name.encode()[: LONGEST_NAME_BYTES - len(tail)].decode(errors="ignore") + tail
+    return shortened(name, tail, unlike=name)
 
 
 def beside(params: Params, tail: str) -> sql.Composable:
@@ -161,7 +155,7 @@ def leaves(phase: Phase) -> list[Leaf]:
     made = [
         leaf(
             "partition_of_value",
-            f"_p_{hashlib.sha256(v.encode()).hexdigest()[:DIGITS]}",
+            f"_p_{digits(v)}",
             v,
             share,
             value=_plain(sql.Literal(v).as_string()),

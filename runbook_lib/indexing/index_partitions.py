@@ -7,7 +7,6 @@ found in the catalogue, so what was stopped between two goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,14 +20,12 @@ from runbook_lib.checking.partitions import Part, PartIndex
 from runbook_lib.display import Table, number, size
 from runbook_lib.gates import Gate, gate
 from runbook_lib.indexing.building import Built, concurrently
-from runbook_lib.names import identifier, index_name, names, operator_class, spelled
+from runbook_lib.names import identifier, index_name, names, operator_class, shortened, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("index_partitions")
 
-LONGEST_NAME_BYTES = 63
-DIGITS_OF_A_CUT_NAME = 8
 SHOWN_PARTITIONS = 3
 # A partition that appears while the last one is built is taken in another round; so many are enough for anybody.
 MOST_ROUNDS = 10
@@ -106,11 +103,7 @@ def is_needed(phase: Phase) -> bool:
 
 def leaf_index_name(phase: Phase, part: Part) -> str:
     """Name of the index of one partition; where it must be cut, with digits that no other partition has."""
-    tail = f"_{phase.params.vector.column}_{phase.params.index.method}"
-    if len((part.name + tail).encode()) <= LONGEST_NAME_BYTES:
-        return part.name + tail
-    tail = f"_{hashlib.sha256(part.shown.encode()).hexdigest()[:DIGITS_OF_A_CUT_NAME]}{tail}"
-    return part.name.encode()[: LONGEST_NAME_BYTES - len(tail.encode())].decode(errors="ignore") + tail
+    return shortened(part.name, f"_{phase.params.vector.column}_{phase.params.index.method}", unlike=part.shown)
 
 
 def standing(phase: Phase, parent: Parent | None = None) -> Standing:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from runbook_lib import db
 from runbook_lib.display import Table, size
 from runbook_lib.indexing import index_partitions
-from runbook_lib.names import index_name, spelled
+from runbook_lib.names import index_name, shortened, spelled
 from runbook_lib.operations import going_over, rebuild_partitions
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
@@ -18,7 +18,6 @@ SQL = load("rebuild")
 
 # What REINDEX CONCURRENTLY calls the index that it builds, and the one that it replaces; a number follows the second.
 OF_REINDEX = re.compile(r"_cc(new|old)\d*$")
-LONGEST_NAME_BYTES = 63
 WHAT_IT_IS = {
     "current": "serves",
     "new": "built beside, not in its place yet",
@@ -44,16 +43,12 @@ class Standing:
 
 def new_name(params: Params) -> str:
     """Name of the index while it stands beside the one that serves."""
-    return _with_tail(index_name(params), "_new")
+    return shortened(index_name(params), "_new")
 
 
 def old_name(params: Params) -> str:
     """Name of the index that served before, until it is dropped."""
-    return _with_tail(index_name(params), "_old")
-
-
-def _with_tail(name: str, tail: str) -> str:
-    return name.encode()[: LONGEST_NAME_BYTES - len(tail)].decode(errors="ignore") + tail
+    return shortened(index_name(params), "_old")
 
 
 def standing(phase: Phase) -> list[Standing]:

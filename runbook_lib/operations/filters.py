@@ -7,7 +7,6 @@ table; the function itself stays as it is.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,24 +20,20 @@ from runbook_lib.measuring import classes, partial
 from runbook_lib.measuring.partial import Value
 from runbook_lib.measuring.prepared import CALLS
 from runbook_lib.measuring.sweep import Measured
-from runbook_lib.names import identifier, index_name, spelled, vectors_stand_beside
+from runbook_lib.names import digits, identifier, index_name, shortened, spelled, vectors_stand_beside
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("filters")
 
-# Tells the values of a column apart in a name; two of a few values alike are beyond chance.
-TAIL_DIGITS = 8
-LONGEST_NAME_BYTES = 63
 # What the ledger keeps of a value is one row for all of them, so that the newest says everything.
 KIND = "filters"
 
 
 def name_of(params: Params, value: Value) -> str:
     """Name of a value's index: that of the vector index, and a hash of column and value."""
-    digest = hashlib.sha256(f"{value.column}\0{value.value}".encode()).hexdigest()[:TAIL_DIGITS]
-    return index_name(params).encode()[: LONGEST_NAME_BYTES - TAIL_DIGITS - 1].decode(errors="ignore") + f"_{digest}"
+    return shortened(index_name(params), "_" + digits(f"{value.column}\0{value.value}"))
 
 
 def _own(phase: Phase) -> dict[str, db.Row]:

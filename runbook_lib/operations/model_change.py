@@ -18,7 +18,7 @@ from runbook_lib import backfill, db, index, search
 from runbook_lib import params as params_module
 from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, Gate, Gates, RunbookError, Verdict, collect, gate
-from runbook_lib.names import identifier, names, spelled
+from runbook_lib.names import identifier, names, shortened, spelled
 from runbook_lib.operations import handover
 from runbook_lib.operations.handover import BOTH, NEW_ONLY
 from runbook_lib.params import Params
@@ -29,7 +29,6 @@ from runbook_lib.sql import load
 SQL = load("model_change")
 
 CUT_OVER = "90_cut_over"
-LONGEST_NAME_BYTES = 63
 # A search takes milliseconds; what is still at work after this is no search, or hangs.
 LONGEST_WAIT_FOR_CALLS_S = 60.0
 BETWEEN_LOOKS_S = 0.1
@@ -62,9 +61,8 @@ def replaced(phase: Phase) -> Phase:
 
 
 def before_name(params: Params) -> str:
-    """Name under which the replaced target's function is kept, cut to PostgreSQL's 63 bytes."""
-    tail = "_before"
-    return params.function_name.encode()[: LONGEST_NAME_BYTES - len(tail)].decode(errors="ignore") + tail
+    """Name under which the replaced target's function is kept."""
+    return shortened(params.function_name, "_before")
 
 
 def setting_name(old: Params) -> str:

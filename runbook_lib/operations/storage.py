@@ -22,7 +22,7 @@ from runbook_lib.measuring import evaluate, exact, shapes
 from runbook_lib.measuring.advice import Comparison
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.shapes import Asked, Found, Shape
-from runbook_lib.names import identifier, spelled
+from runbook_lib.names import identifier, shortened, spelled
 from runbook_lib.names import index_name as serving_name
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
@@ -35,7 +35,6 @@ SQL = load("storage")
 DRAWN_TIMES = 1.2
 # Of a table that is hardly larger than the sample all pages are drawn: a draw of a few pages may come out short.
 MOST_DRAWN_PERCENT = 50.0
-LONGEST_NAME_BYTES = 63
 KIND = "storage"
 
 
@@ -72,9 +71,8 @@ def _prefix(params: Params) -> str:
 
 
 def index_name(params: Params, shape: Shape) -> str:
-    """Name of the index that is built to be measured, cut to PostgreSQL's 63 bytes."""
-    head = _prefix(params).encode()[: LONGEST_NAME_BYTES - len(shape.slug)].decode(errors="ignore")
-    return head + shape.slug
+    """Name of the index that is built to be measured."""
+    return shortened(_prefix(params), shape.slug)
 
 
 def plan(phase: Phase) -> db.Plan:
