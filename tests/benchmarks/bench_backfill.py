@@ -1,11 +1,13 @@
 """The backfill against one big UPDATE, on a table with a trigram index.
 
-    python -m tests.benchmarks.bench_backfill [--rows 100000] [--repetitions 3]
+    python -m tests.benchmarks.bench_backfill [--rows 100000] [--repetitions 3] [--own-core]
 
 Every arm starts from a copy of the same database, in turn, so that a slow moment hits all of them; figures are
 medians, ratios are of medians. Text: real passages, four to a row, about 1 kB; vectors of 384 dimensions, staged
-beforehand. Two neighbours work beside each arm: one reads by primary key, one updates single rows. Prints a table,
-and ends with status 1 where a ratio misses what was promised.
+beforehand. Two neighbours work beside each arm: one reads by primary key, one updates single rows. With --own-core
+they have the first core to themselves, sessions and all, and the rest of the server has the others: what is left is
+what the arm does to them by locks, pages and WAL, not by taking their processor. Prints a table, and ends with
+status 1 where a ratio misses what was promised.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import psycopg
 import yaml
 from psycopg import sql
@@ -135,13 +138,25 @@ def our_backfill(p: params.Params) -> tuple[float, str]:
     return noted["batch_p95_ms"] / 1000, f"{noted['strategy']}, {noted['batches']} batches"
 
 
-def neighbour(dsn: str, rows: int, ready: Event, stop: Event, out: Any, update: bool) -> None:
+def give_core_away(server: str) -> None:
+    """Keeps this process, the server and all sessions to come off the first core."""
+    others = list(range(1, psutil.cpu_count() or 1))
+    with psycopg.connect(server) as connection:
+        postmaster = psutil.Process(connection.info.backend_pid).parent()
+    assert postmaster and others
+    for process in (psutil.Process(), postmaster, *postmaster.children()):
+        process.cpu_affinity(others)
+
+
+def neighbour(dsn: str, rows: int, ready: Event, stop: Event, out: Any, update: bool, own_core: bool) -> None:
     """Reads, or updates, one random row after the other and reports the time of each in ms."""
     times, draw = [], random.Random(2)
     # Columns by name, as an application should: a star would bring a vector along with every row filled so far.
     read = "SELECT id, title, body, views FROM articles WHERE id = %s"
     statement = "UPDATE articles SET views = views + 1 WHERE id = %s" if update else read
     with psycopg.connect(dsn, autocommit=True) as connection:
+        for pid in (os.getpid(), connection.info.backend_pid) if own_core else ():
+            psutil.Process(pid).cpu_affinity([0])
         ready.set()
         while not stop.is_set():
             key = draw.randint(1, rows)
@@ -152,12 +167,14 @@ def neighbour(dsn: str, rows: int, ready: Event, stop: Event, out: Any, update: 
     out.put((update, times))
 
 
-def beside(dsn: str, rows: int, work: Callable[[], Any]) -> tuple[Any, list[float], list[float]]:
+def beside(dsn: str, rows: int, work: Callable[[], Any], own_core: bool) -> tuple[Any, list[float], list[float]]:
     """Does the work while the neighbours do theirs; returns its result, times of reads and of updates in ms."""
     context = multiprocessing.get_context("spawn")
     stop, out = context.Event(), context.Queue()
     ready = [context.Event(), context.Event()]
-    processes = [context.Process(target=neighbour, args=(dsn, rows, ready[u], stop, out, bool(u))) for u in (0, 1)]
+    processes = [
+        context.Process(target=neighbour, args=(dsn, rows, ready[u], stop, out, bool(u), own_core)) for u in (0, 1)
+    ]
     for process in processes:
         process.start()
     for event in ready:
@@ -172,7 +189,7 @@ def beside(dsn: str, rows: int, work: Callable[[], Any]) -> tuple[Any, list[floa
     return result, times[False], times[True]
 
 
-def measure(server: str, arm: str, rows: int) -> Measured:
+def measure(server: str, arm: str, rows: int, own_core: bool) -> Measured:
     """Copies the database, lets the arm work on it with its neighbours, and counts what it left behind."""
     name = f"arm_{arm}"
     with psycopg.connect(server, autocommit=True) as admin:
@@ -190,7 +207,7 @@ def measure(server: str, arm: str, rows: int) -> Measured:
         connection.execute("SELECT count(*) FROM articles")
         before = connection.execute(COUNTS).fetchone()
         work = {"big_update": big_update, "backfill": our_backfill, "side_table": our_backfill}[arm]
-        (seconds, result), reads, updates = beside(dsn, rows, lambda: timed(lambda: work(p)))
+        (seconds, result), reads, updates = beside(dsn, rows, lambda: timed(lambda: work(p)), own_core)
         time.sleep(SETTLE_S)
         after = connection.execute(COUNTS).fetchone()
         missing = connection.execute(MISSING[arm]).fetchone()
@@ -238,10 +255,10 @@ def parameters(layout: str) -> params.Params:
         return params.load(path)
 
 
-def baseline(server: str, rows: int) -> float:
+def baseline(server: str, rows: int, own_core: bool) -> float:
     """p99 of the reads, in ms, with nothing but the neighbours at work."""
     dsn = make_conninfo(server, dbname="base_column")
-    _, reads, _ = beside(dsn, rows, lambda: time.sleep(BASELINE_S))
+    _, reads, _ = beside(dsn, rows, lambda: time.sleep(BASELINE_S), own_core)
     return float(np.percentile(reads, 99))
 
 
@@ -250,6 +267,7 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--rows", type=int, default=10_000)
     arguments.add_argument("--repetitions", type=int, default=3)
+    arguments.add_argument("--own-core", action="store_true")
     arguments.add_argument("--arms", nargs="+", default=["big_update", "backfill", "side_table"])
     options = arguments.parse_args()
     runs: dict[str, list[Measured]] = {arm: [] for arm in options.arms}
@@ -266,11 +284,13 @@ def main() -> int:
                 admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
                 dsn = os.environ[DSN_ENV] = make_conninfo(server, dbname=name)
                 prepare(dsn, parameters(layout), options.rows)
+        if options.own_core:
+            give_core_away(server)
         quiet = []
         for _ in range(options.repetitions):
-            quiet.append(baseline(server, options.rows))
+            quiet.append(baseline(server, options.rows, options.own_core))
             for arm in options.arms:
-                runs[arm].append(measure(server, arm, options.rows))
+                runs[arm].append(measure(server, arm, options.rows, options.own_core))
     return report(options.rows, runs, statistics.median(quiet))
 
 
