@@ -93,8 +93,8 @@ def rows_of_text(rows: int) -> Iterator[tuple[int, str, str]]:
         yield i + 1, drawn[0].title, " ".join(a.body for a in drawn)
 
 
-def prepare(dsn: str, p: params.Params, rows: int) -> None:
-    """The database that every arm copies: the table with its indexes, phases 20 to 40 done, vectors staged."""
+def fill(dsn: str, rows: int) -> None:
+    """The table with its indexes, as it is before anybody thinks of vectors."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(CREATE)
         with connection.cursor().copy("COPY articles (id, title, body) FROM STDIN") as copy:
@@ -102,6 +102,11 @@ def prepare(dsn: str, p: params.Params, rows: int) -> None:
                 copy.write_row(row)
         connection.execute("SET maintenance_work_mem = '512MB'")
         connection.execute("CREATE INDEX articles_trgm ON articles USING gin (title gin_trgm_ops, body gin_trgm_ops)")
+
+
+def prepare(dsn: str, p: params.Params) -> None:
+    """The database that every arm copies: phases 20 to 40 done, vectors staged."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
         with opened(p) as phase:
             extension.apply(phase)
             schema.apply(phase)
@@ -110,6 +115,14 @@ def prepare(dsn: str, p: params.Params, rows: int) -> None:
             phase.connection.execute(stage, {"dimension": DIMENSION})
         connection.execute("VACUUM (ANALYZE)")
         connection.execute("CHECKPOINT")
+
+
+def copy_database(admin: psycopg.Connection[Any], template: str, name: str) -> None:
+    """Makes a database as a copy of another one, in the place of an older copy."""
+    admin.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
+    admin.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
+    admin.execute("CHECKPOINT")
 
 
 @contextlib.contextmanager
@@ -193,14 +206,7 @@ def measure(server: str, arm: str, rows: int, own_core: bool) -> Measured:
     """Copies the database, lets the arm work on it with its neighbours, and counts what it left behind."""
     name = f"arm_{arm}"
     with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
-        template = "base_side" if arm == "side_table" else "base_column"
-        admin.execute(
-            sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy").format(
-                sql.Identifier(name), sql.Identifier(template)
-            )
-        )
-        admin.execute("CHECKPOINT")
+        copy_database(admin, "base_side" if arm == "side_table" else "base_column", name)
     dsn = os.environ[DSN_ENV] = make_conninfo(server, dbname=name)
     p = parameters("side_table" if arm == "side_table" else "column")
     with psycopg.connect(dsn, autocommit=True, row_factory=psycopg.rows.dict_row) as connection:
@@ -279,11 +285,13 @@ def main() -> int:
             # Its naps would hit one arm and not the other.
             admin.execute("ALTER SYSTEM SET autovacuum = off")
             admin.execute("SELECT pg_reload_conf()")
-            for layout in sorted({"side_table" if arm == "side_table" else "column" for arm in options.arms}):
+            admin.execute("CREATE DATABASE before")
+            fill(make_conninfo(server, dbname="before"), options.rows)
+            for layout in ("column", *(["side_table"] if "side_table" in options.arms else [])):
                 name = f"base_{layout.split('_')[0]}"
-                admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+                copy_database(admin, "before", name)
                 dsn = os.environ[DSN_ENV] = make_conninfo(server, dbname=name)
-                prepare(dsn, parameters(layout), options.rows)
+                prepare(dsn, parameters(layout))
         if options.own_core:
             give_core_away(server)
         quiet = []
