@@ -71,6 +71,18 @@ class Ledger:
         found = db.rows(self.connection, SQL["latest"], self.params, kind=kind, phase=phase)
         return dict(found[0]["body"]) if found else None
 
+    def latest_standing(self, kind: str, *phases: str) -> dict[str, Any] | None:
+        """The body of the newest row of this kind; None where one of these phases was taken back after it."""
+        if not self.exists():
+            return None
+        found = db.rows(self.connection, SQL["latest_standing"], self.params, kind=kind, phases=list(phases))
+        return dict(found[0]["body"]) if found else None
+
+    def last_row(self, phase: str) -> DictRow | None:
+        """The newest row of a phase or an operation, whatever its kind; None if there is none."""
+        found = db.rows(self.connection, SQL["last_row"], self.params, phase=phase) if self.exists() else []
+        return found[0] if found else None
+
     def phase_verdict(self, phase: str) -> str:
         """PASS, FAIL or UNDONE as the newest record of that phase says; NOT RUN where there is none."""
         body = self.latest("phase", phase)

@@ -15,7 +15,7 @@ from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, Verdict, collec
 from runbook_lib.ledger import Ledger, as_data
 from runbook_lib.params import Params
 from runbook_lib.phases import MIGRATE as MIGRATE
-from runbook_lib.phases import OPERATE, RUNS_BESIDE, waits
+from runbook_lib.phases import OPERATE, RUNS_BESIDE, STANDS_ON, UNDO_OPERATION, taken_back, waits
 from runbook_lib.phases import UNDO as UNDO
 from runbook_lib.running import approval, claim, plans, window
 
@@ -78,36 +78,58 @@ class Phase:
     def _predecessors(self) -> list[Gate]:
         if self.name in UNDO:
             return [self._nothing_stands_on_it()]
+        if self.name in UNDO_OPERATION:
+            return [self._no_later_operation_stands_on_it(), *self._is_as_planned()]
         if self.name == MIGRATE[0] or self.name not in (*MIGRATE, *OPERATE):
             return [gate("phase.may_start", True, self.name, found="needs no phase before it", needed="none")]
         before = OPERATE[self.name] if self.name in OPERATE else MIGRATE[MIGRATE.index(self.name) - 1]
         verdict = self.ledger.phase_verdict(before)
-        gates = [
+        passed = gate(
+            "phase.predecessor_passed",
+            verdict == Verdict.PASS,
+            before,
+            found=f"{verdict} in this database",
+            needed="PASS",
+            danger="what this phase relies on has not been proved here",
+            do=f"run {before} with execute: true first",
+        )
+        return [passed, *self._is_as_planned()]
+
+    def _is_as_planned(self) -> list[Gate]:
+        """No gate before preflight has planned."""
+        planned = self.ledger.latest("plan", MIGRATE[0])
+        if not planned:
+            return []
+        same = planned["fingerprint"] == self.params.fingerprint()
+        return [
             gate(
-                "phase.predecessor_passed",
-                verdict == Verdict.PASS,
-                before,
-                found=f"{verdict} in this database",
-                needed="PASS",
-                danger="what this phase relies on has not been proved here",
-                do=f"run {before} with execute: true first",
+                "phase.target_is_as_planned",
+                same,
+                f"{self.params.target.schema_}.{self.params.target.table}",
+                found=f"target, vector, model and ledger {'as planned' if same else 'changed since'}",
+                needed="the parameters that preflight planned with",
+                danger="phases would work on different columns, models or tables",
+                do="put the parameters back, or undo the migration and run 00_preflight again",
             )
         ]
-        planned = self.ledger.latest("plan", MIGRATE[0])
-        if planned:
-            gates.append(
-                gate(
-                    "phase.target_is_as_planned",
-                    planned["fingerprint"] == self.params.fingerprint(),
-                    f"{self.params.target.schema_}.{self.params.target.table}",
-                    found="target, vector, model and ledger "
-                    + ("as planned" if planned["fingerprint"] == self.params.fingerprint() else "changed since"),
-                    needed="the parameters that preflight planned with",
-                    danger="phases would work on different columns, models or tables",
-                    do="put the parameters back, or undo the migration and run 00_preflight again",
-                )
-            )
-        return gates
+
+    def _no_later_operation_stands_on_it(self) -> Gate:
+        """What an operation made may since have become part of what a later one made."""
+        operation = UNDO_OPERATION[self.name]
+        later = STANDS_ON.get(operation, "")
+        last, own = (self.ledger.last_row(name) for name in (later, operation))
+        stands = bool(last and own and last["seq"] > own["seq"] and self.ledger.phase_verdict(later) == Verdict.PASS)
+        back = f"run `runbook operate PARAMS {later} --undo --execute` first, or leave both as they are"
+        none = f"there is no way back from {later}; docs/dba.md says how to make the old model anew"
+        return gate(
+            "phase.no_later_operation_stands_on_it",
+            not stands,
+            operation,
+            found=f"{later} was carried out since" if stands else "no operation since that relies on it",
+            needed=f"{later} taken back, or never carried out" if later else "none that relies on it",
+            danger="what is to be taken back has become part of what the later one made",
+            do=back if later in UNDO_OPERATION.values() else none,
+        )
 
     def _nothing_stands_on_it(self) -> Gate:
         """The ways back are taken in order: what an earlier one takes back must be gone."""
@@ -207,13 +229,14 @@ class Phase:
         return gates
 
     def _append_verdicts(self, verdict: str) -> None:
-        """This phase's verdict; a way back also says UNDONE for each phase that it took back."""
+        """This phase's verdict; a way back also says UNDONE for each phase, or the operation, that it took back."""
         if not self.ledger.exists():
             return
         self.ledger.append("phase", {"verdict": verdict})
-        for taken_back in UNDO.get(self.name, ()):
-            if self.ledger.phase_verdict(taken_back) != "NOT RUN":
-                replace(self.ledger, phase=taken_back).append("phase", {"verdict": "UNDONE", "by": self.name})
+        for name in taken_back(self.name):
+            # An operation that was killed has no verdict, and is taken back all the same.
+            if self.ledger.last_row(name) if name in OPERATE else self.ledger.phase_verdict(name) != "NOT RUN":
+                replace(self.ledger, phase=name).append("phase", {"verdict": "UNDONE", "by": self.name})
 
     def close(self, gates: Gates, verdict: str = "PASS") -> Table:
         """Ends the phase: PASS only if there are gates and all passed. Gives back the claim on the target."""
@@ -252,7 +275,7 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
 
 def following(name: str) -> str:
     """What comes after a phase or a way back; an operation stands for itself."""
-    if name in OPERATE:
+    if name in OPERATE or name in UNDO_OPERATION:
         return "nothing: an operation stands for itself"
     order = MIGRATE if name in MIGRATE else tuple(UNDO)
     here = order.index(name) if name in order else len(order)

@@ -36,6 +36,23 @@ OPERATE = {
     "75_partition_by_filter": "70_tune",
     "80_retire_legacy": "90_cut_over",
 }
+# The notebook that takes an operation back, and the operation.
+UNDO_OPERATION = {
+    f"undo_{name}": name
+    for name in (
+        "40_rebuild_index",
+        "60_change_model",
+        "70_serve_filters",
+        "75_partition_by_filter",
+        "80_retire_legacy",
+    )
+}
+# An operation, and the later one that leaves it no way back, or none as long as it stands.
+STANDS_ON = {
+    "40_rebuild_index": "75_partition_by_filter",
+    "60_change_model": "65_retire_model",
+    "70_serve_filters": "75_partition_by_filter",
+}
 # Share their work by claims on rows, or only read: they may run beside themselves and beside a run of the migration.
 RUNS_BESIDE = frozenset({"00_rehearse", "10_refresh", "20_watch"})
 # Reads only, so it needs neither a sign-off nor the maintenance window.
@@ -43,12 +60,28 @@ READS_ONLY = MIGRATE[0]
 
 
 def waits(name: str) -> bool:
-    """Does it keep the maintenance window, and may it wait for a sign-off? A way back never does."""
-    return name in (*MIGRATE, *OPERATE) and name not in {READS_ONLY, *RUNS_BESIDE}
+    """Does it keep the maintenance window, and may it wait for a sign-off? The way back of an operation does as the
+    operation does; that of the migration never does.
+    """
+    return operation_of(name) in (*MIGRATE, *OPERATE) and name not in {READS_ONLY, *RUNS_BESIDE}
+
+
+def operation_of(name: str) -> str:
+    """The operation that a way back takes back; every other name as it is."""
+    return UNDO_OPERATION.get(name, name)
+
+
+def taken_back(name: str) -> tuple[str, ...]:
+    """The phases, or the operation, that a way back takes back; none where it is no way back."""
+    return (UNDO_OPERATION[name],) if name in UNDO_OPERATION else UNDO.get(name, ())
 
 
 def relied_on(name: str) -> tuple[str, ...]:
-    """The phases of the migration that a phase or an operation rests on, in their order."""
+    """The phases of the migration that a phase or an operation rests on, in their order; what an operation's way back
+    rests on ends with the operation.
+    """
+    if name in UNDO_OPERATION:
+        return (*relied_on(UNDO_OPERATION[name]), UNDO_OPERATION[name])
     if name in OPERATE:
         return MIGRATE[: MIGRATE.index(OPERATE[name]) + 1]
     return MIGRATE[: MIGRATE.index(name)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 
-from runbook_lib.phases import MIGRATE, OPERATE, UNDO
+from runbook_lib.phases import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
 
 OPEN = """from runbook_lib.phase import open_phase
 phase = open_phase("{name}", params_file, run_id, execute)
@@ -16,7 +16,13 @@ CLOSE = "phase.close(phase.require())"
 
 def write(folder: Path, **bodies: str) -> Path:
     """Writes every notebook; ``p50_backfill="…"`` puts code between opening and closing."""
-    for way, names in (("migrate", MIGRATE), ("operate", tuple(OPERATE)), ("undo", tuple(UNDO))):
+    ways = (
+        ("migrate", MIGRATE),
+        ("operate", tuple(OPERATE)),
+        ("undo", tuple(UNDO)),
+        ("undo_operation", tuple(UNDO_OPERATION)),
+    )
+    for way, names in ways:
         (folder / way).mkdir(parents=True, exist_ok=True)
         for name in names:
             body = bodies.get(f"p{name}", "'nothing special'") if way != "undo" else "'back'"

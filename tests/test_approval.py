@@ -19,7 +19,7 @@ from runbook_lib import params
 from runbook_lib.commands.cli import main
 from runbook_lib.gates import BadInput, NotApproved
 from runbook_lib.phase import MIGRATE, UNDO, Phase
-from runbook_lib.phases import OPERATE
+from runbook_lib.phases import OPERATE, UNDO_OPERATION
 from runbook_lib.running import approval, plans
 from tests.conftest import DSN_ENV, write_params
 
@@ -84,7 +84,8 @@ def asked(phase: Phase) -> approval.Asked:
 
 def test_the_plans_are_those_that_the_notebooks_show() -> None:
     root = Path(__file__).parent.parent / "notebooks"
-    for way, names in (("migrate", MIGRATE), ("operate", tuple(OPERATE)), ("undo", tuple(UNDO))):
+    forth, back = (("migrate", MIGRATE), ("operate", OPERATE)), (("undo", UNDO), ("undo_operation", UNDO_OPERATION))
+    for way, names in (*forth, *back):
         for name in names:
             cells = nbformat.read(root / way / f"{name}.ipynb", as_version=4).cells
             code = "\n".join(c.source for c in cells if c.cell_type == "code")

@@ -11,18 +11,22 @@ from typing import Any
 
 import psycopg
 import pytest
+from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from runbook_lib import compare, db, params, search
+from runbook_lib.commands.cli import main
 from runbook_lib.gates import BadInput, GateFailed, RunbookError
 from runbook_lib.ledger import Ledger
 from runbook_lib.measuring import models
 from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.operations import handover, model_change, retire_model, watch
 from runbook_lib.phase import MIGRATE, UNDO, Phase
+from runbook_lib.running import manifest
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
+from tests.small_runs import ROOT
 from tests.stepping import step, step_all
 from tests.test_migration import dump
 
@@ -294,6 +298,37 @@ def test_undo_leads_back_to_the_letter_and_twice_does_nothing(
     assert model_change.undo_plan(phase).statements == ()
     model_change.apply(phase)
     assert models.verify_swapped(phase).passed, "and it can take over again"
+
+
+def test_the_command_takes_it_back_with_a_record_and_not_after_the_retirement(
+    copied: str, articles: psycopg.Connection[Any], folder: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    before, text = definition(articles), dump(copied)
+
+    def operate(*arguments: str, path: Path = new) -> Result:
+        return CliRunner().invoke(main, ["operate", str(path), "60_change_model", *arguments])
+
+    done = operate("--execute")
+    assert done.exit_code == 0, done.output
+    assert definition(articles) != before
+    step("undo_operation/undo_60_change_model", new, execute=False)
+    assert definition(articles) != before, "a plan"
+    undone = operate("--undo", "--execute")
+    assert undone.exit_code == 0, undone.output
+    assert (definition(articles), dump(copied)) == (before, text)
+    (record,) = [r for _, r in manifest.all_runs(folder / "v2" / "runs") if r.way == "undo_operation" and r.execute]
+    assert [(p.name, p.status) for p in record.phases] == [("undo_60_change_model", "passed")]
+    again = operate("--undo", "--execute")
+    assert (again.exit_code, f"(run {record.run_id})" in again.output) == (0, True)
+
+    step(OPERATION, new)
+    step("operate/65_retire_model", retire(folder, 0))
+    with pytest.raises(GateFailed) as refused:
+        step("undo_operation/undo_60_change_model", new)
+    assert str(refused.value.gates.failed[0]).splitlines()[-1] == (
+        "  do      there is no way back from 65_retire_model; docs/dba.md says how to make the old model anew"
+    )
 
 
 @pytest.mark.parametrize("left", ["route moved", "copy left"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from runbook_lib.phases import MIGRATE, OPERATE, UNDO
+from runbook_lib.phases import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
 
 ROOT = Path(__file__).parent.parent / "notebooks"
 PATHS = sorted(ROOT.glob("*/*.ipynb"))
@@ -26,6 +26,7 @@ def test_every_phase_and_every_way_back_has_its_notebook() -> None:
     assert [p.stem for p in PATHS if p.parent.name == "migrate"] == list(MIGRATE)
     assert [p.stem for p in PATHS if p.parent.name == "undo"] == list(UNDO)
     assert [p.stem for p in PATHS if p.parent.name == "operate"] == list(OPERATE)
+    assert [p.stem for p in PATHS if p.parent.name == "undo_operation"] == list(UNDO_OPERATION)
 
 
 def test_every_phase_is_taken_back_by_exactly_one_undo() -> None:

@@ -27,6 +27,7 @@ from tests.test_migration import dump
 from tests.test_server_versions import SECTIONS
 
 NOTEBOOK = "operate/80_retire_legacy"
+UNDO_NOTEBOOK = "undo_operation/undo_80_retire_legacy"
 DAY_S = 86_400
 # Statistics of a test are younger than any number of days: what nobody read since they began is unused for 0 days.
 NOW: dict[str, Any] = {"unused_days": 0}
@@ -134,11 +135,14 @@ def test_there_and_back_through_the_notebook(
     assert answer[0] == (3, "vector")
     step(NOTEBOOK, path)
     assert indexes(articles) == LEFT, "applied twice"
-    opened = _open(path)
-    retire.undo(opened)
-    assert retire.verify_undone(opened).passed
-    assert retire.undo_plan(opened).statements == (), "undone twice"
+    step(UNDO_NOTEBOOK, path, execute=False)
+    assert indexes(articles) == LEFT, "a plan"
+    step(UNDO_NOTEBOOK, path)
     assert dump(database) == before
+    assert retire.undo_plan(_open(path)).statements == (), "undone twice"
+    articles.execute("DROP INDEX articles_prefix")
+    step(UNDO_NOTEBOOK, path)
+    assert "articles_prefix" not in indexes(articles), "what somebody dropped since is theirs"
     assert articles.execute("SELECT answered_by FROM search_articles('cookie') LIMIT 1").fetchone() == ("legacy",)
 
 

@@ -29,8 +29,8 @@ from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, GateFailed, Verdict
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
-from runbook_lib.phases import MIGRATE, OPERATE
-from runbook_lib.running import runner
+from runbook_lib.phases import MIGRATE, OPERATE, UNDO_OPERATION
+from runbook_lib.running import runner, selection
 from runbook_lib.running.manifest import SYMBOLS, Status
 from runbook_lib.running.runner import RunResult
 
@@ -119,28 +119,34 @@ def undo(params_file: Path, execute: bool, last: str | None, quiet: bool, verbos
         )
 
 
-@main.command(epilog=f"Operations: {', '.join(OPERATE)}.\n\n{EXIT_CODES_HELP}")
+@main.command(
+    epilog=f"Operations: {', '.join(OPERATE)}.\n\nWith a way back: {', '.join(UNDO_OPERATION.values())}.\n\n"
+    f"{EXIT_CODES_HELP}"
+)
 @PARAMS
 @click.argument("name", metavar="OPERATION")
 @EXECUTE
+@click.option("--undo", "take_back", is_flag=True, help="Take back what the operation did.")
 @QUIET
 @VERBOSE
-def operate(params_file: Path, name: str, execute: bool, quiet: bool, verbose: bool) -> None:
+def operate(params_file: Path, name: str, execute: bool, take_back: bool, quiet: bool, verbose: bool) -> None:
     """Carry out one operation on a table that was migrated: refresh, watch, update, rebuild and the others.
 
     \b
     Examples:
-      runbook operate params/articles.yaml 10_refresh --execute --quiet    # from cron
-      runbook operate params/articles.yaml 40_rebuild_index                # the plan
+      runbook operate params/articles.yaml 10_refresh --execute --quiet          # from cron
+      runbook operate params/articles.yaml 40_rebuild_index                      # the plan
+      runbook operate params/articles.yaml 40_rebuild_index --undo --execute     # its way back
     """
     with plain_errors():
+        way, chosen = (selection.UNDO_ONE, selection.way_back_of(name)) if take_back else ("operate", name)
         _end(
             runner.run(
                 params_file,
                 execute=execute,
-                first=name,
-                last=name,
-                way="operate",
+                first=chosen,
+                last=chosen,
+                way=way,
                 say=_progress(quiet),
                 verbose=verbose,
             ),

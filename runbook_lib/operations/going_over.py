@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from psycopg import sql
 
@@ -130,11 +131,16 @@ def function_fits(phase: Phase) -> Gate:
     )
 
 
+def last_swap(phase: Phase) -> dict[str, Any]:
+    """What the ledger knows of the last swap, or round of a partitioned table; empty where there was none, or it, or
+    the index itself, was taken back since.
+    """
+    return phase.ledger.latest_standing("rebuild", "40_rebuild_index", "60_build_index") or {}
+
+
 def holds_again(phase: Phase, found: Sequence[str]) -> Gate:
-    """Gate of the way back: the index holds what it held before this run's swap. found: of the index that serves."""
-    last = phase.ledger.latest("rebuild") or {}
-    swapped = last.get("run_id") == phase.run_id and last.get("storage")
-    needed = last["storage"] if swapped else found[0] if found else "an index"
+    """Gate of the way back: the index holds what it held before the last swap. found: of the index that serves."""
+    needed = last_swap(phase).get("storage") or (found[0] if found else "an index")
     return gate(
         "rebuild.index_holds_what_it_held",
         list(found) == [needed],

@@ -310,8 +310,7 @@ def _nothing_is_left(phase: Phase) -> Gate:
 
 def former_options(phase: Phase) -> dict[str, int]:
     """The options of the index before the last swap; empty where there was none."""
-    last = phase.ledger.latest("rebuild")
-    return {k: int(v) for k, v in last["before"].items()} if last else {}
+    return {k: int(v) for k, v in going_over.last_swap(phase).get("before", {}).items()}
 
 
 def undo_plan(phase: Phase) -> db.Plan:
@@ -322,22 +321,34 @@ def undo_plan(phase: Phase) -> db.Plan:
     if index_partitions.is_needed(phase):
         return rebuild_partitions.undo_plan(phase)
     found = standing(phase)
-    roles, current = {s.role for s in found}, one(found, "current")
+    roles, last = {s.role for s in found}, going_over.last_swap(phase)
     drops = [_drop(phase, s.name) for s in found if s.role == "leftover"]
-    last = phase.ledger.latest("rebuild") or {}
-    function, storage = last.get("function"), last.get("storage") or phase.params.index.storage
-    if "old" in roles:
-        renames = going_over.swap_back(phase, _named(phase, "swap_back"), function)
+    if "old" in roles and not last.get("goes_back"):
+        renames = going_over.swap_back(phase, _named(phase, "swap_back"), last.get("function"))
         back = [renames, _drop(phase, new_name(phase.params))]
-    elif "new" in roles:
+    elif "new" in roles and not last.get("goes_back"):
         back = [_drop(phase, new_name(phase.params))]
-    elif current and former_options(phase) and (current.options, current.storage) != (former_options(phase), storage):
-        renames = going_over.swap_back(phase, _named(phase, "swap"), function)
-        former = _build(going_over.under(phase, storage), former_options(phase))
-        back = [former, renames, _drop(phase, old_name(phase.params))]
     else:
-        back = []
+        back = _built_back(phase, found, last)
     return db.Plan((*drops, *back), phase.connection)
+
+
+def _built_back(phase: Phase, found: list[Standing], last: dict[str, Any]) -> list[db.Statement]:
+    """The index built again as it was, put into its place, and the other one dropped: what is left of these steps."""
+    current, new, old = (one(found, role) for role in ("current", "new", "old"))
+    options, storage = former_options(phase), last.get("storage") or phase.params.index.storage
+    if current is None or not options:
+        return []
+    is_former = [s.usable and (s.options, s.storage) == (options, storage) for s in (current, new) if s]
+    if is_former[0]:
+        return [_drop(phase, s.name) for s in (new, old) if s]
+    if new and is_former[1]:
+        steps = []
+    else:
+        former = _build(going_over.under(phase, storage), options)
+        steps = [*([_drop(phase, new.name)] if new else []), former]
+    renames = going_over.swap_back(phase, _named(phase, "swap"), last.get("function"))
+    return [*steps, renames, _drop(phase, old_name(phase.params))]
 
 
 def undo(phase: Phase) -> Table:
@@ -347,12 +358,26 @@ def undo(phase: Phase) -> Table:
     todo = undo_plan(phase)
     if not phase.execute:
         return phase.carry_out(todo)
+    _note_the_way_back(phase)
     in_a_transaction = (SQL["swap"].name, SQL["swap_back"].name)
     rows = [
         (s.purpose, (phase.do(s) if s.name in in_a_transaction else index.concurrently(phase, s)).seconds)
         for s in todo
     ]
     return Table(("what", "seconds"), rows)
+
+
+def _note_the_way_back(phase: Phase) -> None:
+    """Written down first: interrupted between its steps, the next way back must not take them for those of a swap."""
+    found, last = standing(phase), going_over.last_swap(phase)
+    current, roles = one(found, "current"), {s.role for s in found}
+    if last.get("goes_back") or current is None or "old" in roles:
+        return
+    if "new" in roles:
+        # Nothing was swapped: an earlier swap is not this way back's to undo, nor to be proved by it.
+        phase.note("rebuild", {"run_id": None, "before": current.options, "storage": current.storage})
+    elif last:
+        phase.note("rebuild", last | {"run_id": None, "goes_back": True})
 
 
 def verify_undone(phase: Phase) -> Gates:

@@ -21,6 +21,7 @@ from runbook_lib.indexing.building import concurrently
 from runbook_lib.indexing.index_partitions import Step
 from runbook_lib.measuring import recall
 from runbook_lib.names import identifier, index_name
+from runbook_lib.operations import going_over
 from runbook_lib.phase import Phase
 
 # What REINDEX CONCURRENTLY calls the index that it builds, and the one that it replaces; a number follows the second.
@@ -50,7 +51,7 @@ def _of_build(phase: Phase, part: Part) -> Options:
 
 def _round(phase: Phase) -> dict[str, Any] | None:
     """The last round; ``open`` says that it is not closed yet."""
-    return phase.ledger.latest("rebuild")
+    return going_over.last_swap(phase) or None
 
 
 def is_under_way(phase: Phase) -> bool:

@@ -214,7 +214,8 @@ def undo(phase: Phase) -> Table:
 
 def verify_undone(phase: Phase) -> Gates:
     """Every index that was retired is there again as it was, and reads can go back."""
-    retired = (phase.ledger.latest(retirable.KIND) or {}).get("indexes", [])
+    noted = phase.ledger.latest_standing(retirable.KIND, "80_retire_legacy") or {}
+    retired = noted.get("indexes", [])
     there = {f.name: f for f in retirable.standing(phase) if f.valid}
     right = [i["name"] for i in retired if i["name"] in there and there[i["name"]].definition == i["definition"]]
     wrong = [f"{i['name']} is not as it was" for i in retired if i["name"] not in right]

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from runbook_lib.params.section import AnyPath, Minutes, Section, ShortName
-from runbook_lib.phases import MIGRATE, OPERATE, UNDO, waits
+from runbook_lib.phases import MIGRATE, OPERATE, UNDO, UNDO_OPERATION, waits
 
 # In run.phase_timeout_minutes: the phases that are not named.
 EVERY_PHASE = "every_phase"
@@ -60,7 +60,7 @@ class Run(Section):
     @field_validator("phase_timeout_minutes")
     @classmethod
     def names_phases(cls, value: dict[str, float]) -> dict[str, float]:
-        _require_known(value, [EVERY_PHASE, *MIGRATE, *OPERATE, *UNDO])
+        _require_known(value, [EVERY_PHASE, *MIGRATE, *OPERATE, *UNDO, *UNDO_OPERATION])
         return value
 
     @field_validator("time_zone")

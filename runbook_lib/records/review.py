@@ -11,7 +11,7 @@ from markupsafe import Markup
 from runbook_lib.db import BLOCKED_BY, lock_level
 from runbook_lib.display import duration, number, size
 from runbook_lib.gates import Verdict
-from runbook_lib.phase import UNDO
+from runbook_lib.phases import UNDO, taken_back
 from runbook_lib.records import pictures, tables
 from runbook_lib.running.manifest import Manifest, Status
 
@@ -276,9 +276,9 @@ def _summary(
 
 def _what_changed(run: Manifest, found: _Newest) -> list[str]:
     lines = []
-    if run.way == "undo" and run.execute:
-        taken_back = [phase for p in run.phases if p.status == Status.PASSED for phase in UNDO.get(p.name, ())]
-        lines.append(f"Taken back on {run.table}: {', '.join(taken_back) or 'nothing'}.")
+    if run.way in ("undo", "undo_operation") and run.execute:
+        back = [name for p in run.phases if p.status == Status.PASSED for name in taken_back(p.name)]
+        lines.append(f"Taken back on {run.table}: {', '.join(back) or 'nothing'}.")
     if (entry := found("backfill")) and not entry.source:
         lines.append(
             f"{_count(entry.body['rows'], 'row')} of {run.table} got a vector in {duration(entry.body['seconds'])}."

@@ -20,7 +20,7 @@ from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, Gate, Gates, NotApproved, RunbookError, Verdict, gate, not_run
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
-from runbook_lib.phases import OPERATE, relied_on
+from runbook_lib.phases import OPERATE, UNDO_OPERATION, operation_of, relied_on
 from runbook_lib.running import plans
 from runbook_lib.sql import load
 
@@ -81,11 +81,12 @@ class Pending:
 
 
 def check(phase: Phase) -> Gates:
-    """The gate of the sign-off; none for a phase that needs none. Asks for it where it is missing.
+    """The gate of the sign-off; none for a phase that needs none. Asks for it where it is missing. The way back of an
+    operation needs one, of its own, where the operation does.
 
     Raises NotApproved, saying what voids an approval that is there: the plan, newer evidence, or who gave it.
     """
-    if phase.name not in phase.params.approval.phases:
+    if operation_of(phase.name) not in phase.params.approval.phases:
         return Gates(())
     needed = "the sign-off of another database user"
     if not phase.execute:
@@ -159,7 +160,7 @@ def pending(connection: db.Connection, params: Params, phase: str) -> Pending:
     Raises BadInput where the phase needs none, or rights on the ledger are missing; NotApproved where nothing is
     asked for, the request is out of date, or this user may not answer it.
     """
-    if phase not in params.approval.phases:
+    if operation_of(phase) not in params.approval.phases:
         raise BadInput([_needs_none(params, phase)])
     _require_rights(connection, params)
     row = _newest(connection, params, phase, "request")
@@ -238,10 +239,14 @@ def _needs_none(params: Params, phase: str) -> Gate:
 
 
 def _refused(phase: str, found: str, needed: str) -> NotApproved:
-    to = f" --to {phase}" if phase else ""
-    return NotApproved(
-        found, needed, "an approval of something else would be void", f"run `runbook run PARAMS --execute{to}` first"
-    )
+    return NotApproved(found, needed, "an approval of something else would be void", f"run `{_command(phase)}` first")
+
+
+def _command(phase: str) -> str:
+    if operation_of(phase) in OPERATE:
+        undo = " --undo" if phase in UNDO_OPERATION else ""
+        return f"runbook operate PARAMS {operation_of(phase)}{undo} --execute"
+    return "runbook run PARAMS --execute" + (f" --to {phase}" if phase else "")
 
 
 def _shown(connection: db.Connection, params: Params, phase: str) -> tuple[Table, Table]:
@@ -278,9 +283,10 @@ def _before(phase: str) -> list[str]:
 def _evidence_of(phase: str) -> dict[str, Any]:
     """Whose rows a sign-off rests on, and the verdicts of the phase itself after which it is used up.
 
-    An operation that has passed is signed anew the next time.
+    An operation that has passed is signed anew the next time, and so is its way back.
     """
-    used_up = ["UNDONE", str(Verdict.PASS)] if phase in OPERATE else ["UNDONE"]
+    one_time = phase in OPERATE or phase in UNDO_OPERATION
+    used_up = ["UNDONE", str(Verdict.PASS)] if one_time else ["UNDONE"]
     return {"phase": phase, "before": _before(phase), "used_up": used_up}
 
 

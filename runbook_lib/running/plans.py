@@ -45,6 +45,11 @@ PLANS = {
     "30_remove_schema": ("schema.undo_plan",),
     "40_remove_search_function": ("live.undo_plan", "search.undo_plan"),
     "50_remove_extension": ("extension.undo_plan",),
+    "undo_40_rebuild_index": ("operations.rebuild.undo_plan",),
+    "undo_60_change_model": ("operations.model_change.undo_plan",),
+    "undo_70_serve_filters": ("operations.filters.undo_plan",),
+    "undo_75_partition_by_filter": ("operations.partitioning.undo_plan",),
+    "undo_80_retire_legacy": ("operations.retire.undo_plan",),
 }
 
 

@@ -73,7 +73,7 @@ def run(
     verbose: bool = False,
 ) -> RunResult:
     """Runs phases ``first`` to ``last`` of ``migrate`` or ``undo``, stopping at the first that does not pass; or one
-    operation, which is both ``first`` and ``last`` of ``operate``.
+    operation, which is both ``first`` and ``last`` of ``operate``, or its way back, of ``undo_operation``.
 
     With ``execute`` and no ``first``, a migration goes on where the ledger says that it stands; phases proved
     before are not run again. ``say`` gets the progress, a line a phase; standard error if not given. ``verbose``:

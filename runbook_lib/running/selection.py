@@ -13,17 +13,69 @@ from runbook_lib.checking.inputs import input_problems
 from runbook_lib.gates import BadInput, Gate, Verdict
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
-from runbook_lib.phases import MIGRATE, OPERATE, UNDO
+from runbook_lib.phases import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
 from runbook_lib.running.manifest import SYMBOLS, Status
 
-ORDERS = {"migrate": MIGRATE, "undo": tuple(UNDO), "operate": tuple(OPERATE)}
+UNDO_ONE = "undo_operation"
+ORDERS = {"migrate": MIGRATE, "undo": tuple(UNDO), "operate": tuple(OPERATE), UNDO_ONE: tuple(UNDO_OPERATION)}
+# Ways of which a run takes one step.
+ONE_BY_ONE = ("operate", UNDO_ONE)
 NOTEBOOKS_ENV = "RUNBOOK_NOTEBOOKS"
+# Operations without a way back: why, and what there is instead.
+NO_WAY_BACK = {
+    "00_rehearse": (
+        "it leaves nothing: its samples are dropped when it ends",
+        "after a kill run 00_rehearse again, which drops them first",
+    ),
+    "10_refresh": (
+        "each row has the vector of the text that it has now; older vectors are kept nowhere",
+        "nothing is to be done; to have no vectors, `runbook undo PARAMS --execute`",
+    ),
+    "20_watch": ("it only reads, and writes its look into the ledger", "nothing is to be done"),
+    "30_update_extension": (
+        "pgvector has no script from a newer release to an older one, and the vectors were never touched",
+        "the administrator installs the package of the older release and restarts the server; from 0.8.0 on the"
+        " catalogue of a newer one is served by it",
+    ),
+    "50_compare_storage": (
+        "it leaves nothing: its scratch table and its indexes are dropped when it ends",
+        "after a kill run 50_compare_storage again, which drops what is left",
+    ),
+    "65_retire_model": (
+        "the old vectors are gone; they can only be made anew",
+        "take the old target through its own phases again, as a target that replaces this one; before the"
+        " retirement `60_change_model --undo` is the way back",
+    ),
+}
 
 
 def notebooks() -> Path:
     """The folder of the notebooks: beside the package, or where RUNBOOK_NOTEBOOKS points."""
     elsewhere = os.environ.get(NOTEBOOKS_ENV)
     return Path(elsewhere) if elsewhere else Path(runbook_lib.__file__).parent.parent / "notebooks"
+
+
+def way_back_of(operation: str) -> str:
+    """The name of the notebook that takes an operation back. Raises BadInput where there is none, saying why."""
+    if operation not in OPERATE:
+        raise BadInput([_unknown_phase(operation, tuple(OPERATE))])
+    for name, of in UNDO_OPERATION.items():
+        if of == operation:
+            return name
+    found, do = NO_WAY_BACK[operation]
+    raise BadInput(
+        [
+            Gate(
+                "runner.operation_has_a_way_back",
+                Verdict.FAIL,
+                operation,
+                found,
+                f"one of {', '.join(UNDO_OPERATION.values())}",
+                "a record would say that something was taken back; nothing was started",
+                do,
+            )
+        ]
+    )
 
 
 def check(params: Params, way: str, first: str | None, last: str | None) -> None:
@@ -34,7 +86,7 @@ def check(params: Params, way: str, first: str | None, last: str | None) -> None
         problems = [
             _bad_choice("runner.range_is_in_order", f"{first} to {last}", f"{last} comes before {first}", "swap them")
         ]
-    needed = order if way != "operate" else tuple(n for n in order if n in (first, last))
+    needed = tuple(n for n in order if n in (first, last)) if way in ONE_BY_ONE else order
     missing = [n for n in needed if not (notebooks() / way / f"{n}.ipynb").is_file()] if not problems else []
     if missing:
         do = f"install with `pip install --editable .`, or set {NOTEBOOKS_ENV} to the folder that holds {way}/"
@@ -65,9 +117,26 @@ def chosen(
             return ()
         if first != order[0]:
             say(f"proved in this database up to {order[order.index(first) - 1]}; going on with {first}")
+    if way == UNDO_ONE and first is not None and (nothing := _nothing_to_take_back(params, UNDO_OPERATION[first])):
+        say(f"{SYMBOLS[Status.PASSED]} nothing to take back: {nothing}")
+        return ()
     start = order.index(first) if first else 0
     end = order.index(last) + 1 if last else len(order)
     return order[start:end]
+
+
+def _nothing_to_take_back(params: Params, operation: str) -> str:
+    """Why there is nothing, by the ledger; empty where the operation has written anything since it was taken back.
+
+    One that was killed has left no verdict, but its gates.
+    """
+    with db.connect(params, "runbook-runner") as connection:
+        last = Ledger(connection, params, "", "").last_row(operation)
+    if last is None:
+        return f"{operation} was never carried out on this target"
+    if last["body"].get("verdict") != "UNDONE":
+        return ""
+    return f"{operation} was taken back at {last['written_at']:%Y-%m-%d %H:%M:%S %Z} (run {last['run_id']})"
 
 
 def _unknown_phase(name: str, order: tuple[str, ...]) -> Gate:

@@ -75,6 +75,21 @@ SELECT * FROM {entry}
 WHERE target = {target_name} AND kind = %(kind)s AND (%(phase)s::text IS NULL OR phase = %(phase)s)
 ORDER BY seq DESC LIMIT 1;
 
+-- name: latest_standing
+-- purpose: The newest row of a kind for this target, unless one of these phases was taken back since.
+SELECT * FROM {entry} e
+WHERE target = {target_name} AND kind = %(kind)s AND NOT EXISTS (
+    SELECT FROM {entry} later
+    WHERE later.target = {target_name} AND later.phase = ANY (%(phases)s) AND later.kind = 'phase'
+      AND later.body ->> 'verdict' = 'UNDONE' AND later.seq > e.seq)
+ORDER BY seq DESC LIMIT 1;
+
+-- name: last_row
+-- purpose: The newest row that a phase or an operation has written for this target, whatever its kind.
+SELECT * FROM {entry}
+WHERE target = {target_name} AND phase = %(phase)s
+ORDER BY seq DESC LIMIT 1;
+
 -- name: entries
 -- purpose: All rows of a run or (NULL) of every run of this target, in order.
 SELECT * FROM {entry}

@@ -1,0 +1,275 @@
+"""`runbook operate NAME --undo`: what an operation did is taken back by a run of its own, with claim and record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from runbook_lib import index
+from runbook_lib.commands.cli import main
+from runbook_lib.gates import BadInput, GateFailed
+from runbook_lib.operations import rebuild
+from runbook_lib.phase import Phase, following, open_phase
+from runbook_lib.phases import MIGRATE, OPERATE, STANDS_ON, UNDO_OPERATION, relied_on, taken_back, waits
+from runbook_lib.running import approval, manifest, selection, window
+from tests import toy
+from tests.conftest import DSN_ENV, write_params
+from tests.small_runs import ROOT, ledger_rows, record_of
+from tests.small_runs import run as run  # a fixture
+from tests.stepping import step, step_all
+from tests.test_filters import NAMED, TARGET, many_rows
+from tests.test_migration import dump
+from tests.test_server_versions import SECTIONS
+
+REBUILD, SERVE, DIVIDE = "40_rebuild_index", "70_serve_filters", "75_partition_by_filter"
+TIMES = 4
+WAY: dict[str, Any] = SECTIONS | {k: v for k, v in TARGET.items() if k != "tune"}
+OPERATIONS: dict[str, dict[str, Any]] = {
+    REBUILD: {"index": {"m": 24, "ef_construction": 96}},
+    SERVE: {"filters": NAMED},
+    DIVIDE: {"partitioning": {"column": "status", "accept_wider_key": True}},
+}
+ROWS = "SELECT md5(string_agg(t::text, '|' ORDER BY id)) FROM articles t"
+
+
+@pytest.fixture(scope="module")
+def tuned(server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Name of a database that is migrated up to 70_tune, to be copied."""
+    dsn = make_conninfo(server, dbname="tuned")
+    with psycopg.connect(server, autocommit=True) as admin, pytest.MonkeyPatch.context() as patch:
+        admin.execute("CREATE DATABASE tuned")
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            toy.create_articles(connection)
+            many_rows(connection, TIMES)
+        patch.setenv(DSN_ENV, dsn)
+        step_all("migrate", MIGRATE[:8], write_params(tmp_path_factory.mktemp("tuned"), **WAY))
+    return "tuned"
+
+
+@pytest.fixture
+def copied(server: str, tuned: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """DSN of a copy of it. It goes with the server: each DROP would wait for a checkpoint."""
+    name = f"tuned_{time.monotonic_ns()}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [tuned])
+        admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(*map(sql.Identifier, (name, tuned))))
+    dsn = make_conninfo(server, dbname=name)
+    monkeypatch.setenv(DSN_ENV, dsn)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return dsn
+
+
+def operate(path: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(main, ["operate", str(path), *arguments])
+
+
+def newest(folder: Path) -> manifest.Manifest:
+    return next(iter(manifest.all_runs(folder / "runs")))[1]
+
+
+def seen(dsn: str) -> tuple[Any, ...]:
+    """The schema, every row of the table, and how each value is searched."""
+    with psycopg.connect(dsn) as connection:
+        rows = connection.execute(ROWS).fetchone()
+        ways = connection.execute("SELECT * FROM runbook.strategy ORDER BY 1, 2, 3").fetchall()
+        route = connection.execute("SELECT * FROM runbook.route").fetchall()
+    return dump(dsn), rows, ways, route
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_there_and_back_by_the_command(copied: str, tmp_path: Path, name: str) -> None:
+    path, before = write_params(tmp_path, **WAY | OPERATIONS[name]), seen(copied)
+    assert operate(path, name, "--undo", "--execute").output.splitlines() == [
+        f"✔ nothing to take back: {name} was never carried out on this target"
+    ]
+
+    done = operate(path, name, "--execute")
+    assert done.exit_code == 0, done.output
+    after = seen(copied)
+    assert after != before
+
+    if name == REBUILD:
+        planned = operate(path, name, "--undo")
+        assert (planned.exit_code, newest(tmp_path).status) == (0, "planned"), planned.output
+    step(f"undo_operation/undo_{name}", path, execute=False)
+    assert seen(copied) == after, "a plan changes nothing"
+    assert ledger_rows(copied, "phase")[-1] == (name, {"verdict": "PASS"})
+
+    undone = operate(path, name, "--undo", "--execute")
+    assert undone.exit_code == 0, undone.output
+    assert seen(copied) == before
+    record = newest(tmp_path)
+    assert (record.way, [(p.name, p.status) for p in record.phases]) == (
+        "undo_operation",
+        [(f"undo_{name}", "passed")],
+    )
+    page = (tmp_path / "runs" / record.run_id / "index.html").read_text()
+    assert f"Taken back on public.articles: {name}." in page
+    assert CliRunner().invoke(main, ["verify", str(path), record.run_id]).exit_code == 0
+    assert ledger_rows(copied, "phase")[-2:] == [
+        (f"undo_{name}", {"verdict": "PASS"}),
+        (name, {"verdict": "UNDONE", "by": f"undo_{name}"}),
+    ]
+
+    runs = len(list((tmp_path / "runs").glob("2*")))
+    again = operate(path, name, "--undo", "--execute")
+    assert again.exit_code == 0
+    assert again.output.startswith(f"✔ nothing to take back: {name} was taken back at 2")
+    assert f"(run {record.run_id})" in again.output
+    assert (seen(copied), len(list((tmp_path / "runs").glob("2*")))) == (before, runs)
+    step(f"undo_operation/undo_{name}", path)
+    assert seen(copied) == before, "nor does the notebook by hand"
+
+
+@pytest.mark.parametrize("stopped_after", ["index.create_hnsw", "rebuild.swap"])
+def test_a_way_back_that_is_stopped_goes_on_and_never_forth(
+    copied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_after: str
+) -> None:
+    path, before = write_params(tmp_path, **WAY | OPERATIONS[REBUILD]), seen(copied)
+    step(f"operate/{REBUILD}", path)
+    done: list[str] = []
+
+    def stopping(real: Callable[..., Any]) -> Callable[..., Any]:
+        def act(phase: Phase, statement: Any) -> Any:
+            if stopped_after in done:
+                raise KeyboardInterrupt
+            done.append(statement.name)
+            return real(phase, statement)
+
+        return act
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(index, "concurrently", stopping(index.concurrently))
+        patch.setattr(Phase, "do", stopping(Phase.do))
+        step(f"undo_operation/undo_{REBUILD}", path)
+    assert done[-1] == stopped_after and seen(copied) != before
+    step(f"undo_operation/undo_{REBUILD}", path)
+    assert seen(copied) == before
+
+
+def test_an_index_that_was_made_anew_since_is_not_taken_back(copied: str, tmp_path: Path) -> None:
+    path = write_params(tmp_path, **WAY | OPERATIONS[REBUILD])
+    step(f"operate/{REBUILD}", path)
+    step("undo/20_remove_index", path)
+    step("migrate/60_build_index", path)
+    here = seen(copied)
+    step(f"undo_operation/undo_{REBUILD}", path)
+    assert seen(copied) == here
+
+
+def test_a_rebuild_that_was_not_swapped_in_is_taken_back_alone(copied: str, tmp_path: Path) -> None:
+    step(f"operate/{REBUILD}", write_params(tmp_path, **WAY | OPERATIONS[REBUILD]))
+    here = seen(copied)
+    path = write_params(tmp_path, **WAY | {"index": {"m": 8, "ef_construction": 96}})
+    phase = open_phase(REBUILD, str(path), "half", True)
+    rebuild.apply(phase)
+    phase.connection.close()
+    phase.ledger.connection.close()
+    assert seen(copied) != here
+    for _ in range(2):
+        step(f"undo_operation/undo_{REBUILD}", path)
+        assert seen(copied) == here, "the rebuild before it stays"
+
+
+@pytest.mark.parametrize("name", selection.NO_WAY_BACK)
+def test_what_has_no_way_back_says_why_and_starts_nothing(tmp_path: Path, name: str) -> None:
+    result = operate(write_params(tmp_path), name, "--undo", "--execute")
+    why, do = selection.NO_WAY_BACK[name]
+    assert result.exit_code == 2
+    assert result.output.splitlines() == [
+        f"FAIL    runner.operation_has_a_way_back   {name}",
+        f"  found   {why}",
+        f"  needed  one of {', '.join(UNDO_OPERATION.values())}",
+        "  danger  a record would say that something was taken back; nothing was started",
+        f"  do      {do}",
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_operation_has_a_way_back_or_a_reason() -> None:
+    assert sorted([*UNDO_OPERATION.values(), *selection.NO_WAY_BACK]) == sorted(OPERATE)
+    assert set(STANDS_ON) <= set(UNDO_OPERATION.values())
+    with pytest.raises(BadInput, match="did you mean 40_rebuild_index"):
+        selection.way_back_of("40_rebuild")
+
+
+@pytest.mark.parametrize("name", UNDO_OPERATION)
+def test_a_way_back_waits_and_rests_as_its_operation_does(name: str) -> None:
+    operation = UNDO_OPERATION[name]
+    assert waits(name) == waits(operation)
+    assert relied_on(name) == (*relied_on(operation), operation)
+    assert taken_back(name) == (operation,)
+    assert following(name) == following(operation)
+
+
+@pytest.fixture
+def rebuilt(articles: psycopg.Connection[Any], tmp_path: Path) -> Iterator[Phase]:
+    """A target of small notebooks whose rebuild is proved by the ledger; the phase holds no claim."""
+    phase = open_phase(MIGRATE[0], str(write_params(tmp_path)), "planning", False)
+    phase.ledger.create()
+    for name in (*MIGRATE, REBUILD):
+        replace(phase.ledger, phase=name).append("phase", {"verdict": "PASS"})
+    yield phase
+    phase.connection.close()
+    phase.ledger.connection.close()
+
+
+def take_back(run: Callable[..., Any], **options: Any) -> Any:
+    return run(first=f"undo_{REBUILD}", last=f"undo_{REBUILD}", way="undo_operation", **options)
+
+
+def test_it_claims_the_target_and_keeps_the_hours(
+    rebuilt: Phase, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = open_phase("60_build_index", str(write_params(tmp_path)), "the-other", True)
+    refused, _ = take_back(run)
+    other.connection.close()
+    other.ledger.connection.close()
+    assert refused.exit_code == 2 and "the-other" in refused.error
+    entered: list[str] = []
+    monkeypatch.setattr(window, "enter", lambda params, **_: entered.append("window"))
+    result, said = take_back(run)
+    assert (result.exit_code, entered) == (0, ["window"])
+    assert said[0].startswith(f"run {record_of(result).run_id}: undo_operation public.articles, carried out")
+
+
+def test_it_waits_for_a_sign_off_of_its_own(rebuilt: Phase, run: Callable[..., Any], database: str) -> None:
+    result, _ = take_back(run, sections={"approval": {"phases": [REBUILD]}})
+    assert (result.exit_code, result.status) == (3, "waiting")
+    assert f"let another person run `runbook approve PARAMS undo_{REBUILD}`" in result.error
+    assert [phase for phase, _ in ledger_rows(database, "request")] == [f"undo_{REBUILD}"]
+    refused = str(approval._refused(f"undo_{REBUILD}", "found", "needed"))
+    assert f"runbook operate PARAMS {REBUILD} --undo --execute" in refused
+
+
+def test_what_a_later_operation_stands_on_stays(rebuilt: Phase, run: Callable[..., Any]) -> None:
+    replace(rebuilt.ledger, phase=DIVIDE).append("phase", {"verdict": "PASS"})
+    result, _ = take_back(run)
+    assert result.exit_code == 1
+    assert result.error == (
+        f"FAIL    phase.no_later_operation_stands_on_it   {REBUILD}\n"
+        f"  found   {DIVIDE} was carried out since\n"
+        f"  needed  {DIVIDE} taken back, or never carried out\n"
+        "  danger  what is to be taken back has become part of what the later one made\n"
+        f"  do      run `runbook operate PARAMS {DIVIDE} --undo --execute` first, or leave both as they are"
+    )
+    replace(rebuilt.ledger, phase=DIVIDE).append("phase", {"verdict": "UNDONE"})
+    assert take_back(run)[0].exit_code == 0
+
+
+def test_other_parameters_take_nothing_back(rebuilt: Phase, tmp_path: Path) -> None:
+    replace(rebuilt.ledger, phase=MIGRATE[0]).append("plan", {"fingerprint": "another"})
+    phase = open_phase(f"undo_{REBUILD}", str(write_params(tmp_path)), "other", True)
+    with pytest.raises(GateFailed, match="target_is_as_planned"):
+        phase.require()
+    phase.connection.close()
+    phase.ledger.connection.close()
