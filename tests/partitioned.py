@@ -33,9 +33,8 @@ BY = {"list": "LIST (tenant)", "range": "RANGE (id)", "hash": "HASH (id)"}
 KEY = {"list": "(id, tenant)", "range": "(id)", "hash": "(id)"}
 
 
-def create_articles(connection: psycopg.Connection[Any], kind: Kind) -> None:
+def create_articles(connection: psycopg.Connection[Any], kind: Kind, *, trigram: bool = True) -> None:
     """Table public.articles with the rows of the toy table, and a tenant each."""
-    connection.execute("CREATE EXTENSION IF NOT EXISTS pg_trgm")
     connection.execute(
         f"""
         CREATE SEQUENCE articles_id_seq;
@@ -49,9 +48,11 @@ def create_articles(connection: psycopg.Connection[Any], kind: Kind) -> None:
         ) PARTITION BY {BY[kind]};
         {PARTITIONS[kind]}
         CREATE INDEX articles_tsv ON articles USING gin (tsv);
-        CREATE INDEX articles_trgm ON articles USING gin (title gin_trgm_ops, body gin_trgm_ops);
         """
     )
+    if trigram:
+        connection.execute("CREATE EXTENSION IF NOT EXISTS pg_trgm")
+        connection.execute("CREATE INDEX articles_trgm ON articles USING gin (title gin_trgm_ops, body gin_trgm_ops)")
     texts = [(f"{s} {v}", f"the {s} {v} {p}") for s in toy.SUBJECTS for v in toy.VERBS for p in toy.PLACES]
     rows = [(TENANTS[i % len(TENANTS)], *text) for i, text in enumerate(texts)]
     with connection.cursor() as cursor:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
 from runbook_lib import backfill, compare, db, extension, forecast, index, preflight, schema, staging
 from runbook_lib.phase import MIGRATE, UNDO, Phase
 from runbook_lib.sql import load
-from tests import partitioned, toy
-from tests.conftest import write_params
+from tests import partitioned, servers, toy
+from tests.conftest import DSN_ENV, write_params
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
 from tests.partitioned import Kind
 from tests.stepping import step_all
@@ -41,9 +44,39 @@ def empty(database: str) -> Any:
 def test_there_and_back(
     empty: psycopg.Connection[Any], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
+    partitioned.create_articles(empty, kind)
+    _there_and_back(empty, database, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def older_server() -> Iterator[str]:
+    """DSN of a server of PostgreSQL 16, which has no extension but pgvector."""
+    with (
+        tempfile.TemporaryDirectory(prefix="rb-", ignore_cleanup_errors=True) as folder,
+        servers.running("16.14 with 0.8.5", Path(folder) / "data") as dsn,
+    ):
+        yield dsn
+
+
+@pytest.mark.parametrize("kind", ["list", "range", "hash"])
+def test_there_and_back_on_postgresql_16(
+    older_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    database = make_conninfo(older_server, dbname=f"parted_by_{kind}")
+    with psycopg.connect(older_server, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(f"parted_by_{kind}")))
+    monkeypatch.setenv(DSN_ENV, database)
+    with psycopg.connect(database, autocommit=True) as connection:
+        assert connection.info.server_version // 10_000 == 16
+        partitioned.create_articles(connection, kind, trigram=False)
+        _there_and_back(connection, database, tmp_path, monkeypatch)
+
+
+def _there_and_back(
+    empty: psycopg.Connection[Any], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Two hundred rows are searched within milliseconds by any way: what is faster is chance here.
     monkeypatch.setattr(compare, "FAST_ENOUGH_MS", 1000)
-    partitioned.create_articles(empty, kind)
     before, own_rows = dump(database), empty.execute(OWN_COLUMNS).fetchall()
     path = write_params(tmp_path, **SECTIONS)
 
