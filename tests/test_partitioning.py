@@ -309,6 +309,32 @@ def test_killed_anywhere_run_again_continues(
     assert checksum(articles)[0] == before[0]
 
 
+def test_a_pause_of_the_move_is_said_once_and_stands_in_the_ledger(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_file = tmp_path / "stop"
+    phase = ready(health={"stop_file": str(stop_file)}, partitioning=DIVIDE | {"most_rows_in_swap": 20})
+    stop_file.touch()
+    timer = threading.Timer(2.5, stop_file.unlink)
+    timer.start()
+    partitioning.apply(phase)
+    timer.join()
+    said = capsys.readouterr().out.splitlines()
+    assert [x for x in said if "paused" in x] == ["  paused: stop file: stop is there"]
+    paused = [e["body"] for e in phase.ledger.entries() if e["kind"] == "pause"]
+    assert [p["reason"] for p in paused] == ["stop file: stop is there"]
+    assert 1.5 <= paused[0]["seconds"] <= 20.0
+
+    articles.execute("UPDATE articles SET views = 7 WHERE id <= 150")
+    assert moving.catch_up(dividing.move(phase)) == 150
+    said = [x for x in capsys.readouterr().out.splitlines() if "caught up" in x]
+    assert (said[0], said[-1][:29]) == ("  150 rows to be caught up", "  150 rows (100 %) caught up,")
+    assert moving.catch_up(dividing.move(phase)) == 0
+    assert "caught up" not in capsys.readouterr().out, "nothing to do is not worth a line"
+    partitioning.swap(phase)
+    assert checksum(articles) == checksum(articles, "articles_whole")
+
+
 def test_a_lost_row_is_found_and_named_and_undo_stops(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -20,11 +20,11 @@ from runbook_lib import db
 from runbook_lib.display import duration, number
 from runbook_lib.filling import health
 from runbook_lib.filling.pace import Pace
-from runbook_lib.gates import PausedTooLong, RunbookError
+from runbook_lib.filling.pause import Pause
+from runbook_lib.gates import RunbookError
 from runbook_lib.names import names
 from runbook_lib.phase import Phase
 from runbook_lib.progress import Progress
-from runbook_lib.running import window
 from runbook_lib.sql import Block, load
 
 SQL = load("partitioning")
@@ -32,6 +32,8 @@ SQL = load("partitioning")
 SECONDS_BETWEEN_LOOKS = 1.0
 # Changes of one transaction of the catch-up at most: their keys are held in memory.
 MOST_KEYS = 5_000
+# Changes that wait are counted up to here, for the time left.
+MOST_COUNTED = 1_000_000
 
 
 class TooManyChanges(Exception):
@@ -83,35 +85,28 @@ class Guard:
 
     phase: Phase
     connection: db.Connection
-    watch: health.Watch = field(default_factory=health.Watch)
+    watch: health.Watch
+    pause: Pause
     looked: float = 0.0
 
     def wait(self) -> None:
         """Returns once the server is well and the window open. Raises PausedTooLong and OutsideWindow."""
         if time.monotonic() - self.looked < SECONDS_BETWEEN_LOOKS:
             return
-        if not window.is_open(self.phase.params):
-            window.enter(self.phase.params)
-        since = time.monotonic()
-        while stops := health.stops(health.look(self.connection, self.phase.params, self.watch)):
-            reasons = "; ".join(map(str, stops))
-            most = self.phase.params.health.longest_pause_minutes * 60
-            if time.monotonic() - since > most:
-                raise PausedTooLong(
-                    found=f"paused for {duration(time.monotonic() - since)}: {reasons}",
-                    needed=f"a pause of at most {duration(most)} (health.longest_pause_minutes)",
-                    danger="a run that waits for ever holds its place in the schedule and tells nobody",
-                    do="remove the cause, then run this phase again: it goes on where it was",
-                )
-            print(f"  paused: {reasons}")
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        self.pause.keep_hours()
+        try:
+            while stops := health.stops(health.look(self.connection, self.phase.params, self.watch)):
+                self.pause.go_by(stops)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        finally:
+            self.pause.end()
         self.looked = time.monotonic()
 
 
 @contextmanager
 def _guard(phase: Phase, pids: Sequence[int]) -> Iterator[Guard]:
     with db.connect(phase.params, f"runbook {phase.run_id} health") as connection:
-        yield Guard(phase, connection, health.Watch(pids=list(pids)))
+        yield Guard(phase, connection, health.Watch(pids=list(pids)), Pause(phase))
 
 
 def copy(move: Move, total: int) -> int:
@@ -159,24 +154,31 @@ def catch_up(move: Move, few: int | None = None) -> int:
     phase, p = move.phase, move.phase.params.partitioning
     enough = p.most_rows_in_swap // 2 if few is None else few
     until = time.monotonic() + p.longest_catch_up_minutes * 60
-    b, applied = phase.params.backfill, 0
-    with session(phase) as connection, _guard(phase, [connection.info.backend_pid]) as guard:
+    b = phase.params.backfill
+    with ExitStack() as stack:
+        connection = stack.enter_context(session(phase))
+        if queued(move, connection, enough + 1) <= enough:
+            return 0
+        guard = stack.enter_context(_guard(phase, [connection.info.backend_pid]))
+        progress = stack.enter_context(Progress("caught up", queued(move, connection, MOST_COUNTED)))
         pace = Pace(min(b.batch_rows, MOST_KEYS), b.batch_ms / 1000, min(b.most_batch_rows, MOST_KEYS))
         while queued(move, connection, enough + 1) > enough:
             guard.wait()
             started = time.perf_counter()
             rows = apply_changes(move, connection, pace.rows)
-            applied += rows
+            # Those that came meanwhile are part of the work.
+            progress.total = max(progress.total, progress.done + rows)
+            progress.add(rows)
             pace = pace.after(rows, time.perf_counter() - started)
             if time.monotonic() > until:
                 waiting = queued(move, connection, MOST_KEYS)
                 raise RunbookError(
-                    found=f"{number(applied)} changes applied, {number(waiting)} or more still wait",
+                    found=f"{number(progress.done)} changes applied, {number(waiting)} or more still wait",
                     needed=f"{number(enough)} at most, within {p.longest_catch_up_minutes:g} minutes",
                     danger="the swap would make everybody wait for all of them",
                     do="run this again at a quieter time; it goes on where it was",
                 )
-    return applied
+    return progress.done
 
 
 def swap(move: Move, statement: db.Statement) -> Swapped:

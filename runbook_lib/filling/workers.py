@@ -18,16 +18,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runbook_lib import db
-from runbook_lib.display import duration
 from runbook_lib.filling import health, windows
 from runbook_lib.filling.pace import Pace
+from runbook_lib.filling.pause import Pause
 from runbook_lib.filling.strategy import LEAST_HOT_SHARE, Choice, part_name
 from runbook_lib.filling.windows import Window
-from runbook_lib.gates import PausedTooLong
 from runbook_lib.names import changing, names
 from runbook_lib.phase import Phase
 from runbook_lib.progress import Progress
-from runbook_lib.running import window
 from runbook_lib.sql import load
 
 SQL = load("backfill")
@@ -95,14 +93,14 @@ def run(phase: Phase, choice: Choice, total: int) -> Outcome:
         ThreadPoolExecutor(workers, "backfill") as pool,
     ):
         watch = health.Watch()
-        pause = _Pause(phase, outcome)
+        pause = Pause(phase, outcome.pauses)
         try:
-            _keep_hours(phase, board, pause)
+            pause.keep_hours(board.hold.set)
             _steer(connection, phase, board, watch, pause)
             futures = [pool.submit(work, phase, board, worker_name(n)) for n in range(workers)]
             while not _ended(futures):
                 _count(board, outcome, progress, choice)
-                _keep_hours(phase, board, pause)
+                pause.keep_hours(board.hold.set)
                 _steer(connection, phase, board, watch, pause)
         finally:
             board.stop.set()
@@ -142,60 +140,7 @@ def _count(board: Board, outcome: Outcome, progress: Progress, choice: Choice) -
             print(f"  {outcome.remark}")
 
 
-@dataclass
-class _Pause:
-    """The pause that is on, if one is: since when, and why."""
-
-    phase: Phase
-    outcome: Outcome
-    since: float | None = None
-    reasons: str = ""
-
-    def go_by(self, stops: Sequence[health.Answer]) -> None:
-        """Begins, goes on with, or ends a pause. Raises PausedTooLong."""
-        if not stops:
-            self.end()
-            return
-        reasons = "; ".join(str(a) for a in stops)
-        if self.since is None:
-            self.since = time.monotonic()
-            print(f"  paused: {reasons}")
-        self.reasons = self.reasons or reasons
-        most = self.phase.params.health.longest_pause_minutes * 60
-        if time.monotonic() - self.since > most:
-            raise PausedTooLong(
-                found=f"paused for {duration(time.monotonic() - self.since)}: {reasons}",
-                needed=f"a pause of at most {duration(most)} (health.longest_pause_minutes)",
-                danger="a run that waits for ever holds its place in the schedule and tells nobody",
-                do="remove the cause, then run this phase again: it goes on where it was",
-            )
-
-    def end(self) -> None:
-        """Ends the pause, if one is on, and writes it down."""
-        if self.since is None:
-            return
-        seconds = time.monotonic() - self.since
-        self.note(self.reasons, seconds)
-        self.since, self.reasons = None, ""
-
-    def note(self, reason: str, seconds: float) -> None:
-        """Writes down a pause that has ended."""
-        print(f"  goes on after {duration(seconds)}")
-        self.outcome.pauses.append((reason, round(seconds, 3)))
-        self.phase.note("pause", {"reason": reason, "seconds": round(seconds, 3)})
-
-
-def _keep_hours(phase: Phase, board: Board, pause: _Pause) -> None:
-    """Holds the workers until the maintenance window opens, however long that is; raises OutsideWindow where the
-    parameters want the run to stop instead."""
-    if window.is_open(phase.params):
-        return
-    board.hold.set()
-    pause.end()
-    pause.note("outside the maintenance window", window.enter(phase.params))
-
-
-def _steer(connection: db.Connection, phase: Phase, board: Board, watch: health.Watch, pause: _Pause) -> None:
+def _steer(connection: db.Connection, phase: Phase, board: Board, watch: health.Watch, pause: Pause) -> None:
     """Looks at the server's health and at the DBA's row, and holds the workers or lets them go."""
     watch.pids = [r["pid"] for r in db.rows(connection, WINDOWS["workers"], phase.params)]
     stops = health.stops(health.look(connection, phase.params, watch))

@@ -1,0 +1,78 @@
+"""The pause of a long loop: while the server's health, or the DBA, asks for it, and outside the maintenance window.
+
+It is said once for each reason and then as often as progress is, and written into the ledger when it ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from runbook_lib.display import duration
+from runbook_lib.filling import health
+from runbook_lib.gates import PausedTooLong
+from runbook_lib.phase import Phase
+from runbook_lib.progress import SECONDS_BETWEEN_LINES
+from runbook_lib.running import window
+
+
+@dataclass
+class Pause:
+    """The pause that is on, if one is: since when, why, and what of it was said. past: those that ended, as
+    [reason, seconds].
+    """
+
+    phase: Phase
+    past: list[tuple[str, float]] = field(default_factory=list)
+    since: float | None = None
+    reasons: str = ""
+    said: set[str] = field(default_factory=set)
+    said_at: float = 0.0
+
+    def go_by(self, stops: Sequence[health.Answer]) -> None:
+        """Begins, goes on with, or ends a pause. Raises PausedTooLong."""
+        if not stops:
+            self.end()
+            return
+        now, reasons = time.monotonic(), "; ".join(str(a) for a in stops)
+        if self.since is None:
+            self.since, self.reasons = now, reasons
+        lasts = now - self.since
+        # By indicator: the figures in a reason are other ones at each look.
+        asking = {a.indicator for a in stops}
+        if not asking <= self.said or now - self.said_at >= SECONDS_BETWEEN_LINES:
+            print(f"  paused{f' for {duration(lasts)}' if self.said else ''}: {reasons}")
+            self.said, self.said_at = self.said | asking, now
+        most = self.phase.params.health.longest_pause_minutes * 60
+        if lasts > most:
+            raise PausedTooLong(
+                found=f"paused for {duration(lasts)}: {reasons}",
+                needed=f"a pause of at most {duration(most)} (health.longest_pause_minutes)",
+                danger="a run that waits for ever holds its place in the schedule and tells nobody",
+                do="remove the cause, then run this phase again: it goes on where it was",
+            )
+
+    def end(self) -> None:
+        """Ends the pause, if one is on, and writes it down."""
+        if self.since is None:
+            return
+        seconds = time.monotonic() - self.since
+        self._note(self.reasons, seconds)
+        self.since, self.reasons, self.said = None, "", set()
+
+    def keep_hours(self, hold: Callable[[], None] = lambda: None) -> None:
+        """Waits until the maintenance window opens, however long that is. hold: called before it waits.
+
+        Raises OutsideWindow where the parameters want the run to stop instead.
+        """
+        if window.is_open(self.phase.params):
+            return
+        hold()
+        self.end()
+        self._note("outside the maintenance window", window.enter(self.phase.params))
+
+    def _note(self, reason: str, seconds: float) -> None:
+        print(f"  the pause is over after {duration(seconds)}")
+        self.past.append((reason, round(seconds, 3)))
+        self.phase.note("pause", {"reason": reason, "seconds": round(seconds, 3)})
