@@ -19,9 +19,16 @@ LONGEST_NAME_BYTES = 63
 DIGITS_IN_A_NAME = 8
 
 
+def verbatim(text: str) -> sql.SQL:
+    """SQL that is written already, by PostgreSQL or by psycopg, with its per cent signs doubled as a statement with
+    bound values needs them. Braces stay: nothing formats it again.
+    """
+    return sql.SQL(text.replace("%", "%%"))
+
+
 def identifier(*parts: str) -> sql.Composable:
     """A quoted, qualified name, with its per cent signs doubled as a statement with bound values needs them."""
-    return sql.SQL(sql.Identifier(*parts).as_string().replace("%", "%%"))
+    return verbatim(sql.Identifier(*parts).as_string())
 
 
 def spelled(params: Params, name: str) -> str:

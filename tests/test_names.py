@@ -7,6 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from runbook_lib import names
 from runbook_lib.params import Params
@@ -50,3 +51,11 @@ def test_the_index_and_the_side_table_of_a_long_table_name(make_params: Callable
     p = make_params(target=target)
     assert names.index_name(p) == "artikel_" + "ü" * 20 + "_embedding_hnsw"
     assert names.side_table_name(p) == "artikel_" + "ü" * 22 + "_embedding"
+
+
+def test_sql_that_is_written_already_reaches_the_server_as_it_is(server: str) -> None:
+    written = names.verbatim("""'{} {0} 100 % %s %%' AS "of 50%", 7 % 4""")
+    with psycopg.connect(server) as connection:
+        found = connection.execute(sql.SQL("SELECT {}, %(bound)s::int").format(written), {"bound": 5})
+        assert found.fetchone() == ("{} {0} 100 % %s %%", 3, 5)
+        assert found.description is not None and found.description[0].name == "of 50%"

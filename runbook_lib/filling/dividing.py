@@ -15,7 +15,7 @@ from runbook_lib import db, search
 from runbook_lib.display import Table
 from runbook_lib.filling.moving import Move
 from runbook_lib.measuring import classes
-from runbook_lib.names import digits, identifier, shortened, spelled, trigger_name
+from runbook_lib.names import digits, identifier, shortened, spelled, trigger_name, verbatim
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -38,11 +38,6 @@ def beside(params: Params, tail: str) -> sql.Composable:
 def spelled_beside(params: Params, tail: str) -> str:
     """The same as SQL spells it."""
     return beside(params, tail).as_string().replace("%%", "%")
-
-
-def _plain(text: str) -> sql.Composable:
-    """SQL that the catalogue wrote, with its per cent signs doubled."""
-    return sql.SQL(text.replace("%", "%%").replace("{", "{{").replace("}", "}}")).format()
 
 
 def column(phase: Phase) -> str:
@@ -158,7 +153,7 @@ def leaves(phase: Phase) -> list[Leaf]:
             f"_p_{digits(v)}",
             v,
             share,
-            value=_plain(sql.Literal(v).as_string()),
+            value=verbatim(sql.Literal(v).as_string()),
         )
         for v, share in own
     ]
@@ -213,7 +208,7 @@ def missing_indexes(phase: Phase) -> list[db.Statement]:
             {
                 "beside_index": identifier(beside_name(name, PARTS)),
                 "parts": beside(p, PARTS),
-                "tail": _plain(row["tail"]),
+                "tail": verbatim(row["tail"]),
             },
         )
         for name, row in indexes(phase, spelled(p, "table")).items()
@@ -263,7 +258,7 @@ def swap_statement(phase: Phase) -> db.Statement:
             "table_name": identifier(p.target.table),
             "indexes_away": _renames(phase, names, "", leaves_with),
             "indexes_here": _renames(phase, names, comes_with, ""),
-            "identities": sql.SQL(";\n").join(_plain(row["statement"]) for row in goes_on),
-            "definitions": sql.SQL(";\n").join(map(_plain, texts)),
+            "identities": sql.SQL(";\n").join(verbatim(row["statement"]) for row in goes_on),
+            "definitions": sql.SQL(";\n").join(map(verbatim, texts)),
         },
     )

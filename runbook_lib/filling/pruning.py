@@ -16,6 +16,7 @@ from psycopg import sql
 from runbook_lib import db
 from runbook_lib.display import number
 from runbook_lib.gates import Gate, LockNotObtained, gate
+from runbook_lib.names import verbatim
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
@@ -101,7 +102,7 @@ def _fillfactor(phase: Phase, part: str) -> int | None:
 
 
 def _set(phase: Phase, part: str, value: int | None) -> db.Statement:
-    relation = {"part": sql.SQL(part.replace("%", "%%"))}
+    relation = {"part": verbatim(part)}
     if value is None:
         return db.statement(SQL["reset"], phase.params, relation)
     return db.statement(SQL["set"], phase.params, relation | {"value": sql.Literal(value)})

@@ -11,7 +11,7 @@ from runbook_lib import db, versions
 from runbook_lib.display import number
 from runbook_lib.forecast import PAGE, PAGE_HEADER, TOAST_THRESHOLD, TUPLE_HEADER, vector_bytes
 from runbook_lib.gates import BadInput, Gate, Verdict
-from runbook_lib.names import identifier, names, spelled
+from runbook_lib.names import identifier, names, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.schema import added_columns
@@ -163,7 +163,7 @@ def _reads_ranges(phase: Phase, part: str) -> bool:
 
 def part_name(part: str) -> sql.Composable:
     """A relation that PostgreSQL has spelled, for a statement with bound values."""
-    return sql.SQL(part.replace("%", "%%"))
+    return verbatim(part)
 
 
 def ranked(connection: db.Connection, params: Params, part: str) -> sql.Composed:

@@ -20,7 +20,7 @@ from runbook_lib.measuring import classes, partial
 from runbook_lib.measuring.partial import Value
 from runbook_lib.measuring.prepared import CALLS
 from runbook_lib.measuring.sweep import Measured
-from runbook_lib.names import digits, identifier, index_name, shortened, spelled, vectors_stand_beside
+from runbook_lib.names import digits, identifier, index_name, shortened, spelled, vectors_stand_beside, verbatim
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -144,7 +144,7 @@ def standing(phase: Phase) -> Table:
 def _create(phase: Phase, name: str, value: Value) -> db.Statement:
     lists = sql.Literal(phase.params.index.lists or forecast.lists_rule(partial.rows_of(phase, [value])[value]))
     build = index.build_statement(phase, {"index": identifier(name), "lists": lists})
-    literal = sql.SQL(sql.Literal(value.value).as_string().replace("%", "%%"))
+    literal = verbatim(sql.Literal(value.value).as_string())
     extra = {"build": build.query, "column": identifier(value.column), "value": literal}
     return replace(db.statement(SQL["create"], phase.params, extra), values=build.values)
 

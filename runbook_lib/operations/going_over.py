@@ -16,7 +16,7 @@ from runbook_lib import db, search, tune
 from runbook_lib.gates import Gate, gate
 from runbook_lib.index import unquoted
 from runbook_lib.measuring import recall
-from runbook_lib.names import index_name, spelled
+from runbook_lib.names import index_name, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -64,7 +64,7 @@ def swap_back(phase: Phase, renames: db.Statement, definition: str | None) -> db
     """The renames back, and the former function, where it had gone over."""
     if not definition:
         return renames
-    return _together(renames, sql.Composed([sql.SQL(definition.strip().replace("%", "%%"))]))
+    return _together(renames, sql.Composed([verbatim(definition.strip())]))
 
 
 def _together(renames: db.Statement, function: sql.Composed) -> db.Statement:

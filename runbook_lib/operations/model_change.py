@@ -18,7 +18,7 @@ from runbook_lib import backfill, db, index, search
 from runbook_lib import params as params_module
 from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, Gate, Gates, RunbookError, Verdict, collect, gate
-from runbook_lib.names import identifier, names, shortened, spelled
+from runbook_lib.names import identifier, names, shortened, spelled, verbatim
 from runbook_lib.operations import handover
 from runbook_lib.operations.handover import BOTH, NEW_ONLY
 from runbook_lib.params import Params
@@ -207,11 +207,6 @@ def _callers_may(phase: Phase, old: Phase) -> Gate:
     )
 
 
-def _raw(text: str) -> sql.Composable:
-    """What the catalogue has spelt, its per cent signs doubled as a statement with bound values needs them."""
-    return sql.SQL(text.replace("%", "%%"))
-
-
 def _renamed(function: db.Row) -> str:
     """A function's definition under the other name that it was looked up with."""
     return str(function["other_head"] + function["definition"][len(function["head"]) :])
@@ -233,9 +228,9 @@ def names_of_both(phase: Phase, function: db.Row) -> dict[str, sql.Composable]:
         "before": identifier(schema, before_name(old)),
         "function": identifier(schema, old.function_name),
         "new_function": identifier(schema, p.function_name),
-        "identity": _raw(function["identity"]),
-        "arguments": _raw(function["arguments"]),
-        "result": _raw(function["result"]),
+        "identity": verbatim(function["identity"]),
+        "arguments": verbatim(function["arguments"]),
+        "result": verbatim(function["result"]),
         "passed": sql.SQL(", ").join(map(identifier, function["passed"])),
         "vector": vector,
         "is_new": is_new,
@@ -262,7 +257,7 @@ def _swap(phase: Phase) -> db.Statement | None:
     function = facts(phase, old.function_name, before_name(old))
     if function is None or stage(phase):
         return None
-    extra = names_of_both(phase, function) | {"copy": _raw(_renamed(function))}
+    extra = names_of_both(phase, function) | {"copy": verbatim(_renamed(function))}
     return db.statement(SQL["swap"], phase.params, extra)
 
 
@@ -323,7 +318,7 @@ def undo_plan(phase: Phase) -> db.Plan:
         return db.Plan((), phase.connection)
     if now is None and _somebodys_copy(phase, old, facts(phase, old.function_name)):
         return db.Plan((), phase.connection)  # the swap refuses it, and nothing is to be undone
-    extra = names_of_both(phase, copy) | {"original": _raw(_renamed(copy))}
+    extra = names_of_both(phase, copy) | {"original": verbatim(_renamed(copy))}
     blocks = ("swap_back", "drop_before") if now else ("drop_before",)
     return db.Plan(tuple(db.statement(SQL[b], phase.params, extra) for b in blocks), phase.connection)
 

@@ -18,7 +18,7 @@ from runbook_lib import db, index, schema, search
 from runbook_lib.display import Table, number, size
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import evaluate
-from runbook_lib.names import identifier, spelled
+from runbook_lib.names import identifier, spelled, verbatim
 from runbook_lib.operations import retirable
 from runbook_lib.operations.retirable import check as check
 from runbook_lib.operations.retirable import shown as shown
@@ -171,7 +171,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     statements: list[db.Statement] = []
     if was.get("column") and not retirable.column_is_there(phase):
         made = was["column"]
-        parts = {"column_type": _as_is(made["type"]), "expression": _as_is(made["expression"])}
+        parts = {"column_type": verbatim(made["type"]), "expression": verbatim(made["expression"])}
         statements.append(_named(phase, "add_column", **parts))
     there = {f.name: f.valid for f in retirable.standing(phase)}
     for retired in was.get("indexes", []):
@@ -187,18 +187,13 @@ def undo_plan(phase: Phase) -> db.Plan:
 
 def _build(phase: Phase, retired: dict[str, Any]) -> Iterator[db.Statement]:
     definition = CREATE_INDEX.sub(r"CREATE\1 INDEX CONCURRENTLY ", retired["definition"])
-    build = _named(phase, "create_index", definition=_as_is(definition))
+    build = _named(phase, "create_index", definition=verbatim(definition))
     was = f"{retired['name']}, {size(retired['bytes'])} when it was dropped"
     yield replace(build, purpose=f"{build.purpose.removesuffix('.')}: {was}.")
     if retired["comment"]:
         name = identifier(phase.params.target.schema_, retired["name"])
         comment = sql.Literal(retired["comment"]).as_string()
-        yield _named(phase, "comment_on_index", commented=name, comment=_as_is(comment))
-
-
-def _as_is(text: str) -> sql.Composable:
-    """SQL that PostgreSQL has written, its per cent signs doubled as a statement with bound values needs them."""
-    return sql.SQL(text.replace("%", "%%"))
+        yield _named(phase, "comment_on_index", commented=name, comment=verbatim(comment))
 
 
 def undo(phase: Phase) -> Table:
