@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from runbook_lib import db
 from runbook_lib.display import duration, number
+from runbook_lib.gates import Gate, gate
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
@@ -54,6 +55,19 @@ def concurrently(phase: Phase, statement: db.Statement) -> Built:
         print(f"  NOTICE: {notice}")
     phase.note_statement(db.Done(statement, -1, built.seconds, 1))
     return built
+
+
+def none_under_way(name: str, subject: str, builds: int) -> Gate:
+    """Gate before a build: no other is at work on the table. name: of the gate; builds: those that were found."""
+    return gate(
+        name,
+        not builds,
+        subject,
+        found=f"{builds} builds at work on this table" if builds else "none",
+        needed="none",
+        danger="the two would wait for each other, and what looks left over may be at work",
+        do="wait for it: SELECT * FROM pg_stat_progress_create_index;",
+    )
 
 
 def _watch(phase: Phase, pid: int, built: Built, stop: threading.Event) -> None:

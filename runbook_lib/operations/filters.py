@@ -16,6 +16,7 @@ from psycopg import sql
 from runbook_lib import db, forecast, index, search
 from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.indexing.building import none_under_way
 from runbook_lib.measuring import classes, partial
 from runbook_lib.measuring.partial import Value
 from runbook_lib.measuring.prepared import CALLS
@@ -113,15 +114,7 @@ def check(phase: Phase) -> Gates:
                 danger="each index takes memory from the others, and planning a search looks at all of them",
                 do="name fewer values in filters.partial_indexes, or partition by it (75_partition_by_filter)",
             ),
-            gate(
-                "filters.no_build_is_under_way",
-                not builds,
-                spelled(p, "vectors"),
-                found=f"{builds} builds at work on this table" if builds else "none",
-                needed="none",
-                danger="the two would wait for each other, and what looks left over may be at work",
-                do="wait for it: SELECT * FROM pg_stat_progress_create_index;",
-            ),
+            none_under_way("filters.no_build_is_under_way", spelled(p, "vectors"), builds),
             *partial.fits_in_memory(phase, values),
         ]
     )

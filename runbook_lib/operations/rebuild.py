@@ -14,6 +14,7 @@ from runbook_lib import db, index, search
 from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.indexing import index_partitions
+from runbook_lib.indexing.building import none_under_way
 from runbook_lib.indexing.index_roles import Standing, listed, new_name, old_name, one
 from runbook_lib.indexing.index_roles import shown as shown
 from runbook_lib.indexing.index_roles import standing as standing
@@ -182,15 +183,7 @@ def check(phase: Phase) -> Gates:
                 danger="there is nothing to compare the new index with",
                 do="run 60_build_index with execute: true",
             ),
-            gate(
-                "rebuild.no_build_is_under_way",
-                not builds,
-                subject,
-                found=f"{builds} builds at work on this table" if builds else "none",
-                needed="none",
-                danger="the two would wait for each other, and what looks left over may be at work",
-                do="wait for it: SELECT * FROM pg_stat_progress_create_index;",
-            ),
+            none_under_way("rebuild.no_build_is_under_way", subject, builds),
         ]
     )
 

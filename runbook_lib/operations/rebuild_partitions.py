@@ -17,7 +17,7 @@ from runbook_lib.checking.partitions import Part, PartIndex
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.indexing import index_partitions
-from runbook_lib.indexing.building import concurrently
+from runbook_lib.indexing.building import concurrently, none_under_way
 from runbook_lib.indexing.index_partitions import Step
 from runbook_lib.measuring import recall
 from runbook_lib.names import identifier, index_name
@@ -153,15 +153,7 @@ def check(phase: Phase) -> Gates:
         [
             index_partitions.is_valid(phase, now),
             index_partitions.has_right_class(phase, now),
-            gate(
-                "rebuild.no_build_is_under_way",
-                not builds,
-                f"{now.parent.index} on {now.parent.table}",
-                found=f"{builds} builds at work on this table" if builds else "none",
-                needed="none",
-                danger="the two would wait for each other, and what looks left over may be at work",
-                do="wait for it: SELECT * FROM pg_stat_progress_create_index;",
-            ),
+            none_under_way("rebuild.no_build_is_under_way", f"{now.parent.index} on {now.parent.table}", builds),
         ]
     )
 
