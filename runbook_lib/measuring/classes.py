@@ -18,6 +18,7 @@ from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed
+from runbook_lib.vectors.sources import as_array
 
 SQL = load("classes")
 
@@ -184,8 +185,7 @@ def _queries(phase: Phase) -> Iterator[_Query]:
         register_vector(connection)
         rows = db.rows(connection, SQL["rows_as_queries"], p, n=p.tune.queries - len(own))
     for row in rows:
-        vector = row["embedding"]
-        yield _Query("", np.asarray(vector if isinstance(vector, np.ndarray) else vector.to_numpy()), row["key"])
+        yield _Query("", as_array(row["embedding"]), row["key"])
 
 
 def has_btree(connection: db.Connection, params: Params, columns: Sequence[str]) -> bool:

@@ -24,6 +24,7 @@ from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.names import as_indexed, names, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
+from runbook_lib.vectors.sources import as_array
 
 SQL, WATCH = load("drift"), load("watch")
 
@@ -70,7 +71,7 @@ def _recall(phase: Phase, rows: Sequence[db.Row]) -> float:
     """Recall on these rows as queries, with the settings that the search function carries."""
     p = phase.params
     asked = [Query(row["key"], "") for row in rows]
-    vectors = np.array([_as_array(row["embedding"]) for row in rows])
+    vectors = np.array([as_array(row["embedding"]) for row in rows])
     through_index, all_rows = (
         search.route_statement(phase.connection, p, "vector", scan=scan) for scan in ("index", "exact")
     )
@@ -83,11 +84,6 @@ def _recall(phase: Phase, rows: Sequence[db.Row]) -> float:
     with explain.as_the_application(phase) as connection:
         got = search.ask(connection, p, through_index, asked, vectors, p.queries.k)
     return evaluate.recall([exact.keys[q.query_id] for q in asked], [got.keys[q.query_id] for q in asked])
-
-
-def _as_array(value: Any) -> Any:
-    """A vector as numpy has it; halfvec comes as an object of pgvector."""
-    return value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
 
 
 def _new_rows_are_found(

@@ -22,7 +22,7 @@ from runbook_lib.names import identifier, names, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 from runbook_lib.staging import Batch
-from runbook_lib.vectors.sources import Vectors
+from runbook_lib.vectors.sources import Vectors, as_array
 
 SQL = load("rehearse")
 
@@ -147,7 +147,7 @@ def _load(source: Phase, phase: Phase) -> tuple[float, Counter[str]]:
         left = {key: i for i, key in enumerate(keys)}
         for name, query in wells:
             for row in source.connection.execute(query, {"keys": list(left)}).fetchall():
-                vectors[left.pop(row["key"])] = _array(row["embedding"])
+                vectors[left.pop(row["key"])] = as_array(row["embedding"])
                 came_from[name] += 1
         came_from["random"] += len(left)
         started = time.perf_counter()
@@ -195,10 +195,6 @@ def _wells(source: Phase) -> list[tuple[str, sql.Composed]]:
     if found:
         register_vector(source.connection)
     return found
-
-
-def _array(value: Any) -> Any:
-    return value.to_numpy() if hasattr(value, "to_numpy") else value
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from runbook_lib.phase import Phase
 from runbook_lib.phases import OPERATE
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed
+from runbook_lib.vectors.sources import as_array
 
 SQL = load("watch")
 
@@ -138,7 +139,7 @@ def _recall_holds(phase: Phase) -> Gate:
     queries = chosen.sample(queries, min(p.watch.queries, len(queries)))
     rows = _some_rows(phase)
     asked = [*queries, *(Query(f"row {row['key']}", "") for row in rows)]
-    vectors = np.array([*embed.query_vectors(p, queries), *(_as_array(row["embedding"]) for row in rows)])
+    vectors = np.array([*embed.query_vectors(p, queries), *(as_array(row["embedding"]) for row in rows)])
     statement = search.route_statement(phase.connection, p, "vector")
     all_rows = search.route_statement(phase.connection, p, "vector", scan="exact")
 
@@ -175,7 +176,7 @@ def _recall_holds_by_filter(phase: Phase) -> Iterator[Gate]:
     queries = chosen.sample(queries, min(p.watch.queries, len(queries)))
     vectors = embed.query_vectors(p, queries)
     questions = [standing.Question(q.text, v) for q, v in zip(queries, vectors, strict=True)]
-    questions += [standing.Question("", _as_array(row["embedding"]), row["key"]) for row in _some_rows(phase)]
+    questions += [standing.Question("", as_array(row["embedding"]), row["key"]) for row in _some_rows(phase)]
     needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
     for now in standing.measure(phase, found, questions) if found else []:
         yield gate(
@@ -198,11 +199,6 @@ def _some_rows(phase: Phase) -> list[db.Row]:
             SQL["some_vectors"].compose(names(phase.params) | {"looked_at": _sampled(phase)}),
             {"n": wanted, "percent": _percent(phase, wanted * ROWS_A_SAMPLE)},
         ).fetchall()
-
-
-def _as_array(value: Any) -> Any:
-    """A vector as numpy has it; halfvec comes as an object of pgvector."""
-    return value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
 
 
 def _sampled(phase: Phase) -> sql.Composed:

@@ -263,6 +263,11 @@ def _from_records(file: Wanted, records: Iterator[_Record]) -> Iterator[Rows]:
         yield Rows(places, keys, vectors, faults, _hashes(given[0], given[1], faults))
 
 
+def as_array(value: Any) -> NDArray[Any]:
+    """A vector of the database as numpy has it; pgvector gives some as an object of its own."""
+    return np.asarray(value.to_numpy() if hasattr(value, "to_numpy") else value)
+
+
 def stack(values: Sequence[object], dimension: int) -> tuple[Vectors, dict[int, str]]:
     """Vectors as lists, arrays or text ('[1,2]') to one array of shape (n, dimension), and what is wrong by index."""
     vectors = np.zeros((len(values), dimension), dtype=np.float32)

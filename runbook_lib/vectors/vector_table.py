@@ -82,4 +82,4 @@ def _hash(columns: dict[str, db.Row]) -> sql.Composable:
 
 def _array(value: Any) -> Any:
     """pgvector's value, or an array of PostgreSQL, as numbers; None where there is none."""
-    return value.to_numpy() if hasattr(value, "to_numpy") else value
+    return value if value is None or isinstance(value, list) else sources.as_array(value)
