@@ -165,11 +165,6 @@ def ends_statements_of_gone_clients(server_version: int) -> bool:
     return server_version >= 140000
 
 
-def shows_copy_progress(server_version: int) -> bool:
-    """pg_stat_progress_copy: PostgreSQL 14."""
-    return server_version >= 140000
-
-
 def scans_ranges_of_blocks(server_version: int) -> bool:
     """TID range scans, which read a range of heap blocks and nothing else: PostgreSQL 14."""
     return server_version >= 140000
@@ -178,11 +173,6 @@ def scans_ranges_of_blocks(server_version: int) -> bool:
 def has_checkpointer_view(server_version: int) -> bool:
     """pg_stat_checkpointer: PostgreSQL 17; before it, the same figures stand in pg_stat_bgwriter."""
     return server_version >= 170000
-
-
-def explains_generic_plans(server_version: int) -> bool:
-    """EXPLAIN (GENERIC_PLAN): PostgreSQL 16."""
-    return server_version >= 160000
 
 
 def names_loaded_libraries(server_version: int) -> bool:

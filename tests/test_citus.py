@@ -84,7 +84,7 @@ def test_a_distributed_table_is_found_and_not_gone_on_with_silently(
     assert "no: an ordinary table" in str(citus.plan_table(phase.connection, phase.params))
     distribute()
     found = citus.look(phase.connection, phase.params)
-    assert found == citus.Distribution("13.0-1", "h", "s", 7, "id", 32)
+    assert found == citus.Distribution("13.0-1", "h", 7, "id", 32)
     assert _failed(make_params()) == ["inputs.distributed_is_accepted"]
     assert str(_gates(make_params())["inputs.distributed_is_accepted"]) == (
         'FAIL    inputs.distributed_is_accepted   "public"."articles"\n'

@@ -98,9 +98,8 @@ def test_sql_says_nothing_that_the_oldest_server_does_not_know() -> None:
     ("switch", "first"),
     [
         (versions.ends_statements_of_gone_clients, 140000),
-        (versions.shows_copy_progress, 140000),
         (versions.scans_ranges_of_blocks, 140000),
-        (versions.explains_generic_plans, 160000),
+        (versions.dates_index_scans, 160000),
         (versions.has_checkpointer_view, 170000),
         (versions.names_loaded_libraries, 180000),
     ],

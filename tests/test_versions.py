@@ -95,5 +95,3 @@ def test_a_server_that_pgvector_left_behind_is_refused() -> None:
 
 def test_what_older_servers_lack() -> None:
     assert not versions.ends_statements_of_gone_clients(130022) and versions.ends_statements_of_gone_clients(140004)
-    assert not versions.shows_copy_progress(130022) and versions.shows_copy_progress(140004)
-    assert not versions.explains_generic_plans(150012) and versions.explains_generic_plans(160000)

@@ -34,7 +34,6 @@ class Distribution:
 
     version: str
     method: str
-    replication: str
     colocation: int
     column: str | None
     shards: int

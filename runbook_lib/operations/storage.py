@@ -157,7 +157,7 @@ def check(phase: Phase) -> Gates:
     """Before anything is built: there are vectors, and the real column, where that is asked for, takes an index."""
     rows = db.one(phase.connection, SQL["whole"], phase.params, vectors=spelled(phase.params, "vectors"))["rows"]
     parted = on_column(phase.params) and index_partitions.is_needed(phase)
-    table = spelled(phase.params, "vectors")
+    table, where = spelled(phase.params, "vectors"), phase.params.storage.where
     return collect(
         [
             gate(
@@ -173,17 +173,13 @@ def check(phase: Phase) -> Gates:
                 "storage.can_be_measured_there",
                 not parted,
                 table,
-                found="partitioned, and storage.where: column" if parted else f"storage.where: {_where(phase)}",
+                found="partitioned, and storage.where: column" if parted else f"storage.where: {where}",
                 needed="a table of its own, or storage.where: sample",
                 danger="an index on a partitioned table cannot be built without blocking its writes",
                 do="set storage.where: sample",
             ),
         ]
     )
-
-
-def _where(phase: Phase) -> str:
-    return phase.params.storage.where
 
 
 def apply(phase: Phase) -> Comparison | Table:

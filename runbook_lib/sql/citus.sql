@@ -6,7 +6,7 @@ SELECT e.extversion AS version FROM pg_extension e WHERE e.extname = 'citus';
 
 -- name: distribution
 -- purpose: How Citus has distributed the table; no row where it has not.
-SELECT p.partmethod::text AS method, p.repmodel::text AS replication, p.colocationid AS colocation,
+SELECT p.partmethod::text AS method, p.colocationid AS colocation,
        column_to_column_name(p.logicalrelid, p.partkey)::text AS column,
        (SELECT count(*) FROM pg_dist_shard s WHERE s.logicalrelid = p.logicalrelid)::int AS shards
 FROM pg_dist_partition p WHERE p.logicalrelid = to_regclass(%(table)s);
