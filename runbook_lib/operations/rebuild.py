@@ -15,12 +15,12 @@ from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.indexing import index_partitions
 from runbook_lib.indexing.building import none_under_way
-from runbook_lib.indexing.index_roles import Standing, listed, new_name, old_name, one
-from runbook_lib.indexing.index_roles import shown as shown
-from runbook_lib.indexing.index_roles import standing as standing
 from runbook_lib.measuring import recall
 from runbook_lib.names import identifier, index_name, spelled
 from runbook_lib.operations import going_over, rebuild_partitions
+from runbook_lib.operations.index_roles import Standing, listed, new_name, old_name, one
+from runbook_lib.operations.index_roles import shown as shown
+from runbook_lib.operations.index_roles import standing as standing
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
