@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from runbook_lib.sql import load
 
 SQL = load("index")
 
+# What REINDEX CONCURRENTLY calls the index that it builds, and the one that it replaces; a number follows the second.
+OF_REINDEX = re.compile(r"_cc(new|old)\d*$")
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 10.0
 

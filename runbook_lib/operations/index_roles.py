@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
 from runbook_lib import db
 from runbook_lib.display import Table, size
 from runbook_lib.indexing import index_partitions
+from runbook_lib.indexing.building import OF_REINDEX
+from runbook_lib.indexing.options import Options, listed, stored
 from runbook_lib.names import index_name, shortened, spelled
 from runbook_lib.operations import going_over, rebuild_partitions
 from runbook_lib.params import Params
@@ -16,8 +17,6 @@ from runbook_lib.sql import load
 
 SQL = load("rebuild")
 
-# What REINDEX CONCURRENTLY calls the index that it builds, and the one that it replaces; a number follows the second.
-OF_REINDEX = re.compile(r"_cc(new|old)\d*$")
 WHAT_IT_IS = {
     "current": "serves",
     "new": "built beside, not in its place yet",
@@ -35,7 +34,7 @@ class Standing:
     role: str
     usable: bool
     storage: str
-    options: dict[str, int]
+    options: Options
     bytes: int
     oid: int
     builds_under_way: int
@@ -63,7 +62,7 @@ def standing(phase: Phase) -> list[Standing]:
             _role(phase.params, row),
             row["usable"],
             going_over.storage_of(phase.params, row),
-            _options(row["options"]),
+            stored(row["options"]),
             row["bytes"],
             row["oid"],
             row["builds_under_way"],
@@ -78,7 +77,7 @@ def _of_partitions(phase: Phase) -> list[Standing]:
     if now.root is None:
         return []
     own = [now.own[part.oid] for part in now.leaves if part.oid in now.own]
-    options = rebuild_partitions.options_of(own[0]) if own else {}
+    options = stored(own[0].options) if own else {}
     # The youngest of its oids, since REINDEX gives each partition's index another.
     whole = Standing(
         name=now.parent.index,
@@ -101,11 +100,6 @@ def _role(params: Params, row: db.Row) -> str:
     return own.get(row["name"], "leftover" if left_over else "other")
 
 
-def _options(stored: list[str]) -> dict[str, int]:
-    """Of an index as pg_class has them; pgvector's defaults are not written there, and the runbook writes its own."""
-    return {name: int(value) for name, _, value in (option.partition("=") for option in stored) if value.isdigit()}
-
-
 def shown(phase: Phase) -> Table:
     """The vector indexes of the table, and what each is to this operation."""
     return Table(
@@ -115,11 +109,6 @@ def shown(phase: Phase) -> Table:
             for s in standing(phase)
         ],
     )
-
-
-def listed(options: dict[str, int]) -> str:
-    """Options as a reader sees them."""
-    return ", ".join(f"{k} {v}" for k, v in options.items())
 
 
 def one(found: list[Standing], role: str) -> Standing | None:

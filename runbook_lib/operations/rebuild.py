@@ -15,10 +15,11 @@ from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.indexing import index_partitions
 from runbook_lib.indexing.building import none_under_way
+from runbook_lib.indexing.options import Options, asked_for, listed
 from runbook_lib.measuring import recall
 from runbook_lib.names import identifier, index_name, spelled
 from runbook_lib.operations import going_over, rebuild_partitions
-from runbook_lib.operations.index_roles import Standing, listed, new_name, old_name, one
+from runbook_lib.operations.index_roles import Standing, new_name, old_name, one
 from runbook_lib.operations.index_roles import shown as shown
 from runbook_lib.operations.index_roles import standing as standing
 from runbook_lib.phase import Phase
@@ -27,18 +28,10 @@ from runbook_lib.sql import load
 SQL = load("rebuild")
 
 
-def wanted_options(phase: Phase) -> dict[str, int]:
-    """The options that the parameters ask for; lists only where they are given."""
-    i = phase.params.index
-    if i.method == "hnsw":
-        return {"m": i.m, "ef_construction": i.ef_construction}
-    return {"lists": i.lists} if i.lists else {}
-
-
-def _fits(phase: Phase, found: Standing, options: dict[str, int] | None) -> bool:
-    wanted = wanted_options(phase) if options is None else options
+def _fits(phase: Phase, found: Standing, options: Options | None) -> bool:
+    asked = asked_for(phase.params) if options is None else options
     same = found.storage == phase.params.index.storage
-    return found.usable and same and wanted.items() <= found.options.items()
+    return found.usable and same and asked.items() <= found.options.items()
 
 
 def _drop(phase: Phase, name: str) -> db.Statement:
@@ -59,7 +52,7 @@ def _named(phase: Phase, block: str) -> db.Statement:
     )
 
 
-def _build(phase: Phase, options: dict[str, int] | None) -> db.Statement:
+def _build(phase: Phase, options: Options | None) -> db.Statement:
     other: dict[str, sql.Composable] = {name: sql.Literal(value) for name, value in (options or {}).items()}
     return index.build_statement(phase, {"index": identifier(new_name(phase.params))} | other)
 
@@ -71,7 +64,7 @@ def is_done(phase: Phase) -> bool:
     return bool(last) and last["run_id"] == phase.run_id and not roles & {"new", "old", "leftover"}  # type: ignore[index]
 
 
-def building_plan(phase: Phase, options: dict[str, int] | None = None) -> db.Plan:
+def building_plan(phase: Phase, options: Options | None = None) -> db.Plan:
     """What is left over dropped, and a new index built beside; nothing where one stands there, or replaced it."""
     if index_partitions.is_needed(phase):
         return rebuild_partitions.plan(phase, options)
@@ -111,7 +104,7 @@ def plan(phase: Phase) -> db.Plan:
     return db.Plan((*building_plan(phase), *swapping_plan(phase)), phase.connection)
 
 
-def apply(phase: Phase, options: dict[str, int] | None = None) -> Table:
+def apply(phase: Phase, options: Options | None = None) -> Table:
     """Builds the new index beside the one that serves; the one that serves is not touched.
 
     options: in place of those of the parameters.
@@ -268,21 +261,21 @@ def verify(phase: Phase) -> Gates:
     if index_partitions.is_needed(phase):
         of_parts = [rebuild_partitions.has_options(phase), rebuild_partitions.nothing_is_left(phase)]
         return index.verify(phase) + collect(of_parts)
-    gates = [_has_options(phase, wanted_options(phase)), _nothing_is_left(phase)]
+    gates = [_has_options(phase, asked_for(phase.params)), _nothing_is_left(phase)]
     if search.function_state(phase):
         gates.append(going_over.function_fits(phase))
     return index.verify(phase) + collect(gates)
 
 
-def _has_options(phase: Phase, wanted: dict[str, int]) -> Gate:
+def _has_options(phase: Phase, needed: Options) -> Gate:
     current = one(standing(phase), "current")
     options = current.options if current else {}
     return gate(
         "rebuild.index_has_its_options",
-        wanted.items() <= options.items(),
+        needed.items() <= options.items(),
         index_name(phase.params),
         found=listed(options) or "none of its own",
-        needed=listed(wanted) or "any",
+        needed=listed(needed) or "any",
         danger="recall and speed are those of another index than the one that was asked for",
         do="run 40_rebuild_index again with execute: true",
     )

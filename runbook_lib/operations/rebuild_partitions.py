@@ -7,46 +7,28 @@ written down, so that one that was stopped goes on with the partitions that are 
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from psycopg import sql
 
 from runbook_lib import db, forecast
-from runbook_lib.checking.partitions import Part, PartIndex
+from runbook_lib.checking.partitions import Part
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.indexing import index_partitions
-from runbook_lib.indexing.building import concurrently, none_under_way
+from runbook_lib.indexing.building import OF_REINDEX, concurrently, none_under_way
 from runbook_lib.indexing.index_partitions import Step
+from runbook_lib.indexing.options import Options, asked_for, listed, stored
 from runbook_lib.measuring import recall
 from runbook_lib.names import identifier, index_name
 from runbook_lib.operations import going_over
 from runbook_lib.phase import Phase
 
-# What REINDEX CONCURRENTLY calls the index that it builds, and the one that it replaces; a number follows the second.
-OF_REINDEX = re.compile(r"_cc(new|old)\d*$")
-
-Options = dict[str, int]
-
-
-def options_of(own: PartIndex) -> Options:
-    """As pg_class has them; those that nobody gave are not there."""
-    return {name: int(value) for name, _, value in (o.partition("=") for o in own.options) if value.isdigit()}
-
-
-def _asked_for(phase: Phase) -> Options:
-    """What the parameters ask for; lists only where they are given."""
-    i = phase.params.index
-    if i.method == "hnsw":
-        return {"m": i.m, "ef_construction": i.ef_construction}
-    return {"lists": i.lists} if i.lists else {}
-
 
 def _of_build(phase: Phase, part: Part) -> Options:
     """What a partition's next build follows; IVFFlat's lists by its rows today, where they are not given."""
     by_rule = phase.params.index.method == "ivfflat" and not phase.params.index.lists
-    return {"lists": forecast.lists_rule(part.rows)} if by_rule else _asked_for(phase)
+    return {"lists": forecast.lists_rule(part.rows)} if by_rule else asked_for(phase.params)
 
 
 def _round(phase: Phase) -> dict[str, Any] | None:
@@ -87,7 +69,7 @@ def _anew(phase: Phase, now: index_partitions.Standing, part: Part, options: Opt
     """The options of the next build where they are others, and the build."""
     own = now.own[part.oid]
     name = {"part_index": identifier(own.schema, own.name)}
-    changed = not options.items() <= options_of(own).items()
+    changed = not options.items() <= stored(own.options).items()
     given = sql.SQL(", ").join(
         sql.SQL("{} = {}").format(sql.Identifier(k), sql.Literal(v)) for k, v in options.items()
     )
@@ -132,7 +114,7 @@ def _begin(phase: Phase) -> None:
             "run_id": phase.run_id,
             "open": True,
             "oids": {str(now.own[p.oid].oid): p.shown for p in now.leaves if p.oid in now.own},
-            "before": {p.shown: options_of(now.own[p.oid]) for p in now.leaves if p.oid in now.own},
+            "before": {p.shown: stored(now.own[p.oid].options) for p in now.leaves if p.oid in now.own},
             "recall": measured.as_data() if measured else None,
         },
     )
@@ -210,24 +192,21 @@ def has_options(phase: Phase) -> Gate:
     """Gate: each partition's index has the options that it is to have."""
     now = index_partitions.standing(phase)
     last = _round(phase) or {}
-    undone, asked = last.get("undone", False), _asked_for(phase)
-    own = {part.shown: options_of(now.own[part.oid]) for part in now.leaves if part.oid in now.own}
+    undone, asked = last.get("undone", False), asked_for(phase.params)
+    own = {part.shown: stored(now.own[part.oid].options) for part in now.leaves if part.oid in now.own}
     wanted = {shown: last["before"].get(shown, {}) if undone else asked for shown in own}
     other = {shown: options for shown, options in own.items() if not wanted[shown].items() <= options.items()}
     return gate(
         "rebuild.index_has_its_options",
         not other,
         now.parent.index,
-        found="; ".join(f"{shown} {_listed(o)}" for shown, o in list(other.items())[:3]) or "on every partition",
+        found="; ".join(f"{shown} {listed(o) or 'none of its own'}" for shown, o in list(other.items())[:3])
+        or "on every partition",
         needed="those from before" if undone else "those of index in the parameters",
         danger="recall and speed are those of another index than the one that was asked for",
         do="run 40_rebuild_index again with execute: true",
         figures={"partitions": len(now.leaves), "other": len(other)},
     )
-
-
-def _listed(options: Options) -> str:
-    return ", ".join(f"{k} {v}" for k, v in options.items()) or "none of its own"
 
 
 def nothing_is_left(phase: Phase) -> Gate:
@@ -255,7 +234,7 @@ def _steps_back(phase: Phase) -> list[Step]:
     todo = _leftovers(phase, now)
     for part in now.leaves:
         before = former.get(part.shown)
-        if before and part.oid in now.own and not before.items() <= options_of(now.own[part.oid]).items():
+        if before and part.oid in now.own and not before.items() <= stored(now.own[part.oid].options).items():
             todo += _anew(phase, now, part, before)
     return todo
 
