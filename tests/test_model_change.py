@@ -300,6 +300,43 @@ def test_undo_leads_back_to_the_letter_and_twice_does_nothing(
     assert models.verify_swapped(phase).passed, "and it can take over again"
 
 
+def test_without_a_swap_on_record_the_way_back_is_judged_by_the_function_that_is_there(
+    articles: psycopg.Connection[Any], opened: Callable[..., Phase]
+) -> None:
+    phase = opened()
+
+    def judged() -> str:
+        (one,) = model_change.verify_undone(phase)
+        return str(one)
+
+    passed = (
+        "PASS    model_change.function_is_as_before   search_articles\n"
+        "  found   no swap on record; it answers for articles alone\n"
+        "  needed  the definition from before the swap, and no copy"
+    )
+    assert judged() == passed
+    articles.execute("CREATE FUNCTION search_articles_before(a text, b real[], c int) RETURNS int RETURN 1")
+    assert judged() == passed, "somebody's own function is no copy"
+    articles.execute("DROP FUNCTION search_articles_before")
+    # As after a swap whose ledger was lost.
+    for statement in model_change.plan(phase):
+        phase.do(statement)
+    assert judged() == (
+        "FAIL    model_change.function_is_as_before   search_articles\n"
+        "  found   no swap on record; both answer; search_articles_before is left\n"
+        "  needed  the definition from before the swap, and no copy\n"
+        "  danger  the application calls something that nobody has judged\n"
+        "  do      run model_change.undo(phase) again; compare with the definition in the ledger, kind model_change"
+    )
+    model_change.undo(phase)
+    assert judged() == passed
+    articles.execute("DROP FUNCTION search_articles")
+    assert judged().splitlines()[:2] == [
+        "FAIL    model_change.function_is_as_before   search_articles",
+        "  found   no such function",
+    ]
+
+
 def test_the_command_takes_it_back_with_a_record_and_not_after_the_retirement(
     copied: str, articles: psycopg.Connection[Any], folder: Path, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -367,19 +367,28 @@ def say_new(connection: db.Connection, phase: Phase, old: Params) -> None:
 
 
 def verify_undone(phase: Phase) -> Gates:
-    """The application's function is to the letter what it was before the swap, and nothing is left of it."""
-    old = replaced(phase).params
+    """The application's function is to the letter what it was before the swap, and nothing is left of it.
+
+    Where the ledger has no swap that stands there is no text to compare with: the function must be there, and answer
+    for the replaced target alone.
+    """
+    old, who = replaced(phase).params, stage(phase)
     noted, now = phase.ledger.latest_standing("model_change", "60_change_model"), facts(phase, old.function_name)
-    left = facts(phase, before_name(old)) is not None and noted is not None
-    same = noted is None or (now is not None and now["definition"] == noted["before"])
+    left = facts(phase, before_name(old)) is not None and (noted is not None or not _somebodys_copy(phase, old, now))
+    if now is None:
+        same, found = False, "no such function"
+    elif noted is None:
+        same, found = who is None, f"no swap on record; {who or f'it answers for {old.target.name} alone'}"
+    else:
+        same = now["definition"] == noted["before"]
+        found = "as it was" if same else "another text than before"
     return collect(
         [
             gate(
                 "model_change.function_is_as_before",
-                same and not left and stage(phase) is None,
+                same and not left and who is None,
                 old.function_name,
-                found=("as it was" if same else "another text than before")
-                + (f"; {before_name(old)} is left" if left else ""),
+                found=found + (f"; {before_name(old)} is left" if left else ""),
                 needed="the definition from before the swap, and no copy",
                 danger="the application calls something that nobody has judged",
                 do="run model_change.undo(phase) again; compare with the definition in the ledger, kind model_change",
