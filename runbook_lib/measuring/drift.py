@@ -38,7 +38,10 @@ REBUILD = "run operate/40_rebuild_index, which makes the lists of the rows of to
 
 
 def gates(phase: Phase) -> Iterator[Gate]:
-    """The gates of the lists' age; none for another method, or where the ledger knows of no build."""
+    """The gates of the lists' age; none for another method, or where the ledger knows of no build.
+
+    How new rows are found is judged from FEWEST_ROWS of them on.
+    """
     if phase.params.index.method != "ivfflat" or not phase.ledger.exists():
         return
     built = next(iter(db.rows(phase.ledger.connection, SQL["built"], phase.params)), None)
@@ -51,9 +54,12 @@ def gates(phase: Phase) -> Iterator[Gate]:
             _look(phase, connection, "some_rows", built, newer=n, n=phase.params.watch.queries) for n in (True, False)
         )
         held = _rows_held(phase, connection, [*newer, *older])
-    yield _new_rows_are_found(phase, built, sides, newer, older)
+    enough = len(newer) >= FEWEST_ROWS
+    if enough:
+        yield _new_rows_are_found(phase, built, sides, newer, older)
     if held:
-        yield _lists_are_even(phase, held)
+        not_judged = "" if enough else f"; {_newer(sides)}, too few to judge how they are found"
+        yield _lists_are_even(phase, held, not_judged)
 
 
 def _look(phase: Phase, connection: db.Connection, block: str, built: db.Row, **values: Any) -> list[db.Row]:
@@ -86,6 +92,10 @@ def _recall(phase: Phase, rows: Sequence[db.Row]) -> float:
     return evaluate.recall([exact.keys[q.query_id] for q in asked], [got.keys[q.query_id] for q in asked])
 
 
+def _newer(sides: db.Row) -> str:
+    return f"{number(sides['newer'])} of {number(sides['rows'])} rows are newer than the index"
+
+
 def _new_rows_are_found(
     phase: Phase, built: db.Row, sides: db.Row, newer: Sequence[db.Row], older: Sequence[db.Row]
 ) -> Gate:
@@ -93,18 +103,15 @@ def _new_rows_are_found(
     p = phase.params
     needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
     grown = sides["rows"] / built["rows"] if built["rows"] else None
-    enough = len(newer) >= FEWEST_ROWS
-    new = _recall(phase, newer) if enough else None
-    old = _recall(phase, older) if enough and len(older) >= FEWEST_ROWS else None
-    share = f"{number(sides['newer'])} of {number(sides['rows'])} rows are newer than the index"
+    new = _recall(phase, newer)
+    old = _recall(phase, older) if len(older) >= FEWEST_ROWS else None
     size = "" if grown is None else f", and the table holds {grown:.1f} × the rows of which its lists were made"
-    said = f"recall@{p.queries.k} {new:.3f} on {len(newer)} of them" if new is not None else "too few to judge"
     beside = "" if old is None else f", {old:.3f} on {len(older)} older ones"
     return gate(
         "drift.new_rows_are_found",
-        new is None or new >= needed or (old is not None and new >= old),
+        new >= needed or (old is not None and new >= old),
         f"{spelled(p, 'index')} on {p.target.schema_}.{p.target.table}",
-        found=f"{said}{beside}; {share}{size}",
+        found=f"recall@{p.queries.k} {new:.3f} on {len(newer)} of them{beside}; {_newer(sides)}{size}",
         needed=f"{needed:.3f} on rows newer than the index, or no less than on older ones",
         danger="the lists were made of other rows than these: searches for what is new miss it, the more so the more"
         " of it comes",
@@ -133,7 +140,7 @@ def _rows_held(phase: Phase, connection: db.Connection, rows: Sequence[db.Row]) 
     return [row["rows"] for row in found if row]
 
 
-def _lists_are_even(phase: Phase, held: Sequence[int]) -> Gate:
+def _lists_are_even(phase: Phase, held: Sequence[int], not_judged: str) -> Gate:
     """By the list that a row lies in: one that holds half the table is met by half of the rows."""
     p = phase.params
     rows = db.one(phase.connection, WATCH["size"], p, table=spelled(p, "vectors"))["rows"]
@@ -145,7 +152,8 @@ def _lists_are_even(phase: Phase, held: Sequence[int]) -> Gate:
         "drift.lists_are_even",
         mean <= limit * even,
         f"{spelled(p, 'index')} on {p.target.schema_}.{p.target.table}",
-        found=f"a row's list holds {number(round(mean))} rows on average, {mean / even:.1f} × an even one",
+        found=f"a row's list holds {number(round(mean))} rows on average, {mean / even:.1f} × an even one"
+        + not_judged,
         needed=f"at most {limit:g} × (watch.list_unevenness)",
         danger="a probe of a crowded list reads much of the table, and the others find little",
         do=REBUILD,
