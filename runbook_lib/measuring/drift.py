@@ -14,11 +14,11 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, search, tune
+from runbook_lib import db
 from runbook_lib.display import number
 from runbook_lib.gates import Gate, gate
 from runbook_lib.indexing import index_partitions
-from runbook_lib.measuring import evaluate, explain, replica
+from runbook_lib.measuring import recall, replica
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.names import as_indexed, names, spelled
@@ -74,22 +74,9 @@ def _look(phase: Phase, connection: db.Connection, block: str, built: db.Row, **
 
 
 def _recall(phase: Phase, rows: Sequence[db.Row]) -> float:
-    """Recall on these rows as queries, with the settings that the search function carries."""
-    p = phase.params
-    asked = [Query(row["key"], "") for row in rows]
+    """Recall on these rows as queries."""
     vectors = np.array([as_array(row["embedding"]) for row in rows])
-    through_index, all_rows = (
-        search.route_statement(phase.connection, p, "vector", scan=scan) for scan in ("index", "exact")
-    )
-
-    def exactly() -> search.Answers:
-        with tune.exactly(phase) as connection:
-            return search.ask(connection, p, all_rows, asked, vectors, p.queries.k)
-
-    exact = replica.again(p, exactly)
-    with explain.as_the_application(phase) as connection:
-        got = search.ask(connection, p, through_index, asked, vectors, p.queries.k)
-    return evaluate.recall([exact.keys[q.query_id] for q in asked], [got.keys[q.query_id] for q in asked])
+    return recall.as_the_application(phase, [Query(row["key"], "") for row in rows], vectors)
 
 
 def _newer(sides: db.Row) -> str:

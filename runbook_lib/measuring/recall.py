@@ -19,7 +19,7 @@ from psycopg import sql
 from runbook_lib import db, search, tune
 from runbook_lib.checking import partitions
 from runbook_lib.gates import RunbookError
-from runbook_lib.measuring import evaluate
+from runbook_lib.measuring import evaluate, explain, replica
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import identifier
 from runbook_lib.phase import Phase
@@ -103,6 +103,27 @@ def through(
         else:
             answers = None
     return _measured(index, asked, answers) if answers else None
+
+
+def as_the_application(phase: Phase, queries: Sequence[Query], vectors: np.ndarray) -> float:
+    """Recall of the vector query with the settings that the search function carries, by whatever plan it gets.
+
+    vectors: of the queries, shape (n, dimension). On the replica where one is given, as reads will be.
+    """
+    p = phase.params
+    statement, all_rows = (
+        search.route_statement(phase.connection, p, "vector", scan=scan) for scan in ("index", "exact")
+    )
+
+    def exactly() -> search.Answers:
+        with tune.exactly(phase) as connection:
+            return search.ask(connection, p, all_rows, queries, vectors, p.queries.k)
+
+    exact = replica.again(p, exactly)
+    with explain.as_the_application(phase) as connection:
+        got = search.ask(connection, p, statement, queries, vectors, p.queries.k)
+    ids = [q.query_id for q in queries]
+    return evaluate.recall([exact.keys[i] for i in ids], [got.keys[i] for i in ids])
 
 
 def _measured(index: str, asked: Questions, got: search.Answers) -> Measured:

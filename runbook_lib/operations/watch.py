@@ -11,12 +11,12 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import compare, db, forecast, index, search, tune, versions
+from runbook_lib import compare, db, forecast, index, search, versions
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.ledger import Ledger
-from runbook_lib.measuring import drift, evaluate, explain, replica, standing
+from runbook_lib.measuring import drift, evaluate, explain, recall, replica, standing
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.names import names, spelled
@@ -140,28 +140,17 @@ def _recall_holds(phase: Phase) -> Gate:
     rows = _some_rows(phase)
     asked = [*queries, *(Query(f"row {row['key']}", "") for row in rows)]
     vectors = np.array([*embed.query_vectors(p, queries), *(as_array(row["embedding"]) for row in rows)])
-    statement = search.route_statement(phase.connection, p, "vector")
-    all_rows = search.route_statement(phase.connection, p, "vector", scan="exact")
-
-    def exactly() -> search.Answers:
-        with tune.exactly(phase) as connection:
-            return search.ask(connection, p, all_rows, asked, vectors, p.queries.k)
-
-    exact = replica.again(p, exactly)
-    with explain.as_the_application(phase) as connection:
-        got = search.ask(connection, p, statement, asked, vectors, p.queries.k)
-    ids = [q.query_id for q in asked]
-    recall = evaluate.recall([exact.keys[i] for i in ids], [got.keys[i] for i in ids])
+    found = recall.as_the_application(phase, asked, vectors)
     needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
     return gate(
         "watch.recall_holds",
-        recall >= needed,
+        found >= needed,
         _table(phase),
-        found=f"recall@{p.queries.k} {recall:.3f} on {len(queries)} queries and {len(rows)} rows",
+        found=f"recall@{p.queries.k} {found:.3f} on {len(queries)} queries and {len(rows)} rows",
         needed=f"{needed:.3f}, the target less watch.largest_recall_loss",
         danger="the index hides answers that exact search finds",
         do="run 70_tune again; if a higher setting does not reach it, build the index anew",
-        figures={"recall": recall, "queries": len(queries), "rows": len(rows)},
+        figures={"recall": found, "queries": len(queries), "rows": len(rows)},
     )
 
 
