@@ -13,7 +13,7 @@ from runbook_lib.gates import BadInput, GateFailed
 from runbook_lib.measuring import partial
 from runbook_lib.measuring.partial import Value
 from runbook_lib.measuring.prepared import CALLS
-from runbook_lib.operations import filters
+from runbook_lib.operations import filter_indexes, filters
 from runbook_lib.phase import MIGRATE, Phase
 from tests.conftest import write_params
 from tests.stepping import step, step_all
@@ -128,7 +128,7 @@ def test_recall_is_that_of_an_independent_count(
 ) -> None:
     phase = ready(filters=NAMED | {"partial_indexes": {"status": ["Draft"]}})
     filters.apply(phase)
-    (known,) = filters.remembered(phase).values()
+    (known,) = filter_indexes.remembered(phase).values()
     assert known["before"]["recall"] == 1.0, "every row was read"
     statement = search.route_statement(phase.connection, phase.params, "vector")
     value = Value("status", "Draft", "")
@@ -162,7 +162,7 @@ def test_an_index_that_gains_too_little_is_dropped_again(
     assert partial_indexes(articles) == {}
     assert strategies(phase) == before
     (failed,) = filters.verify(phase).failed
-    (known,) = filters.remembered(phase).values()
+    (known,) = filter_indexes.remembered(phase).values()
     was, now = known["before"], known["after"]
     times = known["why_not"].split(" ")[0]
     assert float(times) < 1000
@@ -186,11 +186,13 @@ def test_an_index_that_misses_the_target_or_is_not_used_is_dropped_again(
         patch.setattr(partial, "cheapest_through_the_index", lambda p, asked: replace(real(p, asked), recall=0.5))
         filters.apply(phase)
     assert partial_indexes(articles) == {}
-    assert {m["why_not"] for m in filters.remembered(phase).values()} == {"recall 0.500, 0 questions short of rows"}
+    assert {m["why_not"] for m in filter_indexes.remembered(phase).values()} == {
+        "recall 0.500, 0 questions short of rows"
+    }
     with monkeypatch.context() as patch:
         patch.setattr(partial, "scans_by_the_function", lambda *_: 3)
         filters.apply(phase)
-    assert {m["why_not"] for m in filters.remembered(phase).values()} == {
+    assert {m["why_not"] for m in filter_indexes.remembered(phase).values()} == {
         f"the function uses it in 3 of {CALLS} calls"
     }
     assert partial_indexes(articles) == {}
@@ -201,7 +203,7 @@ def test_interrupted_anywhere_a_rerun_goes_on_and_undo_leads_back(
 ) -> None:
     phase = ready(filters=NAMED | {"partial_indexes": {"status": ["Draft"]}})
     before = strategies(phase)
-    name = filters.name_of(phase.params, Value("status", "Draft", ""))
+    name = filter_indexes.name_of(phase.params, Value("status", "Draft", ""))
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -214,14 +216,16 @@ def test_interrupted_anywhere_a_rerun_goes_on_and_undo_leads_back(
         if so_far == "invalid":
             articles.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = %s::regclass", [name])
         if so_far == "noted":
-            through = filters.remembered(phase)[name]["before"] | {"scan": "index", "share": 0.4}
-            filters._remember(phase, name, served=True, after=through)
-        measured = filters.remembered(phase)[name]["before"]
+            through = filter_indexes.remembered(phase)[name]["before"] | {"scan": "index", "share": 0.4}
+            filter_indexes.remember(phase, name, served=True, after=through)
+        measured = filter_indexes.remembered(phase)[name]["before"]
         assert [s.name for s in filters.plan(phase)] == left_to_do, so_far
         filters.apply(phase)
         assert partial_indexes(articles) == {"(status = 'Draft'::text)": True}
         assert filters.verify(phase).passed
-        assert filters.remembered(phase)[name]["before"] == measured, "with the index there it would say nothing"
+        assert filter_indexes.remembered(phase)[name]["before"] == measured, (
+            "with the index there it would say nothing"
+        )
         filters.undo(phase)
         assert (partial_indexes(articles), strategies(phase)) == ({}, before)
 
@@ -249,7 +253,7 @@ def test_tuned_again_since_a_value_is_searched_exactly_once_its_index_is_gone(
     phase = ready(filters=NAMED | {"partial_indexes": {"status": ["Draft"]}})
     filters.apply(phase)
     articles.execute("UPDATE runbook.strategy SET candidates = 77 WHERE value = 'Draft'")
-    assert filters.is_served(phase, *next(iter(filters.wanted(phase).items()))) is False
+    assert filter_indexes.is_served(phase, *next(iter(filter_indexes.wanted(phase).items()))) is False
     filters.undo(phase)
     assert strategies(phase) == {"Draft": "exact", None: "exact"}
 

@@ -21,54 +21,13 @@ from runbook_lib.measuring import classes, partial
 from runbook_lib.measuring.partial import Value
 from runbook_lib.measuring.prepared import CALLS
 from runbook_lib.measuring.sweep import Measured
-from runbook_lib.names import digits, identifier, index_name, shortened, spelled, vectors_stand_beside, verbatim
-from runbook_lib.params import Params
+from runbook_lib.names import identifier, spelled, vectors_stand_beside, verbatim
+from runbook_lib.operations.filter_indexes import is_searched_as, is_served, made, remember, remembered, wanted
+from runbook_lib.operations.filter_indexes import standing as standing
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("filters")
-
-# What the ledger keeps of a value is one row for all of them, so that the newest says everything.
-KIND = "filters"
-
-
-def name_of(params: Params, value: Value) -> str:
-    """Name of a value's index: that of the vector index, and a hash of column and value."""
-    return shortened(index_name(params), "_" + digits(f"{value.column}\0{value.value}"))
-
-
-def _own(phase: Phase) -> dict[str, db.Row]:
-    """The indexes of this operation, whole or left over, by name."""
-    found = db.rows(phase.connection, SQL["standing"], phase.params, vectors=spelled(phase.params, "vectors"))
-    known = {name_of(phase.params, v) for v in partial.called_for(phase)} | set(remembered(phase))
-    return {row["name"]: row for row in found if row["name"] in known}
-
-
-def remembered(phase: Phase) -> dict[str, dict[str, Any]]:
-    """What the ledger knows of each index of this operation, by its name."""
-    body = phase.ledger.latest(KIND)
-    return dict(body["indexes"]) if body else {}
-
-
-def _remember(phase: Phase, name: str, **known: Any) -> None:
-    before = remembered(phase)
-    phase.note(KIND, {"indexes": before | {name: before.get(name, {}) | known}})
-
-
-def wanted(phase: Phase) -> dict[str, Value]:
-    """Values that are to have an index, by its name. Those that are served stay where the parameters name none:
-    tuned again with its index there, a value is slow no more.
-    """
-    found = {name_of(phase.params, v): v for v in partial.called_for(phase)}
-    if phase.params.filters.partial_indexes:
-        return found
-    own = _own(phase)
-    served = {
-        name: Value(m["column"], m["value"], "served by its index")
-        for name, m in remembered(phase).items()
-        if m.get("served") and name in own and name not in found
-    }
-    return served | found
 
 
 def check(phase: Phase) -> Gates:
@@ -125,15 +84,6 @@ def expected(phase: Phase) -> Table:
     return partial.cost_table(phase, list(wanted(phase).values()))
 
 
-def standing(phase: Phase) -> Table:
-    """The indexes of this operation as they are, with what an unfinished one left."""
-    rows = [
-        (name, row["condition"], row["usable"], size(row["bytes"]), "" if name in wanted(phase) else "not wanted")
-        for name, row in _own(phase).items()
-    ]
-    return Table(("index", "condition", "usable", "size", ""), rows, "partial vector indexes of the runbook")
-
-
 def _create(phase: Phase, name: str, value: Value) -> db.Statement:
     lists = sql.Literal(phase.params.index.lists or forecast.lists_rule(partial.rows_of(phase, [value])[value]))
     build = index.build_statement(phase, {"index": identifier(name), "lists": lists})
@@ -169,23 +119,9 @@ def _forget(phase: Phase, value: Value) -> db.Statement:
     return db.statement(SQL["forget_strategy"], phase.params, filter=value.column, value=value.value)
 
 
-def is_served(phase: Phase, name: str, value: Value) -> bool:
-    """Is the index whole, proved before, and does the function search the value through it?"""
-    known, row = remembered(phase).get(name, {}), _own(phase).get(name)
-    return bool(
-        known.get("served") and row and row["usable"] and _searched_as(partial.strategy_of(phase, value), known)
-    )
-
-
-def _searched_as(row: Mapping[str, Any] | None, known: Mapping[str, Any]) -> bool:
-    """Does the strategy table send the value where this operation sent it?"""
-    own = ("scan", "candidates", "iterative_scan", "most_scanned")
-    return row is not None and row["value"] is not None and all(row[k] == known["after"][k] for k in own)
-
-
 def plan(phase: Phase) -> db.Plan:
     """What is left over or no longer wanted dropped, after its value is searched as before; then the builds."""
-    values, own = wanted(phase), _own(phase)
+    values, own = wanted(phase), made(phase)
     todo: list[db.Statement] = []
     for name, row in own.items():
         if name not in values:
@@ -204,7 +140,7 @@ def apply(phase: Phase) -> Table:
     if not phase.execute:
         return phase.carry_out(plan(phase))
     values = wanted(phase)
-    for name in _own(phase):
+    for name in made(phase):
         if name not in values:
             _take_back(phase, name)
     todo = {name: v for name, v in values.items() if not is_served(phase, name, v)}
@@ -221,11 +157,11 @@ def apply(phase: Phase) -> Table:
 
 def _measure_before(phase: Phase, name: str, value: Value, asked: list[classes.Asked], share: float) -> None:
     """Written down before the build: a rerun after an interruption would measure with the new index there."""
-    if name in _own(phase) and "before" in remembered(phase).get(name, {}):
+    if name in made(phase) and "before" in remembered(phase).get(name, {}):
         return
     before = partial.measure_now(phase, value, asked)
     row = partial.strategy_of(phase, value)
-    _remember(
+    remember(
         phase,
         name,
         column=value.column,
@@ -238,27 +174,27 @@ def _measure_before(phase: Phase, name: str, value: Value, asked: list[classes.A
 
 
 def _build(phase: Phase, name: str, value: Value) -> None:
-    row = _own(phase).get(name)
+    row = made(phase).get(name)
     if row and row["usable"]:
         return
     if row:
         index.concurrently(phase, _drop(phase, name))
     built = index.concurrently(phase, _create(phase, name, value))
-    _remember(phase, name, seconds=round(built.seconds, 3), notices=built.notices, bytes=_own(phase)[name]["bytes"])
+    remember(phase, name, seconds=round(built.seconds, 3), notices=built.notices, bytes=made(phase)[name]["bytes"])
 
 
 def _use_or_drop(phase: Phase, name: str, value: Value, after: Measured) -> None:
     known = remembered(phase)[name]
     through = partial.as_data(after) | {"share": known["share"]}
     change = _route(phase, value, through)
-    scans = partial.scans_by_the_function(phase, value, _own(phase)[name]["oid"], change)
+    scans = partial.scans_by_the_function(phase, value, made(phase)[name]["oid"], change)
     why_not = _why_not(phase, known["before"], after, scans)
     if why_not:
-        _remember(phase, name, after=through, scans=scans, served=False, why_not=why_not)
+        remember(phase, name, after=through, scans=scans, served=False, why_not=why_not)
         index.concurrently(phase, _drop(phase, name))
         return
     # The ledger first: interrupted between the two, undo finds what to take back and a rerun proves it again.
-    _remember(phase, name, after=through, scans=scans, served=True, why_not="")
+    remember(phase, name, after=through, scans=scans, served=True, why_not="")
     with phase.connection.transaction():
         for statement in change:
             phase.do(statement)
@@ -307,7 +243,7 @@ def verify(phase: Phase) -> Gates:
 
 
 def _value_gates(phase: Phase, name: str, value: Value) -> list[Gate]:
-    known, row = remembered(phase).get(name, {}), _own(phase).get(name)
+    known, row = remembered(phase).get(name, {}), made(phase).get(name)
     kept = bool(known.get("served"))
     found = (
         f"recall {known['after']['recall']:.3f}, p50 {known['after']['p50_ms']:.2f} ms" if "after" in known else ""
@@ -357,7 +293,7 @@ def _is_used(phase: Phase, name: str, value: Value, row: db.Row | None) -> Gate:
 
 
 def _nothing_is_left(phase: Phase, values: Mapping[str, Value]) -> Gate:
-    left = [name for name, row in _own(phase).items() if name not in values or not row["usable"]]
+    left = [name for name, row in made(phase).items() if name not in values or not row["usable"]]
     return gate(
         "filters.nothing_is_left",
         not left,
@@ -378,7 +314,7 @@ def _back(phase: Phase, name: str) -> list[db.Statement]:
     row = partial.strategy_of(phase, value)
     if row is None or row["value"] is None or row["scan"] == "exact":
         return []  # forgotten or tuned again: it needs no index
-    if not _searched_as(row, known):
+    if not is_searched_as(row, known):
         # What was measured with the index says nothing without it, and exact is never wrong.
         return _route(phase, value, row | {"scan": "exact", "iterative_scan": "off"})
     return _route(phase, value, known["strategy"]) if known["strategy"] else [_forget(phase, value)]
@@ -389,14 +325,14 @@ def _take_back(phase: Phase, name: str) -> list[tuple[str, float]]:
     with phase.connection.transaction():
         rows = [(s.purpose, phase.do(s).seconds) for s in _back(phase, name)]
     if name in remembered(phase):
-        _remember(phase, name, served=False)
+        remember(phase, name, served=False)
     drop = _drop(phase, name)
     return [*rows, (drop.purpose, round(index.concurrently(phase, drop).seconds, 3))]
 
 
 def undo_plan(phase: Phase) -> db.Plan:
     """Every value searched as before, and its index dropped."""
-    todo = [s for name in _own(phase) for s in (*_back(phase, name), _drop(phase, name))]
+    todo = [s for name in made(phase) for s in (*_back(phase, name), _drop(phase, name))]
     return db.Plan(tuple(todo), phase.connection)
 
 
@@ -404,12 +340,12 @@ def undo(phase: Phase) -> Table:
     """Carries out the way back without blocking reads or writes; does nothing where there is no such index."""
     if not phase.execute:
         return phase.carry_out(undo_plan(phase))
-    return Table(("what", "seconds"), [row for name in list(_own(phase)) for row in _take_back(phase, name)])
+    return Table(("what", "seconds"), [row for name in list(made(phase)) for row in _take_back(phase, name)])
 
 
 def verify_undone(phase: Phase) -> Gates:
     """No index of this operation is left, valid or not."""
-    left = list(_own(phase))
+    left = list(made(phase))
     return collect(
         [
             gate(
