@@ -14,7 +14,7 @@ import yaml
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import db, params
+from runbook_lib import backfill, db, extension, params, schema, staging
 from runbook_lib.commands import embedded
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
@@ -95,3 +95,16 @@ def open_phase(
     for phase in opened:
         phase.connection.close()
         phase.ledger.connection.close()
+
+
+@pytest.fixture
+def filled(open_phase: Callable[..., Phase]) -> Callable[..., Phase]:
+    """Opens phase 60 on a table that has its vectors."""
+
+    def make(**sections: dict[str, Any]) -> Phase:
+        phase = open_phase("60_build_index", **sections)
+        for module in (extension, schema, staging, backfill):
+            module.apply(phase)
+        return phase
+
+    return make

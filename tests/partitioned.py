@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Literal
 
 import psycopg
+import pytest
 
+from runbook_lib import db
+from runbook_lib.phase import Phase
 from tests import toy
 
 Kind = Literal["list", "range", "hash"]
@@ -77,3 +83,19 @@ def index_state(connection: psycopg.Connection[Any]) -> dict[str, tuple[bool, bo
         " WHERE m.amname IN ('hnsw', 'ivfflat')"
     )
     return {name: (valid, attached) for name, valid, attached in found}
+
+
+@contextmanager
+def killed_after(module: ModuleType, builds: int) -> Iterator[None]:
+    """What is done within is killed where a module that builds partition by partition begins the next one."""
+    real, done = module.concurrently, list[str]()
+
+    def concurrently(phase: Phase, statement: db.Statement) -> Any:
+        if len(done) == builds:
+            raise KeyboardInterrupt
+        done.append(statement.name)
+        return real(phase, statement)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "concurrently", concurrently)
+        yield

@@ -8,24 +8,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, db, extension, index, schema, staging
+from runbook_lib import db, index
 from runbook_lib.names import names
 from runbook_lib.phase import Phase
 
 Open = Callable[..., Phase]
-
-
-@pytest.fixture
-def filled(open_phase: Open) -> Callable[..., Phase]:
-    """Opens phase 60 on a table that has its vectors."""
-
-    def make(**sections: dict[str, Any]) -> Phase:
-        phase = open_phase("60_build_index", **sections)
-        for module in (extension, schema, staging, backfill):
-            module.apply(phase)
-        return phase
-
-    return make
 
 
 def test_it_is_valid_has_its_class_and_finds_known_rows(filled: Callable[..., Phase]) -> None:

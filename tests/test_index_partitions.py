@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, db, extension, index, schema, staging
+from runbook_lib import db, index
 from runbook_lib.checking import partitions
 from runbook_lib.gates import LockNotObtained
 from runbook_lib.indexing import index_partitions
@@ -26,31 +26,11 @@ NEAREST = "SELECT id FROM articles ORDER BY embedding <=> $1 LIMIT $2"
 
 
 @pytest.fixture
-def filled(articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]) -> Filled:
+def filled(articles: psycopg.Connection[Any], filled: Filled) -> Filled:
     """Opens phase 60 on a table that is partitioned by tenants and has its vectors."""
     articles.execute("DROP TABLE articles")
     partitioned.create_articles(articles, "list")
-
-    def make(**sections: dict[str, Any]) -> Phase:
-        phase = open_phase("60_build_index", **sections)
-        for module in (extension, schema, staging, backfill):
-            module.apply(phase)
-        return phase
-
-    return make
-
-
-def _stop_after(monkeypatch: pytest.MonkeyPatch, builds: int) -> None:
-    """The next build after so many is where the run is killed."""
-    real, done = index_partitions.concurrently, list[str]()
-
-    def concurrently(phase: Phase, statement: db.Statement) -> Any:
-        if len(done) == builds:
-            raise KeyboardInterrupt
-        done.append(statement.name)
-        return real(phase, statement)
-
-    monkeypatch.setattr(index_partitions, "concurrently", concurrently)
+    return filled
 
 
 def _names(phase: Phase) -> list[str]:
@@ -88,13 +68,11 @@ def test_each_partition_is_built_and_attached_and_the_whole_is_proved(
 
 
 def test_killed_between_two_partitions_it_goes_on_with_the_next(
-    filled: Filled, articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+    filled: Filled, articles: psycopg.Connection[Any]
 ) -> None:
     phase = filled()
-    with monkeypatch.context() as patch:
-        _stop_after(patch, builds=2)
-        with pytest.raises(KeyboardInterrupt):
-            index.apply(phase)
+    with partitioned.killed_after(index_partitions, builds=2):
+        index.apply(phase)
     assert str(index.verify(phase)) == (
         'FAIL    index.is_valid   articles_embedding_hnsw on "public"."articles"\n'
         "  found   invalid: public.articles_bolt_0 has none, public.articles_bolt_1 has none; of 4 partitions\n"
@@ -227,13 +205,11 @@ def test_undo_waits_for_nobody_names_who_reads_a_partition_and_twice_does_nothin
 
 
 def test_undo_of_a_half_built_index_takes_what_was_never_attached(
-    filled: Filled, articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+    filled: Filled, articles: psycopg.Connection[Any]
 ) -> None:
     phase = filled()
-    with monkeypatch.context() as patch:
-        _stop_after(patch, builds=2)
-        with pytest.raises(KeyboardInterrupt):
-            index.apply(phase)
+    with partitioned.killed_after(index_partitions, builds=2):
+        index.apply(phase)
     articles.execute(
         "CREATE INDEX articles_bolt_0_embedding_hnsw ON articles_bolt_0 USING hnsw (embedding vector_l2_ops)"
     )

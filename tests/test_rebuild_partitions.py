@@ -57,27 +57,18 @@ def test_the_notebook_builds_each_partition_anew_with_other_options(
 
 
 def test_stopped_between_two_partitions_it_goes_on_in_another_run_and_is_taken_back(
-    migrated: Callable[..., Path], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+    migrated: Callable[..., Path], articles: psycopg.Connection[Any]
 ) -> None:
     phase = _opened(migrated(storage="halfvec"), "refused")
     refused = [g for g in rebuild.check(phase) if g.verdict != "PASS"]
     assert [g.name for g in refused] == ["index.has_the_right_operator_class"]
     assert refused[0].do == "run undo/20_remove_index, and 60_build_index again"
     _close(phase)
-    path, real, done = migrated(m=8, ef_construction=32), rebuild_partitions.concurrently, list[str]()
-
-    def concurrently(phase: Phase, statement: Any) -> Any:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(statement.name)
-        return real(phase, statement)
-
+    path = migrated(m=8, ef_construction=32)
     phase = _opened(path, "first")
     assert [s.name.split(".")[1] for s in rebuild.plan(phase)] == ["set_options", "reindex"] * 4
-    with monkeypatch.context() as patch:
-        patch.setattr(rebuild_partitions, "concurrently", concurrently)
-        with pytest.raises(KeyboardInterrupt):
-            rebuild.apply(phase)
+    with partitioned.killed_after(rebuild_partitions, builds=2):
+        rebuild.apply(phase)
     assert str(rebuild.verify_new(phase)) == (
         "FAIL    rebuild.every_partition_is_new   articles_embedding_hnsw\n"
         "  found   2 of 4 partitions\n"
