@@ -119,8 +119,6 @@ class Phase:
         later = STANDS_ON.get(operation, "")
         last, own = (self.ledger.last_row(name) for name in (later, operation))
         stands = bool(last and own and last["seq"] > own["seq"] and self.ledger.phase_verdict(later) == Verdict.PASS)
-        back = f"run `runbook operate PARAMS {later} --undo --execute` first, or leave both as they are"
-        none = f"there is no way back from {later}; docs/dba.md says how to make the old model anew"
         return gate(
             "phase.no_later_operation_stands_on_it",
             not stands,
@@ -128,7 +126,7 @@ class Phase:
             found=f"{later} was carried out since" if stands else "no operation since that relies on it",
             needed=f"{later} taken back, or never carried out" if later else "none that relies on it",
             danger="what is to be taken back has become part of what the later one made",
-            do=back if later in UNDO_OPERATION.values() else none,
+            do=f"run `runbook operate PARAMS {later} --undo --execute` first, or leave both as they are",
         )
 
     def _nothing_stands_on_it(self) -> Gate:

@@ -47,10 +47,9 @@ UNDO_OPERATION = {
         "80_retire_legacy",
     )
 }
-# An operation, and the later one that leaves it no way back, or none as long as it stands.
+# An operation, and the later one that is taken back before it.
 STANDS_ON = {
     "40_rebuild_index": "75_partition_by_filter",
-    "60_change_model": "65_retire_model",
     "70_serve_filters": "75_partition_by_filter",
 }
 # Share their work by claims on rows, or only read: they may run beside themselves and beside a run of the migration.

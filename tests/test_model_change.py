@@ -366,8 +366,12 @@ def test_the_command_takes_it_back_with_a_record_and_not_after_the_retirement(
     step("operate/65_retire_model", retire(folder, 0))
     with pytest.raises(GateFailed) as refused:
         step("undo_operation/undo_60_change_model", new)
-    assert str(refused.value.gates.failed[0]).splitlines()[-1] == (
-        "  do      there is no way back from 65_retire_model; docs/dba.md says how to make the old model anew"
+    assert str(refused.value.gates.failed[0]) == (
+        "FAIL    model_change.former_function_is_kept   search_articles\n"
+        "  found   it answers by articles_v2, and search_articles_before is gone\n"
+        "  needed  the function of articles, kept under that name\n"
+        "  danger  nothing is left to go back to: nothing was changed\n"
+        "  do      make articles anew by its own phases, with this target as the one that it replaces"
     )
 
 
@@ -466,7 +470,8 @@ def test_the_replaced_target_does_not_break_the_function_while_both_answer(
         "  found   search_articles was handed over from articles to articles_v2; both answer\n"
         "  needed  no function handed over from or to this target\n"
         "  danger  calls of the application would fail, or be answered by the other model's vectors\n"
-        "  do      take it back first: model_change.undo(phase) in operate/60_change_model, on articles_v2;"
+        "  do      take it back first: `runbook operate PARAMS 60_change_model --undo --execute`"
+        " with articles_v2's PARAMS;"
         " or run operate/65_retire_model there"
     )
     with pytest.raises(GateFailed):
@@ -487,7 +492,7 @@ def test_the_whole_way_back_of_the_new_target_leaves_the_old_one_as_it_was(
     assert {r[2] for r in articles.execute(CALL, ["cookie leaks", new_vector(text)])} == {"legacy"}
     with pytest.raises(GateFailed) as raised:
         step("undo/20_remove_index", new)
-    assert "model_change.undo(phase) in operate/60_change_model, on articles_v2" in str(raised.value)
+    assert "60_change_model --undo --execute` with articles_v2's PARAMS" in str(raised.value)
     phase = opened()
     model_change.undo(phase)
     close(phase)

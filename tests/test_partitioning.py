@@ -352,7 +352,7 @@ def test_a_lost_row_is_found_and_named_and_undo_stops(
         f"  found   {rows[0] + 1:,} rows compared, 1 lacking, 1 too many, 2 different\n"
         "  needed  every row in both, byte by byte, but for changes that wait in the queue\n"
         "  danger  rows would be lost, or come back, with the change of names\n"
-        "  do      take the partitioned table away (partitioning.undo) and begin anew; report what differs"
+        "  do      take the partitioned table away (75_partition_by_filter --undo), begin anew, report what differs"
     )
     partitioning.undo(phase)
     partitioning.apply(phase)

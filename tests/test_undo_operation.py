@@ -17,7 +17,7 @@ from psycopg.conninfo import make_conninfo
 from runbook_lib import index
 from runbook_lib.commands.cli import main
 from runbook_lib.gates import BadInput, GateFailed
-from runbook_lib.operations import rebuild
+from runbook_lib.operations import partitioning, rebuild
 from runbook_lib.phase import Phase, following, open_phase
 from runbook_lib.phases import MIGRATE, OPERATE, STANDS_ON, UNDO_OPERATION, relied_on, taken_back, waits
 from runbook_lib.running import approval, manifest, selection, window
@@ -89,7 +89,7 @@ def seen(dsn: str) -> tuple[Any, ...]:
 def test_there_and_back_by_the_command(copied: str, tmp_path: Path, name: str) -> None:
     path, before = write_params(tmp_path, **WAY | OPERATIONS[name]), seen(copied)
     assert operate(path, name, "--undo", "--execute").output.splitlines() == [
-        f"✔ nothing to take back: {name} was never carried out on this target"
+        f"✔ nothing to take back: {name} was never carried out on this target, by its ledger"
     ]
 
     done = operate(path, name, "--execute")
@@ -178,6 +178,26 @@ def test_a_rebuild_that_was_not_swapped_in_is_taken_back_alone(copied: str, tmp_
     for _ in range(2):
         step(f"undo_operation/undo_{REBUILD}", path)
         assert seen(copied) == here, "the rebuild before it stays"
+
+
+def test_once_the_ordinary_table_is_retired_nothing_is_taken_back(copied: str, tmp_path: Path) -> None:
+    path = write_params(tmp_path, **WAY | OPERATIONS[DIVIDE])
+    step(f"operate/{DIVIDE}", path)
+    phase = open_phase(DIVIDE, str(path), "retiring", True)
+    partitioning.retire(phase)
+    phase.connection.close()
+    phase.ledger.connection.close()
+    here = seen(copied)
+    with pytest.raises(GateFailed) as refused:
+        step(f"undo_operation/undo_{DIVIDE}", path)
+    assert str(refused.value.gates.failed[0]) == (
+        "FAIL    partitioning.ordinary_table_is_kept   public.articles\n"
+        "  found   the partitioned table serves alone\n"
+        "  needed  the ordinary table, serving or kept beside\n"
+        "  danger  nothing is left to go back to: nothing was changed\n"
+        "  do      leave it partitioned; nothing but a copy by hand makes one table of it again"
+    )
+    assert seen(copied) == here
 
 
 @pytest.mark.parametrize("name", selection.NO_WAY_BACK)

@@ -287,7 +287,7 @@ def _is_used(phase: Phase, name: str, value: Value, row: db.Row | None) -> Gate:
         found=f"{scans} scans of {name} in {CALLS} calls",
         needed=f"one in each of {CALLS} calls, prepared, half with a custom and half with a generic plan",
         danger="the index is paid for and not used",
-        do="run ANALYZE on the table; if it comes back, undo this operation (filters.undo)",
+        do="run ANALYZE on the table; if it comes back: `runbook operate PARAMS 70_serve_filters --undo --execute`",
         figures={"scans": scans, "calls": CALLS},
     )
 

@@ -148,5 +148,5 @@ def holds_again(phase: Phase, found: Sequence[str]) -> Gate:
         found=", ".join(found) or "no such index",
         needed=needed,
         danger="the search function that was brought back would read the whole table",
-        do="run rebuild.undo(phase) again",
+        do="run `runbook operate PARAMS 40_rebuild_index --undo --execute` again",
     )

@@ -76,7 +76,9 @@ def _in_the_way(found: Handover, target: str, phase: str) -> bool:
 
 def _way_out(found: Handover, target: str) -> str:
     if found.who == BOTH:
-        back = f"take it back first: model_change.undo(phase) in operate/60_change_model, on {found.new}"
+        back = (
+            f"take it back first: `runbook operate PARAMS 60_change_model --undo --execute` with {found.new}'s PARAMS"
+        )
         return back + ("; or run operate/65_retire_model there" if target == found.old else "")
     if target == found.old:
         return f"nothing is left to do here: the function is part of {found.new}, and the rest was retired"

@@ -17,7 +17,7 @@ from psycopg import sql
 from runbook_lib import backfill, db, index, search
 from runbook_lib import params as params_module
 from runbook_lib.display import Table
-from runbook_lib.gates import BadInput, Gate, Gates, RunbookError, Verdict, collect, gate
+from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, RunbookError, Verdict, collect, gate
 from runbook_lib.names import identifier, names, shortened, spelled, verbatim
 from runbook_lib.operations import handover
 from runbook_lib.operations.handover import BOTH, NEW_ONLY
@@ -300,20 +300,36 @@ def _note_standing(phase: Phase) -> None:
             one.note("standing", {"settings": state["settings"] or [], "source": state["source"]})
 
 
+def check_undo(phase: Phase) -> Gates:
+    """Before the way back: the former function is kept, unless the replaced target answers alone already."""
+    old = replaced(phase).params
+    gone = stage(phase) is not None and facts(phase, before_name(old)) is None
+    return collect(
+        [
+            gate(
+                "model_change.former_function_is_kept",
+                not gone,
+                old.function_name,
+                found=f"it answers by {phase.params.target.name}, and {before_name(old)} is gone"
+                if gone
+                else "kept, or in its place",
+                needed=f"the function of {old.target.name}, kept under that name",
+                danger="nothing is left to go back to: nothing was changed",
+                do=f"make {old.target.name} anew by its own phases, with this target as the one that it replaces",
+            )
+        ]
+    )
+
+
 def undo_plan(phase: Phase) -> db.Plan:
     """The function as it was before, from the copy that was kept; then the copy dropped.
 
-    Nothing where it is so already. Raises RunbookError where the replaced target was retired since.
+    Nothing where it is so already. Raises GateFailed where the replaced target was retired since.
     """
     old, now = replaced(phase).params, stage(phase)
     copy = facts(phase, before_name(old), old.function_name)
-    if now and copy is None:
-        raise RunbookError(
-            found=f"{old.function_name} answers by {phase.params.target.name}, and {before_name(old)} is gone",
-            needed=f"the function of {old.target.name}, kept under that name",
-            danger="nothing is left to go back to: nothing was changed",
-            do=f"make {old.target.name} anew by its own phases, with this target as the one that it replaces",
-        )
+    if (kept := check_undo(phase)).failed:
+        raise GateFailed(kept)
     if copy is None:
         return db.Plan((), phase.connection)
     if now is None and _somebodys_copy(phase, old, facts(phase, old.function_name)):

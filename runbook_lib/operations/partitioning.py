@@ -231,7 +231,7 @@ def rows_are_equal(phase: Phase) -> Gate:
         f" {d['different']} different",
         needed="every row in both, byte by byte, but for changes that wait in the queue",
         danger="rows would be lost, or come back, with the change of names",
-        do="take the partitioned table away (partitioning.undo) and begin anew; report what differs",
+        do="take the partitioned table away (75_partition_by_filter --undo), begin anew, report what differs",
         figures=dict(d),
     )
 
@@ -306,6 +306,24 @@ def _taking_away(phase: Phase) -> list[db.Statement]:
     return [db.statement(SQL[b], phase.params, extra) for b in ("drop_triggers", "drop_table", "drop_queue")]
 
 
+def check_undo(phase: Phase) -> Gates:
+    """Before the way back: the ordinary table is still there."""
+    found = standing(phase)
+    return collect(
+        [
+            gate(
+                "partitioning.ordinary_table_is_kept",
+                not found.retired,
+                _subject(phase),
+                found=str(found),
+                needed="the ordinary table, serving or kept beside",
+                danger="nothing is left to go back to: nothing was changed",
+                do="leave it partitioned; nothing but a copy by hand makes one table of it again",
+            )
+        ]
+    )
+
+
 def undo_plan(phase: Phase) -> db.Plan:
     """The ordinary table back in its place where it is still there, and the partitioned one dropped."""
     found = standing(phase)
@@ -343,7 +361,7 @@ def verify_undone(phase: Phase) -> Gates:
                 found=str(found),
                 needed="the ordinary table, and nothing beside it",
                 danger="every write would be queued for a table that nobody reads",
-                do="run partitioning.undo again",
+                do="run `runbook operate PARAMS 75_partition_by_filter --undo --execute` again",
             )
         ]
     )

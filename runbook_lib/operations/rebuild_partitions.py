@@ -174,7 +174,7 @@ def verify_new(phase: Phase) -> Gates:
                 else "the planner does not use it",
                 needed=f"recall {needed:.3f}",
                 danger="the index hides answers that exact search finds, and that the one before found",
-                do="rebuild.undo(phase) builds it again as it was; or build with a higher ef_construction or m",
+                do="40_rebuild_index --undo builds it again as it was; or build with a higher ef_construction or m",
                 figures={"before": was, "after": measured.recall if measured else None},
             ),
         ]

@@ -225,7 +225,7 @@ def verify_undone(phase: Phase) -> Gates:
                 found="; ".join(wrong) or f"{number(len(right))} indexes as they were, and the route can go back",
                 needed="every index as its definition in the ledger says, and no constraint on the route",
                 danger="legacy would read the whole table",
-                do="run retire.undo(phase) again",
+                do="run `runbook operate PARAMS 80_retire_legacy --undo --execute` again",
             )
         ]
     )

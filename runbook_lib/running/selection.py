@@ -133,7 +133,7 @@ def _nothing_to_take_back(params: Params, operation: str) -> str:
     with db.connect(params, "runbook-runner") as connection:
         last = Ledger(connection, params, "", "").last_row(operation)
     if last is None:
-        return f"{operation} was never carried out on this target"
+        return f"{operation} was never carried out on this target, by its ledger"
     if last["body"].get("verdict") != "UNDONE":
         return ""
     return f"{operation} was taken back at {last['written_at']:%Y-%m-%d %H:%M:%S %Z} (run {last['run_id']})"
