@@ -14,7 +14,7 @@ from runbook_lib.display import Table, number
 from runbook_lib.filling import pruning, sidetable, strategy, windows, workers
 from runbook_lib.filling.strategy import Choice
 from runbook_lib.filling.workers import Outcome
-from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
+from runbook_lib.gates import BadInput, Gate, Gates, LockNotObtained, Verdict, collect, gate
 from runbook_lib.ledger import Ledger
 from runbook_lib.names import names, spelled, vectors_stand_beside
 from runbook_lib.phase import Phase
@@ -22,6 +22,7 @@ from runbook_lib.sql import load
 
 SQL = load("backfill")
 PRUNING = load("pruning")
+SHOWN_KEYS = 5
 
 
 def plan(phase: Phase) -> db.Plan:
@@ -102,8 +103,11 @@ def _promote(phase: Phase) -> tuple[Choice, Outcome]:
     print(f"  {choice}")
     before = _server_counts(phase)
     rows, seconds = sidetable.promote(phase)
-    outcome = Outcome(rows=rows + _close(phase), seconds=[seconds], samples=[[0.0, 0], [round(seconds, 3), rows]])
-    _note(phase, choice, outcome, before)
+    outcome = Outcome(rows=rows, seconds=[seconds], samples=[[0.0, 0], [round(seconds, 3), rows]])
+    try:
+        _close(phase, outcome)
+    finally:
+        _note(phase, choice, outcome, before)
     return choice, outcome
 
 
@@ -121,11 +125,12 @@ def _through_windows(phase: Phase) -> tuple[Choice, Outcome]:
     before = _server_counts(phase)
     outcome = workers.run(phase, choice, to_do)
     pruning.restore(phase)
-    closing = _close(phase)
-    outcome.rows += closing
-    seconds = _elapsed(outcome)
-    phase.note_statement(db.Done(_update_statement(phase), outcome.rows, seconds, 1))
-    _note(phase, choice, outcome, before)
+    try:
+        _close(phase, outcome)
+    finally:
+        # What was done stands in the record, even where somebody holds the last rows.
+        phase.note_statement(db.Done(_update_statement(phase), outcome.rows, _elapsed(outcome), 1))
+        _note(phase, choice, outcome, before)
     return choice, outcome
 
 
@@ -164,23 +169,53 @@ def _note(phase: Phase, choice: Choice, outcome: Outcome, before: db.Row) -> Non
     )
 
 
-def _close(phase: Phase) -> int:
-    """The rows that no window reached: put off, or moved by somebody else while their window was read."""
+def _close(phase: Phase, outcome: Outcome) -> None:
+    """The rows that no window reached: put off, or moved by somebody else while their window was read. First those
+    that nobody holds, then the others, in short tries.
+
+    Raises LockNotObtained, naming rows and holder, where one is held for longer; only such rows are left then.
+    """
     left = [row["key"] for row in db.rows(phase.connection, SQL["left_over"], phase.params)]
-    most, rows = phase.params.backfill.batch_rows, 0
+    most, held = phase.params.backfill.batch_rows, list[Any]()
     for start in range(0, len(left), most):
         keys = left[start : start + most]
-        beside = vectors_stand_beside(phase.params)
-        statement = sidetable.upsert(phase, keys) if beside else _update_statement(phase, keys)
-        updated, _ = db.in_short_tries(
-            phase.connection,
-            phase.params,
-            statement.name,
-            statement.lock,
-            lambda s=statement: phase.connection.execute(s.query, s.values).rowcount,  # type: ignore[misc]
-        )
-        rows += updated
-    return rows
+        free = _write(phase, outcome, keys, skip_held=True)
+        held += [key for key in keys if key not in free]
+    for start in range(0, len(held), most):
+        try:
+            _write(phase, outcome, held[start : start + most])
+        except LockNotObtained as error:
+            raise _are_held(phase, held[start:]) from error
+
+
+def _write(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool = False) -> set[Any]:
+    """Gives these rows their vectors; returns the keys of those that were not skipped."""
+    p, connection, beside = phase.params, phase.connection, vectors_stand_beside(phase.params)
+    lock = refresh.SQL["lock_rows_beside" if beside else "lock_rows"].compose(names(p))
+
+    def work() -> tuple[set[Any], int]:
+        free = list(keys)
+        if skip_held:
+            free = [row["key"] for row in connection.execute(lock, {"keys": free}).fetchall()]
+        s = sidetable.upsert(phase, free) if beside else _update_statement(phase, free)
+        return set(free), connection.execute(s.query, s.values).rowcount
+
+    statement = sidetable.upsert(phase) if beside else _update_statement(phase)
+    (free, rows), _ = db.in_short_tries(connection, p, statement.name, statement.lock, work)
+    outcome.rows += rows
+    return free
+
+
+def _are_held(phase: Phase, keys: Sequence[Any]) -> LockNotObtained:
+    p = phase.params
+    more = f" and {number(len(keys) - SHOWN_KEYS)} more" if len(keys) > SHOWN_KEYS else ""
+    return LockNotObtained(
+        found=f"{p.target.key} {', '.join(map(str, keys[:SHOWN_KEYS]))}{more} held by somebody else;"
+        f" {db.holders(phase.connection, p)}",
+        needed=f"these rows free within {p.locks.tries} tries of {p.locks.timeout_ms} ms; the others are done",
+        danger="the new search would never find them",
+        do="end that session, or wait for it, then run 50_backfill again: only these rows are left",
+    )
 
 
 def help_out(params_file: str) -> Table:

@@ -168,11 +168,24 @@ def test_a_row_that_somebody_holds_stops_it_with_the_holder_named(
     phase = loaded()
     with psycopg.connect(database, application_name="the nightly job") as holder:
         holder.execute("UPDATE articles SET views = 1 WHERE id = 40")
-        with pytest.raises(LockNotObtained, match="the nightly job"):
+        with pytest.raises(LockNotObtained) as raised:
             backfill.apply(phase)
+        left = holder.execute("SELECT array_agg(id) FROM articles WHERE embedding IS NULL AND title IS NOT NULL")
+        assert left.fetchone() == ([40],), "every other row has its vector"
         holder.rollback()
+    error = raised.value
+    assert error.found.startswith("id 40 held by somebody else; pid ") and "the nightly job" in error.found
+    assert (error.needed, error.danger, error.do) == (
+        "these rows free within 3 tries of 100 ms; the others are done",
+        "the new search would never find them",
+        "end that session, or wait for it, then run 50_backfill again: only these rows are left",
+    )
+    recorded = phase.ledger.latest("backfill")
+    assert recorded is not None and recorded["rows"] == toy.ROWS - 1, "what was done stands in the ledger"
     backfill.apply(phase)
     assert backfill.verify(phase).passed
+    recorded = phase.ledger.latest("backfill")
+    assert recorded is not None and recorded["rows"] == 1
 
 
 def test_drain_puts_a_failed_batch_back(
