@@ -262,13 +262,33 @@ def test_it_claims_the_target_and_keeps_the_hours(
     assert said[0].startswith(f"run {record_of(result).run_id}: undo_operation public.articles, carried out")
 
 
-def test_it_waits_for_a_sign_off_of_its_own(rebuilt: Phase, run: Callable[..., Any], database: str) -> None:
-    result, _ = take_back(run, sections={"approval": {"phases": [REBUILD]}})
+def test_it_waits_for_a_sign_off_of_its_own(
+    rebuilt: Phase,
+    run: Callable[..., Any],
+    articles: psycopg.Connection[Any],
+    database: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = {"approval": {"phases": [REBUILD]}}
+    result, _ = take_back(run, sections=wanted)
     assert (result.exit_code, result.status) == (3, "waiting")
     assert f"let another person run `runbook approve PARAMS undo_{REBUILD}`" in result.error
     assert [phase for phase, _ in ledger_rows(database, "request")] == [f"undo_{REBUILD}"]
     refused = str(approval._refused(f"undo_{REBUILD}", "found", "needed"))
     assert f"runbook operate PARAMS {REBUILD} --undo --execute" in refused
+
+    articles.execute("CREATE ROLE second_of_undo LOGIN SUPERUSER")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv(DSN_ENV, make_conninfo(database, user="second_of_undo"))
+            signed = CliRunner().invoke(main, ["approve", str(tmp_path / "toy.yaml"), f"undo_{REBUILD}", "--yes"])
+        assert signed.exit_code == 0, signed.output
+        assert take_back(run, sections=wanted)[0].exit_code == 0
+        replace(rebuilt.ledger, phase=REBUILD).append("phase", {"verdict": "PASS"})
+        assert take_back(run, sections=wanted)[0].exit_code == 3, "a sign-off holds for one time"
+    finally:
+        articles.execute("DROP OWNED BY second_of_undo; DROP ROLE second_of_undo")
 
 
 def test_what_a_later_operation_stands_on_stays(rebuilt: Phase, run: Callable[..., Any]) -> None:
