@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from runbook_lib.gates import BadInput
+from runbook_lib.measuring import evaluate
 from runbook_lib.params import Params
 from runbook_lib.vectors import embed
 from tests import toy
@@ -117,10 +118,12 @@ def test_vectors_of_other_lengths_fit_cosine_alone(make_params: MakeParams, dist
         f"  found   distance {distance}, vectors of length 1.000 to 2.000\n"
         "  needed  distance cosine, or vectors of length 1\n"
         f"  danger  {distance} would rank by the length of the vectors too, so that long or short texts win unasked\n"
-        "  do      set vector.distance: cosine, or let the model normalise its vectors"
+        "  do      set vector.distance: cosine, or embeddings.normalise: true if its lengths mean nothing"
     )
     assert embed.check_distance(make_params(embeddings=unfit)).verdict == "PASS"
     assert embed.check_distance(make_params(vector={"distance": distance})).verdict == "PASS"
+    at_length_1 = unfit | {"normalise": True}
+    assert embed.check_distance(make_params(embeddings=at_length_1, vector={"distance": distance})).verdict == "PASS"
 
 
 def test_unit_vectors_rank_alike_under_every_distance() -> None:
@@ -165,8 +168,9 @@ def test_no_vectors_need_no_reasons(make_params: MakeParams) -> None:
 
 
 def test_normalising_leaves_directions_and_what_has_none() -> None:
-    vectors = np.array([[3, 4], [0, 0], [np.nan, 1]], dtype=np.float32)
+    vectors = np.array([[3, 4], [0, 0], [np.nan, 1], [3e30, 4e30]], dtype=np.float32)
     result = embed.normalise(vectors)
+    assert result.dtype == np.float32 and result[3].tolist() == pytest.approx([0.6, 0.8])
     assert result[0].tolist() == pytest.approx([0.6, 0.8])
     assert result[1].tolist() == [0, 0]
     assert math.isnan(result[2, 0]) and result[2, 1] == 1
@@ -189,6 +193,23 @@ def test_dimension_and_distance_of_a_file_are_those_of_its_vectors(make_params: 
     assert embed.check_dimension(p).verdict == "PASS"
     unfit = p.model_copy(update={"vector": p.vector.model_copy(update={"distance": "inner_product"})})
     assert embed.check_distance(unfit).found == "distance inner_product, vectors of length 1.000 to 2.000"
+
+
+def test_stored_vectors_and_those_of_queries_come_at_length_1(make_params: MakeParams, tmp_path: Path) -> None:
+    rows = pa.table({"id": [1, 2, 3], "embedding": column([[3, 4, 0], [0, 2, 0], [0, 0, 0]])})
+    asked = pa.table({"query_id": ["q1"], "embedding": column([[0, 0, 5]])})
+    pq.write_table(asked, tmp_path / "queries.parquet")
+    pq.write_table(rows, tmp_path / "vectors.parquet")
+    given = {"source": "file", "callable": None, "file": "vectors.parquet", "batch_rows": 2}
+    for normalise, first, query in ((False, [3, 4, 0], [0, 0, 5]), (True, [0.6, 0.8, 0], [0, 0, 1])):
+        p = make_params(
+            embeddings=given | {"normalise": normalise},
+            vector={"dimension": 3, "distance": "inner_product"},
+            queries={"embeddings": "queries.parquet"},
+        )
+        stored = np.concatenate([batch.vectors for batch in embed.stored(p)])
+        assert stored[0].tolist() == pytest.approx(first) and stored[2].tolist() == [0, 0, 0]
+        assert embed.query_vectors(p, [evaluate.Query("q1", "x")])[0].tolist() == pytest.approx(query)
 
 
 def test_an_empty_file_is_bad_input(make_params: MakeParams, tmp_path: Path) -> None:

@@ -55,6 +55,15 @@ def test_staged_vectors_are_those_of_the_model(
     assert rows[0][2] == __import__("hashlib").sha256(rows[0][0].encode()).digest()[:16]
 
 
+def test_a_model_whose_lengths_mean_nothing_is_staged_at_length_1(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    given = {"source": "callable", "callable": "tests.test_embed:long_vectors", "normalise": True}
+    staging.apply(ready(embeddings=given, vector={"distance": "inner_product"}))
+    lengths = articles.execute("SELECT vector_norm(embedding) FROM runbook.articles_staging").fetchall()
+    assert len(lengths) == toy.ROWS and all(abs(length - 1) < 1e-6 for (length,) in lengths)
+
+
 def test_a_stopped_load_goes_on_where_it_was(ready: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch) -> None:
     phase = ready(embeddings={"batch_rows": 30})
     asked: list[str] = []

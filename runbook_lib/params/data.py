@@ -149,6 +149,11 @@ class Embeddings(Section):
         le=50_000,
         description="Rows embedded and copied in one transaction; 1000 from a model, 5000 from a file or table.",
     )
+    normalise: bool = Field(
+        False,
+        description="Bring every vector, of rows and of queries, to length 1: for inner_product and l2 with a model"
+        " whose lengths mean nothing. Cosine leaves lengths out by itself.",
+    )
     accept_refused_rows: int = Field(
         0,
         ge=0,

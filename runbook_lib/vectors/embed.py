@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -38,10 +38,15 @@ class Query(Protocol):
 
 
 def model(params: Params) -> Model:
-    """The model that the parameters name.
+    """The model that the parameters name; its vectors at length 1 where they ask for it.
 
     Raises BadInput where it cannot be loaded, and for vectors made elsewhere, which :func:`stored` reads.
     """
+    made = _as_made(params)
+    return (lambda texts: normalise(made(texts))) if params.embeddings.normalise else made
+
+
+def _as_made(params: Params) -> Model:
     embeddings = params.embeddings
     if embeddings.source == "wordllama":
         return _wordllama()
@@ -64,12 +69,19 @@ def query_vectors(params: Params, queries: Sequence[Query]) -> Vectors:
     """
     if params.queries.embeddings is not None:
         ids = [q.query_id for q in queries]
-        return sources.query_vectors(params.queries.embeddings, params.vector.dimension, ids)
+        found = sources.query_vectors(params.queries.embeddings, params.vector.dimension, ids)
+        return normalise(found) if params.embeddings.normalise else found
     return model(params)(masking.masked(params, [q.text for q in queries]))
 
 
 def stored(params: Params, connection: db.Connection | None = None) -> Iterator[Rows]:
-    """The vectors made elsewhere, in batches: from the file, or from the table over this or an own connection."""
+    """The vectors made elsewhere, in batches: from the file, or from the table over this or an own connection; at
+    length 1 where the parameters ask for it."""
+    for rows in _as_stored(params, connection):
+        yield replace(rows, vectors=normalise(rows.vectors)) if params.embeddings.normalise else rows
+
+
+def _as_stored(params: Params, connection: db.Connection | None) -> Iterator[Rows]:
     if params.embeddings.source == "file":
         yield from sources.read(sources.wanted(params))
     elif connection is not None:
@@ -212,7 +224,7 @@ def check_distance(params: Params) -> Gate:
 
     Vectors of length 1 rank alike under all three distances: l2² = 2 − 2 cos, and the inner product is the cosine.
     With other lengths, l2 and inner_product rank by length too, which only cosine leaves out. Whether a model means
-    its lengths cannot be seen from its vectors, so they are refused: normalise them, or say cosine.
+    its lengths cannot be seen from its vectors, so they are refused: say cosine, or ``normalise``.
     """
     lengths = np.linalg.norm(_probe(params).astype(np.float64), axis=1)
     distance = params.vector.distance
@@ -225,7 +237,7 @@ def check_distance(params: Params) -> Gate:
         found=f"distance {distance}, {found}",
         needed="distance cosine, or vectors of length 1",
         danger=f"{distance} would rank by the length of the vectors too, so that long or short texts win unasked",
-        do="set vector.distance: cosine, or let the model normalise its vectors",
+        do="set vector.distance: cosine, or embeddings.normalise: true if its lengths mean nothing",
         figures={"shortest": float(lengths.min()), "longest": float(lengths.max())} if len(lengths) else {},
     )
 
@@ -283,10 +295,17 @@ def normalise(vectors: Vectors) -> Vectors:
     """The vectors at length 1; zero vectors and those with NaN stay as they are, for :func:`check` to report.
 
     Cosine does not need it: it divides by both lengths. Under inner_product and l2 it makes the ranking that of
-    cosine, and lets the cheaper inner product stand for it.
+    cosine, whatever the length of the query.
     """
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    np.divide(vectors, lengths, out=(result := vectors.copy()), where=np.isfinite(lengths) & (lengths > 0))
+    # In double precision, since a sum of squares passes what single precision holds long before a number does.
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    np.divide(
+        vectors,
+        lengths,
+        out=(result := vectors.copy()),
+        casting="same_kind",
+        where=np.isfinite(lengths) & (lengths > 0),
+    )
     return result
 
 
