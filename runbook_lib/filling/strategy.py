@@ -9,7 +9,9 @@ from psycopg import sql
 
 from runbook_lib import db, versions
 from runbook_lib.display import number
-from runbook_lib.forecast import PAGE, PAGE_HEADER, TOAST_THRESHOLD, TUPLE_HEADER, vector_bytes
+from runbook_lib.filling import staying
+from runbook_lib.filling.staying import TOAST_POINTER, Sampled
+from runbook_lib.forecast import TOAST_THRESHOLD
 from runbook_lib.gates import BadInput, Gate, Verdict
 from runbook_lib.names import identifier, names, spelled, verbatim
 from runbook_lib.params import Params
@@ -24,26 +26,17 @@ Strategy = Literal["page_interleaved", "key_ranges", "side_table"]
 
 # Below this share of updates that stay on their page, ranking the rows of a page costs more than it saves.
 LEAST_HOT_SHARE = 0.3
-# A TOAST pointer; the timestamp; the hash with its length byte.
-TOAST_POINTER = 18
-TIME_AND_HASH = 8 + 17
 
 
 @dataclass(frozen=True)
 class Relation:
-    """The table, or one leaf of a partitioned table. ``row_bytes`` is its heap divided by its rows."""
+    """The table, or one leaf of a partitioned table."""
 
     part: str
     blocks: int
     access_method: str
-    fillfactor: int
-    rows: int
     indexes: int
     slow_indexes: tuple[str, ...]
-
-    @property
-    def row_bytes(self) -> float:
-        return self.blocks * PAGE * self.fillfactor / 100 / self.rows if self.rows else 0.0
 
 
 @dataclass(frozen=True)
@@ -64,55 +57,45 @@ def relations(phase: Phase) -> list[Relation]:
     return [Relation(**{**r, "slow_indexes": tuple(r["slow_indexes"])}) for r in found]
 
 
-def grown_by(params: Params, row_bytes: float) -> float:
-    """Bytes that the vector, its time and its hash add to a row on its page; a long vector leaves only a pointer."""
-    value = vector_bytes(params.vector.dimension, params.vector.type)
-    inline = TUPLE_HEADER + row_bytes + value + TIME_AND_HASH <= TOAST_THRESHOLD
-    return TIME_AND_HASH + (value if inline else TOAST_POINTER)
-
-
-def forecast_hot_share(row_bytes: float, added_bytes: float, fillfactor: int) -> float:
-    """Share of a page's rows whose new version fits into the page, when they are updated one after the other.
-
-    A row that does not fit moves away, and leaves its room to the next once its transaction has ended.
-    """
-    room = float(PAGE - PAGE_HEADER)
-    rows = int(room * fillfactor / 100 // row_bytes) if row_bytes else 0
-    free, stayed = room - rows * row_bytes, 0
-    for _ in range(rows):
-        stays = free >= row_bytes + added_bytes
-        stayed += stays
-        free += -added_bytes if stays else row_bytes
-    return stayed / rows if rows else 0.0
-
-
-def pick(params: Params, server_version: int, found: list[Relation], *, reads_ranges: bool) -> Choice:
-    """The strategy for these relations; ``reads_ranges``: the planner reads a range of blocks as such.
+def pick(params: Params, server_version: int, found: list[Relation], sampled: Sampled | None) -> Choice:
+    """The strategy for these relations; ``sampled``: what blocks of the largest told, None where the planner does not
+    read a range of blocks as such.
 
     Raises BadInput where the parameters ask for what the server cannot do.
     """
-    largest = max(found, key=lambda r: r.blocks) if found else None
+    largest = _largest(found)
     if params.target.distributed:
         return Choice("key_ranges", "the table is distributed: its pages lie on other servers", 0.0)
-    if largest is None or not reads_ranges or not versions.scans_ranges_of_blocks(server_version):
+    if largest is None or sampled is None:
         why = _why_no_ranges(server_version, largest)
         if params.backfill.strategy == "page_interleaved":
             raise BadInput([_impossible(why)])
         return Choice("key_ranges", why, 0.0)
-    share = forecast_hot_share(largest.row_bytes, grown_by(params, largest.row_bytes), largest.fillfactor)
+    share = sampled.hot_share
     forecast = f"{share:.0%} of the updates are forecast to stay on their page and touch no index"
     if params.backfill.strategy != "auto":
         return Choice(params.backfill.strategy, f"asked for by backfill.strategy; {forecast}", share)
-    if largest.rows == 0:
-        return Choice("key_ranges", "nothing is known about the table's rows; ANALYZE would tell", share)
+    if sampled.rows == 0:
+        return Choice("key_ranges", "no row that wants a vector was found in the blocks looked at", share)
     if largest.indexes <= 1:
         return Choice("key_ranges", "the table has no index but its key's, so a row that moves costs little", share)
     if share < LEAST_HOT_SHARE:
         return Choice(
-            "key_ranges", f"rows of {number(largest.row_bytes)} bytes leave no room: only {forecast}", share
+            "key_ranges", f"rows of {number(sampled.row_bytes)} bytes leave no room: only {forecast}", share
         )
     slow = f", {' and '.join(sorted(set(largest.slow_indexes)))} among them" if largest.slow_indexes else ""
     return Choice("page_interleaved", f"{forecast}, and the table has {largest.indexes} indexes{slow}", share)
+
+
+def _largest(found: list[Relation]) -> Relation | None:
+    return max(found, key=lambda r: r.blocks) if found else None
+
+
+def _sampled(phase: Phase, found: list[Relation], *, reads_ranges: bool) -> Sampled | None:
+    largest = _largest(found)
+    if largest is None or not reads_ranges or phase.params.target.distributed:
+        return None
+    return staying.look(phase, largest.part, largest.blocks)
 
 
 def _why_no_ranges(server_version: int, largest: Relation | None) -> str:
@@ -140,7 +123,7 @@ def choose(phase: Phase) -> Choice:
     found = relations(phase)
     version = phase.connection.info.server_version
     ranges = versions.scans_ranges_of_blocks(version) and all(_reads_ranges(phase, r.part) for r in found)
-    return pick(phase.params, version, found, reads_ranges=ranges)
+    return pick(phase.params, version, found, _sampled(phase, found, reads_ranges=ranges))
 
 
 def expected_hot_share(phase: Phase) -> float:
@@ -148,7 +131,7 @@ def expected_hot_share(phase: Phase) -> float:
     found = relations(phase)
     version = phase.connection.info.server_version
     ranges = versions.scans_ranges_of_blocks(version) and all(r.access_method == "heap" for r in found)
-    choice = pick(phase.params, version, found, reads_ranges=ranges)
+    choice = pick(phase.params, version, found, _sampled(phase, found, reads_ranges=ranges))
     return choice.hot_share if choice.strategy == "page_interleaved" else 0.0
 
 
@@ -179,4 +162,8 @@ def _row_bytes(connection: db.Connection, params: Params) -> sql.Composable:
     one = "CASE WHEN pg_column_size({c}) > {most} THEN {pointer} ELSE coalesce(pg_column_size({c}), 0) END"
     limits = {"most": sql.Literal(TOAST_THRESHOLD), "pointer": sql.Literal(TOAST_POINTER)}
     parts = [sql.SQL(one).format(c=identifier("t", row["name"]), **limits) for row in wide]
-    return sql.SQL(" + ").join(parts) if parts else sql.SQL("0")
+    if not parts:
+        return sql.SQL("0")
+    # Together too long, the longest of them stands in TOAST, whatever its own length.
+    together = "{all} - CASE WHEN {all} > {most} THEN greatest({each}) - {pointer} ELSE 0 END"
+    return sql.SQL(together).format(all=sql.SQL(" + ").join(parts), each=sql.SQL(", ").join(parts), **limits)

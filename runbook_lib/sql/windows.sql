@@ -110,9 +110,6 @@ WITH leaf AS (
 )
 SELECT format('%%I.%%I', n.nspname, c.relname) AS part,
        pg_relation_size(c.oid) / current_setting('block_size')::int AS blocks, am.amname AS access_method,
-       coalesce((SELECT o.option_value::int FROM pg_options_to_table(c.reloptions) o
-                 WHERE o.option_name = 'fillfactor'), 100) AS fillfactor,
-       greatest(c.reltuples, 0)::bigint AS rows,
        (SELECT count(*) FROM pg_index i WHERE i.indrelid = c.oid) AS indexes,
        ARRAY(SELECT a.amname::text FROM pg_index i JOIN pg_class ic ON ic.oid = i.indexrelid
              JOIN pg_am a ON a.oid = ic.relam WHERE i.indrelid = c.oid AND a.amname <> 'btree' ORDER BY 1) AS slow_indexes
