@@ -18,7 +18,7 @@ from runbook_lib.compare import FAST_ENOUGH_MS
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import agreement, evaluate, together
-from runbook_lib.names import identifier, names, spelled
+from runbook_lib.names import identifier, names, shortened, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -31,7 +31,7 @@ FEWEST_CALLS = 30
 
 def function_name(params: Params) -> str:
     """The function that the application calls for the time of the shadow."""
-    return f"{params.function_name}_shadow"[:63]
+    return shortened(params.function_name, "_shadow", unlike=params.function_name)
 
 
 def _log(params: Params) -> sql.Composable:
@@ -55,16 +55,16 @@ def _names(phase: Phase) -> dict[str, sql.Composable]:
     facts = _facts(phase)
     passed = [identifier(name) for name in facts["passed"]]
     filters = [
-        sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(argument, _raw(sql.Literal(column).as_string()))
+        sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(argument, verbatim(sql.Literal(column).as_string()))
         for column, argument in zip(p.target.filters, passed[3:], strict=True)
     ]
     return names(p) | {
         "log": _log(p),
         "log_index": identifier(f"{p.target.name}_shadow_log_at"),
         "shadow_function": _function(p),
-        "arguments": _raw(facts["arguments"]),
-        "identity": _raw(facts["identity"]),
-        "result": _raw(facts["result"]),
+        "arguments": verbatim(facts["arguments"]),
+        "identity": verbatim(facts["identity"]),
+        "result": verbatim(facts["result"]),
         "settings": sql.SQL(" ").join(_setting(s) for s in facts["settings"]),
         "passed": sql.SQL(", ").join(passed),
         "filters_given": sql.SQL(", ").join(filters),
@@ -74,16 +74,11 @@ def _names(phase: Phase) -> dict[str, sql.Composable]:
     }
 
 
-def _raw(text: str) -> sql.Composable:
-    """What the catalogue has spelt, its per cent signs doubled as a statement with bound values needs them."""
-    return sql.SQL(text.replace("%", "%%"))
-
-
 def _setting(setting: str) -> sql.Composable:
     """``SET name = value`` from pg_proc.proconfig, which holds a search_path as the list that it is."""
     name, _, value = setting.partition("=")
     spelt = value if name == "search_path" else sql.Literal(value).as_string()
-    return _raw(f"SET {name} = {spelt}")
+    return verbatim(f"SET {name} = {spelt}")
 
 
 def plan(phase: Phase) -> db.Plan:
@@ -243,7 +238,10 @@ def undo_plan(phase: Phase) -> db.Plan:
     there = _what_is_there(phase)
     statements = []
     if there["function"]:
-        own = {"shadow_function": _function(phase.params), "identity": _raw(_facts(phase, shadow=True)["identity"])}
+        own = {
+            "shadow_function": _function(phase.params),
+            "identity": verbatim(_facts(phase, shadow=True)["identity"]),
+        }
         statements.append(db.statement(SQL["drop_function"], phase.params, own))
     if there["log"]:
         statements.append(db.statement(SQL["drop_log"], phase.params, {"log": _log(phase.params)}))

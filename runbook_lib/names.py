@@ -7,14 +7,13 @@ import hashlib
 from psycopg import sql
 
 from runbook_lib.params import Params
+from runbook_lib.params.section import LONGEST_NAME_BYTES
 
 OPERATORS = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
 OPERATOR_CLASSES = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
 
 # 16 of SHA-256's 32 bytes: at a billion texts the chance of one collision is below 1e-20, at half the room.
 HASH_BYTES = 16
-# NAMEDATALEN less the zero that ends it; PostgreSQL cuts what is longer, with a NOTICE.
-LONGEST_NAME_BYTES = 63
 # Two of a few values or names alike in so many hex digits are beyond chance.
 DIGITS_IN_A_NAME = 8
 

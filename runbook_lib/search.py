@@ -18,7 +18,7 @@ from runbook_lib.display import Table
 from runbook_lib.gates import Gates, collect, gate
 from runbook_lib.measuring import together
 from runbook_lib.measuring.evaluate import Query
-from runbook_lib.names import as_indexed, identifier, names, spelled
+from runbook_lib.names import as_indexed, identifier, names, spelled, verbatim
 from runbook_lib.operations import handover
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
@@ -80,7 +80,7 @@ def legacy_statement(params: Params, in_function: bool = False) -> sql.Composed:
     pattern = re.compile(r"(?<![:\w]):(" + "|".join(["query", "k", *map(re.escape, params.target.filters)]) + r")\b")
     parts: list[sql.Composable] = []
     for i, piece in enumerate(pattern.split(params.legacy.query)):
-        parts.append(places[piece] if i % 2 else sql.SQL(piece.replace("%", "%%")))
+        parts.append(places[piece] if i % 2 else verbatim(piece))
     return sql.Composed(parts)
 
 
@@ -209,7 +209,7 @@ def _legacy_answer(phase: Phase, retired: bool, using: Sequence[str]) -> sql.Com
     message = f"the legacy search behind {phase.params.function_name} was retired"
     return SQL["refuse_legacy" if retired else "answer_by_legacy"].compose(
         {
-            "retired_message": sql.SQL(sql.Literal(message).as_string().replace("%", "%%")),
+            "retired_message": verbatim(sql.Literal(message).as_string()),
             "legacy_query": _as_literal(phase, "legacy"),
             "using": sql.SQL(", ").join(map(sql.Identifier, using)),
         }

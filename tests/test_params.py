@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from runbook_lib import params
+from runbook_lib import names, params
 from runbook_lib.gates import BadInput, Gate
 from runbook_lib.params import Params, reference
 from tests.conftest import write_params
@@ -50,6 +50,24 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         f"  danger  {DANGER}\n"
         f"  do      {MEND}"
     )
+
+
+def test_a_name_that_postgresql_would_cut_is_refused_by_its_bytes(tmp_path: Path) -> None:
+    def long(data: dict[str, Any]) -> None:
+        data["target"]["table"] = "ü" * 32
+        data.setdefault("vector", {})["column"] = "e" * 41
+
+    table, column = _problems(_change(tmp_path, long))
+    assert "64 bytes, at most 63: PostgreSQL would cut the name, or one made of it" in str(table)
+    assert "41 bytes, at most 40: PostgreSQL would cut the name, or one made of it" in str(column)
+
+    def fit(data: dict[str, Any]) -> None:
+        data["target"]["table"] = "ü" * 31
+        data["vector"]["column"] = "e" * 40
+
+    p = params.load(_change(tmp_path, fit))
+    made = (names.index_name(p), names.side_table_name(p), f"{p.vector.column}_updated_at")
+    assert max(len(name.encode()) for name in made) <= 63 and names.index_name(p).endswith(f"_{'e' * 40}_hnsw")
 
 
 @pytest.mark.parametrize(

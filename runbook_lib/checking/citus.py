@@ -14,7 +14,7 @@ from psycopg import sql
 from runbook_lib import db
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, gate
-from runbook_lib.names import HASH_BYTES, names, spelled
+from runbook_lib.names import HASH_BYTES, names, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -150,7 +150,7 @@ def names_of(params: Params) -> dict[str, sql.Composable]:
     """What the blocks of ``citus.sql`` name beside :func:`runbook_lib.names.names`."""
     n = names(params)
     literal = {
-        f"{name}_name": sql.SQL(sql.Literal(spelled(params, name)).as_string().replace("%", "%%"))
+        f"{name}_name": verbatim(sql.Literal(spelled(params, name)).as_string())
         for name in ("staging", "rejected", "queue", "table")
     }
     parts = {name: SCHEMA[name].compose(n) for name in ("create_staging", "create_rejected")}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from psycopg import sql
 
+from runbook_lib.names import verbatim
+
 # Between the names of filters, and between their values where a person reads them.
 AND = " & "
 
@@ -39,4 +41,4 @@ def parts(columns: Sequence[str], value: str) -> list[str]:
 
 def _literal(text: str) -> sql.Composable:
     """A string of SQL, with its per cent signs doubled as a statement with bound values needs them."""
-    return sql.SQL(sql.Literal(text).as_string().replace("%", "%%"))
+    return verbatim(sql.Literal(text).as_string())

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from runbook_lib.params.section import AnyPath, Name, Section, ShortName
+from runbook_lib.params.section import AnyPath, Name, NewColumn, Section, ShortName
 
 # pgvector's limits for a column, and for what an index holds; README of pgvector, "Indexing".
 MAX_DIMENSION = 16_000
@@ -94,7 +94,7 @@ class Target(Section):
 class Vector(Section):
     """The column to add."""
 
-    column: Name = Field("embedding", description="Name of the new column.")
+    column: NewColumn = Field("embedding", description="Name of the new column, 40 bytes at most.")
     type: Literal["vector", "halfvec"] = Field("vector", description="pgvector type: 4 or 2 bytes a dimension.")
     dimension: int = Field(ge=1, le=MAX_DIMENSION, description="Dimensions of every vector.")
     distance: Literal["cosine", "l2", "inner_product"] = Field("cosine", description="What the model was made for.")

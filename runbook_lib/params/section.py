@@ -5,9 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
-Name = Annotated[str, Field(min_length=1, max_length=63)]
+# NAMEDATALEN less the zero that ends it; PostgreSQL cuts what is longer, with a NOTICE.
+LONGEST_NAME_BYTES = 63
+# More columns, and indexes, get names that are made of it.
+LONGEST_NEW_COLUMN_BYTES = 40
+
+
+def _fits(most_bytes: int) -> AfterValidator:
+    def fits(name: str) -> str:
+        if (found := len(name.encode())) > most_bytes:
+            raise ValueError(f"{found} bytes, at most {most_bytes}: PostgreSQL would cut the name, or one made of it")
+        return name
+
+    return AfterValidator(fits)
+
+
+Name = Annotated[str, Field(min_length=1), _fits(LONGEST_NAME_BYTES)]
+NewColumn = Annotated[str, Field(min_length=1), _fits(LONGEST_NEW_COLUMN_BYTES)]
 # YAML has no paths: these alone are made from text; no other value changes its type.
 AnyPath = Annotated[Path, Strict(False)]
 Minutes = Annotated[float, Field(gt=0, le=100_000)]
