@@ -19,9 +19,8 @@ from runbook_lib import compare, db, params, search
 from runbook_lib.commands.cli import main
 from runbook_lib.gates import BadInput, GateFailed, RunbookError
 from runbook_lib.ledger import Ledger
-from runbook_lib.measuring import models
 from runbook_lib.measuring.prepared import vector_indexes
-from runbook_lib.operations import handover, model_change, retire_model, watch
+from runbook_lib.operations import handover, model_change, model_comparison, retire_model, watch
 from runbook_lib.phase import MIGRATE, UNDO, Phase
 from runbook_lib.running import manifest
 from tests import toy
@@ -297,7 +296,7 @@ def test_undo_leads_back_to_the_letter_and_twice_does_nothing(
     assert model_change.verify_undone(phase).passed
     assert model_change.undo_plan(phase).statements == ()
     model_change.apply(phase)
-    assert models.verify_swapped(phase).passed, "and it can take over again"
+    assert model_comparison.verify_swapped(phase).passed, "and it can take over again"
 
 
 def test_without_a_swap_on_record_the_way_back_is_judged_by_the_function_that_is_there(
@@ -394,7 +393,7 @@ def test_killed_between_a_rerun_goes_on(
         names = ["model_change.swap"]
     assert [s.name for s in model_change.plan(phase)] == names
     model_change.apply(phase)
-    assert models.verify_swapped(phase).passed
+    assert model_comparison.verify_swapped(phase).passed
     model_change.undo(phase)
     assert dump(copied) == text
 
@@ -422,8 +421,8 @@ def test_a_model_that_finds_less_is_not_swapped_in(
     )
     before = definition(articles)
     phase = opened(path=path)
-    models.measure(phase)
-    (failed,) = models.verify(phase).failed
+    model_comparison.measure(phase)
+    (failed,) = model_comparison.verify(phase).failed
     figures = failed.figures
     assert figures["new"] < figures["replaced"] and figures["high"] < 0 and figures["p_value"] < 0.05
     assert str(failed) == (
@@ -445,8 +444,8 @@ def test_without_judgements_it_wants_to_be_told(opened: Callable[..., Phase], fo
         bare.mkdir(exist_ok=True)
         own = {"cut_over": SECTIONS["cut_over"] | {"accept_unjudged": accepted}, "queries": {"judgements": None}}
         phase = opened(path=write_params(bare, **SECTIONS | FINER | own))
-        models.measure(phase)
-        kept = models.verify(phase).gates[0]
+        model_comparison.measure(phase)
+        kept = model_comparison.verify(phase).gates[0]
         assert str(kept.verdict) == ("PASS" if accepted else "UNKNOWN")
         assert kept.found.startswith("no judgements; ") and "of the answers in common" in kept.found
         assert kept.found.endswith(", accepted by cut_over.accept_unjudged") == accepted

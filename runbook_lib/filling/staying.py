@@ -17,7 +17,7 @@ from psycopg import sql
 
 from runbook_lib import db
 from runbook_lib.forecast import LINE_POINTER, PAGE, PAGE_HEADER, TOAST_THRESHOLD, vector_bytes
-from runbook_lib.names import identifier
+from runbook_lib.names import identifier, verbatim
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.schema import added_columns
@@ -140,7 +140,7 @@ def _pages(phase: Phase, part: str, blocks: int) -> Iterable[list[Row]]:
     hash_column = f"{p.vector.column}_hash"
     has_hash = any(c["name"] == hash_column for c in columns)
     waits = sql.SQL("{} IS NULL").format(identifier("t", hash_column)) if has_hash else sql.SQL("true")
-    spelled = sql.SQL(part.replace("%", "%%"))
+    spelled = verbatim(part)
     query = SQL["sample"].compose({"part": spelled, "waits": waits, "sizes": sizes})
     percent = min(100.0, 100 * BLOCKS / max(blocks, 1))
     found = phase.connection.execute(query, {"percent": percent}).fetchall()

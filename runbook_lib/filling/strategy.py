@@ -144,14 +144,9 @@ def _reads_ranges(phase: Phase, part: str) -> bool:
     return any("Tid Range Scan" in str(line) for line in lines)
 
 
-def part_name(part: str) -> sql.Composable:
-    """A relation that PostgreSQL has spelled, for a statement with bound values."""
-    return verbatim(part)
-
-
 def ranked(connection: db.Connection, params: Params, part: str) -> sql.Composed:
     """The query that ranks the rows of a range of blocks within their block."""
-    extra = {"part": part_name(part), "row_bytes": _row_bytes(connection, params)}
+    extra = {"part": verbatim(part), "row_bytes": _row_bytes(connection, params)}
     return SQL["ranked"].compose(names(params) | extra)
 
 

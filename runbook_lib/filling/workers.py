@@ -21,9 +21,9 @@ from runbook_lib import db
 from runbook_lib.filling import health, windows
 from runbook_lib.filling.pace import Pace
 from runbook_lib.filling.pause import Pause
-from runbook_lib.filling.strategy import LEAST_HOT_SHARE, Choice, part_name
+from runbook_lib.filling.strategy import LEAST_HOT_SHARE, Choice
 from runbook_lib.filling.windows import Window
-from runbook_lib.names import changing, names
+from runbook_lib.names import changing, names, verbatim
 from runbook_lib.phase import Phase
 from runbook_lib.progress import Progress
 from runbook_lib.sql import load
@@ -225,7 +225,7 @@ def _passes(desk: _Desk) -> Iterator[Sequence[Any]]:
 def _update(desk: _Desk, keys: Sequence[Any]) -> Batch:
     """One transaction. A batch of which somebody holds a row is put off to the end instead of waiting longer."""
     p, part = desk.phase.params, desk.window.part
-    update = SQL["update"].compose(names(p) | changing(p) | {"part": part_name(part)})
+    update = SQL["update"].compose(names(p) | changing(p) | {"part": verbatim(part)})
     started = time.perf_counter()
     try:
         with desk.connection.transaction():

@@ -88,12 +88,15 @@ def through(
 
     others: vector indexes on the same column. Where the planner likes one of them better they are hidden, by a DROP
     INDEX that is rolled back after a few queries. None where the planner does not use the index even so.
+
+    Without JIT: a setting that is off adds 1e10 to the price of a plan that has no other way (before PostgreSQL 18),
+    and such a price would have every query compiled.
     """
     p = phase.params
     with db.connect(p, f"runbook {phase.run_id} recall") as connection:
         register_vector(connection)
         own = search.carried_settings(phase) if settings is None else settings
-        for name, value in {**own, "enable_seqscan": "off", "enable_sort": "off"}.items():
+        for name, value in {**own, "enable_seqscan": "off", "enable_sort": "off", "jit": "off"}.items():
             connection.execute(SQL["set"].compose({}), {"name": name, "value": value})
         hidden = [] if _uses(connection, phase, asked, index) else others
         if hidden:

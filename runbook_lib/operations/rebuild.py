@@ -58,10 +58,12 @@ def _build(phase: Phase, options: Options | None) -> db.Statement:
 
 
 def is_done(phase: Phase) -> bool:
-    """Was the index swapped in this very run, and is nothing left of the way there?"""
-    last = phase.ledger.latest("rebuild")
-    roles = {s.role for s in standing(phase)}
-    return bool(last) and last["run_id"] == phase.run_id and not roles & {"new", "old", "leftover"}  # type: ignore[index]
+    """Was the index that these parameters ask for put in place in this very run, and is nothing left of the way?"""
+    last, found = phase.ledger.latest("rebuild"), standing(phase)
+    if not last or last["run_id"] != phase.run_id or {s.role for s in found} & {"new", "old", "leftover"}:
+        return False
+    current = one(found, "current")
+    return current is None or _fits(phase, current, None)
 
 
 def building_plan(phase: Phase, options: Options | None = None) -> db.Plan:

@@ -12,9 +12,8 @@ from typing import Any
 from runbook_lib import backfill, db, index, live, schema, search
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
-from runbook_lib.measuring import models
 from runbook_lib.measuring.prepared import vector_indexes
-from runbook_lib.operations import model_change
+from runbook_lib.operations import model_change, model_comparison
 from runbook_lib.operations.handover import BOTH, NEW_ONLY
 from runbook_lib.phase import Phase
 from runbook_lib.phases import MIGRATE
@@ -151,4 +150,4 @@ def verify(phase: Phase) -> Gates:
         do="run 65_retire_model again with execute: true",
     )
     left = [*index.verify_undone(old), *live.verify_undone(old), *schema.verify_undone(old)]
-    return collect([alone, models.answers_as(phase, "new"), *left])
+    return collect([alone, model_comparison.answers_as(phase, "new"), *left])

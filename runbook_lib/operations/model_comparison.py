@@ -20,6 +20,7 @@ from runbook_lib.phase import Phase
 from runbook_lib.vectors import embed
 
 KIND = "model_comparison"
+TAKE_BACK = "take the swap back: runbook operate PARAMS 60_change_model --undo --execute"
 
 
 def _ask(one: Phase, queries: Sequence[Query], vectors: np.ndarray, k: int) -> search.Answers:
@@ -180,7 +181,7 @@ def answers_as(phase: Phase, which: str) -> Gate:
         found=f"{alike} of {len(queries)} queries answered as by {behind}, {by_route} by route {one.cut_over.route}",
         needed="all, key by key",
         danger="the application would get answers that belong to other vectors",
-        do="take the swap back: model_change.undo(phase); then look at the route table and at both functions",
+        do=f"{TAKE_BACK}; then look at the route table and at both functions",
         figures={"alike": alike, "asked": len(queries), "by_route": by_route},
     )
 
@@ -202,5 +203,5 @@ def _others_are_refused(phase: Phase) -> Gate:
         found=said,
         needed=f"an error for {wrong} dimensions",
         danger="a third model's vectors would be compared with vectors that they have nothing to do with",
-        do="take the swap back: model_change.undo(phase)",
+        do=TAKE_BACK,
     )
