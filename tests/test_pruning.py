@@ -30,6 +30,12 @@ def options(articles: Connection) -> list[str] | None:
     return row[0] if row else None
 
 
+def test_the_plan_names_the_table_whose_lock_it_takes(loaded: Phase) -> None:
+    (shown,) = pruning.plan(loaded, [PART])
+    assert shown.lock == f"SHARE UPDATE EXCLUSIVE on {PART}"
+    assert shown.query.as_string() == f"ALTER TABLE {PART} SET (fillfactor = {pruning.FILLFACTOR})"
+
+
 def seen_while_it_works(
     articles: Connection, monkeypatch: pytest.MonkeyPatch, raises: bool = False
 ) -> list[list[str] | None]:

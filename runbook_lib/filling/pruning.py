@@ -102,7 +102,6 @@ def _fillfactor(phase: Phase, part: str) -> int | None:
 
 
 def _set(phase: Phase, part: str, value: int | None) -> db.Statement:
-    relation = {"part": verbatim(part)}
-    if value is None:
-        return db.statement(SQL["reset"], phase.params, relation)
-    return db.statement(SQL["set"], phase.params, relation | {"value": sql.Literal(value)})
+    extra = {"part": verbatim(part), "value": sql.Literal(value)}
+    made = db.statement(SQL["reset" if value is None else "set"], phase.params, extra)
+    return replace(made, lock=made.lock.replace("{part}", part))
