@@ -235,7 +235,8 @@ def measure(server: str, arm: str, rows: int, own_core: bool) -> Measured:
 MISSING = {
     "big_update": "SELECT count(*) FROM articles WHERE embedding IS NULL",
     "backfill": "SELECT count(*) FROM articles WHERE embedding IS NULL",
-    "side_table": "SELECT count(*) FROM articles a WHERE NOT EXISTS (SELECT FROM articles_embedding e WHERE e.id = a.id)",
+    "side_table": "SELECT count(*) FROM articles a"
+    " WHERE NOT EXISTS (SELECT FROM articles_embedding e WHERE e.id = a.id)",
 }
 
 
