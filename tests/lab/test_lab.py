@@ -159,7 +159,10 @@ def test_make_lab_serves_the_notebooks_until_ctrl_c(tmp_path: Path) -> None:
         shutil.copytree(NOTEBOOKS.parent / folder, tmp_path / folder)
     port = free_port()
     env = configure(tmp_path / "jupyter", port) | {NOTEBOOKS_ENV: str(tmp_path / "notebooks")}
-    command = [sys.executable, "-c", "from runbook_lib.commands.cli import main; main()", "demo", "--lab"]
+    # A shell starts what runs in its background with SIGINT ignored, these tests too, and a child inherits that.
+    begin = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    begin += "from runbook_lib.commands.cli import main; main()"
+    command = [sys.executable, "-c", begin, "demo", "--lab"]
     log = tmp_path / "lab.log"
     with log.open("w") as stderr:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=stderr)
