@@ -158,7 +158,9 @@ def give_core_away(server: str) -> None:
         postmaster = psutil.Process(connection.info.backend_pid).parent()
     assert postmaster and others
     for process in (psutil.Process(), postmaster, *postmaster.children()):
-        process.cpu_affinity(others)
+        # A session that has ended since, this function's own for instance.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.cpu_affinity(others)
 
 
 def neighbour(dsn: str, rows: int, ready: Event, stop: Event, out: Any, update: bool, own_core: bool) -> None:
