@@ -11,7 +11,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib import db, versions
-from runbook_lib.checking import citus, free_names, partition_checks, rights
+from runbook_lib.checking import citus, consent, free_names, partition_checks, rights
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import spelled
 from runbook_lib.params import Params
@@ -124,6 +124,7 @@ def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
         yield _filter_column(look, column)
     yield from rights.check(look.connection, look.params, look.server, look.table)
     yield from free_names.check(connection, params, columns)
+    yield from consent.check(connection, params)
     yield from _search(look)
     yield legacy_query_runs(connection, params)
     if params.target.key in columns:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import ValidationInfo, model_validator
 
+from runbook_lib.params.consent import Accept
 from runbook_lib.params.data import (
     MAX_INDEXED_DIMENSION,
     Connection,
@@ -67,6 +68,7 @@ class Params(Section):
     queries: Queries
     masking: Masking = Masking()
     search: Search = Search()
+    accept: Accept = Accept()
     preflight: Preflight = Preflight()
     rehearse: Rehearse = Rehearse()
     extension: Extension = Extension()
