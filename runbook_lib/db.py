@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
 from runbook_lib import versions
-from runbook_lib.display import Table, duration
+from runbook_lib.display import duration, statement_html
 from runbook_lib.gates import BadInput, Gate, LockNotObtained, Verdict
 from runbook_lib.names import changing, names, spelled
 from runbook_lib.params import Params
@@ -200,12 +200,6 @@ class Plan:
     def __iter__(self) -> Iterator[Statement]:
         return iter(self.statements)
 
-    def _table(self) -> Table:
-        return Table(
-            ("what", "lock", "it blocks", "statement", "undo"),
-            [(s.purpose, s.lock or "none", s.blocks, s.text(self.connection), s.undo) for s in self.statements],
-        )
-
     def __str__(self) -> str:
         if not self.statements:
             return "Nothing is left to do here."
@@ -219,7 +213,17 @@ class Plan:
         printer.text(str(self))
 
     def _repr_html_(self) -> str:
-        return self._table()._repr_html_() if self.statements else "<p>Nothing is left to do here.</p>"
+        if not self.statements:
+            return "<p>Nothing is left to do here.</p>"
+        return "".join(
+            statement_html(
+                n,
+                s.purpose,
+                [("lock", s.lock or "none"), ("blocks", s.blocks), ("undo", s.undo)],
+                s.text(self.connection),
+            )
+            for n, s in enumerate(self.statements, 1)
+        )
 
 
 def carry_out(

@@ -8,6 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from IPython.core.getipython import get_ipython
+from IPython.display import display
+from pygments.lexers import PostgresLexer
+from pygments.token import Comment, Keyword, Name, Number, String
+
 # Inline, because a saved notebook and its HTML carry no style sheet of ours.
 CELL = "padding:.25em .6em;text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:break-word"
 VERDICT = CELL.replace("pre-wrap", "nowrap")
@@ -19,6 +24,17 @@ ROW_STYLES = {
     "gate-unknown": "border-left:.4em solid #9a6700;font-weight:600",
     "gate-not-run": "border-left:.4em solid #6e7781",
 }
+
+# JupyterLab's own colours, which follow its theme; the second value is for a page without them.
+SQL_COLOURS = {
+    Keyword: "var(--jp-mirror-editor-keyword-color, #0550ae)",
+    Name.Builtin: "var(--jp-mirror-editor-builtin-color, #6639ba)",
+    String: "var(--jp-mirror-editor-string-color, #a31515)",
+    Number: "var(--jp-mirror-editor-number-color, #0a6640)",
+    Comment: "var(--jp-mirror-editor-comment-color, #59636e)",
+}
+# Keeps JupyterLab from typesetting what stands between two dollar signs as a formula.
+NO_FORMULAS = "mathjax_ignore"
 
 
 def number(value: float) -> str:
@@ -102,6 +118,47 @@ class Table:
             body.append(f"<tr{style}>{cells}</tr>")
         caption = f'<caption style="text-align:left">{html.escape(self.caption)}</caption>' if self.caption else ""
         return (
-            f'<table style="border-collapse:collapse">{caption}'
+            f'<table class="{NO_FORMULAS}" style="border-collapse:collapse">{caption}'
             f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
         )
+
+
+class LiveLine:
+    """One line of a notebook's output that is replaced in place, so that a record keeps only its last state.
+
+    Outside a kernel, where nothing can be replaced, it shows nothing.
+    """
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, text: str) -> None:
+        """Puts this text in the place of the former one."""
+        shell = get_ipython()
+        if shell is None or not hasattr(shell, "kernel"):
+            return
+        shown = {"text/plain": text}
+        if self._handle is None:
+            self._handle = display(shown, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._handle.update(shown, raw=True)
+
+
+def sql_html(text: str) -> str:
+    """SQL in one block: monospaced, wrapped, coloured, and never read as a formula."""
+    parts = []
+    for kind, value in PostgresLexer(stripnl=False, ensurenl=False).get_tokens(text):
+        colour = next((c for token, c in SQL_COLOURS.items() if kind in token), "")
+        escaped = html.escape(value)
+        parts.append(f'<span style="color:{colour}">{escaped}</span>' if colour else escaped)
+    style = "white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0;font-family:monospace"
+    return f'<pre class="{NO_FORMULAS}" style="{style}"><code>{"".join(parts)}</code></pre>'
+
+
+def statement_html(number_: int, what: str, facts: Sequence[tuple[str, str]], text: str) -> str:
+    """One statement as a block of its own: what it does, its facts on a line (lock, undo), then the SQL."""
+    said = " · ".join(f"<strong>{html.escape(name)}</strong> {html.escape(value)}" for name, value in facts if value)
+    return (
+        f'<div class="{NO_FORMULAS}" style="margin:0 0 1em;text-align:left">'
+        f"<div><strong>{number_}. {html.escape(what)}</strong></div><div>{said}</div>{sql_html(text)}</div>"
+    )

@@ -29,10 +29,10 @@ class Progress:
         print(f"  {number(self.total)} rows to be {self.what}")
         return self
 
-    def add(self, rows: int, note: str = "") -> None:
-        """Counts rows that are done, committed and safe."""
+    def add(self, rows: int, note: str = "", at: float | None = None) -> None:
+        """Counts rows that are done, committed and safe. at: when, by ``time.perf_counter``; now if not given."""
         self.done += rows
-        now = time.perf_counter()
+        now = time.perf_counter() if at is None else at
         seconds = now - self._started
         if seconds - self.samples[-1][0] >= self._shortest_step:
             self.samples.append([round(seconds, 3), self.done])

@@ -57,7 +57,8 @@ def _display_connection(phase: Phase) -> psycopg.Connection[Any]:
     settings = {
         "runbook.table": spelled(phase.params, "table"),
         "runbook.index": spelled(phase.params, "qualified_index"),
-        "runbook.ledger": spelled(phase.params, "ledger"),
+        # As the catalogue has it, without quotes: cells compare it with pg_stat_user_tables.schemaname.
+        "runbook.ledger": phase.params.ledger.schema_,
         "default_transaction_read_only": "on",
     }
     for name, value in settings.items():

@@ -1,8 +1,10 @@
 """How tables look: text beside the HTML, and words that stay whole."""
 
+import re
+
 from IPython.core.formatters import PlainTextFormatter
 
-from runbook_lib.display import Table
+from runbook_lib.display import Table, sql_html, statement_html
 from runbook_lib.gates import collect, gate
 
 
@@ -17,3 +19,18 @@ def test_a_notebook_keeps_tables_and_gates_as_text_beside_the_html() -> None:
     assert as_text(Table(("a", "b"), [(1, "x")])) == "a  b\n1  x"
     gates = collect([gate("m.holds", True, "t", found="1", needed="1")])
     assert as_text(gates) == "PASS    m.holds   t\n  found   1\n  needed  1"
+
+
+def test_no_value_is_read_as_a_formula_by_the_lab() -> None:
+    assert Table(("statement",), [("$1 … $5",)])._repr_html_().startswith('<table class="mathjax_ignore"')
+    shown = statement_html(1, "Makes it", [("lock", "none"), ("undo", "")], "SELECT $1, $runbook$ a < b $runbook$;")
+    assert shown.startswith('<div class="mathjax_ignore"')
+    assert "<strong>lock</strong> none</div>" in shown, "a fact without a value is left out"
+
+
+def test_sql_is_coloured_and_no_letter_of_it_is_lost() -> None:
+    text = "-- why\nCREATE FUNCTION f() RETURNS int LANGUAGE sql AS $runbook$\n    SELECT '<b>' || 1\n$runbook$;\n"
+    shown = sql_html(text)
+    assert '<pre class="mathjax_ignore"' in shown and "<code>" in shown
+    assert re.sub(r"<[^>]+>", "", shown).replace("&lt;", "<").replace("&gt;", ">").replace("&#x27;", "'") == text
+    assert "keyword" in shown and "comment" in shown

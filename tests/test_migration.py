@@ -31,6 +31,22 @@ def rows(connection: psycopg.Connection[Any]) -> list[tuple[Any, ...]]:
     return connection.execute("SELECT id, title, body, status, views, tsv FROM articles ORDER BY id").fetchall()
 
 
+def empty_displays(folder: Path) -> list[str]:
+    """The %%sql cells of executed notebooks that showed no row."""
+    cells = [
+        (path.stem, cell)
+        for path in sorted(folder.glob("*.ipynb"))
+        for cell in json.loads(path.read_text())["cells"]
+        if cell["cell_type"] == "code" and "".join(cell["source"]).startswith("%%sql")
+    ]
+    assert cells
+    return [
+        name
+        for name, cell in cells
+        if not any("<td>" in "".join(o.get("data", {}).get("text/html", "")) for o in cell["outputs"])
+    ]
+
+
 @pytest.fixture
 def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunResult]:
     """Runs the notebooks on the toy table; keyword arguments are the runner's."""
@@ -57,6 +73,7 @@ def test_there_and_back(articles: psycopg.Connection[Any], database: str, go: Ca
     assert (there.status, there.exit_code) == ("passed", 0)
     manifest = json.loads((there.folder / "manifest.json").read_text())
     assert [p["name"] for p in manifest["phases"]] == list(MIGRATE)
+    assert empty_displays(there.folder) == []
     assert articles.execute("SELECT route, share_percent FROM runbook.route").fetchall() == [("vector", 100)]
     answer = articles.execute(
         "SELECT id, answered_by"

@@ -15,7 +15,8 @@ import pytest
 
 from runbook_lib import db
 from runbook_lib.phase import MIGRATE, Phase
-from runbook_lib.records import record, review, tables
+from runbook_lib.progress import Progress
+from runbook_lib.records import pictures, record, review, tables
 from runbook_lib.running import manifest
 from runbook_lib.running.manifest import PhaseRun
 from tests.records import RUN_ID, entry, gate, make_entries, make_manifest, statement
@@ -111,13 +112,13 @@ def test_the_page_stands_alone_and_shows_every_part() -> None:
     page, text = page_of(make_manifest(), make_entries(), pages=MIGRATE)
     assert needs_nothing_else(page)
     for heading in ("Summary", "Figures", "Phases", "Statements that changed something", "Gates",
-                    "Forecast against actual", "How to go back", "Versions, parameters and hashes"):  # fmt: skip
+                    "Forecast against actual", "How to roll back", "Versions, parameters and hashes"):  # fmt: skip
         assert f">{heading}</h2>" in page
     assert all(f'href="{name}.html"' in page for name in MIGRATE)
     assert page.count('role="img" aria-label="') == page.count("<svg") == 4
     assert "prefers-color-scheme: dark" in page and "@media print" in page and 'name="viewport"' in page
     assert "size of the index 1.5 MB 1.5 MB 0.95 ×" in text
-    assert "runbook undo articles.yaml --execute --to 10_reads_to_legacy" in text
+    assert "--to 10_reads_to_legacy --execute # nothing: reads go back to legacy" in text
 
 
 def test_what_a_database_says_cannot_become_markup() -> None:
@@ -166,7 +167,7 @@ def test_a_plan_claims_no_change() -> None:
     assert found.summary == [
         "Nothing was carried out: each notebook shows the statements that it would run, and their locks."
     ]
-    assert not found.ways_back
+    assert not found.rollback
 
 
 def test_figures_of_an_earlier_run_are_marked_and_those_undone_are_gone() -> None:
@@ -292,3 +293,38 @@ def test_filters_classes_and_backfill_have_tables_of_their_own() -> None:
         ("short", 9, "0.500", "0.400", "-0.200 to +0.100, p = 0.3", "legacy wins: model")
     ]
     assert tables.filters({}) is tables.slices({}) is tables.backfill({}) is None, "older records are shown without"
+
+
+def test_a_backfill_in_several_attempts_is_told_as_one() -> None:
+    entries = make_entries()
+    first = next(e for e in entries if e["kind"] == "backfill")
+    nothing_left = entry("50_backfill", "backfill", {**first["body"], "rows": 0, "seconds": 0.0, "samples": []})
+    again = review.collect(make_manifest(), [*entries, nothing_left])
+    (tile,) = [t for t in again.tiles if t.label == "rows migrated"]
+    (alone,) = [t for t in review.collect(make_manifest(), entries).tiles if t.label == "rows migrated"]
+    assert tile.value == alone.value and tile.detail == f"{alone.detail}, 2 attempts"
+
+
+def test_the_rollback_shown_is_that_of_the_state_reached_and_says_what_it_removes() -> None:
+    _, text = page_of(make_manifest(), make_entries())
+    assert "--to 10_reads_to_legacy --execute # nothing: reads go back to legacy" in text
+    phases = [p if p.name < "60" else dataclasses.replace(p, status="pending") for p in make_manifest().phases]
+    half = dataclasses.replace(make_manifest(), phases=tuple(phases))
+    _, text = page_of(half, make_entries())
+    removes = "the vectors: columns or side table, staging, queue and triggers"
+    assert f"--to 30_remove_schema --execute # {removes}" in text
+    assert "reads only" not in text and "backfilling again took" in text
+
+
+def test_a_batch_is_drawn_when_it_was_committed_not_when_it_was_counted() -> None:
+    with Progress("backfilled", 30) as progress:
+        started = progress._started
+        for n in (1, 2, 3):
+            progress.add(10, at=started + n)
+    assert progress.samples == [[0.0, 0], [1.0, 10], [2.0, 20], [3.0, 30]]
+
+
+def test_recall_ends_at_one() -> None:
+    tuning = next(e["body"] for e in make_entries() if e["kind"] == "tuning")
+    shown = re.findall(r">([01]\.\d{3})<", pictures.recall_against_latency(tuning))
+    assert shown and max(map(float, shown)) <= 1.0

@@ -1,6 +1,7 @@
 """The pause of a long loop: while the server's health, or the DBA, asks for it, and outside the maintenance window.
 
-It is said once for each reason and then as often as progress is, and written into the ledger when it ends.
+It is said when it begins, and once more for each new reason; one line, replaced in place, counts its seconds. Its end
+is said and written into the ledger.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from runbook_lib.display import duration
+from runbook_lib.display import LiveLine, duration
 from runbook_lib.filling import health
 from runbook_lib.gates import PausedTooLong
 from runbook_lib.phase import Phase
-from runbook_lib.progress import SECONDS_BETWEEN_LINES
 from runbook_lib.running import window
 
 
@@ -28,7 +28,7 @@ class Pause:
     since: float | None = None
     reasons: str = ""
     said: set[str] = field(default_factory=set)
-    said_at: float = 0.0
+    line: LiveLine | None = None
 
     def go_by(self, stops: Sequence[health.Answer]) -> None:
         """Begins, goes on with, or ends a pause. Raises PausedTooLong."""
@@ -41,9 +41,11 @@ class Pause:
         lasts = now - self.since
         # By indicator: the figures in a reason are other ones at each look.
         asking = {a.indicator for a in stops}
-        if not asking <= self.said or now - self.said_at >= SECONDS_BETWEEN_LINES:
+        if not asking <= self.said:
             print(f"  paused{f' for {duration(lasts)}' if self.said else ''}: {reasons}")
-            self.said, self.said_at = self.said | asking, now
+            self.said |= asking
+        self.line = self.line or LiveLine()
+        self.line.show(f"  paused for {duration(lasts)}: {reasons}")
         most = self.phase.params.health.longest_pause_minutes * 60
         if lasts > most:
             raise PausedTooLong(
@@ -59,7 +61,9 @@ class Pause:
             return
         seconds = time.monotonic() - self.since
         self._note(self.reasons, seconds)
-        self.since, self.reasons, self.said = None, "", set()
+        if self.line:
+            self.line.show("")
+        self.since, self.reasons, self.said, self.line = None, "", set(), None
 
     def keep_hours(self, hold: Callable[[], None] = lambda: None) -> None:
         """Waits until the maintenance window opens, however long that is. hold: called before it waits.

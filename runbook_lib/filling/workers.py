@@ -43,12 +43,16 @@ SIGNS_A_LEASE = 4
 
 @dataclass(frozen=True)
 class Batch:
-    """One transaction: rows updated, of them HOT; rows put off to the end because somebody held one of them."""
+    """One transaction: rows updated, of them HOT; rows put off to the end because somebody held one of them.
+
+    at: when it ended, by ``time.perf_counter``.
+    """
 
     rows: int
     hot: int
     seconds: float
     put_off: int = 0
+    at: float = field(default_factory=time.perf_counter)
 
 
 @dataclass
@@ -129,7 +133,7 @@ def _count(board: Board, outcome: Outcome, progress: Progress, choice: Choice) -
         outcome.hot += batch.hot
         outcome.put_off += batch.put_off
         outcome.seconds.append(batch.seconds)
-        progress.add(batch.rows, f"{outcome.hot_share:.0%} of the updates touched no index")
+        progress.add(batch.rows, f"{outcome.hot_share:.0%} of the updates touched no index", batch.at)
     if choice.strategy == "page_interleaved" and not board.whole_windows and outcome.rows >= UPDATES_OF_THE_PROBE:
         board.whole_windows = outcome.hot_share < min(LEAST_HOT_SHARE, choice.hot_share)
         if board.whole_windows:

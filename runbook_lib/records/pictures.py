@@ -55,7 +55,8 @@ def recall_against_latency(tuning: Mapping[str, Any]) -> str:
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
         x, y = [float(p["p50_ms"]) for p in points], [float(p["recall"]) for p in points]
-        axes.plot(x, y, color=ACCENT, marker="o", markersize=5, linewidth=1.6)
+        # Recall ends at 1: a point there is drawn whole, over the axis.
+        axes.plot(x, y, color=ACCENT, marker="o", markersize=5, linewidth=1.6, clip_on=False)
         axes.axhline(float(tuning["target_recall"]), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.annotate(
             f"target {tuning['target_recall']:g}",
@@ -69,7 +70,14 @@ def recall_against_latency(tuning: Mapping[str, Any]) -> str:
             chosen = is_chosen(tuning, point)
             if chosen:
                 axes.plot(
-                    point["p50_ms"], point["recall"], "o", color=CHOSEN, markersize=12, fillstyle="none", mew=2.2
+                    point["p50_ms"],
+                    point["recall"],
+                    "o",
+                    color=CHOSEN,
+                    markersize=12,
+                    fillstyle="none",
+                    mew=2.2,
+                    clip_on=False,
                 )
             axes.annotate(
                 f"{point['value']}" + (" ✔ chosen" if chosen else ""),
@@ -79,7 +87,7 @@ def recall_against_latency(tuning: Mapping[str, Any]) -> str:
                 fontweight="bold" if chosen else "normal",
             )
         axes.set(xlabel="latency p50, ms", ylabel=f"recall@{tuning['k']}")
-        axes.set_ylim(min([*y, float(tuning["target_recall"])]) - 0.03, 1.015)
+        axes.set_ylim(min([*y, float(tuning["target_recall"])]) - 0.03, 1.0)
         axes.margins(x=0.14)
         return _svg(figure, "recall")
 
@@ -121,7 +129,9 @@ def bytes_against_recall(compared: Mapping[str, Any]) -> str:
             chosen = f["title"] == compared["recommended"]
             colour = CHOSEN if chosen else ACCENT if f["todays"] else SOFT
             x, y = float(f["bytes_a_row"]), float(f["recall"])
-            axes.scatter(x, y, s=20 + 230 * float(f["p50_ms"]) / slowest, color=colour, alpha=0.7, linewidth=0)
+            axes.scatter(
+                x, y, s=20 + 230 * float(f["p50_ms"]) / slowest, color=colour, alpha=0.7, linewidth=0, clip_on=False
+            )
             axes.annotate(str(n), (x, y), xytext=(shift, 0), textcoords="offset points", va="center", fontsize=9)
             said = f"{n}  {f['title']}, {f['p50_ms']:.1f} ms" + (", today's" if f["todays"] else "")
             label = said + (" ✔" if chosen else "")
@@ -134,6 +144,7 @@ def bytes_against_recall(compared: Mapping[str, Any]) -> str:
         axes.set(xlabel="bytes of the index a row", ylabel=f"recall@{compared['k']}")
         axes.set_xlim(0, 1.12 * max(float(f["bytes_a_row"]) for f in found))
         axes.margins(y=0.12)
+        axes.set_ylim(top=1.0)
         figure.legend(handles=named, loc="outside right upper", frameon=False, fontsize=9, handletextpad=0.2)
         return _svg(figure, "storage")
 

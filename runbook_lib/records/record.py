@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from functools import cache
 from itertools import groupby
@@ -15,7 +16,7 @@ import psycopg
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 from papermill.execute import ERROR_MARKER_TAG
-from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
+from pygments.formatters import HtmlFormatter
 
 from runbook_lib import db
 from runbook_lib.display import duration, number, size
@@ -108,6 +109,7 @@ def _templates() -> jinja2.Environment:
         "when": _when,
         "figures": _figures,
         "json": _json,
+        "shell": shlex.quote,
     }
     environment.globals |= {
         "symbols": dict(SYMBOLS),

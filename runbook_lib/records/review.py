@@ -39,6 +39,26 @@ class Tile(NamedTuple):
     source: str = ""
 
 
+# Of several attempts at a backfill, what is added up.
+ADDED_UP = ("rows", "seconds", "batches", "wal_bytes", "table_growth_bytes", "put_off")
+
+# What each rollback removes, and how long that takes whatever the size of the table.
+REMOVES = {
+    "10_reads_to_legacy": "nothing: reads go back to legacy",
+    "20_remove_index": "the vector index and the tuned settings",
+    "30_remove_schema": "the vectors: columns or side table, staging, queue and triggers",
+    "40_remove_search_function": "the search function, which the application must no longer call",
+    "50_remove_extension": "pgvector, if this runbook installed it and nothing else uses it",
+}
+AT_ONCE = {
+    "10_reads_to_legacy": "one row, one transaction: milliseconds",
+    "20_remove_index": "seconds, after transactions that were open before it",
+    "30_remove_schema": "milliseconds once it has its lock",
+    "40_remove_search_function": "milliseconds",
+    "50_remove_extension": "milliseconds",
+}
+
+
 class Figures(NamedTuple):
     """A table of figures. marked: the row to point out. source: as in Tile."""
 
@@ -73,7 +93,7 @@ class Record:
     comparison: Figures | None
     tables: Sequence[tuple[str, Figures]]
     forecast: Sequence[tuple[str, str, str, str]]
-    ways_back: Sequence[tuple[str, str]]
+    rollback: Sequence[tuple[str, str, str, str]]
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -106,7 +126,7 @@ def collect(run: Manifest, entries: Iterable[Entry], pages: Iterable[str] = (), 
         comparison=_comparison(found),
         tables=_tables(found),
         forecast=_forecast(found),
-        ways_back=_ways_back(run),
+        rollback=_rollback(run, found),
         notes=[*run.notes, *notes],
     )
 
@@ -120,15 +140,31 @@ class _Newest:
             if e["kind"] == "phase" and e["body"].get("verdict") == "UNDONE":
                 undone[e["phase"]] = i
         self._found: dict[str, _Found] = {}
+        self._backfills: list[_Found] = []
         for i, e in enumerate(entries):
             own = e["run_id"] == run.run_id
             if own or i > undone.get(e["phase"], -1):
+                if e["kind"] == "backfill":
+                    self._backfills.append(_Found(e["body"], "" if own else e["run_id"]))
                 earlier = self._found.get(e["kind"])
                 if own or earlier is None or earlier.source:
                     self._found[e["kind"]] = _Found(e["body"], "" if own else e["run_id"])
 
     def __call__(self, kind: str) -> _Found | None:
         return self._found.get(kind)
+
+    def backfill(self) -> _Found | None:
+        """Every attempt since the columns were added, as one: what they did is added up, the rest is the longest's.
+
+        A backfill that went on after a stop, or was run again, did not migrate only the rows of its last attempt.
+        """
+        if not self._backfills:
+            return None
+        longest = max(self._backfills, key=lambda found: found.body["rows"])
+        bodies = [found.body for found in self._backfills]
+        summed = {key: sum(b.get(key) or 0 for b in bodies) for key in ADDED_UP if key in longest.body}
+        own = any(not found.source and found.body["rows"] for found in self._backfills)
+        return _Found({**longest.body, **summed, "attempts": len(bodies)}, "" if own else longest.source)
 
 
 def _gates(own: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -180,8 +216,9 @@ def _systems(found: _Newest) -> tuple[dict[str, dict[str, Any]], _Found] | None:
 
 def _tables(found: _Newest) -> list[tuple[str, Figures]]:
     made = []
-    for kind, table in (("shadow", tables.slices), ("tuning", tables.filters), ("backfill", tables.backfill)):
-        if (entry := found(kind)) and (shown := table(entry.body)):
+    kinds = ((found("shadow"), tables.slices), (found("tuning"), tables.filters), (found.backfill(), tables.backfill))
+    for entry, table in kinds:
+        if entry and (shown := table(entry.body)):
             title, columns, rows = shown
             made.append((title, Figures(columns, rows, None, entry.source)))
     return made
@@ -193,10 +230,11 @@ def _chosen(tuning: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _tiles(found: _Newest) -> list[Tile]:
     tiles = []
-    if entry := found("backfill"):
+    if entry := found.backfill():
         b = entry.body
         rate = f"{number(b['rows'] / b['seconds'])} rows/s" if b.get("seconds") else ""
-        tiles.append(Tile("rows migrated", number(b["rows"]), f"in {duration(b['seconds'])}, {rate}", entry.source))
+        took = f"in {duration(b['seconds'])}, {rate}" + (f", {b['attempts']} attempts" if b["attempts"] > 1 else "")
+        tiles.append(Tile("rows migrated", number(b["rows"]), took, entry.source))
     elif entry := found("plan"):
         tiles.append(
             Tile("rows to migrate", number(entry.body["table_rows"]), size(entry.body["table_bytes"]), entry.source)
@@ -279,7 +317,7 @@ def _what_changed(run: Manifest, found: _Newest) -> list[str]:
     if run.way in ("undo", "undo_operation") and run.execute:
         back = [name for p in run.phases if p.status == Status.PASSED for name in taken_back(p.name)]
         lines.append(f"Taken back on {run.table}: {', '.join(back) or 'nothing'}.")
-    if (entry := found("backfill")) and not entry.source:
+    if (entry := found.backfill()) and not entry.source:
         lines.append(
             f"{_count(entry.body['rows'], 'row')} of {run.table} got a vector in {duration(entry.body['seconds'])}."
         )
@@ -335,7 +373,7 @@ def _pictures(found: _Newest) -> list[Picture]:
         made.append(_bars(measured, "p50_ms", "Latency at the median", entry.source))
     if (entry_or_none := found("tuning")) and entry_or_none.body.get("points"):
         made.append(_recall(entry_or_none))
-    if (entry_or_none := found("backfill")) and len(entry_or_none.body.get("samples") or ()) > 1:
+    if (entry_or_none := found.backfill()) and len(entry_or_none.body.get("samples") or ()) > 1:
         made.append(_progress(entry_or_none))
     return [picture for picture in made if picture]
 
@@ -423,7 +461,7 @@ def _forecast(found: _Newest) -> list[tuple[str, str, str, str]]:
     if not plan or not plan.body.get("forecast"):
         return []
     forecast = plan.body["forecast"]
-    index, backfill = found("index"), found("backfill")
+    index, backfill = found("index"), found.backfill()
     rehearsal = found("rehearsal")
     rehearsed = rehearsal.body["whole"] if rehearsal else {}
     actual = {
@@ -459,9 +497,25 @@ def _forecast(found: _Newest) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _ways_back(run: Manifest) -> list[tuple[str, str]]:
-    """The undo notebooks that take back what this run passed, in the order in which they are run."""
-    passed = (
-        {p.name for p in run.phases if p.status == Status.PASSED} if run.execute and run.way == "migrate" else set()
-    )
-    return [(name, ", ".join(p for p in back if p in passed)) for name, back in UNDO.items() if passed & set(back)]
+def _rollback(run: Manifest, found: _Newest) -> list[tuple[str, str, str, str]]:
+    """The rollbacks of what this run passed, in the order in which they are run: name, phases, what goes, and
+    how long it takes, there and forward again.
+    """
+    done = run.execute and run.way == "migrate"
+    passed = {p.name for p in run.phases if p.status == Status.PASSED} if done else set()
+    return [
+        (name, ", ".join(p for p in phases if p in passed), REMOVES[name], _takes(name, found))
+        for name, phases in UNDO.items()
+        if passed & set(phases)
+    ]
+
+
+def _takes(name: str, found: _Newest) -> str:
+    """How long a rollback takes, and what would have to be done again afterwards, by the times of this migration."""
+    index, backfill, load = found("index"), found.backfill(), found("load")
+    again = {
+        "20_remove_index": [("building it again", index)],
+        "30_remove_schema": [("embedding and loading again", load), ("backfilling again", backfill)],
+    }
+    known = [f"{what} took {duration(e.body['seconds'])}" for what, e in again.get(name, ()) if e]
+    return "; ".join([AT_ONCE[name], *known])
