@@ -63,13 +63,12 @@ FROM generate_series(0, greatest(pg_relation_size(to_regclass(%(part)s)) / curre
                      %(blocks)s) b;
 
 -- name: cut_keys
--- purpose: Cut the staged keys into windows of about the same number of rows.
+-- purpose: Cut the staged keys into windows of the same number of rows; by their order alone, since not every type has a max().
 INSERT INTO {window} (part, after_key, to_key)
-SELECT %(part)s, lag(to_key) OVER (ORDER BY to_key), to_key FROM (
-    SELECT max(key) AS to_key FROM (
-        SELECT s.key, (row_number() OVER (ORDER BY s.key) - 1) / %(rows)s AS window FROM {staging} s
-    ) numbered GROUP BY numbered.window
-) cut ORDER BY to_key;
+SELECT %(part)s, lag(ends.key) OVER (ORDER BY ends.n), ends.key FROM (
+    SELECT s.key, row_number() OVER in_order AS n, lead(true) OVER in_order IS NULL AS is_last
+    FROM {staging} s WINDOW in_order AS (ORDER BY s.key)
+) ends WHERE ends.n %% %(rows)s = 0 OR ends.is_last ORDER BY ends.n;
 
 -- name: claim
 -- purpose: Claim the next window that nobody has, or whose worker is gone or has not been seen for the lease.
