@@ -19,8 +19,8 @@ from runbook_lib.filling import strategy
 from runbook_lib.forecast import Forecast
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.indexing import prewarm
-from runbook_lib.measuring import replica
-from runbook_lib.names import identifier, names, spelled
+from runbook_lib.measuring import replica, statements
+from runbook_lib.names import names, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 from runbook_lib.vectors import masking
@@ -34,6 +34,7 @@ SAMPLED_CHARACTERS = 10_000
 # Below this many rows reading the first pages is as cheap as sampling, and never comes back empty.
 SAMPLE_WHOLE_PAGES_FROM_ROWS = 20 * SAMPLED_ROWS
 SHOWN_STATEMENTS = 5
+SHOWN_LETTERS = 200
 
 
 @dataclass(frozen=True)
@@ -229,19 +230,12 @@ def _replica(r: db.Row) -> str:
 
 
 def _legacy_statements(phase: Phase, not_seen: dict[str, str]) -> tuple[tuple[int, float, str], ...] | None:
-    there = db.rows(phase.connection, SQL["statements_schema"], phase.params)
-    if not there:
-        not_seen["statements"] = "pg_stat_statements is not installed in this database"
+    p = phase.params
+    seen = statements.look(phase.connection, p, p.target.text_columns, SHOWN_STATEMENTS)
+    if seen.why:
+        not_seen["statements"] = seen.why
         return None
-    view = identifier(there[0]["schema"], "pg_stat_statements")
-    query = SQL["legacy_statements"].compose(names(phase.params) | {"statements": view})
-    values = {"table_name": phase.params.target.table, "rows": SHOWN_STATEMENTS}
-    try:
-        found = phase.connection.execute(query, values).fetchall()
-    except (psycopg.errors.ObjectNotInPrerequisiteState, psycopg.errors.InsufficientPrivilege) as error:
-        not_seen["statements"] = str(error).splitlines()[0]
-        return None
-    return tuple((r["calls"], r["mean_ms"], r["statement"]) for r in found)
+    return tuple((s.calls, s.mean_ms, s.line(SHOWN_LETTERS)) for s in seen.searches)
 
 
 def _trigram_bytes(found: Facts, phase: Phase) -> float:

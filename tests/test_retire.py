@@ -327,6 +327,9 @@ LOOK = usage.Look(
     texts={"1": "SELECT … LIKE …"},
 )
 EARLIER = replace(LOOK, at_s=60 * DAY_S)
+# As pg_stat_statements before 1.9 has it.
+NO_AGE = replace(LOOK, calls={}, calls_reset_s=None, all_calls=(100,))
+AGELESS = "no call, but since when it is counted this release of pg_stat_statements does not say, and there is "
 
 
 @pytest.mark.parametrize(
@@ -357,6 +360,27 @@ EARLIER = replace(LOOK, at_s=60 * DAY_S)
         ),
         (replace(LOOK, calls={}, thrown_out=3), EARLIER, "UNKNOWN", "no call, but 3 statements were thrown out for "),
         (replace(LOOK, thrown_out=3), replace(EARLIER, thrown_out=3), "PASS", "no call since the look of 1970-03-02"),
+        (NO_AGE, None, "UNKNOWN", f"{AGELESS}nothing to compare with"),
+        (
+            NO_AGE,
+            replace(NO_AGE, at_s=60 * DAY_S, all_calls=(90,)),
+            "PASS",
+            "no call since the look of 1970-03-02",
+        ),
+        (
+            NO_AGE,
+            replace(NO_AGE, all_calls=(190,)),
+            "UNKNOWN",
+            f"{AGELESS}counters were set back since the last",
+        ),
+        (NO_AGE, replace(NO_AGE, calls={"7": 1}), "UNKNOWN", f"{AGELESS}counters were set back since the last"),
+        (replace(NO_AGE, crowded=True), NO_AGE, "UNKNOWN", f"{AGELESS}so many statements that some may have been"),
+        (
+            replace(NO_AGE, calls={"1": 5}),
+            replace(NO_AGE, calls={"1": 3}),
+            "FAIL",
+            "2 calls of: SELECT … LIKE … ",
+        ),
         (replace(LOOK, calls=None, why="hidden"), EARLIER, "UNKNOWN", "hidden"),
         (LOOK, replace(EARLIER, calls_reset_s=5 * DAY_S), "UNKNOWN", "5 calls of: SELECT … LIKE … since 1970-01-11"),
     ],

@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import yaml
 from psycopg import sql
 
-from runbook_lib import db, preflight
+from runbook_lib import db
 from runbook_lib import params as params_module
 from runbook_lib.checking import inputs
 from runbook_lib.commands import legacy, suggest
@@ -27,7 +26,8 @@ from runbook_lib.commands.legacy import LegacyQuery
 from runbook_lib.commands.suggest import SQL, Found, Setting
 from runbook_lib.display import number, size
 from runbook_lib.gates import BadInput, Gate, Verdict
-from runbook_lib.names import identifier
+from runbook_lib.measuring import statements
+from runbook_lib.measuring.statements import Search
 from runbook_lib.params import Params
 from runbook_lib.running.manifest import write_atomically
 
@@ -255,9 +255,9 @@ def _which_legacy(
     if wishes.legacy_query_file:
         return _from_file(wishes.legacy_query_file, kinds)
     for statement in _statements(connection, found, say):
-        candidate = legacy.of_statement(statement["text"], kinds, found.server["text_search_config"])
+        candidate = legacy.of_statement(statement.text, kinds, found.server["text_search_config"])
         problem = _cannot_be_used(connection, found, key, candidate)
-        say(f"\nseen {number(statement['calls'])} times, {statement['mean_ms']:.1f} ms on average:")
+        say(f"\nseen {number(statement.calls)} times, {statement.mean_ms:.1f} ms on average:")
         say(textwrap.indent(candidate.query, "    "))
         if problem:
             say(f"  not usable as it is: {problem}")
@@ -281,20 +281,13 @@ def _from_file(path: Path, kinds: Mapping[str, str]) -> LegacyQuery:
     return LegacyQuery(text.strip().rstrip(";"), tuple(used))
 
 
-def _statements(connection: db.Connection, found: Found, say: Say) -> list[db.Row]:
+def _statements(connection: db.Connection, found: Found, say: Say) -> tuple[Search, ...]:
     """Searches of this table that pg_stat_statements has seen; none, and a word why, where it cannot be read."""
-    there = db.rows(connection, preflight.SQL["statements_schema"], found.draft)
-    if not there:
-        say("pg_stat_statements is not installed in this database, so the search of today cannot be looked up")
-        return []
-    view = identifier(there[0]["schema"], "pg_stat_statements")
-    query = SQL["statements"].compose({"statements": view})
-    values = {"table_name": found.draft.target.table, "rows": MOST_STATEMENTS}
-    try:
-        return connection.execute(query, values).fetchall()
-    except (psycopg.errors.ObjectNotInPrerequisiteState, psycopg.errors.InsufficientPrivilege) as error:
-        say(f"pg_stat_statements cannot be read: {str(error).splitlines()[0]}")
-        return []
+    columns = [name for name, column in found.columns.items() if column["is_text"]]
+    seen = statements.look(connection, found.draft, columns, MOST_STATEMENTS)
+    if seen.why:
+        say(f"{seen.why}, so the search of today cannot be looked up")
+    return seen.searches
 
 
 def _cannot_be_used(connection: db.Connection, found: Found, key: str, candidate: LegacyQuery) -> str:

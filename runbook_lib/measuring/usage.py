@@ -9,13 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-import psycopg
-
-from runbook_lib import db, preflight, versions
+from runbook_lib import db, versions
 from runbook_lib.display import duration, number
 from runbook_lib.gates import Gate, gate
-from runbook_lib.measuring import replica
-from runbook_lib.names import identifier, names, spelled
+from runbook_lib.measuring import replica, statements
+from runbook_lib.names import spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
@@ -23,6 +21,9 @@ SQL = load("retire")
 
 DAY_S = 86_400
 SHOWN = 3
+SHOWN_LETTERS = 120
+# Once all of pg_stat_statements.max are taken, a twentieth is thrown out: below that share none was, for a while.
+CROWDED = 0.95
 KIND = "retire_look"
 
 
@@ -32,7 +33,9 @@ class Look:
 
     reset_s: since when all of them count reads. scans: of each index. last_s: when each index was last read, where
     the servers keep it; None where they do not. calls: of each statement that searches as legacy does, by its id;
-    None where they cannot be seen. calls_reset_s, thrown_out: since when, and how many were lost for want of room.
+    None where they cannot be seen. calls_reset_s, thrown_out: since when, and how many were lost for want of room;
+    None and 0 where the release of pg_stat_statements does not say (before 1.9). all_calls: of every statement, a
+    figure a server. crowded: has a server so many statements that some may have been thrown out?
     """
 
     at_s: float
@@ -44,6 +47,8 @@ class Look:
     thrown_out: int
     texts: dict[str, str]
     why: str = ""
+    all_calls: Sequence[int] = ()
+    crowded: bool = False
 
 
 def look(phase: Phase) -> Look:
@@ -61,47 +66,22 @@ def _look(phase: Phase, connection: db.Connection) -> Look:
     last = None
     if versions.dates_index_scans(connection.info.server_version):
         last = {r["name"]: r["last_s"] for r in db.rows(connection, SQL["last_scans"], p, table=table)}
-    calls, texts, reset_s, thrown_out, why = _statements(phase, connection)
+    seen = statements.look(connection, p, p.target.text_columns)
+    # A role that may not see the text of others' statements sees none of them, and must not take that for silence.
+    why = seen.why or statements.hidden(seen)
     return Look(
         at_s=since["at_s"],
         reset_s=since["reset_s"] or 0.0,
         scans={r["name"]: r["scans"] for r in db.rows(connection, SQL["scans"], p, table=table)},
         last_s=last,
-        calls=calls,
-        calls_reset_s=reset_s,
-        thrown_out=thrown_out,
-        texts=texts,
+        calls=None if why else {x.id: x.calls for x in seen.searches},
+        calls_reset_s=seen.reset_s,
+        thrown_out=seen.thrown_out,
+        texts={x.id: x.line(SHOWN_LETTERS) for x in seen.searches},
         why=why,
+        all_calls=(seen.calls,),
+        crowded=seen.entries > CROWDED * seen.most,
     )
-
-
-def _statements(
-    phase: Phase, connection: db.Connection
-) -> tuple[dict[str, int] | None, dict[str, str], float | None, int, str]:
-    """Calls by statement, the statements, since when, how many were lost, and why nothing can be seen."""
-    p = phase.params
-    there = db.rows(connection, preflight.SQL["statements_schema"], p)
-    if not there:
-        return None, {}, None, 0, "pg_stat_statements is not installed in this database"
-    views = {name: identifier(there[0]["schema"], name) for name in ("pg_stat_statements", "pg_stat_statements_info")}
-    own = names(p) | {"statements": views["pg_stat_statements"], "statements_info": views["pg_stat_statements_info"]}
-    try:
-        found = connection.execute(SQL["statements"].compose(own), {"table_name": p.target.table}).fetchall()
-        found_hidden = connection.execute(SQL["hidden"].compose(own), {}).fetchone()
-        info = connection.execute(SQL["statements_since"].compose(own), {}).fetchone()
-    except (
-        psycopg.errors.ObjectNotInPrerequisiteState,
-        psycopg.errors.InsufficientPrivilege,
-        psycopg.errors.UndefinedTable,
-    ) as error:
-        return None, {}, None, 0, str(error).splitlines()[0]
-    # A role that may not see the text of others' statements sees none of them, and must not take that for silence.
-    if hidden := found_hidden["hidden"] if found_hidden else 0:
-        why = f"{number(hidden)} statements are hidden from this role: GRANT pg_read_all_stats to it"
-        return None, {}, None, 0, why
-    calls = {r["id"]: r["calls"] for r in found}
-    texts = {r["id"]: r["statement"] for r in found}
-    return calls, texts, info["reset_s"] if info else None, info["thrown_out"] if info else 0, ""
 
 
 def _together(looks: Sequence[Look]) -> Look:
@@ -120,11 +100,18 @@ def _together(looks: Sequence[Look]) -> Look:
         scans=summed([x.scans for x in looks]),
         last_s=last,
         calls=summed([x.calls or {} for x in seen]) if whole else None,
-        calls_reset_s=max((x.calls_reset_s or 0.0 for x in seen), default=0.0) if whole else None,
+        calls_reset_s=_latest([x.calls_reset_s for x in looks]) if whole else None,
         thrown_out=sum(x.thrown_out for x in looks),
         texts={k: v for x in looks for k, v in x.texts.items()},
         why="; ".join(x.why for x in looks if x.why),
+        all_calls=tuple(n for x in looks for n in x.all_calls),
+        crowded=any(x.crowded for x in looks),
     )
+
+
+def _latest(times: Sequence[float | None]) -> float | None:
+    known = [t for t in times if t is not None]
+    return max(known) if known and len(known) == len(times) else None
 
 
 def earlier(phase: Phase, now: Look) -> Look | None:
@@ -176,10 +163,12 @@ def _no_legacy_call(phase: Phase, now: Look, before: Look | None) -> Gate:
 
 def _judge_calls(phase: Phase, now: Look, before: Look | None) -> tuple[bool | None, str, str]:
     """Verdict, what was found, and what to do."""
-    if now.calls is None or now.calls_reset_s is None:
+    if now.calls is None:
         do = "CREATE EXTENSION pg_stat_statements (it must stand in shared_preload_libraries), and look again later"
-        return None, now.why or "since when statements are counted is not known", do
+        return None, now.why, do
     called = {i: n for i, n in now.calls.items() if n}
+    if now.calls_reset_s is None:
+        return _judge_without_age(phase, now, before, called)
     if now.calls_reset_s > _cutoff(phase, now):
         since = f"counted since {_day(now.calls_reset_s)} only"
         if called:
@@ -201,6 +190,31 @@ def _judge_calls(phase: Phase, now: Look, before: Look | None) -> tuple[bool | N
         return None, lost, f"raise pg_stat_statements.max, and {_again(phase, now.at_s)}"
     found = f"{_said(now, called)} since {_day(now.calls_reset_s)}; when, one look does not tell"
     return None, found, f"this look is written down with execute: true; {_again(phase, now.at_s)}"
+
+
+def _judge_without_age(
+    phase: Phase, now: Look, before: Look | None, called: Mapping[str, int]
+) -> tuple[bool | None, str, str]:
+    """The same where pg_stat_statements does not say since when it counts: two looks must show that nothing was lost
+    between them.
+    """
+    lost = "nothing to compare with"
+    if before is not None and before.calls is not None and before.calls_reset_s is None:
+        fewer = any((now.calls or {}).get(i, 0) < n for i, n in before.calls.items())
+        fewer |= any(a > b for a, b in zip(before.all_calls, now.all_calls, strict=False))
+        lost = "counters were set back since the last look" if fewer else ""
+        lost = lost or ("so many statements that some may have been thrown out" if now.crowded else "")
+        more = {i: n - before.calls.get(i, 0) for i, n in called.items() if n > before.calls.get(i, 0)}
+        if more:
+            do = "find who sends it, by pg_stat_activity or the log"
+            return False, f"{_said(now, more)} since the look of {_day(before.at_s)}", do
+        if not lost:
+            return True, f"no call since the look of {_day(before.at_s)}, and no counter was set back", ""
+    found = f"{_said(now, called)}; " if called else "no call, but "
+    found += f"since when it is counted this release of pg_stat_statements does not say, and there is {lost}"
+    do = "ALTER EXTENSION pg_stat_statements UPDATE; on PostgreSQL 13 it does not help: look with execute: true"
+    do += f", and {_again(phase, now.at_s)}"
+    return None, found, do
 
 
 def _said(now: Look, calls: Mapping[str, int]) -> str:

@@ -35,17 +35,6 @@ WHERE i.indrelid = to_regclass(%(relation)s) AND i.indisunique AND i.indisvalid 
   AND i.indnkeyatts = 1 AND i.indpred IS NULL AND i.indexprs IS NULL AND a.attnotnull
 GROUP BY 1, 2 ORDER BY 3 DESC, 1;
 
--- name: statements
--- purpose: Statements on this table that look like a search, whole, the most frequent first; not our own probe.
-SELECT s.query AS text, s.calls, s.mean_exec_time::float8 AS mean_ms
-FROM {statements} s
-WHERE s.dbid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-  AND position(lower(%(table_name)s) IN lower(s.query)) > 0
-  AND s.query ~* '\m(i?like|similar to)\M|@@|~\*?|similarity\s*\(' AND s.query ~* '^\s*(select|with)\M'
-  AND s.query !~* 'pg_(stat|catalog|class|settings)'
-  AND s.query !~ '\) AS legacy LIMIT'
-ORDER BY s.calls DESC, s.query LIMIT %(rows)s;
-
 -- name: settings
 -- purpose: What the server says about its memory, its workers and its language.
 SELECT pg_size_bytes(current_setting('effective_cache_size'))::bigint AS effective_cache_bytes,

@@ -83,18 +83,3 @@ FROM pg_prepared_xacts p WHERE p.database = current_database() ORDER BY p.prepar
 -- purpose: A sample of rows: their text, cut, and how wide text and row are.
 SELECT left({text}, %(longest)s) AS text, octet_length({text}) AS text_bytes, pg_column_size(t.*) AS row_bytes
 FROM {table} t {tablesample} LIMIT %(rows)s;
-
--- name: statements_schema
--- purpose: The schema of pg_stat_statements, if it is installed in this database.
-SELECT n.nspname::text AS schema FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
-WHERE e.extname = 'pg_stat_statements';
-
--- name: legacy_statements
--- purpose: Statements on this table that look like a search, the most frequent first.
-SELECT s.calls, s.mean_exec_time::float8 AS mean_ms, left(regexp_replace(s.query, '\s+', ' ', 'g'), 200) AS statement
-FROM {statements} s
-WHERE s.dbid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-  AND position(lower(%(table_name)s) IN lower(s.query)) > 0
-  AND s.query ~* '\m(i?like|similar to)\M|@@|~\*?|similarity\s*\(' AND s.query ~* '^\s*(select|with)\M'
-  AND s.query !~* 'pg_(stat|catalog|class|settings)'
-ORDER BY s.calls DESC, s.query LIMIT %(rows)s;

@@ -36,27 +36,6 @@ SELECT extract(epoch FROM clock_timestamp())::float8 AS at_s,
        extract(epoch FROM greatest(d.stats_reset, b.stats_reset))::float8 AS reset_s
 FROM pg_stat_database d, pg_stat_bgwriter b WHERE d.datname = current_database();
 
--- name: statements
--- purpose: Searches of the kind that legacy makes, with their calls; the hybrid half of the runbook's own is left out.
-SELECT s.queryid::text AS id, sum(s.calls)::bigint AS calls,
-       left(regexp_replace(min(s.query), '\s+', ' ', 'g'), 120) AS statement
-FROM {statements} s
-WHERE s.dbid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-  AND position(lower(%(table_name)s) IN lower(s.query)) > 0
-  AND s.query ~* '\m(i?like|similar to)\M|@@|~\*?|similarity\s*\(' AND s.query ~* '^\s*(select|with)\M'
-  AND s.query !~* 'pg_(stat|catalog|class|settings)|\mAS any_word\M'
-GROUP BY s.queryid ORDER BY 2 DESC;
-
--- name: hidden
--- purpose: Statements of this database whose text this role may not see.
-SELECT count(*) AS hidden FROM {statements} s
-WHERE s.dbid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-  AND s.query = '<insufficient privilege>';
-
--- name: statements_since
--- purpose: Since when statements are counted, and how often some were thrown out for want of room.
-SELECT extract(epoch FROM i.stats_reset)::float8 AS reset_s, i.dealloc AS thrown_out FROM {statements_info} i;
-
 -- name: standbys
 -- purpose: Standbys of this server; what is read there is counted there.
 SELECT count(*)::int AS standbys FROM pg_stat_replication WHERE state IS DISTINCT FROM 'backup';
