@@ -42,8 +42,17 @@ class Ledger:
         """Makes the schema and its table; does nothing where they are there."""
         if not self.exists():
             with self.connection.transaction():
-                for name in CREATE:
+                for name in self.missing():
                     self.connection.execute(SQL[name].compose(names(self.params)), {})
+
+    def missing(self) -> tuple[str, ...]:
+        """The blocks that make what is not there. A schema that somebody else made, as a role without CREATE on the
+        database needs it, is not made again: PostgreSQL asks for the right before it looks whether it is there."""
+        if self.exists():
+            return ()
+        schema = spelled(self.params, "ledger")
+        there = db.one(self.connection, SQL["schema_exists"], self.params, schema=schema)["there"]
+        return CREATE[1:] if there else CREATE
 
     def append(self, kind: str, body: Mapping[str, Any]) -> str:
         """Appends one row and returns its hash. ``body`` is plain data and holds neither secrets nor vectors."""

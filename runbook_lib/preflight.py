@@ -1,4 +1,4 @@
-"""Phase 00: the facts, the risks, the forecast and the plan. Reads only, except for its own record."""
+"""Phase 00: the facts, the risks, the forecast and the plan. It reads, and tries what it rolls back."""
 
 from __future__ import annotations
 

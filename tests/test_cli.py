@@ -64,6 +64,8 @@ def test_check_starts_nothing(runbook: Callable[..., Result], tmp_path: Path) ->
     result = runbook("check", write_params(tmp_path))
     assert result.exit_code == 0, result.stderr
     assert "nothing stands against a run" in result.stdout
+    assert "tried and rolled back: 10 kinds of statement; the table was locked for" in result.stdout
+    assert "(SHARE ROW EXCLUSIVE, ACCESS EXCLUSIVE, SHARE UPDATE EXCLUSIVE)" in result.stdout
     bad = runbook("check", write_params(tmp_path, target={"key": "no_such_column"}))
     assert (bad.exit_code, "no_such_column" in bad.stderr) == (2, True), bad.stderr
     assert not (tmp_path / "runs").exists()

@@ -103,6 +103,17 @@ def _files(params: Params) -> Iterator[Gate]:
 
 
 def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
+    """What can be read first; what must be tried only where all of that is sound, so that one fault is named once."""
+    # Imported here: it knows every phase, and phases know these checks.
+    from runbook_lib.checking import trials
+
+    looked_at = list(_looked_at(connection, params))
+    yield from looked_at
+    if all(g.verdict is Verdict.PASS for g in looked_at):
+        yield from trials.gates(connection, params)
+
+
+def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
     server = db.one(connection, SQL["server"], params, administrators=ADMINISTRATORS)
     yield versions.check_server(connection.info.server_version)
     yield _takes_writes(server)

@@ -174,9 +174,15 @@ def help_out(params_file: Path) -> None:
 def check(params_file: Path) -> None:
     """Check parameters and inputs; after a migration, that the search is still what was proved. Starts nothing.
 
+    What can only be tried is tried, and rolled back: it locks the table for some tens of milliseconds, with every
+    wait bounded.
+
     Exit code 2 and every problem where a run would not start; 1 and every failed gate where the search regressed.
     """
     with plain_errors():
+        # Here, because it needs what takes longer to import than the other commands take to run.
+        from runbook_lib.checking import trials
+
         params = params_module.load(params_file)
         gates = inputs.input_problems(params)
         if gates.failed:
@@ -184,6 +190,8 @@ def check(params_file: Path) -> None:
         click.echo(
             f"{SYMBOLS[Status.PASSED]} {params_file}: nothing stands against a run ({len(gates)} inputs checked)"
         )
+        if tried := trials.summary(gates):
+            click.echo(f"  {tried}")
         _check_search(params)
 
 

@@ -65,6 +65,10 @@ INSERT INTO {entry} (target, run_id, phase, kind, body)
 VALUES (%(target)s, %(run_id)s, %(phase)s, %(kind)s, %(body)s)
 RETURNING seq, hash;
 
+-- name: schema_exists
+-- purpose: Is the runbook's schema there?
+SELECT to_regnamespace(%(schema)s) IS NOT NULL AS there;
+
 -- name: exists
 -- purpose: Is there a ledger in this database?
 SELECT to_regclass(%(entry)s) IS NOT NULL AS there;
