@@ -114,7 +114,7 @@ def names(params: Params) -> dict[str, sql.Composable]:
     """What ``{…}`` may say in a block of ``runbook_lib/sql``.
 
     ``{text}`` is the text that is embedded and ``{text_hash}`` its hash, both over alias ``t`` of the target;
-    ``{new_text_differs}`` is the condition of the update trigger.
+    ``{new_text_differs}`` is the condition of the update trigger: the text, or the key.
 
     Whatever the layout: ``{vectors}`` is the relation that holds the vectors; ``{from_vectors}`` every row that can
     be searched, and ``{with_vectors}`` every row of the target, both with alias ``t`` for the target;
@@ -147,7 +147,9 @@ def names(params: Params) -> dict[str, sql.Composable]:
         ),
         "first_text_column": identifier(target.text_columns[0]),
         "new_text_differs": sql.SQL(" OR ").join(
-            sql.SQL("OLD.{c} IS DISTINCT FROM NEW.{c}").format(c=identifier(c)) for c in target.text_columns
+            # As text and by its bytes, as it is hashed: to citext and to some collations other letters are equal.
+            sql.SQL('OLD.{c}::text COLLATE "C" IS DISTINCT FROM NEW.{c}::text COLLATE "C"').format(c=identifier(c))
+            for c in dict.fromkeys((*target.text_columns, target.key))
         ),
         "ledger": identifier(ledger),
         "entry": identifier(ledger, "entry"),
@@ -194,6 +196,6 @@ def _where_vectors_stand(params: Params) -> dict[str, sql.Composable]:
 
 
 def _text(columns: list[str], alias: str) -> sql.Composed:
-    """The columns as one text, a line each; NULLs are left out."""
+    """The columns as one text, a line each; NULLs are left out. Compared by its bytes, as it is hashed."""
     parts = sql.SQL(", ").join(sql.SQL("{}::text").format(identifier(alias, c)) for c in columns)
-    return sql.SQL("concat_ws(E'\\n', {})").format(parts)
+    return sql.SQL("(concat_ws(E'\\n', {}) COLLATE \"C\")").format(parts)

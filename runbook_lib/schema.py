@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runbook_lib import db
-from runbook_lib.checking import citus, partition_checks
+from runbook_lib.checking import capture, citus, partition_checks
 from runbook_lib.display import Table
 from runbook_lib.filling import pruning, sidetable
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.names import names, spelled, trigger_name, vectors_stand_beside
+from runbook_lib.names import spelled, trigger_name, vectors_stand_beside
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("schema")
 WINDOWS = load("windows")
+# What the capture's triggers fire on, and end their names with.
+TRIGGERS = ("insert", "update")
 
 
 def added_columns(params: Params) -> list[str]:
@@ -38,7 +40,7 @@ def _what_is_there(phase: Phase) -> db.Row:
         p,
         table=_table(phase),
         columns=added_columns(p),
-        triggers=[trigger_name(p, "insert"), trigger_name(p, "update")],
+        triggers=[trigger_name(p, event) for event in TRIGGERS],
         **relations,
     )
 
@@ -54,7 +56,8 @@ def plan(phase: Phase) -> db.Plan:
         ("create_rejected", not there["rejected"]),
         ("create_queue", not there["queue"]),
         ("create_capture_function", not there["capture_function"]),
-        ("create_triggers", there["triggers"] == 0),
+        ("drop_triggers", there["triggers"] > 0 and there["firing"] < len(TRIGGERS)),
+        ("create_triggers", there["firing"] < len(TRIGGERS)),
     ]
     own_table = (sidetable.statement(phase, "create"),) if beside and no_vectors else ()
     others = tuple(_making(phase.params, n) for n, missing in wanted if missing)
@@ -75,8 +78,12 @@ def apply(phase: Phase) -> Table:
 
 def verify(phase: Phase) -> Gates:
     """The column is what was asked for, the table is otherwise unchanged, and a change of text arrives."""
-    gates = [_column_has_right_type(phase), _only_ours_was_added(phase), _changes_arrive(phase)]
-    triggers = [trigger_name(phase.params, "insert"), trigger_name(phase.params, "update")]
+    gates = [
+        _column_has_right_type(phase),
+        _only_ours_was_added(phase),
+        capture.gate_of(phase.connection, phase.params),
+    ]
+    triggers = [trigger_name(phase.params, event) for event in TRIGGERS]
     return collect([*gates, *partition_checks.captures(phase.connection, phase.params, triggers)])
 
 
@@ -113,37 +120,6 @@ def _only_ours_was_added(phase: Phase) -> Gate:
         danger="somebody else is changing this table; the way back would not lead to where the migration began",
         do="settle with whoever made the change, then run 00_preflight again so that it is part of the start",
         figures={"added": len(new), "gone": len(gone)},
-    )
-
-
-def _changes_arrive(phase: Phase) -> Gate:
-    """Changes one row's text and then another column, counts the queue, and rolls everything back."""
-    text_queued: int | None = None
-    other_queued: int | None = None
-    with phase.connection.transaction(force_rollback=True):
-        probe = citus.SQL if phase.params.target.distributed else SQL
-        rows = db.rows(phase.connection, probe["probe_row"], phase.params)
-        if rows:
-            row = rows[0]
-
-            def queued() -> int:
-                return int(db.one(phase.connection, SQL["probe_arrived"], phase.params, key=row["key"])["queued"])
-
-            before = queued()
-            phase.connection.execute(SQL["probe_change"].compose(names(phase.params)), row)
-            text_queued = queued() - before
-            phase.connection.execute(SQL["probe_unrelated"].compose(names(phase.params)), row)
-            other_queued = queued() - before - text_queued
-    return gate(
-        "schema.changes_are_captured",
-        None if text_queued is None else (text_queued, other_queued) == (1, 0),
-        _table(phase),
-        found="no row could be locked to try it on"
-        if text_queued is None
-        else f"a change of text queued {text_queued} rows, of another column {other_queued}",
-        needed="1 and 0",
-        danger="rows that are written from now on would keep no vector or an old one",
-        do="look at pg_trigger: ours must be enabled, and no other trigger may undo the change",
     )
 
 
@@ -184,6 +160,7 @@ def undo(phase: Phase) -> Table:
 def verify_undone(phase: Phase) -> Gates:
     """Nothing of this phase is left."""
     there, beside = _what_is_there(phase), vectors_stand_beside(phase.params)
+    del there["firing"]
     left = [name for name, present in there.items() if present and (name != "vectors" or beside)]
     return collect(
         [

@@ -10,6 +10,7 @@ from runbook_lib import extension, schema
 from runbook_lib.phase import Phase
 
 Open = Callable[..., Phase]
+COUNTED = "a made-up row was queued 1 × when inserted, 1 × when its text changed, 0 × else"
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_the_column_has_type_and_dimension_and_changes_arrive(expanded: Phase) -
     assert [(g.name, g.verdict, g.found) for g in gates] == [
         ("schema.column_has_right_type", "PASS", "vector(8)"),
         ("schema.only_the_runbooks_objects_were_added", "PASS", "6 objects added, 0 gone"),
-        ("schema.changes_are_captured", "PASS", "a change of text queued 1 rows, of another column 0"),
+        ("schema.changes_are_captured", "PASS", f"both triggers as made; {COUNTED}"),
     ]
     assert queued(expanded) == [], "the probe is rolled back"
 
@@ -99,16 +100,121 @@ def test_a_writer_without_rights_on_the_ledger_still_writes(
     assert queued(expanded) == [8]
 
 
-def test_a_lost_trigger_is_found(expanded: Phase, articles: psycopg.Connection[Any]) -> None:
-    articles.execute("ALTER TABLE articles DISABLE TRIGGER runbook_articles_update")
-    lost = schema.verify(expanded).failed[0]
-    assert str(lost) == (
-        'FAIL    schema.changes_are_captured   "public"."articles"\n'
-        "  found   a change of text queued 0 rows, of another column 0\n"
-        "  needed  1 and 0\n"
+REPLACED = """CREATE OR REPLACE FUNCTION runbook.articles_capture() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp AS $$ BEGIN RETURN NULL; END $$"""
+
+
+@pytest.mark.parametrize(
+    ("harm", "verdict", "found"),
+    [
+        ("ALTER TABLE articles DISABLE TRIGGER runbook_articles_update", "FAIL",
+         "trigger runbook_articles_update fires never"),
+        ("ALTER TABLE articles ENABLE TRIGGER USER", "FAIL",
+         "trigger runbook_articles_insert fires not for rows that replication brings; trigger runbook_articles_update"
+         " fires not for rows that replication brings"),
+        ("DROP TRIGGER runbook_articles_insert ON articles", "FAIL", "no trigger runbook_articles_insert"),
+        ("DROP TRIGGER runbook_articles_insert ON articles; CREATE TRIGGER runbook_articles_insert AFTER INSERT ON"
+         " articles FOR EACH ROW WHEN (NEW.id > 0) EXECUTE FUNCTION runbook.articles_capture();"
+         " ALTER TABLE articles ENABLE ALWAYS TRIGGER runbook_articles_insert", "FAIL",
+         "trigger runbook_articles_insert is not as made: CREATE TRIGGER runbook_articles_insert AFTER INSERT ON …"
+         " FOR EACH ROW WHEN ((new.id > 0)) EXECUTE FUNCTION runbook.articles_capture()"),
+        (REPLACED, "FAIL", 'function "runbook"."articles_capture" is not as made; a made-up row was queued 0 × when'
+         " inserted, 0 × when its text changed, 0 × else"),
+        ("CREATE RULE quiet AS ON INSERT TO runbook.articles_queue DO INSTEAD NOTHING", "FAIL",
+         "a made-up row was queued 0 × when inserted, 0 × when its text changed, 0 × else"),
+        ("ALTER TABLE runbook.articles_queue ADD CHECK (key > 0) NOT VALID", "UNKNOWN",
+         'could not be tried: new row for relation "articles_queue" violates check constraint'
+         ' "articles_queue_key_check"'),
+    ],
+)  # fmt: skip
+def test_capture_that_does_not_work_is_found(
+    expanded: Phase, articles: psycopg.Connection[Any], harm: str, verdict: str, found: str
+) -> None:
+    articles.execute(harm)
+    gate = schema.verify(expanded).failed[0]
+    assert str(gate) == (
+        f'{verdict:<7} schema.changes_are_captured   "public"."articles"\n'
+        f"  found   {found}\n"
+        "  needed  both triggers and their function as made, firing always; a made-up row queued once when inserted,"
+        " once when its text changed, and not when written again\n"
         "  danger  rows that are written from now on would keep no vector or an old one\n"
-        "  do      look at pg_trigger: ours must be enabled, and no other trigger may undo the change"
-    )  # fmt: skip
+        "  do      run 30_expand_schema again with execute: true, which makes triggers that are missing or switched"
+        " off again; where a definition differs, run undo/30_remove_schema first"
+    )
+    if "runbook_articles" in harm or "TRIGGER USER" in harm:
+        articles.execute("DROP RULE IF EXISTS quiet ON runbook.articles_queue")
+        schema.apply(expanded)
+        assert schema.verify(expanded).passed == ("WHEN (NEW.id > 0)" not in harm)
+
+
+HOSTILE = """CREATE EXTENSION citext;
+    CREATE DOMAIN short AS varchar(20) NOT NULL CHECK (VALUE ~ '^[A-Z]' AND length(VALUE) > 2);
+    CREATE TABLE hostile (id {key} PRIMARY KEY, a short UNIQUE, b varchar(5) NOT NULL, c citext, d text COLLATE "POSIX",
+        e char(9), f text GENERATED ALWAYS AS (a || b) STORED, n int);
+    INSERT INTO hostile (a, b, c, d, e) VALUES ('Apple', '12345', NULL, NULL, 'x'), ('Berry', '12345', 'c', 'd', 'y');
+    CREATE FUNCTION never() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$;"""
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "bigint GENERATED ALWAYS AS IDENTITY",
+        "uuid DEFAULT gen_random_uuid()",
+        "varchar(4) DEFAULT substr(gen_random_uuid()::text, 1, 4)",
+    ],
+)
+def test_columns_that_refuse_a_write_are_captured_all_the_same(
+    open_phase: Open, articles: psycopg.Connection[Any], key: str
+) -> None:
+    articles.execute(HOSTILE.format(key=key))
+    target = {"name": "articles", "table": "hostile", "text_columns": list("abcdef")}
+    phase = open_phase("30_expand_schema", target=target)
+    schema.record_start(phase)
+    extension.apply(phase)
+    schema.apply(phase)
+    articles.execute("CREATE TRIGGER never BEFORE UPDATE ON hostile FOR EACH ROW EXECUTE FUNCTION never()")
+    gate = next(g for g in schema.verify(phase) if g.name == "schema.changes_are_captured")
+    assert (gate.verdict, gate.found) == ("PASS", f"both triggers as made; {COUNTED}")
+    articles.execute("DROP TRIGGER never ON hostile")
+
+    def changes(statement: str) -> int:
+        before = len(queued(phase))
+        articles.execute(statement)
+        return len(queued(phase)) - before
+
+    assert changes("UPDATE hostile SET c = 'C' WHERE a = 'Berry'") == 1, "equal to citext, not in its bytes"
+    assert changes("UPDATE hostile SET b = '54321' WHERE a = 'Apple'") == 1
+    assert changes("UPDATE hostile SET n = 1, a = a, c = c, e = 'x  '") == 1, "only Berry's e was another"
+    assert changes("UPDATE hostile SET n = 2, e = 'x'") == 0, "blanks that char(n) pads with are no text"
+
+
+def test_however_rows_are_written_they_are_queued(expanded: Phase, articles: psycopg.Connection[Any]) -> None:
+    articles.execute("UPDATE articles SET id = 9100 WHERE id = 10")
+    with articles.cursor().copy("COPY articles (id, title) FROM STDIN") as copy:
+        copy.write("9101\tcopied\n")
+    articles.execute("INSERT INTO articles (id, title) VALUES (9101, 'again') ON CONFLICT (id) DO UPDATE"
+                     " SET title = excluded.title")  # fmt: skip
+    articles.execute("MERGE INTO articles t USING (VALUES (9102, 'm'), (11, 'merged')) s (id, title) ON t.id = s.id"
+                     " WHEN MATCHED THEN UPDATE SET title = s.title WHEN NOT MATCHED THEN INSERT (id, title) VALUES"
+                     " (s.id, s.title)")  # fmt: skip
+    articles.execute("SET session_replication_role = replica; INSERT INTO articles (id, title) VALUES (9103, 'applied')")
+    articles.execute("SET session_replication_role = origin")
+    articles.execute("UPDATE articles SET id = id WHERE id = 12; DELETE FROM articles WHERE id = 13")
+    assert sorted(queued(expanded)) == [11, 9100, 9101, 9101, 9102, 9103]
+    articles.execute("TRUNCATE articles")
+    assert len(queued(expanded)) == 6
+
+
+def test_a_table_with_one_column_is_captured(open_phase: Open, articles: psycopg.Connection[Any]) -> None:
+    articles.execute("CREATE TABLE words (word text PRIMARY KEY); INSERT INTO words VALUES ('one')")
+    target = {"table": "words", "key": "word", "text_columns": ["word"]}
+    phase = open_phase("30_expand_schema", target=target)
+    schema.record_start(phase)
+    extension.apply(phase)
+    schema.apply(phase)
+    assert schema.verify(phase).passed
+    articles.execute("UPDATE words SET word = 'two'")
+    assert queued(phase) == ["two"]
 
 
 def test_somebody_elses_change_is_named(expanded: Phase, articles: psycopg.Connection[Any]) -> None:

@@ -242,8 +242,11 @@ def swap_statement(phase: Phase) -> db.Statement:
     there = indexes(phase, spelled_beside(p, comes_with))
     names = [n for n in indexes(phase, spelled(p, "table")) if not there or beside_name(n, comes_with) in there]
     texts = [row["statement"] for row in catalogue(phase, "owned_sequences")]
-    if not back:
-        own = [trigger_name(p, event) for event in ("move", "move_truncate")]
+    own = [trigger_name(p, event) for event in ("move", "move_truncate")]
+    if back:
+        kept = {"beside": spelled_beside(p, comes_with), "own_triggers": own}
+        texts += [row["statement"] for row in catalogue(phase, "fire_always", **kept)]
+    else:
         texts += [row["statement"] for row in catalogue(phase, "definitions", own_triggers=own)]
     stands = found.whole if back else found.parts
     goes_on = catalogue(phase, "identities", beside=spelled_beside(p, comes_with)) if stands else []

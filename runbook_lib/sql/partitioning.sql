@@ -61,10 +61,10 @@ SELECT 'partial vector index (undo operate/70_serve_filters)', i.indexrelid::reg
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam, t
 WHERE i.indrelid = t.oid AND i.indpred IS NOT NULL AND am.amname IN ('hnsw', 'ivfflat')
 UNION ALL
-SELECT CASE WHEN g.tgenabled <> 'O' THEN 'trigger that is not enabled in the usual way'
+SELECT CASE WHEN g.tgenabled NOT IN ('O', 'A') THEN 'trigger that is not enabled in the usual way'
        ELSE 'row trigger with transition tables' END, g.tgname::text
 FROM pg_trigger g, t WHERE g.tgrelid = t.oid AND NOT g.tgisinternal
-  AND (g.tgenabled <> 'O' OR (g.tgtype & 1 = 1 AND (g.tgoldtable IS NOT NULL OR g.tgnewtable IS NOT NULL)))
+  AND (g.tgenabled NOT IN ('O', 'A') OR (g.tgtype & 1 = 1 AND (g.tgoldtable IS NOT NULL OR g.tgnewtable IS NOT NULL)))
 UNION ALL
 SELECT 'security label', l.provider FROM pg_seclabel l, t WHERE l.classoid = 'pg_class'::regclass AND l.objoid = t.oid
 UNION ALL
@@ -104,6 +104,9 @@ WITH t AS (SELECT c.*, format('%%I.%%I', n.nspname, c.relname) AS full_name FROM
 SELECT 1 AS place, pg_get_triggerdef(g.oid) AS statement FROM pg_trigger g, t
 WHERE g.tgrelid = t.oid AND NOT g.tgisinternal AND g.tgname <> ALL (%(own_triggers)s)
 UNION ALL
+SELECT 2, format('ALTER TABLE %%s ENABLE ALWAYS TRIGGER %%I', t.full_name, g.tgname) FROM pg_trigger g, t
+WHERE g.tgrelid = t.oid AND NOT g.tgisinternal AND g.tgenabled = 'A' AND g.tgname <> ALL (%(own_triggers)s)
+UNION ALL
 SELECT 2, format('GRANT %%s ON %%s TO %%s%%s', a.privilege_type, t.full_name,
        CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END,
        CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
@@ -133,6 +136,13 @@ UNION ALL
 SELECT 7, format('ALTER TABLE %%s ALTER COLUMN %%I SET STATISTICS %%s', t.full_name, a.attname, a.attstattarget)
 FROM t JOIN pg_attribute a ON a.attrelid = t.oid WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attstattarget >= 0
 ORDER BY 1, 2;
+
+-- name: fire_always
+-- purpose: Triggers that fire for replicated rows too, which ENABLE TRIGGER USER does not bring back as they were.
+SELECT format('ALTER TABLE %%s ENABLE ALWAYS TRIGGER %%I', %(table)s::text, g.tgname) AS statement
+FROM pg_trigger g JOIN pg_trigger kept ON kept.tgname = g.tgname AND kept.tgrelid = to_regclass(%(beside)s)
+WHERE g.tgrelid = to_regclass(%(table)s) AND NOT g.tgisinternal AND g.tgenabled = 'A'
+  AND g.tgname <> ALL (%(own_triggers)s) ORDER BY 1;
 
 -- name: owned_sequences
 -- purpose: Sequences that belong to a column: handed over with the name, so that dropping a table leaves them.
@@ -212,6 +222,7 @@ CREATE TRIGGER {move_trigger} AFTER INSERT OR UPDATE OR DELETE ON {table}
     FOR EACH ROW EXECUTE FUNCTION {move_capture}();
 CREATE TRIGGER {move_truncate_trigger} AFTER TRUNCATE ON {table}
     FOR EACH STATEMENT EXECUTE FUNCTION {move_capture}();
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {move_trigger}, ENABLE ALWAYS TRIGGER {move_truncate_trigger};
 
 -- name: drop_triggers
 -- purpose: Queue no keys any more.
@@ -297,6 +308,7 @@ CREATE TRIGGER {move_trigger} AFTER INSERT OR UPDATE OR DELETE ON {table}
     FOR EACH ROW EXECUTE FUNCTION {move_capture}();
 CREATE TRIGGER {move_truncate_trigger} AFTER TRUNCATE ON {table}
     FOR EACH STATEMENT EXECUTE FUNCTION {move_capture}();
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {move_trigger}, ENABLE ALWAYS TRIGGER {move_truncate_trigger};
 
 -- name: swap_back
 -- purpose: The ordinary table takes its place again, with its triggers and every change since.
@@ -315,6 +327,7 @@ CREATE TRIGGER {move_trigger} AFTER INSERT OR UPDATE OR DELETE ON {table}
     FOR EACH ROW EXECUTE FUNCTION {move_capture}();
 CREATE TRIGGER {move_truncate_trigger} AFTER TRUNCATE ON {table}
     FOR EACH STATEMENT EXECUTE FUNCTION {move_capture}();
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {move_trigger}, ENABLE ALWAYS TRIGGER {move_truncate_trigger};
 
 -- name: rename_index
 -- purpose: Part of swap: an index takes the name that it will have.

@@ -53,7 +53,7 @@ SELECT format('%%I.%%I', n.nspname, c.relname) AS shown
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = ANY (%(relations)s::oid[])
   AND (SELECT count(*) FROM pg_trigger g
-       WHERE g.tgrelid = c.oid AND g.tgenabled IN ('O', 'A') AND g.tgname = ANY (%(triggers)s)) < %(wanted)s
+       WHERE g.tgrelid = c.oid AND g.tgenabled = 'A' AND g.tgname = ANY (%(triggers)s)) < %(wanted)s
 ORDER BY c.oid;
 
 -- name: with_their_parents

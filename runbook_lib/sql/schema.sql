@@ -65,13 +65,21 @@ $$;
 REVOKE ALL ON FUNCTION {capture_function}() FROM PUBLIC;
 
 -- name: create_triggers
--- purpose: Queue every inserted row, and every row whose text really changed; other columns queue nothing.
+-- purpose: Queue every inserted row, and every row whose text or key changed, byte by byte; other columns queue nothing. ALWAYS: rows that replication brings are queued too.
 -- lock: SHARE ROW EXCLUSIVE on {table}, for milliseconds
 -- undo: schema.drop_capture
 CREATE TRIGGER {insert_trigger} AFTER INSERT ON {table}
     FOR EACH ROW EXECUTE FUNCTION {capture_function}();
 CREATE TRIGGER {update_trigger} AFTER UPDATE ON {table}
     FOR EACH ROW WHEN ({new_text_differs}) EXECUTE FUNCTION {capture_function}();
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {insert_trigger}, ENABLE ALWAYS TRIGGER {update_trigger};
+
+-- name: drop_triggers
+-- purpose: Remove triggers of ours that are incomplete, switched off or of an earlier release; they are created again next.
+-- lock: ACCESS EXCLUSIVE on {table}, for milliseconds
+-- undo: schema.create_triggers
+DROP TRIGGER IF EXISTS {insert_trigger} ON {table};
+DROP TRIGGER IF EXISTS {update_trigger} ON {table};
 
 -- name: drop_capture
 -- purpose: Remove the triggers and their function.
@@ -114,31 +122,14 @@ SELECT
     to_regclass(%(window)s) IS NOT NULL AS window,
     to_regproc(%(capture_function)s) IS NOT NULL AS capture_function,
     (SELECT count(*) FROM pg_trigger WHERE tgrelid = to_regclass(%(table)s) AND NOT tgisinternal
-        AND tgenabled IN ('O', 'A') AND tgname = ANY (%(triggers)s))::int AS triggers;
+        AND tgname = ANY (%(triggers)s))::int AS triggers,
+    (SELECT count(*) FROM pg_trigger WHERE tgrelid = to_regclass(%(table)s) AND NOT tgisinternal
+        AND tgenabled = 'A' AND tgname = ANY (%(triggers)s))::int AS firing;
 
 -- name: column_type
 -- purpose: The type of the vector column as the catalogue has it, with its dimension.
 SELECT format_type(atttypid, atttypmod) AS type FROM pg_attribute
 WHERE attrelid = to_regclass(%(table)s) AND attname = %(column)s AND NOT attisdropped;
-
--- name: probe_row
--- purpose: One row to try the capture on; a row that somebody is writing is passed over.
-SELECT t.{key} AS key FROM {table} t LIMIT 1 FOR UPDATE SKIP LOCKED;
-
--- name: probe_change
--- purpose: Change the text of one row, in a transaction that is rolled back.
--- lock: ROW EXCLUSIVE on {table}, on one row, rolled back at once
-UPDATE {table} SET {first_text_column} = {first_text_column} || ' probe' || coalesce({first_text_column}, '')
-WHERE {key} = %(key)s;
-
--- name: probe_unrelated
--- purpose: Touch the same row without changing its text, in the same transaction.
--- lock: ROW EXCLUSIVE on {table}, on one row, rolled back at once
-UPDATE {table} SET {key} = {key} WHERE {key} = %(key)s;
-
--- name: probe_arrived
--- purpose: How often that row stands in the queue, as this transaction sees it.
-SELECT count(*)::int AS queued FROM {queue} WHERE key = %(key)s;
 
 -- name: catalogue
 -- purpose: Everything about the table that a schema comparison should see, one line an object.
