@@ -198,4 +198,4 @@ def _where_vectors_stand(params: Params) -> dict[str, sql.Composable]:
 def _text(columns: list[str], alias: str) -> sql.Composed:
     """The columns as one text, a line each; NULLs are left out. Compared by its bytes, as it is hashed."""
     parts = sql.SQL(", ").join(sql.SQL("{}::text").format(identifier(alias, c)) for c in columns)
-    return sql.SQL("(concat_ws(E'\\n', {}) COLLATE \"C\")").format(parts)
+    return sql.SQL("""(concat_ws(E'\\n', {}) COLLATE "C")""").format(parts)

@@ -149,8 +149,8 @@ def test_capture_that_does_not_work_is_found(
 
 HOSTILE = """CREATE EXTENSION citext;
     CREATE DOMAIN short AS varchar(20) NOT NULL CHECK (VALUE ~ '^[A-Z]' AND length(VALUE) > 2);
-    CREATE TABLE hostile (id {key} PRIMARY KEY, a short UNIQUE, b varchar(5) NOT NULL, c citext, d text COLLATE "POSIX",
-        e char(9), f text GENERATED ALWAYS AS (a || b) STORED, n int);
+    CREATE TABLE hostile (id {key} PRIMARY KEY, a short UNIQUE, b varchar(5) NOT NULL, c citext,
+        d text COLLATE "POSIX", e char(9), f text GENERATED ALWAYS AS (a || b) STORED, n int);
     INSERT INTO hostile (a, b, c, d, e) VALUES ('Apple', '12345', NULL, NULL, 'x'), ('Berry', '12345', 'c', 'd', 'y');
     CREATE FUNCTION never() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$;"""
 
@@ -197,7 +197,8 @@ def test_however_rows_are_written_they_are_queued(expanded: Phase, articles: psy
     articles.execute("MERGE INTO articles t USING (VALUES (9102, 'm'), (11, 'merged')) s (id, title) ON t.id = s.id"
                      " WHEN MATCHED THEN UPDATE SET title = s.title WHEN NOT MATCHED THEN INSERT (id, title) VALUES"
                      " (s.id, s.title)")  # fmt: skip
-    articles.execute("SET session_replication_role = replica; INSERT INTO articles (id, title) VALUES (9103, 'applied')")
+    articles.execute("SET session_replication_role = replica")
+    articles.execute("INSERT INTO articles (id, title) VALUES (9103, 'applied')")
     articles.execute("SET session_replication_role = origin")
     articles.execute("UPDATE articles SET id = id WHERE id = 12; DELETE FROM articles WHERE id = 13")
     assert sorted(queued(expanded)) == [11, 9100, 9101, 9101, 9102, 9103]

@@ -45,11 +45,11 @@ def gate_of(connection: db.Connection, params: Params) -> Gate:
         False if problems else None if said else True,
         spelled(params, "table"),
         found="; ".join(problems) or said or f"both triggers as made; {_counted(counts)}",
-        needed="both triggers and their function as made, firing always; a made-up row queued once when inserted, once"
-        " when its text changed, and not when written again",
+        needed="both triggers and their function as made, firing always; a made-up row queued once when inserted,"
+        " once when its text changed, and not when written again",
         danger="rows that are written from now on would keep no vector or an old one",
-        do="run 30_expand_schema again with execute: true, which makes triggers that are missing or switched off again;"
-        " where a definition differs, run undo/30_remove_schema first",
+        do="run 30_expand_schema again with execute: true, which makes triggers that are missing or switched off"
+        " again; where a definition differs, run undo/30_remove_schema first",
     )
 
 
@@ -85,7 +85,7 @@ def _differences(connection: db.Connection, params: Params) -> Iterator[str]:
 
 
 def _try(connection: db.Connection, params: Params) -> tuple[int, ...]:
-    """What a made-up row queues, in a table whose columns take any text; the function and the queue are the real ones."""
+    """What a made-up row queues, in a table whose columns take any text; function and queue are the real ones."""
     table = identifier(params.ledger.schema_, f"{params.target.name}_probe_row")
     key = params.target.key
     found = db.rows(connection, SQL["columns"], params, table=spelled(params, "table"), columns=[key])[0]
