@@ -1,4 +1,4 @@
-"""Who depends on the table: publications and their subscribers, children, functions; and tables that cannot be served.
+"""Who depends on the table: publications and their subscribers, children, functions; and tables without a way.
 
 Each that would notice a new column or a new table is named, with what it needs. What is only to be known says so and
 passes; what somebody else must be ready for is agreed to by name in ``accept.publications``, or refused.
@@ -7,6 +7,7 @@ passes; what somebody else must be ready for is agreed to by name in ``accept.pu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import psycopg
 from psycopg import sql
@@ -34,7 +35,6 @@ def check(connection: db.Connection, params: Params, columns: Mapping[str, db.Ro
     yield from _filters(connection, params, columns)
     yield from _publications(connection, params)
     yield from _feeds(connection, params, facts)
-    yield from _row_functions(connection, params)
 
 
 def _kind_of_table(params: Params, facts: db.Row, columns: Mapping[str, db.Row]) -> Iterator[Gate]:
@@ -125,8 +125,8 @@ def _filters(connection: db.Connection, params: Params, columns: Mapping[str, db
                 found=f"{kind}; PostgreSQL says: {said}",
                 needed="a type with equality and an order",
                 danger="the search filters by equality, and measures each value of a filter",
-                do=f"leave {column} out of target.filters, or name a generated column of type text or integer that holds"
-                " what is filtered by",
+                do=f"leave {column} out of target.filters, or name a generated column of type text or integer that"
+                " holds what is filtered by",
             )
 
 
@@ -189,7 +189,7 @@ def _ready(params: Params, row: db.Row, columns: bool, of_new: db.Row | None) ->
         )
         kinds = [f"{_plain(n[c])} {kind or _plain(n['vector_type'])}" for c, kind in wanted]
         added = ", ".join(f"ADD COLUMN IF NOT EXISTS {kind}" for kind in kinds)
-        yield f"on each subscriber, before 30_expand_schema: ALTER TABLE {table} {added}; (CREATE EXTENSION vector first)"
+        yield f"on each subscriber, after CREATE EXTENSION vector there: ALTER TABLE {table} {added};"
         yield f"or set {SIDE_TABLE}"
     if of_new:
         narrower = "FOR TABLE with the application's tables" if of_new["all_tables"] else "FOR TABLE"
@@ -199,7 +199,7 @@ def _ready(params: Params, row: db.Row, columns: bool, of_new: db.Row | None) ->
             f"then name {row['name']} in accept.publications"
             if columns
             else (
-                f"or, where every reader takes tables that it does not know, name {row['name']} in accept.publications"
+                f"or name {row['name']} in accept.publications, where every reader takes tables that it does not know"
             )
         )
 
@@ -229,25 +229,21 @@ def _feeds(connection: db.Connection, params: Params, facts: db.Row) -> Iterator
         needed="a primary key or replica identity on this table, or the vectors in a table of their own",
         danger="with REPLICA IDENTITY FULL a row is found by all its columns: one with a vector no longer equals the"
         " publisher's, and its changes are skipped",
-        do=f"add a primary key, or ALTER TABLE {spelled(params, 'table')} REPLICA IDENTITY USING INDEX; or set {SIDE_TABLE}",
+        do="add a primary key, or set REPLICA IDENTITY USING INDEX on this table; or set " + SIDE_TABLE,
     )
 
 
-def _row_functions(connection: db.Connection, params: Params) -> Iterator[Gate]:
+def validations(connection: db.Connection, params: Params) -> list[db.Statement]:
+    """To be carried out where the columns are there, in a transaction that is rolled back: has PostgreSQL check again
+    each SQL function whose result is a row of the table. One that lists the columns returns too few of them.
+    """
     if vectors_stand_beside(params):
-        return
-    table = spelled(params, "table")
-    found = [row["name"] for row in db.rows(connection, SQL["row_functions"], params, table=table)]
-    if found:
-        yield gate(
-            "dependents.functions_return_whole_rows",
-            False,
-            table,
-            found=f"{_some(found)} return a row of it and list its columns one by one",
-            needed="functions that return its rows by *, so that they return the new columns too",
-            danger="each call fails once the columns are there: the result has fewer columns than the table",
-            do=f"write {found[0]} with SELECT * or RETURNS TABLE (…); or set {SIDE_TABLE}",
-        )
+        return []
+    found = db.rows(connection, SQL["row_functions"], params, table=spelled(params, "table"))
+    return [
+        replace(db.statement(SQL["validate"], params, oid=row["oid"]), name=f"function {row['name']}")
+        for row in found
+    ]
 
 
 def _some(found: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib import db, extension, schema, search
-from runbook_lib.checking import update_effects
+from runbook_lib.checking import dependents, update_effects
 from runbook_lib.display import duration, number
 from runbook_lib.filling import pruning, windows
 from runbook_lib.gates import Gate, gate
@@ -190,7 +190,7 @@ def _stages(connection: db.Connection, params: Params) -> list[_Stage]:
     """In the order of the phases, but for what locks the target, which comes last."""
     # What a phase asks of its surroundings when it plans: parameters and this connection.
     phase = Phase("00_preflight", "trial", False, params, connection, Ledger(connection, params, "trial", "trial"))
-    exclusive = ("schema.create_triggers", "schema.add_columns")
+    exclusive = ("schema.drop_triggers", "schema.create_triggers", "schema.add_columns")
 
     def of_schema(*wanted: str) -> list[db.Statement]:
         return [s for s in schema.plan(phase) if s.name in wanted]
@@ -199,6 +199,11 @@ def _stages(connection: db.Connection, params: Params) -> list[_Stage]:
         made = [s for s in schema.plan(phase) if s.name not in exclusive and s.name != "sidetable.create"]
         return made + ([] if windows.exist(phase) else windows.plan(phase))
 
+    def broken() -> list[db.Statement]:
+        return dependents.validations(connection, params)
+
+    # Where the columns are there already, a function that broke by them is no news.
+    adds = bool(of_schema("schema.add_columns"))
     on_target = "ACCESS EXCLUSIVE"
     share = "SHARE ROW EXCLUSIVE"
     return [
@@ -208,8 +213,9 @@ def _stages(connection: db.Connection, params: Params) -> list[_Stage]:
         _Stage("tables_can_be_made", "30_expand_schema", tables),
         _Stage("index_can_be_made", "60_build_index", lambda: _index(phase)),
         _Stage("side_table_can_be_made", "30_expand_schema", lambda: of_schema("sidetable.create"), share),
-        _Stage("capture_can_be_made", "30_expand_schema", lambda: of_schema("schema.create_triggers"), share),
+        _Stage("capture_can_be_made", "30_expand_schema", lambda: of_schema(*exclusive[:2]), share),
         _Stage("columns_can_be_added", "30_expand_schema", lambda: of_schema("schema.add_columns"), on_target),
+        _Stage("functions_still_return_rows", "30_expand_schema", lambda: broken() if adds else [], on_target),
         _Stage("fillfactor_can_be_set", "50_backfill", lambda: _fillfactor(phase), "SHARE UPDATE EXCLUSIVE"),
     ]
 

@@ -49,10 +49,14 @@ SELECT c.relpersistence::text AS persistence, c.relnatts AS columns, c.relhassub
 FROM pg_class c WHERE c.oid = to_regclass(%(table)s);
 
 -- name: row_functions
--- purpose: Functions whose result is a row of the table: one that lists its columns fails once there are more.
-SELECT p.oid::regprocedure::text AS name FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
-WHERE p.prorettype = (SELECT c.reltype FROM pg_class c WHERE c.oid = to_regclass(%(table)s))
-  AND l.lanname IN ('sql', 'plpgsql') AND p.prosrc !~ '\*' ORDER BY 1;
+-- purpose: Functions in SQL whose result is a row of the table.
+SELECT p.oid::bigint AS oid, p.oid::regprocedure::text AS name FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
+WHERE p.prorettype = (SELECT c.reltype FROM pg_class c WHERE c.oid = to_regclass(%(table)s)) AND l.lanname = 'sql'
+ORDER BY 2;
+
+-- name: validate
+-- purpose: Have PostgreSQL check the function again, as CREATE FUNCTION does.
+SELECT fmgr_sql_validator(%(oid)s::oid);
 
 -- name: filter
 -- purpose: Can PostgreSQL compare, group and sort by this column? No row is read.

@@ -166,6 +166,7 @@ FROM pg_attribute a WHERE a.attrelid = to_regclass(%(table)s) AND a.attidentity 
 CREATE TABLE {move_queue} (seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, key {key_type});
 COMMENT ON TABLE {move_queue} IS 'Keys changed since they were copied; NULL stands for TRUNCATE.';
 CREATE TABLE {move} (last_key {key_type}, rows bigint NOT NULL DEFAULT 0, copied boolean NOT NULL DEFAULT false);
+ALTER TABLE {move} REPLICA IDENTITY FULL;
 INSERT INTO {move} DEFAULT VALUES;
 
 -- name: create_capture

@@ -72,7 +72,9 @@ CREATE TABLE IF NOT EXISTS {strategy} (
     most_scanned   integer NOT NULL,
     share          double precision NOT NULL,
     recall         double precision NOT NULL,
-    p50_ms         double precision NOT NULL
+    p50_ms         double precision NOT NULL,
+    -- Where every table is published, one without a primary key takes no UPDATE.
+    id             bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY
 );
 CREATE UNIQUE INDEX IF NOT EXISTS strategy_of_a_value ON {strategy} (target, filter, coalesce(value, ''), (value IS NULL));
 COMMENT ON TABLE {strategy} IS 'How the search functions search: one row a filter and value, as last measured. '
