@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from runbook_lib.measuring import together
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import as_indexed, identifier, names, spelled, verbatim
 from runbook_lib.operations import handover
-from runbook_lib.params import Params
+from runbook_lib.params import Params, placeholders
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
@@ -77,11 +76,8 @@ def legacy_statement(params: Params, in_function: bool = False) -> sql.Composed:
     places = _placeholders(params, in_function) | {
         "query": sql.SQL("$1") if in_function else sql.Placeholder("query")
     }
-    pattern = re.compile(r"(?<![:\w]):(" + "|".join(["query", "k", *map(re.escape, params.target.filters)]) + r")\b")
-    parts: list[sql.Composable] = []
-    for i, piece in enumerate(pattern.split(params.legacy.query)):
-        parts.append(places[piece] if i % 2 else verbatim(piece))
-    return sql.Composed(parts)
+    pieces = placeholders.split(params.legacy.query, ["query", "k", *params.target.filters])
+    return sql.Composed([places[piece] if is_name else verbatim(piece) for is_name, piece in pieces])
 
 
 def route_statement(

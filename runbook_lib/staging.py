@@ -20,6 +20,7 @@ from runbook_lib import db
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.names import names, spelled
+from runbook_lib.params.section import unsound
 from runbook_lib.phase import Phase
 from runbook_lib.progress import Progress
 from runbook_lib.sql import load
@@ -250,7 +251,11 @@ def _refusal(phase: Phase, rows: sources.Rows, i: int, key: Any, reason: str, de
     e = phase.params.embeddings
     origin = e.file.name if e.file else str(e.table)
     where = f"{origin} row {rows.places[i]}"
-    return Refusal(key, str(rows.keys[i])[:LONGEST_KEY_TEXT], reason, f"{where}: {detail}" if detail else where)
+    shown = str(rows.keys[i])[:LONGEST_KEY_TEXT]
+    # What PostgreSQL cannot store is shown by its escapes.
+    return Refusal(
+        key, ascii(shown)[1:-1] if unsound(shown) else shown, reason, f"{where}: {detail}" if detail else where
+    )
 
 
 def copy(phase: Phase, batch: Batch, kind: str) -> Copied:

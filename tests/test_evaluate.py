@@ -48,6 +48,9 @@ def test_every_malformed_query_is_named_with_its_line(make_params: MakeParams) -
         {"id": "e", "text": "x"},
         {"query_id": "a", "text": "again"},
         {"query_id": True, "text": "x"},
+        '{"query_id": "f", "text": "smile \\ud83d cut"}',
+        '{"query_id": "g", "text": "a\\u0000b"}',
+        '{"query_id": "h\\udc00", "text": "x"}',
     )
     with pytest.raises(BadInput) as error:
         evaluate.read_queries(p)
@@ -60,6 +63,21 @@ def test_every_malformed_query_is_named_with_its_line(make_params: MakeParams) -
         (":5", "no query_id, but id, text", "a query_id: text or a whole number"),
         (":6", "query_id a again, as in line 1", "each query_id once"),
         (":7", "query_id: true", "a query_id: text or a whole number"),
+        (
+            ":8",
+            "text: half of a surrogate pair, \\ud83d, at position 7: no character",
+            "a text that can be stored in UTF-8",
+        ),
+        (
+            ":9",
+            "text: a NUL character at position 2, which PostgreSQL stores in no text",
+            "a text that can be stored in UTF-8",
+        ),
+        (
+            ":10",
+            "query_id: half of a surrogate pair, \\udc00, at position 2: no character",
+            "a query_id: text or a whole number",
+        ),
     ]
 
 

@@ -41,7 +41,7 @@ def told(text: str) -> LegacyQuery:
         (
             'SELECT id FROM a WHERE t ILIKE $1 AND a.status = $2 AND "lang id" = $3::int\nLIMIT $4',
             "SELECT id FROM a WHERE t ILIKE '%' || :query || '%' AND (:status::text IS NULL OR a.status = :status)"
-            ' AND (:lang id::integer IS NULL OR "lang id" = :lang id)\nLIMIT :k',
+            ' AND (:"lang id"::integer IS NULL OR "lang id" = :"lang id")\nLIMIT :k',
         ),
         ("SELECT id FROM a\nWHERE t ~* $1", "SELECT id FROM a\nWHERE t ~* :query\nLIMIT :k"),
     ],

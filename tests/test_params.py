@@ -321,3 +321,14 @@ def test_names_that_the_function_has_already_are_refused(tmp_path: Path, target:
     with pytest.raises(BadInput) as error:
         params.load(write_params(tmp_path, target=target))
     assert error.value.needed.startswith(needed)
+
+
+def test_a_text_that_no_encoder_takes_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    path = write_params(tmp_path)
+    path.write_text(path.read_text() + 'approval: {"by\\ud83d": [a, "b\\0"]}\n')
+    with pytest.raises(BadInput) as error:
+        params.load(path)
+    assert [(g.subject.removeprefix(f"{path}: "), g.found) for g in error.value.problems] == [
+        ("approval.by\\ud83d", "half of a surrogate pair, \\ud83d, at position 3: no character"),
+        ("approval.by\\ud83d.1", "a NUL character at position 2, which PostgreSQL stores in no text"),
+    ]

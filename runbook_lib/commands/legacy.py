@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from runbook_lib.params import placeholders
+
 # A placeholder, a cast behind it, and several of them joined: $1, $2::text || $1 || $3.
 PART = r"\$\d+(?:::[\w\[\]]+)?"
 JOINED = rf"{PART}(?:\s*\|\|\s*{PART})*"
@@ -23,7 +25,9 @@ TEXT_SEARCH = re.compile(rf"\b(?P<head>{TSQUERY}\(\s*(?:'[^']*'(?:::\w+)?\s*,\s*
 LIKE = re.compile(rf"(?P<operator>\bI?LIKE|~~\*?)\s*(?P<open>\(?\s*){FUNCTIONS}(?P<joined>{JOINED})", re.I)
 MATCH = re.compile(rf"(?P<operator>\bSIMILAR\s+TO|(?<![!~])~\*?|<?<->>?|<%|%>|%)\s*{FUNCTIONS}{PART}", re.I)
 SIMILARITY = re.compile(rf"(?P<head>\b(?:similarity|strpos|word_similarity)\([^()$]*,\s*){PART}", re.I)
-EQUALS = re.compile(rf'(?P<column>(?:(?:"[^"]+"|\w+)\.)?(?:"(?P<quoted>[^"]+)"|(?P<plain>\w+)))\s*=\s*{PART}')
+INSIDE = r'(?:[^"]|"")+'
+NAMED = rf'(?P<column>(?:(?:"{INSIDE}"|\w+)\.)?(?:"(?P<quoted>{INSIDE})"|(?P<plain>\w+)))'
+EQUALS = re.compile(rf"{NAMED}\s*=\s*{PART}")
 CLAUSE = re.compile(r"(?<=\s)(?:FROM|WHERE|GROUP\s+BY|ORDER\s+BY|LIMIT)\b", re.I)
 UNKNOWN = re.compile(r"\$\d+")
 
@@ -103,11 +107,12 @@ def _equalities(query: str, filters: Mapping[str, str]) -> tuple[str, list[str]]
     used: list[str] = []
 
     def named(match: re.Match[str]) -> str:
-        column = match["quoted"] or match["plain"].lower()
+        column = (match["quoted"] or match["plain"].lower()).replace('""', '"')
         if column not in filters:
             return match[0]
         _once(used, column)
-        return f"(:{column}::{filters[column]} IS NULL OR {match['column']} = :{column})"
+        value = placeholders.written(column)
+        return f"({value}::{filters[column]} IS NULL OR {match['column']} = {value})"
 
     return EQUALS.sub(named, query), used
 

@@ -19,6 +19,7 @@ from runbook_lib import db
 from runbook_lib.gates import BadInput, Gate, Verdict
 from runbook_lib.names import names, spelled
 from runbook_lib.params import Params
+from runbook_lib.params.section import LONE_SURROGATE, unsound
 from runbook_lib.sql import load
 
 SQL = load("evaluate")
@@ -87,8 +88,10 @@ def read_queries(params: Params) -> list[Query]:
         query_id, text = _name(record.get("query_id")), record.get("text")
         if query_id is None:
             problems.add(path, line, _found(record, "query_id"), "a query_id: text or a whole number")
-        elif not isinstance(text, str) or not text.strip() or "\0" in text:
+        elif not isinstance(text, str) or not text.strip():
             problems.add(path, line, _found(record, "text"), "a text that is not empty")
+        elif unsound(text):
+            problems.add(path, line, f"text: {unsound(text)}", "a text that can be stored in UTF-8")
         elif query_id in lines:
             problems.add(path, line, f"query_id {query_id} again, as in line {lines[query_id]}", "each query_id once")
         else:
@@ -178,13 +181,16 @@ def _name(value: object) -> str | None:
     """A key or a query id as text; None for what is neither text nor a whole number."""
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         return None
-    return str(value)
+    return None if unsound(str(value)) else str(value)
 
 
 def _found(record: Mapping[str, Any], field: str) -> str:
     if field not in record:
-        return f"no {field}, but {', '.join(map(str, record)) or 'nothing'}"
-    return f"{field}: {json.dumps(record[field], ensure_ascii=False)}"
+        return f"no {field}, but {', '.join(ascii(k)[1:-1] if unsound(k) else k for k in record) or 'nothing'}"
+    value = record[field]
+    if isinstance(value, str) and (why := unsound(value)):
+        return f"{field}: {why}"
+    return f"{field}: {json.dumps(value, ensure_ascii=bool(LONE_SURROGATE.search(str(value))))}"
 
 
 def unknown_keys(

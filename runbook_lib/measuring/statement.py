@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runbook_lib.params import placeholders
+
 # What must not be read as SQL: strings, quoted names, dollar quotes, comments.
 OPAQUE = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|(\$\w*\$).*?\1|--[^\n]*|/\*.*?\*/", re.S)
 DISTANCE = re.compile(r"<=>|<->|<#>|<\+>|<~>")
@@ -17,20 +19,16 @@ CAST = r"(?:::\s*{type}|\bAS\s+{type})(?!\s*\(|\w)"
 
 def bound(text: str, names: Sequence[str]) -> tuple[str, list[str]]:
     """``:name`` as $1, $2, … in the order in which they first occur; returns the text and the names that occur."""
-    used: list[str] = []
-
-    def number(match: re.Match[str]) -> str:
-        if match[1] not in used:
-            used.append(match[1])
-        return f"${used.index(match[1]) + 1}"
-
-    pattern = re.compile(r"(?<![:\w]):(" + "|".join(map(re.escape, names)) + r")\b")
-    return pattern.sub(number, text.strip().rstrip(";")), used
+    pieces = placeholders.split(text.strip().rstrip(";"), names)
+    used = list(dict.fromkeys(piece for is_name, piece in pieces if is_name))
+    return "".join(f"${used.index(piece) + 1}" if is_name else piece for is_name, piece in pieces), used
 
 
 def named(text: str, names: Sequence[str]) -> str:
     """$1, $2, … as the names that :func:`bound` found, for a person to read."""
-    return re.sub(r"\$(\d+)\b", lambda m: f":{names[int(m[1]) - 1]}" if int(m[1]) <= len(names) else m[0], text)
+    return re.sub(
+        r"\$(\d+)\b", lambda m: placeholders.written(names[int(m[1]) - 1]) if int(m[1]) <= len(names) else m[0], text
+    )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from runbook_lib.params.placeholders import split
 from runbook_lib.params.section import AnyPath, Name, NewColumn, Section, ShortName
 
 # pgvector's limits for a column, and for what an index holds; README of pgvector, "Indexing".
@@ -81,6 +82,12 @@ class Target(Section):
     @field_validator("filters")
     @classmethod
     def filters_are_no_other_placeholders(cls, value: list[str]) -> list[str]:
+        # psycopg's own placeholders end at the first closing bracket.
+        if bracketed := [name for name in value if ")" in name]:
+            raise ValueError(
+                f"{bracketed[0]} holds a closing bracket, which no placeholder can; use a generated column of another"
+                " name"
+            )
         if taken := sorted(PLACEHOLDERS.intersection(value)):
             raise ValueError(
                 f":{taken[0]} already stands for something else in the statements;"
@@ -228,13 +235,14 @@ class Legacy(Section):
 
     query: str = Field(
         description="The statement of today, best answer first; :query and :k stand for the text and the number"
-        " of rows wanted, :<filter> for a filter's value or NULL. It must return the key column."
+        ' of rows wanted, :<filter> or :"<filter>" for the value of a filter or NULL. It must return the key column.'
     )
 
     @field_validator("query")
     @classmethod
     def has_placeholders(cls, value: str) -> str:
-        missing = [p for p in (":query", ":k") if p not in value]
+        names = {piece for is_name, piece in split(value, ("query", "k")) if is_name}
+        missing = [f":{name}" for name in ("query", "k") if name not in names]
         if missing:
             raise ValueError(f"the statement does not mention {' and '.join(missing)}")
         return value.strip().rstrip(";")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from runbook_lib.gates import BadInput, Gate, Verdict
 from runbook_lib.params.model import Params
+from runbook_lib.params.section import unsound
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -45,12 +47,28 @@ def load(path: str | Path) -> Params:
         raise BadInput([_problem("file_is_yaml", str(path), " ".join(str(error).split()), "valid YAML")]) from error
     if not isinstance(data, dict):
         raise BadInput([_problem("file_is_yaml", str(path), type(data).__name__, "sections with keys")])
+    if unsound_values := list(_unsound(path, data)):
+        raise BadInput(unsound_values)
     try:
         params = Params.model_validate(data)
     except ValidationError as error:
         # Without its cause, whose text repeats what was given, be it a secret.
         raise BadInput([_from_pydantic(path, e) for e in error.errors()]) from None
     return _absolute(params, path.parent.resolve())
+
+
+def _unsound(path: Path, value: Any, where: str = "") -> Iterator[Gate]:
+    """Each text of the file, key or value, that can be written into no statement and no record."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            shown = ascii(key)[1:-1] if isinstance(key, str) and unsound(key) else key
+            yield from _unsound(path, key, f"{where}.{shown}")
+            yield from _unsound(path, inner, f"{where}.{shown}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _unsound(path, inner, f"{where}.{i}")
+    elif isinstance(value, str) and (why := unsound(value)):
+        yield _problem("value_is_valid", f"{path}: {where.lstrip('.')}", why, "a text that can be stored in UTF-8")
 
 
 def _absolute(params: Params, folder: Path) -> Params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 LONGEST_NAME_BYTES = 63
 # More columns, and indexes, get names that are made of it.
 LONGEST_NEW_COLUMN_BYTES = 40
+
+# Half of a character outside the first 65,536: JSON and YAML can spell it, UTF-8 cannot.
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def unsound(text: str) -> str:
+    """What keeps PostgreSQL, or any encoder, from taking this text; empty where nothing does."""
+    if "\0" in text:
+        return f"a NUL character at position {text.index(chr(0)) + 1}, which PostgreSQL stores in no text"
+    if half := LONE_SURROGATE.search(text):
+        return f"half of a surrogate pair, \\u{ord(half[0]):04x}, at position {half.start() + 1}: no character"
+    return ""
 
 
 def _fits(most_bytes: int) -> AfterValidator:

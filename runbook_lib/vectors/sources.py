@@ -26,6 +26,7 @@ from runbook_lib.gates import BadInput, Gate, Verdict
 from runbook_lib.names import HASH_BYTES
 from runbook_lib.params import Params
 from runbook_lib.params.data import FORMATS
+from runbook_lib.params.section import unsound
 
 Vectors = NDArray[np.float32]
 
@@ -302,7 +303,10 @@ def _hashes(
     if hashes is None and texts is None:
         return None
     if hashes is None:
-        return [None if t is None else hash_of(t) for t in texts or ()]
+        for i, text in enumerate(texts or ()):
+            if isinstance(text, str) and (why := unsound(text)):
+                faults[i] = f"its text: {why}"
+        return [None if t is None or i in faults else hash_of(t) for i, t in enumerate(texts or ())]
     result: list[bytes | None] = []
     for i, value in enumerate(hashes):
         try:
@@ -346,7 +350,7 @@ def _uuid(value: Any) -> uuid.UUID:
 
 
 def _text_key(value: Any) -> str:
-    if not isinstance(value, str | int) or isinstance(value, bool) or "\0" in str(value):
+    if not isinstance(value, str | int) or isinstance(value, bool) or unsound(str(value)):
         raise ValueError("not a text")
     return str(value)
 

@@ -1,0 +1,35 @@
+"""``:name`` and ``:"any name"`` in a statement, as psql spells its variables: found, and written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# What is no SQL of its own: strings, dollar quotes, comments; and quoted names, where no placeholder begins.
+OPAQUE = r"""[eE]'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'|(?P<dollar>\$\w*\$).*?(?P=dollar)|--[^\n]*|/\*.*?\*/"""
+QUOTED_NAME = r'"(?:[^"]|"")*"'
+PLAIN = r"(?<![:\w]):(?P<plain>[^\W\d]\w*)"
+QUOTED = r'(?<!:):"(?P<quoted>(?:[^"]|"")+)"'
+TOKEN = re.compile("|".join((OPAQUE, QUOTED, QUOTED_NAME, PLAIN)), re.S)
+
+
+def split(text: str, names: Sequence[str]) -> list[tuple[bool, str]]:
+    """The statement in pieces: (True, name) where a placeholder of these names stands, else (False, SQL).
+
+    Strings, comments and quoted names are left as they are, as psql leaves them.
+    """
+    pieces: list[tuple[bool, str]] = []
+    start = 0
+    for match in TOKEN.finditer(text):
+        name = match["plain"] or (match["quoted"] or "").replace('""', '"')
+        if name not in names or not name:
+            continue
+        pieces += [(False, text[start : match.start()]), (True, name)]
+        start = match.end()
+    return [*pieces, (False, text[start:])]
+
+
+def written(name: str) -> str:
+    """The placeholder of that name: quoted where the name would not be read as one word."""
+    plain = re.fullmatch(r"[^\W\d]\w*", name)
+    return f":{name}" if plain else ':"' + name.replace('"', '""') + '"'
