@@ -150,7 +150,7 @@ def _function_names(phase: Phase, retired: bool | None = None) -> dict[str, sql.
         "arguments": sql.SQL(", ").join(arguments),
         "signature": sql.SQL(", ").join([sql.SQL("text, real[], integer"), *filter_types]),
         "key_type": sql.SQL(types[p.target.key]),
-        "using": sql.SQL(", ").join(map(sql.Identifier, using)),
+        "using": sql.SQL(", ").join(map(identifier, using)),
         "search_path": sql.SQL(", ").join(map(identifier, _search_path(phase))),
         # Made again, the function would lose what 70_tune gave it.
         "kept_settings": _set_clauses(carried_settings(phase)),
@@ -207,7 +207,7 @@ def _legacy_answer(phase: Phase, retired: bool, using: Sequence[str]) -> sql.Com
         {
             "retired_message": verbatim(sql.Literal(message).as_string()),
             "legacy_query": _as_literal(phase, "legacy"),
-            "using": sql.SQL(", ").join(map(sql.Identifier, using)),
+            "using": sql.SQL(", ").join(map(identifier, using)),
         }
     )
 
