@@ -1,7 +1,7 @@
 -- Phase 30: what is added beside the application's own columns, and how it is taken away again.
 
 -- name: add_columns
--- purpose: Add the vector column, the time it was set, and the hash of the text it was made from; all empty.
+-- purpose: Add the vector column, the time it was set, and the hash of the text it was made from; all empty. A session's prepared SELECT * fails once ("cached plan must not change result type"): let the pool reconnect.
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds; nothing is rewritten
 -- undo: schema.drop_columns
 ALTER TABLE {table}
