@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -386,12 +386,19 @@ def verify_undone(phase: Phase) -> Gates:
 class Answers:
     """What a search answered: keys as text, best first, by query id; seconds of each query, in the same order.
 
-    routes: which route answered each query, where the search is the function.
+    routes: which route answered each query, where the search is the function. scores: of each key, None where the
+    search gives none.
     """
 
     keys: dict[str, list[str]]
     seconds: list[float]
     routes: list[str]
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
+
+    def rows(self, query_id: str) -> list[tuple[str, float | None]]:
+        """Keys with their distances, which the vector route gives as negative scores."""
+        scores = self.scores[query_id]
+        return [(k, None if s is None else -s) for k, s in zip(self.keys[query_id], scores, strict=True)]
 
     def answered_by(self, route: str) -> int:
         """Queries that this route answered."""
@@ -415,6 +422,7 @@ def ask(
         register_vector(connection)
     filters: dict[str, Any] = dict.fromkeys(params.target.filters)
     keys: dict[str, list[str]] = {}
+    scores: dict[str, list[float | None]] = {}
     seconds: list[float] = []
     routes: list[str] = []
     for i, query in enumerate(queries):
@@ -424,9 +432,10 @@ def ask(
         seconds.append(time.perf_counter() - started)
         name = params.target.key if rows and params.target.key in rows[0] else "key"
         keys[query.query_id] = [str(row[name]) for row in rows]
+        scores[query.query_id] = [row.get("score") for row in rows]
         if rows and "answered_by" in rows[0]:
             routes.append(rows[0]["answered_by"])
-    return Answers(keys, seconds, routes)
+    return Answers(keys, seconds, routes, scores)
 
 
 def call_statement(params: Params) -> sql.Composed:

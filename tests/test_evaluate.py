@@ -277,19 +277,6 @@ def test_searches_on_different_queries_are_not_compared() -> None:
         evaluate.paired({"a": 1.0}, {"b": 1.0})
 
 
-def test_recall_counts_sets_and_ignores_order() -> None:
-    exact = [["1", "2", "3", "4"], ["1", "2"], ["5"]]
-    got = [["4", "3", "9"], ["2", "1"], []]
-    assert evaluate.recall(exact, got) == pytest.approx((0.5 + 1 + 0) / 3)
-
-
-def test_recall_leaves_out_what_has_nothing_to_be_found_and_is_never_perfect_by_emptiness() -> None:
-    assert evaluate.recall([["1", "2"], []], [["1"], ["9"]]) == 0.5
-    assert evaluate.recall([[], []], [[], []]) == 0.0
-    with pytest.raises(ValueError, match="zip"):
-        evaluate.recall([["1"]], [])
-
-
 def test_overlap_is_of_the_first_k_and_of_the_longer_list() -> None:
     assert evaluate.overlap(["1", "2", "3"], ["3", "2", "9"], 2) == 0.5
     assert evaluate.overlap(["1"], ["1", "2", "3", "4"], 10) == 0.25

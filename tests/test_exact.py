@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
+from pgvector.psycopg import register_vector
 
 from runbook_lib import db
 from runbook_lib.measuring import exact
+from runbook_lib.measuring.found import Nearest, share
 from runbook_lib.params import Params
 
 ROWS, DIMENSION, QUERIES, K = 3000, 8, 20, 10
@@ -73,7 +75,7 @@ def test_answers_do_not_depend_on_how_the_table_is_cut_into_blocks(
     params = make_params(target={"filters": ["topic"]})
     questions = [exact.Question(i, a) for i in range(QUERIES) for a in ((), (("topic", "third"),))]
 
-    def answers() -> list[exact.Nearest]:
+    def answers() -> list[Nearest]:
         with db.connect(params, "test") as connection:
             return exact.nearest(connection, params, queries(), questions, K)
 
@@ -94,16 +96,40 @@ def test_equal_distances_are_ordered_by_key_as_a_number(
     assert found[0].keys == tuple(str(i) for i in range(1, 11))
 
 
-def test_a_row_without_a_distance_comes_last(
+def test_a_row_without_a_distance_is_near_nothing(
     rows: psycopg.Connection[Any], make_params: Callable[..., Params]
 ) -> None:
     rows.execute("DROP TABLE articles")
     rows.execute("CREATE TABLE articles (id bigint PRIMARY KEY, embedding vector(8))")
     rows.execute("INSERT INTO articles VALUES (1, '[0,0,0,0,0,0,0,0]'), (2, '[-1,0,0,0,0,0,0,0]')")
     params = make_params()
+    asked, questions = np.eye(8, dtype=np.float32)[:1], [exact.Question(0)]
     with db.connect(params, "test") as connection:
-        found = exact.nearest(connection, params, np.eye(8, dtype=np.float32)[:1], [exact.Question(0)], K)
-    assert found[0].keys == ("2", "1")
+        found = exact.nearest(connection, params, asked, questions, K)
+        checked = exact.stream_agrees_with_sql(connection, params, asked, questions, found, K)
+    assert (found[0].keys, str(checked.verdict)) == (("2",), "PASS")
+
+
+@pytest.mark.parametrize("length", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("distance", ["l2", "inner_product"])
+def test_vectors_of_any_length_have_their_own_order(
+    rows: psycopg.Connection[Any], make_params: Callable[..., Params], distance: str, length: float
+) -> None:
+    fill(rows, "bigint", "vector")
+    rows.execute(
+        "UPDATE articles SET embedding = (SELECT array_agg(x * %s) FROM unnest(embedding::real[]) x)::real[]::vector",
+        [length],
+    )
+    params = make_params(vector={"distance": distance})
+    asked = (queries() * length).astype(np.float32)
+    with db.connect(params, "test") as connection:
+        found = exact.nearest(connection, params, asked, [exact.Question(i) for i in range(QUERIES)], K)
+        register_vector(connection)
+        by_sql = [exact.by_sql(connection, params, asked, exact.Question(i), K) for i in range(QUERIES)]
+    # Where two rows are at one distance, the last digit decides which is the tenth.
+    shares = [share(f, [(r["key"], r["distance"]) for r in sql]) for f, sql in zip(found, by_sql, strict=True)]
+    assert shares == [1.0] * QUERIES
+    assert all(0 < f.same < 1e-3 * (f.distances[-1] - f.distances[0]) for f in found)
 
 
 def test_answers_that_differ_fail_the_gate(rows: psycopg.Connection[Any], make_params: Callable[..., Params]) -> None:
@@ -112,7 +138,7 @@ def test_answers_that_differ_fail_the_gate(rows: psycopg.Connection[Any], make_p
     questions = [exact.Question(0), exact.Question(1)]
     with db.connect(params, "test") as connection:
         found = exact.nearest(connection, params, queries(), questions, K)
-        wrong = [found[0], exact.Nearest(found[1].keys, tuple(d + 0.5 for d in found[1].distances), 2940)]
+        wrong = [found[0], Nearest(found[1].keys, tuple(d + 0.5 for d in found[1].distances), 2940)]
         checked = exact.stream_agrees_with_sql(connection, params, queries(), questions, wrong, K)
     assert str(checked) == (
         "FAIL    exact.stream_agrees_with_sql   public.articles\n"

@@ -255,7 +255,8 @@ def test_a_fresh_connections_first_call_uses_the_functions_settings(
     phase.do(search.reset_search_setting(phase, "hnsw.iterative_scan"))
     with psycopg.connect(database, autocommit=True) as fresh:
         fresh.execute("SET enable_seqscan = off")
-        assert len(call(fresh, "cookie leaks", k=10)) == 5, "the function's ef_search of 5, not pgvector's 40"
+        # An element of the graph holds up to ten rows of one vector.
+        assert len(call(fresh, "cookie leaks", k=100)) <= 50, "the function's ef_search of 5, not pgvector's 40"
 
 
 # Who may call it, and what a caller can do with it

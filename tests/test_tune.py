@@ -4,13 +4,12 @@ from collections.abc import Callable
 from io import StringIO
 from typing import Any
 
-import numpy as np
 import psycopg
 import pytest
 from IPython.lib.pretty import RepresentationPrinter
 
 from runbook_lib import backfill, db, extension, index, schema, search, staging, tune
-from runbook_lib.measuring import choose, classes, exact, sweep
+from runbook_lib.measuring import choose, classes, exact, found, sweep
 from runbook_lib.phase import Phase
 from tests.test_search import FILTERED, call
 
@@ -75,15 +74,7 @@ def test_rows_stand_in_for_missing_queries_and_never_count_themselves(ready: Cal
     own = [q for q in questions if q.own_key]
     assert len(own) == 40, "the toy has forty queries"
     row = own[0]
-    assert sweep.found_of([(str(row.own_key), 0.0)], row) == 0.0
-
-
-def test_an_answer_as_near_as_the_last_exact_one_counts_as_found() -> None:
-    nearest = exact.Nearest(("1", "2"), (0.1, 0.2), 5)
-    question = classes.Asked("", np.zeros(8), (), nearest)
-    assert sweep.found_of([("1", 0.1), ("3", 0.2)], question) == 1.0
-    assert sweep.found_of([("1", 0.1), ("3", 0.21)], question) == 0.5
-    assert np.isnan(sweep.found_of([], classes.Asked("", np.zeros(8), (), exact.Nearest((), (), 0))))
+    assert found.share(row.exact, [(str(row.own_key), 0.0)], row.own_key) == 0.0
 
 
 def test_the_interval_is_never_certain_and_knows_that_misses_come_together() -> None:

@@ -95,3 +95,44 @@ def test_a_server_that_pgvector_left_behind_is_refused() -> None:
 
 def test_what_older_servers_lack() -> None:
     assert not versions.ends_statements_of_gone_clients(130022) and versions.ends_statements_of_gone_clients(140004)
+
+
+@pytest.mark.parametrize(
+    ("installed", "method", "is_32_bit", "refused", "told"),
+    [
+        ("0.8.6", "hnsw", False, [], []),
+        ("0.8.5", "hnsw", False, [], []),
+        ("0.8.5", "hnsw", True, [], []),
+        ("0.8.5", "ivfflat", False, [], ["0.8.6: memory of IVFFlat scans in nested loops"]),
+        (
+            "0.8.5",
+            "ivfflat",
+            True,
+            ["0.8.6: CVE-2026-18022: buffer overflow in IVFFlat builds on 32-bit systems"],
+            ["0.8.6: memory of IVFFlat scans in nested loops"],
+        ),
+        (
+            "0.8.2",
+            "hnsw",
+            False,
+            [],
+            [
+                "0.8.3: possible corruption of an HNSW index by vacuum",
+                "0.8.4: vacuum failing with: hnsw graph not repaired",
+                "0.8.4: possible error of an insert while an HNSW index is vacuumed",
+            ],
+        ),
+    ],
+)
+def test_a_release_is_judged_by_what_is_in_use(
+    installed: str, method: str, is_32_bit: bool, refused: list[str], told: list[str]
+) -> None:
+    assert versions.faults_in_use(installed, method, is_32_bit=is_32_bit) == (refused, told)
+    if installed == "0.8.2":
+        older = versions.faults_in_use("0.8.1", method, is_32_bit=is_32_bit)[0]
+        assert older == ["0.8.2: CVE-2026-3172: buffer overflow in parallel HNSW builds, 0.6.0 to 0.8.1"]
+
+
+def test_before_15_a_serial_build_leaves_one_block_unused() -> None:
+    assert [versions.hnsw_blocks_held_back(n) for n in (130022, 140022, 150018, 180006)] == [1, 1, 0, 0]
+    assert not versions.spares_execute_of_generic_plans(130022) and versions.spares_execute_of_generic_plans(140004)

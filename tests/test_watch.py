@@ -148,7 +148,10 @@ def test_lost_recall_is_found_on_rows_and_queries(
     def forgetful(*args: Any, **kwargs: Any) -> search.Answers:
         answers = ask(*args, **kwargs)
         calls.append(1)
-        return answers if len(calls) == 1 else search.Answers({i: k[:5] for i, k in answers.keys.items()}, [], [])
+        if len(calls) == 1:
+            return answers
+        keys, scores = ({i: of[:5] for i, of in each.items()} for each in (answers.keys, answers.scores))
+        return search.Answers(keys, [], [], scores)  # type: ignore[arg-type]
 
     monkeypatch.setattr(search, "ask", forgetful)
     gate = watch._recall_holds(phase)

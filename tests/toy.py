@@ -21,7 +21,7 @@ ROWS = len(SUBJECTS) * len(VERBS) * len(PLACES)
 def embed(texts: list[str]) -> np.ndarray:
     """Counts of words in eight hashed buckets, at length 1; shape (len(texts), 8), float32.
 
-    Each text with words has a small direction of its own too: rows at one distance have no one right order.
+    As in life, many texts stand at one distance, and which of them a search gives is chance.
     """
     return _counted(texts, DIMENSION)
 
@@ -31,8 +31,6 @@ def _counted(texts: list[str], dimension: int) -> np.ndarray:
     for i, text in enumerate(texts):
         for word in text.lower().split():
             vectors[i, hashlib.sha256(word.encode()).digest()[0] % dimension] += 1
-        if vectors[i].any():
-            vectors[i] += np.frombuffer(hashlib.sha256(text.encode()).digest()[:dimension], np.uint8) / 2550
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(norms == 0, 1, norms)
 

@@ -13,6 +13,7 @@ from psycopg import sql
 from runbook_lib import db
 from runbook_lib.gates import Gate
 from runbook_lib.measuring import evaluate, exact, replica, together
+from runbook_lib.measuring.found import Nearest
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
@@ -85,7 +86,7 @@ class Asked:
     text: str
     vector: np.ndarray
     allowed: tuple[tuple[str, str], ...]
-    exact: exact.Nearest
+    exact: Nearest
     own_key: str | None = None
 
 
@@ -152,7 +153,7 @@ def questions(phase: Phase, found: Sequence[FilterClass]) -> tuple[dict[FilterCl
     keyed = {c: [exact.Question(i, _filter(c, i)) for i in range(len(queries))] for c in found}
     asked = [question for c in found for question in keyed[c]]
 
-    def look() -> tuple[list[exact.Nearest], Gate, list[float]]:
+    def look() -> tuple[list[Nearest], Gate, list[float]]:
         with replica.connect(phase, "exact") as connection, connection.transaction():
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             nearest = exact.nearest(connection, p, vectors, asked, p.queries.k)

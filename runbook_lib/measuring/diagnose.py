@@ -23,6 +23,11 @@ from runbook_lib.phase import Phase
 
 # For solid-state disks; PostgreSQL's default of 4 is for spinning ones (manual, "Planner Cost Constants").
 RANDOM_PAGE_COST = "1.1"
+DEFAULT_RANDOM_PAGE_COST = 4.0
+# Up to so many rows a scan takes milliseconds, so that the planner may prefer it.
+SMALL_TABLE_ROWS = 10_000
+TOO_SMALL = "table_too_small"
+GENERIC = "generic_plan"
 # Whatever the prices are, these make the planner take the index if it can be used at all.
 CHEAP = {
     "enable_seqscan": "off",
@@ -251,7 +256,7 @@ def _generic(case: _Case) -> Cause | None:
     if search and fixed != tail and case.uses(text := case.sent.text[: search.end] + fixed, {}, "generic"):
         do = f"{case.paste(text)}; or {do}"
     return Cause(
-        "generic_plan",
+        GENERIC,
         "a generic plan knows neither the LIMIT nor the filter; a custom plan uses the index",
         do,
     )
@@ -283,7 +288,10 @@ def _probes_are_lists(case: _Case) -> Cause | None:
 
 
 def _random_pages_are_dear(case: _Case) -> Cause | None:
+    """Not the server's default on a small table: there a scan is cheap whatever the disks are."""
     setting = case.setting("random_page_cost")
+    if float(setting["setting"]) <= DEFAULT_RANDOM_PAGE_COST and _size(case)["rows"] <= SMALL_TABLE_ROWS:
+        return None
     cheaper = {"random_page_cost": RANDOM_PAGE_COST}
     if float(setting["setting"]) <= float(RANDOM_PAGE_COST) or not case.uses(case.sent.text, cheaper, case.kind):
         return None
@@ -313,12 +321,17 @@ def _other_index(case: _Case) -> Cause | None:
     )
 
 
+def _size(case: _Case) -> db.Row:
+    return db.one(case.connection, SQL["table_size"], case.params, table=spelled(case.params, "vectors"))
+
+
 def _too_small(case: _Case) -> Cause:
     whole, index = case.plan(case.sent.text, {}, case.kind), case.plan(case.sent.text, CHEAP, case.kind)
-    size = db.one(case.connection, SQL["table_size"], case.params, table=spelled(case.params, "vectors"))
+    size = _size(case)
+    small = size["rows"] <= SMALL_TABLE_ROWS
     prices = f"{number(whole.cost)} against {number(index.cost)}" if whole and index else "less"
     return Cause(
-        "table_too_small",
+        TOO_SMALL if small and case.setting("enable_indexscan")["setting"] == "on" else "scan_is_cheaper",
         f"{number(size['rows'])} rows in {number(size['pages'])} pages: reading all of them is cheaper, {prices}",
         f"nothing while it is so small; if it is not, ANALYZE {spelled(case.params, 'vectors')}",
     )

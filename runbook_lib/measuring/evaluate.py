@@ -299,16 +299,6 @@ def _resample(draw: Callable[[int], NDArray[np.float64]]) -> NDArray[np.float64]
     return np.concatenate([draw(RESAMPLES_AT_ONCE) for _ in range(RESAMPLES // RESAMPLES_AT_ONCE)])
 
 
-def recall(exact: Sequence[Sequence[str]], got: Sequence[Sequence[str]]) -> float:
-    """recall@k: the share of the exact answers that were got, a mean over the queries; order does not count.
-
-    exact, got: keys of the same queries in the same order, each at most k. A query without any exact answer has
-    nothing to be found and is left out; 0.0 where that is so of all. Raises ValueError on different lengths.
-    """
-    shares = [len(set(e) & set(g)) / len(set(e)) for e, g in zip(exact, got, strict=True) if e]
-    return float(np.mean(shares)) if shares else 0.0
-
-
 def overlap(a: Sequence[str], b: Sequence[str], k: int) -> float:
     """The share of the first k answers that two searches have in common; 1.0 where neither has any."""
     first, second = set(a[:k]), set(b[:k])

@@ -6,10 +6,11 @@ on the number of queries and not on the table.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from psycopg import sql
 
 from runbook_lib import db
 from runbook_lib.gates import Gate, gate
+from runbook_lib.measuring.found import SAME_DISTANCE, Nearest
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -30,10 +32,11 @@ DISTANCE_BYTES = 64 * 1024 * 1024
 # COPY's binary format: signature, flags, extension length; the trailer is a field count of -1.
 HEADER = b"PGCOPY\n\xff\r\n\0"
 HEADER_BYTES = len(HEADER) + 8
-# Distances nearer than this are ties, which the key decides; single precision does not tell them apart.
+# Distances nearer than this are ties, which the key decides; single precision does not tell them apart. For vectors
+# at length 1: those of a longer question are rounded by its length.
 DECIMALS = 6
-# How far the two may differ that sum the same products in another order, relative to a distance and at least.
-RELATIVE_TOLERANCE, LEAST_TOLERANCE = 1e-4, 1e-5
+# How far two may differ that sum the same products in another order, relative to a distance.
+RELATIVE_TOLERANCE = 1e-4
 CHECKED = 5
 COMPONENT = {"vector": ">f4", "halfvec": ">f2"}
 KEY_TYPES = {"smallint": ">i2", "integer": ">i4", "bigint": ">i8"}
@@ -50,18 +53,6 @@ class Question:
 
     query: int
     allowed: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """The k nearest rows of one question: keys as text, nearest first, equals by key; and their distances.
-
-    matching: rows with a vector that the question's filters let through.
-    """
-
-    keys: tuple[str, ...]
-    distances: tuple[float, ...]
-    matching: int
 
 
 @dataclass(frozen=True)
@@ -87,14 +78,29 @@ def nearest(
         # The server casts the query to the column's type.
         vectors = vectors.astype(np.float16).astype(np.float32)
     numbers = _distances(params.vector.distance, vectors)
+    longest = 0.0
     for block in _small_enough(blocks(connection, params, listed), len(vectors)):
         distances = numbers(block.vectors)
+        longest = max(longest, _longest(block.vectors))
         for top in tops:
             top.add(distances, block)
     answers: dict[int, Nearest] = {}
     for top in tops:
         answers |= top.answers()
-    return [answers[i] for i in range(len(questions))]
+    lengths = [float(np.linalg.norm(vectors[q.query])) for q in questions]
+    return [_with_tolerance(params, answers[i], lengths[i], longest) for i in range(len(questions))]
+
+
+def _longest(vectors: FLOAT) -> float:
+    return math.sqrt(float(np.einsum("ij,ij->i", vectors, vectors).max(initial=0.0)))
+
+
+def _with_tolerance(params: Params, found: Nearest, length: float, longest: float) -> Nearest:
+    """By what the arithmetic loses. length: of the question's vector. longest: the longest row's."""
+    if params.vector.distance == "cosine" or not found.distances:
+        return found
+    lost = 10**-DECIMALS * length * (longest if params.vector.distance == "inner_product" else 1.0)
+    return replace(found, same=max(SAME_DISTANCE * max(map(abs, found.distances)), lost))
 
 
 def _small_enough(whole: Iterator[Block], queries: int) -> Iterator[Block]:
@@ -169,7 +175,9 @@ class _Top:
         """By place of the question."""
         found = {}
         for i, place in enumerate(self.group.places):
-            mine = slice(*np.searchsorted(self.owner, [i, i + 1]))
+            first, end = np.searchsorted(self.owner, [i, i + 1])
+            # Those without a distance come last.
+            mine = slice(first, first + np.isfinite(self.distance[first:end]).sum())
             keys = () if self.key is None else tuple(str(x) for x in self.key[mine])
             found[int(place)] = Nearest(keys, tuple(float(x) for x in self.distance[mine]), self.matching)
         return found
@@ -183,16 +191,18 @@ def _distances(distance: str, queries: FLOAT) -> Callable[[FLOAT], FLOAT]:
     if distance == "cosine":
         own = _at_length_one(np.asarray(queries, np.float32))
         return lambda block: _rounded(1 - own @ _at_length_one(block).T)
+    lengths = np.linalg.norm(np.asarray(queries, np.float64), axis=1, keepdims=True)
+    unit = np.where(lengths > 0, lengths, 1.0)
     if distance == "inner_product":
-        own = np.asarray(queries, np.float32)
-        return lambda block: _rounded(-(own @ block.T))
+        own, unit = (queries / unit).astype(np.float32), unit.astype(np.float32)
+        return lambda block: _rounded(-(own @ block.T)) * unit
     # In double precision: the difference of large squares leaves nothing of a small distance in single.
     wide = np.asarray(queries, np.float64)
     squares = (wide**2).sum(axis=1)[:, None]
 
     def l2(block: FLOAT) -> FLOAT:
         b = block.astype(np.float64)
-        return _rounded(np.sqrt(np.maximum(squares + (b**2).sum(axis=1) - 2 * wide @ b.T, 0)))
+        return _rounded(np.sqrt(np.maximum(squares + (b**2).sum(axis=1) - 2 * wide @ b.T, 0)) / unit) * unit
 
     return l2
 
@@ -352,7 +362,7 @@ def seconds_by_sql(connection: db.Connection, params: Params, vectors: FLOAT, k:
 
 def _alike(rows: Sequence[db.Row], found: Nearest) -> bool:
     """Keys may differ where distances do not: single precision sums in another order."""
-    expected = np.array([np.inf if np.isnan(row["distance"]) else row["distance"] for row in rows])
-    return len(rows) == len(found.keys) and bool(
-        np.allclose(expected, found.distances, RELATIVE_TOLERANCE, LEAST_TOLERANCE)
+    expected = np.array([row["distance"] for row in rows if not np.isnan(row["distance"])])
+    return len(expected) == len(found.keys) and bool(
+        np.allclose(expected, found.distances, RELATIVE_TOLERANCE, found.same)
     )

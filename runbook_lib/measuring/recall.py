@@ -6,7 +6,6 @@ before it counts. Fresh connections throughout: nothing prepared earlier can sli
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,8 +18,10 @@ from psycopg import sql
 from runbook_lib import db, search, tune
 from runbook_lib.checking import partitions
 from runbook_lib.gates import RunbookError
-from runbook_lib.measuring import evaluate, explain, replica
+from runbook_lib.measuring import evaluate, explain, found, replica
 from runbook_lib.measuring.evaluate import Query
+from runbook_lib.measuring.found import Nearest
+from runbook_lib.measuring.prepared import indexes_in
 from runbook_lib.names import identifier
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -36,12 +37,12 @@ TRIES_UNDER_LOCK = 5
 
 @dataclass(frozen=True)
 class Questions:
-    """Queries with their vectors, shape (n, dimension), and their exact answers."""
+    """Queries with their vectors, shape (n, dimension), and their exact answers, in the same order."""
 
     statement: sql.Composed
     queries: Sequence[Query]
     vectors: np.ndarray
-    exact: search.Answers
+    exact: Sequence[Nearest]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def questions(phase: Phase) -> Questions:
         if used := _indexes_used(connection, phase, all_rows, queries[0], vectors[0]):
             raise RuntimeError(f"the exact pass was planned with {used}; its answers would not be exact")
         exact = search.ask(connection, p, all_rows, queries, vectors, p.queries.k)
-    return Questions(statement, queries, vectors, exact)
+    return Questions(statement, queries, vectors, _nearest(phase, queries, exact))
 
 
 def through(
@@ -125,17 +126,18 @@ def as_the_application(phase: Phase, queries: Sequence[Query], vectors: np.ndarr
     exact = replica.again(p, exactly)
     with explain.as_the_application(phase) as connection:
         got = search.ask(connection, p, statement, queries, vectors, p.queries.k)
-    ids = [q.query_id for q in queries]
-    return evaluate.recall([exact.keys[i] for i in ids], [got.keys[i] for i in ids])
+    return found.recall(_nearest(phase, queries, exact), [got.rows(q.query_id) for q in queries])
+
+
+def _nearest(phase: Phase, queries: Sequence[Query], exact: search.Answers) -> list[Nearest]:
+    return [found.of_rows(exact.rows(q.query_id), phase.params.vector.distance) for q in queries]
 
 
 def _measured(index: str, asked: Questions, got: search.Answers) -> Measured:
-    ids = [q.query_id for q in asked.queries]
-    exact = [asked.exact.keys[i] for i in ids]
-    found = [got.keys[i] for i in ids]
-    short = sum(len(f) < len(e) for e, f in zip(exact, found, strict=True))
+    rows = [got.rows(q.query_id) for q in asked.queries]
     p50 = evaluate.latency(got.seconds)["p50_ms"]
-    return Measured(index, round(evaluate.recall(exact, found), 4), round(p50, 3), short, len(ids))
+    recall = round(found.recall(asked.exact, rows), 4)
+    return Measured(index, recall, round(p50, 3), found.short(asked.exact, rows), len(rows))
 
 
 def _uses(connection: db.Connection, phase: Phase, asked: Questions, index: str) -> bool:
@@ -149,14 +151,7 @@ def _indexes_used(
     values = dict.fromkeys(phase.params.target.filters) | {"query": query.text, "k": phase.params.queries.k}
     explained = sql.SQL("EXPLAIN (FORMAT JSON) {}").format(statement)
     row = connection.execute(explained, values | {"embedding": vector}, prepare=False).fetchone()
-    found: list[str] = []
-
-    def note(node: dict[str, Any]) -> dict[str, Any]:
-        found.extend([node["Index Name"]] if "Index Name" in node else [])
-        return node
-
-    json.loads(json.dumps(row["QUERY PLAN"] if row else []), object_hook=note)
-    return found
+    return indexes_in(row["QUERY PLAN"][0]["Plan"]) if row else []
 
 
 def _ask_without(
@@ -182,7 +177,7 @@ def _ask_without(
         answers = _in_time(phase, connection, look)
         if answers is None:
             return None
-        got = search.Answers(got.keys | answers.keys, got.seconds + answers.seconds, [])
+        got = search.Answers(got.keys | answers.keys, got.seconds + answers.seconds, [], got.scores | answers.scores)
     return got
 
 

@@ -16,7 +16,7 @@ import psycopg
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import backfill, db, forecast, index, schema, staging
+from runbook_lib import backfill, db, forecast, index, schema, staging, versions
 from runbook_lib.measuring.scratch import SEED, Place, timeout
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.phase import Phase
@@ -252,7 +252,8 @@ def _memory_a_row(phase: Phase, vectors: int) -> float | None:
             phase.connection.cancel()
 
     # With whole blocks, all of them are full when it runs out.
-    _settings(phase, f"{blocks * forecast.HNSW_BLOCK // 1024}kB", 0)
+    asked = blocks + versions.hnsw_blocks_held_back(phase.connection.info.server_version)
+    _settings(phase, f"{asked * forecast.HNSW_BLOCK // 1024}kB", 0)
     phase.connection.add_notice_handler(end)
     try:
         with phase.connection.transaction(force_rollback=True):

@@ -13,9 +13,9 @@ from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db, search
-from runbook_lib.measuring import evaluate
+from runbook_lib.measuring import evaluate, found
 from runbook_lib.measuring.evaluate import Query
-from runbook_lib.measuring.exact import Nearest
+from runbook_lib.measuring.found import Nearest
 from runbook_lib.names import identifier, indexed, names, operator_class
 from runbook_lib.params import Params
 from runbook_lib.params.data import MAX_INDEXED_DIMENSION
@@ -25,8 +25,6 @@ SQL = load("storage")
 
 # Passes over the queries that are timed, once one pass has warmed the cache.
 TIMED_PASSES = 3
-# Distances as near as the last exact one, up to this, count as found: single precision does not tell them apart.
-SAME_DISTANCE = 1e-5
 # The measure is nDCG@10.
 JUDGED_K = 10
 MOST_CANDIDATES = 1000
@@ -97,17 +95,17 @@ class Shape:
 def possible(params: Params) -> list[Shape]:
     """What an index on this column could hold, today's first where it is one of them."""
     d, method = params.vector.dimension, params.index.method
-    found: list[Shape] = []
+    shapes: list[Shape] = []
     if d <= MAX_INDEXED_DIMENSION[params.vector.type]:
-        found.append(Shape("vector", d, method))
+        shapes.append(Shape("vector", d, method))
     if params.vector.type == "vector" and d <= MAX_INDEXED_DIMENSION["halfvec"]:
-        found.append(Shape("halfvec", d, method))
+        shapes.append(Shape("halfvec", d, method))
         if params.storage.ivfflat and method != "ivfflat":
-            found.append(Shape("halfvec", d, "ivfflat"))
-    found.append(Shape("bit", d, method))
+            shapes.append(Shape("halfvec", d, "ivfflat"))
+    shapes.append(Shape("bit", d, method))
     parts = [d // n for n in (2, 4) if d >= 2 * n]
-    found += [Shape("first", part, method) for part in parts if part <= MAX_INDEXED_DIMENSION[params.vector.type]]
-    return sorted(found, key=lambda s: not is_todays(params, s))
+    shapes += [Shape("first", part, method) for part in parts if part <= MAX_INDEXED_DIMENSION[params.vector.type]]
+    return sorted(shapes, key=lambda s: not is_todays(params, s))
 
 
 def is_todays(params: Params, shape: Shape) -> bool:
@@ -164,8 +162,7 @@ def measure(
     for value in _settings(params, shape, rerank * k):
         _set(connection, search.SETTING[shape.method], str(value))
         answers, _ = _ask(connection, statement, asked, k)
-        recall = _recall(answers, asked)
-        short = sum(len(a) < len(e.keys) for a, e in zip(answers, asked.exact, strict=True))
+        recall, short = found.recall(asked.exact, answers), found.short(asked.exact, answers)
         if best is None or recall > best[0]:
             best = (recall, short, value)
         if recall >= target and not short:
@@ -209,7 +206,7 @@ def _set(connection: db.Connection, name: str, value: str) -> None:
     connection.execute(SQL["set"].compose({}), {"name": name, "value": value})
 
 
-Answers = list[list[tuple[str, float]]]
+Answers = list[found.Rows]
 
 
 def _ask(connection: db.Connection, statement: sql.Composed, asked: Asked, k: int) -> tuple[Answers, list[float]]:
@@ -223,19 +220,6 @@ def _ask(connection: db.Connection, statement: sql.Composed, asked: Asked, k: in
         seconds.append(time.perf_counter() - started)
         answers.append([(str(r["key"]), -r["score"]) for r in rows])
     return answers, seconds
-
-
-def _recall(answers: Answers, asked: Asked) -> float:
-    """recall@k, a mean over the queries; a row as near as the last exact one is as right as that."""
-    shares = []
-    for rows, exact in zip(answers, asked.exact, strict=True):
-        if not exact.keys:
-            continue
-        wanted, limit = set(exact.keys), exact.distances[-1]
-        limit += SAME_DISTANCE * max(1.0, abs(limit))
-        right = sum(key in wanted or distance <= limit for key, distance in rows)
-        shares.append(min(right, len(wanted)) / len(wanted))
-    return float(np.mean(shares)) if shares else 0.0
 
 
 def _relevance(

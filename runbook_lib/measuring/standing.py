@@ -11,8 +11,9 @@ import psycopg
 from pgvector.psycopg import register_vector
 
 from runbook_lib import db, search
-from runbook_lib.measuring import classes, exact, replica, sweep, together
+from runbook_lib.measuring import classes, exact, replica, together
 from runbook_lib.measuring.classes import Asked, FilterClass
+from runbook_lib.measuring.found import Nearest, mean, share
 from runbook_lib.phase import Phase
 
 NOT_LISTED = "values not listed"
@@ -85,9 +86,9 @@ def measure(phase: Phase, found: Sequence[FilterClass], questions: Sequence[Ques
                 values = empty | dict(question.allowed) | own
                 rows = connection.execute(statement, values, prepare=False).fetchall()
                 keys = [(str(row[phase.params.target.key]), -row["score"]) for row in rows]
-                shares.append(sweep.found_of(keys, question))
+                shares.append(share(question.exact, keys, question.own_key))
                 short += len(rows) < len(question.exact.keys)
-            result.append(Standing(of, sweep.mean(shares), len(mine), short))
+            result.append(Standing(of, mean(shares), len(mine), short))
     return result
 
 
@@ -98,7 +99,7 @@ def _with_exact_answers(
     allowed = [[c.allowed(c.values[i % len(c.values)]) for i in range(len(questions))] for c in found]
     keyed = [exact.Question(i, values) for mine in allowed for i, values in enumerate(mine)]
 
-    def look() -> list[exact.Nearest]:
+    def look() -> list[Nearest]:
         with replica.connect(phase, "exact") as connection, connection.transaction():
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             return exact.nearest(connection, phase.params, vectors, keyed, phase.params.queries.k)

@@ -17,6 +17,7 @@ from psycopg import sql
 from runbook_lib import db, search
 from runbook_lib.measuring import evaluate, replica
 from runbook_lib.measuring.classes import Asked
+from runbook_lib.measuring.found import mean, share
 from runbook_lib.measuring.prepared import reads_index
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -28,8 +29,6 @@ WARM_UP, EXPLAINED = 3, 3
 RESAMPLES, CONFIDENCE, SEED = 2_000, 0.95, 20260225
 # The normal distribution's quantile for that confidence, both sides.
 Z = 1.959964
-# Rows as near as the last exact one, up to this, count as found: single precision does not tell them apart.
-SAME_DISTANCE = 1e-5
 VECTOR_INDEX = "vector index"
 
 
@@ -118,7 +117,7 @@ def _measure(phase: Phase, connection: db.Connection, way: Way, asked: Sequence[
             seconds.append(time.perf_counter() - started)
             expected = len(question.exact.keys)
             returned, wanted, short = returned + len(rows), wanted + expected, short + (len(rows) < expected)
-            shares.append(found_of([(str(r["key"]), -r["score"]) for r in rows], question))
+            shares.append(share(question.exact, [(str(r["key"]), -r["score"]) for r in rows], question.own_key))
         buffers, plan = _explain(phase, connection, statement, asked[:EXPLAINED])
     times = evaluate.latency(seconds)
     answers = sum(len(q.exact.keys) for q in asked)
@@ -156,27 +155,10 @@ def _values(phase: Phase, question: Asked) -> dict[str, object]:
     return filters | dict(question.allowed) | own
 
 
-def found_of(rows: Sequence[tuple[str, float]], question: Asked) -> float:
-    """The share of the exact answers that were found; NaN where there is none to be found."""
-    wanted = {key for key in question.exact.keys if key != question.own_key}
-    if not wanted:
-        return math.nan
-    limit = question.exact.distances[-1]
-    limit += SAME_DISTANCE * max(1.0, abs(limit))
-    right = sum(key in wanted or distance <= limit for key, distance in rows if key != question.own_key)
-    return min(right, len(wanted)) / len(wanted)
-
-
-def mean(shares: Sequence[float]) -> float:
-    """Mean recall over the questions that have an answer to be found; 1.0 where none has."""
-    known = [s for s in shares if not math.isnan(s)]
-    return float(np.mean(known)) if known else 1.0
-
-
 def _worst(shares: Sequence[float], asked: Sequence[Asked]) -> float:
     by_value: dict[object, list[float]] = {}
-    for share, question in zip(shares, asked, strict=True):
-        by_value.setdefault(question.allowed, []).append(share)
+    for found, question in zip(shares, asked, strict=True):
+        by_value.setdefault(question.allowed, []).append(found)
     return min(mean(s) for s in by_value.values())
 
 
@@ -190,12 +172,12 @@ def interval(shares: Sequence[float], answers: int) -> tuple[float, float]:
     known = np.array([s for s in shares if not math.isnan(s)])
     if not len(known):
         return 0.0, 1.0
-    mean = float(known.mean())
+    middle = float(known.mean())
     drawn = known[np.random.default_rng(SEED).integers(0, len(known), (RESAMPLES, len(known)))].mean(axis=1)
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     n = max(answers, 1)
-    centre = (mean + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z * math.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+    centre = (middle + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * math.sqrt(middle * (1 - middle) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
     return min(float(low), centre - half), max(float(high), min(1.0, centre + half))
 
 

@@ -368,19 +368,22 @@ def _standing(phase: Phase) -> dict[str, Any] | None:
 
 
 def _extension_is_sound(phase: Phase) -> Gate:
-    found = db.rows(phase.connection, SQL["extension"], phase.params)
-    installed = found[0]["version"] if found else None
-    newest = versions.RELEASES[-1].version
-    mended = (
-        [f"{r.version}: {fix}" for r in versions.between(installed, newest) for fix in r.fixes] if installed else []
+    """Judged by what is in use here: what a later release mends of the other index method is no fault of this one."""
+    rows = db.rows(phase.connection, SQL["extension"], phase.params)
+    installed = rows[0]["version"] if rows else None
+    refused, told = (
+        versions.faults_in_use(installed, phase.params.index.method, is_32_bit=rows[0]["is_32_bit"])
+        if installed
+        else ([], [])
     )
     return gate(
         "watch.extension_has_no_known_fault",
-        installed is not None and not mended,
+        installed is not None and not refused,
         "vector",
-        found=installed or "not installed",
-        needed=f"{newest}, or one without faults that a later release mends",
-        danger="; ".join(mended) or "there is nothing to search with",
+        found=(installed or "not installed")
+        + (f"; update it at a quiet time, later releases mend {'; '.join(told)}" if told else ""),
+        needed=f"a release without a security fault that matters here and {versions.RELEASES[-1].version} mends",
+        danger="; ".join(refused) or "there is nothing to search with",
         do="install the server's package of the newer release, then ALTER EXTENSION vector UPDATE",
-        figures={"faults": len(mended)},
+        figures={"faults": len(refused), "mended_later": len(told)},
     )

@@ -54,5 +54,5 @@ SELECT coalesce((SELECT sum(pg_stat_get_numscans(o)) FROM unnest(%(oids)s::oid[]
        clock_timestamp()::text AS at, extract(epoch FROM clock_timestamp())::float8 AS at_s;
 
 -- name: extension
--- purpose: The installed release of pgvector.
-SELECT extversion AS version FROM pg_extension WHERE extname = 'vector';
+-- purpose: The installed release of pgvector, and whether the server is one of 32 bits.
+SELECT extversion AS version, version() LIKE '%%32-bit%%' AS is_32_bit FROM pg_extension WHERE extname = 'vector';

@@ -1,0 +1,91 @@
+"""Recall: the share of the exact answers that a search found. Every figure of recall in this project comes from here.
+
+A row as near as an exact answer is as right as that: which of several rows at one distance a search gives is chance,
+and no loss. It takes the place of one exact answer at that distance or farther, never of a nearer one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Keys as text, with their distances, nearest first; a distance that is not known is None.
+Rows = Sequence[tuple[str, float | None]]
+
+# Distances as near as this, for vectors at length 1, are the same: single precision does not tell them apart.
+SAME_DISTANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The k nearest rows of one question: keys as text, nearest first, and their distances.
+
+    matching: rows with a vector that the question's filters let through. same: how far apart two distances may be
+    and count as one. A row without a distance (a zero vector under cosine) is near nothing, and in no answer.
+    """
+
+    keys: tuple[str, ...]
+    distances: tuple[float, ...]
+    matching: int
+    same: float = SAME_DISTANCE
+
+
+def of_rows(rows: Rows, distance: str) -> Nearest:
+    """What exact SQL answered. distance: the kind, as the parameters have it."""
+    known = [(key, d) for key, d in rows if d is not None and math.isfinite(d)]
+    farthest = max((abs(d) for _, d in known), default=0.0)
+    # Both sides are of the server, which sums in one order: only the last digits differ, by how large they are.
+    same = SAME_DISTANCE * (1.0 if distance == "cosine" else farthest)
+    return Nearest(tuple(key for key, _ in known), tuple(d for _, d in known), len(known), same)
+
+
+def share(exact: Nearest, got: Rows, own_key: str | None = None) -> float:
+    """recall@k of one question: the share of the exact answers that were got, 0 to 1; order does not count.
+
+    got: at most k rows; a key that comes twice counts once. own_key: the row that the question was made from, which
+    every search finds and which counts on neither side. NaN where nothing was to be found.
+    """
+    answers: dict[str, float | None] = {}
+    for key, distance in got:
+        answers.setdefault(key, distance)
+    places = dict(zip(exact.keys, exact.distances, strict=True))
+    if own_key is not None and own_key in answers:
+        own = answers.pop(own_key)
+        if own_key not in places and own is not None and places and own <= exact.distances[-1] + exact.same:
+            # As near as the last exact answer, it took the place of that.
+            places.pop(exact.keys[-1])
+    if own_key is not None:
+        places.pop(own_key, None)
+    if not places:
+        return math.nan
+    left = sorted(d for key, d in places.items() if key not in answers)
+    others = sorted(d for key, d in answers.items() if key not in places and d is not None and not math.isnan(d))
+    filled = 0
+    for distance in left:
+        if filled < len(others) and others[filled] <= distance + exact.same:
+            filled += 1
+    return (len(places) - len(left) + filled) / len(places)
+
+
+def mean(shares: Sequence[float]) -> float:
+    """Mean over the questions that have an answer to be found; 1.0 for a filter value of which none was missed, since
+    it has none.
+    """
+    known = [s for s in shares if not math.isnan(s)]
+    return float(np.mean(known)) if known else 1.0
+
+
+def recall(exact: Sequence[Nearest], got: Sequence[Rows]) -> float:
+    """recall@k of a whole target, a mean over the same questions in the same order; never perfect by emptiness: 0.0
+    where no question has an answer at all. Raises ValueError on different lengths.
+    """
+    shares = [share(e, g) for e, g in zip(exact, got, strict=True)]
+    return 0.0 if all(map(math.isnan, shares)) else mean(shares)
+
+
+def short(exact: Sequence[Nearest], got: Sequence[Rows]) -> int:
+    """Questions that were answered with fewer rows than there are."""
+    return sum(len({key for key, _ in g}) < len(e.keys) for e, g in zip(exact, got, strict=True))
