@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def embed_finer(texts: list[str]) -> np.ndarray:
 def embed_otherwise(texts: list[str]) -> np.ndarray:
     """Another model of the same dimension: the eight buckets in another order, so that no vector means the same."""
     return embed(texts)[:, ::-1]
+
+
+def nearest(text: str, model: Callable[[list[str]], np.ndarray] = embed) -> set[int]:
+    """The rows that are nearest to a text, all of one distance."""
+    texts = [f"{s} {v}\nthe {s} {v} {p}" for s in SUBJECTS for v in VERBS for p in PLACES]
+    near = model(texts) @ model([text])[0]
+    return {int(i) + 1 for i in np.flatnonzero(near >= near.max() - 1e-6)}
 
 
 def create_articles(connection: psycopg.Connection[Any], *, trigram: bool = True) -> None:
