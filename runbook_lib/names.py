@@ -120,6 +120,8 @@ def names(params: Params) -> dict[str, sql.Composable]:
     be searched, and ``{with_vectors}`` every row of the target, both with alias ``t`` for the target;
     ``{row_embedding}``, ``{row_embedding_hash}`` and ``{row_embedding_updated_at}`` are that row's.
 
+    ``{counted}`` is the ledger's rows that open phases and seal records: those that its owner's role wrote.
+
     ``{distance}`` is the operator of the vectors. What the index holds may be smaller: ``{indexed}`` is its column
     or expression, ``{row_indexed}`` the same of a row above, ``{index_distance}`` the operator that it serves.
     """
@@ -153,6 +155,9 @@ def names(params: Params) -> dict[str, sql.Composable]:
         ),
         "ledger": identifier(ledger),
         "entry": identifier(ledger, "entry"),
+        "counted": _counted(ledger),
+        "chain_lock": identifier(ledger, "chain_lock"),
+        "claims": identifier(ledger, "claims"),
         "route": identifier(ledger, "route"),
         "strategy": identifier(ledger, "strategy"),
         "staging": identifier(ledger, f"{target.name}_staging"),
@@ -172,6 +177,19 @@ def names(params: Params) -> dict[str, sql.Composable]:
         "target_name": sql.Literal(target.name),
         **_where_vectors_stand(params),
     }
+
+
+def _counted(ledger: str) -> sql.Composed:
+    """The rows of the ledger that its owner, or a member of that role, has written, as a sub-select without alias.
+
+    The trigger marks each row as it is written; of a row that an earlier release wrote the writer's role of today is
+    asked, and one that is no role any more does not count.
+    """
+    return sql.SQL(
+        "(SELECT e.* FROM {entry} e WHERE coalesce(e.by_owner, EXISTS ("
+        "SELECT FROM pg_catalog.pg_roles r, pg_catalog.pg_class c WHERE r.rolname = e.written_by"
+        " AND c.oid = pg_catalog.to_regclass({spelled}) AND pg_catalog.pg_has_role(r.oid, c.relowner, 'MEMBER'))))"
+    ).format(entry=identifier(ledger, "entry"), spelled=sql.Literal(sql.Identifier(ledger, "entry").as_string()))
 
 
 def _where_vectors_stand(params: Params) -> dict[str, sql.Composable]:

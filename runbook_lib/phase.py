@@ -263,6 +263,8 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     run_id = run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-by-hand-{uuid.uuid4().hex[:4]}"
     ledger = Ledger(db.connect(params, f"runbook {run_id} {name} ledger"), params, run_id, name)
     kernel.hold(ledger.connection)
+    if carry_out:
+        ledger.bring_up_to_date()
     if carry_out and name not in RUNS_BESIDE:
         claim.take_for_notebook(ledger.connection, params, run_id)
     phase = Phase(name, run_id, carry_out, params, db.connect(params, f"runbook {run_id} {name}"), ledger)

@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import params
+from runbook_lib import ledger, params
 from runbook_lib.commands.cli import main
-from runbook_lib.gates import BadInput, NotApproved
+from runbook_lib.gates import BadInput, GateFailed, NotApproved
 from runbook_lib.phase import MIGRATE, UNDO, Phase
 from runbook_lib.phases import OPERATE, UNDO_OPERATION
 from runbook_lib.running import approval, plans
@@ -25,13 +25,14 @@ from tests.conftest import DSN_ENV, write_params
 
 PHASE = "30_expand_schema"
 WAITING = {"approval": {"phases": [PHASE]}}
-SCHEMA = "USAGE ON SCHEMA runbook"
+SCHEMA, SELECT = "USAGE ON SCHEMA runbook", "SELECT ON runbook.entry"
+EXECUTE = "EXECUTE ON FUNCTION runbook.sign_off"
 BEFORE = MIGRATE[: MIGRATE.index(PHASE)]
 
 
 @pytest.fixture
 def approver(database: str) -> Iterator[str]:
-    """A role of its own that may read and write the ledger, and nothing else."""
+    """A role of its own that may read the ledger and sign, and nothing else."""
     name = f"approver_{abs(hash(database)):x}"
     role = sql.Identifier(name)
     with psycopg.connect(database, autocommit=True) as admin:
@@ -43,7 +44,7 @@ def approver(database: str) -> Iterator[str]:
 
 
 def grant(connection: psycopg.Connection[Any], name: str, *rights: str) -> None:
-    for right in rights or (SCHEMA, "SELECT, INSERT ON runbook.entry"):
+    for right in rights or (SCHEMA, SELECT, EXECUTE):
         connection.execute(sql.SQL(f"GRANT {right} TO {{}}").format(sql.Identifier(name)))
 
 
@@ -144,17 +145,74 @@ def test_an_approval_by_who_runs_the_phase_does_not_count(waiting: Phase) -> Non
 
 
 def test_who_proved_the_evidence_cannot_approve_what_rests_on_it(
-    waiting: Phase, approve: Callable[..., Result], approver: str, database: str
+    waiting: Phase, approve: Callable[..., Result], approver: str, articles: psycopg.Connection[Any], database: str
 ) -> None:
+    """A member of the role that owns the ledger, who has run the phase before."""
+    articles.execute(sql.SQL("ALTER ROLE {} SUPERUSER").format(sql.Identifier(approver)))
     with psycopg.connect(make_conninfo(database, user=approver), autocommit=True) as connection:
-        connection.execute(
-            "INSERT INTO runbook.entry (target, run_id, phase, kind, body)"
-            " VALUES ('articles', 'r', %s, 'phase', '{\"verdict\": \"PASS\"}')",
-            [BEFORE[-1]],
-        )
+        connection.execute(FORGED, [BEFORE[-1]])
     refusal(waiting)
     result = approve(approver, "--yes")
     assert f"found   {approver} ran {BEFORE[-1]}, which this sign-off rests on" in result.stderr
+
+
+FORGED = (
+    "INSERT INTO runbook.entry (target, run_id, phase, kind, body)"
+    " VALUES ('articles', 'r', %s, 'phase', '{\"verdict\": \"PASS\"}')"
+)
+
+
+def test_an_approver_can_write_nothing_but_sign_offs(
+    waiting: Phase, articles: psycopg.Connection[Any], approver: str, database: str
+) -> None:
+    later = MIGRATE[MIGRATE.index(PHASE) + 1]
+    with psycopg.connect(make_conninfo(database, user=approver), autocommit=True) as attacker:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for table entry"):
+            attacker.execute(FORGED, [PHASE])
+        for table in ("entry", "claims", "chain_lock"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege), attacker.transaction():
+                attacker.execute(f"LOCK TABLE runbook.{table} IN ROW EXCLUSIVE MODE")  # type: ignore[arg-type]
+        # The rights that an earlier release asked for, and whatever else somebody grants on the table.
+        grant(articles, approver, "ALL ON runbook.entry")
+        for kind in ("phase", "gate", "run", "notebook", "record", "request", "approval"):
+            with pytest.raises(
+                psycopg.errors.InsufficientPrivilege, match="takes rows from its owner postgres alone"
+            ):
+                attacker.execute(FORGED.replace("'phase'", f"'{kind}'"), [PHASE])  # type: ignore[arg-type]
+        with pytest.raises(psycopg.errors.RaiseException, match="asks for no sign-off"):
+            attacker.execute("SELECT runbook.sign_off(1, '{}', '')")
+        with pytest.raises(psycopg.errors.RaiseException, match="sign-off of something else"):
+            attacker.execute("SELECT runbook.sign_off(max(seq), '{}', '') FROM runbook.entry")
+    assert waiting.ledger.phase_verdict(PHASE) == "NOT RUN"
+    with pytest.raises(GateFailed):
+        replace(waiting, name=later, ledger=replace(waiting.ledger, phase=later)).require()
+
+
+def test_a_row_that_somebody_else_got_in_all_the_same_counts_for_nothing_and_is_named(
+    waiting: Phase, articles: psycopg.Connection[Any], approver: str, database: str
+) -> None:
+    """As in a ledger of an earlier release, whose approvers could insert."""
+    grant(articles, approver, "INSERT ON runbook.entry")
+    articles.execute("DROP TRIGGER chain ON runbook.entry")
+    columns = (
+        "INSERT INTO runbook.entry"
+        " (seq, written_at, written_by, previous_hash, hash, target, run_id, phase, kind, body)"
+    )
+    row = (
+        f"VALUES (99, now(), '{approver}', '', '', 'articles', 'r', '{PHASE}', 'phase', '{{\"verdict\": \"PASS\"}}')"
+    )
+    with psycopg.connect(make_conninfo(database, user=approver), autocommit=True) as attacker:
+        attacker.execute(f"{columns} {row}")  # type: ignore[arg-type]
+    assert waiting.ledger.phase_verdict(PHASE) == "NOT RUN"
+    assert waiting.ledger.last_row(PHASE)["kind"] == "request"  # type: ignore[index]
+    found = ledger.only_the_owner_wrote(waiting.ledger.connection, waiting.params)
+    assert str(found) == (
+        "FAIL    ledger.only_its_owner_wrote   runbook.entry\n"
+        f"  found   row 99 (phase of {PHASE}) by {approver}\n"
+        "  needed  rows of the role that owns the ledger alone\n"
+        "  danger  somebody tried to open a phase or to forge a record; these rows count for nothing\n"
+        '  do      ask who wrote them; REVOKE INSERT ON "runbook"."entry" from everybody but its owner'
+    )
 
 
 def test_what_is_left_of_an_approved_plan_is_approved(
@@ -215,10 +273,10 @@ def test_a_phase_taken_back_needs_a_new_approval(
     [
         (
             (),
-            "USAGE, SELECT, INSERT",
-            ("USAGE ON SCHEMA runbook", "SELECT ON runbook.entry", "INSERT ON runbook.entry"),
+            "USAGE, SELECT, EXECUTE",
+            (SCHEMA, SELECT, EXECUTE),
         ),
-        ((SCHEMA, "SELECT ON runbook.entry"), "INSERT", ("INSERT ON runbook.entry",)),
+        ((SCHEMA, SELECT), "EXECUTE", (EXECUTE,)),
     ],
 )
 def test_missing_rights_are_named_with_their_grants(
@@ -238,7 +296,7 @@ def test_missing_rights_are_named_with_their_grants(
     assert result.stderr == (
         f"FAIL    approval.rights_are_there   {approver} on runbook.entry\n"
         f"  found   {missing} missing\n"
-        "  needed  USAGE on the schema, SELECT and INSERT on the table\n"
+        "  needed  USAGE on the schema, SELECT on the table, EXECUTE on sign_off\n"
         "  danger  the request cannot be read, or the approval not be written\n"
         f"  do      let the ledger's owner run: {'; '.join(f'GRANT {g} TO {approver}' for g in grants)}\n"
     )

@@ -171,7 +171,8 @@ def test_a_phase_waits_for_its_sign_off_and_is_carried_out_after_it(
     articles.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
     try:
         articles.execute(sql.SQL("GRANT USAGE ON SCHEMA runbook TO {}").format(role))
-        articles.execute(sql.SQL("GRANT SELECT, INSERT ON runbook.entry TO {}").format(role))
+        articles.execute(sql.SQL("GRANT SELECT ON runbook.entry TO {}").format(role))
+        articles.execute(sql.SQL("GRANT EXECUTE ON FUNCTION runbook.sign_off TO {}").format(role))
         p = params.load(write_params(tmp_path, **waiting))
         with monkeypatch.context() as patch:
             patch.setenv(DSN_ENV, make_conninfo(database, user=name))

@@ -8,6 +8,7 @@ import psycopg
 
 from runbook_lib import db
 from runbook_lib.gates import Gate, gate
+from runbook_lib.ledger import Ledger
 from runbook_lib.names import side_table_name, spelled, vectors_stand_beside
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -72,7 +73,9 @@ def _side_table(connection: db.Connection, params: Params) -> Gate:
 def _made_by_runbook(connection: db.Connection, params: Params, made: str, dropped: str) -> bool:
     """Does the ledger have the statement that made it, and none after it that took it away?"""
     try:
+        if not Ledger(connection, params, "", "").exists():
+            return False
         return bool(db.one(connection, SQL["made_by_runbook"], params, made=made, dropped=dropped)["made"])
-    except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
-        # No ledger, or one that this role cannot read, which a gate of its own says.
+    except psycopg.errors.InsufficientPrivilege:
+        # A ledger that this role cannot read, which a gate of its own says.
         return False

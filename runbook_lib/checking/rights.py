@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runbook_lib import db
-from runbook_lib.gates import Gate, gate
+from runbook_lib.gates import BadInput, Gate, gate
+from runbook_lib.ledger import may_not_write, require_ours
 from runbook_lib.names import spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -19,19 +20,17 @@ def check(connection: db.Connection, params: Params, server: db.Row, table: db.R
     server, table: the rows of the same names in ``inputs.sql``.
     """
     p, role = params, server["quoted_role"]
-    ledger, entry = p.ledger.schema_, spelled(p, "entry")
     may = db.one(
         connection,
         SQL["rights"],
         p,
         schema=p.target.schema_,
-        ledger=ledger,
-        entry=entry,
+        ledger=p.ledger.schema_,
         oid=table["oid"],
         grant_to=p.search.grant_to,
     )
     yield from _on_target(params, role, table, may)
-    yield from _on_ledger(server, role, ledger, entry, may)
+    yield from _on_ledger(connection, params, server, may)
     yield from _on_server(server, role, may)
 
 
@@ -74,7 +73,12 @@ def _on_target(params: Params, role: str, table: db.Row, may: db.Row) -> Iterato
         )
 
 
-def _on_ledger(server: db.Row, role: str, ledger: str, entry: str, may: db.Row) -> Iterator[Gate]:
+def _on_ledger(connection: db.Connection, params: Params, server: db.Row, may: db.Row) -> Iterator[Gate]:
+    role, ledger = server["quoted_role"], params.ledger.schema_
+    try:
+        require_ours(connection, params)
+    except BadInput as error:
+        yield from error.problems
     ledger_grant = (
         f"GRANT USAGE, CREATE ON SCHEMA {may['quoted_ledger']} TO {role};"
         if may["ledger_there"]
@@ -90,14 +94,7 @@ def _on_ledger(server: db.Row, role: str, ledger: str, entry: str, may: db.Row) 
         ledger_grant,
     )
     if not may["may_write_ledger"]:
-        yield _right(
-            "inputs.may_write_ledger",
-            False,
-            entry,
-            f"{role} may not read or add rows",
-            "SELECT and INSERT on the ledger",
-            f"GRANT SELECT, INSERT ON {entry} TO {role};",
-        )
+        yield may_not_write(connection, params)
     if may["without_ledger"]:
         callers = ", ".join(may["without_ledger"])
         yield gate(

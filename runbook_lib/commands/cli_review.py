@@ -26,7 +26,9 @@ def approve(params_file: Path, phase: str, reason: str, yes: bool) -> None:
     \b
     By another database user than the one that ran it. The approver needs, on the ledger's schema:
       GRANT USAGE ON SCHEMA runbook TO approver;
-      GRANT SELECT, INSERT ON runbook.entry TO approver;
+      GRANT SELECT ON runbook.entry TO approver;
+      GRANT EXECUTE ON FUNCTION runbook.sign_off TO approver;
+    They let it sign, and write nothing else.
     """
     with plain_errors():
         params = params_module.load(params_file)

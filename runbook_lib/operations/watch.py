@@ -15,7 +15,7 @@ from runbook_lib import compare, db, forecast, index, search, versions
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
-from runbook_lib.ledger import Ledger
+from runbook_lib.ledger import Ledger, only_the_owner_wrote
 from runbook_lib.measuring import drift, evaluate, explain, recall, replica, standing
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.prepared import vector_indexes
@@ -62,6 +62,7 @@ def check(params: Params) -> Gates:
 
 
 def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
+    yield only_the_owner_wrote(phase.ledger.connection, phase.params)
     yield _route_is_as_set(phase)
     yield from (g for g in index.verify(phase) if g.name in STANDING_INDEX_GATES)
     if vector_indexes(phase.connection, phase.params):

@@ -18,7 +18,7 @@ import nbformat
 
 from runbook_lib import db
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, gate
-from runbook_lib.ledger import Ledger, verify_chain
+from runbook_lib.ledger import Ledger, only_the_owner_wrote, verify_chain
 from runbook_lib.params import Params
 from runbook_lib.running import manifest as manifests
 from runbook_lib.running.manifest import Manifest, PhaseRun
@@ -65,8 +65,9 @@ def check(params: Params, run_id: str, head: str = "") -> Gates:
         if not entries:
             raise BadInput([_no_such_run(params, run_id)])
         chain = verify_chain(connection, params)
+        owner = only_the_owner_wrote(connection, params)
         hashes = {e["hash"] for e in ledger.entries()}
-    gates = [chain, *_heads(folder, hashes, head)]
+    gates = [chain, owner, *_heads(folder, hashes, head)]
     noted = {e["phase"]: e["body"] for e in entries if e["kind"] == "notebook"}
     names = noted.keys() | {p.stem for p in folder.glob("*.ipynb")}
     gates += [_notebook(folder / f"{name}.ipynb", run_id, noted.get(name)) for name in sorted(names)]

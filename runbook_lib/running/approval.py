@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from psycopg.types.json import Jsonb
 
 from runbook_lib import db
 from runbook_lib.display import Table
@@ -27,8 +28,9 @@ from runbook_lib.sql import load
 if TYPE_CHECKING:
     from runbook_lib.phase import Phase
 
-SQL = load("approval")
-RIGHTS = ("USAGE", "SELECT", "INSERT")
+SQL, LEDGER = load("approval"), load("ledger")
+# What an approver needs, and on what: no right to write anything but sign-offs.
+RIGHTS = {"USAGE": "SCHEMA {schema}", "SELECT": "{schema}.entry", "EXECUTE": "FUNCTION {schema}.sign_off"}
 
 # Sections that say how a run is run, and where, not what it does: the approver's own may differ.
 NOT_APPROVED = {"connection", "approval", "run", "notify", "record", "locks"}
@@ -189,13 +191,13 @@ def pending(connection: db.Connection, params: Params, phase: str) -> Pending:
 
 
 def approve(connection: db.Connection, params: Params, shown: Pending, reason: str) -> None:
-    """Writes the approval of what was shown."""
-    ledger = Ledger(connection, params, f"approval-of-row-{shown.request}", shown.phase)
+    """Writes the approval of what was shown, through the one function that others than the owner may call."""
+    values = {"request": shown.request, "bound": Jsonb(_bound(shown.asked)), "reason": reason}
     try:
-        ledger.append("approval", _bound(shown.asked) | {"reason": reason, "request": shown.request})
-    except psycopg.errors.InsufficientPrivilege as error:
+        db.one(connection, LEDGER["sign_off"], params, **values)
+    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.RaiseException) as error:
         raise RunbookError(
-            " ".join(str(error).split()), "a row in the ledger", "nothing was approved", "ask its owner for the right"
+            str(error.diag.message_primary), "a sign-off in the ledger", "nothing was approved", "see there"
         ) from error
 
 
@@ -206,10 +208,7 @@ def _require_rights(connection: db.Connection, params: Params) -> None:
         raise _refused("", f"there is no ledger in schema {schema}", "a run that was carried out here")
     user = rights["session_user"]
     if missing := [right for right in RIGHTS if not rights[right]]:
-        grants = "; ".join(
-            f"GRANT {right} ON {f'SCHEMA {schema}' if right == 'USAGE' else f'{schema}.entry'} TO {user}"
-            for right in missing
-        )
+        grants = "; ".join(f"GRANT {right} ON {RIGHTS[right].format(schema=schema)} TO {user}" for right in missing)
         raise BadInput(
             [
                 Gate(
@@ -217,7 +216,7 @@ def _require_rights(connection: db.Connection, params: Params) -> None:
                     Verdict.FAIL,
                     f"{user} on {schema}.entry",
                     f"{', '.join(missing)} missing",
-                    "USAGE on the schema, SELECT and INSERT on the table",
+                    "USAGE on the schema, SELECT on the table, EXECUTE on sign_off",
                     "the request cannot be read, or the approval not be written",
                     f"let the ledger's owner run: {grants}",
                 )

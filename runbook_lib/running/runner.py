@@ -82,6 +82,9 @@ def run(
     """
     say = say or _to_standard_error
     params = params_module.load(params_file)
+    if execute:
+        with db.connect(params, "runbook-runner") as connection:
+            Ledger(connection, params, "", "").bring_up_to_date()
     selection.check(params, way, first, last)
     chosen = selection.chosen(params, way, first, last, execute, say)
     if not chosen:

@@ -41,5 +41,5 @@ FROM {table} t WHERE t.{key}::text = ANY (%(keys)s);
 -- purpose: The marks that people gave in the notebook, the newest for each query and row.
 SELECT DISTINCT ON (body ->> 'query_id', body ->> 'key')
        body ->> 'query_id' AS query_id, body ->> 'key' AS key, (body ->> 'relevance')::int AS relevance
-FROM {entry} WHERE target = {target_name} AND kind = 'judgement'
+FROM {counted} e WHERE target = {target_name} AND kind = 'judgement'
 ORDER BY body ->> 'query_id', body ->> 'key', seq DESC;

@@ -3,7 +3,7 @@
 -- name: built
 -- purpose: When the build of the index began, and of how many rows its lists were made.
 SELECT written_at - make_interval(secs => (body->>'seconds')::float8) AS began_at, (body->>'rows')::bigint AS rows
-FROM {entry}
+FROM {counted} e
 WHERE target = {target_name} AND kind = 'index' AND body->>'method' = 'ivfflat' AND body ? 'seconds'
 ORDER BY seq DESC LIMIT 1;
 

@@ -38,7 +38,7 @@ SELECT EXISTS (SELECT FROM pg_settings WHERE name = %(setting)s AND vartype = 'e
 -- purpose: Did the runbook install it for this target, and not remove it since?
 SELECT coalesce(max(seq) FILTER (WHERE body->>'name' = 'extension.create'), 0)
      > coalesce(max(seq) FILTER (WHERE body->>'name' = 'extension.drop'), 0) AS installed
-FROM {entry} WHERE target = {target_name} AND kind = 'statement';
+FROM {counted} e WHERE target = {target_name} AND kind = 'statement';
 
 -- name: users
 -- purpose: What outside the extension uses its types, operators or functions: columns, functions, indexes.

@@ -55,7 +55,7 @@ WHERE i.indrelid = %(oid)s AND i.indisunique AND i.indisvalid AND i.indimmediate
 SELECT coalesce(max(seq) FILTER (WHERE kind = 'statement' AND body->>'name' = %(made)s), 0)
      > coalesce(max(seq) FILTER (WHERE (kind = 'statement' AND body->>'name' = %(dropped)s)
         OR (kind = 'phase' AND phase = '30_expand_schema' AND body->>'verdict' = 'UNDONE')), 0) AS made
-FROM {entry} WHERE target = {target_name};
+FROM {counted} e WHERE target = {target_name};
 
 -- name: unknown_roles
 -- purpose: Roles that the function is to be granted to and that do not exist.

@@ -42,7 +42,7 @@ SELECT count(*)::int AS standbys FROM pg_stat_replication WHERE state IS DISTINC
 
 -- name: earlier_look
 -- purpose: The newest look from before a time.
-SELECT body FROM {entry}
+SELECT body FROM {counted} e
 WHERE target = {target_name} AND kind = 'retire_look' AND (body->>'at_s')::float8 <= %(before)s
 ORDER BY seq DESC LIMIT 1;
 
