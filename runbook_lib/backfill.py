@@ -58,8 +58,10 @@ def apply(phase: Phase) -> Table:
         return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
     choice, outcome = move_staged(phase)
     phase.do(_clear_textless(phase))
-    drained = refresh.drain(phase)
     phase.do(db.statement(SQL["analyze"], phase.params))
+    # Last, so that what is judged is what was written before it; writers never stop.
+    phase.note("drain", db.one(phase.connection, SQL["drain_begins"], phase.params))
+    drained = refresh.drain(phase)
     return _shown(choice, outcome, drained)
 
 
@@ -254,12 +256,19 @@ def _nothing_to_help_with(target: str) -> Gate:
 
 
 def verify(phase: Phase) -> Gates:
-    """missing = 0 and stale = 0, counted by the database over the texts as they are now."""
+    """missing = 0 and stale = 0, counted by the database over the texts as they are now.
+
+    What was written since the last drain began waits in the queue, and is not counted: where writers never stop there
+    is always some of it.
+    """
     p = phase.params
-    left = db.one(phase.connection, SQL["left"], p)
+    drain = phase.ledger.latest("drain", phase.name) or {"began": None, "oldest": None}
+    left = db.one(phase.connection, SQL["left"], p, **drain)
     queued = db.one(phase.connection, SQL["queued"], p)
     table = f"{p.target.schema_}.{p.target.table}"
     waiting = f"; {refresh.waiting(phase)}" if queued["rows"] else ""
+    if left["newer"]:
+        waiting = f"; {number(left['newer'])} were written since the last drain began{waiting}"
     return collect(
         [
             gate(
@@ -270,7 +279,7 @@ def verify(phase: Phase) -> Gates:
                 needed="0",
                 danger="the new search never finds these rows",
                 do="run 40_load_embeddings and this phase again; both go on where they were",
-                figures={"missing": left["missing"], "with_text": left["with_text"], "queued": queued["rows"]},
+                figures={key: left[key] for key in ("missing", "with_text", "newer")} | {"queued": queued["rows"]},
             ),
             gate(
                 "backfill.nothing_is_stale",

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from pgvector import HalfVector
@@ -20,6 +21,7 @@ from pgvector.psycopg import register_vector
 from runbook_lib import db, staging
 from runbook_lib.checking import citus
 from runbook_lib.display import Table, duration, number
+from runbook_lib.filling.pace import Pace
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import changing, names, spelled, vectors_stand_beside
 from runbook_lib.phase import Phase
@@ -29,6 +31,8 @@ from runbook_lib.vectors import embed, masking
 SQL = load("refresh")
 # Class of the advisory locks by which workers show that they live: "rbrf" in ASCII.
 LOCK_CLASS = 0x72627266
+# Rows of the first transaction of a drain: with a vector index on the table a row may take milliseconds.
+FIRST_ROWS = 20
 # A worker that is alive but stands still, stopped by a debugger for instance, loses its claims after this long.
 LEASE_S = 900
 
@@ -70,6 +74,8 @@ class _Worker:
     masked: Counter[str] = field(default_factory=Counter)
     # Changes whose row somebody held when it was their turn, with the row's key.
     put_off: dict[int, Any] = field(default_factory=dict)
+    # How many rows a transaction takes, kept up to date by what the last one took.
+    pace: list[Pace] = field(default_factory=list)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -195,12 +201,43 @@ def _refresh(worker: _Worker, claimed: Sequence[db.Row]) -> Drained:
     ]
     gone = [{"key": r["key"]} for r in rows if not r["has_text"]]
     rest = {key: ids[key] for key in ids if key not in failed}
-    (updated, held), _ = db.in_short_tries(
-        connection, p, "refresh.update", SQL["update"].lock, lambda: _write(worker, values, gone, rest)
-    )
+    updated, held = _write_in_turn(worker, values, gone, rest)
     _put_off(worker, {i: key for key in held for i in ids[key]})
     refused = sum(_fail(worker, ids[key], error) for key, error in failed.items())
     return Drained(sum(len(ids[key]) for key in rest if key not in held), updated, refused)
+
+
+def _write_in_turn(
+    worker: _Worker, values: Sequence[dict[str, Any]], gone: Sequence[dict[str, Any]], ids: dict[Any, list[int]]
+) -> tuple[int, set[Any]]:
+    """Writes a batch in transactions as short as those of the backfill, whatever a row costs here.
+
+    Returns rows given a vector, and the keys of those that somebody holds.
+    """
+    b = worker.phase.params.backfill
+    pace = worker.pace.pop() if worker.pace else Pace(FIRST_ROWS, b.batch_ms / 1000, b.most_batch_rows)
+    given, empty = {v["key"]: v for v in values}, {v["key"]: v for v in gone}
+    keys, updated, held = list(ids), 0, set[Any]()
+    while keys:
+        now, keys = keys[: pace.rows], keys[pace.rows :]
+        began = time.perf_counter()
+        (rows, of_others), _ = db.in_short_tries(
+            worker.phase.connection,
+            worker.phase.params,
+            "refresh.update",
+            SQL["update"].lock,
+            partial(
+                _write,
+                worker,
+                [given[key] for key in now if key in given],
+                [empty[key] for key in now if key in empty],
+                {key: ids[key] for key in now},
+            ),
+        )
+        pace = pace.after(len(now), time.perf_counter() - began)
+        updated, held = updated + rows, held | of_others
+    worker.pace.append(pace)
+    return updated, held
 
 
 def _write(

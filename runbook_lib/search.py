@@ -25,6 +25,9 @@ from runbook_lib.sql import load
 
 SQL = load("search")
 
+# Rows that a call gets which does not say how many, or says NULL.
+DEFAULT_K = 10
+
 Route = Literal["legacy", "vector", "hybrid"]
 # How the nearest rows are found. index: in the order in which the index gives them. relaxed: the same, sorted
 # afterwards, as an index that holds less than the vectors always needs. exact: by the full vectors, among all rows
@@ -138,7 +141,7 @@ def _function_names(phase: Phase, retired: bool | None = None) -> dict[str, sql.
     arguments = [
         sql.SQL("query_text text"),
         sql.SQL("query_embedding real[] DEFAULT NULL"),
-        sql.SQL("k integer DEFAULT 10"),
+        sql.SQL("k integer DEFAULT {}").format(sql.Literal(DEFAULT_K)),
         *(
             sql.SQL("{} {} DEFAULT NULL").format(identifier(f"filter_{c}"), kind)
             for c, kind in zip(p.target.filters, filter_types, strict=True)
@@ -155,6 +158,14 @@ def _function_names(phase: Phase, retired: bool | None = None) -> dict[str, sql.
         # Made again, the function would lose what 70_tune gave it.
         "kept_settings": _set_clauses(carried_settings(phase)),
         "choose_way": _choose_way(p),
+        "default_k": sql.Literal(DEFAULT_K),
+        "refuse_vector": SQL["refuse_vector"].compose(
+            {
+                "dimension": sql.Literal(p.vector.dimension),
+                # Under l2 a vector of zeros is a place like any other.
+                "refuses_zero": sql.Literal(p.vector.distance != "l2"),
+            }
+        ),
         "vector_query": _as_literal(phase, "vector"),
         "vector_relaxed_query": _as_literal(phase, "vector", "relaxed"),
         "vector_exact_query": _as_literal(phase, "vector", "exact"),

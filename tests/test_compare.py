@@ -192,3 +192,66 @@ def test_relevance_is_that_of_the_judgements(tuned: Callable[..., Phase]) -> Non
     judged = [json.loads(line) for line in phase.params.queries.judgements.read_text().splitlines()]  # type: ignore[union-attr]
     assert set(result["legacy"]["per_query"]) == {j["query_id"] for j in judged} == {q.query_id for q in queries}
     assert result["legacy"]["nDCG@10"] == 1.0, "every judged row holds the words of its query"
+
+
+def test_legacy_is_asked_once_a_query_and_what_the_baseline_knows_is_not_asked_again(
+    open_phase: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = open_phase("80_shadow")
+    legacy, asked = search.legacy_statement(phase.params).as_string(), list[str]()
+    real = search.ask
+
+    def ask(connection: Any, params: Any, statement: Any, queries: Any, vectors: Any, k: int) -> search.Answers:
+        if statement.as_string() == legacy:
+            asked.extend(q.query_id for q in queries)
+        return real(connection, params, statement, queries, vectors, k)
+
+    monkeypatch.setattr(search, "ask", ask)
+    for module in (search, extension, schema, staging, backfill, index, tune):
+        module.apply(phase)
+    compare.baseline(phase)
+    assert compare.verify_baseline(phase).passed
+    assert len(asked) == len(set(asked)) == 40, "for answers, times and relevance together"
+    asked.clear()
+    compare.shadow(phase)
+    assert len(asked) == len(set(asked)) == phase.params.queries.sample == 20, "the timed ones, beside the others"
+    compare.judge(phase, "q00", "7", 1)
+    asked.clear()
+    compare.shadow(phase)
+    assert len(asked) == len(set(asked)) == 40, "judged otherwise, its relevance is another"
+
+
+def test_a_slow_legacy_search_is_given_its_time_and_not_more(
+    open_phase: Open, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = "SELECT id FROM articles, pg_sleep(0.1) WHERE body ILIKE '%' || :query || '%' ORDER BY id LIMIT :k"
+    phase = open_phase("10_baseline", legacy={"query": query}, queries={"baseline_minutes": 0.02})
+    search.apply(phase)
+    compare.baseline(phase)
+    said = capsys.readouterr().out
+    recorded = phase.ledger.latest("baseline") or {}
+    assert "  40 legacy calls, about " in said and "were not asked: the time was up" in said
+    assert 3 <= len(recorded["per_query"]) < 13 and len(recorded["left"]) + len(recorded["per_query"]) == 40
+    baseline = next(iter(compare.verify_baseline(phase)))
+    assert f"{len(recorded['left'])} queries did not fit into queries.baseline_minutes" in baseline.found
+
+
+def test_the_slowdown_that_is_accepted_is_a_parameter_and_the_gate_names_the_route_that_would_pass(
+    make_params: Callable[..., Any],
+) -> None:
+    recorded = {
+        "systems": {
+            "legacy": {"p95_ms": 26.0, "nDCG@10": 0.042},
+            "vector": {"p95_ms": 20.0, "nDCG@10": 0.31},
+            "hybrid": {"p95_ms": 227.0, "nDCG@10": 0.369},
+        }
+    }
+    assert str(compare._is_fast_enough(recorded, "hybrid", 1.0)) == (
+        "FAIL    compare.hybrid_is_not_slower_than_legacy   hybrid\n"
+        "  found   p95 227.00 ms, nDCG@10 0.369, legacy 26.00 ms, nDCG@10 0.042\n"
+        "  needed  at most 26.00 ms, 1 × legacy (cut_over.largest_slowdown)\n"
+        "  danger  users wait longer than today\n"
+        "  do      cut_over.route: vector would pass (p95 20.00 ms, nDCG@10 0.310); or accept it by"
+        " cut_over.largest_slowdown: 8.8, if its answers are worth the wait; or look at the plan in 70_tune"
+    )
+    assert compare._is_fast_enough(recorded, "hybrid", 8.8).verdict == "PASS"

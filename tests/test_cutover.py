@@ -1,5 +1,6 @@
 """Phase 90: the reads move step by step under load, come back by themselves, and no call fails meanwhile."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -133,8 +134,8 @@ def test_a_canary_is_rolled_back_by_its_own_gate_under_load_and_no_call_fails(
     (gate,) = failed.value.gates.failed
     assert str(gate) == (
         "FAIL    cutover.answers_are_those_of_shadow   vector at 10 %\n"
-        "  found   0% of the rows that 80_shadow found\n"
-        "  needed  at least 90%\n"
+        "  found   0 % of the rows that 80_shadow found\n"
+        "  needed  at least 90 %\n"
         "  danger  users would get this answer; every read was sent back to legacy\n"
         "  do      the table or the function has changed since: run 80_shadow again, then run 90_cut_over again"
     )
@@ -270,3 +271,41 @@ def test_undo_under_load_sends_every_read_back_and_no_call_fails(ready: Callable
     assert (seen.errors, seen.empty) == ([], 0) and seen.calls > 10
     assert cutover.undo_plan(phase).statements == ()
     assert cutover.verify_undone(phase).passed
+
+
+def test_legacys_empty_answers_are_no_fault_of_the_new_route(open_phase: Open) -> None:
+    """Queries that LIKE answers with nothing are the reason to migrate."""
+    phase = open_phase("90_cut_over", cut_over={"share_steps_percent": [1, 50, 100], "calls_per_step": 60})
+    with phase.params.queries.file.open("a") as file:
+        file.writelines(json.dumps({"query_id": f"e{i}", "text": f"where did it go {i}"}) + "\n" for i in range(40))
+    for module in (search, extension, schema, staging, backfill, index, tune):
+        module.apply(phase)
+    compare.baseline(phase)
+    compare.shadow(phase)
+    cutover.apply(phase)
+    assert cutover.verify(phase).passed
+    first, half, whole = (e["body"] for e in phase.ledger.entries() if e["kind"] == "canary")
+    assert (first["share_percent"], first["empty"]) == (1, 0)
+    assert half["drawn"] == half["by_new_route"] < half["calls"] == 60
+    assert whole["drawn"] == whole["by_new_route"] == 60
+
+
+def test_a_share_that_no_text_falls_into_is_passed_and_says_so(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    step = replace(cutover._call(phase, 10), drawn=0, by_new_route=0, p95_ms=None, overlap=None)
+    gates = cutover._judge(phase, step)
+    (fast,) = [g for g in gates if g.name == "cutover.calls_are_fast_enough"]
+    assert gates.passed
+    assert fast.found == "no text of these calls falls into this share, so there is no time to judge"
+    silent = cutover._judge(phase, replace(step, drawn=3))
+    assert [g.name for g in silent.failed] == [
+        "cutover.calls_go_where_the_route_says", "cutover.calls_are_fast_enough"
+    ]  # fmt: skip
+
+
+def test_found_and_needed_never_look_alike_where_they_differ(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    step = cutover._call(phase, 100)
+    (failed,) = cutover._judge(phase, replace(step, drawn=0, by_new_route=0, overlap=0.8996)).failed
+    assert (failed.found, failed.needed) == ("89.96 % of the rows that 80_shadow found", "at least 90 %")
+    assert cutover._judge(phase, replace(step, drawn=0, by_new_route=0, overlap=0.9)).passed

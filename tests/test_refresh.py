@@ -289,3 +289,19 @@ def test_without_a_queue_it_says_so_and_changes_nothing(filled: Callable[..., Ph
         "  do      if operate/80_retire_legacy removed the capture on purpose, take 10_refresh off the schedule;"
         " retire.undo brings the capture back"
     )
+
+
+def test_a_drain_writes_in_transactions_as_short_as_the_backfills(
+    filled: Callable[..., Phase], articles: Articles
+) -> None:
+    """A row may be dear to write, for instance with a vector index on the table; no writer waits for a thousand."""
+    phase = filled(backfill={"batch_ms": 20})
+    articles.execute(
+        "CREATE FUNCTION dear() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.004); RETURN NEW; END';"
+        "CREATE TRIGGER dear BEFORE UPDATE OF embedding ON articles FOR EACH ROW EXECUTE FUNCTION dear();"
+        "UPDATE articles SET body = body || ' changed' WHERE body <> '  '"
+    )
+    drained = refresh.drain(phase)
+    assert drained.updated == toy.ROWS
+    rows = [n for (n,) in articles.execute("SELECT count(*) FROM articles GROUP BY xmin::text").fetchall()]
+    assert max(rows) <= refresh.FIRST_ROWS and len(rows) > toy.ROWS / refresh.FIRST_ROWS

@@ -459,3 +459,54 @@ def test_names_that_need_quoting(open_phase: Open, articles: psycopg.Connection[
         assert len(found) == 3 and {row["answered_by"] for row in found} == {route}
     search.undo(phase)
     assert search.verify_undone(phase).passed
+
+
+ZEROS, NAN, SHORT = [0.0] * 8, [float("nan")] * 8, [1.0] * 3
+
+
+@pytest.mark.parametrize("share", [0, 100])
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (ZEROS, "query_embedding is a vector of zeros, which has no direction to compare"),
+        (NAN, "query_embedding holds NaN or NULL, which no vector may hold"),
+        ([1.0] * 7 + [None], "query_embedding holds NaN or NULL, which no vector may hold"),
+        (SHORT, "query_embedding has 3 dimensions, the vectors searched have 8"),
+        ([], "query_embedding has 0 dimensions, the vectors searched have 8"),
+    ],
+)
+def test_a_vector_that_cannot_be_compared_is_an_error_on_every_route(
+    ready: Callable[..., Phase], share: int, vector: list[Any], message: str
+) -> None:
+    phase = ready()
+    search.move_route(phase, "vector", share, "test")
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=message):
+        phase.connection.execute("SELECT * FROM search_articles('cookie', %s::real[], 3)", [vector])
+
+
+@pytest.mark.parametrize("route", ["legacy", "vector", "hybrid"])
+def test_k_that_is_null_is_the_default_and_a_negative_one_an_error(ready: Callable[..., Phase], route: Any) -> None:
+    phase = ready()
+    search.move_route(phase, route, 100, "test")
+    count = "SELECT count(*) AS n FROM search_articles(%s, %s::real[], %s)"
+    vector = [float(x) for x in toy.embed(["cookie leaks"])[0]]
+
+    def answered(text: str | None, k: int | None) -> int:
+        return (phase.connection.execute(count, [text, vector, k]).fetchone() or {})["n"]
+
+    assert answered("cookie", None) == search.DEFAULT_K and answered("cookie", 0) == 0
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="k is -1, needed: 0 or more"):
+        answered("cookie", -1)
+    # A call without a text goes where every call goes; the vector alone finds its rows.
+    assert answered(None, 5) == (0 if route == "legacy" else 5)
+
+
+def test_before_the_extension_is_there_a_call_with_a_vector_is_answered_by_legacy(
+    open_phase: Callable[..., Phase],
+) -> None:
+    phase = open_phase("10_baseline")
+    search.apply(phase)
+    found = phase.connection.execute(
+        "SELECT * FROM search_articles('cookie leaks', %s::real[], 3)", [[1.0] * 8]
+    ).fetchall()
+    assert {row["answered_by"] for row in found} == {"legacy"}

@@ -300,3 +300,10 @@ class Queries(Section):
     judged_sample: int = Field(
         1000, ge=10, le=100_000, description="Judged queries that measure relevance, likewise."
     )
+    baseline_minutes: float = Field(
+        10,
+        gt=0,
+        le=10_080,
+        description="Time that the legacy search may be asked for in 10_baseline, and again in 80_shadow; queries"
+        " that do not fit into it are left out of every comparison.",
+    )

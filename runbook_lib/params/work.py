@@ -225,6 +225,9 @@ class CutOver(Section):
         description="Shares of calls moved, one step after the other; the last is 100.",
     )
     largest_relevance_loss: float = Field(0.0, ge=0, le=1, description="nDCG@10 that the new route may lose.")
+    largest_slowdown: float = Field(
+        1.0, ge=0.1, le=1000, description="p95 of the new route, as a multiple of legacy's, that users may wait."
+    )
     accept_unjudged: bool = Field(False, description="Move reads without any judgements; say so in the open.")
     calls_per_step: int = Field(200, ge=10, le=1_000_000, description="Calls that judge each step.")
     hold_s: float = Field(0, ge=0, le=604_800, description="Seconds over which the calls of a step are spread.")

@@ -57,15 +57,32 @@ SELECT coalesce(sum(pg_stat_get_xact_tuples_updated(oid)), 0)::bigint AS updates
        coalesce(sum(pg_stat_get_xact_tuples_hot_updated(oid)), 0)::bigint AS hot FROM part;
 
 -- name: left
--- purpose: Rows that still want a vector, counted by their texts as they are now.
-SELECT count(*) FILTER (WHERE has_text AND bare) AS missing,
-       count(*) FILTER (WHERE NOT bare AND (old OR NOT has_text)) AS stale,
+-- purpose: Rows that want a vector, by their texts as they are now; newer: those written since the last drain began.
+SELECT count(*) FILTER (WHERE wants AND bare AND NOT newer) AS missing,
+       count(*) FILTER (WHERE wants AND NOT bare AND NOT newer) AS stale,
+       count(*) FILTER (WHERE newer) AS newer,
        count(*) FILTER (WHERE has_text) AS with_text
 FROM (
-    SELECT {row_embedding} IS NULL AS bare, btrim({text}, E' \t\r\n') <> '' AS has_text,
-           {row_embedding_hash} IS DISTINCT FROM {text_hash} AS old
-    FROM {with_vectors}
-) x;
+    SELECT w.*, CASE WHEN NOT wants THEN false ELSE EXISTS (
+        SELECT FROM {queue} q WHERE q.key = w.key AND q.attempts = 0 AND q.error IS NULL
+            -- Written since, or by a transaction that had not ended then; numbers of transactions wrap at 2^32.
+            AND (q.queued_at >= %(began)s::timestamptz
+                OR (q.xmin::text::bigint - %(oldest)s::bigint + 4294967296) %% 4294967296 < 2147483648)
+    ) END AS newer
+    FROM (
+        SELECT x.*, CASE WHEN bare THEN has_text ELSE old OR NOT has_text END AS wants
+        FROM (
+            SELECT t.{key} AS key, {row_embedding} IS NULL AS bare, btrim({text}, E' \t\r\n') <> '' AS has_text,
+                   {row_embedding_hash} IS DISTINCT FROM {text_hash} AS old
+            FROM {with_vectors}
+        ) x
+    ) w
+) counted;
+
+-- name: drain_begins
+-- purpose: The server's time, and the oldest transaction that has not ended.
+SELECT clock_timestamp()::text AS began,
+       pg_snapshot_xmin(pg_current_snapshot())::text::bigint %% 4294967296 AS oldest;
 
 -- name: clear_textless
 -- purpose: Take the vector from rows whose text is gone.

@@ -102,13 +102,18 @@ DECLARE
     asked_filter text;
     asked_value  text;
 BEGIN
+    k := coalesce(k, {default_k});
+    IF k < 0 THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = pg_catalog.format('k is %%s, needed: 0 or more', k);
+    END IF;
     IF query_embedding IS NOT NULL THEN
+        {refuse_vector};
         -- A shadow, or who measures, names the route of a call in this setting; nobody else has a reason to.
         chosen := nullif(current_setting('runbook.route', true), '');
         IF chosen IS NULL THEN
             -- The share is drawn by the text, so that a query is answered by one route as long as the share stands.
             SELECT r.route INTO chosen FROM {route} r
-            WHERE r.target = {target_name} AND abs(hashtextextended(query_text, 0) %% 100) < r.share_percent;
+            WHERE r.target = {target_name} AND abs(hashtextextended(coalesce(query_text, ''), 0) %% 100) < r.share_percent;
         END IF;
         chosen := coalesce(chosen, 'legacy');
     END IF;
@@ -128,6 +133,22 @@ BEGIN
     END IF;
 END
 $runbook$;
+
+-- name: refuse_vector
+-- purpose: Part of the function: a vector that no row can be compared with is an error on every route, not only later.
+IF pg_catalog.cardinality(query_embedding) <> {dimension} THEN
+            RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = pg_catalog.format(
+                'query_embedding has %%s dimensions, the vectors searched have %%s',
+                pg_catalog.cardinality(query_embedding), {dimension});
+        ELSIF pg_catalog.array_position(query_embedding, 'NaN'::pg_catalog.float4) IS NOT NULL
+            OR pg_catalog.array_position(query_embedding, NULL::pg_catalog.float4) IS NOT NULL
+        THEN
+            RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+                MESSAGE = 'query_embedding holds NaN or NULL, which no vector may hold';
+        ELSIF {refuses_zero} AND query_embedding = pg_catalog.array_fill(0::pg_catalog.float4, ARRAY[{dimension}]) THEN
+            RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+                MESSAGE = 'query_embedding is a vector of zeros, which has no direction to compare';
+        END IF;
 
 -- name: answer_by_legacy
 -- purpose: Part of the function: the legacy search answers.
