@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runbook_lib import db
-from runbook_lib.checking import capture, citus, partition_checks
+from runbook_lib.checking import capture, citus, free_names, partition_checks
 from runbook_lib.display import Table
 from runbook_lib.filling import pruning, sidetable
 from runbook_lib.gates import Gate, Gates, collect, gate
@@ -72,7 +72,15 @@ def _making(params: Params, name: str) -> db.Statement:
 
 
 def apply(phase: Phase) -> Table:
-    """Carries out the plan. Each statement is a transaction of its own; killed between two, a rerun goes on."""
+    """Carries out the plan. Each statement is a transaction of its own; killed between two, a rerun goes on.
+
+    Raises BadInput where another target, or somebody else, has made the columns since preflight.
+    """
+    if phase.execute:
+        free_names.require(phase.connection, phase.params)
+        # Before the first statement: killed after it, the runbook must still know that the columns are its own.
+        owned = {"table": _table(phase), "vectors": spelled(phase.params, "vectors")}
+        phase.note("owns", owned | {"columns": added_columns(phase.params)})
     return phase.carry_out(plan(phase))
 
 

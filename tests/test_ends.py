@@ -24,6 +24,7 @@ from runbook_lib import db, params
 from runbook_lib.commands import embedded
 from runbook_lib.gates import BadInput
 from runbook_lib.phase import open_phase
+from runbook_lib.records import verify
 from runbook_lib.running import approval, claim, manifest, runner, window
 from runbook_lib.running.runner import RunResult
 from tests import small_notebooks, toy
@@ -143,16 +144,32 @@ def test_a_file_that_does_not_fit_is_a_crash_that_says_so(database: str, tmp_pat
 
 
 @pytest.mark.usefixtures("articles")
-def test_pages_that_cannot_be_written_cost_the_record_only_those(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_that_cannot_be_written_cost_the_exit_code_and_are_written_later(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: str
+) -> None:
     def full(*_args: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("runbook_lib.records.record.write", full)
-    result, _ = run()
+    result, said = run()
     assert result.folder is not None
     m = manifest.read(result.folder)
-    assert (m.status, result.exit_code) == ("passed", 0)
-    assert m.notes == ("a page of the record could not be written: [Errno 28] No space left on device",)
+    assert (m.status, m.exit_code, result.exit_code) == ("passed", 4, 4)
+    why = "a page of the record could not be written: [Errno 28] No space left on device; make room, then"
+    assert m.notes == (f"{why} `runbook record PARAMS {m.run_id}`",)
+    assert m.notes[0] in said and result.error == m.notes[0]
+    p = params.load(tmp_path / "toy.yaml")
+    gate = next(g for g in verify.check(p, m.run_id).failed if g.name.startswith("record.ends"))
+    assert (gate.name, gate.do) == (
+        "record.ends_with_its_seal",
+        f"make room, then `runbook record PARAMS {m.run_id}`",
+    )
+    monkeypatch.undo()
+    monkeypatch.setenv(DSN_ENV, database)
+    page = runner.write_again(tmp_path / "toy.yaml", m.run_id)
+    assert page.is_file() and not verify.check(p, m.run_id).failed
+    with pytest.raises(BadInput, match="sealed whole by row"):
+        runner.write_again(tmp_path / "toy.yaml", m.run_id)
 
 
 def test_a_phase_waits_for_its_sign_off_and_is_carried_out_after_it(

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 
 from runbook_lib import params
 from runbook_lib.gates import BadInput
+from runbook_lib.records import verify
 from runbook_lib.running import manifest, runner
 from tests import small_notebooks
 from tests.conftest import write_params
@@ -229,3 +232,68 @@ def test_an_absent_notebook_folder_is_named(tmp_path: Path, monkeypatch: pytest.
         runner.run(write_params(tmp_path), execute=False)
     assert error.value.found == "no 00_preflight.ipynb"
     assert params.load(tmp_path / "toy.yaml").record.runs_dir.exists() is False
+
+
+def test_a_planted_manifest_ends_no_session_and_writes_nothing_outside(
+    run: Callable[..., Any], tmp_path: Path, database: str
+) -> None:
+    """Neither through a link out of the runs folder, nor by the name of a run that is at work."""
+    result, _ = run()
+    runs, outside = result.folder.parent, tmp_path / "outside"
+    data = json.loads((result.folder / manifest.FILE).read_text())
+    data |= {"status": "running", "exit_code": None, "finished": "", "pid": 2**22 + 1, "run_id": "live"}
+    outside.mkdir()
+    (outside / manifest.FILE).write_text(json.dumps(data))
+    (runs / "live").symlink_to(outside)
+    for name, changes in {
+        "20200101T000000Z-articles": {"run_id": "live"},
+        "20200102T000000Z-articles": {"run_id": "20200102T000000Z-articles"},
+        "20200103T000000Z-articles": {
+            "run_id": "20200103T000000Z-articles", "phases": [data["phases"][0] | {"name": "../../outside/page"}],
+        },
+    }.items():  # fmt: skip
+        (runs / name).mkdir()
+        (runs / name / manifest.FILE).write_text(json.dumps(data | changes))
+    before = {p: p.read_text() for p in [*outside.iterdir(), *runs.glob(f"2020*/{manifest.FILE}")]}
+    names = ("runbook live 50_backfill", "runbook 20200102T000000Z-articles 50_backfill")
+    with psycopg.connect(database, application_name=names[0]) as one, psycopg.connect(
+        database, application_name=names[1]
+    ) as two:  # fmt: skip
+        for execute in (False, True):
+            run(execute=execute)
+        for session in (one, two):
+            assert session.execute("SELECT 1").fetchone() == (1,)
+    assert {p: p.read_text() for p in before} == before
+    assert set(outside.iterdir()) == {outside / manifest.FILE}
+
+
+def test_a_link_in_the_place_of_an_unfinished_file_is_not_followed(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    (tmp_path / f".page.{os.getpid()}.unfinished").symlink_to(kept)
+    manifest.write_atomically(tmp_path / "page", "new")
+    assert (kept.read_text(), (tmp_path / "page").read_text()) == ("mine", "new")
+
+
+def test_a_run_that_began_by_the_ledger_and_lost_its_runner_is_settled_once(
+    run: Callable[..., Any], database: str, tmp_path: Path
+) -> None:
+    """Not while its runner is connected, be it from another machine of the same name."""
+    run()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    p = params.load(tmp_path / "toy.yaml")
+    folder = runner._new_folder(p.record.runs_dir, "articles")
+    began = runner._first_manifest(folder.name, p, tmp_path / "toy.yaml", "migrate", True, (FIRST,))
+    began = replace(began, pid=gone.pid)
+    manifest.write(folder, began)
+    runner._note_run(p, began, "started")
+    with psycopg.connect(database, application_name=f"runbook-runner {folder.name}"):
+        runner.settle_abandoned(p, True)
+        assert manifest.read(folder).status == "running"
+    wait_until(lambda: sessions(database, folder.name) == 0, 5)
+    time.sleep(0.2)
+    runner.settle_abandoned(p, False)
+    assert manifest.read(folder).status == "running"
+    runner.settle_abandoned(p, True)
+    assert (manifest.read(folder).status, list(verify.check(p, folder.name).failed)) == ("interrupted", [])

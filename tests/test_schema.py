@@ -7,6 +7,7 @@ import psycopg
 import pytest
 
 from runbook_lib import extension, schema
+from runbook_lib.gates import BadInput
 from runbook_lib.phase import Phase
 
 Open = Callable[..., Phase]
@@ -248,3 +249,23 @@ def test_names_that_need_quotes(database: str, make_params: Callable[..., Any]) 
     assert schema.verify_as_at_start(phase).passed
     phase.connection.close()
     ledger.connection.close()
+
+
+def test_two_targets_on_one_table_do_not_share_columns(open_phase: Callable[..., Phase]) -> None:
+    """Both were looked at before either made its columns; undo of one would drop the other's vectors."""
+    first = open_phase("30_expand_schema")
+    extension.apply(first)
+    second = open_phase("30_expand_schema", target={"name": "second"}, search={"function": "search_second"})
+    schema.apply(first)
+    with pytest.raises(BadInput) as error:
+        schema.apply(second)
+    assert str(error.value.problems) == (
+        'FAIL    inputs.new_columns_are_free   "public"."articles"\n'
+        "  found   embedding, embedding_updated_at, embedding_hash there, not made by this runbook\n"
+        "  needed  embedding, embedding_updated_at and embedding_hash free, or made by this runbook\n"
+        "  danger  the backfill would overwrite, and the way back would drop, what somebody else keeps there\n"
+        "  do      name another column in vector.column"
+    )
+    schema.apply(first)
+    own = {"dimension": 8, "column": "other"}
+    schema.apply(open_phase("30_expand_schema", target={"name": "second"}, vector=own))

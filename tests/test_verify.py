@@ -60,7 +60,8 @@ def test_a_record_as_it_was_written_is_whole(sealed: Path) -> None:
 )  # fmt: skip
 def test_a_changed_file_is_named(sealed: Path, file: str, old: str, new: str, found: str) -> None:
     edit(sealed / file, old, new)
-    assert [(g.subject, g.found) for g in broken(sealed)] == [(f"{sealed.name}/{file}", found)]
+    # A manifest that says something else does not fit the list of runs either.
+    assert [(g.subject, g.found) for g in broken(sealed)][:1] == [(f"{sealed.name}/{file}", found)]
 
 
 def test_a_replaced_and_a_missing_file_are_named(sealed: Path) -> None:
@@ -124,3 +125,53 @@ def test_a_forged_record_is_found_by_a_head_kept_elsewhere(sealed: Path, article
     edit(sealed / "manifest.json", head, "")
     assert [g.name for g in broken(sealed)] == ["record.is_sealed"]
     assert [g.subject for g in broken(sealed, head)] == ["the head that was given", sealed.name]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("exit_code", 1), ("host", "elsewhere"), ("started", "2020-01-01T00:00:00+00:00"), ("finished", ""),
+        ("versions", {}), ("parameters", {}), ("params_file", "other.yaml"), ("notes", ["all is well"]),
+        ("seconds", 1.0), ("way", "undo"), ("table", "public.other"), ("pid", 1),
+    ],
+)  # fmt: skip
+def test_whatever_is_changed_in_the_manifest_is_named(sealed: Path, key: str, value: Any) -> None:
+    path = sealed / manifest.FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    found = {g.name: g.found for g in broken(sealed)}
+    assert found["record.manifest_agrees"].startswith(f"{key} ")
+
+
+def test_planted_files_links_and_runs_are_named(sealed: Path) -> None:
+    (sealed / "95_extra.html").write_text("all is well")
+    (sealed / "notes").mkdir()
+    (sealed / "notes" / "a.txt").write_text("x")
+    (sealed / "link.html").symlink_to(sealed / "index.html")
+    planted = sealed.parent / f"{sealed.name}-2"
+    planted.mkdir()
+    data = json.loads((sealed / manifest.FILE).read_text())
+    (planted / manifest.FILE).write_text(json.dumps(data | {"run_id": planted.name}))
+    files, runs = broken(sealed)
+    assert files.found == (
+        "95_extra.html was not written by the run; notes/a.txt was not written by the run; link.html is a link"
+    )
+    assert runs.found == (
+        f"{planted.name} is not in the ledger; index.html is not what the manifests of the runs make"
+    )
+
+
+def test_a_changed_list_of_runs_is_found(sealed: Path) -> None:
+    edit(sealed.parent / "index.html", "passed", "surpassed")
+    assert [g.found for g in broken(sealed)] == ["index.html is not what the manifests of the runs make"]
+
+
+@pytest.mark.parametrize("kind", ["gate", "notebook", "run", "record"])
+def test_a_row_after_the_seal_is_named(sealed: Path, articles: psycopg.Connection[Any], kind: str) -> None:
+    articles.execute(
+        "INSERT INTO runbook.entry (target, run_id, phase, kind, body)"
+        " SELECT target, run_id, phase, kind, body FROM runbook.entry WHERE kind = %s ORDER BY seq LIMIT 1",
+        [kind],
+    )
+    (gate,) = broken(sealed)
+    assert gate.name == "record.ends_with_its_seal"
+    assert gate.found.startswith("after the seal: row ") and f", {kind} of " in gate.found

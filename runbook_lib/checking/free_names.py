@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 import psycopg
 
 from runbook_lib import db
-from runbook_lib.gates import Gate, gate
+from runbook_lib.gates import BadInput, Gate, Verdict, gate
 from runbook_lib.ledger import Ledger
 from runbook_lib.names import side_table_name, spelled, vectors_stand_beside
 from runbook_lib.params import Params
@@ -33,6 +33,14 @@ def check(connection: db.Connection, params: Params, columns: Collection[str]) -
     yield _new_columns(connection, params, columns)
     if vectors_stand_beside(params):
         yield _side_table(connection, params)
+
+
+def require(connection: db.Connection, params: Params) -> None:
+    """Raises BadInput where what phase 30 makes is another's by now, though preflight found it free."""
+    found = db.rows(connection, SQL["columns_of"], params, table=spelled(params, "table"))
+    refused = [g for g in check(connection, params, [c["name"] for c in found]) if g.verdict == Verdict.FAIL]
+    if refused:
+        raise BadInput(refused)
 
 
 def _new_columns(connection: db.Connection, params: Params, columns: Collection[str]) -> Gate:

@@ -82,7 +82,7 @@ def main() -> None:
     """
 
 
-for command in (cli_review.approve, cli_review.verify, cli_review.diff):
+for command in (cli_review.approve, cli_review.record, cli_review.verify, cli_review.diff):
     main.add_command(command)
 
 
@@ -364,7 +364,10 @@ def _end(result: RunResult, quiet: bool = False) -> None:
     if quiet and result.error:
         say(result.error)
     if result.folder is not None:
-        click.echo(f"{SYMBOLS[result.status]} {result.status}: {result.folder / 'index.html'}")
+        if result.status is Status.PASSED and result.exit_code:
+            click.echo(f"{SYMBOLS[Status.FAILED]} {result.status}, but its record is incomplete: {result.folder}")
+        else:
+            click.echo(f"{SYMBOLS[result.status]} {result.status}: {result.folder / 'index.html'}")
     sys.exit(result.exit_code)
 
 

@@ -62,6 +62,17 @@ def verify(params_file: Path, run_id: str, head: str) -> None:
 
 
 @click.command()
+@PARAMS
+@click.argument("run_id", metavar="RUN_ID")
+def record(params_file: Path, run_id: str) -> None:
+    """Write the record of a run again whose disk was full, from the ledger and its notebooks, and seal it."""
+    from runbook_lib.running import runner
+
+    with plain_errors():
+        click.echo(str(runner.write_again(params_file, run_id)))
+
+
+@click.command()
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--runs-dir", default="runs", type=click.Path(path_type=Path), help="Where run ids are looked up.")

@@ -65,10 +65,14 @@ def write(folder: Path, params: Params, run: Manifest) -> None:
 
 def write_list(runs_dir: Path) -> None:
     """Writes ``index.html`` of all runs, newest first, a section a target."""
+    manifest.write_atomically(runs_dir / "index.html", list_page(runs_dir))
+
+
+def list_page(runs_dir: Path) -> str:
+    """The page of all runs, as their manifests tell them."""
     runs = sorted(manifest.all_runs(runs_dir), key=lambda item: item[1].table)
     targets = [(table, list(of)) for table, of in groupby(runs, key=lambda item: item[1].table)]
-    page = _templates().get_template("runs.html.j2").render(targets=targets)
-    manifest.write_atomically(runs_dir / "index.html", page)
+    return _templates().get_template("runs.html.j2").render(targets=targets)
 
 
 def render(record: Record) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "manifest.json"
+# Names become files of the run's folder, and of no other.
+PHASE_NAME = re.compile(r"\w+")
 
 
 class Status(StrEnum):
@@ -110,7 +113,10 @@ def write_atomically(path: Path, content: str) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new, never half of it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
+        unfinished.unlink(missing_ok=True)
+        # A file of our own: where a link was put in its place, whatever it leads to would be overwritten.
+        made = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        with os.fdopen(made, "w", encoding="utf-8") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -126,29 +132,52 @@ def write_atomically(path: Path, content: str) -> None:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Writes ``manifest.json`` into the run's folder."""
+    write_atomically(folder / FILE, json.dumps(as_data(manifest), indent=2, ensure_ascii=False) + "\n")
+
+
+def as_data(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as plain data, as its file holds it."""
     data = dataclasses.asdict(manifest) | {"seconds": manifest.seconds}
-    write_atomically(folder / FILE, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+    return dict(json.loads(json.dumps(data, default=str)))
 
 
 def read(folder: Path) -> Manifest:
     """Reads it back. Raises OSError, or ValueError where the file is no manifest of this version."""
-    data = json.loads((folder / FILE).read_text("utf-8"))
-    data.pop("seconds", None)
     try:
-        phases = tuple(PhaseRun(**p) for p in data.pop("phases"))
-        return Manifest(**data | {"phases": phases, "notes": tuple(data["notes"])})
-    except (TypeError, KeyError, AttributeError) as error:
+        return of_data(json.loads((folder / FILE).read_text("utf-8")))
+    except ValueError as error:
         raise ValueError(f"{folder / FILE} is not a manifest of this version: {error}") from error
 
 
+def of_data(data: Any) -> Manifest:
+    """The manifest that :func:`as_data` was made from. Raises ValueError where it is none of this version."""
+    try:
+        data = dict(data)
+        data.pop("seconds", None)
+        phases = tuple(PhaseRun(**p) for p in data.pop("phases"))
+        if odd := next((p.name for p in phases if not PHASE_NAME.fullmatch(p.name)), None):
+            raise ValueError(f"{odd!r} is no name of a phase")
+        return Manifest(**data | {"phases": phases, "notes": tuple(data["notes"])})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+
+
 def all_runs(runs_dir: Path) -> Iterator[tuple[Path, Manifest]]:
-    """Every run below this folder that has a readable manifest, newest first."""
+    """Every run below this folder that has a readable manifest, newest first.
+
+    Not what a link leads to, nor a manifest that names another run than its folder does: what is written there later
+    would be written somewhere else.
+    """
     found = []
     for path in runs_dir.glob(f"*/{FILE}"):
+        if path.is_symlink() or path.parent.is_symlink():
+            continue
         try:
-            found.append((path.parent, read(path.parent)))
+            run = read(path.parent)
         except (OSError, ValueError):
             continue
+        if run.run_id == path.parent.name:
+            found.append((path.parent, run))
     yield from sorted(found, key=lambda item: (item[1].started, item[1].run_id), reverse=True)
 
 

@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,7 +24,7 @@ import runbook_lib
 from runbook_lib import db
 from runbook_lib import params as params_module
 from runbook_lib.display import duration
-from runbook_lib.gates import BadInput, OutsideWindow
+from runbook_lib.gates import BadInput, Gate, OutsideWindow, Verdict
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
 from runbook_lib.phases import RUNS_BESIDE, waits
@@ -89,35 +89,54 @@ def run(
     chosen = selection.chosen(params, way, first, last, execute, say)
     if not chosen:
         return RunResult(Status.PASSED, EXIT_CODES[Status.PASSED], None)
-    settle_abandoned(params)
+    settle_abandoned(params, execute)
     folder = _new_folder(params.record.runs_dir, params.target.name)
     manifest = _first_manifest(folder.name, params, Path(params_file).resolve(), way, execute, chosen)
     if verbose:
         say = _stamped(say, folder.name)
     with stopped_by_signals(params, folder.name) as stop:
-        manifests.write(folder, manifest)
+        _save(folder, manifest)
         say(f"run {folder.name}: {way} {manifest.table}, " + ("carried out" if execute else "plan only"))
         manifest = _run_claimed(folder, params, manifest, stop, say, verbose)
-        manifest = _finish(folder, params, manifest)
-        for note in (notes := notify.of_run(params, manifest, folder)):
-            say(note)
-        if notes:
-            manifest = replace(manifest, notes=(*manifest.notes, *notes))
-            manifests.write(folder, manifest)
+        manifest = _finish(folder, params, manifest, say)
         if manifest.head:
             say(f"the ledger ends with {manifest.head}")
     assert manifest.exit_code is not None
     error = next((p.error for p in manifest.phases if p.error), "")
+    if manifest.status == Status.PASSED and manifest.exit_code:
+        error = manifest.notes[-1]
     return RunResult(Status(manifest.status), manifest.exit_code, folder, error, manifest.head)
 
 
-def settle_abandoned(params: Params) -> None:
-    """Tells the truth about runs whose runner was killed: no one else will, and their record says running."""
+def settle_abandoned(params: Params, execute: bool) -> None:
+    """Tells the truth about runs whose runner was killed: no one else will, and their record says running.
+
+    A manifest on disk proves nothing: sessions are ended, and rows written, only for a run of which the ledger says
+    that it began here, by that process, and did not end; and never while its runner is still connected.
+    """
     for folder, old in manifests.abandoned(params.record.runs_dir, params.target.name):
         settled = manifests.interrupted(old, "the runner was killed; its end was found out by a later run")
-        end_sessions(params, old.run_id)
-        manifests.write(folder, settled)
-        _finish(folder, params, settled)
+        if not old.execute:
+            _save(folder, settled)
+        elif execute and _began_and_is_gone(params, old):
+            end_sessions(params, old.run_id)
+            _finish(folder, params, settled)
+
+
+def _began_and_is_gone(params: Params, old: Manifest) -> bool:
+    with db.connect(params, "runbook-runner") as connection:
+        entries = Ledger(connection, params, old.run_id, "").entries(old.run_id)
+        noted = [e["body"] for e in entries if e["kind"] in ("run", "record")]
+        began = len(noted) == 1 and noted[0].get("status") == "started"
+        here = began and (noted[0].get("host"), noted[0].get("pid")) == (old.host, old.pid)
+        name = claim.runner_name(old.run_id)
+        return here and not db.one(connection, SQL["is_connected"], params, name=name)["connected"]
+
+
+def _save(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest; on a full disk the end of the run says so, and the work goes on."""
+    with suppress(OSError):
+        manifests.write(folder, manifest)
 
 
 def _to_standard_error(line: str) -> None:
@@ -140,10 +159,25 @@ def _new_folder(runs_dir: Path, target: str) -> Path:
         folder = (runs_dir / (stem if n == 1 else f"{stem}-{n}")).resolve()
         try:
             folder.mkdir(parents=True)
+            manifests.write_atomically(folder / manifests.FILE, "")
         except FileExistsError:
             continue
+        except OSError as error:
+            raise BadInput([_no_record(runs_dir, error)]) from error
         return folder
     raise FileExistsError(f"{runs_dir / stem}: a hundred runs in one second")
+
+
+def _no_record(runs_dir: Path, error: OSError) -> Gate:
+    return Gate(
+        "runner.record_can_be_written",
+        Verdict.FAIL,
+        str(runs_dir),
+        str(error.strerror),
+        "a folder with room for the record",
+        "what would be done could be read nowhere; nothing was started",
+        "make room, or name another folder in record.runs_dir",
+    )
 
 
 def _first_manifest(
@@ -210,7 +244,7 @@ def _run_phases(folder: Path, params: Params, manifest: Manifest, stop: Stop, sa
     for position, pending in enumerate(manifest.phases):
         running = replace(pending, status=Status.RUNNING, started=manifests.now())
         manifest = manifest.with_phase(running)
-        manifests.write(folder, manifest)
+        _save(folder, manifest)
         if verbose:
             say(f"{SYMBOLS[Status.RUNNING]} {pending.name}")
         clock = time.perf_counter()
@@ -296,7 +330,7 @@ def _settle(folder: Path, params: Params, manifest: Manifest, done: PhaseRun) ->
     if manifest.execute and sha256 and (why := quietly(verify.note_notebook, params, manifest.run_id, done, path)):
         notes.append(f"{done.name}: its hash did not reach the ledger: {why}")
     manifest = replace(manifest.with_phase(done), notes=tuple(notes))
-    manifests.write(folder, manifest)
+    _save(folder, manifest)
     return manifest
 
 
@@ -317,6 +351,8 @@ def _note_run(params: Params, manifest: Manifest, status: str) -> bool:
                     "from": manifest.phases[0].name,
                     "to": manifest.phases[-1].name,
                     "started": manifest.started,
+                    "host": manifest.host,
+                    "pid": manifest.pid,
                 },
             )
     except (BadInput, psycopg.Error):
@@ -324,19 +360,63 @@ def _note_run(params: Params, manifest: Manifest, status: str) -> bool:
     return True
 
 
-def _finish(folder: Path, params: Params, manifest: Manifest) -> Manifest:
-    """The last row, the pages, and the seal on them; what cannot be written costs the record only that."""
+def _finish(folder: Path, params: Params, manifest: Manifest, say: Say | None = None) -> Manifest:
+    """The last row, the pages, who is told (if anybody is, by ``say``), and the seal on all of it.
+
+    Pages that cannot be written cost the record only those, and the run its exit code: no one may rely on a record
+    that is not there. The seal says that it is incomplete, and `runbook record` completes it.
+    """
     from runbook_lib.records import record  # its pictures cost half a second that a refused run need not wait for
 
     _note_run(params, manifest, manifest.status)
-    manifests.write(folder, manifest)
+    _save(folder, manifest)
+    complete = True
     try:
         record.write(folder, params, manifest)
-        manifest = replace(manifest, head=verify.seal(folder, params, manifest))
     except OSError as error:
-        manifest = replace(manifest, notes=(*manifest.notes, f"a page of the record could not be written: {error}"))
-    except (BadInput, psycopg.Error) as error:
+        complete = False
+        manifest = _without_page(manifest, error, say)
+    if say is not None:
+        for note in (notes := notify.of_run(params, manifest, folder)):
+            say(note)
+        manifest = replace(manifest, notes=(*notes, *manifest.notes))
+    try:
+        manifests.write(folder, manifest)
+    except OSError as error:
+        manifest, complete = (manifest if not complete else _without_page(manifest, error, say)), False
+    try:
+        manifest = replace(manifest, head=verify.seal(folder, params, manifest, complete))
+    except (OSError, BadInput, psycopg.Error) as error:
         why = " ".join(str(error).split())
         manifest = replace(manifest, notes=(*manifest.notes, f"the record could not be sealed in the ledger: {why}"))
-    manifests.write(folder, manifest)
+    _save(folder, manifest)
     return manifest
+
+
+def _without_page(manifest: Manifest, error: OSError, say: Say | None) -> Manifest:
+    do = f"make room, then `runbook record PARAMS {manifest.run_id}`"
+    note = f"a page of the record could not be written: {error}; {do}"
+    if say is not None:
+        say(note)
+    exit_code = manifest.exit_code or EXIT_CODES[Status.CRASHED]
+    return replace(manifest, exit_code=exit_code, notes=(*manifest.notes, note))
+
+
+def write_again(params_file: str | Path, run_id: str) -> Path:
+    """Writes the record of a run that could not be written whole, from the ledger and the notebooks, and seals it.
+
+    Returns its page. Raises BadInput for a run whose record is sealed whole, or that the ledger does not know.
+    """
+    from runbook_lib.records import record
+
+    params = params_module.load(params_file)
+    manifest = verify.incomplete(params, run_id)
+    folder = params.record.runs_dir / run_id
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write(folder, params, manifest)
+        manifests.write(folder, manifest)
+    except OSError as error:
+        raise BadInput([_no_record(params.record.runs_dir, error)]) from error
+    manifests.write(folder, replace(manifest, head=verify.seal(folder, params, manifest, True)))
+    return folder / "index.html"

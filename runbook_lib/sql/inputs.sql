@@ -43,6 +43,11 @@ FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
 WHERE a.attrelid = %(oid)s AND a.attnum > 0 AND NOT a.attisdropped
 ORDER BY a.attnum;
 
+-- name: columns_of
+-- purpose: The names of a table's columns.
+SELECT a.attname::text AS name FROM pg_catalog.pg_attribute a
+WHERE a.attrelid = pg_catalog.to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdropped;
+
 -- name: unique_key
 -- purpose: The valid, complete unique indexes on the key column alone.
 SELECT i.indexrelid::regclass::text AS index
@@ -52,7 +57,7 @@ WHERE i.indrelid = %(oid)s AND i.indisunique AND i.indisvalid AND i.indimmediate
 
 -- name: made_by_runbook
 -- purpose: Did the runbook make this for the target, by that statement, and not take it away since?
-SELECT coalesce(max(seq) FILTER (WHERE kind = 'statement' AND body->>'name' = %(made)s), 0)
+SELECT coalesce(max(seq) FILTER (WHERE kind = 'statement' AND body->>'name' = %(made)s OR kind = 'owns'), 0)
      > coalesce(max(seq) FILTER (WHERE (kind = 'statement' AND body->>'name' = %(dropped)s)
         OR (kind = 'phase' AND phase = '30_expand_schema' AND body->>'verdict' = 'UNDONE')), 0) AS made
 FROM {counted} e WHERE target = {target_name};

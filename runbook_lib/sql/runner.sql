@@ -14,6 +14,11 @@ FROM pg_stat_activity
 WHERE datname = current_database() AND starts_with(application_name, %(prefix)s)
   AND pid <> pg_backend_pid() AND backend_type = 'client backend';
 
+-- name: is_connected
+-- purpose: Is a run's runner still connected?
+SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_activity a
+               WHERE a.datname = current_database() AND a.application_name = %(name)s) AS connected;
+
 -- name: versions
 -- purpose: Server and pgvector, as the server says; pgvector is NULL where it is not installed.
 SELECT current_setting('server_version') AS postgresql,
