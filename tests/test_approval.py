@@ -314,3 +314,29 @@ def test_only_phases_that_change_something_can_wait(tmp_path: Path, name: str) -
     with pytest.raises(BadInput) as error:
         params.load(write_params(tmp_path, approval={"phases": [name]}))
     assert error.value.needed.startswith(f"{name}: ")
+
+
+def test_a_file_replaced_after_the_approval_voids_it_and_is_named(
+    waiting: Phase, approve: Callable[..., Result], approver: str
+) -> None:
+    approve(approver, "--yes")
+    assert waiting.require().passed
+    path = waiting.params.queries.file
+    path.write_text(path.read_text() + "\n")
+    assert refusal(waiting).found.endswith("is void: queries.file changed since")
+
+
+def test_a_changed_lock_timeout_voids_the_approval(
+    waiting: Phase, approve: Callable[..., Result], approver: str
+) -> None:
+    approve(approver, "--yes")
+    locks = waiting.params.locks.model_copy(update={"timeout_ms": 9000})
+    changed = waiting.params.model_copy(update={"locks": locks})
+    assert "is void: the plan has changed, by its parameters" in refusal(replace(waiting, params=changed)).found
+
+
+def test_a_phase_taken_out_of_the_file_waits_all_the_same(waiting: Phase) -> None:
+    alone = waiting.params.model_copy(update={"approval": waiting.params.approval.model_copy(update={"phases": []})})
+    assert refusal(replace(waiting, params=alone, ledger=replace(waiting.ledger, params=alone))).found == (
+        f"{PHASE} has no sign-off"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from runbook_lib.gates import BadInput, Gate, Gates, NotApproved, RunbookError, 
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
 from runbook_lib.phases import OPERATE, UNDO_OPERATION, operation_of, relied_on
-from runbook_lib.running import plans
+from runbook_lib.running import bound_inputs, plans
 from runbook_lib.sql import load
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ SQL, LEDGER = load("approval"), load("ledger")
 RIGHTS = {"USAGE": "SCHEMA {schema}", "SELECT": "{schema}.entry", "EXECUTE": "FUNCTION {schema}.sign_off"}
 
 # Sections that say how a run is run, and where, not what it does: the approver's own may differ.
-NOT_APPROVED = {"connection", "approval", "run", "notify", "record", "locks"}
+NOT_APPROVED = {"connection", "approval", "notify", "record"}
 
 DANGER = "one person alone would carry out what the parameters want two to answer for"
 
@@ -46,11 +46,12 @@ class Asked:
     parameters: str
     evidence_seq: int
     evidence: str
+    inputs: tuple[tuple[str, str], ...] = ()
 
     @property
     def plan(self) -> str:
-        """SHA-256 of statements and parameters."""
-        return _sha256([*self.statements, self.parameters])
+        """SHA-256 of statements, parameters and files."""
+        return _sha256([*self.statements, self.parameters, *self.inputs])
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def check(phase: Phase) -> Gates:
 
     Raises NotApproved, saying what voids an approval that is there: the plan, newer evidence, or who gave it.
     """
-    if operation_of(phase.name) not in phase.params.approval.phases:
+    if operation_of(phase.name) not in _waiting(phase.ledger, phase.execute):
         return Gates(())
     needed = "the sign-off of another database user"
     if not phase.execute:
@@ -120,11 +121,28 @@ def check(phase: Phase) -> Gates:
     )
 
 
+def _waiting(ledger: Ledger, note: bool = False) -> set[str]:
+    """The phases that wait: those that the parameters name, and those that they ever named on this target.
+
+    note: writes them down. Who takes one out of the file does not take it out of here.
+    """
+    noted = set((ledger.latest("waits") or {"phases": []})["phases"])
+    waiting = noted.union(ledger.params.approval.phases)
+    if note and waiting != noted and ledger.exists():
+        replace(ledger, phase="approval").append("waits", {"phases": sorted(waiting)})
+    return waiting
+
+
+def _differing(approved: dict[str, str], now: dict[str, str]) -> list[str]:
+    return sorted(what for what in approved.keys() | now.keys() if approved.get(what) != now.get(what))
+
+
 def _what_is_asked(phase: Phase) -> tuple[Asked, list[dict[str, str]]]:
     statements = plans.of(phase)
     evidence = _evidence(phase.ledger.connection, phase.params, phase.name)
     hashes = tuple(_sha256(s["sql"]) for s in statements)
-    return Asked(hashes, _parameters(phase.params), *evidence), statements
+    inputs = tuple(sorted(bound_inputs.of(phase.params, phase.name).items()))
+    return Asked(hashes, _parameters(phase.params), *evidence, inputs), statements
 
 
 def _void(phase: Phase, asked: Asked, given: db.Row) -> str:
@@ -138,6 +156,8 @@ def _void(phase: Phase, asked: Asked, given: db.Row) -> str:
         return f"{by} does not count: {given['written_by']} {involved[given['written_by']]}"
     if approved["parameters"] != asked.parameters:
         return f"{by} is void: the plan has changed, by its parameters"
+    if changed := _differing(approved.get("inputs", {}), dict(asked.inputs)):
+        return f"{by} is void: {', '.join(changed)} changed since"
     # A phase that was stopped half-way goes on with what is left of its plan; that was approved.
     if new := set(asked.statements) - set(approved["statements"]):
         return f"{by} is void: the plan has changed, {len(new)} of its statements are not the approved ones"
@@ -162,7 +182,10 @@ def pending(connection: db.Connection, params: Params, phase: str) -> Pending:
     Raises BadInput where the phase needs none, or rights on the ledger are missing; NotApproved where nothing is
     asked for, the request is out of date, or this user may not answer it.
     """
-    if operation_of(phase) not in params.approval.phases:
+    named = operation_of(phase) in params.approval.phases
+    if named:
+        _require_rights(connection, params)
+    if not named and operation_of(phase) not in _waiting(Ledger(connection, params, "", "")):
         raise BadInput([_needs_none(params, phase)])
     _require_rights(connection, params)
     row = _newest(connection, params, phase, "request")
@@ -174,6 +197,10 @@ def pending(connection: db.Connection, params: Params, phase: str) -> Pending:
         raise _refused(phase, "there is newer evidence than the request rests on", "a request of the newest evidence")
     if _parameters(params) != asked.parameters:
         raise _refused(phase, "the request was made with other parameters", "the parameters of that run")
+    here = {what: sha for what, sha in bound_inputs.of(params, phase).items() if sha != bound_inputs.MISSING}
+    if differing := [what for what, sha in asked.inputs if what in here and here[what] != sha]:
+        found = f"{', '.join(sorted(differing))} differ here from what the request was made with"
+        raise _refused(phase, found, "the files of that run")
     user = db.one(connection, SQL["session_user"], params)["name"]
     involved = _involved(connection, params, phase) | {row["written_by"]: "asked for this sign-off"}
     if user in involved:
@@ -307,11 +334,18 @@ def _bound(asked: Asked) -> dict[str, Any]:
         "plan_sha256": asked.plan,
         "evidence_seq": asked.evidence_seq,
         "evidence": asked.evidence,
+        "inputs": dict(asked.inputs),
     }
 
 
 def _asked(body: dict[str, Any]) -> Asked:
-    return Asked(tuple(body["statements"]), body["parameters"], body["evidence_seq"], body["evidence"])
+    return Asked(
+        tuple(body["statements"]),
+        body["parameters"],
+        body["evidence_seq"],
+        body["evidence"],
+        tuple(sorted(body.get("inputs", {}).items())),
+    )
 
 
 def _sha256(data: Any) -> str:
