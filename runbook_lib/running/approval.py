@@ -198,7 +198,9 @@ def pending(connection: db.Connection, params: Params, phase: str) -> Pending:
     if _parameters(params) != asked.parameters:
         raise _refused(phase, "the request was made with other parameters", "the parameters of that run")
     here = {what: sha for what, sha in bound_inputs.of(params, phase).items() if sha != bound_inputs.MISSING}
-    if differing := [what for what, sha in asked.inputs if what in here and here[what] != sha]:
+    if differing := [
+        what for what, sha in asked.inputs if sha != bound_inputs.MISSING and here.get(what, sha) != sha
+    ]:
         found = f"{', '.join(sorted(differing))} differ here from what the request was made with"
         raise _refused(phase, found, "the files of that run")
     user = db.one(connection, SQL["session_user"], params)["name"]
