@@ -199,6 +199,7 @@ def test_a_phase_waits_for_its_sign_off_and_is_carried_out_after_it(
     finally:
         articles.execute(sql.SQL("DROP OWNED BY {}").format(role))
         articles.execute(sql.SQL("DROP ROLE {}").format(role))
+    assert again.status == "passed", again.error
     assert (again.status, [p.name for p in record_of(again).phases]) == ("passed", [SECOND])
     assert f"by {name} at " in (again.folder / "index.html").read_text()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -44,9 +45,12 @@ def _files(params: Params, phase: str) -> Iterator[tuple[str, Path | None]]:
 
 def _sha256(path: Path) -> str:
     try:
+        if path.suffix == ".ipynb":  # what its cells say; ids and outputs carry nothing out
+            cells = json.loads(path.read_text("utf-8"))["cells"]
+            return hashlib.sha256(json.dumps([c["source"] for c in cells]).encode()).hexdigest()
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except (OSError, ValueError, KeyError):
         return MISSING
 
 
