@@ -17,7 +17,7 @@ from runbook_lib.filling.workers import Outcome
 from runbook_lib.gates import BadInput, Gate, Gates, LockNotObtained, Verdict, collect, gate
 from runbook_lib.ledger import Ledger
 from runbook_lib.names import names, spelled, vectors_stand_beside
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("backfill")
@@ -49,6 +49,7 @@ def _update_statement(phase: Phase, keys: Sequence[Any] | None = None) -> db.Sta
     return db.statement(SQL["update"], phase.params, extra, keys=None if keys is None else list(keys))
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Moves every staged vector into the table, then drains the queue of rows that changed meanwhile.
 
@@ -235,9 +236,12 @@ def help_out(params_file: str) -> Table:
         phase = Phase(
             "50_backfill", run_id, True, params, connection, Ledger(ledger_connection, params, run_id, "50_backfill")
         )
+        phase.order.fence(connection)
         if not windows.exist(phase) or not windows.state(phase).left:
             raise BadInput([_nothing_to_help_with(params.target.name)])
-        outcome = workers.run(phase, strategy.choose(phase), db.one(connection, SQL["to_do"], params)["rows"])
+        phase.join()
+        with phase.opened():
+            outcome = workers.run(phase, strategy.choose(phase), db.one(connection, SQL["to_do"], params)["rows"])
         p50, p95 = _percentiles(outcome)
         phase.note("help", {"rows": outcome.rows, "batches": len(outcome.seconds), "batch_p95_ms": p95})
     return Table(("rows", "batches", "p50 ms", "p95 ms"), [(outcome.rows, len(outcome.seconds), p50, p95)])

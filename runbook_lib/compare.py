@@ -17,7 +17,7 @@ from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import agreement, evaluate, legacy_calls, replica, slices
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import digits, identifier, names
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed
 
@@ -87,6 +87,7 @@ def _fulltext_statement(phase: Phase) -> sql.Composed:
     )
 
 
+@changes
 def judge(phase: Phase, query_id: str, key: str, relevance: int) -> None:
     """Keeps a person's mark in the ledger: 0 for wrong, higher for better; given again, the newer one counts.
 
@@ -208,6 +209,7 @@ def _totals(result: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: {k: v for k, v in figures.items() if k not in single} for name, figures in result.items()}
 
 
+@changes
 def baseline(phase: Phase) -> Table:
     """Phase 10: measures the legacy search and keeps its figures and its answers to the timed queries."""
     if not phase.execute:
@@ -295,6 +297,7 @@ class Comparison:
         printer.text(str(self))
 
 
+@changes
 def shadow(phase: Phase) -> Comparison | Table:
     """Phase 80: every system answers the same queries; the figures and the winner go into the ledger."""
     if not phase.execute:

@@ -16,7 +16,7 @@ from runbook_lib.gates import Gate, GateFailed, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.measuring import evaluate, standing
 from runbook_lib.operations import retire
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed
 
@@ -109,6 +109,7 @@ def _was_proved(phase: Phase, share: int) -> bool:
     return body["share_percent"] == share and set(body["verdicts"].values()) == {str(Verdict.PASS)}
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Raises the share step by step, each judged by its calls; a failed one sends every read back to legacy.
 
@@ -157,7 +158,7 @@ def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
     by_new = without_rows = empty = short = errors = errors_drawn = 0
     since = db.one(phase.connection, SQL["now"], p)["now"]
     began = time.perf_counter()
-    with db.connect(p, f"runbook {phase.run_id} canary") as connection:
+    with phase.another("canary") as connection:
         for n, i in enumerate(calls, 1):
             one, vector = [queries[i]], vectors[i : i + 1]
             try:
@@ -317,6 +318,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return db.Plan((*retire.undo_plan(phase), move), phase.connection)
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Sends every read back to the legacy query; where that was retired, builds its indexes again first."""
     if phase.execute:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -282,6 +283,14 @@ def in_short_tries(
         danger="waiting longer would queue every reader and writer of the table behind this statement",
         do="end that session, or run this phase again at a quieter time: what was done before stays done",
     )
+
+
+@contextmanager
+def rolled_back(connection: Connection) -> Iterator[None]:
+    """A transaction that tries something and is rolled back, on a session that is read-only otherwise."""
+    with connection.transaction(force_rollback=True):
+        connection.execute("SET TRANSACTION READ WRITE")
+        yield
 
 
 def holders(connection: Connection, params: Params) -> str:

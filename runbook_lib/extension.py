@@ -8,7 +8,7 @@ from runbook_lib import db, versions
 from runbook_lib.display import Table
 from runbook_lib.gates import Gate, Gates, gate
 from runbook_lib.names import identifier
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("extension")
@@ -42,6 +42,7 @@ def _statement(phase: Phase, block: str, keyword: str) -> db.Statement:
     return db.statement(SQL[block], phase.params, {"extension_schema": schema, "version_clause": clause})
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Carries out the plan and puts pgvector's schema on this session's search path."""
     done = phase.carry_out(plan(phase))
@@ -128,6 +129,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return db.Plan((db.statement(SQL["drop"], phase.params),) if removable else (), phase.connection)
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Removes pgvector if the runbook brought it and nothing uses it; never with CASCADE."""
     return phase.carry_out(undo_plan(phase))

@@ -16,7 +16,7 @@ from runbook_lib.indexing import index_partitions
 from runbook_lib.indexing.building import Built
 from runbook_lib.indexing.building import concurrently as concurrently
 from runbook_lib.names import as_indexed, identifier, index_name, names, operator_class, spelled
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("index")
@@ -84,6 +84,7 @@ def in_the_way(phase: Phase) -> Table:
     )
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Builds what is not there, saying phase, blocks and time left; an interrupt cancels the build in the server."""
     if index_partitions.is_needed(phase):
@@ -268,6 +269,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return db.Plan((drop_statement(phase),) if state(phase) else (), phase.connection)
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Drops the index without blocking reads or writes; does nothing where it is not there."""
     if index_partitions.is_needed(phase):

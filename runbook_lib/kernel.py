@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from IPython.core.getipython import get_ipython
-
-from runbook_lib import db
 
 INTERRUPTED = (
     "Interrupted. The statement under way was cancelled in the server; what was committed before it stays.\n"
     "Run this cell again to go on from there."
 )
 
-_held: list[db.Connection] = []
+# How the phase that is open now is ended: called with why, and with what comes next.
+_held: list[Callable[[str, str], str]] = []
 
 
-def let_go() -> None:
-    """Closes what a phase that this kernel opened before still holds: the first cell can be run again, and the claim
-    on the target is not refused to the notebook that has it."""
+def let_go(why: str, following: str) -> str:
+    """Ends what this kernel opened before: the first cell can be run again, and the claim on the target is not
+    refused to the notebook that has it. Returns the name of what was still open."""
+    names = []
     while _held:
-        _held.pop().close()
+        names.append(_held.pop()(why, following))
+    return ", ".join(filter(None, names))
 
 
-def hold(*connections: db.Connection) -> None:
-    """Remembers the connections of the phase that is open now. Does nothing outside IPython."""
-    shell = get_ipython()
-    if shell is None:
-        return
-    _held.extend(connections)
-    shell.set_custom_exc((KeyboardInterrupt,), _say_interrupted)  # type: ignore[no-untyped-call]
+def hold(end: Callable[[str, str], str]) -> None:
+    """Remembers how to end the phase that is open now."""
+    _held.append(end)
+    if shell := get_ipython():
+        shell.set_custom_exc((KeyboardInterrupt,), _say_interrupted)  # type: ignore[no-untyped-call]
 
 
 def _say_interrupted(

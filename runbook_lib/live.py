@@ -20,7 +20,7 @@ from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import agreement, evaluate, together
 from runbook_lib.names import identifier, names, shortened, spelled, verbatim
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("live")
@@ -96,6 +96,7 @@ def plan(phase: Phase) -> db.Plan:
     return db.Plan((*statements, *grants), phase.connection)
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Makes the function and its log; made again, it takes over what 70_tune has set since, and keeps the log."""
     return phase.carry_out(plan(phase))
@@ -248,6 +249,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return db.Plan(tuple(statements), phase.connection)
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Removes both. The application must have gone back to the search function first."""
     return phase.carry_out(undo_plan(phase))

@@ -3,36 +3,65 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from runbook_lib import db, kernel, sqlmagic
+import psycopg
+
+from runbook_lib import db, kernel, order, predecessors, sqlmagic
 from runbook_lib import params as params_module
 from runbook_lib.display import Table
-from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, Verdict, collect, gate, not_run
+from runbook_lib.gates import (
+    BadInput,
+    Gate,
+    GateFailed,
+    Gates,
+    NotApproved,
+    OutsideWindow,
+    Verdict,
+    collect,
+    not_run,
+)
 from runbook_lib.ledger import Ledger, as_data
+from runbook_lib.order import Order, OutOfOrder, WhileOpen, cell
 from runbook_lib.params import Params
 from runbook_lib.phases import MIGRATE as MIGRATE
-from runbook_lib.phases import OPERATE, RUNS_BESIDE, STANDS_ON, UNDO_OPERATION, taken_back, waits
+from runbook_lib.phases import OPERATE, RUNS_BESIDE, UNDO_OPERATION, taken_back, waits
 from runbook_lib.phases import UNDO as UNDO
 from runbook_lib.running import approval, claim, plans, window
 
+NEEDED = "the phase carried out"
 
-@dataclass(frozen=True)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class Phase:
     """What a notebook works with.
 
-    connection: for the work, in autocommit. ledger: on a connection of its own. execute: False only prints.
+    connection: for the work, in autocommit; read-only in the server but inside :meth:`opened`. ledger: on a
+    connection of its own. execute: False only prints. order: how far this session has come.
     """
 
     name: str
     run_id: str
     execute: bool
     params: Params
-    connection: db.Connection
-    ledger: Ledger
+    connection: WhileOpen[db.Connection] = WhileOpen()  # noqa: RUF009 - a descriptor, which a dataclass knows
+    ledger: WhileOpen[Ledger] = WhileOpen()  # noqa: RUF009
+    order: Order = field(default_factory=lambda: Order(""))
+
+    def __post_init__(self) -> None:
+        self.order.name = self.order.name or self.name
+
+    def __repr__(self) -> str:
+        return f"<{self.name} of run {self.run_id}, {self.order.ended or 'open'}>"
 
     def where_am_i(self) -> Table:
         """Target, server, phase, and where the migration stands by the ledger."""
@@ -61,13 +90,34 @@ class Phase:
             ],
         )
 
-    def require(self) -> Gates:
+    def require(self, *looks: Callable[[Phase], Gates]) -> Gates:
         """The gates of the way here: every phase before this one has passed in this database, on this target; then
-        the maintenance window, which it waits for, and the sign-off, where the parameters ask for one.
+        the maintenance window, which it waits for, the sign-off, where the parameters ask for one, and the looks that
+        this notebook takes before it changes anything.
 
-        Raises GateFailed, OutsideWindow, NotApproved. A run that carries nothing out only says where things stand.
+        Only when all of them have passed may this session change anything. Raises GateFailed, OutsideWindow,
+        NotApproved. A run that carries nothing out says where things stand, and takes the looks.
         """
-        gates = collect(self._predecessors())
+        self._must_be_connected()
+        self.order.required = False
+        since = predecessors.newest_row(self.ledger)
+        try:
+            gates = self._way_here()
+            for look in looks:
+                with self.order.look(_name(look)):
+                    found = look(self) if self.execute else look(self).without_pass()
+                gates += self._judge(found)
+        except (GateFailed, NotApproved, OutsideWindow) as error:
+            self.order.unproved[order.REQUIRE] = _why(error)
+            raise
+        if self.execute:
+            self.order.unproved.clear()
+            self.order.recheck = partial(predecessors.gone, self.name, self.ledger, self.params, since)
+            self.order.required = True
+        return gates
+
+    def _way_here(self) -> Gates:
+        gates = collect(predecessors.gates(self.name, self.ledger, self.params))
         if not self.execute:
             return gates.without_pass() + self._judge(approval.check(self))
         gates = self._judge(gates)
@@ -75,81 +125,72 @@ class Phase:
             window.enter(self.params)
         return gates + self._judge(approval.check(self))
 
-    def _predecessors(self) -> list[Gate]:
-        if self.name in UNDO:
-            return [self._nothing_stands_on_it()]
-        if self.name in UNDO_OPERATION:
-            return [self._no_later_operation_stands_on_it(), *self._is_as_planned()]
-        if self.name == MIGRATE[0] or self.name not in (*MIGRATE, *OPERATE):
-            return [gate("phase.may_start", True, self.name, found="needs no phase before it", needed="none")]
-        before = OPERATE[self.name] if self.name in OPERATE else MIGRATE[MIGRATE.index(self.name) - 1]
-        verdict = self.ledger.phase_verdict(before)
-        passed = gate(
-            "phase.predecessor_passed",
-            verdict == Verdict.PASS,
-            before,
-            found=f"{verdict} in this database",
-            needed="PASS",
-            danger="what this phase relies on has not been proved here",
-            do=f"run {before} with execute: true first",
-        )
-        return [passed, *self._is_as_planned()]
+    def join(self) -> None:
+        """Takes part in a step that another session has opened, and which that session proves and closes.
 
-    def _is_as_planned(self) -> list[Gate]:
-        """No gate before preflight has planned."""
-        planned = self.ledger.latest("plan", MIGRATE[0])
-        if not planned:
-            return []
-        same = planned["fingerprint"] == self.params.fingerprint()
-        return [
-            gate(
-                "phase.target_is_as_planned",
-                same,
-                f"{self.params.target.schema_}.{self.params.target.table}",
-                found=f"target, vector, model and ledger {'as planned' if same else 'changed since'}",
-                needed="the parameters that preflight planned with",
-                danger="phases would work on different columns, models or tables",
-                do="put the parameters back, or undo the migration and run 00_preflight again",
-            )
-        ]
+        Raises OutOfOrder where what the step rests on does not hold.
+        """
+        since = predecessors.newest_row(self.ledger)
+        if why := predecessors.gone(self.name, self.ledger, self.params, since):
+            raise OutOfOrder(f"{self.name} cannot be helped: {why}", "the phase before it")
+        self.order.recheck = partial(predecessors.gone, self.name, self.ledger, self.params, since)
+        self.order.required = True
 
-    def _no_later_operation_stands_on_it(self) -> Gate:
-        """What an operation made may since have become part of what a later one made."""
-        operation = UNDO_OPERATION[self.name]
-        later = STANDS_ON.get(operation, "")
-        last, own = (self.ledger.last_row(name) for name in (later, operation))
-        stands = bool(last and own and last["seq"] > own["seq"] and self.ledger.phase_verdict(later) == Verdict.PASS)
-        return gate(
-            "phase.no_later_operation_stands_on_it",
-            not stands,
-            operation,
-            found=f"{later} was carried out since" if stands else "no operation since that relies on it",
-            needed=f"{later} taken back, or never carried out" if later else "none that relies on it",
-            danger="what is to be taken back has become part of what the later one made",
-            do=f"run `runbook operate PARAMS {later} --undo --execute` first, or leave both as they are",
-        )
+    def ask(self, every_s: float = 0.0) -> None:
+        """May this session change anything now? Raises OutOfOrder where a gate has not passed in it, or where what
+        it rests on has been undone since. every_s: for long work, which asks often; the ledger is asked less so.
+        """
+        self._must_be_connected()
+        self.order.must_have_passed()
+        self._must_still_rest(every_s)
 
-    def _nothing_stands_on_it(self) -> Gate:
-        """The ways back are taken in order: what an earlier one takes back must be gone."""
-        order = tuple(UNDO)
-        earlier = [p for way in order[: order.index(self.name)] for p in UNDO[way]]
-        standing = [p for p in earlier if self.ledger.phase_verdict(p) == Verdict.PASS]
-        ways = [way for way in order if any(p in UNDO[way] for p in standing)]
-        return gate(
-            "phase.nothing_stands_on_it",
-            not standing,
-            self.name,
-            found=f"{', '.join(standing)} still proved" if standing else "later phases are taken back, or never ran",
-            needed="the phases after it taken back first",
-            danger="what they made would stand on nothing",
-            do=f"run undo/{ways[0]} first" if ways else "",
-        )
+    def _must_still_rest(self, every_s: float = 0.0) -> None:
+        if self.order.recheck is None or not self.order.asks_now(every_s):
+            return
+        try:
+            why = self.order.recheck()
+        except psycopg.OperationalError:
+            self._must_be_connected()
+            raise
+        if why:
+            raise OutOfOrder(f"{self.name} is open, and since its gates passed {why}", cell(order.REQUIRE))
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Opens the session for a change, and closes it again. Asks first, except where nothing is carried out: then
+        the session stays read-only. Raises OutOfOrder.
+        """
+        self._must_be_connected()
+        if not self.execute:
+            yield
+            return
+        self.ask()
+        self.order.proved = False
+        with self.order.lifted(self.connection):
+            yield
+        self.order.proved = False
+
+    def another(self, purpose: str, *, conninfo: str | None = None, trial: bool = False) -> db.Connection:
+        """A further session for this phase, read-only in the server unless it is opened for a change just now.
+
+        trial: one that rolls back everything it does. conninfo: of another server than the target's.
+        """
+        connection = db.connect(self.params, f"runbook {self.run_id} {purpose}", conninfo=conninfo)
+        if self.order.fenced and not self.order.depth and not trial:
+            connection.execute(order.READ_ONLY, ["on"])
+        return connection
+
+    def _must_be_connected(self) -> None:
+        """Raises OutOfOrder for a phase that was closed, or whose sessions have ended, and with them its claim."""
+        _ = self.connection, self.ledger
 
     def carry_out(self, plan: db.Plan) -> Table:
         """Carries out the plan, statement by statement, each with a bound wait and a row in the ledger."""
+        self.order.must_be_open()
         if not self.execute:
             return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan])
-        done = [self.do(s) for s in plan]
+        with self.opened():
+            done = [self.do(s) for s in plan]
         return Table(
             ("what", "lock", "rows", "seconds", "tries"),
             [
@@ -166,7 +207,8 @@ class Phase:
 
     def do(self, statement: db.Statement) -> db.Done:
         """Carries out one statement and writes it into the ledger."""
-        done = db.carry_out(self.connection, self.params, statement)
+        with self.opened():
+            done = db.carry_out(self.connection, self.params, statement)
         self.note_statement(done)
         return done
 
@@ -190,22 +232,34 @@ class Phase:
 
     def note(self, kind: str, body: dict[str, Any]) -> None:
         """A ledger row of figures that a later phase or the record needs; nothing where nothing is carried out."""
-        if self.execute:
-            self.ledger.append(kind, body)
+        self.order.must_be_open()
+        if not self.execute:
+            return
+        if not self.order.looking:
+            self.ask(order.SECONDS_BETWEEN_QUESTIONS)
+        self.ledger.append(kind, body)
 
-    def prove(self, look: Callable[[Phase], Gates], *, ahead: bool = False) -> Gates:
+    def prove(self, look: Callable[[Phase], Gates], *, ahead: bool = False, midway: bool = False) -> Gates:
         """Looks at the database and judges; raises GateFailed, after showing the gates.
 
         A run that carries nothing out says NOT RUN without looking, except ``ahead`` of any change: then it looks,
-        and what would pass says NOT RUN.
+        and what would pass says NOT RUN. midway: the step goes on after these gates, so they do not close it.
         """
-        if ahead and not self.execute:
-            return self._judge(look(self).without_pass())
+        self._must_be_connected()
+        name = _name(look)
         if not self.execute:
-            needed = "the phase carried out"
-            name = f"{look.__module__.rsplit('.', 1)[-1]}.{look.__name__}"
-            return self._judge(Gates((not_run(name, self.name, needed),)))
-        return self._judge(look(self))
+            return self._judge(look(self).without_pass() if ahead else Gates((not_run(name, self.name, NEEDED),)))
+        self.order.must_be_required()
+        self._must_still_rest()
+        with self.order.look(name):
+            try:
+                gates = self._judge(look(self))
+            except GateFailed as error:
+                self.order.unproved[name] = _why(error)
+                raise
+        del self.order.unproved[name]
+        self.order.proved = not midway
+        return gates
 
     def _judge(self, gates: Gates) -> Gates:
         """Writes the gates down; shows the table first and raises after it, so that the record holds both.
@@ -236,19 +290,46 @@ class Phase:
             if self.ledger.last_row(name) if name in OPERATE else self.ledger.phase_verdict(name) != "NOT RUN":
                 replace(self.ledger, phase=name).append("phase", {"verdict": "UNDONE", "by": self.name})
 
-    def close(self, gates: Gates, verdict: str = "PASS") -> Table:
-        """Ends the phase: PASS only if there are gates and all passed. Gives back the claim on the target."""
+    def close(self, gates: Gates | None = None, verdict: str = "PASS") -> Table:
+        """Ends the phase, and gives back the claim on the target. PASS only if the way here and what was done are
+        proved in this session, and still hold by the ledger; otherwise raises OutOfOrder. gates: shown before; they
+        are judged as well.
+        """
+        self._must_be_connected()
         if self.execute:
-            if not gates.passed:
+            if gates is not None and gates.failed:
                 raise GateFailed(gates)
+            self.ask()
+            if not self.order.proved or not (gates is None or gates.passed):
+                raise OutOfOrder(f"{self.name} is open, and what it did is not proved", cell(order.PROVE))
             self._append_verdicts(verdict)
         else:
             plans.note_statements(self)
-        self.connection.close()
-        self.ledger.connection.close()
+        self.end("is closed", _after(self.name))
         return Table(
             ("phase", "verdict", "next"), [(self.name, verdict if self.execute else "NOT RUN", following(self.name))]
         )
+
+    def end(self, why: str, following: str) -> str:
+        """Ends both sessions; returns the name of what was open, empty where it had ended before."""
+        if self.order.ended:
+            return ""
+        self.order.end(f"{self.name} {why}", following)
+        # Also those that the server has ended, which are not handed out any more.
+        self.__dict__["_connection"].close()
+        self.__dict__["_ledger"].connection.close()
+        return self.name
+
+
+def changes(work: Callable[Concatenate[Phase, P], T]) -> Callable[Concatenate[Phase, P], T]:
+    """For a function that changes something: it asks before it begins, and its session may write while it runs."""
+
+    @wraps(work)
+    def asked(phase: Phase, /, *arguments: P.args, **named: P.kwargs) -> T:
+        with phase.opened():
+            return work(phase, *arguments, **named)
+
+    return asked
 
 
 def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | str = False) -> Phase:
@@ -257,20 +338,47 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     run_id: empty when somebody steps through by hand. execute: papermill's ``-p execute true`` arrives as text.
     Raises BadInput for parameters, server or another run at work on the same target.
     """
-    kernel.let_go()
+    # First of all: where this fails, the cells below must not work on what was open before.
+    here = f"{cell(order.OPEN)} of its own notebook"
+    let_go = kernel.let_go(f"was let go when {name} was opened in this kernel", here)
     params = params_module.load(params_file)
     carry_out = _boolean(execute)
     run_id = run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-by-hand-{uuid.uuid4().hex[:4]}"
     ledger = Ledger(db.connect(params, f"runbook {run_id} {name} ledger"), params, run_id, name)
-    kernel.hold(ledger.connection)
-    if carry_out:
-        ledger.bring_up_to_date()
-    if carry_out and name not in RUNS_BESIDE:
-        claim.take_for_notebook(ledger.connection, params, run_id)
-    phase = Phase(name, run_id, carry_out, params, db.connect(params, f"runbook {run_id} {name}"), ledger)
-    kernel.hold(phase.connection)
+    try:
+        if carry_out:
+            ledger.bring_up_to_date()
+        if carry_out and name not in RUNS_BESIDE:
+            claim.take_for_notebook(ledger.connection, params, run_id)
+        phase = Phase(name, run_id, carry_out, params, db.connect(params, f"runbook {run_id} {name}"), ledger)
+        phase.order.fence(phase.connection)
+    except BaseException:
+        ledger.connection.close()
+        raise
+    kernel.hold(phase.end)
     sqlmagic.connect(phase)
+    if let_go:
+        print(f"{let_go} was open in this kernel and has been let go; {name} is open. Next: {cell(order.REQUIRE)}.")
     return phase
+
+
+def _name(look: Callable[[Phase], Gates]) -> str:
+    return f"{look.__module__.rsplit('.', 1)[-1]}.{look.__name__}"
+
+
+def _why(error: GateFailed | NotApproved | OutsideWindow) -> str:
+    if isinstance(error, GateFailed):
+        return order.said(g.name for g in error.gates.failed)
+    if isinstance(error, NotApproved):
+        return f"it has no sign-off: {error.found}"
+    return "the maintenance window is closed"
+
+
+def _after(name: str) -> str:
+    """What a person does after closing: the next notebook, or the same again from its first cells."""
+    after = following(name)
+    again = f"{cell(order.OPEN)} opens it again"
+    return again if after.startswith("nothing") else f"the notebook {after}; {again}"
 
 
 def following(name: str) -> str:

@@ -21,7 +21,7 @@ from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.indexing import prewarm
 from runbook_lib.measuring import replica, statements
 from runbook_lib.names import names, spelled
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 from runbook_lib.vectors import masking
 
@@ -339,6 +339,7 @@ def plan_body(phase: Phase) -> dict[str, Any]:
     }
 
 
+@changes
 def take(phase: Phase) -> Forecast:
     """Makes the ledger and writes the plan into it, where the run carries things out; shows the forecast."""
     if phase.execute:

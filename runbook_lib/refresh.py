@@ -24,7 +24,8 @@ from runbook_lib.display import Table, duration, number
 from runbook_lib.filling.pace import Pace
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import changing, names, spelled, vectors_stand_beside
-from runbook_lib.phase import Phase
+from runbook_lib.order import SECONDS_BETWEEN_QUESTIONS
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed, masking
 
@@ -102,6 +103,7 @@ def waiting(phase: Phase, before: datetime | None = None) -> Waiting:
     return Waiting(row["waiting"], row["waiting_since_before"], row["set_aside"], row["oldest_s"], row["error"], why)
 
 
+@changes
 def drain(phase: Phase) -> Drained:
     """Takes changes from the queue, batch by batch, until none can be taken.
 
@@ -113,7 +115,8 @@ def drain(phase: Phase) -> Drained:
     """
     if not phase.params.embeddings.has_model:
         return Drained(_settle(phase), 0, 0)
-    register_vector(phase.connection)
+    connection = phase.connection
+    register_vector(connection)
     worker = _Worker(phase, embed.model(phase.params), masking.rules(phase.params.masking), secrets.randbits(31))
     worker.run("worker")
     done: list[Drained] = []
@@ -128,7 +131,7 @@ def drain(phase: Phase) -> Drained:
             if _take_up_again(worker):
                 done += _until_none_is_left(worker)
     finally:
-        if not phase.connection.broken:
+        if not connection.broken:
             worker.run("release")
     if texts := sum(d.updated for d in done):
         staging.note_masking(phase, worker.masked, texts)
@@ -142,6 +145,7 @@ def drain(phase: Phase) -> Drained:
 def _until_none_is_left(worker: _Worker) -> list[Drained]:
     done = []
     while claimed := _claim(worker):
+        worker.phase.ask(SECONDS_BETWEEN_QUESTIONS)
         done.append(_refresh(worker, claimed))
     return done
 
@@ -310,6 +314,7 @@ def _require_queue(phase: Phase) -> None:
         )
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Drains the queue; what was set aside by an earlier drain gets one more try."""
     if not phase.execute:

@@ -11,7 +11,7 @@ from runbook_lib.filling import pruning, sidetable
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.names import spelled, trigger_name, vectors_stand_beside
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("schema")
@@ -71,6 +71,7 @@ def _making(params: Params, name: str) -> db.Statement:
     return citus.statement(params, name) if replaced else db.statement(SQL[name], params)
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Carries out the plan. Each statement is a transaction of its own; killed between two, a rerun goes on.
 
@@ -160,6 +161,7 @@ def undo_capture_plan(phase: Phase) -> list[db.Statement]:
     return [*drops, *windows]
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Removes what this phase added; does nothing where nothing is left."""
     return phase.carry_out(undo_plan(phase))
@@ -204,6 +206,7 @@ def difference(before: Sequence[str], now: Sequence[str]) -> tuple[list[str], li
     return [x for x in before if x not in now], [x for x in now if x not in before]
 
 
+@changes
 def record_start(phase: Phase) -> None:
     """Writes down the catalogue that undo must lead back to, once: not again while a migration is under way."""
     begun = phase.ledger.latest("catalogue") is not None

@@ -20,7 +20,7 @@ from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import as_indexed, identifier, names, spelled, verbatim
 from runbook_lib.operations import handover
 from runbook_lib.params import Params, placeholders
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("search")
@@ -292,6 +292,7 @@ def plan(phase: Phase) -> db.Plan:
     return db.Plan((*statements, *grants), phase.connection)
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Makes the function, answering by the legacy query; made again, it keeps its route and its settings."""
     return phase.carry_out(plan(phase))
@@ -308,6 +309,7 @@ def force_route(connection: db.Connection, params: Params, route: str) -> None:
     connection.execute(SQL["force_route"].compose(names(params)), {"route": route})
 
 
+@changes
 def move_route(phase: Phase, route: Route, share_percent: int, reason: str) -> db.Done:
     """Moves the reads in one transaction, and writes down why."""
     done = phase.do(db.statement(SQL["move_route"], phase.params, route=route, share_percent=share_percent))
@@ -373,6 +375,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return db.Plan((db.statement(SQL["drop_function"], phase.params, _function_names(phase)),), phase.connection)
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Removes the function. The application must have gone back to its own query first."""
     return phase.carry_out(undo_plan(phase))

@@ -20,8 +20,9 @@ from runbook_lib import db
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.names import names, spelled
+from runbook_lib.order import SECONDS_BETWEEN_QUESTIONS
 from runbook_lib.params.section import unsound
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.progress import Progress
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed, masking, packing, sources
@@ -105,6 +106,7 @@ def key_type(phase: Phase) -> str:
     return str(db.one(phase.connection, SQL["key_type"], phase.params, table=table, key=key)["type"])
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Stages every row that has text and no vector of that text; shows rows, rate and time left.
 
@@ -148,6 +150,7 @@ def copy_all(phase: Phase, batches: Iterable[Batch], progress: Progress) -> Copi
     """Copies batch after batch, a transaction each."""
     kind, refused = key_type(phase), 0
     for batch in batches:
+        phase.ask(SECONDS_BETWEEN_QUESTIONS)
         copied = copy(phase, batch, kind)
         refused += copied.refused
         progress.add(copied.staged)

@@ -20,7 +20,7 @@ from runbook_lib.measuring.classes import Asked, FilterClass
 from runbook_lib.measuring.prepared import reads_index
 from runbook_lib.measuring.sweep import Measured, Way
 from runbook_lib.names import index_name, spelled
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.progress import SECONDS_BETWEEN_LINES
 from runbook_lib.sql import load
 
@@ -147,6 +147,7 @@ def uses_index(connection: db.Connection, phase: Phase, statement: sql.Composabl
     return row is not None and reads_index(connection, phase.params, row["QUERY PLAN"][0]["Plan"])
 
 
+@changes
 def apply(phase: Phase) -> Tuning | Table:
     """Measures every filter class, and gives the search function the cheapest way that reaches the target in each.
 
@@ -356,6 +357,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return db.Plan(tuple(statements), phase.connection)
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Takes the strategies and the index settings from the function."""
     return phase.carry_out(undo_plan(phase))

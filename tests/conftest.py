@@ -20,6 +20,7 @@ from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from tests import toy
+from tests.opened import gates_passed
 
 DSN_ENV = "RUNBOOK_TEST_DSN"
 
@@ -87,14 +88,13 @@ def open_phase(
         p = make_params(**sections)
         ledger = Ledger(db.connect(p, f"test {name} ledger"), p, "test-run", name)
         ledger.create()
-        phase = Phase(name, "test-run", execute, p, db.connect(p, f"test {name}"), ledger)
+        phase = gates_passed(Phase(name, "test-run", execute, p, db.connect(p, f"test {name}"), ledger))
         opened.append(phase)
         return phase
 
     yield make
     for phase in opened:
-        phase.connection.close()
-        phase.ledger.connection.close()
+        phase.end("was ended by the test", "nothing")
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from runbook_lib.phases import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
 OPEN = """from runbook_lib.phase import open_phase
 phase = open_phase("{name}", params_file, run_id, execute)
 phase.ledger.create() if phase.execute else None"""
-CLOSE = "phase.close(phase.require())"
+CLOSE = """from runbook_lib.gates import collect, gate
+phase.require()
+phase.close(phase.prove(lambda p: collect([gate("toy.is_done", True, p.name, found="done", needed="done")])))"""
 
 
 def write(folder: Path, **bodies: str) -> Path:

@@ -22,6 +22,7 @@ from runbook_lib.phase import MIGRATE, UNDO, Phase
 from runbook_lib.phases import OPERATE, UNDO_OPERATION
 from runbook_lib.running import approval, plans
 from tests.conftest import DSN_ENV, write_params
+from tests.opened import write
 
 PHASE = "30_expand_schema"
 WAITING = {"approval": {"phases": [PHASE]}}
@@ -219,7 +220,7 @@ def test_what_is_left_of_an_approved_plan_is_approved(
     waiting: Phase, approve: Callable[..., Result], approver: str
 ) -> None:
     approve(approver, "--yes")
-    waiting.connection.execute("ALTER TABLE articles ADD COLUMN embedding vector(8)")
+    write(waiting, "ALTER TABLE articles ADD COLUMN embedding vector(8)")
     assert waiting.require().passed
 
 

@@ -1,6 +1,7 @@
 """Phase 50: every vector reaches its row, none an older text, and a stopped run goes on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from runbook_lib import backfill, extension, refresh, schema, staging
 from runbook_lib.filling import pause, strategy, windows, workers
 from runbook_lib.gates import BadInput, LockNotObtained, OutsideWindow
+from runbook_lib.order import OutOfOrder
 from runbook_lib.phase import Phase
 from tests import toy
 from tests.conftest import write_params
@@ -153,8 +155,12 @@ def test_a_session_may_come_to_help(
     params_file = str(write_params(tmp_path))
     with pytest.raises(BadInput, match="no open window"):
         backfill.help_out(params_file)
-    windows.create(phase)
-    windows.cut(phase, strategy.choose(phase))
+    with phase.opened():
+        windows.create(phase)
+        windows.cut(phase, strategy.choose(phase))
+    with pytest.raises(OutOfOrder, match="50_backfill cannot be helped: 40_load_embeddings: NOT RUN"):
+        backfill.help_out(params_file)
+    replace(phase.ledger, phase="40_load_embeddings").append("phase", {"verdict": "PASS"})
     assert "200" in str(backfill.help_out(params_file))
     backfill.apply(phase)
     assert assert_every_row_has_the_vector_of_its_text(articles) == toy.ROWS

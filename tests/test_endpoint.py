@@ -14,6 +14,7 @@ from runbook_lib.phase import Phase
 from runbook_lib.vectors import embed, endpoint
 from tests import toy
 from tests.endpoints import Answer, Endpoint, embeddings, serving
+from tests.opened import write
 
 MakeParams = Callable[..., Params]
 KEY = "sk-the-secret-of-this-test"
@@ -210,7 +211,7 @@ def test_text_is_masked_before_it_leaves_and_the_hash_is_that_of_the_text(
     ready: Callable[..., Phase], served: Endpoint
 ) -> None:
     phase = ready({"rules": ["email"], "patterns": {"ticket": r"T-\d+"}})
-    phase.connection.execute("UPDATE articles SET body = 'ask ann@example.org about T-77 or T-78' WHERE id = 1")
+    write(phase, "UPDATE articles SET body = 'ask ann@example.org about T-77 or T-78' WHERE id = 1")
     staging.apply(phase)
     assert "cookie leaks\nask <email> about <ticket> or <ticket>" in served.texts
     assert not [t for t in served.texts if "ann@" in t]
@@ -231,7 +232,7 @@ def test_no_lock_is_held_on_the_table_or_the_queue_while_the_endpoint_is_asked(
     ready: Callable[..., Phase], served: Endpoint
 ) -> None:
     phase = ready()
-    phase.connection.execute("DELETE FROM runbook.articles_queue; UPDATE articles SET body = 'new' WHERE id <= 3")
+    write(phase, "DELETE FROM runbook.articles_queue; UPDATE articles SET body = 'new' WHERE id <= 3")
     held: list[int] = []
 
     def look(texts: list[str]) -> Answer | None:

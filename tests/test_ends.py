@@ -31,6 +31,7 @@ from tests import small_notebooks, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.small_runs import FIRST, GATE, ROOT, SECOND, ledger_rows, record_of, sessions, wait_until
 from tests.small_runs import run as run  # a fixture
+from tests.stepping import in_another_kernel
 
 SLEEP = "phase.connection.execute('SELECT pg_sleep(60)')"
 SLEEPING = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)' AND state = 'active'"
@@ -229,11 +230,10 @@ def test_a_second_run_is_refused_between_two_phases_of_the_first(run: Run, tmp_p
             open_phase(FIRST, str(path), "by-hand", True)
         own = open_phase(FIRST, str(path), "the-first-run", True)
         try:
-            with pytest.raises(BadInput, match="runbook the-first-run 00_preflight ledger"):
+            with in_another_kernel(), pytest.raises(BadInput, match="runbook the-first-run 00_preflight ledger"):
                 open_phase(FIRST, str(path), "the-first-run", True)
         finally:
-            own.connection.close()
-            own.ledger.connection.close()
+            own.end("was ended by the test", "nothing")
     assert run()[0].status == "passed"
 
 

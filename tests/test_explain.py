@@ -14,6 +14,7 @@ from runbook_lib.measuring import explain
 from runbook_lib.measuring.prepared import Sent
 from runbook_lib.phase import Phase
 from tests.conftest import DSN_ENV, write_params
+from tests.opened import gates_passed
 from tests.test_search import FILTERED, learn
 
 VECTOR = "[1,2,3,4,5,6,7,8]"
@@ -43,7 +44,7 @@ def big(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Phase
         p = params.load(write_params(tmp_path_factory.mktemp("explain")))
         phase_connection = db.connect(p, "test explain")
         ledger = Ledger(phase_connection, p, "test", "70_tune")
-        yield Phase("70_tune", "test", True, p, phase_connection, ledger)
+        yield gates_passed(Phase("70_tune", "test", True, p, phase_connection, ledger))
         phase_connection.close()
         admin.execute("DROP DATABASE t_explain WITH (FORCE)")
 
@@ -51,7 +52,7 @@ def big(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Phase
 @pytest.fixture
 def ask(big: Phase) -> Iterator[Callable[..., str]]:
     """Judges a statement after statements that spoil something; all of it is rolled back after the test."""
-    with big.connection.transaction(force_rollback=True):
+    with db.rolled_back(big.connection):
 
         def judge(
             text: str,

@@ -16,6 +16,7 @@ from runbook_lib.measuring.prepared import CALLS
 from runbook_lib.operations import filter_indexes, filters
 from runbook_lib.phase import MIGRATE, Phase
 from tests.conftest import write_params
+from tests.opened import write
 from tests.stepping import step, step_all
 from tests.test_search import call
 from tests.test_server_versions import SECTIONS
@@ -333,7 +334,7 @@ def test_a_table_beside_or_a_partitioned_one_takes_no_partial_index(open_phase: 
     phase = open_phase("70_serve_filters", **TARGET, vector={"layout": "side_table"})
     (failed,) = (g for g in filters.check(phase).failed if g.name == "filters.table_takes_partial_indexes")
     assert failed.found == "the vectors stand in a table of their own, without the filters"
-    phase.connection.execute("DROP TABLE articles; CREATE TABLE articles (id bigint) PARTITION BY HASH (id)")
+    write(phase, "DROP TABLE articles; CREATE TABLE articles (id bigint) PARTITION BY HASH (id)")
     phase = replace(
         phase, params=phase.params.model_copy(update={"vector": open_phase(**{"name": "x"}).params.vector})
     )

@@ -260,7 +260,7 @@ def test_a_plan_that_merges_every_partitions_index_is_good_and_one_that_lacks_on
     def judged(connection: db.Connection) -> str:
         return str(explain.judge(phase, connection, sent, "custom"))
 
-    with phase.connection.transaction(force_rollback=True):
+    with db.rolled_back(phase.connection):
         phase.connection.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off")
         found = judged(phase.connection)
         assert found.startswith("PASS") and "Merge Append of 4 index scans" in found

@@ -24,6 +24,7 @@ from runbook_lib.params import load
 from runbook_lib.phase import MIGRATE, UNDO, Phase
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
+from tests.opened import gates_passed
 from tests.stepping import step, step_all
 from tests.test_migration import dump, rows
 from tests.test_server_versions import SECTIONS
@@ -137,7 +138,7 @@ def template(server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def opened(path: Path, name: str = "20_watch") -> Iterator[Phase]:
     p = load(path)
     with db.connect(p, "test ledger") as ledger, db.connect(p, "test work") as work:
-        yield Phase(name, "test-run", True, p, work, Ledger(ledger, p, "test-run", name))
+        yield gates_passed(Phase(name, "test-run", True, p, work, Ledger(ledger, p, "test-run", name)))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from runbook_lib import db, ledger
 from runbook_lib.gates import BadInput
 from runbook_lib.phase import Phase
 from tests.conftest import DSN_ENV
+from tests.opened import write
 
 
 def test_a_new_ledger_verifies(open_phase: Callable[..., Phase]) -> None:
@@ -26,7 +27,7 @@ def test_rows_cannot_be_changed_by_mistake(open_phase: Callable[..., Phase], sta
     phase = open_phase()
     phase.ledger.append("note", {})
     with pytest.raises(psycopg.errors.RaiseException, match="append-only"):
-        phase.connection.execute(statement.format("runbook.entry"))
+        write(phase, statement.format("runbook.entry"))
 
 
 @pytest.mark.parametrize(
@@ -48,8 +49,8 @@ def test_tampering_is_found_and_named(open_phase: Callable[..., Phase], tamperin
     phase = open_phase()
     for i in range(4):
         phase.ledger.append("note", {"i": i})
-    phase.connection.execute("ALTER TABLE runbook.entry DISABLE TRIGGER ALL")
-    phase.connection.execute(tampering)
+    write(phase, "ALTER TABLE runbook.entry DISABLE TRIGGER ALL")
+    write(phase, tampering)
     g = ledger.verify_chain(phase.ledger.connection, phase.params)
     assert (g.verdict, g.found) == ("FAIL", found)
 
@@ -64,7 +65,7 @@ def test_concurrent_writers_make_one_chain(open_phase: Callable[..., Phase]) -> 
 
 def test_an_absent_ledger_says_not_run(open_phase: Callable[..., Phase]) -> None:
     phase = open_phase()
-    phase.connection.execute("DROP SCHEMA runbook CASCADE")
+    write(phase, "DROP SCHEMA runbook CASCADE")
     assert not phase.ledger.exists()
     assert phase.ledger.phase_verdict("00_preflight") == "NOT RUN"
 
@@ -96,7 +97,7 @@ EARLIER = """
 def test_a_ledger_of_an_earlier_release_is_named_and_brought_up_to_date(open_phase: Callable[..., Phase]) -> None:
     phase = open_phase()
     phase.ledger.append("phase", {"verdict": "PASS"})
-    phase.connection.execute(EARLIER)
+    write(phase, EARLIER)
     with pytest.raises(BadInput) as error:
         phase.ledger.phase_verdict("00_preflight")
     assert str(error.value.problems) == (
@@ -118,11 +119,9 @@ def test_a_ledger_of_an_earlier_release_is_named_and_brought_up_to_date(open_pha
 def test_marking_an_older_row_as_the_owners_is_tampering(open_phase: Callable[..., Phase]) -> None:
     phase = open_phase()
     phase.ledger.append("note", {})
-    phase.connection.execute(EARLIER)
+    write(phase, EARLIER)
     phase.ledger.create()
-    phase.connection.execute(
-        "ALTER TABLE runbook.entry DISABLE TRIGGER ALL; UPDATE runbook.entry SET by_owner = true"
-    )
+    write(phase, "ALTER TABLE runbook.entry DISABLE TRIGGER ALL; UPDATE runbook.entry SET by_owner = true")
     g = ledger.verify_chain(phase.ledger.connection, phase.params)
     assert (g.verdict, g.found) == ("FAIL", "row 1 (note of 00_preflight, run test-run) was changed")
 
@@ -136,31 +135,32 @@ def test_what_an_error_quotes_can_be_written_down(open_phase: Callable[..., Phas
 def test_a_schema_that_somebody_made_before_us_is_refused(open_phase: Callable[..., Phase]) -> None:
     """Its owner's triggers and functions would run with the rights of a migrating superuser."""
     phase = open_phase()
-    phase.connection.execute("DROP SCHEMA runbook CASCADE; CREATE ROLE squatter")
+    write(phase, "DROP SCHEMA runbook CASCADE; CREATE ROLE squatter")
     try:
-        phase.connection.execute("CREATE SCHEMA runbook AUTHORIZATION squatter")
+        write(phase, "CREATE SCHEMA runbook AUTHORIZATION squatter")
         with pytest.raises(BadInput) as error:
             phase.ledger.create()
         assert error.value.problems.gates[0].found == "squatter owns the schema"
-        phase.connection.execute(
+        write(
+            phase,
             "ALTER SCHEMA runbook OWNER TO postgres; GRANT CREATE ON SCHEMA runbook TO squatter;"
-            "SET ROLE squatter; CREATE TABLE runbook.entry (seq int); RESET ROLE"
+            "SET ROLE squatter; CREATE TABLE runbook.entry (seq int); RESET ROLE",
         )
         with pytest.raises(BadInput, match="squatter owns entry"):
             phase.ledger.create()
-        phase.connection.execute("GRANT squatter TO postgres")
-        phase.connection.execute("DROP TABLE runbook.entry")
+        write(phase, "GRANT squatter TO postgres")
+        write(phase, "DROP TABLE runbook.entry")
         phase.ledger.create()
         assert phase.ledger.exists()
     finally:
-        phase.connection.execute("DROP OWNED BY squatter; DROP ROLE squatter")
+        write(phase, "DROP OWNED BY squatter; DROP ROLE squatter")
 
 
 def test_whoever_keeps_the_turn_to_write_is_named(
     open_phase: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     phase = open_phase()
-    phase.connection.execute("ALTER FUNCTION runbook.chain_entry() SET lock_timeout = '50ms'")
+    write(phase, "ALTER FUNCTION runbook.chain_entry() SET lock_timeout = '50ms'")
     with db.connect(phase.params, "left open") as other, other.transaction():
         other.execute("LOCK TABLE runbook.chain_lock IN EXCLUSIVE MODE")
         with pytest.raises(db.LockNotObtained) as error:
@@ -181,7 +181,7 @@ def test_a_role_that_does_not_own_the_ledger_is_told_so(
     open_phase: Callable[..., Phase], database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     phase = open_phase()
-    phase.connection.execute("CREATE ROLE other_dba LOGIN; GRANT USAGE ON SCHEMA runbook TO other_dba;"
+    write(phase, "CREATE ROLE other_dba LOGIN; GRANT USAGE ON SCHEMA runbook TO other_dba;"
                              "GRANT ALL ON runbook.entry TO other_dba")  # fmt: skip
     try:
         monkeypatch.setenv(DSN_ENV, make_conninfo(database, user="other_dba"))
@@ -196,4 +196,4 @@ def test_a_role_that_does_not_own_the_ledger_is_told_so(
                 "  do      have a superuser run: GRANT postgres TO other_dba;"
             )
     finally:
-        phase.connection.execute("DROP OWNED BY other_dba; DROP ROLE other_dba")
+        write(phase, "DROP OWNED BY other_dba; DROP ROLE other_dba")

@@ -25,6 +25,7 @@ from runbook_lib.phase import MIGRATE, UNDO, Phase
 from runbook_lib.running import manifest
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
+from tests.opened import gates_passed
 from tests.small_runs import ROOT
 from tests.stepping import step, step_all
 from tests.test_migration import dump
@@ -112,7 +113,9 @@ def opened(copied: str, new: Path) -> Iterator[Callable[..., Phase]]:
 
     def make(name: str = "60_change_model", path: Path = new, execute: bool = True) -> Phase:
         p = params.load(path)
-        phase = Phase(name, "r", execute, p, db.connect(p, "t"), Ledger(db.connect(p, "t"), p, "r", name))
+        phase = gates_passed(
+            Phase(name, "r", execute, p, db.connect(p, "t"), Ledger(db.connect(p, "t"), p, "r", name))
+        )
         phases.append(phase)
         return phase
 
@@ -123,8 +126,7 @@ def opened(copied: str, new: Path) -> Iterator[Callable[..., Phase]]:
 
 def close(phase: Phase) -> None:
     """Ends its sessions, which hold the claim on both targets, as the end of a notebook does."""
-    phase.connection.close()
-    phase.ledger.connection.close()
+    phase.end("was ended by the test", "nothing")
 
 
 def old_vector(text: str) -> list[float]:
@@ -649,7 +651,8 @@ def test_a_retirement_killed_anywhere_goes_on(
     before = definition(articles)
     model_change.apply(phase)
     for statement in list(retire_model.plan(phase))[:so_far]:
-        phase.connection.execute(statement.query)
+        with phase.opened():
+            phase.connection.execute(statement.query)
     if so_far == 1:
         model_change.undo(phase)
         assert definition(articles) == before and model_change.verify_undone(phase).passed, "there is a way back yet"

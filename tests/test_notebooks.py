@@ -86,4 +86,4 @@ def test_it_opens_the_phase_of_its_own_name_and_closes_it_last(path: Path) -> No
     code = [c.source for c in cells(path, "code")]
     opened = re.findall(r'open_phase\("([^"]+)"', "\n".join(code))
     assert opened == [path.stem]
-    assert code[-1] == "phase.close(gates)"
+    assert code[-1] == "phase.close()"

@@ -31,8 +31,7 @@ def migrated(run: Callable[..., Any], tmp_path: Path) -> Iterator[Phase]:
     for name in MIGRATE:
         replace(phase.ledger, phase=name).append("phase", {"verdict": "PASS"})
     yield phase
-    phase.connection.close()
-    phase.ledger.connection.close()
+    phase.end("was ended by the test", "nothing")
 
 
 def operate(run: Callable[..., Any], name: str, **options: Any) -> Any:
@@ -65,8 +64,7 @@ def test_another_run_keeps_out_a_rebuild_but_not_a_refresh(
         refused, _ = operate(run, REBUILD)
         beside, _ = operate(run, REFRESH)
     finally:
-        other.connection.close()
-        other.ledger.connection.close()
+        other.end("was ended by the test", "nothing")
     assert refused.exit_code == 2 and "the-other" in refused.error
     assert beside.exit_code == 0, beside.error
 
@@ -102,8 +100,7 @@ def test_a_sign_off_holds_for_one_time(migrated: Phase, tmp_path: Path, articles
         with pytest.raises(NotApproved, match="there is newer evidence"):
             phase.require()
     finally:
-        phase.connection.close()
-        phase.ledger.connection.close()
+        phase.end("was ended by the test", "nothing")
         articles.execute("DROP ROLE second_person")
 
 

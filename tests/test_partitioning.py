@@ -21,6 +21,7 @@ from runbook_lib.operations import partitioning
 from runbook_lib.phase import MIGRATE, Phase
 from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params
+from tests.opened import gates_passed
 from tests.stepping import step, step_all
 from tests.test_filters import EXACT, TARGET, many_rows
 from tests.test_search import call
@@ -189,7 +190,8 @@ NOTHING_LOST = {"missing or old": {}, "came back": set(), "twice": False}
 
 
 def settle(phase: Phase) -> None:
-    moving.catch_up(dividing.move(phase), few=0)
+    with phase.opened():
+        moving.catch_up(dividing.move(phase), few=0)
 
 
 def test_under_writers_there_and_back_no_row_is_lost_and_no_writer_refused(
@@ -297,7 +299,7 @@ def test_killed_anywhere_run_again_continues(
     # In the swap itself: the transaction is gone with all that it did.
     statement = dividing.swap_statement(phase)
     broken = replace(statement, query=statement.query + psycopg.sql.SQL("; SELECT 1 / 0"))
-    with pytest.raises(psycopg.errors.DivisionByZero):
+    with pytest.raises(psycopg.errors.DivisionByZero), phase.opened():
         moving.swap(dividing.move(phase), broken)
     assert str(dividing.standing(phase)) == "the ordinary table serves, the partitioned one is made beside it"
     partitioning.apply(phase)
@@ -326,7 +328,8 @@ def test_a_pause_of_the_move_is_said_once_and_stands_in_the_ledger(
     assert 1.5 <= paused[0]["seconds"] <= 20.0
 
     articles.execute("UPDATE articles SET views = 7 WHERE id <= 150")
-    assert moving.catch_up(dividing.move(phase)) == 150
+    with phase.opened():
+        assert moving.catch_up(dividing.move(phase)) == 150
     said = [x for x in capsys.readouterr().out.splitlines() if "caught up" in x]
     assert (said[0], said[-1][:29]) == ("  150 rows to be caught up", "  150 rows (100 %) caught up,")
     assert moving.catch_up(dividing.move(phase)) == 0
@@ -478,7 +481,7 @@ def test_on_postgresql_16_whose_partitions_have_no_identity_of_their_own(
         p = params.load(write_params(tmp_path, **sections))
         ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "75_partition_by_filter")
         ledger.create()
-        phase = Phase("75_partition_by_filter", "test-run", True, p, db.connect(p, "test"), ledger)
+        phase = gates_passed(Phase("75_partition_by_filter", "test-run", True, p, db.connect(p, "test"), ledger))
         for module in (search, extension, schema, staging, backfill, index):
             module.apply(phase)
         before = look(connection)

@@ -30,12 +30,13 @@ def migrated(articles: psycopg.Connection[Any], tmp_path: Path) -> Callable[...,
 
 
 def _opened(path: Path, run_id: str) -> Phase:
-    return open_phase("40_rebuild_index", str(path), run_id, True)
+    phase = open_phase("40_rebuild_index", str(path), run_id, True)
+    phase.require()
+    return phase
 
 
 def _close(phase: Phase) -> None:
-    phase.connection.close()
-    phase.ledger.connection.close()
+    phase.end("was ended by the test", "nothing")
 
 
 def _options(articles: psycopg.Connection[Any]) -> dict[str, list[str]]:

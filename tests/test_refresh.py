@@ -14,6 +14,7 @@ from runbook_lib.ledger import Ledger
 from runbook_lib.phase import Phase
 from runbook_lib.vectors import embed
 from tests import evidence, toy
+from tests.opened import gates_passed
 
 Open = Callable[..., Phase]
 Articles = psycopg.Connection[Any]
@@ -245,7 +246,7 @@ def test_a_source_without_a_model_says_what_waits_and_settles_what_does_not(
     stored = phase.params.embeddings.model_copy(update={"source": "table", "table": "a.b", "callable": None})
     without = params.Params.model_copy(phase.params, update={"embeddings": stored})
     ledger = Ledger(phase.ledger.connection, without, "test-run", "10_refresh")
-    other = Phase("10_refresh", "test-run", True, without, phase.connection, ledger)
+    other = gates_passed(Phase("10_refresh", "test-run", True, without, phase.connection, ledger))
     assert refresh.apply(other).rows == [[1, 0, 0, 0]]
     gate = refresh.verify(other).failed[0]
     assert gate.found.startswith("1 rows wait since before this drain, the oldest for ")

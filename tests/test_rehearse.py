@@ -24,6 +24,7 @@ from runbook_lib.phase import Phase
 from runbook_lib.records import review
 from tests import partitioned, toy
 from tests.conftest import DSN_ENV, write_params
+from tests.opened import gates_passed
 from tests.stepping import step
 
 Connection = psycopg.Connection[Any]
@@ -147,7 +148,7 @@ def test_a_partitioned_table_is_rehearsed_as_one_and_built_a_partition_at_a_time
         ):
             ledger = Ledger(ledger_connection, p, "test-run", "00_rehearse")
             ledger.create()
-            phase = Phase("00_rehearse", "test-run", True, p, work, ledger)
+            phase = gates_passed(Phase("00_rehearse", "test-run", True, p, work, ledger))
             rehearse.apply(phase)
             assert rehearse.verify(phase).passed and _schemas(connection) == []
             (taken,) = _noted(phase)["samples"]
@@ -218,7 +219,7 @@ def test_the_tables_owner_needs_no_more_than_a_schema_of_its_own(
             ledger = Ledger(ledger_connection, p, "test-run", "00_rehearse")
             ready.execute(f"GRANT CREATE ON DATABASE {at} TO {role}")
             ledger.create()
-            phase = Phase("00_rehearse", "test-run", True, p, work, ledger)
+            phase = gates_passed(Phase("00_rehearse", "test-run", True, p, work, ledger))
             ready.execute(f"REVOKE CREATE ON DATABASE {at} FROM {role}")
             assert str(_one(rehearse.check(phase), "rehearse.may_make_schema")) == (
                 f"FAIL    rehearse.may_make_schema   {at}\n"

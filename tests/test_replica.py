@@ -28,6 +28,7 @@ from runbook_lib.params import load
 from runbook_lib.phase import MIGRATE, Phase
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
+from tests.opened import gates_passed, write
 from tests.stepping import step, step_all
 from tests.test_server_versions import SECTIONS
 
@@ -113,13 +114,12 @@ def opened(pair: tuple[str, str], tmp_path: Path) -> Iterator[Opener]:
         p = load(params_file(tmp_path, **more))
         ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", name)
         ledger.create()
-        made.append(Phase(name, "test-run", True, p, db.connect(p, "test work"), ledger))
+        made.append(gates_passed(Phase(name, "test-run", True, p, db.connect(p, "test work"), ledger)))
         return made[-1]
 
     yield make
     for phase in made:
-        phase.connection.close()
-        phase.ledger.connection.close()
+        phase.end("was ended by the test", "nothing")
 
 
 def params_file(folder: Path, **search_keys: Any) -> Path:
@@ -182,7 +182,7 @@ def test_a_session_sees_all_that_was_written_before_it(opened: Opener, pair: tup
     phase = opened()
     with psycopg.connect(pair[1], autocommit=True) as standby:
         standby.execute("SELECT pg_wal_replay_pause()")
-        phase.connection.execute("INSERT INTO articles (title) VALUES ('the newest')")
+        write(phase, "INSERT INTO articles (title) VALUES ('the newest')")
         resumed = threading.Timer(0.5, lambda: standby.execute("SELECT pg_wal_replay_resume()"))
         resumed.start()
         with replica.connect(phase, "test") as connection:
@@ -198,7 +198,7 @@ def test_a_replica_that_does_not_catch_up_is_an_error_after_a_bounded_wait(
     with psycopg.connect(pair[1], autocommit=True) as standby:
         standby.execute("SELECT pg_wal_replay_pause()")
         try:
-            phase.connection.execute("INSERT INTO articles (title) VALUES ('the newest')")
+            write(phase, "INSERT INTO articles (title) VALUES ('the newest')")
             with pytest.raises(RunbookError) as raised:
                 replica.connect(phase, "test")
             lag = gate(phase, "is_level")
@@ -318,7 +318,7 @@ def test_an_exact_search_that_the_standby_cancels_is_made_anew(
         calls.append(connection)
         if len(calls) == 1:
             connection.execute("SELECT count(*) FROM articles")
-            phase.connection.execute("DELETE FROM articles WHERE id <= 20")
+            write(phase, "DELETE FROM articles WHERE id <= 20")
             phase.connection.execute("VACUUM articles")
             time.sleep(0.5)
         return real(connection, *arguments)

@@ -22,6 +22,7 @@ from runbook_lib.params import load
 from runbook_lib.phase import MIGRATE, UNDO, Phase
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
+from tests.opened import gates_passed
 from tests.stepping import step, step_all
 from tests.test_migration import dump
 from tests.test_server_versions import SECTIONS
@@ -86,13 +87,12 @@ def opened(database: str, tmp_path: Path) -> Iterator[Open]:
         p = load(params_file(tmp_path, hybrid=hybrid, **keys))
         connection = db.connect(p, "test retire")
         ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "80_retire_legacy")
-        made.append(Phase("80_retire_legacy", "test-run", execute, p, connection, ledger))
+        made.append(gates_passed(Phase("80_retire_legacy", "test-run", execute, p, connection, ledger)))
         return made[-1]
 
     yield make
     for phase in made:
-        phase.connection.close()
-        phase.ledger.connection.close()
+        phase.end("was ended by the test", "nothing")
 
 
 def params_file(folder: Path, *, hybrid: bool = False, **keys: Any) -> Path:
@@ -149,7 +149,7 @@ def test_there_and_back_through_the_notebook(
 def _open(path: Path) -> Phase:
     p = load(path)
     ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "80_retire_legacy")
-    return Phase("80_retire_legacy", "test-run", True, p, db.connect(p, "test"), ledger)
+    return gates_passed(Phase("80_retire_legacy", "test-run", True, p, db.connect(p, "test"), ledger))
 
 
 def test_the_way_back_from_the_start_brings_legacy_back_first(

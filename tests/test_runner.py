@@ -128,8 +128,7 @@ def test_another_run_at_work_is_named_and_nothing_is_started(run: Callable[..., 
     try:
         result, _ = run()
     finally:
-        first.connection.close()
-        first.ledger.connection.close()
+        first.end("was ended by the test", "nothing")
     m = record_of(result)
     assert (m.status, result.exit_code) == ("failed", 2)
     assert "phase.target_is_free" in m.phases[0].error and "the-other" in m.phases[0].error

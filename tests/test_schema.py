@@ -9,6 +9,7 @@ import pytest
 from runbook_lib import extension, schema
 from runbook_lib.gates import BadInput
 from runbook_lib.phase import Phase
+from tests.opened import gates_passed
 
 Open = Callable[..., Phase]
 COUNTED = "a made-up row was queued 1 × when inserted, 1 × when its text changed, 0 × else"
@@ -65,7 +66,8 @@ def test_undo_leads_back_to_the_catalogue_of_the_start(expanded: Phase) -> None:
 
 def test_undo_keeps_a_column_that_stood_there_at_the_start(open_phase: Open) -> None:
     phase = open_phase("30_expand_schema")
-    phase.connection.execute("ALTER TABLE articles ADD COLUMN embedding text")
+    with phase.opened():
+        phase.connection.execute("ALTER TABLE articles ADD COLUMN embedding text")
     schema.record_start(phase)
     assert "schema.drop_columns" not in [s.name for s in schema.undo_plan(phase)]
 
@@ -239,7 +241,7 @@ def test_names_that_need_quotes(database: str, make_params: Callable[..., Any]) 
     p = make_params(target=target, vector={"column": "Vec %"})
     ledger = Ledger(db.connect(p, "t ledger"), p, "r", "30_expand_schema")
     ledger.create()
-    phase = Phase("30_expand_schema", "r", True, p, db.connect(p, "t"), ledger)
+    phase = gates_passed(Phase("30_expand_schema", "r", True, p, db.connect(p, "t"), ledger))
     schema.record_start(phase)
     extension.apply(phase)
     schema.apply(phase)

@@ -13,6 +13,7 @@ from runbook_lib.checking import inputs, trials
 from runbook_lib.gates import Gate, Gates
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
+from tests.opened import write
 
 Connection = psycopg.Connection[Any]
 MakeParams = Callable[..., Params]
@@ -73,7 +74,7 @@ def test_every_kind_is_tried_and_nothing_stays(
         ("CREATE FUNCTION", "ledger_can_be_made", "ledger.create_chain_function", "00_preflight"),
         ("CREATE EXTENSION", "extension_can_be_made", "extension.create", "20_extension"),
         ("CREATE TABLE AS", "tables_can_be_made", "schema.create_staging", "30_expand_schema"),
-        ("ALTER TABLE", "tables_can_be_made", "schema.create_staging", "30_expand_schema"),
+        ("ALTER TABLE", "ledger_can_be_made", "ledger.add_by_owner", "00_preflight"),
     ],
 )
 def test_ddl_that_an_event_trigger_forbids_is_told_in_its_words(
@@ -151,7 +152,7 @@ def test_what_is_made_already_is_not_tried_again(articles: Connection, filled: C
 
 def test_after_the_columns_only_rows_without_a_vector_are_tried(articles: Connection, open_phase: OpenPhase) -> None:
     phase = open_phase("30_expand_schema")
-    phase.connection.execute("CREATE EXTENSION vector")
+    write(phase, "CREATE EXTENSION vector")
     db.use_search_path(phase.connection)
     schema.apply(phase)
     articles.execute("UPDATE articles SET embedding = '[1,1,1,1,1,1,1,1]', embedding_hash = 'x' WHERE id > 3")

@@ -11,6 +11,7 @@ from IPython.lib.pretty import RepresentationPrinter
 from runbook_lib import backfill, db, extension, index, schema, search, staging, tune
 from runbook_lib.measuring import choose, classes, exact, found, sweep
 from runbook_lib.phase import Phase
+from tests.opened import gates_passed
 from tests.test_search import FILTERED, call
 
 Open = Callable[..., Phase]
@@ -186,7 +187,7 @@ def test_undo_takes_strategies_first_and_settings_after_and_twice_does_nothing(
 
 def test_a_plan_measures_and_changes_nothing(ready: Callable[..., Phase]) -> None:
     phase = ready()
-    phase = Phase(phase.name, phase.run_id, False, phase.params, phase.connection, phase.ledger)
+    phase = gates_passed(Phase(phase.name, phase.run_id, False, phase.params, phase.connection, phase.ledger))
     tune.apply(phase)
     assert phase.ledger.latest("tuning") is None
     assert tune.undo_plan(phase).statements == ()

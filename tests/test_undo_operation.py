@@ -171,9 +171,9 @@ def test_a_rebuild_that_was_not_swapped_in_is_taken_back_alone(copied: str, tmp_
     here = seen(copied)
     path = write_params(tmp_path, **WAY | {"index": {"m": 8, "ef_construction": 96}})
     phase = open_phase(REBUILD, str(path), "half", True)
+    phase.require(rebuild.check)
     rebuild.apply(phase)
-    phase.connection.close()
-    phase.ledger.connection.close()
+    phase.end("was ended by the test", "nothing")
     assert seen(copied) != here
     for _ in range(2):
         step(f"undo_operation/undo_{REBUILD}", path)
@@ -184,9 +184,9 @@ def test_once_the_ordinary_table_is_retired_nothing_is_taken_back(copied: str, t
     path = write_params(tmp_path, **WAY | OPERATIONS[DIVIDE])
     step(f"operate/{DIVIDE}", path)
     phase = open_phase(DIVIDE, str(path), "retiring", True)
+    phase.require()
     partitioning.retire(phase)
-    phase.connection.close()
-    phase.ledger.connection.close()
+    phase.end("was ended by the test", "nothing")
     here = seen(copied)
     with pytest.raises(GateFailed) as refused:
         step(f"undo_operation/undo_{DIVIDE}", path)
@@ -239,8 +239,7 @@ def rebuilt(articles: psycopg.Connection[Any], tmp_path: Path) -> Iterator[Phase
     for name in (*MIGRATE, REBUILD):
         replace(phase.ledger, phase=name).append("phase", {"verdict": "PASS"})
     yield phase
-    phase.connection.close()
-    phase.ledger.connection.close()
+    phase.end("was ended by the test", "nothing")
 
 
 def take_back(run: Callable[..., Any], **options: Any) -> Any:
@@ -252,8 +251,7 @@ def test_it_claims_the_target_and_keeps_the_hours(
 ) -> None:
     other = open_phase("60_build_index", str(write_params(tmp_path)), "the-other", True)
     refused, _ = take_back(run)
-    other.connection.close()
-    other.ledger.connection.close()
+    other.end("was ended by the test", "nothing")
     assert refused.exit_code == 2 and "the-other" in refused.error
     entered: list[str] = []
     monkeypatch.setattr(window, "enter", lambda params, **_: entered.append("window"))
@@ -311,5 +309,4 @@ def test_other_parameters_take_nothing_back(rebuilt: Phase, tmp_path: Path) -> N
     phase = open_phase(f"undo_{REBUILD}", str(write_params(tmp_path)), "other", True)
     with pytest.raises(GateFailed, match="target_is_as_planned"):
         phase.require()
-    phase.connection.close()
-    phase.ledger.connection.close()
+    phase.end("was ended by the test", "nothing")

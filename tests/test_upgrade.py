@@ -22,6 +22,7 @@ from runbook_lib.phase import MIGRATE, Phase
 from runbook_lib.vectors import embed
 from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params
+from tests.opened import gates_passed
 from tests.stepping import step, step_all
 from tests.test_server_versions import SECTIONS
 
@@ -178,7 +179,7 @@ def operation(indexed: Path) -> Iterator[Phase]:
     """The operation on that table, its release set back in the catalogue."""
     p = params.load(indexed)
     ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "30_update_extension")
-    phase = Phase("30_update_extension", "test-run", True, p, db.connect(p, "test"), ledger)
+    phase = gates_passed(Phase("30_update_extension", "test-run", True, p, db.connect(p, "test"), ledger))
     yield phase
     phase.connection.close()
     ledger.connection.close()

@@ -28,7 +28,7 @@ RIGHT = (1, 1, 0)
 
 def gate_of(connection: db.Connection, params: Params) -> Gate:
     """Gate: both triggers and their function are as they were made, fire, and queue what they should."""
-    with connection.transaction(force_rollback=True):
+    with db.rolled_back(connection):
         made: list[str] | None = None
         counts: tuple[int, ...] | None = None
         said = ""

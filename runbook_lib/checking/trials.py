@@ -108,7 +108,7 @@ class _Run:
     def _transaction(self) -> list[Gate]:
         found: list[Gate] = []
         p, held_since = self.params, 0.0
-        with self.connection.transaction(force_rollback=True):
+        with db.rolled_back(self.connection):
             _bound(self.connection, p)
             prepared = _prepared(self.connection, p)
             for stage in _stages(self.connection, p):

@@ -74,7 +74,7 @@ class Swapped:
 @contextmanager
 def session(phase: Phase) -> Iterator[db.Connection]:
     """A connection from which no policy hides a row."""
-    with db.connect(phase.params, f"runbook {phase.run_id} move") as connection:
+    with phase.another("move") as connection:
         connection.execute(SQL["session"].compose({}))
         yield connection
 
@@ -93,6 +93,7 @@ class Guard:
         """Returns once the server is well and the window open. Raises PausedTooLong and OutsideWindow."""
         if time.monotonic() - self.looked < SECONDS_BETWEEN_LOOKS:
             return
+        self.phase.ask()
         self.pause.keep_hours()
         try:
             while stops := health.stops(health.look(self.connection, self.phase.params, self.watch)):
@@ -105,7 +106,7 @@ class Guard:
 
 @contextmanager
 def _guard(phase: Phase, pids: Sequence[int]) -> Iterator[Guard]:
-    with db.connect(phase.params, f"runbook {phase.run_id} health") as connection:
+    with phase.another("health") as connection:
         yield Guard(phase, connection, health.Watch(pids=list(pids)), Pause(phase))
 
 

@@ -17,7 +17,7 @@ from runbook_lib import db
 from runbook_lib.display import number
 from runbook_lib.gates import Gate, LockNotObtained, gate
 from runbook_lib.names import verbatim
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("pruning")
@@ -34,6 +34,7 @@ def plan(phase: Phase, parts: Sequence[str]) -> list[db.Statement]:
     return [_set(phase, part, FILLFACTOR) for part, value in found.items() if (value or 100) > FILLFACTOR]
 
 
+@changes
 def apply(phase: Phase, parts: Sequence[str]) -> None:
     """Carries the plan out, what was there before written down first; goes on without it where the table is held."""
     statements = plan(phase, parts)

@@ -92,7 +92,7 @@ def run(phase: Phase, choice: Choice, total: int) -> Outcome:
     board, outcome = Board(rest_ms=phase.params.backfill.pause_between_batches_ms), Outcome()
     workers = phase.params.backfill.workers
     with (
-        db.connect(phase.params, f"runbook {phase.run_id} health") as connection,
+        phase.another("health") as connection,
         Progress("backfilled", total) as progress,
         ThreadPoolExecutor(workers, "backfill") as pool,
     ):
@@ -103,6 +103,7 @@ def run(phase: Phase, choice: Choice, total: int) -> Outcome:
             _steer(connection, phase, board, watch, pause)
             futures = [pool.submit(work, phase, board, worker_name(n)) for n in range(workers)]
             while not _ended(futures):
+                phase.ask(SECONDS_BETWEEN_LOOKS)
                 _count(board, outcome, progress, choice)
                 pause.keep_hours(board.hold.set)
                 _steer(connection, phase, board, watch, pause)
@@ -162,7 +163,7 @@ def work(phase: Phase, board: Board, worker: str) -> None:
     b = phase.params.backfill
     pace = Pace(min(b.batch_rows, b.most_batch_rows), b.batch_ms / 1000, b.most_batch_rows)
     paces = {True: pace, False: pace}
-    with db.connect(phase.params, f"runbook {phase.run_id} worker") as connection:
+    with phase.another("worker") as connection:
         connection.execute(SQL["session"].compose({}), {"frozen_ms": f"{FROZEN_MS}ms"})
         while not board.stop.is_set():
             window = windows.claim(connection, phase, worker)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from runbook_lib import db
 from runbook_lib.display import duration, number
 from runbook_lib.gates import Gate, gate
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("index")
@@ -30,6 +30,7 @@ class Built:
     samples: list[list[float]] = field(default_factory=list)
 
 
+@changes
 def concurrently(phase: Phase, statement: db.Statement) -> Built:
     """Runs a CONCURRENTLY statement on a connection of its own, with lock and statement timeouts off.
 
@@ -37,7 +38,7 @@ def concurrently(phase: Phase, statement: db.Statement) -> Built:
     """
     i = phase.params.index
     built = Built()
-    with db.connect(phase.params, f"runbook {phase.run_id} {phase.name} build") as connection:
+    with phase.another(f"{phase.name} build") as connection:
         connection.execute(
             SQL["settings"].compose({}),
             {"memory": f"{i.maintenance_work_mem_mb}MB", "workers": str(i.parallel_workers)},
@@ -76,7 +77,7 @@ def none_under_way(name: str, subject: str, builds: int) -> Gate:
 def _watch(phase: Phase, pid: int, built: Built, stop: threading.Event) -> None:
     """Samples the build's progress from a session of its own until told to stop."""
     started = last_line = time.perf_counter()
-    with db.connect(phase.params, f"runbook {phase.run_id} {phase.name} watch") as connection:
+    with phase.another(f"{phase.name} watch") as connection:
         while not stop.wait(SECONDS_BETWEEN_LOOKS):
             row = connection.execute(SQL["progress"].compose({}), {"pid": pid}).fetchone()
             if row is None:

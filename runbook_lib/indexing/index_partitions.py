@@ -21,7 +21,7 @@ from runbook_lib.display import Table, number, size
 from runbook_lib.gates import Gate, gate
 from runbook_lib.indexing.building import Built, concurrently
 from runbook_lib.names import identifier, index_name, names, operator_class, shortened, spelled
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("index_partitions")
@@ -209,6 +209,7 @@ def plan(phase: Phase, parent: Parent | None = None) -> db.Plan:
     return db.Plan(tuple(step.statement for step in steps(phase, parent)), phase.connection)
 
 
+@changes
 def apply(phase: Phase, parent: Parent | None = None) -> Table:
     """Builds what is missing, partition by partition, and says which one it is at.
 
@@ -375,6 +376,7 @@ def undo_plan(phase: Phase, parent: Parent | None = None) -> db.Plan:
     return db.Plan((*loose, *brackets), phase.connection)
 
 
+@changes
 def undo(phase: Phase, parent: Parent | None = None) -> Table:
     """Drops the index of every partition; does nothing where there is none."""
     todo = undo_plan(phase, parent)

@@ -12,7 +12,7 @@ from runbook_lib.display import Table, duration, size
 from runbook_lib.forecast import PAGE
 from runbook_lib.gates import Gate, gate
 from runbook_lib.names import identifier, spelled
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("prewarm")
@@ -65,6 +65,7 @@ def _parts(phase: Phase) -> list[tuple[str, int]]:
     return parts
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Reads the index in; warns where shared_buffers are too small to hold it."""
     if not phase.params.index.prewarm:

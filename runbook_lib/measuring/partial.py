@@ -138,7 +138,7 @@ def scans_by_the_function(phase: Phase, value: Value, oid: int, change: Sequence
     change: statements that the transaction starts with; it is rolled back.
     """
     p = phase.params
-    with db.connect(p, f"runbook {phase.run_id} calls") as connection, connection.transaction(force_rollback=True):
+    with phase.another("calls") as connection, db.rolled_back(connection):
         for statement in change:
             connection.execute(statement.query, statement.values)
         call_with_value(phase, connection, value)

@@ -89,7 +89,7 @@ def touched(phase: Phase, value: Value, others: Sequence[str]) -> list[str]:
     PostgreSQL locks no partition that it has pruned.
     """
     p = phase.params
-    with db.connect(p, f"runbook {phase.run_id} calls") as connection, connection.transaction(force_rollback=True):
+    with phase.another("calls") as connection, connection.transaction(force_rollback=True):
         partial.call_with_value(phase, connection, value)
         found = db.rows(connection, SQL["touched"], p, table=spelled(p, "table"), others=list(others))
     return [row["name"] for row in found]

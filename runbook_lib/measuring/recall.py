@@ -94,7 +94,7 @@ def through(
     and such a price would have every query compiled.
     """
     p = phase.params
-    with db.connect(p, f"runbook {phase.run_id} recall") as connection:
+    with phase.another("recall", trial=True) as connection:
         register_vector(connection)
         own = search.carried_settings(phase) if settings is None else settings
         for name, value in {**own, "enable_seqscan": "off", "enable_sort": "off", "jit": "off"}.items():

@@ -42,12 +42,11 @@ def connect(phase: Phase, purpose: str) -> db.Connection:
     To the target's own server where no replica is given. Raises BadInput where it cannot be reached, RunbookError
     where it is no standby, or has not caught up within ``search.read_wait_s``.
     """
-    name = f"runbook {phase.run_id} {purpose}"
     conninfo = db.read_dsn(phase.params)
     if conninfo is None:
-        return db.connect(phase.params, name)
+        return phase.another(purpose)
     written = str(db.one(phase.connection, SQL["written"], phase.params)["lsn"])
-    connection = db.connect(phase.params, name, conninfo=conninfo)
+    connection = phase.another(purpose, conninfo=conninfo)
     try:
         _catch_up(connection, phase.params, written)
         # Again: the extension may have been what was still to be replayed.
@@ -113,7 +112,7 @@ def gates(phase: Phase) -> Iterator[Gate]:
     if variable is None:
         return
     try:
-        connection = db.connect(phase.params, f"runbook {phase.run_id} replica", conninfo=db.read_dsn(phase.params))
+        connection = phase.another("replica", conninfo=db.read_dsn(phase.params))
     except (BadInput, psycopg.Error) as error:
         yield _is_reachable(variable, error.found if isinstance(error, BadInput) else str(error).splitlines()[0])
         return

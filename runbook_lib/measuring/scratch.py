@@ -20,6 +20,7 @@ from psycopg.conninfo import make_conninfo
 from runbook_lib import db, preflight, schema
 from runbook_lib.ledger import Ledger
 from runbook_lib.names import identifier, names, spelled
+from runbook_lib.order import Order
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.preflight import Facts
@@ -170,7 +171,9 @@ def _phase_on(phase: Phase, params: Params) -> Iterator[Phase]:
         limit(connection, params)
         own = Ledger(ledger_connection, params, phase.run_id, phase.name)
         own.create()
-        yield Phase(phase.name, phase.run_id, True, params, connection, own)
+        # What is made here is thrown away again; the rehearsal itself has asked.
+        asked = Order(phase.name, required=True, recheck=phase.order.recheck)
+        yield Phase(phase.name, phase.run_id, True, params, connection, own, asked)
 
 
 def limit(connection: db.Connection, params: Params) -> None:

@@ -24,7 +24,7 @@ from runbook_lib.measuring.sweep import Measured
 from runbook_lib.names import identifier, spelled, vectors_stand_beside, verbatim
 from runbook_lib.operations.filter_indexes import is_searched_as, is_served, made, remember, remembered, wanted
 from runbook_lib.operations.filter_indexes import standing as standing
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("filters")
@@ -132,6 +132,7 @@ def plan(phase: Phase) -> db.Plan:
     return db.Plan(tuple(todo), phase.connection)
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Measures each value, builds its index, measures again, and sends the function there.
 
@@ -336,6 +337,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return db.Plan(tuple(todo), phase.connection)
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Carries out the way back without blocking reads or writes; does nothing where there is no such index."""
     if not phase.execute:

@@ -22,7 +22,7 @@ from runbook_lib.names import identifier, names, shortened, spelled, verbatim
 from runbook_lib.operations import handover
 from runbook_lib.operations.handover import BOTH, NEW_ONLY
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.running import claim
 from runbook_lib.sql import load
 
@@ -270,6 +270,7 @@ def plan(phase: Phase) -> db.Plan:
     return db.Plan((*(() if moved or swap is None else (move,)), *((swap,) if swap else ())), phase.connection)
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Swaps in one transaction. Killed before it nothing has changed for anybody; killed after it all has."""
     todo = plan(phase)
@@ -339,6 +340,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return db.Plan(tuple(db.statement(SQL[b], phase.params, extra) for b in blocks), phase.connection)
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Gives the application its former function back in one transaction, then tidies up; once undone, does nothing.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import psycopg
 
-from runbook_lib import compare, db, search
+from runbook_lib import compare, search
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import agreement, evaluate
@@ -16,7 +16,7 @@ from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import identifier, names
 from runbook_lib.operations import model_change
 from runbook_lib.operations.handover import BOTH
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.vectors import embed
 
 KIND = "model_comparison"
@@ -26,11 +26,12 @@ TAKE_BACK = "take the swap back: runbook operate PARAMS 60_change_model --undo -
 def _ask(one: Phase, queries: Sequence[Query], vectors: np.ndarray, k: int) -> search.Answers:
     """Calls a target's function as the application would, by the route that it is to have, wherever reads go now."""
     p = one.params
-    with db.connect(p, f"runbook {one.run_id} models") as connection, connection.transaction():
+    with one.another("models") as connection, connection.transaction():
         search.force_route(connection, p, p.cut_over.route)
         return search.ask(connection, p, search.call_statement(p), queries, vectors, k)
 
 
+@changes
 def measure(phase: Phase) -> Table:
     """Both models answer the query set; relevance, latency and agreement go into the ledger."""
     if not phase.execute:
@@ -166,7 +167,7 @@ def answers_as(phase: Phase, which: str) -> Gate:
     queries = evaluate.sample(evaluate.read_queries(p), p.queries.sample)
     vectors = np.asarray(embed.query_vectors(one, queries))
     direct = search.SQL["call"].compose(names(one) | {"function": identifier(old.target.schema_, behind)})
-    with db.connect(p, f"runbook {phase.run_id} swapped") as connection:
+    with phase.another("swapped") as connection:
         own = search.ask(connection, one, direct, queries, vectors, p.queries.k)
         if which == "new":
             model_change.say_new(connection, phase, old)
@@ -190,7 +191,7 @@ def _others_are_refused(phase: Phase) -> Gate:
     p, old = phase.params, model_change.replaced(phase).params
     wrong = max(p.vector.dimension, old.vector.dimension) + 1
     said = "an answer"
-    with db.connect(p, f"runbook {phase.run_id} wrong dimension") as connection:
+    with phase.another("wrong dimension") as connection:
         values = {"query": "word", "embedding": [1.0] * wrong, "k": 1}
         try:
             connection.execute(search.call_statement(old), values)

@@ -15,7 +15,7 @@ from runbook_lib.filling.dividing import PARTS, WHOLE, Standing, catalogue, spel
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import partition_proof
 from runbook_lib.names import spelled, vectors_stand_beside
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("partitioning")
@@ -172,6 +172,7 @@ def plan(phase: Phase) -> db.Plan:
     return db.Plan((*building_plan(phase), *swapping_plan(phase)), phase.connection)
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Makes, fills and indexes the partitioned table beside, and brings it level; what serves stays as it is."""
     todo = building_plan(phase)
@@ -236,6 +237,7 @@ def rows_are_equal(phase: Phase) -> Gate:
     )
 
 
+@changes
 def swap(phase: Phase) -> Table:
     """Puts the partitioned table into the place of the ordinary one; everybody waits for the last changes."""
     todo = swapping_plan(phase)
@@ -333,6 +335,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return db.Plan((*back, *_taking_away(phase)), phase.connection)
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Carries out the way back: changes since the swap are applied first, and every row is compared before the drop.
 
@@ -376,6 +379,7 @@ def retire_plan(phase: Phase) -> db.Plan:
     return db.Plan(tuple(db.statement(SQL[b], phase.params, extra) for b in blocks), phase.connection)
 
 
+@changes
 def retire(phase: Phase) -> Table:
     """Drops the ordinary table, once nobody wants it back."""
     return phase.carry_out(retire_plan(phase))

@@ -22,7 +22,7 @@ from runbook_lib.operations import going_over, rebuild_partitions
 from runbook_lib.operations.index_roles import Standing, new_name, old_name, one
 from runbook_lib.operations.index_roles import shown as shown
 from runbook_lib.operations.index_roles import standing as standing
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("rebuild")
@@ -106,6 +106,7 @@ def plan(phase: Phase) -> db.Plan:
     return db.Plan((*building_plan(phase), *swapping_plan(phase)), phase.connection)
 
 
+@changes
 def apply(phase: Phase, options: Options | None = None) -> Table:
     """Builds the new index beside the one that serves; the one that serves is not touched.
 
@@ -126,6 +127,7 @@ def apply(phase: Phase, options: Options | None = None) -> Table:
     return Table(("what", "lock", "seconds"), rows)
 
 
+@changes
 def swap(phase: Phase) -> Table:
     """Puts the new index into its place and drops the old one, without blocking reads or writes."""
     if index_partitions.is_needed(phase):
@@ -339,6 +341,7 @@ def _built_back(phase: Phase, found: list[Standing], last: dict[str, Any]) -> li
     return [*steps, renames, _drop(phase, old_name(phase.params))]
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Carries out the way back; does nothing where the index is the one that served before."""
     if index_partitions.is_needed(phase):

@@ -22,7 +22,7 @@ from runbook_lib.indexing.options import Options, asked_for, listed, stored
 from runbook_lib.measuring import recall
 from runbook_lib.names import identifier, index_name
 from runbook_lib.operations import going_over
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 
 
 def _of_build(phase: Phase, part: Part) -> Options:
@@ -91,6 +91,7 @@ def plan(phase: Phase, options: Options | None = None) -> db.Plan:
     return db.Plan(tuple(s.statement for s in _steps(phase, options)), phase.connection)
 
 
+@changes
 def apply(phase: Phase, options: Options | None = None) -> Table:
     """Builds each partition's index anew; the old one serves until its own is done.
 
@@ -239,6 +240,7 @@ def _steps_back(phase: Phase) -> list[Step]:
     return todo
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Carries out the way back, and closes the round."""
     todo = _steps_back(phase)

@@ -16,7 +16,7 @@ from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.measuring import extrapolate, sample, scratch, whole
 from runbook_lib.measuring.sample import Sample
 from runbook_lib.names import spelled
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.preflight import Facts
 from runbook_lib.sql import load
 
@@ -122,6 +122,7 @@ def _nobody_else(phase: Phase) -> Gate:
     )
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Takes each sample, carries the migration out on it, measures, and drops it; writes the figures down.
 
@@ -161,7 +162,7 @@ def _line(s: Sample) -> str:
 @contextmanager
 def _claimed(phase: Phase) -> Iterator[None]:
     """One rehearsal of a target at a time; its statements on the target are bounded for as long."""
-    with db.connect(phase.params, f"runbook {phase.run_id} rehearses") as holder:
+    with phase.another("rehearses") as holder:
         if not db.one(holder, SQL["take"], phase.params)["taken"]:
             raise BadInput([_nobody_else(phase)])
         before = phase.connection.execute("SELECT current_setting('statement_timeout') AS value").fetchone()
@@ -258,6 +259,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return db.Plan((scratch.statement(phase, "drop_scratch"),) if left else (), phase.connection)
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Drops what a rehearsal left; does nothing where nothing is left."""
     return phase.carry_out(undo_plan(phase))

@@ -145,7 +145,7 @@ def rebuild_seconds(phase: Phase, found: Found, rows: int) -> float:
     percent = min(100.0, 200.0 * TIMED_ROWS / max(rows, 1))
     table = re.escape(found.definition.split(" USING ")[0].rsplit(" ON ", 1)[1])
     of_sample = re.sub(rf" ON {table} USING ", " ON pg_temp.runbook_sample USING ", found.definition, count=1)
-    with phase.connection.transaction(force_rollback=True):
+    with db.rolled_back(phase.connection):
         parts = {"percent": sql.Literal(percent), "rows": sql.Literal(TIMED_ROWS)}
         made = db.statement(SQL["sample"], phase.params, parts)
         sampled = phase.connection.execute(made.query, {}).rowcount

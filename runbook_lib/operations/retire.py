@@ -22,7 +22,7 @@ from runbook_lib.names import identifier, spelled, verbatim
 from runbook_lib.operations import retirable
 from runbook_lib.operations.retirable import check as check
 from runbook_lib.operations.retirable import shown as shown
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed
 
@@ -54,6 +54,7 @@ def plan(phase: Phase) -> db.Plan:
     return db.Plan((*keep, *function, *drops, *capture, *column), phase.connection)
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Retires it, statement by statement; interrupted anywhere, the next run goes on.
 
@@ -121,7 +122,7 @@ def _indexes_are_gone(phase: Phase) -> Gate:
 def _route_cannot_go_back(phase: Phase) -> Gate:
     """Tries it, in a transaction that is rolled back."""
     refused = ""
-    with phase.connection.transaction(force_rollback=True):
+    with db.rolled_back(phase.connection):
         try:
             with phase.connection.transaction():
                 moved = db.statement(search.SQL["move_route"], phase.params, route="legacy", share_percent=0)
@@ -196,6 +197,7 @@ def _build(phase: Phase, retired: dict[str, Any]) -> Iterator[db.Statement]:
         yield _named(phase, "comment_on_index", commented=name, comment=verbatim(comment))
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Carries out the way back; reads stay where they are until undo/10_reads_to_legacy moves them."""
     todo = undo_plan(phase)

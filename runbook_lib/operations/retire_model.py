@@ -15,7 +15,7 @@ from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.operations import model_change, model_comparison
 from runbook_lib.operations.handover import BOTH, NEW_ONLY
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.phases import MIGRATE
 from runbook_lib.running import claim
 from runbook_lib.sql import load
@@ -112,6 +112,7 @@ def _forget(phase: Phase, old: Phase) -> list[db.Statement]:
     return [db.statement(search.SQL["drop_function"], old.params, own)]
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Carries the plan out; killed anywhere, a rerun goes on. The replaced target's phases count as undone then."""
     old = model_change.replaced(phase)

@@ -25,7 +25,7 @@ from runbook_lib.measuring.shapes import Asked, Found, Shape
 from runbook_lib.names import identifier, shortened, spelled
 from runbook_lib.names import index_name as serving_name
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed
 
@@ -182,6 +182,7 @@ def check(phase: Phase) -> Gates:
     )
 
 
+@changes
 def apply(phase: Phase) -> Comparison | Table:
     """Compares, and leaves nothing behind: not at the end, nor after a failure, nor, once run again, after a kill."""
     if not phase.execute:
@@ -203,7 +204,7 @@ def _compare(phase: Phase) -> Comparison:
     queries = evaluate.sample(evaluate.read_queries(p), p.queries.sample)
     marks = compare.judgements(phase)
     judged = evaluate.sample([q for q in evaluate.read_queries(p) if q.query_id in marks], p.queries.judged_sample)
-    with db.connect(p, f"runbook {phase.run_id} storage exact") as connection:
+    with phase.another("storage exact") as connection:
         asked = _asked(connection, here, queries, p.queries.k)
         judged_asked = _asked(connection, here, judged, shapes.JUDGED_K)
         questions = [exact.Question(i) for i in range(len(queries))]
@@ -217,7 +218,7 @@ def _compare(phase: Phase) -> Comparison:
     for shape in shapes.possible(p):
         with _standing(phase, shape) as (name, built):
             for rerank in _depths(p, shape):
-                with db.connect(p, f"runbook {phase.run_id} storage {shape.slug}") as connection:
+                with phase.another(f"storage {shape.slug}") as connection:
                     found = shapes.measure(connection, here, shape, rerank, name, asked, (judged_asked, marks))
                 measured.append(_row(p, found, built, rows, max(whole, rows)))
                 print(
@@ -354,6 +355,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return db.Plan((*drops, *([_drop_scratch(phase)] if left["scratch"] else [])), phase.connection)
 
 
+@changes
 def undo(phase: Phase) -> Table:
     """Carries it out; does nothing where nothing was left."""
     todo = undo_plan(phase)

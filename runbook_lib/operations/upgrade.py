@@ -15,7 +15,7 @@ from runbook_lib.gates import BadInput, Gate, Gates, collect, gate
 from runbook_lib.measuring import recall
 from runbook_lib.names import index_name, spelled
 from runbook_lib.operations import rebuild
-from runbook_lib.phase import Phase
+from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
 SQL = load("upgrade")
@@ -95,6 +95,7 @@ def brings(phase: Phase) -> Table:
     return Table(found.columns, [*found.rows, last], found.caption)
 
 
+@changes
 def measure(phase: Phase) -> Table:
     """Recall before the update, written down once for each release that the catalogue has named.
 
@@ -121,6 +122,7 @@ def _recall_of(phase: Phase, release: str | None) -> dict[str, Any] | None:
     return next((b for b in reversed(bodies) if b["catalogue"] == release and "recall" in b), None)
 
 
+@changes
 def apply(phase: Phase) -> Table:
     """Updates the catalogue. No row of the table is touched, no vector made anew."""
     update = extension.plan(phase)
@@ -149,6 +151,7 @@ def must_rebuild(phase: Phase) -> bool:
     return bool(_pending(phase)) or any(s.role in ("new", "old") for s in rebuild.standing(phase))
 
 
+@changes
 def build_beside(phase: Phase) -> Table:
     """The new index beside the old one, where the update asks for it; the old one serves on."""
     if not must_rebuild(phase) and not (not phase.execute and why_rebuild(phase)):
@@ -161,6 +164,7 @@ def verify_new(phase: Phase) -> Gates:
     return rebuild.verify_new(phase) if must_rebuild(phase) else rebuild.check(phase)
 
 
+@changes
 def swap(phase: Phase) -> Table:
     """Puts the new index into its place, where there is one."""
     if not must_rebuild(phase):

@@ -58,7 +58,9 @@ def check(params: Params) -> Gates:
         ledger = Ledger(connection, params, f"check-{uuid.uuid4().hex[:8]}", NAME)
         if ledger.phase_verdict(OPERATE[NAME]) != Verdict.PASS:
             return Gates(())
-        return look(Phase(NAME, ledger.run_id, False, params, connection, ledger))
+        phase = Phase(NAME, ledger.run_id, False, params, connection, ledger)
+        phase.order.fence(connection)
+        return look(phase)
 
 
 def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:

@@ -17,6 +17,7 @@ from papermill.exceptions import PapermillExecutionError
 from runbook_lib import db
 from runbook_lib.gates import BadInput, GateFailed, LockNotObtained, NotApproved, OutsideWindow, Verdict
 from runbook_lib.ledger import Ledger
+from runbook_lib.order import OutOfOrder
 from runbook_lib.params import Params
 from runbook_lib.running import manifest as manifests
 from runbook_lib.running.manifest import PhaseRun, Status
@@ -28,6 +29,7 @@ ENDS = {
     GateFailed.__name__: Status.FAILED,
     BadInput.__name__: Status.FAILED,
     LockNotObtained.__name__: Status.FAILED,
+    OutOfOrder.__name__: Status.FAILED,
     NotApproved.__name__: Status.WAITING,
     OutsideWindow.__name__: Status.WAITING,
     "KeyboardInterrupt": Status.INTERRUPTED,

@@ -41,6 +41,7 @@ from runbook_lib.commands import demo, embedded
 from runbook_lib.ledger import Ledger
 from runbook_lib.names import names
 from runbook_lib.phase import Phase
+from tests.opened import gates_passed, write
 
 DSN_ENV = "RUNBOOK_BENCH_DSN"
 DIMENSION = 384
@@ -112,7 +113,7 @@ def prepare(dsn: str, p: params.Params) -> None:
             schema.apply(phase)
             db.use_search_path(phase.connection)
             stage = sql.SQL(STAGE).format(**names(p))
-            phase.connection.execute(stage, {"dimension": DIMENSION})
+            write(phase, stage, {"dimension": DIMENSION})
         connection.execute("VACUUM (ANALYZE)")
         connection.execute("CHECKPOINT")
 
@@ -132,7 +133,7 @@ def opened(p: params.Params) -> Iterator[Phase]:
         ledger = Ledger(ledger_connection, p, "bench", "50_backfill")
         ledger.create()
         with contextlib.redirect_stdout(io.StringIO()):
-            yield Phase("50_backfill", "bench", True, p, connection, ledger)
+            yield gates_passed(Phase("50_backfill", "bench", True, p, connection, ledger))
 
 
 def big_update(p: params.Params) -> float:

@@ -31,6 +31,7 @@ from runbook_lib.commands import embedded
 from runbook_lib.ledger import Ledger
 from runbook_lib.phase import Phase
 from tests.benchmarks import bench_load
+from tests.opened import gates_passed
 
 TABLES = {"column": "articles", "side_table": "articles_beside"}
 K = 10
@@ -52,7 +53,9 @@ def opened(folder: Path, layout: str) -> Iterator[Phase]:
     path.write_text(yaml.safe_dump(data))
     p = params.load(path)
     with db.connect(p, "bench ledger") as ledger, db.connect(p, "bench") as connection:
-        yield Phase("50_backfill", "bench", True, p, connection, Ledger(ledger, p, "bench", "50_backfill"))
+        yield gates_passed(
+            Phase("50_backfill", "bench", True, p, connection, Ledger(ledger, p, "bench", "50_backfill"))
+        )
 
 
 def write_vectors(folder: Path, rows: int) -> np.ndarray:

@@ -45,6 +45,7 @@ from runbook_lib.ledger import Ledger
 from runbook_lib.phase import Phase
 from runbook_lib.progress import Progress
 from runbook_lib.vectors import packing
+from tests.opened import gates_passed
 
 DSN_ENV = "RUNBOOK_BENCH_DSN"
 DIMENSION = 384
@@ -103,7 +104,7 @@ def opened(folder: Path, kind: str = ARRAYS) -> Iterator[Phase]:
     """Phase 40 with these vectors; what it prints is let go."""
     p = params.load(write_params(folder, kind))
     ledger = Ledger(db.connect(p, "bench ledger"), p, "bench", "40_load_embeddings")
-    phase = Phase("40_load_embeddings", "bench", True, p, db.connect(p, "bench"), ledger)
+    phase = gates_passed(Phase("40_load_embeddings", "bench", True, p, db.connect(p, "bench"), ledger))
     with phase.connection, ledger.connection, contextlib.redirect_stdout(io.StringIO()):
         yield phase
 

@@ -22,6 +22,7 @@ from runbook_lib.measuring.sweep import Measured
 from runbook_lib.phase import Phase
 from runbook_lib.vectors import embed
 from tests.benchmarks import dictionaries
+from tests.opened import write
 
 # The chosen way may take this much longer than the fastest that reached the target, medians of so many rounds.
 WORST_RATIO, ROUNDS = 1.1, 3
@@ -118,7 +119,7 @@ def compare_latency(phase: Phase) -> None:
     found = {w for text in dictionaries.definitions(WORDS * 4) for w in re.findall(r"\b[a-z]{5,12}\b", text)[3:4]}
     words = sorted(found)[:: max(1, len(found) // WORDS)][:WORDS]
     vectors = np.asarray(embed.model(p)(words), np.float32)
-    phase.connection.execute("CREATE INDEX IF NOT EXISTS glosses_trgm ON glosses USING gin (gloss gin_trgm_ops)")
+    write(phase, "CREATE INDEX IF NOT EXISTS glosses_trgm ON glosses USING gin (gloss gin_trgm_ops)")
     called = search.filtered_call_statement(p)
     exact = search.route_statement(phase.connection, p, "vector", scan="exact")
     whole = "SET LOCAL enable_indexscan = off; SET LOCAL enable_bitmapscan = off"
@@ -147,4 +148,4 @@ def compare_latency(phase: Phase) -> None:
     print(f"\nlatency of {len(words)} words without a filter, the second of two calls each")
     for name, found_s in seconds.items():
         print(f"  {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in evaluate.latency(found_s).items()))
-    phase.connection.execute("DROP INDEX glosses_trgm")
+    write(phase, "DROP INDEX glosses_trgm")

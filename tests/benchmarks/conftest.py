@@ -17,6 +17,7 @@ from runbook_lib import params as params_module
 from runbook_lib.ledger import Ledger
 from runbook_lib.phase import Phase
 from tests.benchmarks import dictionaries
+from tests.opened import gates_passed
 
 DSN_ENV = "RUNBOOK_BENCHMARK_DSN"
 
@@ -38,7 +39,7 @@ def dictionary(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         p = params_module.load(path)
         ledger = Ledger(db.connect(p, "benchmark ledger"), p, "benchmark", "70_tune")
         ledger.create()
-        phase = Phase("70_tune", "benchmark", True, p, db.connect(p, "benchmark"), ledger)
+        phase = gates_passed(Phase("70_tune", "benchmark", True, p, db.connect(p, "benchmark"), ledger))
         search.apply(phase)
         for module in (extension, schema, staging, backfill, index) if not opened else ():
             module.apply(phase)
@@ -49,5 +50,4 @@ def dictionary(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     yield make
     for phase in opened:
-        phase.connection.close()
-        phase.ledger.connection.close()
+        phase.end("was ended by the test", "nothing")

@@ -22,6 +22,7 @@ from runbook_lib.ledger import Ledger
 from runbook_lib.phase import Phase
 from tests import evidence, toy
 from tests.conftest import write_params
+from tests.opened import gates_passed
 
 ROOT = Path(__file__).parents[2]
 FULL = os.environ.get("RUNBOOK_DRILLS") == "full"
@@ -59,7 +60,7 @@ def opened(params_file: Path, name: str = "50_backfill") -> Iterator[Phase]:
     with db.connect(p, "drill ledger") as ledger_connection, db.connect(p, "drill") as connection:
         ledger = Ledger(ledger_connection, p, "drill", name)
         ledger.create()
-        yield Phase(name, "drill", True, p, connection, ledger)
+        yield gates_passed(Phase(name, "drill", True, p, connection, ledger))
 
 
 def prepared(folder: Path, up_to: str, **sections: dict[str, Any]) -> Path:

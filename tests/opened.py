@@ -1,0 +1,23 @@
+"""Phases of which a test says that their gates have passed: for tests of what a step does once it may."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+
+from runbook_lib import db
+from runbook_lib.phase import Phase
+
+
+def gates_passed(phase: Phase) -> Phase:
+    """The phase as after a ``require()`` that passed, without asking the ledger; its session is read-only as ever."""
+    phase.order.fence(phase.connection)
+    phase.order.required = True
+    return phase
+
+
+def write(phase: Phase, statement: Any, values: Any = None) -> psycopg.Cursor[db.Row]:
+    """What a test itself changes on a phase's session, past the fence that keeps the library from it."""
+    with phase.order.lifted(phase.connection):
+        return phase.connection.execute(statement, values)
