@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import psycopg
 
 from runbook_lib import db, refresh
 from runbook_lib import params as params_module
+from runbook_lib.checking import trials
+from runbook_lib.checking.update_effects import said
 from runbook_lib.display import Table, number
-from runbook_lib.filling import pruning, sidetable, strategy, windows, workers
+from runbook_lib.filling import pruning, refused_rows, sidetable, strategy, untouched, windows, workers
 from runbook_lib.filling.strategy import Choice
 from runbook_lib.filling.workers import Outcome
-from runbook_lib.gates import BadInput, Gate, Gates, LockNotObtained, Verdict, collect, gate
+from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, LockNotObtained, Verdict, collect, gate
 from runbook_lib.ledger import Ledger
 from runbook_lib.names import names, spelled, vectors_stand_beside
 from runbook_lib.phase import Phase, changes
@@ -115,7 +118,11 @@ def _promote(phase: Phase) -> tuple[Choice, Outcome]:
 
 
 def _through_windows(phase: Phase) -> tuple[Choice, Outcome]:
-    """Cuts windows where none are open, works them off, and closes with the rows that the windows did not reach."""
+    """Cuts windows where none are open, works them off, and closes with the rows that the windows did not reach.
+
+    Raises GateFailed, before a row is changed, where the UPDATE does more to the table than was agreed to.
+    """
+    _nothing_new_fires(phase)
     windows.create(phase)
     phase.connection.execute(SQL["analyze_staging"].compose(names(phase.params)))
     choice = strategy.choose(phase)
@@ -135,6 +142,15 @@ def _through_windows(phase: Phase) -> tuple[Choice, Outcome]:
         phase.note_statement(db.Done(_update_statement(phase), outcome.rows, _elapsed(outcome), 1))
         _note(phase, choice, outcome, before)
     return choice, outcome
+
+
+def _nothing_new_fires(phase: Phase) -> None:
+    """The trial of preflight once more: a trigger may have been made since. The rows alone are locked for it."""
+    gates, effects = trials.of_update(phase.connection, phase.params)
+    if Gates(tuple(gates)).failed:
+        raise GateFailed(Gates(tuple(gates)))
+    if effects is not None:
+        untouched.note_agreed(phase, effects)
 
 
 def _elapsed(outcome: Outcome) -> float:
@@ -168,8 +184,10 @@ def _note(phase: Phase, choice: Choice, outcome: Outcome, before: db.Row) -> Non
             "wal_bytes": int(after["wal"] - before["wal"]),
             "table_growth_bytes": int(after["bytes"] - before["bytes"]),
             "samples": outcome.samples,
+            "refused": len(outcome.refused),
         },
     )
+    untouched.note(phase, outcome.seen)
 
 
 def _close(phase: Phase, outcome: Outcome) -> None:
@@ -178,17 +196,35 @@ def _close(phase: Phase, outcome: Outcome) -> None:
 
     Raises LockNotObtained, naming rows and holder, where one is held for longer; only such rows are left then.
     """
-    left = [row["key"] for row in db.rows(phase.connection, SQL["left_over"], phase.params)]
+    found = db.rows(phase.connection, SQL["left_over"], phase.params)
+    left = [row["key"] for row in found if row["key"] not in outcome.refused]
     most, held = phase.params.backfill.batch_rows, list[Any]()
     for start in range(0, len(left), most):
         keys = left[start : start + most]
-        free = _write(phase, outcome, keys, skip_held=True)
+        free = _write_or_name(phase, outcome, keys, skip_held=True)
         held += [key for key in keys if key not in free]
     for start in range(0, len(held), most):
         try:
-            _write(phase, outcome, held[start : start + most])
+            _write_or_name(phase, outcome, held[start : start + most])
         except LockNotObtained as error:
             raise _are_held(phase, held[start:]) from error
+
+
+def _write_or_name(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool = False) -> set[Any]:
+    """The same; rows that the server refuses are set apart, each with its words."""
+    try:
+        return _write(phase, outcome, keys, skip_held=skip_held)
+    except psycopg.Error as error:
+        if not refused_rows.is_refusal(error):
+            raise
+        if len(keys) == 1:
+            outcome.refused[keys[0]] = said(error)
+            if len(outcome.refused) > refused_rows.MOST_REFUSED:
+                raise GateFailed(Gates((refused_rows.too_many(phase, outcome.refused),))) from error
+            return set(keys)
+    half = len(keys) // 2
+    parts = [_write_or_name(phase, outcome, part, skip_held=skip_held) for part in (keys[:half], keys[half:])]
+    return set().union(*parts)
 
 
 def _write(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool = False) -> set[Any]:
@@ -243,6 +279,7 @@ def help_out(params_file: str) -> Table:
         with phase.opened():
             outcome = workers.run(phase, strategy.choose(phase), db.one(connection, SQL["to_do"], params)["rows"])
         p50, p95 = _percentiles(outcome)
+        untouched.note(phase, outcome.seen)
         phase.note("help", {"rows": outcome.rows, "batches": len(outcome.seconds), "batch_p95_ms": p95})
     return Table(("rows", "batches", "p50 ms", "p95 ms"), [(outcome.rows, len(outcome.seconds), p50, p95)])
 
@@ -296,5 +333,12 @@ def verify(phase: Phase) -> Gates:
                 figures={"stale": left["stale"], "queued": queued["rows"]},
             ),
             *pruning.verify(phase),
+            *_took_and_touched(phase),
         ]
     )
+
+
+def _took_and_touched(phase: Phase) -> list[Gate]:
+    """Named only where rows refused their vector; and what else was touched, where rows were compared."""
+    left = refused_rows.gate_of_left(phase)
+    return [*([left] if left.verdict is Verdict.FAIL else []), *untouched.verify(phase)]

@@ -75,6 +75,22 @@ def gates(connection: db.Connection, params: Params) -> Iterator[Gate]:
         connection.prepare_threshold = before
 
 
+def of_update(connection: db.Connection, params: Params) -> tuple[list[Gate], update_effects.Effects | None]:
+    """The trial of the UPDATE alone, for a phase that is about to begin it; None where it was not made, since there
+    is nothing to try it on or its locks were not to be had."""
+    try:
+        with db.rolled_back(connection):
+            _bound(connection, params)
+            prepared = None if params.target.distributed else _prepared(connection, params)
+            if prepared is None:
+                return [], None
+            trial = update_effects.attempt(connection, params, prepared)
+    except db.NOT_NOW as error:
+        print(f"  the UPDATE was not tried on a sample first: {update_effects.said(error)}")
+        return [], None
+    return list(update_effects.gates(params, trial)), trial.effects
+
+
 def summary(found: Iterable[Gate]) -> str:
     """What was tried, and how long the target was locked for it, in a line; empty where nothing was tried."""
     tried = [g for g in found if g.name.startswith("trial.") and g.figures]

@@ -44,6 +44,8 @@ MOST_HOOKS = 10
 SHOWN = 5
 HAS_TEXT = r"btrim({text}, E' \t\r\n') <> ''"
 KEEPS = "keeps rows from taking the vector"
+# Of each row, by key, the hashes of its columns and whether it has a vector.
+Looked = dict[Any, tuple[list[int | None], bool]]
 SIDE_TABLE = "set vector.layout: side_table, which updates no row of this table"
 
 
@@ -104,8 +106,9 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """What one trial works with. columns: those that are compared; counted: the rows written so far, by relation."""
+class Bench:
+    """What one comparison works with. columns: those that are compared; counted: the rows written so far, by
+    relation."""
 
     connection: db.Connection
     params: Params
@@ -119,6 +122,17 @@ class _Bench:
     def written(self) -> list[db.Row]:
         """The server's counts of rows written, by relation."""
         return self.rows("written", ledger=spelled(self.params, "ledger"), table=spelled(self.params, "table"))
+
+
+def bench(connection: db.Connection, params: Params, added: Sequence[str]) -> Bench:
+    """For a comparison of every column but the runbook's own."""
+    found = db.rows(connection, SQL["columns"], params, table=spelled(params, "table"))
+    return Bench(connection, params, [r["name"] for r in found if r["name"] not in added])
+
+
+def written_elsewhere(bench: Bench) -> set[str]:
+    """Other relations that this transaction has written, the runbook's own left out."""
+    return {r["relation"] for r in bench.written() if not r["own"] and r["inserted"] + r["updated"] + r["deleted"]}
 
 
 def prepare(connection: db.Connection, params: Params, added: Sequence[str]) -> Prepared:
@@ -155,23 +169,23 @@ def attempt(connection: db.Connection, params: Params, prepared: Prepared) -> Tr
     Raises psycopg's errors for what is no fault of the UPDATE, such as a lock.
     """
     hooks, keys = prepared.hooks, prepared.keys
-    bench = _Bench(connection, params, prepared.columns)
+    on = Bench(connection, params, prepared.columns)
     with db.rolled_back(connection):
         hooks_module.make_harmless(connection, params, hooks)
         # For a second the server's counts hold what this session has rolled back before, too.
-        bench.counted.update({row["oid"]: row for row in bench.written()})
-        there = {r["key"] for r in bench.rows("lock_rows", keys=list(keys))}
+        on.counted.update({row["oid"]: row for row in on.written()})
+        there = {r["key"] for r in on.rows("lock_rows", keys=list(keys))}
         held = [k for k in keys if k in there]
         if keys and not held:
             raise psycopg.errors.LockNotAvailable("every row of the sample is held by somebody else, or gone")
-        effects, tried = _more_and_more(bench, held, hooks)
-        alone = _one_by_one(bench, tried, hooks, effects)
+        effects, tried = _more_and_more(on, held, hooks)
+        alone = _one_by_one(on, tried, hooks, effects)
         agreed = [h for h, _ in alone if h.accepted(params)]
-        rest = _without(bench, tried, agreed) if effects.touches and len(agreed) == len(alone) else None
+        rest = _without(on, tried, agreed) if effects.touches and len(agreed) == len(alone) else None
     return Trial(effects, hooks, alone, rest or Effects())
 
 
-def _more_and_more(bench: _Bench, keys: Sequence[Any], hooks: Sequence[Hook]) -> tuple[Effects, Sequence[Any]]:
+def _more_and_more(bench: Bench, keys: Sequence[Any], hooks: Sequence[Hook]) -> tuple[Effects, Sequence[Any]]:
     """Effects on a few rows, then on more, as many as the time allows; and rows that showed them."""
     effects, telling, size, place = Effects(), keys[:FIRST_ROWS], FIRST_ROWS, 0
     until = time.perf_counter() + BUDGET_S
@@ -192,11 +206,11 @@ def _more_and_more(bench: _Bench, keys: Sequence[Any], hooks: Sequence[Hook]) ->
     return effects, telling
 
 
-def _tells_on_its_own(bench: _Bench) -> bool:
+def _tells_on_its_own(bench: Bench) -> bool:
     return bool(bench.rows("tells_on_its_own", table=spelled(bench.params, "table"))[0]["it_may"])
 
 
-def measure(bench: _Bench, keys: Sequence[Any]) -> Effects:
+def measure(bench: Bench, keys: Sequence[Any]) -> Effects:
     """What the UPDATE of these rows does, in a savepoint that is rolled back; an error is traced to one row."""
     effects = _run(bench, keys)
     if not effects.error or len(keys) <= 1:
@@ -210,30 +224,36 @@ def measure(bench: _Bench, keys: Sequence[Any]) -> Effects:
     return effects
 
 
-def _run(bench: _Bench, keys: Sequence[Any]) -> Effects:
+def _run(bench: Bench, keys: Sequence[Any]) -> Effects:
     effects = Effects(rows=len(keys))
     try:
         with bench.connection.transaction(force_rollback=True):
-            before, opened = _look(bench, keys), _opened(bench)
+            before, opened = look_at(bench, keys), _opened(bench)
             bench.connection.execute("SET CONSTRAINTS ALL IMMEDIATE", prepare=False)
             _update(bench, keys, effects)
-            now = _look(bench, keys)
+            now = look_at(bench, keys)
             effects.kept = [key for key in before if key in now and not now[key][1]]
-            _count_written(bench, effects, expected=len(before) - len(effects.kept))
+            count_written(bench, effects, expected=len(before) - len(effects.kept))
             effects.opened = _opened(bench) - opened
     except db.NOT_NOW:
         raise
     except psycopg.Error as error:
         effects.error = said(error)
         return effects
+    effects.columns = changed_columns(bench, before, now)
+    return effects
+
+
+def changed_columns(bench: Bench, before: Looked, now: Looked) -> Counter[str]:
+    """How many rows differ in each column between two looks; a row that is gone differs in its key."""
+    changed: Counter[str] = Counter()
     for key, (hashes, _) in before.items():
         if key not in now:
-            effects.columns[bench.params.target.key] += 1
+            changed[bench.params.target.key] += 1
             continue
         for column, a, b in zip(bench.columns, hashes, now[key][0], strict=True):
-            effects.columns[column] += a != b
-    effects.columns = +effects.columns
-    return effects
+            changed[column] += a != b
+    return +changed
 
 
 def said(error: psycopg.Error) -> str:
@@ -241,7 +261,7 @@ def said(error: psycopg.Error) -> str:
     return " ".join((error.diag.message_primary or str(error)).split())
 
 
-def _update(bench: _Bench, keys: Sequence[Any], effects: Effects) -> None:
+def _update(bench: Bench, keys: Sequence[Any], effects: Effects) -> None:
     """The backfill's own statement. EXPLAIN runs it, and tells which triggers it called."""
     n = names(bench.params) | changing(bench.params)
     staged = SQL["staged"].compose(n | {"dimension": sql.Literal(bench.params.vector.dimension)})
@@ -254,7 +274,7 @@ def _update(bench: _Bench, keys: Sequence[Any], effects: Effects) -> None:
         effects.fired |= {trigger["Trigger Name"] for trigger in called}
 
 
-def _look(bench: _Bench, keys: Sequence[Any]) -> dict[Any, tuple[list[int | None], bool]]:
+def look_at(bench: Bench, keys: Sequence[Any]) -> Looked:
     """Of each row the hashes of its columns, and whether it has a vector."""
     each = sql.SQL(", ").join(SQL["column_hash"].compose({"column": identifier(c)}) for c in bench.columns)
     hashes = sql.SQL("ARRAY[{}]::bigint[]").format(each)
@@ -263,13 +283,13 @@ def _look(bench: _Bench, keys: Sequence[Any]) -> dict[Any, tuple[list[int | None
     return {r["key"]: (r["hashes"], r["taken"]) for r in found}
 
 
-def _opened(bench: _Bench) -> set[str]:
+def _opened(bench: Bench) -> set[str]:
     kinds = {"S": "sequence", "f": "foreign table"}
     found = bench.rows("opened", ledger=spelled(bench.params, "ledger"))
     return {f"{kinds[r['kind']]} {r['relation']}" for r in found}
 
 
-def _count_written(bench: _Bench, effects: Effects, expected: int) -> None:
+def count_written(bench: Bench, effects: Effects, expected: int) -> None:
     """Rows written, those left out that the UPDATE was asked for. The server's counts outlive a savepoint."""
     again = 0
     for row in bench.written():
@@ -285,7 +305,7 @@ def _count_written(bench: _Bench, effects: Effects, expected: int) -> None:
         effects.written["updated", "once more"] += again - expected
 
 
-def _without(bench: _Bench, keys: Sequence[Any], hooks: Sequence[Hook]) -> Effects | None:
+def _without(bench: Bench, keys: Sequence[Any], hooks: Sequence[Hook]) -> Effects | None:
     """The same with these triggers and rules left out; None where the server does not let them be left out."""
     try:
         with bench.connection.transaction(force_rollback=True):
@@ -298,9 +318,7 @@ def _without(bench: _Bench, keys: Sequence[Any], hooks: Sequence[Hook]) -> Effec
         return None
 
 
-def _one_by_one(
-    bench: _Bench, keys: Sequence[Any], hooks: Sequence[Hook], effects: Effects
-) -> list[tuple[Hook, str]]:
+def _one_by_one(bench: Bench, keys: Sequence[Any], hooks: Sequence[Hook], effects: Effects) -> list[tuple[Hook, str]]:
     """Who did it: each trigger that fired, and each rule, tried with the others left out."""
     suspects = [h for h in hooks if h.kind == "rule" or h.name in effects.fired]
     found: dict[Hook, str] = {}

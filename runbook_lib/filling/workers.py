@@ -17,12 +17,16 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import psycopg
+
 from runbook_lib import db
-from runbook_lib.filling import health, windows
+from runbook_lib.checking.update_effects import said
+from runbook_lib.filling import health, refused_rows, untouched, windows
 from runbook_lib.filling.pace import Pace
 from runbook_lib.filling.pause import Pause
 from runbook_lib.filling.strategy import LEAST_HOT_SHARE, Choice
 from runbook_lib.filling.windows import Window
+from runbook_lib.gates import GateFailed, Gates
 from runbook_lib.names import changing, names, verbatim
 from runbook_lib.phase import Phase
 from runbook_lib.progress import Progress
@@ -65,11 +69,14 @@ class Board:
     whole_windows: bool = False
     most_batch_rows: int | None = None
     rest_ms: int = 0
+    refused: dict[Any, str] = field(default_factory=dict)
+    seen: untouched.Seen = field(default_factory=untouched.Seen)
 
 
 @dataclass
 class Outcome:
-    """What the workers of this run did. pauses: [reason, seconds]."""
+    """What the workers of this run did. pauses: [reason, seconds]; refused: the server's words, by key; seen: of
+    rows that were compared."""
 
     rows: int = 0
     hot: int = 0
@@ -78,6 +85,8 @@ class Outcome:
     pauses: list[tuple[str, float]] = field(default_factory=list)
     samples: list[list[float]] = field(default_factory=list)
     remark: str = ""
+    refused: dict[Any, str] = field(default_factory=dict)
+    seen: untouched.Seen = field(default_factory=untouched.Seen)
 
     @property
     def hot_share(self) -> float:
@@ -96,6 +105,7 @@ def run(phase: Phase, choice: Choice, total: int) -> Outcome:
         Progress("backfilled", total) as progress,
         ThreadPoolExecutor(workers, "backfill") as pool,
     ):
+        outcome.refused, outcome.seen = board.refused, board.seen
         watch = health.Watch()
         pause = Pause(phase, outcome.pauses)
         try:
@@ -165,10 +175,11 @@ def work(phase: Phase, board: Board, worker: str) -> None:
     paces = {True: pace, False: pace}
     with phase.another("worker") as connection:
         connection.execute(SQL["session"].compose({}), {"frozen_ms": f"{FROZEN_MS}ms"})
+        witness = untouched.witness(connection, phase, board.seen)
         while not board.stop.is_set():
             window = windows.claim(connection, phase, worker)
             if window is not None:
-                _work_on(_Desk(connection, phase, board, worker, window), paces)
+                _work_on(_Desk(connection, phase, board, worker, window, witness), paces)
             elif windows.state(replace(phase, connection=connection)).left:
                 # Somebody else has them; should that worker die, its windows come free.
                 board.stop.wait(SECONDS_BETWEEN_CLAIMS)
@@ -185,6 +196,7 @@ class _Desk:
     board: Board
     worker: str
     window: Window
+    witness: untouched.Witness | None
     rows: int = 0
     seen: float = field(default_factory=time.monotonic)
 
@@ -228,15 +240,46 @@ def _passes(desk: _Desk) -> Iterator[Sequence[Any]]:
 
 
 def _update(desk: _Desk, keys: Sequence[Any]) -> Batch:
-    """One transaction. A batch of which somebody holds a row is put off to the end instead of waiting longer."""
-    p, part = desk.phase.params, desk.window.part
-    update = SQL["update"].compose(names(p) | changing(p) | {"part": verbatim(part)})
+    """One transaction. A batch of which somebody holds a row is put off to the end instead of waiting longer; one of
+    which a row is refused is halved, until that row stands alone and can be named.
+
+    Raises GateFailed where row after row is refused.
+    """
     started = time.perf_counter()
     try:
-        with desk.connection.transaction():
-            before = db.one(desk.connection, SQL["hot"], p, part=part)
-            rows = desk.connection.execute(update, {"keys": list(keys)}).rowcount
-            after = db.one(desk.connection, SQL["hot"], p, part=part)
+        return _transaction(desk, keys, started)
     except db.NOT_NOW:
         return Batch(0, 0, time.perf_counter() - started, put_off=len(keys))
+    except psycopg.Error as error:
+        if not refused_rows.is_refusal(error):
+            raise
+        if len(keys) == 1:
+            _refuse(desk, keys[0], said(error))
+            return Batch(0, 0, time.perf_counter() - started)
+    parts = [_update(desk, part) for part in (keys[: len(keys) // 2], keys[len(keys) // 2 :])]
+    return Batch(
+        sum(b.rows for b in parts),
+        sum(b.hot for b in parts),
+        time.perf_counter() - started,
+        sum(b.put_off for b in parts),
+    )
+
+
+def _refuse(desk: _Desk, key: Any, words: str) -> None:
+    desk.board.refused[key] = words
+    if len(desk.board.refused) > refused_rows.MOST_REFUSED:
+        raise GateFailed(Gates((refused_rows.too_many(desk.phase, dict(desk.board.refused)),)))
+
+
+def _transaction(desk: _Desk, keys: Sequence[Any], started: float) -> Batch:
+    p, part = desk.phase.params, desk.window.part
+    update = SQL["update"].compose(names(p) | changing(p) | {"part": verbatim(part)})
+    with desk.connection.transaction():
+        before = db.one(desk.connection, SQL["hot"], p, part=part)
+        if desk.witness:
+            desk.witness.before(keys)
+        rows = desk.connection.execute(update, {"keys": list(keys)}).rowcount
+        if desk.witness:
+            desk.witness.after()
+        after = db.one(desk.connection, SQL["hot"], p, part=part)
     return Batch(rows, after["hot"] - before["hot"], time.perf_counter() - started)

@@ -42,6 +42,11 @@ SELECT array_agg(s.key ORDER BY s.key) AS keys FROM {staging} s WHERE {after} AN
 SELECT s.key FROM {staging} s JOIN {with_vectors} ON t.{key} = s.key
 WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash ORDER BY s.key;
 
+-- name: refusing
+-- purpose: Staged rows whose text is still that of their vector, and which their table has not taken all the same.
+SELECT s.key FROM {staging} s JOIN {with_vectors} ON t.{key} = s.key
+WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash AND s.text_hash = {text_hash} ORDER BY s.key LIMIT %(most)s;
+
 -- name: to_do
 -- purpose: How many rows that is.
 SELECT count(*) AS rows FROM {staging} s JOIN {with_vectors} ON t.{key} = s.key

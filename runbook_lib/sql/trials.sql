@@ -116,18 +116,19 @@ pg_catalog.hashtextextended(t.{column}::text COLLATE "C", 0::bigint);
  FROM {table} t WHERE t.{key} = ANY (%(keys)s));
 
 -- name: written
--- purpose: Of the relations that this transaction has opened for writing, the rows that this session has written.
+-- purpose: Of the table, and of what this transaction has opened for writing, the rows that this session has written.
+WITH RECURSIVE part AS (
+    SELECT to_regclass(%(table)s)::oid AS oid
+    UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
+)
 SELECT c.oid::bigint AS oid, format('%%I.%%I', n.nspname, c.relname) AS relation,
        pg_stat_get_xact_tuples_inserted(c.oid) AS inserted, pg_stat_get_xact_tuples_updated(c.oid) AS updated,
-       pg_stat_get_xact_tuples_deleted(c.oid) AS deleted,
-       c.oid IN (WITH RECURSIVE part AS (
-           SELECT to_regclass(%(table)s)::oid AS oid
-           UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
-       ) SELECT oid FROM part) AS own
+       pg_stat_get_xact_tuples_deleted(c.oid) AS deleted, c.oid IN (SELECT oid FROM part) AS own
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'm') AND n.oid IS DISTINCT FROM to_regnamespace(%(ledger)s)
   AND (n.nspname <> 'pg_catalog' OR c.relname LIKE 'pg_largeobject%%')
-  AND c.oid IN (SELECT l.relation FROM pg_locks l WHERE l.pid = pg_backend_pid() AND l.mode = 'RowExclusiveLock');
+  AND (c.oid IN (SELECT oid FROM part) OR c.oid IN (
+      SELECT l.relation FROM pg_locks l WHERE l.pid = pg_backend_pid() AND l.mode = 'RowExclusiveLock'));
 
 -- name: opened
 -- purpose: Sequences that this transaction has advanced, and foreign tables that it has written to: neither is counted.
