@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
-from runbook_lib import versions
+from runbook_lib import conninfo_masking, session
 from runbook_lib.display import duration, statement_html
 from runbook_lib.gates import BadInput, Gate, LockNotObtained, Verdict
 from runbook_lib.names import changing, names, spelled
@@ -82,42 +82,48 @@ def connect(
     conninfo: of another server than the target's. Raises BadInput where the server cannot be reached; the message
     holds no password.
     """
-    conninfo = conninfo or dsn(params)
-    try:
-        connection = psycopg.connect(
-            conninfo,
-            autocommit=autocommit,
-            row_factory=dict_row,
-            application_name=application_name[:63],
-            connect_timeout=CONNECT_TIMEOUT_S,
-        )
-    except psycopg.OperationalError as error:
-        found = _without_secrets(str(error), conninfo)
-        raise BadInput([_unreachable("the server", found, "check the address, the server and pg_hba.conf")]) from None
-    connection.execute(
-        "SELECT set_config('lock_timeout', %s, false),"
-        " set_config('idle_in_transaction_session_timeout', '10min', false)",
-        [f"{params.locks.timeout_ms}ms"],
-    )
-    if versions.ends_statements_of_gone_clients(connection.info.server_version):
-        connection.execute("SET client_connection_check_interval = '1s'")
-    use_search_path(connection)
+    connection = opened(conninfo or dsn(params), application_name, params)
+    connection.autocommit = autocommit
     return connection
 
 
-def use_search_path(connection: Connection) -> None:
-    """Puts pgvector's schema on the session's search path, wherever the extension was installed, and loads its
-    library: before that its settings are unknown, and only a superuser may write an unknown one into a function.
+def opened(conninfo: str, application_name: str, params: Params) -> Connection:
+    """A session in autocommit that has the settings of :mod:`session`, and is its own.
+
+    Raises BadInput where the server cannot be reached, or a pooler shares the session with others.
     """
-    connection.execute(
-        "SELECT set_config('search_path',"
-        " concat_ws(', ', nullif(current_setting('search_path'), ''), quote_ident(n.nspname)), false)"
-        " FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace"
-        " WHERE e.extname = 'vector' AND NOT n.nspname = ANY (current_schemas(true))"
-    )
-    usable = connection.execute("SELECT to_regtype('vector') IS NOT NULL AS usable").fetchone()
-    if usable and usable["usable"]:
-        connection.execute("SELECT '[1]'::vector")
+    try:
+        connection = psycopg.connect(
+            conninfo,
+            autocommit=True,
+            row_factory=dict_row,
+            application_name=application_name[:63],
+            connect_timeout=CONNECT_TIMEOUT_S,
+            client_encoding=session.CLIENT_ENCODING,
+        )
+    except psycopg.OperationalError as error:
+        found = conninfo_masking.masked(str(error), conninfo)
+        raise BadInput([_unreachable("the server", found, _what_to_do(error))]) from None
+    try:
+        target = params.target.schema_, params.target.table
+        inherited = session.begin(connection, *target, lock_timeout_ms=params.locks.timeout_ms)
+        session.refuse_pooler(connection, inherited, conninfo)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _what_to_do(error: psycopg.OperationalError) -> str:
+    # PgBouncer's own words, in every version.
+    if "unsupported startup parameter" in str(error):
+        return "a pooler (PgBouncer) is there: connect to PostgreSQL directly, or take options out of the DSN"
+    return "check the address, the server and pg_hba.conf"
+
+
+def use_search_path(connection: Connection) -> None:
+    """Puts pgvector's schema on the search path and loads its library, where the extension came meanwhile."""
+    session.use_search_path(connection)
 
 
 def _unreachable(subject: str, found: str, do: str) -> Gate:
@@ -130,12 +136,6 @@ def _unreachable(subject: str, found: str, do: str) -> Gate:
         "nothing can be looked at, so nothing was started",
         do,
     )
-
-
-def _without_secrets(message: str, conninfo: str) -> str:
-    password = conninfo_to_dict(conninfo).get("password") or os.environ.get("PGPASSWORD")
-    flat = " ".join(message.split())
-    return flat.replace(str(password), "***") if password else flat
 
 
 def rows(connection: Connection, block: Block, params: Params, **values: Any) -> list[Row]:

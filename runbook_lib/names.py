@@ -18,6 +18,13 @@ HASH_BYTES = 16
 DIGITS_IN_A_NAME = 8
 
 
+# Of a text: which of a hundred shares of the calls it falls into. Exact to the types, so that nothing shadows it.
+DRAW = sql.SQL(
+    "pg_catalog.abs(pg_catalog.hashtextextended(coalesce(query_text, ''), 0::pg_catalog.int8)"
+    " OPERATOR(pg_catalog.%%) 100::pg_catalog.int8)"
+)
+
+
 def verbatim(text: str) -> sql.SQL:
     """SQL that is written already, by PostgreSQL or by psycopg, with its per cent signs doubled as a statement with
     bound values needs them. Braces stay: nothing formats it again.
@@ -144,7 +151,7 @@ def names(params: Params) -> dict[str, sql.Composable]:
         "index": identifier(index_name(params)),
         "qualified_index": identifier(target.schema_, index_name(params)),
         "text": text,
-        "text_hash": sql.SQL("substring(sha256(convert_to({}, 'UTF8')) from 1 for {})").format(
+        "text_hash": sql.SQL("substring(pg_catalog.sha256(pg_catalog.convert_to({}, 'UTF8')) from 1 for {})").format(
             text, sql.Literal(HASH_BYTES)
         ),
         "first_text_column": identifier(target.text_columns[0]),
@@ -175,6 +182,7 @@ def names(params: Params) -> dict[str, sql.Composable]:
         "update_trigger": identifier(trigger_name(params, "update")),
         "function": identifier(target.schema_, params.function_name),
         "target_name": sql.Literal(target.name),
+        "draw": DRAW,
         **_where_vectors_stand(params),
     }
 
@@ -216,4 +224,4 @@ def _where_vectors_stand(params: Params) -> dict[str, sql.Composable]:
 def _text(columns: list[str], alias: str) -> sql.Composed:
     """The columns as one text, a line each; NULLs are left out. Compared by its bytes, as it is hashed."""
     parts = sql.SQL(", ").join(sql.SQL("{}::text").format(identifier(alias, c)) for c in columns)
-    return sql.SQL("""(concat_ws(E'\\n', {}) COLLATE "C")""").format(parts)
+    return sql.SQL("""(pg_catalog.concat_ws(E'\\n', {}) COLLATE pg_catalog."C")""").format(parts)

@@ -12,7 +12,7 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db
+from runbook_lib import db, session
 from runbook_lib.display import Table
 from runbook_lib.gates import Gates, collect, gate
 from runbook_lib.measuring import together
@@ -219,16 +219,33 @@ def _legacy_answer(phase: Phase, retired: bool, using: Sequence[str]) -> sql.Com
             "retired_message": verbatim(sql.Literal(message).as_string()),
             "legacy_query": _as_literal(phase, "legacy"),
             "using": sql.SQL(", ").join(map(identifier, using)),
+            "users_path": _users_path(phase),
         }
     )
 
 
+def _users_path(phase: Phase) -> sql.Composable:
+    """Part of the function: the legacy query's names resolve as they do for the application, where the function's own
+    path is narrower. The SET of the function ends it with the call.
+    """
+    came_with = session.inherited(phase.connection)
+    wanted = list(dict.fromkeys([phase.params.target.schema_, *came_with]))
+    if set(wanted) <= set(_search_path(phase)):
+        return sql.SQL("")
+    path = ", ".join(identifier(schema).as_string() for schema in wanted)
+    return sql.SQL("PERFORM pg_catalog.set_config('search_path', {}, true);\n        ").format(sql.Literal(path))
+
+
 def _search_path(phase: Phase) -> list[str]:
-    """The table's schema, what the session sees, pgvector's schema; pg_temp last, so that nothing shadows them."""
-    row = phase.connection.execute("SELECT current_schemas(false) AS seen").fetchone()
-    seen = row["seen"] if row else []
-    wanted = [phase.params.target.schema_, *seen, phase.params.extension.schema_, "pg_temp"]
-    return list(dict.fromkeys(wanted))
+    """pg_catalog first; the table's schema, what the session sees and pgvector's schema, unless others may shadow a
+    name there; pg_temp last.
+    """
+    p, connection = phase.params, phase.connection
+    closed_off = {row["schema"] for row in session.open_schemas(connection, (p.extension.schema_,))}
+    row = connection.execute("SELECT current_schemas(false) AS seen").fetchone()
+    wanted = [p.target.schema_, *(row["seen"] if row else []), p.extension.schema_]
+    between = [schema for schema in wanted if schema not in (*closed_off, "pg_catalog", "pg_temp")]
+    return ["pg_catalog", *dict.fromkeys(between), "pg_temp"]
 
 
 def _as_literal(phase: Phase, route: Route, scan: Scan = "index") -> sql.Composable:
@@ -432,6 +449,21 @@ def ask(
     vectors: shape (len(queries), dimension), or None for a search that needs none. Never prepared: psycopg's
     automatic prepare would keep an index plan in spite of a setting that forbids it.
     """
+    if statement == legacy_statement(params):
+        # Its names resolve as they do for the application.
+        with session.users_path(connection):
+            return _asked(connection, params, statement, queries, vectors, k)
+    return _asked(connection, params, statement, queries, vectors, k)
+
+
+def _asked(
+    connection: db.Connection,
+    params: Params,
+    statement: sql.Composed,
+    queries: Sequence[Query],
+    vectors: np.ndarray | None,
+    k: int,
+) -> Answers:
     if vectors is not None:
         register_vector(connection)
     filters: dict[str, Any] = dict.fromkeys(params.target.filters)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from IPython.core.getipython import get_ipython
+from psycopg.rows import tuple_row
 
 from runbook_lib import db
 from runbook_lib.names import spelled
@@ -51,9 +52,8 @@ def _display_connection(phase: Phase) -> psycopg.Connection[Any]:
     Autocommit: a cell that fails leaves no broken transaction to the next one, and SQLAlchemy has nothing to roll
     back on a session that the server has ended, which it would print a traceback about as the kernel leaves.
     """
-    connection: psycopg.Connection[Any] = psycopg.connect(
-        db.dsn(phase.params), autocommit=True, application_name=f"runbook {phase.run_id} display"[:63]
-    )
+    connection: psycopg.Connection[Any] = db.connect(phase.params, f"runbook {phase.run_id} display")
+    connection.row_factory = tuple_row
     settings = {
         "runbook.table": spelled(phase.params, "table"),
         "runbook.index": spelled(phase.params, "qualified_index"),

@@ -121,7 +121,7 @@ def test_the_search_path_finds_the_extension_in_a_quoted_schema(make_params: Mak
         db.use_search_path(connection)
         assert connection.execute("SELECT '[1]'::vector <-> '[3]' AS d").fetchone() == {"d": 2}
         path = connection.execute("SHOW search_path").fetchone()
-    assert path == {"search_path": '"$user", public, "Odd, ""schema"'}
+    assert path == {"search_path": 'pg_catalog, public, "Odd, ""schema", pg_temp'}
 
 
 def test_a_statement_gets_its_lock_when_the_reader_ends(

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, versions
+from runbook_lib import db, session, versions
 from runbook_lib.checking import citus, consent, dependents, free_names, partition_checks, rights
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import spelled
@@ -368,7 +368,7 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
     probe = sql.SQL("SELECT * FROM (\n{}\n) AS legacy LIMIT 0").format(search.legacy_statement(p))
     problem, columns = "", list[str]()
     try:
-        with connection.transaction(force_rollback=True):
+        with session.users_path(connection), connection.transaction(force_rollback=True):
             connection.execute("SET TRANSACTION READ ONLY")
             connection.execute("SELECT set_config('statement_timeout', %s, true)", [LEGACY_TIMEOUT])
             cursor = connection.execute(probe, values, prepare=False)

@@ -68,7 +68,7 @@ BEGIN
         live := answered_by;
         IF live IS NULL THEN
             SELECT r.route INTO live FROM {route} r
-            WHERE r.target = {target_name} AND abs(hashtextextended(query_text, 0) %% 100) < r.share_percent;
+            WHERE r.target = {target_name} AND {draw} OPERATOR(pg_catalog.<) r.share_percent;
             live := coalesce(nullif(forced, ''), live, 'legacy');
         END IF;
         IF live <> 'legacy' THEN

@@ -29,19 +29,21 @@ WITH nearest AS MATERIALIZED (
     ORDER BY {nearest_first}
     LIMIT {nearest_candidates}
 ), words AS (
-    SELECT replace(plainto_tsquery({fulltext_config}, {query_text})::text, ' & ', ' | ')::tsquery AS any_word
+    SELECT pg_catalog.replace(
+        pg_catalog.plainto_tsquery({fulltext_config}, {query_text})::pg_catalog.text, ' & ', ' | '
+    )::pg_catalog.tsquery AS any_word
 ), matching AS MATERIALIZED (
-    SELECT t.{key} AS key, ts_rank(t.{fulltext}, w.any_word, 1) AS rank
+    SELECT t.{key} AS key, pg_catalog.ts_rank(t.{fulltext}, w.any_word, 1) AS rank
     FROM {table} t, words w
-    WHERE t.{fulltext} @@ w.any_word AND {filters}
+    WHERE t.{fulltext} OPERATOR(pg_catalog.@@) w.any_word AND {filters}
     ORDER BY rank DESC, t.{key}
     LIMIT {candidates}
 ), votes AS (
-    SELECT key, row_number() OVER (ORDER BY distance, key) AS place FROM nearest
+    SELECT key, pg_catalog.row_number() OVER (ORDER BY distance, key) AS place FROM nearest
     UNION ALL
-    SELECT key, row_number() OVER (ORDER BY rank DESC, key) FROM matching
+    SELECT key, pg_catalog.row_number() OVER (ORDER BY rank DESC, key) FROM matching
 )
-SELECT key, sum(1.0 / (60 + place))::double precision AS score
+SELECT key, pg_catalog.sum(1.0 / (60 + place))::double precision AS score
 FROM votes GROUP BY key
 ORDER BY score DESC, key
 LIMIT {k};
@@ -109,11 +111,12 @@ BEGIN
     IF query_embedding IS NOT NULL THEN
         {refuse_vector};
         -- A shadow, or who measures, names the route of a call in this setting; nobody else has a reason to.
-        chosen := nullif(current_setting('runbook.route', true), '');
+        chosen := nullif(pg_catalog.current_setting('runbook.route', true), '');
         IF chosen IS NULL THEN
             -- The share is drawn by the text, so that a query is answered by one route as long as the share stands.
             SELECT r.route INTO chosen FROM {route} r
-            WHERE r.target = {target_name} AND abs(hashtextextended(coalesce(query_text, ''), 0) %% 100) < r.share_percent;
+            WHERE r.target OPERATOR(pg_catalog.=) {target_name}::pg_catalog.text
+              AND {draw} OPERATOR(pg_catalog.<) r.share_percent;
         END IF;
         chosen := coalesce(chosen, 'legacy');
     END IF;
@@ -152,7 +155,7 @@ IF pg_catalog.cardinality(query_embedding) <> {dimension} THEN
 
 -- name: answer_by_legacy
 -- purpose: Part of the function: the legacy search answers.
-RETURN QUERY EXECUTE {legacy_query} USING {using};
+{users_path}RETURN QUERY EXECUTE {legacy_query} USING {using};
 
 -- name: refuse_legacy
 -- purpose: Part of the function once legacy is retired: without its indexes it would read the whole table.
@@ -174,9 +177,9 @@ IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
         IF FOUND THEN
             way := how.scan;
             -- They end with this call: the function has a SET for each of them.
-            PERFORM set_config({setting}, how.candidates::text, true),
-                    set_config({iterative_setting}, how.iterative_scan, true),
-                    set_config({most_scanned_setting}, how.most_scanned::text, true);
+            PERFORM pg_catalog.set_config({setting}, how.candidates::pg_catalog.text, true),
+                    pg_catalog.set_config({iterative_setting}, how.iterative_scan, true),
+                    pg_catalog.set_config({most_scanned_setting}, how.most_scanned::pg_catalog.text, true);
         ELSIF num_nonnulls({filter_arguments}) > 1
             AND EXISTS (SELECT FROM {strategy} s WHERE s.target = {target_name})
         THEN
@@ -252,7 +255,7 @@ SELECT route, share_percent, changed_at, changed_by FROM {route} WHERE target = 
 
 -- name: drawn
 -- purpose: Which texts a share sends to the new route, by the same hash that the function uses.
-SELECT text FROM unnest(%(texts)s::text[]) AS text WHERE abs(hashtextextended(text, 0) %% 100) < %(share_percent)s;
+SELECT query_text AS text FROM unnest(%(texts)s::text[]) AS query_text WHERE {draw} < %(share_percent)s;
 
 -- name: function_state
 -- purpose: The function as the catalogue has it.

@@ -1,0 +1,125 @@
+-- What every session of the runbook begins with. Whoever may create in a schema of the path can shadow an inexact call,
+-- so what runs before the path is ours is written exactly, types and all.
+
+-- name: inherited
+-- purpose: What the server and the role gave this session: its search path, and the process that answers it.
+SELECT pg_catalog.current_setting('search_path'::pg_catalog.text) AS path,
+       pg_catalog.current_schemas(false)::pg_catalog.text[] AS schemas,
+       pg_catalog.pg_backend_pid() AS pid;
+
+-- name: pid
+-- purpose: The server process that answers this transaction.
+SELECT pg_catalog.pg_backend_pid() AS pid;
+
+-- name: take_path
+-- purpose: Put this session's search path into the runbook's hands, and remember the one that it came with.
+SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false),
+       pg_catalog.set_config('runbook.users_path', %(path)s, false),
+       pg_catalog.set_config('runbook.users_schemas', %(schemas)s, false),
+       pg_catalog.set_config('runbook.target_schema', %(schema)s, false),
+       pg_catalog.set_config('runbook.target_table', %(table)s, false);
+
+-- name: set
+-- purpose: Give settings the values that the runbook relies on; those that this server does not know are left out.
+SELECT set_config(s.name, w.value, false)
+FROM unnest(%(names)s::text[], %(values)s::text[]) AS w (name, value) JOIN pg_settings s ON s.name = w.name;
+
+-- name: privileged
+-- purpose: Settings that are not as the runbook needs them, and that only a superuser may change.
+SELECT s.name, w.value
+FROM unnest(%(names)s::text[], %(values)s::text[]) AS w (name, value) JOIN pg_settings s ON s.name = w.name
+WHERE s.setting IS DISTINCT FROM w.value;
+
+-- name: reset_of_pgvector
+-- purpose: Give pgvector's own settings the values that it was built with; the search function carries its own.
+SELECT set_config(name, boot_val, false) FROM pg_settings
+WHERE (name LIKE 'hnsw.%%' OR name LIKE 'ivfflat.%%') AND setting IS DISTINCT FROM boot_val;
+
+-- name: path
+-- purpose: Of the schemas that the session came with, and pgvector's, those where nobody else can shadow a name.
+WITH wanted (name, place) AS (
+    SELECT * FROM unnest(current_setting('runbook.users_schemas')::text[]) WITH ORDINALITY
+    UNION ALL
+    SELECT n.nspname::text, 1000000 FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
+    WHERE e.extname = 'vector'
+)
+SELECT concat_ws(', ', 'pg_catalog', string_agg(quote_ident(name), ', ' ORDER BY place), 'pg_temp') AS path
+FROM (
+    SELECT name, min(place) AS place FROM wanted
+    WHERE name NOT IN ('pg_catalog', 'pg_temp') AND name <> ALL (%(open)s::text[]) GROUP BY name
+) kept;
+
+-- name: use_path
+-- purpose: Use this search path from here on.
+SELECT set_config('search_path', %(path)s, false);
+
+-- name: users_path
+-- purpose: The search path that the session came with, for the application's own query.
+SELECT current_setting('runbook.users_path') AS path, current_setting('runbook.users_schemas')::text[] AS schemas,
+       current_setting('search_path') AS own;
+
+-- name: open_schemas
+-- purpose: Of the schemas in use, those in which others may create, or have created, what an inexact call would find.
+-- Trusted are superusers, this role, and the owners of database and table, whose triggers run with our rights anyway.
+WITH trusted (oid) AS (
+    SELECT oid FROM pg_roles WHERE rolsuper OR rolname IN (current_user, session_user)
+    UNION SELECT datdba FROM pg_database WHERE datname = current_database()
+    UNION SELECT c.relowner FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = current_setting('runbook.target_schema') AND c.relname = current_setting('runbook.target_table')
+), wanted (name) AS (
+    SELECT unnest(current_setting('runbook.users_schemas')::text[])
+    UNION SELECT current_setting('runbook.target_schema')
+    UNION SELECT n.nspname::text FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
+    WHERE e.extname = 'vector'
+    UNION SELECT unnest(%(schemas)s::text[])
+), looked AS (
+    SELECT n.oid, n.nspname::text AS schema,
+        ARRAY(
+            SELECT DISTINCT r.rolname::text
+            FROM aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
+            JOIN pg_roles r ON r.rolcanlogin AND (a.grantee = 0 OR pg_has_role(r.oid, a.grantee, 'MEMBER'))
+            WHERE a.privilege_type = 'CREATE'
+              AND NOT EXISTS (SELECT FROM trusted t WHERE pg_has_role(r.oid, t.oid, 'MEMBER'))
+            ORDER BY 1
+        ) AS creators,
+        ARRAY(
+            SELECT p.oid::regprocedure::text || ' of ' || pg_get_userbyid(p.proowner) FROM pg_proc p
+            WHERE p.pronamespace = n.oid AND p.proowner NOT IN (SELECT oid FROM trusted)
+            UNION ALL
+            SELECT 'operator ' || o.oid::regoperator::text || ' of ' || pg_get_userbyid(o.oprowner) FROM pg_operator o
+            WHERE o.oprnamespace = n.oid AND o.oprowner NOT IN (SELECT oid FROM trusted)
+            ORDER BY 1
+        ) AS planted,
+        EXISTS (
+            SELECT FROM aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
+            WHERE a.privilege_type = 'CREATE' AND a.grantee = 0
+        ) AS to_public
+    FROM pg_namespace n WHERE n.nspname IN (SELECT name FROM wanted) AND n.nspname NOT IN ('pg_catalog', 'pg_temp')
+)
+SELECT schema, quote_ident(schema) AS quoted, creators, planted, to_public FROM looked
+WHERE cardinality(creators) > 0 OR cardinality(planted) > 0 ORDER BY schema;
+
+-- name: library
+-- purpose: Where pgvector's type is, so that its library can be loaded.
+SELECT n.nspname::text AS schema FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
+WHERE e.extname = 'vector' AND has_schema_privilege(n.oid, 'USAGE');
+
+-- name: load_library
+-- purpose: Load pgvector's library: before that its settings are unknown, and only a superuser may write an unknown one.
+SELECT '[1]'::{vector_in_schema};
+
+-- name: application_settings
+-- purpose: Settings of this database or of a role that would change what the search does for the application.
+SELECT DISTINCT split_part(c.line, '=', 1) AS name, substr(c.line, strpos(c.line, '=') + 1) AS value,
+       concat_ws(' IN DATABASE ',
+           CASE WHEN s.setrole <> 0 THEN 'ROLE ' || quote_ident(pg_get_userbyid(s.setrole)) END,
+           CASE WHEN s.setdatabase <> 0 AND s.setrole = 0 THEN 'DATABASE ' || quote_ident(current_database())
+                WHEN s.setdatabase <> 0 THEN quote_ident(current_database()) END) AS owner
+FROM pg_db_role_setting s CROSS JOIN LATERAL unnest(s.setconfig) AS c (line)
+WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+  AND (s.setrole = 0 OR pg_get_userbyid(s.setrole) = ANY (%(roles)s::text[] || current_user::text))
+ORDER BY 1, 3;
+
+-- name: encoding
+-- purpose: The encoding of this database.
+SELECT current_setting('server_encoding') AS name;
