@@ -1,0 +1,138 @@
+"""Sessions have the runbook's settings whatever the database and the role say, and no message holds a password."""
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from runbook_lib import (
+    backfill,
+    compare,
+    conninfo_masking,
+    cutover,
+    extension,
+    index,
+    refresh,
+    schema,
+    search,
+    session,
+    staging,
+    tune,
+)
+from runbook_lib.phase import Phase
+from tests import toy
+
+HOSTILE = {
+    "statement_timeout": "50ms",
+    "idle_session_timeout": "200ms",
+    "idle_in_transaction_session_timeout": "20ms",
+    "transaction_timeout": "100ms",
+    "lock_timeout": "1ms",
+    "client_encoding": "LATIN1",
+    "DateStyle": "SQL, DMY",
+    "IntervalStyle": "sql_standard",
+    "TimeZone": "Asia/Kathmandu",
+    "bytea_output": "escape",
+    "extra_float_digits": "-15",
+    "quote_all_identifiers": "on",
+    "standard_conforming_strings": "off",
+    "backslash_quote": "off",
+    "transform_null_equals": "on",
+    "array_nulls": "off",
+    "search_path": "",
+    "default_transaction_read_only": "on",
+    "default_transaction_isolation": "serializable",
+    "default_transaction_deferrable": "on",
+    "session_replication_role": "replica",
+    "check_function_bodies": "off",
+    "client_min_messages": "error",
+    "enable_indexscan": "off",
+    "debug_parallel_query": "on",
+    "row_security": "off",
+}
+
+
+@pytest.mark.parametrize("whose", ["DATABASE", "ROLE"])
+def test_a_whole_migration_under_hostile_settings(
+    open_phase: Callable[..., Phase], articles: psycopg.Connection[Any], whose: str
+) -> None:
+    whom = articles.info.dbname if whose == "DATABASE" else articles.info.user
+    for name, value in HOSTILE.items():
+        articles.execute(
+            sql.SQL("ALTER {} {} SET {} = {}").format(
+                sql.SQL(whose), sql.Identifier(whom), sql.SQL(name), sql.Literal(value)
+            )
+        )
+    try:
+        # The application's own query must name its table as the application's path needs it.
+        query = toy.params("")["legacy"]["query"].replace("FROM articles", "FROM public.articles")
+        phase = open_phase(
+            "90_cut_over", legacy={"query": query}, cut_over={"share_steps_percent": [100], "calls_per_step": 20}
+        )
+        for module in (search, extension, schema, staging, backfill, index, tune):
+            module.apply(phase)
+        compare.baseline(phase)
+        compare.shadow(phase)
+        cutover.apply(phase)
+        for module in (schema, backfill, cutover):
+            gates = module.verify(phase)
+            # Without 00_preflight there is no catalogue of the start to compare with.
+            assert [g.name for g in gates.failed if "catalogue from the start" not in g.found] == []
+        articles.execute("UPDATE articles SET title = 'Größe und Maß' WHERE id = 3")
+        assert refresh.drain(phase).updated == 1
+        assert backfill.verify(phase).passed
+        refused = "SELECT count(embedding) FROM articles"
+        assert articles.execute(refused).fetchone() == (toy.ROWS,)
+        cutover.undo(phase)
+        for back in (index, schema, search):
+            back.undo(phase)
+        there = (
+            "SELECT count(*) FROM pg_attribute WHERE attrelid = 'articles'::regclass AND attname LIKE 'embedding%'"
+        )
+        assert articles.execute(there).fetchone() == (0,)
+    finally:
+        if whose == "ROLE":
+            articles.execute(sql.SQL("ALTER ROLE {} RESET ALL").format(sql.Identifier(whom)))
+
+
+def test_every_setting_is_set_by_one_place_and_a_session_shows_it(
+    open_phase: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    articles.execute(
+        sql.SQL("ALTER DATABASE {} SET bytea_output = 'escape'").format(sql.Identifier(articles.info.dbname))
+    )
+    phase = open_phase()
+    names = [name for name in session.SETTINGS if not name.startswith("default_transaction_read_only")]
+    found = phase.connection.execute(
+        "SELECT lower(name) AS name, setting, unit FROM pg_settings WHERE lower(name) = ANY (%s)",
+        [[n.lower() for n in names]],
+    ).fetchall()
+    wrong = {
+        row["name"]: row["setting"]
+        for row in found
+        if row["unit"] is None and row["setting"] != {n.lower(): v for n, v in session.SETTINGS.items()}[row["name"]]
+    }
+    assert wrong == {} and len(found) > 20
+
+
+@pytest.mark.parametrize(
+    "conninfo",
+    [
+        "postgresql://me:p@ss-word!@nowhere.invalid/db",
+        "postgresql://me:s3cret#frag@nowhere.invalid/db",
+        "postgresql://me:s3cret/with/slash@nowhere.invalid:54x/db",
+        "postgresql://me:s3cret%zz@nowhere.invalid/db",
+        "postgresql://me@nowhere.invalid/db?password=s3cret&sslmode=nonsense",
+        "host=nowhere.invalid password=two words user=me",
+        "host=nowhere.invalid password='it\\'s s3cret' user=me",
+        "postgresql://me:s3cret@a.invalid:1,b.invalid:2/db",
+    ],
+)
+def test_no_part_of_a_password_is_in_an_error(conninfo: str) -> None:
+    with pytest.raises(psycopg.Error) as raised:
+        psycopg.connect(conninfo, connect_timeout=2)
+    shown = conninfo_masking.masked(str(raised.value), conninfo)
+    for part in ("p@ss", "ss-word", "word!", "s3cret", "cret", "frag", "slash", "two words", "words"):
+        assert part not in shown or part not in conninfo
