@@ -51,6 +51,7 @@ def test_its_sections_stand_in_the_order_of_the_house(path: Path) -> None:
     places = [next(i for i, title in enumerate(found) if title.startswith(wanted)) for wanted in HEADINGS]
     assert places == sorted(places)
     assert "| what | lock | whom it blocks | what it waits for | undo |" in text
+    assert text.count("After a restart of the kernel (`NameError: name 'phase' is not defined`) run the cells") == 1
 
 
 @notebooks
