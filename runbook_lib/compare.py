@@ -13,7 +13,7 @@ from psycopg import sql
 
 from runbook_lib import db, search, tune
 from runbook_lib.display import Table, number
-from runbook_lib.gates import Gate, Gates, collect, gate
+from runbook_lib.gates import Gate, Gates, RunbookError, collect, gate
 from runbook_lib.measuring import agreement, evaluate, legacy_calls, replica, slices
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import digits, identifier, names
@@ -32,6 +32,8 @@ FUNCTION_CALLS = 20
 # Below this p95 a difference is noise, and no user notices it.
 FAST_ENOUGH_MS = 5.0
 MEASURES = ("nDCG@10", "RR", "R@10", "R@100", "P@10")
+# Differences of measures below this are what floating point makes of equal figures.
+ROUNDING = 1e-9
 # Queries on the sheet that a person judges.
 SHEET_QUERIES = 10
 WITHOUT_VECTORS = ("legacy", "fulltext")
@@ -178,13 +180,27 @@ def _legacy(
     both = {q.query_id: q for q in (*asked.timed, *asked.judged) if q in asked.timed or not holds}
     depth = {i: max(k, JUDGED_DEPTH) if i in deep else k for i in both}
     found = legacy_calls.ask(phase, evaluate.sample(both.values(), len(both)), depth)
-    asked = asked.only({q.query_id for q in (*asked.judged, *asked.timed)} - set(found.left))
+    answered = asked.only(found.keys)
+    if not answered.timed:
+        raise _no_call_ended(phase)
+    # What the baseline knows of the judged queries holds, whether or not there is time to ask them again.
+    asked = _Asked(asked.judged if holds else answered.judged, answered.timed)
     figures = {key: before[key] for key in (*MEASURES, "per_query", "unanswered") if key in before}
     if not holds:
         figures = _relevance({i: keys for i, keys in found.keys.items() if i in deep}, marks)
     figures = {**figures, "marks": digests, "left": [*before.get("left", ()), *found.left]}
     keys = {q.query_id: found.keys[q.query_id][:k] for q in asked.timed}
     return asked, figures, keys, [found.seconds[q.query_id] for q in asked.timed]
+
+
+def _no_call_ended(phase: Phase) -> RunbookError:
+    minutes = f"{phase.params.queries.baseline_minutes:g} min (queries.baseline_minutes)"
+    return RunbookError(
+        found=f"not one call of the legacy search ended within {minutes}",
+        needed="an answer to at least one of the queries that are timed",
+        danger="without a baseline there is nothing to compare the new search with",
+        do="give it more minutes, or look at the plan of legacy.query: a user would wait as long",
+    )
 
 
 def _relevance(deep: Mapping[str, Sequence[str]], marks: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
@@ -230,7 +246,7 @@ def _baseline_is_recorded(phase: Phase) -> Gate:
     recorded = phase.ledger.latest("baseline")
     answered = sum(bool(keys) for keys in recorded["answers"].values()) if recorded else 0
     figures = recorded["systems"]["legacy"] if recorded else {}
-    left = len(recorded["left"]) if recorded else 0
+    left = len(recorded.get("left", ())) if recorded else 0
     return gate(
         "compare.baseline_is_recorded",
         recorded is not None and answered > 0,
@@ -425,7 +441,7 @@ def _relevance_is_kept(phase: Phase, recorded: dict[str, Any], route: str) -> Ga
     pair, losing = recorded["paired"], slices.where_legacy_wins(recorded["slices"])
     return gate(
         "compare.relevance_is_kept",
-        new >= old - allowed,
+        new - (old - allowed) > -ROUNDING,
         route,
         found=f"nDCG@10 {new:.3f} on {number(recorded['judged'])} judged queries, legacy {old:.3f} (difference"
         f" {pair['low']:+.3f} to {pair['high']:+.3f}, p = {pair['p_value']:.2g}); best is {recorded['winner']}"

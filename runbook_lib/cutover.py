@@ -247,7 +247,7 @@ def _judge(phase: Phase, step: Step) -> Gates:
                       "0", f"mend what the error above names, or run 70_tune again, {again}"),
                canary("no_filtered_answer_is_short", f.short == 0, f"{f.short} of {f.calls} calls with filters",
                       "0", f"run 70_tune again, {again}")] if f.calls else []),
-            *(_live_gates(step.live, canary, again) if step.live else []),
+            *(_live_gates(step.live, canary, again, c.largest_slowdown) if step.live else []),
         ]
     )  # fmt: skip
 
@@ -257,12 +257,12 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f}".rstrip("0").rstrip(".") + " %"
 
 
-def _live_gates(seen: live.Seen, canary: Callable[..., Gate], again: str) -> list[Gate]:
+def _live_gates(seen: live.Seen, canary: Callable[..., Gate], again: str, slowdown: float) -> list[Gate]:
     """What users' own calls say: each was answered by the other search as well, in the same moment.
 
     Their times are judged from live.FEWEST_CALLS on.
     """
-    limit_ms = max(compare.FAST_ENOUGH_MS, seen.other_p95_ms or 0) * LATENCY_TOLERANCE
+    limit_ms = max(compare.FAST_ENOUGH_MS, (seen.other_p95_ms or 0) * slowdown) * LATENCY_TOLERANCE
     enough = seen.calls >= live.FEWEST_CALLS
     return [
         canary("no_live_shadow_fails", seen.problems == 0, f"{seen.problems} sampled live calls", "0",

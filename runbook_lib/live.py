@@ -196,7 +196,8 @@ def verify(phase: Phase) -> Gates:
             times.setdefault(row["other_route"], []).append(row["other_ms"])
     route = phase.params.cut_over.route
     new, old = times.get(route, []), times.get("legacy", [])
-    fast = [_is_fast_enough(route, new, old)] if min(len(new), len(old)) >= FEWEST_CALLS else []
+    slowdown = phase.params.cut_over.largest_slowdown
+    fast = [_is_fast_enough(route, new, old, slowdown)] if min(len(new), len(old)) >= FEWEST_CALLS else []
     return collect([_nothing_failed(phase, rows, timed=bool(fast)), *fast])
 
 
@@ -218,10 +219,10 @@ def _nothing_failed(phase: Phase, rows: list[db.Row], *, timed: bool) -> Gate:
     )
 
 
-def _is_fast_enough(route: str, new: list[float], old: list[float]) -> Gate:
-    """new, old: milliseconds of each call."""
+def _is_fast_enough(route: str, new: list[float], old: list[float], slowdown: float) -> Gate:
+    """new, old: milliseconds of each call. slowdown: the multiple of legacy's p95 that was accepted."""
     new_p95, old_p95 = (evaluate.latency([ms / 1000 for ms in times])["p95_ms"] for times in (new, old))
-    limit = max(old_p95, FAST_ENOUGH_MS)
+    limit = max(old_p95 * slowdown, FAST_ENOUGH_MS)
     return gate(
         "live.new_route_is_fast_enough",
         new_p95 <= limit,

@@ -72,6 +72,8 @@ class _Worker:
     model: embed.Model
     rules: tuple[masking.Rule, ...]
     number: int
+    # When the drain began: what is queued later is left to the next one, or a drain might never end.
+    until: datetime
     masked: Counter[str] = field(default_factory=Counter)
     # Changes whose row somebody held when it was their turn, with the row's key.
     put_off: dict[int, Any] = field(default_factory=dict)
@@ -105,7 +107,7 @@ def waiting(phase: Phase, before: datetime | None = None) -> Waiting:
 
 @changes
 def drain(phase: Phase) -> Drained:
-    """Takes changes from the queue, batch by batch, until none can be taken.
+    """Takes the changes that are in the queue now, batch by batch, until none of them can be taken.
 
     A text that the model does not take is tried ``refresh_tries`` times, then set aside in the queue with its error;
     a row that somebody else holds is put off to the end, tried again as often as ``locks`` says, and left in the
@@ -117,7 +119,9 @@ def drain(phase: Phase) -> Drained:
         return Drained(_settle(phase), 0, 0)
     connection = phase.connection
     register_vector(connection)
-    worker = _Worker(phase, embed.model(phase.params), masking.rules(phase.params.masking), secrets.randbits(31))
+    until = db.one(connection, SQL["clock"], phase.params)["now"]
+    rules = masking.rules(phase.params.masking)
+    worker = _Worker(phase, embed.model(phase.params), rules, secrets.randbits(31), until)
     worker.run("worker")
     done: list[Drained] = []
     try:
@@ -175,8 +179,8 @@ def _settle(phase: Phase) -> int:
 
 
 def _claim(worker: _Worker) -> list[db.Row]:
-    batch_rows = worker.phase.params.embeddings.rows_a_batch
-    rows = worker.run("claim", lease_s=LEASE_S, batch_rows=batch_rows, put_off=list(worker.put_off))
+    batch_rows, put_off = worker.phase.params.embeddings.rows_a_batch, list(worker.put_off)
+    rows = worker.run("claim", lease_s=LEASE_S, until=worker.until, batch_rows=batch_rows, put_off=put_off)
     return list(rows.fetchall())
 
 

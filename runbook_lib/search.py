@@ -243,6 +243,8 @@ def _search_path(phase: Phase) -> list[str]:
     p, connection = phase.params, phase.connection
     closed_off = {row["schema"] for row in session.open_schemas(connection, (p.extension.schema_,))}
     row = connection.execute("SELECT current_schemas(false) AS seen").fetchone()
+    # Without pgvector's own schema neither its type nor its operators would be found.
+    closed_off -= {p.extension.schema_, session.pgvectors_schema(connection)}
     wanted = [p.target.schema_, *(row["seen"] if row else []), p.extension.schema_]
     between = [schema for schema in wanted if schema not in (*closed_off, "pg_catalog", "pg_temp")]
     return ["pg_catalog", *dict.fromkeys(between), "pg_temp"]

@@ -105,13 +105,21 @@ def use_search_path(connection: Connection) -> None:
     """The search path as it should be now: pg_catalog first, pg_temp last, between them what nobody else can shadow
     a name in; and pgvector's library loaded, with its settings as they were built.
     """
-    closed_off = [row["schema"] for row in open_schemas(connection)]
+    own = pgvectors_schema(connection)
+    # pgvector's schema stays, whoever may create in it: its type and operators are found by the path alone.
+    closed_off = [row["schema"] for row in open_schemas(connection) if row["schema"] != own]
     path = _one(connection, "path", open=closed_off)["path"]
     connection.execute(SQL["use_path"].compose({}), {"path": path})
-    library = connection.execute(SQL["library"].compose({})).fetchone()
-    if library:
-        connection.execute(SQL["load_library"].compose({"vector_in_schema": identifier(library["schema"], "vector")}))
+    if own:
+        load = SQL["load_library"].compose({"vector_in_schema": identifier(own, "vector")})
+        connection.execute(load, {})
         connection.execute(SQL["reset_of_pgvector"].compose({}), {})
+
+
+def pgvectors_schema(connection: Connection) -> str:
+    """The schema that pgvector is in, if it is there and may be used; empty otherwise."""
+    found = connection.execute(SQL["library"].compose({})).fetchone()
+    return str(found["schema"]) if found else ""
 
 
 def open_schemas(connection: Connection, more: tuple[str, ...] = ()) -> list[DictRow]:

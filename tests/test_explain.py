@@ -250,7 +250,7 @@ def test_no_index_at_all(ask: Callable[..., str]) -> None:
 def test_11_a_table_too_small(ask: Callable[..., str]) -> None:
     answer = ask(
         NEAREST,
-        "CREATE TABLE kept AS SELECT * FROM articles WHERE id <= 20",
+        "CREATE TABLE public.kept AS SELECT * FROM articles WHERE id <= 20",
         "TRUNCATE articles",
         "INSERT INTO articles SELECT * FROM kept",
         "ANALYZE articles",

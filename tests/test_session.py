@@ -136,3 +136,24 @@ def test_no_part_of_a_password_is_in_an_error(conninfo: str) -> None:
     shown = conninfo_masking.masked(str(raised.value), conninfo)
     for part in ("p@ss", "ss-word", "word!", "s3cret", "cret", "frag", "slash", "two words", "words"):
         assert part not in shown or part not in conninfo
+
+
+@pytest.mark.parametrize("how", ["may create there", "owns a function there"])
+def test_pgvector_is_found_in_a_schema_that_others_may_create_in(
+    open_phase: Callable[..., Phase], articles: psycopg.Connection[Any], how: str
+) -> None:
+    """As schema public is up to PostgreSQL 14."""
+    role = sql.Identifier(f"app_{articles.info.dbname}")
+    articles.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
+    try:
+        if how == "may create there":
+            articles.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(role))
+        else:
+            articles.execute("CREATE FUNCTION public.slug(t text) RETURNS text LANGUAGE sql AS 'SELECT lower(t)'")
+            articles.execute(sql.SQL("ALTER FUNCTION public.slug(text) OWNER TO {}").format(role))
+        phase = open_phase("60_build_index")
+        for module in (search, extension, schema, staging, backfill, index):
+            module.apply(phase)
+        assert backfill.verify(phase).passed
+    finally:
+        articles.execute(sql.SQL("DROP OWNED BY {r}; DROP ROLE {r}").format(r=role))

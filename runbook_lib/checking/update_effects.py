@@ -39,6 +39,8 @@ ROWS_AT_THE_ENDS = 4
 SAMPLE_PAGES_FROM_ROWS = 5000
 # How long the rows, or the table where its columns are part of the trial, may be held for the larger sample.
 BUDGET_S = 0.06
+# Of a trigger that acts on one row in ten, so many rows miss it once in six hundred tries.
+LEAST_ROWS = 60
 # So many triggers and rules are tried one by one.
 MOST_HOOKS = 10
 SHOWN = 5
@@ -190,6 +192,7 @@ def _more_and_more(bench: Bench, keys: Sequence[Any], hooks: Sequence[Hook]) -> 
     effects, telling, size, place = Effects(), keys[:FIRST_ROWS], FIRST_ROWS, 0
     until = time.perf_counter() + BUDGET_S
     while size and (place < len(keys) or not place):
+        size_before = size
         started, touched = time.perf_counter(), effects.touches
         part = measure(bench, keys[place : place + size])
         effects.add(part)
@@ -202,7 +205,8 @@ def _more_and_more(bench: Bench, keys: Sequence[Any], hooks: Sequence[Hook]) -> 
             break
         now = time.perf_counter()
         size = min(size * GROWTH, int((until - now) / max((now - started) / size, 1e-6)))
-        size = max(size, 0)
+        # A trigger may act on one row in ten: so many are tried however slow a busy server is.
+        size = max(size, min(LEAST_ROWS - place, size_before * GROWTH), 0)
     return effects, telling
 
 

@@ -103,7 +103,7 @@ def _relevance_is_kept(phase: Phase, found: dict[str, Any]) -> Gate:
     old, new = (found["models"][name]["nDCG@10"] for name in ("replaced", "new"))
     return gate(
         "models.relevance_is_kept",
-        new >= old - c.largest_relevance_loss,
+        new - (old - c.largest_relevance_loss) > -compare.ROUNDING,
         phase.params.target.name,
         found=f"nDCG@10 {new:.3f} on {number(found['judged'])} judged queries, replaced {old:.3f} (difference"
         f" {pair['low']:+.3f} to {pair['high']:+.3f}, p = {pair['p_value']:.2g})",

@@ -7,12 +7,12 @@
 SELECT pg_try_advisory_lock(%(class)s, %(worker)s) AS taken;
 
 -- name: claim
--- purpose: Claim the oldest changes; what a living worker claimed, or was set aside, is passed over.
+-- purpose: Claim the oldest changes of those that were there when the drain began; what a living worker claimed, or was set aside, is passed over.
 -- lock: ROW EXCLUSIVE on the queue, for milliseconds
 -- undo: refresh.release
 UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = clock_timestamp() WHERE id IN (
     SELECT q.id FROM {queue} q
-    WHERE q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s) AND (
+    WHERE q.queued_at <= %(until)s AND q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s) AND (
         q.claimed_by IS NULL OR q.claimed_at < clock_timestamp() - make_interval(secs => %(lease_s)s)
         OR NOT EXISTS (
             SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database AND d.datname = current_database()
