@@ -294,8 +294,9 @@ def test_what_a_killed_rehearsal_left_is_dropped_by_the_next(
     phase = open_phase("00_rehearse")
     program = (
         "import time; from runbook_lib.operations import rehearse; from runbook_lib.phase import open_phase;"
+        "from tests.opened import gates_passed;"
         "from runbook_lib.measuring import sample; sample._build = lambda *_: time.sleep(600);"
-        f"rehearse.apply(open_phase('00_rehearse', {str(tmp_path / 'toy.yaml')!r}, 'killed', True))"
+        f"rehearse.apply(gates_passed(open_phase('00_rehearse', {str(tmp_path / 'toy.yaml')!r}, 'killed', True)))"
     )
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL) as killed:
         try:

@@ -78,12 +78,12 @@ SELECT create_distributed_table({queue_name}, 'key', colocate_with => {table_nam
 SELECT t.{key} AS key FROM {table} t LIMIT 1;
 
 -- name: claim
--- purpose: Claim the oldest changes; Citus knows no SKIP LOCKED across shards, so a claim ends with its lease alone.
+-- purpose: Claim the oldest changes of those that were there when the drain began; Citus knows no SKIP LOCKED across shards, so a claim ends with its lease alone.
 -- lock: ROW EXCLUSIVE on the queue, for milliseconds
 -- undo: refresh.release
 UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = now() WHERE id IN (
     SELECT q.id FROM {queue} q
-    WHERE q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s)
+    WHERE q.queued_at <= %(until)s AND q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s)
       AND (q.claimed_by IS NULL OR q.claimed_at < now() - make_interval(secs => %(lease_s)s))
     ORDER BY q.id LIMIT %(batch_rows)s
 ) RETURNING id, key;
