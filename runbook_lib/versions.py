@@ -197,6 +197,11 @@ def names_loaded_libraries(server_version: int) -> bool:
     return server_version >= 180000
 
 
+def publishes_schemas(server_version: int) -> bool:
+    """CREATE PUBLICATION … FOR TABLES IN SCHEMA: PostgreSQL 15."""
+    return server_version >= 150000
+
+
 def dates_index_scans(server_version: int) -> bool:
     """last_idx_scan of pg_stat_user_indexes: PostgreSQL 16."""
     return server_version >= 160000

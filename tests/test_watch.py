@@ -189,9 +189,10 @@ def test_an_old_release_is_named_with_its_faults(
     tuned: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     phase = tuned()
-    articles.execute("UPDATE pg_extension SET extversion = '0.8.4' WHERE extname = 'vector'")
+    articles.execute("UPDATE pg_extension SET extversion = '0.8.1' WHERE extname = 'vector'")
     gate = watch._extension_is_sound(phase)
-    assert (gate.found, "0.8.6: CVE-2026-18022" in gate.danger) == ("0.8.4", True)
+    assert gate.verdict == "FAIL" and gate.found.startswith("0.8.1; update it at a quiet time")
+    assert "CVE-2026-3172" in gate.danger and "CVE-2026-18022" not in gate.danger, "that one is of 32-bit servers"
     articles.execute("UPDATE pg_extension SET extversion = '0.8.6' WHERE extname = 'vector'")
 
 

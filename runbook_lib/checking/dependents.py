@@ -12,7 +12,7 @@ from dataclasses import replace
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db
+from runbook_lib import db, versions
 from runbook_lib.gates import Gate, gate
 from runbook_lib.names import identifier, names, spelled, vectors_stand_beside, verbatim
 from runbook_lib.params import Params
@@ -22,8 +22,6 @@ SQL = load("dependents")
 
 # PostgreSQL manual, "PostgreSQL Limits": columns of a table; dropped ones count.
 MOST_COLUMNS = 1600
-# The first release with publications of whole schemas.
-TABLES_IN_SCHEMA = 150000
 SHOWN = 5
 SIDE_TABLE = "vector.layout: side_table, which adds no column to this table"
 
@@ -151,7 +149,7 @@ def _of_new_tables(connection: db.Connection, params: Params) -> Sequence[db.Row
     )
     # No schema can be published as a whole there; the value is bound all the same.
     none = "ARRAY(SELECT s FROM unnest(%(schemas)s::text[]) s WHERE false)"
-    there = connection.info.server_version >= TABLES_IN_SCHEMA
+    there = versions.publishes_schemas(connection.info.server_version)
     query = SQL["publications_of_new_tables"].compose(
         names(params) | {"in_schemas": sql.SQL(any_schema if there else none)}
     )
