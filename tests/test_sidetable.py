@@ -97,7 +97,7 @@ def test_rows_that_change_before_and_after_the_promotion(
     articles.execute("UPDATE articles SET id = 9002 WHERE id = 12")
     articles.execute("UPDATE articles SET body = 'changed after the backfill' WHERE id = 13")
     articles.execute("INSERT INTO articles (id, title) VALUES (9003, 'inserted after the backfill')")
-    assert next(iter(backfill.verify(phase))).figures["newer"] == 3, "written since the last drain began"
+    assert next(iter(backfill.verify(phase))).figures["newer"] == 2, "a key that changes keeps its vector"
     staging.apply(phase)
     backfill.apply(phase)
     assert backfill.verify(phase).passed
