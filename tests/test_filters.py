@@ -28,6 +28,7 @@ TARGET = {
         "query": "SELECT id FROM articles WHERE body ILIKE '%' || :query || '%'"
         " AND (:status::text IS NULL OR status = :status) ORDER BY id LIMIT :k"
     },
+    "embeddings": {"source": "callable", "callable": "tests.toy:embed_apart"},
     "tune": {"queries": 40, "ef_search": [40, 80], "target_recall": 0.8},
 }
 # Thousands of rows are searched within milliseconds by any way: how much faster an index is, is chance here.
@@ -334,7 +335,7 @@ def test_a_table_beside_or_a_partitioned_one_takes_no_partial_index(open_phase: 
     phase = open_phase("70_serve_filters", **TARGET, vector={"layout": "side_table"})
     (failed,) = (g for g in filters.check(phase).failed if g.name == "filters.table_takes_partial_indexes")
     assert failed.found == "the vectors stand in a table of their own, without the filters"
-    write(phase, "DROP TABLE articles; CREATE TABLE articles (id bigint) PARTITION BY HASH (id)")
+    write(phase, "DROP TABLE articles; CREATE TABLE public.articles (id bigint) PARTITION BY HASH (id)")
     phase = replace(
         phase, params=phase.params.model_copy(update={"vector": open_phase(**{"name": "x"}).params.vector})
     )
