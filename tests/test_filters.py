@@ -28,9 +28,9 @@ TARGET = {
         "query": "SELECT id FROM articles WHERE body ILIKE '%' || :query || '%'"
         " AND (:status::text IS NULL OR status = :status) ORDER BY id LIMIT :k"
     },
-    "embeddings": {"source": "callable", "callable": "tests.toy:embed_apart"},
     "tune": {"queries": 40, "ef_search": [40, 80], "target_recall": 0.8},
 }
+APART: dict[str, Any] = {"embeddings": {"source": "callable", "callable": "tests.toy:embed_apart"}}
 # Thousands of rows are searched within milliseconds by any way: how much faster an index is, is chance here.
 NAMED: dict[str, Any] = {"partial_indexes": {"status": ["it's 50 %", "Draft"]}, "smallest_gain": 0.001}
 EXACT = {"scan": "exact", "candidates": 40, "iterative_scan": "off", "most_scanned": 20_000}
@@ -59,7 +59,7 @@ def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
     many_rows(articles)
 
     def make(**sections: Any) -> Phase:
-        phase = open_phase("70_serve_filters", **(TARGET | {"filters": NAMED} | sections))
+        phase = open_phase("70_serve_filters", **(TARGET | APART | {"filters": NAMED} | sections))
         for module in (search, extension, schema, staging, backfill, index):
             module.apply(phase)
         db.use_search_path(phase.connection)
@@ -360,7 +360,7 @@ def test_the_notebook_does_it_and_undo_of_the_index_takes_it_away(
     articles: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
     many_rows(articles)
-    sections = SECTIONS | {k: v for k, v in TARGET.items() if k != "tune"} | {"filters": NAMED}
+    sections = SECTIONS | {k: v for k, v in TARGET.items() if k != "tune"} | APART | {"filters": NAMED}
     path = write_params(tmp_path, **sections)
     with pytest.raises(GateFailed) as raised:
         step("operate/70_serve_filters", path)
