@@ -134,7 +134,7 @@ def test_a_target_out_of_reach_fails_and_says_what_to_build(ready: Callable[...,
     failed = next(g for g in tune.verify(phase) if g.name == "tune.target_recall_is_reached")
     assert failed.verdict == "FAIL"
     assert failed.do.endswith("Build again with index.m: 32 and index.ef_construction: 128")
-    assert search.function_state(phase)["settings"] == ["search_path=public, pg_temp"]  # type: ignore[index]
+    assert search.function_state(phase)["settings"] == ["search_path=pg_catalog, public, pg_temp"]  # type: ignore[index]
 
 
 def test_a_strategy_that_was_changed_by_hand_fails_the_gate(
@@ -182,7 +182,7 @@ def test_undo_takes_strategies_first_and_settings_after_and_twice_does_nothing(
     tune.undo(phase)
     assert tune.undo_plan(phase).statements == ()
     assert articles.execute("SELECT count(*) FROM runbook.strategy").fetchone() == (0,)
-    assert search.function_state(phase)["settings"] == ["search_path=public, pg_temp"]  # type: ignore[index]
+    assert search.function_state(phase)["settings"] == ["search_path=pg_catalog, public, pg_temp"]  # type: ignore[index]
 
 
 def test_a_plan_measures_and_changes_nothing(ready: Callable[..., Phase]) -> None:
