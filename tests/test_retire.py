@@ -45,6 +45,8 @@ def moved(server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, s
         with psycopg.connect(dsn, autocommit=True) as connection:
             toy.create_articles(connection)
             connection.execute("CREATE EXTENSION pg_stat_statements")
+            # All tests of a session share its counts; where these are full, statements are thrown out.
+            connection.execute("SELECT pg_stat_statements_reset()")
             connection.execute(
                 "CREATE INDEX articles_prefix ON articles (title text_pattern_ops) WHERE title <> '100 %'"
             )
