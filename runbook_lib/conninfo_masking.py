@@ -63,8 +63,13 @@ def _meant(conninfo: str) -> set[str]:
         before = rest[: rest.rindex("@")] if "@" in rest else ""
         if ":" in before:
             found.add(before.split(":", 1)[1])
-        found |= {re.split(r"&", rest[m.end() :])[0] for m in _KEYWORD.finditer(rest)}
+        # With an & that was not encoded the password goes on behind it, up to the next keyword.
+        found |= {re.split(r"&(?=[a-z_]{3,}=)", rest[m.end() :])[0] for m in _KEYWORD.finditer(rest)}
         return found
+    if "@" in conninfo:
+        # An address without its "://": everything between the first colon behind any slashes and the last @.
+        before = re.sub(r"^[a-z]*:?/+", "", conninfo[: conninfo.rindex("@")])
+        found.add(before.split(":", 1)[-1])
     for m in _KEYWORD.finditer(conninfo):
         value = conninfo[m.end() :]
         end = _NEXT_KEYWORD.search(value)

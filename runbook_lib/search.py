@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -451,21 +452,6 @@ def ask(
     vectors: shape (len(queries), dimension), or None for a search that needs none. Never prepared: psycopg's
     automatic prepare would keep an index plan in spite of a setting that forbids it.
     """
-    if statement == legacy_statement(params):
-        # Its names resolve as they do for the application.
-        with session.users_path(connection):
-            return _asked(connection, params, statement, queries, vectors, k)
-    return _asked(connection, params, statement, queries, vectors, k)
-
-
-def _asked(
-    connection: db.Connection,
-    params: Params,
-    statement: sql.Composed,
-    queries: Sequence[Query],
-    vectors: np.ndarray | None,
-    k: int,
-) -> Answers:
     if vectors is not None:
         register_vector(connection)
     filters: dict[str, Any] = dict.fromkeys(params.target.filters)
@@ -473,16 +459,19 @@ def _asked(
     scores: dict[str, list[float | None]] = {}
     seconds: list[float] = []
     routes: list[str] = []
-    for i, query in enumerate(queries):
-        values = filters | {"query": query.text, "k": k, "embedding": None if vectors is None else vectors[i]}
-        started = time.perf_counter()
-        rows = connection.execute(statement, values, prepare=False).fetchall()
-        seconds.append(time.perf_counter() - started)
-        name = params.target.key if rows and params.target.key in rows[0] else "key"
-        keys[query.query_id] = [str(row[name]) for row in rows]
-        scores[query.query_id] = [row.get("score") for row in rows]
-        if rows and "answered_by" in rows[0]:
-            routes.append(rows[0]["answered_by"])
+    # The names of the application's own query resolve as they do for the application.
+    its_own = statement == legacy_statement(params)
+    with session.users_path(connection) if its_own else nullcontext():
+        for i, query in enumerate(queries):
+            values = filters | {"query": query.text, "k": k, "embedding": None if vectors is None else vectors[i]}
+            started = time.perf_counter()
+            rows = connection.execute(statement, values, prepare=False).fetchall()
+            seconds.append(time.perf_counter() - started)
+            name = params.target.key if rows and params.target.key in rows[0] else "key"
+            keys[query.query_id] = [str(row[name]) for row in rows]
+            scores[query.query_id] = [row.get("score") for row in rows]
+            if rows and "answered_by" in rows[0]:
+                routes.append(rows[0]["answered_by"])
     return Answers(keys, seconds, routes, scores)
 
 

@@ -60,7 +60,7 @@ SETTINGS: Mapping[str, str] = {
     "default_tablespace": "",
     "temp_tablespaces": "",
     "default_table_access_method": "heap",
-    # Without it no vector index is read; the search function carries it too, where the application has it off.
+    # Without it no vector index is read. Where the application has it off, checking/application_settings says so.
     "enable_indexscan": "on",
     "debug_parallel_query": "off",
     "force_parallel_mode": "off",

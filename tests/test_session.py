@@ -21,6 +21,7 @@ from runbook_lib import (
     staging,
     tune,
 )
+from runbook_lib.checking import inputs
 from runbook_lib.phase import Phase
 from tests import toy
 
@@ -128,6 +129,10 @@ def test_every_setting_is_set_by_one_place_and_a_session_shows_it(
         "host=nowhere.invalid password=two words user=me",
         "host=nowhere.invalid password='it\\'s s3cret' user=me",
         "postgresql://me:s3cret@a.invalid:1,b.invalid:2/db",
+        "postgresql://me@nowhere.invalid/db?password=s3cret&two words&sslmode=bad",
+        "postgresql:/me:s3cret@nowhere.invalid/db",
+        "me:s3cret@nowhere.invalid/db",
+        "postgresql//me:s3cret@nowhere.invalid",
     ],
 )
 def test_no_part_of_a_password_is_in_an_error(conninfo: str) -> None:
@@ -157,3 +162,19 @@ def test_pgvector_is_found_in_a_schema_that_others_may_create_in(
         assert backfill.verify(phase).passed
     finally:
         articles.execute(sql.SQL("DROP OWNED BY {r}; DROP ROLE {r}").format(r=role))
+
+
+def test_a_setting_that_keeps_the_application_from_the_index_is_found_by_check(
+    articles: psycopg.Connection[Any], make_params: Callable[..., Any]
+) -> None:
+    whom = sql.Identifier(articles.info.dbname)
+    articles.execute(sql.SQL("ALTER DATABASE {} SET enable_indexscan = off").format(whom))
+    (found,) = inputs.input_problems(make_params()).failed
+    database = articles.info.dbname
+    assert str(found) == (
+        "FAIL    inputs.application_uses_the_index   settings of the database and of the application's roles\n"
+        f"  found   ALTER DATABASE {database} SET enable_indexscan = off\n"
+        "  needed  enable_indexscan = on\n"
+        "  danger  every search of the application would read the whole table, which no figure measured here shows\n"
+        f"  do      let their owner run: ALTER DATABASE {database} RESET enable_indexscan"
+    )

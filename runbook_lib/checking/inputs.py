@@ -11,7 +11,15 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib import db, session, versions
-from runbook_lib.checking import citus, consent, dependents, free_names, partition_checks, rights
+from runbook_lib.checking import (
+    application_settings,
+    citus,
+    consent,
+    dependents,
+    free_names,
+    partition_checks,
+    rights,
+)
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import spelled
 from runbook_lib.params import Params
@@ -136,6 +144,7 @@ def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
     yield from rights.check(look.connection, look.params, look.server, look.table)
     yield from free_names.check(connection, params, columns)
     yield from consent.check(connection, params)
+    yield from application_settings.check(connection, params)
     yield from dependents.check(connection, params, columns)
     yield from _search(look)
     yield legacy_query_runs(connection, params)

@@ -174,8 +174,8 @@ def help_out(params_file: Path) -> None:
 def check(params_file: Path) -> None:
     """Check parameters and inputs; after a migration, that the search is still what was proved. Starts nothing.
 
-    What can only be tried is tried, and rolled back: it locks the table for some tens of milliseconds, with every
-    wait bounded.
+    What can only be tried is tried, and rolled back: it locks the table for a few tenths of a second at most, with
+    every wait bounded.
 
     Exit code 2 and every problem where a run would not start; 1 and every failed gate where the search regressed.
     """

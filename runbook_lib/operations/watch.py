@@ -12,6 +12,7 @@ from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import compare, db, forecast, index, search, versions
+from runbook_lib.checking import application_settings
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
@@ -82,6 +83,7 @@ def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
     yield _index_is_lean(phase, seen)
     yield _settings_hold(phase, seen)
     yield _extension_is_sound(phase)
+    yield from application_settings.check(phase.connection, phase.params)
 
 
 def last_look(phase: Phase) -> Table:

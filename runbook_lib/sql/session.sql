@@ -119,7 +119,3 @@ FROM pg_db_role_setting s CROSS JOIN LATERAL unnest(s.setconfig) AS c (line)
 WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
   AND (s.setrole = 0 OR pg_get_userbyid(s.setrole) = ANY (%(roles)s::text[] || current_user::text))
 ORDER BY 1, 3;
-
--- name: encoding
--- purpose: The encoding of this database.
-SELECT current_setting('server_encoding') AS name;
