@@ -73,10 +73,6 @@ ALTER TABLE {queue}
 ALTER TABLE {queue} ADD PRIMARY KEY (key, id);
 SELECT create_distributed_table({queue_name}, 'key', colocate_with => {table_name});
 
--- name: probe_row
--- purpose: One row to try the capture on; Citus locks no row across shards.
-SELECT t.{key} AS key FROM {table} t LIMIT 1;
-
 -- name: claim
 -- purpose: Claim the oldest changes of those that were there when the drain began; Citus knows no SKIP LOCKED across shards, so a claim ends with its lease alone.
 -- lock: ROW EXCLUSIVE on the queue, for milliseconds
