@@ -26,6 +26,7 @@ Connection = psycopg.Connection[Row]
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 10
+REACHABLE = "db.server_is_reachable"
 FIRST_WAIT_BETWEEN_TRIES_S = 0.1
 
 # What passes by itself: a lock that others hold, or a row that an update of its partition key has just moved.
@@ -128,7 +129,7 @@ def use_search_path(connection: Connection) -> None:
 
 def _unreachable(subject: str, found: str, do: str) -> Gate:
     return Gate(
-        "db.server_is_reachable",
+        REACHABLE,
         Verdict.FAIL,
         subject,
         found,

@@ -17,6 +17,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from papermill.exceptions import PapermillExecutionError
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
@@ -25,7 +26,7 @@ from runbook_lib.commands import embedded
 from runbook_lib.gates import BadInput
 from runbook_lib.phase import open_phase
 from runbook_lib.records import verify
-from runbook_lib.running import approval, claim, manifest, runner, window
+from runbook_lib.running import approval, claim, ending, manifest, runner, window
 from runbook_lib.running.runner import RunResult
 from tests import small_notebooks, toy
 from tests.conftest import DSN_ENV, write_params
@@ -275,3 +276,12 @@ def test_a_plan_leaves_a_proved_ledger_as_it_is(run: Run, articles: psycopg.Conn
     before = articles.execute(count).fetchone()
     result, _ = run({f"p{FIRST}": "phase.prove(lambda p: 1 / 0)"}, execute=False)
     assert (result.status, articles.execute(count).fetchone()) == ("planned", before)
+
+
+@pytest.mark.parametrize(
+    ("gate", "status"), [("db.server_is_reachable", "crashed"), ("phase.target_is_free", "failed")]
+)
+def test_a_server_that_is_lost_between_two_sessions_of_a_notebook_is_a_crash(gate: str, status: str) -> None:
+    """The runner had reached it before it began the notebook; bad input would have been found by then."""
+    raised = PapermillExecutionError(3, 2, "phase = open_phase(…)", "BadInput", f"\nFAIL    {gate}   the server", [])
+    assert str(ending.of_error(raised).status) == status

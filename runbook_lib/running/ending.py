@@ -48,6 +48,8 @@ def of_error(error: Exception) -> Outcome:
     """The end of a notebook whose execution raised this."""
     if isinstance(error, PapermillExecutionError):
         status = ENDS.get(error.ename, Status.CRASHED)
+        if error.ename == BadInput.__name__ and db.REACHABLE in str(error.evalue):
+            status = Status.CRASHED  # the runner had reached this server before it began the notebook
         text = f"{error.ename}: {error.evalue}" if status is Status.CRASHED else str(error.evalue).strip("\n")
         return Outcome(status, text[:LONGEST_ERROR], error.ename)
     if isinstance(error, DeadKernelError):
