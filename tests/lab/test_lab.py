@@ -74,7 +74,7 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> None:
 def test_a_gate_fails_and_then_passes(lab: Lab) -> None:
     lab.open("migrate/10_baseline.ipynb")
     cells = lab.run_all()
-    stopped = lab.code("phase.require()")
+    stopped = lab.code("phase.require(")
     assert [c.error for c in cells if c.error] == ["GateFailed"]
     assert "FAIL    phase.predecessor_passed   00_preflight" in stopped.text, "the table"
     said = stopped.outputs[-1]["traceback"]
