@@ -61,7 +61,7 @@ def apply(phase: Phase) -> Table:
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
     choice, outcome = move_staged(phase)
-    phase.do(_clear_textless(phase))
+    _clear_textless(phase)
     phase.do(db.statement(SQL["analyze"], phase.params))
     # Last, so that what is judged is what was written before it; writers never stop.
     phase.note("drain", db.one(phase.connection, SQL["drain_begins"], phase.params))
@@ -91,10 +91,19 @@ def _percentiles(outcome: Outcome) -> tuple[float, float]:
     return p50, p95
 
 
-def _clear_textless(phase: Phase) -> db.Statement:
+def _clear_textless(phase: Phase) -> None:
+    """In batches: one UPDATE would hold the first row until it has read the last."""
     if vectors_stand_beside(phase.params):
-        return sidetable.statement(phase, "clear_textless")
-    return db.statement(SQL["clear_textless"], phase.params)
+        phase.do(sidetable.statement(phase, "clear_textless"))
+        return
+    keys = [row["key"] for row in db.rows(phase.connection, SQL["textless"], phase.params)]
+    most = phase.params.backfill.batch_rows
+    for start in range(0, len(keys), most):
+        phase.do(_clear_statement(phase, keys[start : start + most]))
+
+
+def _clear_statement(phase: Phase, keys: Sequence[Any]) -> db.Statement:
+    return db.statement(SQL["clear_textless"], phase.params, keys=list(keys))
 
 
 def move_staged(phase: Phase) -> tuple[Choice, Outcome]:

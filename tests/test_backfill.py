@@ -273,3 +273,23 @@ def test_what_a_transaction_wrote_that_ended_after_the_drain_is_no_fault(
         slow.execute("INSERT INTO articles (title, body) VALUES ('slow', 'begun before the drain, ended after it')")
         backfill.apply(phase)
     assert backfill.verify(phase).passed
+
+
+def test_vectors_of_rows_without_text_go_in_batches(
+    loaded: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = loaded(backfill={"batch_rows": 10})
+    backfill.apply(phase)
+    articles.execute(
+        "ALTER TABLE articles DISABLE TRIGGER USER; UPDATE articles SET title = '', body = '' WHERE id <= 25;"
+        "ALTER TABLE articles ENABLE ALWAYS TRIGGER runbook_articles_insert,"
+        " ENABLE ALWAYS TRIGGER runbook_articles_update"
+    )
+    backfill.apply(phase)
+    cleared = [
+        e["body"]["rows"]
+        for e in phase.ledger.entries()
+        if e["kind"] == "statement" and e["body"]["name"] == "backfill.clear_textless"
+    ]
+    assert cleared == [10, 10, 5]
+    assert_every_row_has_the_vector_of_its_text(articles)

@@ -172,7 +172,7 @@ def test_no_statement_that_changes_a_distributed_table_calls_a_stable_function_o
 ) -> None:
     phase = open_phase(target=ACCEPTED)
     of_refresh = [db.statement(refresh.SQL[n], phase.params, **VALUES) for n in ("update", "clear")]
-    changing = [backfill._update_statement(phase, [1]), backfill._clear_textless(phase), *of_refresh]
+    changing = [backfill._update_statement(phase, [1]), backfill._clear_statement(phase, [1]), *of_refresh]
     for statement in changing:
         text = statement.text(phase.connection)
         assert "concat_ws" not in text and "convert_to" not in text, statement.name

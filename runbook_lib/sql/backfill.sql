@@ -89,12 +89,16 @@ FROM (
 SELECT clock_timestamp()::text AS began,
        pg_snapshot_xmin(pg_current_snapshot())::text::bigint %% 4294967296 AS oldest;
 
+-- name: textless
+-- purpose: Rows that have a vector and no text any more.
+SELECT t.{key} AS key FROM {table} t WHERE t.{embedding} IS NOT NULL AND btrim({text}, E' \t\r\n') = '';
+
 -- name: clear_textless
 -- purpose: Take the vector from rows whose text is gone.
--- lock: ROW EXCLUSIVE on {table}, on those rows
+-- lock: ROW EXCLUSIVE on {table}, on the rows of one batch
 -- undo: none needed; there is no text to search
 UPDATE {table} t SET {embedding} = NULL, {embedding_hash} = NULL, {embedding_updated_at} = now()
-WHERE t.{embedding} IS NOT NULL AND btrim({text}, E' \t\r\n') = '';
+WHERE t.{key} = ANY (%(keys)s) AND t.{embedding} IS NOT NULL AND btrim({text}, E' \t\r\n') = '';
 
 -- name: analyze
 -- purpose: Let the planner know that the column is filled; while it still believes in NULLs it shuns the index.
