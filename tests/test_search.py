@@ -469,8 +469,9 @@ ZEROS, NAN, SHORT = [0.0] * 8, [float("nan")] * 8, [1.0] * 3
     ("vector", "message"),
     [
         (ZEROS, "query_embedding is a vector of zeros, which has no direction to compare"),
-        (NAN, "query_embedding holds NaN or NULL, which no vector may hold"),
-        ([1.0] * 7 + [None], "query_embedding holds NaN or NULL, which no vector may hold"),
+        (NAN, "query_embedding holds NaN, infinity or NULL, which no vector may hold"),
+        ([1.0] * 7 + [None], "query_embedding holds NaN, infinity or NULL, which no vector may hold"),
+        ([1.0] * 7 + [float("-inf")], "query_embedding holds NaN, infinity or NULL, which no vector may hold"),
         (SHORT, "query_embedding has 3 dimensions, the vectors searched have 8"),
         ([], "query_embedding has 0 dimensions, the vectors searched have 8"),
     ],

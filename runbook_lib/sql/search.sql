@@ -144,10 +144,12 @@ IF pg_catalog.cardinality(query_embedding) <> {dimension} THEN
                 'query_embedding has %%s dimensions, the vectors searched have %%s',
                 pg_catalog.cardinality(query_embedding), {dimension});
         ELSIF pg_catalog.array_position(query_embedding, 'NaN'::pg_catalog.float4) IS NOT NULL
+            OR pg_catalog.array_position(query_embedding, 'Infinity'::pg_catalog.float4) IS NOT NULL
+            OR pg_catalog.array_position(query_embedding, '-Infinity'::pg_catalog.float4) IS NOT NULL
             OR pg_catalog.array_position(query_embedding, NULL::pg_catalog.float4) IS NOT NULL
         THEN
             RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
-                MESSAGE = 'query_embedding holds NaN or NULL, which no vector may hold';
+                MESSAGE = 'query_embedding holds NaN, infinity or NULL, which no vector may hold';
         ELSIF {refuses_zero} AND query_embedding = pg_catalog.array_fill(0::pg_catalog.float4, ARRAY[{dimension}]) THEN
             RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
                 MESSAGE = 'query_embedding is a vector of zeros, which has no direction to compare';
