@@ -294,6 +294,12 @@ def rolled_back(connection: Connection) -> Iterator[None]:
         yield
 
 
+def raise_if_lost(connection: Connection, error: psycopg.Error) -> None:
+    """Raises the error again where the session has ended: that is no answer of the server's to what was tried."""
+    if connection.closed:
+        raise error
+
+
 def holders(connection: Connection, params: Params) -> str:
     """The sessions that hold a lock on the table, those with the oldest transaction first, as one line."""
     held = connection.execute(

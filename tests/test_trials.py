@@ -177,3 +177,15 @@ def test_preflight_shows_the_trials_and_how_long_the_table_was_held(
     assert g.found.startswith("add_columns: tried and rolled back in ")
     assert "; ACCESS EXCLUSIVE on the table; all its locks held for " in g.found
     assert 0 < g.figures["held_s"] < 10
+
+
+def test_a_session_that_ends_in_a_trial_is_no_answer_to_what_was_tried(
+    articles: psycopg.Connection[Any], make_params: Callable[..., Any]
+) -> None:
+    articles.execute(
+        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END';"
+        "CREATE TRIGGER die BEFORE UPDATE ON articles FOR EACH ROW EXECUTE FUNCTION die()"
+    )
+    with pytest.raises(psycopg.OperationalError):
+        inputs.input_problems(make_params())

@@ -68,3 +68,15 @@ def test_a_backfill_by_ranges_of_a_uuid_key_fills_every_row(
     recorded = phase.ledger.latest("backfill")
     assert recorded is not None
     assert (recorded["strategy"], recorded["windows"], recorded["rows"]) == ("key_ranges", 7, toy.ROWS)
+
+
+def test_stopped_between_its_two_tables_the_next_run_makes_the_second(
+    open_phase: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = open_phase("50_backfill")
+    for module in (extension, schema, staging):
+        module.apply(phase)
+    phase.do(windows.plan(phase)[0])
+    assert not windows.exist(phase)
+    backfill.apply(phase)
+    assert windows.exist(phase) and backfill.verify(phase).passed

@@ -38,6 +38,7 @@ def gate_of(connection: db.Connection, params: Params) -> Gate:
             with connection.transaction():
                 counts = _try(connection, params)
         except psycopg.Error as error:
+            db.raise_if_lost(connection, error)
             said = f"could not be tried: {error.diag.message_primary or error}"
     problems = [*(made or []), *([_counted(counts)] if counts not in (None, RIGHT) else [])]
     return gate(

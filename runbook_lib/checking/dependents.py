@@ -114,6 +114,7 @@ def _filters(connection: db.Connection, params: Params, columns: Mapping[str, db
             with connection.transaction(force_rollback=True):
                 connection.execute(query, {})
         except psycopg.Error as error:
+            db.raise_if_lost(connection, error)
             said = error.diag.message_primary or str(error)
         if said:
             yield gate(

@@ -383,6 +383,7 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
             cursor = connection.execute(probe, values, prepare=False)
             columns = [c.name for c in cursor.description or []]
     except psycopg.Error as error:
+        db.raise_if_lost(connection, error)
         problem = str(error).split("\nLINE")[0].strip()
     key = p.target.key
     return gate(
@@ -405,6 +406,7 @@ def _judged_keys(look: _Look) -> Gate:
     except BadInput as error:
         return error.problems.gates[0]
     except psycopg.Error as error:
+        db.raise_if_lost(look.connection, error)
         return _judgement_gate(look, None, f"could not be compared: {str(error).splitlines()[0]}")
     shown = ", ".join(str(k) for k in unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else "")
     judged = len({key for of_query in judgements.values() for key in of_query})

@@ -154,6 +154,7 @@ class _Run:
                 stage.name, f"{name} waited {LONGEST_LOCK_WAIT_MS} ms: {update_effects.said(error)}"
             ) from error
         except psycopg.Error as error:
+            db.raise_if_lost(self.connection, error)
             stage.problem = f"PostgreSQL says to {name or 'it'}: {update_effects.said(error)}"
             stage.unknown = isinstance(error, psycopg.errors.QueryCanceled)
         stage.seconds = time.perf_counter() - started
@@ -165,6 +166,7 @@ class _Run:
         except db.NOT_NOW as error:
             raise _Held("update_takes_every_row", update_effects.said(error)) from error
         except psycopg.Error as error:
+            db.raise_if_lost(self.connection, error)
             return [_not_now(p, "update_takes_every_row", f"PostgreSQL says: {update_effects.said(error)}")]
         return list(update_effects.gates(p, trial))
 
@@ -312,6 +314,7 @@ def _unchecked_constraints(connection: db.Connection, params: Params) -> Iterato
                 row = connection.execute(SQL["violated"].compose(names(params) | extra), {}, prepare=False).fetchone()
                 rows = int(row["rows"]) if row else 0
         except psycopg.Error as error:
+            db.raise_if_lost(connection, error)
             problem = f"could not be counted: {update_effects.said(error)}"
         constraint = identifier(k["name"]).as_string().replace("%%", "%")
         yield gate(

@@ -245,6 +245,7 @@ def _run(bench: Bench, keys: Sequence[Any]) -> Effects:
     except db.NOT_NOW:
         raise
     except psycopg.Error as error:
+        db.raise_if_lost(bench.connection, error)
         effects.error = said(error)
         return effects
     effects.columns = changed_columns(bench, before, now)
@@ -321,7 +322,8 @@ def _without(bench: Bench, keys: Sequence[Any], hooks: Sequence[Hook]) -> Effect
             return _run(bench, keys)
     except db.NOT_NOW:
         raise
-    except psycopg.Error:
+    except psycopg.Error as error:
+        db.raise_if_lost(bench.connection, error)
         return None
 
 

@@ -59,6 +59,7 @@ def _reason(phase: Phase, keys: Sequence[Any]) -> str:
         with db.rolled_back(phase.connection):
             effects = update_effects.measure(bench, keys)
     except psycopg.Error as error:
+        db.raise_if_lost(phase.connection, error)
         return f"PostgreSQL says: {update_effects.said(error)}"
     if effects.error:
         return f"PostgreSQL says: {effects.error}"

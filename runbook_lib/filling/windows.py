@@ -60,14 +60,23 @@ def plan(phase: Phase) -> list[db.Statement]:
 
 def exist(phase: Phase) -> bool:
     """Have they been made?"""
-    window = spelled(phase.params, "window")
-    row = phase.connection.execute("SELECT to_regclass(%s) IS NOT NULL AS there", [window]).fetchone()
-    return row is not None and bool(row["there"])
+    return not missing(phase)
+
+
+def missing(phase: Phase) -> list[db.Statement]:
+    """The statements for those that are not there; stopped between the two, the next run makes the second."""
+    there = [spelled(phase.params, name) for name in ("window", "control")]
+    found = phase.connection.execute(
+        "SELECT to_regclass(name) IS NOT NULL AS made FROM unnest(%s::text[]) WITH ORDINALITY AS n (name, place)"
+        " ORDER BY place",
+        [there],
+    ).fetchall()
+    return [statement for statement, row in zip(plan(phase), found, strict=True) if not row["made"]]
 
 
 def create(phase: Phase) -> None:
     """Makes the tables where they are missing."""
-    for statement in plan(phase) if not exist(phase) else ():
+    for statement in missing(phase):
         phase.do(statement)
 
 
