@@ -156,10 +156,39 @@ def test_a_route_that_fails_outright_goes_back_too(
 
 def test_short_answers_and_slow_ones_are_named(ready: Callable[..., Phase]) -> None:
     phase = ready()
-    step = cutover.Step(10, 40, 8, 8, empty=0, short=2, overlap=0.95, errors=0, p95_ms=1e6, legacy_p95_ms=9)
+    step = cutover.Step(
+        10, 40, 8, 8, 0, short=2, overlap=0.95, errors=0, p95_ms=1e6, legacy_p95_ms=9, p95_at_least_ms=5e5
+    )
     assert [g.name for g in cutover._judge(phase, step).failed] == [
         "cutover.no_answer_is_short",
         "cutover.calls_are_fast_enough",
+    ]
+
+
+def test_one_stray_call_of_a_few_is_no_slow_route(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    step = replace(cutover._call(phase, 0), drawn=20, by_new_route=20, p95_ms=1e6, p95_at_least_ms=0.4)
+    (fast,) = [g for g in cutover._judge(phase, step) if g.name == "cutover.calls_are_fast_enough"]
+    assert str(fast.verdict) == "PASS" and fast.found == (
+        "p95 1000000.00 ms in 20 calls; above 0.40 with 99 % confidence"
+    )
+    (fast,) = [
+        g
+        for g in cutover._judge(phase, replace(step, by_new_route=1, p95_at_least_ms=None))
+        if g.name == "cutover.calls_are_fast_enough"
+    ]
+    assert fast.found == "too few calls to judge their time"
+
+
+def test_calls_that_legacy_fails_as_before_are_no_fault_of_the_new_route(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    step = replace(cutover._call(phase, 0), drawn=8, by_new_route=8, p95_ms=1.0, errors=3, errors_drawn=0)
+    (calls,) = [g for g in cutover._judge(phase, step) if g.name == "cutover.no_call_fails"]
+    assert str(calls.verdict) == "PASS" and calls.found == "0 of 8 calls failed; and 3 that legacy answers, as before"
+    worse = [replace(step, errors_drawn=1), replace(step, drawn=0, by_new_route=0)]
+    assert ["cutover.no_call_fails" in [g.name for g in cutover._judge(phase, s).failed] for s in worse] == [
+        True,
+        True,
     ]
 
 
@@ -172,7 +201,7 @@ def test_filters_are_tried_by_the_canary_before_any_user_comes_with_them(
     with load(database) as seen, pytest.raises(GateFailed) as failed:
         cutover.apply(phase)
     assert search.current_route(phase) == ("legacy", 0) and seen.errors == []
-    (gate,) = failed.value.gates.failed
+    gate = next(g for g in failed.value.gates.failed if g.name == "cutover.no_filtered_call_fails")
     calls = (phase.ledger.latest("canary") or {})["filtered"]["calls"]
     assert calls >= 4
     assert str(gate) == (

@@ -289,3 +289,14 @@ def test_latency_is_in_milliseconds_by_linear_interpolation() -> None:
     assert evaluate.latency([0.002])["p99_ms"] == pytest.approx(2)
     with pytest.raises(ValueError, match="no query was timed"):
         evaluate.latency([])
+
+
+def test_few_times_prove_no_p95_and_many_do() -> None:
+    """Binomial tables, n = 20, p = .05: five or more above with a probability of .0026, four or more with .0159."""
+    slow = [0.5]
+    assert evaluate.p95_at_least([]) is evaluate.p95_at_least(slow) is None, "a single call may be any"
+    assert evaluate.p95_at_least(slow * 2) == pytest.approx(500), "both of two above by chance: 1 in 400"
+    assert evaluate.p95_at_least([0.001] * 16 + slow * 4) == pytest.approx(1)
+    assert evaluate.p95_at_least([0.001] * 15 + slow * 5) == pytest.approx(500)
+    many = [i / 1e5 for i in range(100_000)]
+    assert 940 < (evaluate.p95_at_least(many) or 0) < evaluate.latency(many)["p95_ms"]
