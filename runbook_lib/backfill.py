@@ -15,6 +15,7 @@ from runbook_lib.checking import trials
 from runbook_lib.checking.update_effects import said
 from runbook_lib.display import Table, number
 from runbook_lib.filling import pruning, refused_rows, sidetable, strategy, untouched, windows, workers
+from runbook_lib.filling.pace import first_pace, in_turn
 from runbook_lib.filling.strategy import Choice
 from runbook_lib.filling.workers import Outcome
 from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, LockNotObtained, Verdict, collect, gate
@@ -97,9 +98,8 @@ def _clear_textless(phase: Phase) -> None:
         phase.do(sidetable.statement(phase, "clear_textless"))
         return
     keys = [row["key"] for row in db.rows(phase.connection, SQL["textless"], phase.params)]
-    most = phase.params.backfill.batch_rows
-    for start in range(0, len(keys), most):
-        phase.do(_clear_statement(phase, keys[start : start + most]))
+    for batch in in_turn(keys, first_pace(phase.params)):
+        phase.do(_clear_statement(phase, batch))
 
 
 def _clear_statement(phase: Phase, keys: Sequence[Any]) -> db.Statement:
@@ -207,16 +207,17 @@ def _close(phase: Phase, outcome: Outcome) -> None:
     """
     found = db.rows(phase.connection, SQL["left_over"], phase.params)
     left = [row["key"] for row in found if row["key"] not in outcome.refused]
-    most, held = phase.params.backfill.batch_rows, list[Any]()
-    for start in range(0, len(left), most):
-        keys = left[start : start + most]
+    held = list[Any]()
+    for keys in in_turn(left, first_pace(phase.params)):
         free = _write_or_name(phase, outcome, keys, skip_held=True)
         held += [key for key in keys if key not in free]
-    for start in range(0, len(held), most):
+    done = 0
+    for keys in in_turn(held, first_pace(phase.params)):
         try:
-            _write_or_name(phase, outcome, held[start : start + most])
+            _write_or_name(phase, outcome, keys)
         except LockNotObtained as error:
-            raise _are_held(phase, held[start:]) from error
+            raise _are_held(phase, held[done:]) from error
+        done += len(keys)
 
 
 def _write_or_name(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool = False) -> set[Any]:

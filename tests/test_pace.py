@@ -1,6 +1,8 @@
 """Batch size follows measured time towards its target, in bounded steps."""
 
-from runbook_lib.filling.pace import FEWEST_ROWS, LARGEST_CUT, LARGEST_GROWTH, Pace
+import time
+
+from runbook_lib.filling.pace import FEWEST_ROWS, LARGEST_CUT, LARGEST_GROWTH, Pace, in_turn
 
 PACE = Pace(rows=100, target_s=0.1, most_rows=1000)
 
@@ -34,3 +36,13 @@ def test_it_stays_within_its_bounds() -> None:
 
 def test_an_empty_batch_says_nothing() -> None:
     assert PACE.after(0, 5.0) == PACE
+
+
+def test_keys_come_in_turns_as_long_as_the_work_between_them_says() -> None:
+    turns = []
+    for keys in in_turn(list(range(200)), Pace(rows=100, target_s=0.01, most_rows=1000)):
+        turns.append(keys)
+        time.sleep(0.02 if len(turns) == 1 else 0)
+    assert [key for keys in turns for key in keys] == list(range(200))
+    assert len(turns[0]) == 100 and len(turns[1]) <= 50, "100 rows took twice the time"
+    assert list(in_turn([], PACE)) == []

@@ -19,7 +19,7 @@ from psycopg import sql
 from runbook_lib import db
 from runbook_lib.display import duration, number
 from runbook_lib.filling import health
-from runbook_lib.filling.pace import Pace
+from runbook_lib.filling.pace import Pace, first_pace
 from runbook_lib.filling.pause import Pause
 from runbook_lib.gates import RunbookError
 from runbook_lib.names import names
@@ -114,7 +114,7 @@ def copy(move: Move, total: int) -> int:
     """Copies every row that is left, by key, each batch with its checkpoint; returns the rows that are there."""
     phase, b = move.phase, move.phase.params.backfill
     with session(phase) as connection, Progress("copied", total) as progress:
-        pace = Pace(min(b.batch_rows, b.most_batch_rows), b.batch_ms / 1000, b.most_batch_rows)
+        pace = first_pace(phase.params)
         found = move.row(connection, SQL["copying"])
         done = int(found["rows"])
         progress.add(done)

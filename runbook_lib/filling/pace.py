@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from runbook_lib.params import Params
 
 # A new measurement counts this much against the average of those before it. After GitLab's batch optimizer
 # (lib/gitlab/database/background_migration/batch_optimizer.rb), which also clamps what one step may change.
@@ -30,3 +35,19 @@ class Pace:
         wanted = self.target_s / max(row_s, newest, 1e-9)
         step = min(max(wanted, self.rows * LARGEST_CUT), self.rows * LARGEST_GROWTH)
         return replace(self, rows=min(max(round(step), FEWEST_ROWS), self.most_rows), row_s=row_s)
+
+
+def first_pace(params: Params) -> Pace:
+    """The pace of the first batch, before anything was measured."""
+    b = params.backfill
+    return Pace(min(b.batch_rows, b.most_batch_rows), b.batch_ms / 1000, b.most_batch_rows)
+
+
+def in_turn(keys: Sequence[Any], pace: Pace) -> Iterator[Sequence[Any]]:
+    """The keys, as many at a time as the caller's work between two turns says."""
+    done = 0
+    while done < len(keys):
+        batch, began = keys[done : done + pace.rows], time.perf_counter()
+        yield batch
+        done += len(batch)
+        pace = pace.after(len(batch), time.perf_counter() - began)

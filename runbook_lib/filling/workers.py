@@ -22,7 +22,7 @@ import psycopg
 from runbook_lib import db
 from runbook_lib.checking.update_effects import said
 from runbook_lib.filling import health, refused_rows, untouched, windows
-from runbook_lib.filling.pace import Pace
+from runbook_lib.filling.pace import Pace, first_pace
 from runbook_lib.filling.pause import Pause
 from runbook_lib.filling.strategy import LEAST_HOT_SHARE, Choice
 from runbook_lib.filling.windows import Window
@@ -170,8 +170,7 @@ def _steer(connection: db.Connection, phase: Phase, board: Board, watch: health.
 
 def work(phase: Phase, board: Board, worker: str) -> None:
     """One worker: window after window, until none is left or the board says stop."""
-    b = phase.params.backfill
-    pace = Pace(min(b.batch_rows, b.most_batch_rows), b.batch_ms / 1000, b.most_batch_rows)
+    pace = first_pace(phase.params)
     paces = {True: pace, False: pace}
     with phase.another("worker") as connection:
         connection.execute(SQL["session"].compose({}), {"frozen_ms": f"{FROZEN_MS}ms"})
