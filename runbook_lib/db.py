@@ -102,13 +102,15 @@ def opened(conninfo: str, application_name: str, params: Params) -> Connection:
             connect_timeout=CONNECT_TIMEOUT_S,
             client_encoding=session.CLIENT_ENCODING,
         )
+        # A pooler takes the client by itself, and looks for a server only for the first statement.
+        pid = session.server_pid(connection)
     except psycopg.OperationalError as error:
         found = conninfo_masking.masked(str(error), conninfo)
         raise BadInput([_unreachable("the server", found, _what_to_do(error))]) from None
     try:
         target = params.target.schema_, params.target.table
-        inherited = session.begin(connection, *target, lock_timeout_ms=params.locks.timeout_ms)
-        session.refuse_pooler(connection, inherited, conninfo)
+        session.refuse_pooler(connection, pid, conninfo)
+        session.begin(connection, *target, lock_timeout_ms=params.locks.timeout_ms)
     except BaseException:
         connection.close()
         raise
@@ -125,6 +127,11 @@ def _what_to_do(error: psycopg.OperationalError) -> str:
 def use_search_path(connection: Connection) -> None:
     """Puts pgvector's schema on the search path and loads its library, where the extension came meanwhile."""
     session.use_search_path(connection)
+
+
+def server_pid(connection: Connection) -> int:
+    """The server process of this session, as pg_stat_activity knows it."""
+    return session.server_pid(connection)
 
 
 def _unreachable(subject: str, found: str, do: str) -> Gate:

@@ -7,14 +7,15 @@ synchronous_commit, default_text_search_config, lc_messages and a role that ALTE
 
 from __future__ import annotations
 
+import selectors
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from contextlib import closing, contextmanager, suppress
+from typing import Any
 
 import psycopg
 from psycopg.rows import DictRow, dict_row
 
-from runbook_lib import versions
+from runbook_lib import conninfo_masking, versions
 from runbook_lib.gates import BadInput, Gate, Verdict
 from runbook_lib.names import identifier
 from runbook_lib.sql import load
@@ -24,12 +25,11 @@ SQL = load("session")
 Connection = psycopg.Connection[DictRow]
 
 CLIENT_ENCODING = "UTF8"
+# The runbook bounds its own waits; these would end a session in the middle of a build or a pause, or of its start.
+TIMEOUTS = ("statement_timeout", "idle_session_timeout", "transaction_timeout")
 # Of settings that a server does not have yet, or not any more, nothing is set.
 SETTINGS: Mapping[str, str] = {
-    # The runbook bounds its own waits; these would end a session in the middle of a build or a pause.
-    "statement_timeout": "0",
-    "idle_session_timeout": "0",
-    "transaction_timeout": "0",
+    **dict.fromkeys(TIMEOUTS, "0"),
     "idle_in_transaction_session_timeout": "10min",
     # How values are written and read as text: keys, hashes, the ledger.
     "DateStyle": "ISO, MDY",
@@ -67,27 +67,17 @@ SETTINGS: Mapping[str, str] = {
 }
 # Only a superuser may change these; where one is wrong and cannot be changed, the gates say so.
 PRIVILEGED: Mapping[str, str] = {"session_replication_role": "origin", "track_counts": "on", "track_activities": "on"}
-# A trial of the pooler looks at the server process so often.
+# So often each session of a trial of the pooler looks at its server process.
 LOOKS_AT_THE_POOLER = 3
-# A pool with a single server session has none left for the second connection of the trial.
+# A pool that is used up has none left for the second session of the trial.
 LONGEST_TRIAL_S = 5
-STATEMENT_POOLING = "transaction blocks not allowed in statement pooling mode"
 
 
-class Inherited(NamedTuple):
-    """What a session came with: its search path, the schemas of it that exist, and its server process."""
-
-    path: str
-    schemas: list[str]
-    pid: int
-
-
-def begin(connection: Connection, schema: str, table: str, *, lock_timeout_ms: int) -> Inherited:
+def begin(connection: Connection, schema: str, table: str, *, lock_timeout_ms: int) -> None:
     """Puts the settings of a fresh session, in autocommit, into the runbook's hands. schema, table: the target's."""
-    row = _one(connection, "inherited")
-    found = Inherited(row["path"], list(row["schemas"]), row["pid"])
-    taken = {"path": found.path, "schemas": found.schemas, "schema": schema, "table": table}
-    connection.execute(SQL["take_path"].compose({}), taken | {"schemas": _array(connection, found.schemas)})
+    came_with = _one(connection, "inherited", timeouts=list(TIMEOUTS))
+    taken = {"path": came_with["path"], "schemas": _array(connection, came_with["schemas"])}
+    connection.execute(SQL["take_path"].compose({}), taken | {"schema": schema, "table": table})
     settings = {**SETTINGS, "lock_timeout": f"{lock_timeout_ms}ms"}
     if versions.ends_statements_of_gone_clients(connection.info.server_version):
         # Ends the statement with the client that asked for it.
@@ -98,7 +88,6 @@ def begin(connection: Connection, schema: str, table: str, *, lock_timeout_ms: i
         with suppress(psycopg.errors.InsufficientPrivilege):
             connection.execute(SQL["set"].compose({}), {"names": [wrong["name"]], "values": [wrong["value"]]})
     use_search_path(connection)
-    return found
 
 
 def use_search_path(connection: Connection) -> None:
@@ -144,50 +133,83 @@ def users_path(connection: Connection) -> Iterator[None]:
             connection.execute(SQL["use_path"].compose({}), {"path": found["own"]})
 
 
-def refuse_pooler(connection: Connection, seen: Inherited, conninfo: str) -> None:
+def server_pid(connection: Connection) -> int:
+    """The server process that answers this session. A pooler gives the client a number of its own instead, which is
+    what ``connection.info`` has.
+    """
+    return int(_one(connection, "pid")["pid"])
+
+
+def refuse_pooler(connection: Connection, pid: int, conninfo: str) -> None:
     """Raises BadInput where a pooler gives this session another server process for each transaction.
 
-    A pooler answers the client with a process number of its own, so a server that is asked directly costs nothing
-    more. Behind one, a session is only ours where its process stays, and goes to no other client meanwhile.
+    pid: of :func:`server_pid`. A pooler answers the client with a number of its own, so a server that is asked
+    directly costs nothing more. Behind one, a session is only ours where its process stays, and goes to no other
+    client meanwhile. Nothing is set before that is known: settings of a shared process would reach the application.
     """
-    if connection.info.backend_pid == seen.pid:
+    if connection.info.backend_pid == pid:
         return
-    if problem := _shared(connection, seen.pid, conninfo):
-        raise BadInput([pooled(problem)])
-
-
-def _shared(connection: Connection, pid: int, conninfo: str) -> str:
-    """What shows that the server process is not this session's own; empty where it is."""
-    another = "two transactions of one session were answered by two server processes"
-    for _ in range(LOOKS_AT_THE_POOLER):
-        if _one(connection, "pid")["pid"] != pid:
-            return another
     try:
-        second = psycopg.connect(conninfo, row_factory=dict_row, connect_timeout=LONGEST_TRIAL_S, autocommit=True)
-    except psycopg.OperationalError:
-        return ""  # the pool has no second session to give, so this one is ours
-    with second:
-        try:
-            # Held in a transaction: what answers it is not free for the first one.
-            second.execute("BEGIN")
-            theirs = _one(second, "pid")["pid"]
-            if theirs == pid:
-                return "two sessions were answered by one server process"
-            if _one(connection, "pid")["pid"] != pid:
-                return another
-        except psycopg.Error as error:
-            return "it allows no transactions: it pools by statement" if STATEMENT_POOLING in str(error) else ""
+        problem = _shared(connection, conninfo)
+    except (psycopg.Error, TimeoutError) as error:
+        said = conninfo_masking.masked(str(error), conninfo).strip()
+        found = f"a connection pooler, whose mode could not be found out: {said}"
+        raise BadInput([pooled(Verdict.UNKNOWN, found)]) from None
+    if problem:
+        raise BadInput([pooled(Verdict.FAIL, f"a connection pooler in transaction or statement mode: {problem}")])
+
+
+def _shared(connection: Connection, conninfo: str) -> str:
+    """What shows that the server process is not this session's own; empty where it is. Changes nothing.
+
+    Raises psycopg.Error and TimeoutError where no second session is to be had to compare with.
+    """
+    ours = _processes(connection)
+    again = psycopg.connect(conninfo, row_factory=dict_row, connect_timeout=LONGEST_TRIAL_S, autocommit=True)
+    with closing(again) as second:
+        _wait_for_a_process(second)
+        # Several looks, each a transaction: a pool gives out the process that was used last, or first, or any.
+        theirs = _processes(second)
+        ours += _processes(connection)
+    if {pid for pid, _ in ours} & {pid for pid, _ in theirs}:
+        return "two sessions were answered by one server process"
+    for seen in (ours, theirs):
+        if len({pid for pid, _ in seen}) > 1:
+            return "transactions of one session were answered by different server processes"
+        numbers = [number for _, number in seen]
+        if numbers != list(range(numbers[0], numbers[0] + len(seen))):
+            return "other sessions' transactions ran in this session's server process, between its own"
     return ""
 
 
-def pooled(found: str) -> Gate:
-    """The gate that a pooler in transaction or statement mode does not pass."""
+def _processes(connection: Connection) -> list[tuple[int, int]]:
+    """The server process of some transactions, and the number that each has among the transactions of its process."""
+    # A prepared statement would stay behind in the pool.
+    looks = (connection.execute(SQL["process"].compose({}), prepare=False) for _ in range(LOOKS_AT_THE_POOLER))
+    return [(row["pid"], row["number"]) for look in looks for row in look.fetchall()]
+
+
+def _wait_for_a_process(connection: Connection) -> None:
+    """Waits for the first answer: a pool that is used up takes the client, and lets its first statement wait."""
+    connection.pgconn.send_query(b"SELECT 1")
+    connection.pgconn.flush()
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection.fileno(), selectors.EVENT_READ)
+        if not selector.select(LONGEST_TRIAL_S):
+            raise TimeoutError(f"it gave no second session within {LONGEST_TRIAL_S} s")
+    for result in iter(connection.pgconn.get_result, None):
+        if result.status != psycopg.pq.ExecStatus.TUPLES_OK:
+            raise psycopg.OperationalError(result.error_message.decode(errors="replace"))
+
+
+def pooled(verdict: Verdict, found: str) -> Gate:
+    """The gate that a pooler does not pass which shares its server processes, or may do so."""
     return Gate(
         "db.session_is_its_own",
-        Verdict.FAIL,
+        verdict,
         "the server",
-        f"a connection pooler in transaction or statement mode (PgBouncer, Odyssey, pgcat, Supavisor): {found}",
-        "a direct connection to PostgreSQL, or a pool in session mode",
+        found,
+        "a direct connection to PostgreSQL, or a pool in session mode with sessions to spare",
         "settings, advisory locks and claims would end, or reach other clients, between two statements",
         "put the server's own address and port into the DSN (often port 5432 instead of 6432), or a pool with"
         " pool_mode = session",

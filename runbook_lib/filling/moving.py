@@ -118,7 +118,7 @@ def copy(move: Move, total: int) -> int:
         found = move.row(connection, SQL["copying"])
         done = int(found["rows"])
         progress.add(done)
-        with _guard(phase, [connection.info.backend_pid]) as guard:
+        with _guard(phase, [db.server_pid(connection)]) as guard:
             while not found["copied"]:
                 guard.wait()
                 started = time.perf_counter()
@@ -160,7 +160,7 @@ def catch_up(move: Move, few: int | None = None) -> int:
         connection = stack.enter_context(session(phase))
         if queued(move, connection, enough + 1) <= enough:
             return 0
-        guard = stack.enter_context(_guard(phase, [connection.info.backend_pid]))
+        guard = stack.enter_context(_guard(phase, [db.server_pid(connection)]))
         progress = stack.enter_context(Progress("caught up", queued(move, connection, MOST_COUNTED)))
         pace = Pace(min(b.batch_rows, MOST_KEYS), b.batch_ms / 1000, min(b.most_batch_rows, MOST_KEYS))
         while queued(move, connection, enough + 1) > enough:

@@ -45,7 +45,7 @@ def concurrently(phase: Phase, statement: db.Statement) -> Built:
         )
         connection.add_notice_handler(lambda notice: built.notices.append(notice.message_primary or ""))
         stop = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(phase, connection.info.backend_pid, built, stop), daemon=True)
+        watcher = threading.Thread(target=_watch, args=(phase, db.server_pid(connection), built, stop), daemon=True)
         started = time.perf_counter()
         watcher.start()
         try:

@@ -2,14 +2,22 @@
 -- so what runs before the path is ours is written exactly, types and all.
 
 -- name: inherited
--- purpose: What the server and the role gave this session: its search path, and the process that answers it.
+-- purpose: The search path that the server and the role gave this session; and at once, no timeout any more.
 SELECT pg_catalog.current_setting('search_path'::pg_catalog.text) AS path,
        pg_catalog.current_schemas(false)::pg_catalog.text[] AS schemas,
-       pg_catalog.pg_backend_pid() AS pid;
+       ARRAY(SELECT pg_catalog.set_config(s.name, '0'::pg_catalog.text, false) FROM pg_catalog.pg_settings s
+             WHERE s.name OPERATOR(pg_catalog.=) ANY (%(timeouts)s::pg_catalog.text[])) AS timeouts;
 
 -- name: pid
 -- purpose: The server process that answers this transaction.
 SELECT pg_catalog.pg_backend_pid() AS pid;
+
+-- name: process
+-- purpose: The server process that answers this transaction, and the number of this one among its transactions.
+SELECT l.pid, pg_catalog.split_part(l.virtualtransaction, '/'::pg_catalog.text, 2)::pg_catalog.int8 AS number
+FROM pg_catalog.pg_locks l
+WHERE l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()
+  AND l.locktype OPERATOR(pg_catalog.=) 'virtualxid'::pg_catalog.text;
 
 -- name: take_path
 -- purpose: Put this session's search path into the runbook's hands, and remember the one that it came with.
