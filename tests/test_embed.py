@@ -1,6 +1,8 @@
 """Models and their vectors: what is refused, in which words, and what is let through."""
 
 import math
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,39 @@ def one_for_all(texts: list[str]) -> np.ndarray:
 
 def broken(texts: list[str]) -> np.ndarray:
     raise OSError("no GPU")
+
+
+def ragged(texts: list[str]) -> Any:
+    return [[1.0] * len(text) for text in texts]
+
+
+def words(texts: list[str]) -> Any:
+    return [["one", "two"]] * len(texts)
+
+
+def none_left(texts: list[str]) -> Any:
+    vectors = toy.embed(texts)
+    texts.clear()
+    return vectors
+
+
+def of_two_dimensions(texts: list[str]) -> np.ndarray:
+    return np.ones((len(texts), len(texts)))
+
+
+def talks(texts: list[str]) -> np.ndarray:
+    print(texts)
+    sys.stderr.write(texts[0])
+    return toy.embed(texts)
+
+
+def forks(texts: list[str]) -> np.ndarray:
+    os.fork()
+    return toy.embed(texts)
+
+
+def quotes(texts: list[str]) -> np.ndarray:
+    raise ValueError("cannot take " + " ".join(texts))
 
 
 def source(callable_: str) -> dict[str, Any]:
@@ -81,6 +116,8 @@ def test_a_callable_that_cannot_be_loaded_is_bad_input(make_params: MakeParams, 
     ("name", "found"),
     [
         ("one_for_all", "an array of shape (1, 8) for 2 texts"),
+        ("ragged", "of type list, no array of numbers, for 2 texts"),
+        ("words", "of type list, no array of numbers, for 2 texts"),
         ("broken", "OSError: no GPU"),
     ],
 )
@@ -88,6 +125,42 @@ def test_a_model_that_fails_on_two_texts_is_bad_input(make_params: MakeParams, n
     with pytest.raises(BadInput) as error:
         embed.check_dimension(make_params(embeddings=source(f"tests.test_embed:{name}")))
     assert error.value.found == found
+
+
+def test_vectors_of_two_dimensions_are_bad_input(make_params: MakeParams) -> None:
+    model = embed.model(make_params(embeddings=source("tests.test_embed:of_two_dimensions")))
+    model(["one"])
+    with pytest.raises(BadInput) as error:
+        model(["one", "two"])
+    assert error.value.found == "vectors of 1 and of 2 dimensions"
+
+
+def test_what_a_model_prints_and_does_to_the_list_stays_with_it(
+    make_params: MakeParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("talks", "none_left"):
+        assert embed.model(make_params(embeddings=source(f"tests.test_embed:{name}")))(["a secret"]).shape == (1, 8)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_child_that_a_model_forks_and_lets_come_back_works_on_nothing(make_params: MakeParams) -> None:
+    read_end, write_end = os.pipe()
+    here = os.getpid()
+    embed.model(make_params(embeddings=source("tests.test_embed:forks")))(["a text"])
+    os.write(write_end, b"x")
+    if os.getpid() != here:
+        os._exit(0)
+    os.wait()
+    os.close(write_end)
+    assert os.read(read_end, 10) == b"x", "a second one came from the child"
+    os.close(read_end)
+
+
+def test_a_model_that_is_away_is_not_heard_about_rows(make_params: MakeParams) -> None:
+    with pytest.raises(embed.ModelAway) as error:
+        embed.embed_each(quotes, ["a secret", "another"])
+    assert error.value.found.startswith("ValueError on 2 texts; on 2 probe texts ValueError: cannot take a user's")
+    assert "secret" not in str(error.value)
 
 
 def test_a_file_is_no_model_for_new_texts(make_params: MakeParams) -> None:

@@ -1,5 +1,6 @@
 """What is masked and what is left, in which words; no value leaves the module."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -32,6 +33,7 @@ def masked(make_params: MakeParams, text: str, **more: object) -> tuple[str, dic
         ("Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl", "Bearer <token>"),
         ("call +49 30 901820 or +1 212-555-0123", "call <phone> or <phone>"),
         ("two@a.example,three@b.example", "<email>,<email>"),
+        ("...bob@example.com, -x+y@example.com", "...<email>, -<email>"),
     ],
 )
 def test_values_become_stable_placeholders(make_params: MakeParams, text: str, expected: str) -> None:
@@ -86,6 +88,29 @@ def test_a_pattern_that_cannot_work_is_refused_before_the_start(
     assert error.value.needed == needed
 
 
+@pytest.mark.parametrize("text", ["a." * 20_000 + "@", "x@" + "b." * 20_000 + "1", "-eyJaaaaaaaa" * 10_000])
+def test_no_text_takes_the_square_of_its_length(make_params: MakeParams, text: str) -> None:
+    began = time.process_time()
+    masked(make_params, text)
+    assert time.process_time() - began < 4
+
+
+def test_a_pattern_that_never_ends_is_named_in_bounded_time(
+    make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masking, "LONGEST_SEARCH_S", 0.1)
+    with pytest.raises(BadInput) as error:
+        masked(make_params, "a" * 40 + "!", patterns={"letters": r"(a+)+$"})
+    assert str(error.value) == (
+        "\nFAIL    masking.rules_can_be_applied   masking.patterns.letters\n"
+        "  found   not through a text of 41 characters in 0.1 s of processor time\n"
+        "  needed  an expression whose time grows with the text, not with the ways to read it\n"
+        "  danger  values would leave for the model unmasked; no text of this batch was sent\n"
+        "  do      write it without a repetition inside a repetition: (a+)+ finds what a+ does"
+    )
+    assert masked(make_params, "aab", patterns={"letters": r"a+"})[0] == "<letters>b"
+
+
 def test_named_entities_without_the_extra_are_bad_input(
     make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +122,7 @@ def test_named_entities_without_the_extra_are_bad_input(
         "\nFAIL    masking.rules_can_be_applied   masking.named_entities\n"
         "  found   import of presidio_analyzer halted; None in sys.modules\n"
         "  needed  presidio-analyzer with a language model\n"
-        "  danger  names would leave for the model unmasked; no text was sent\n"
+        "  danger  values would leave for the model unmasked; no text of this batch was sent\n"
         "  do      pip install 'pgvector-runbook[masking]'"
     )
 

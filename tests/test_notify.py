@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +32,42 @@ def told(tmp_path: Path) -> tuple[list[str], Callable[[], list[dict[str, Any]]]]
 
 @pytest.fixture
 def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """A server on this machine; what is posted to it. Answers 500 to a path /broken."""
+    """A server on this machine; what is posted to it. Of its paths, /broken answers 500, /moved sends elsewhere,
+    where a visit would be written down, /slow sends a byte now and then, and /garbage is no HTTP."""
     got: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            got.append({"visited": self.path})
+
         def do_POST(self) -> None:
-            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/slow":
+                with suppress(OSError):
+                    for _ in range(60):
+                        self.wfile.write(b"H")
+                        time.sleep(0.05)
+                return
+            if self.path == "/garbage":
+                self.wfile.write(b"220 ready\r\n")
+                return
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", "/token-of-the-inner-network")
+                self.end_headers()
+                return
+            got.append(json.loads(content))
             self.send_response(500 if self.path == "/broken" else 204)
             self.end_headers()
 
         def log_message(self, *_values: object) -> None:
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HOOK", f"http://127.0.0.1:{server.server_port}/token-abc")
-    monkeypatch.setenv("BROKEN_HOOK", f"http://127.0.0.1:{server.server_port}/broken")
+    for path in ("broken", "moved", "slow", "garbage"):
+        monkeypatch.setenv(f"{path.upper()}_HOOK", f"http://127.0.0.1:{server.server_port}/{path}")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield got
     server.shutdown()
@@ -112,6 +134,17 @@ def test_a_plan_tells_nobody(make_params: Callable[..., Params]) -> None:
         ({"webhook_env": "NOT_THERE"}, "notify.webhook_env did not take the event end: NOT_THERE is not set"),
         ({"webhook_env": "BROKEN_HOOK"}, "notify.webhook_env did not take the event end: HTTP status 500"),
         ({"webhook_env": "NOBODY"}, "notify.webhook_env did not take the event end: ConnectionRefusedError"),
+        ({"webhook_env": "GARBAGE_HOOK"}, "notify.webhook_env did not take the event end: BadStatusLine"),
+        (
+            {"webhook_env": "SLOW_HOOK", "timeout_s": 0.2},
+            "notify.webhook_env did not take the event end: no end within 0.2 s",
+        ),
+        (
+            {"webhook_env": "MOVED_HOOK"},
+            "notify.webhook_env did not take the event end: HTTP status 302, a redirect, which is not followed",
+        ),
+        ({"webhook_env": "TWO_LINES"}, "notify.webhook_env did not take the event end: InvalidURL"),
+        ({"webhook_env": "HALF_AN_ADDRESS"}, "notify.webhook_env did not take the event end: ValueError"),
         (
             {"webhook_env": "NO_URL"},
             "notify.webhook_env did not take the event end: NO_URL is not an http or https address",
@@ -127,4 +160,7 @@ def test_a_hook_that_fails_is_a_note_without_its_secret(
 ) -> None:
     monkeypatch.setenv("NOBODY", "http://127.0.0.1:1/token-abc")
     monkeypatch.setenv("NO_URL", "file:///etc/token-abc")
+    monkeypatch.setenv("TWO_LINES", "http://127.0.0.1/token-abc\nX: y")
+    monkeypatch.setenv("HALF_AN_ADDRESS", "http://[::1/token-abc")
     assert notify.send(make_params(notify=hook), {"event": "end"}) == [note]
+    assert not [event for event in webhook if "visited" in event]

@@ -145,7 +145,7 @@ def test_where_the_model_is_away_no_row_is_blamed(
         raise OSError("the model is away")
 
     monkeypatch.setattr(embed, "model", lambda params: away)
-    with pytest.raises(OSError, match="away"):
+    with pytest.raises(embed.ModelAway, match="OSError on 5 texts; on 2 probe texts OSError: the model is away"):
         refresh.drain(phase)
     state = articles.execute("SELECT count(*), max(attempts), max(claimed_by) FROM runbook.articles_queue").fetchone()
     assert state == (5, 0, None), "nothing is claimed and no try is counted"

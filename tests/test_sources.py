@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import pickle
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,82 @@ def test_ids_that_do_not_match_the_vectors_are_bad_input(make_params: MakeParams
         read(make_params, given)
     (tmp_path / "ids.txt").write_text("1\n2\n3\n4\n")
     with pytest.raises(BadInput, match="more than 4 keys for 3 vectors"):
+        read(make_params, given)
+
+
+class Runs:
+    """What a hostile pickle is made of: it runs a command where it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "ids.npy"])
+@pytest.mark.parametrize("disguise", ["objects", "raw pickle", "archive", "header"])
+def test_nothing_is_unpickled(make_params: MakeParams, tmp_path: Path, name: str, disguise: str) -> None:
+    trace = tmp_path / "it ran"
+    given = write(tmp_path, "npy", {"id": [1, 2], "embedding": [[1, 2, 3]] * 2}) | {"ids_file": "ids.npy"}
+    np.save(tmp_path / "ids.npy", np.array([1, 2]))
+    if disguise == "objects":
+        np.save(tmp_path / name, np.array([Runs(trace), Runs(trace)], dtype=object), allow_pickle=True)
+    elif disguise == "raw pickle":
+        (tmp_path / name).write_bytes(pickle.dumps(Runs(trace)))
+    elif disguise == "archive":
+        np.savez(tmp_path / "archive.npz", np.ones(2))
+        (tmp_path / "archive.npz").rename(tmp_path / name)
+    else:
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole.replace(b"(2,", b"((("))
+    with pytest.raises(BadInput, match=r"needed  an \.npy file"):
+        read(make_params, given)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("kind", ["ipc", "stream"])
+def test_an_arrow_file_that_points_beyond_its_end_is_bad_input(
+    make_params: MakeParams, tmp_path: Path, kind: str
+) -> None:
+    given = write(tmp_path, kind, {"id": [1, 2], "embedding": [[1, 2, 3], [4, 5, 6]]})
+    path = tmp_path / FILES[kind]
+    offsets = np.array([0, 3, 6], dtype=np.int32).tobytes()
+    assert path.read_bytes().count(offsets) == 1
+    path.write_bytes(path.read_bytes().replace(offsets, np.array([0, 3, 2**30], dtype=np.int32).tobytes()))
+    with pytest.raises(BadInput, match="needed  an Arrow file"):
+        read(make_params, given)
+
+
+@pytest.mark.parametrize(
+    ("rest", "fault"),
+    [
+        ('"embedding": ' + "[" * 100_000, "not JSON: too many brackets within each other"),
+        ('"embedding": [' + "1" * 5000 + ", 2, 3]}", "not JSON: a number of too many digits"),
+        ('"embedding": "' + "[" * 100_000 + '"}', "no vector, 3 dimensions needed"),
+        ('"embedding": "[' + "1" * 5000 + ',2,3]"}', "no vector, 3 dimensions needed"),
+        ('"embedding": [1, 2, 3], "text_hash": 9999999999999}', "text_hash is not the hex of 16 bytes"),
+        ('"embedding": [1, 2, 3], "text": 7}', "its text: no text"),
+    ],
+    ids=["brackets", "digits", "brackets in a text", "digits in a text", "a hash of 9 TB", "a number for a text"],
+)
+def test_a_line_that_is_made_to_break_the_reader_is_told_as_others_are(
+    make_params: MakeParams, tmp_path: Path, rest: str, fault: str
+) -> None:
+    (tmp_path / "vectors.jsonl").write_text('{"id": 1, ' + rest + '\n{"id": 2, "embedding": [1, 2, 3]}\n')
+    (found,) = read(make_params, {"source": "file", "callable": None, "file": "vectors.jsonl"})
+    assert found.faults == {0: fault} | ({1: "text_hash is not the hex of 16 bytes"} if "hash" in fault else {})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_line_without_an_end_is_bad_input(
+    make_params: MakeParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(sources, "LONGEST_LINE", 1000)
+    given = write(tmp_path, kind, {"id": [1], "embedding": [[1, 2, 3]]})
+    with (tmp_path / FILES[kind]).open("a") as file:
+        file.write("x" * 2000)
+    with pytest.raises(BadInput, match="line 2 has more than 1000 characters" if kind == "jsonl" else "line 3 has"):
         read(make_params, given)
 
 

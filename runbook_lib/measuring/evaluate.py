@@ -22,6 +22,7 @@ from runbook_lib.names import names, spelled
 from runbook_lib.params import Params
 from runbook_lib.params.section import LONE_SURROGATE, unsound
 from runbook_lib.sql import load
+from runbook_lib.vectors.sources import read_json
 
 SQL = load("evaluate")
 
@@ -169,15 +170,11 @@ def _records(path: Path, problems: _Problems, needed: str) -> Iterator[tuple[int
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.add(path, number, f"not JSON: {error.msg} at column {error.colno}", needed)
-            continue
+        record, fault = read_json(line)
         if isinstance(record, dict):
             yield number, record
         else:
-            problems.add(path, number, f"a JSON {type(record).__name__}", needed)
+            problems.add(path, number, fault or f"a JSON {type(record).__name__}", needed)
 
 
 def _name(value: object) -> str | None:

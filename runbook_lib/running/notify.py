@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from runbook_lib.params import Params
 from runbook_lib.running.manifest import Manifest, Status
@@ -75,15 +76,34 @@ def _by_webhook(params: Params, name: str, content: bytes) -> str:
     url = os.environ.get(name)
     if not url:
         return f"{name} is not set"
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not url.lower().startswith(("http://", "https://")):
         return f"{name} is not an http or https address"
+    said: list[str] = []
+    timeout_s = params.notify.timeout_s
+    # On a thread: the timeout of a socket begins again with every byte, and a name's look-up has none.
+    thread = threading.Thread(target=lambda: said.append(_post(url, content, timeout_s)), daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return said[0] if said else f"no end within {timeout_s:g} s"
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The address is the operator's choice; where its server would send us is not."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _post(url: str, content: bytes, timeout_s: float) -> str:
     headers = {"Content-Type": "application/json"}
+    opener = urllib.request.build_opener(_NoRedirects)
     try:
-        request = urllib.request.Request(url, content, headers, method="POST")  # noqa: S310 - checked above
-        with urllib.request.urlopen(request, timeout=params.notify.timeout_s):  # noqa: S310
+        request = urllib.request.Request(url, content, headers, method="POST")  # noqa: S310 - checked by the caller
+        with opener.open(request, timeout=timeout_s):
             return ""
     except urllib.error.HTTPError as error:
-        return f"HTTP status {error.code}"
-    except (OSError, ValueError) as error:
+        followed = ", a redirect, which is not followed" if 300 <= error.code < 400 else ""
+        return f"HTTP status {error.code}{followed}"
+    except (OSError, ValueError, HTTPException) as error:
         # Without its text, in which the address may stand.
         return type(getattr(error, "reason", error)).__name__

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +28,13 @@ PROBES = ["a user's session", "the session of a user expires and the cookie stay
 # What rounding to float32 and back leaves of a length of 1, with room to spare.
 LENGTH_TOLERANCE = 1e-3
 LONGEST_ERROR = 500
+# Kinds of numpy's types that are read: float, int, unsigned; objects, if they are numbers.
+NUMBERS = "fiuO"
+NOT_EMBEDDED = "the rows of this batch have no vectors; what was done before them is kept"
+
+
+class ModelAway(RunbookError):
+    """The model fails on harmless texts too, so no row is to blame."""
 
 
 class Query(Protocol):
@@ -109,7 +118,7 @@ def said(error: Exception) -> str:
 def embed_each(ask: Model, texts: list[str]) -> Embedded:
     """Embeds what the model takes: a batch that fails is halved until the texts that are to blame stand alone.
 
-    Where the model does not take the harmless probes either it is away, and its error rises.
+    Where the model does not take the harmless probes either, it raises ModelAway.
     """
     try:
         return Embedded(list(range(len(texts))), ask(texts), {})
@@ -119,8 +128,14 @@ def embed_each(ask: Model, texts: list[str]) -> Embedded:
     except Exception as error:
         try:
             ask(PROBES)
-        except Exception:
-            raise error from None
+        except Exception as of_probes:
+            # Of the first error its type alone: what it says may quote a row.
+            raise ModelAway(
+                found=f"{type(error).__name__} on {len(texts)} texts; on {len(PROBES)} probe texts {said(of_probes)}",
+                needed="vectors for the probe texts",
+                danger=NOT_EMBEDDED,
+                do="see to the model, and run this phase again: it goes on where it was",
+            ) from None
         return _halved(ask, texts, error)
 
 
@@ -177,20 +192,49 @@ def _callable(name: str) -> Model:
         raise _cannot_load(
             f"source: callable ({name})", f"{function_name} is {_a(found)}, not a function", needed, do
         )
-    function = cast(Callable[[list[str]], Any], found)
+    function, dimensions = cast(Callable[[list[str]], Any], found), set[int]()
 
     def embed(texts: list[str]) -> Vectors:
-        vectors = np.asarray(function(texts), dtype=np.float32)
+        given = _apart(function, list(texts))
+        try:
+            vectors = np.asarray(given)
+            if vectors.dtype.kind not in NUMBERS:
+                raise TypeError
+            vectors = vectors.astype(np.float32, copy=False)
+        except (TypeError, ValueError) as error:
+            found = f"{_a(given)}, no array of numbers, for {len(texts)} texts"
+            raise _not_one_a_text(name, len(texts), found) from error
         if vectors.ndim != 2 or len(vectors) != len(texts):
-            raise _cannot_load(
-                f"source: callable ({name})",
-                f"an array of shape {vectors.shape} for {len(texts)} texts",
-                f"shape ({len(texts)}, dimension): one row a text",
-                "let the function return one vector for each text, in their order",
-            )
+            raise _not_one_a_text(name, len(texts), f"an array of shape {vectors.shape} for {len(texts)} texts")
+        dimensions.add(vectors.shape[1])
+        if len(dimensions) > 1:
+            raise _not_one_a_text(name, len(texts), f"vectors of {' and of '.join(map(str, dimensions))} dimensions")
         return vectors
 
     return embed
+
+
+def _apart(function: Callable[[list[str]], Any], texts: list[str]) -> Any:
+    """Calls the user's function. What it prints may quote texts and is dropped: the record must not hold any. A child
+    that it has forked, and that comes back, ends here: it would work on with this process's connections.
+    """
+    process = os.getpid()
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return function(texts)
+    finally:
+        if os.getpid() != process:
+            os._exit(1)
+
+
+def _not_one_a_text(name: str, texts: int, found: str) -> BadInput:
+    return _cannot_load(
+        f"source: callable ({name})",
+        found,
+        f"shape ({texts}, dimension): one row a text",
+        "let the function return one vector for each text, in their order",
+        NOT_EMBEDDED,
+    )
 
 
 def check_dimension(params: Params) -> Gate:
@@ -320,6 +364,7 @@ def _a(value: object) -> str:
     return f"of type {type(value).__name__}"
 
 
-def _cannot_load(subject: str, found: str, needed: str, do: str) -> BadInput:
-    danger = "no text could be embedded; nothing was started"
+def _cannot_load(
+    subject: str, found: str, needed: str, do: str, danger: str = "no text could be embedded; nothing was started"
+) -> BadInput:
     return BadInput([Gate("embed.model_can_be_loaded", Verdict.FAIL, subject, found, needed, danger, do)])

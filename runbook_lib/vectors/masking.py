@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import FrameType
 from typing import Any, Protocol
 
 import phonenumbers
@@ -23,7 +27,8 @@ from runbook_lib.params.data import Masking
 # (start, end) of every value of one kind in a text.
 Finder = Callable[[str], Iterable[tuple[int, int]]]
 
-EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
+# Tried once in a run of such characters: tried at each of them, a long run would take the square of its length.
+EMAIL = re.compile(r"(?<![\w.+-])[.+-]*(\w[\w.+-]*@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b)")
 CARD = re.compile(r"(?<![\d.])(?:\d[ -]?){12,18}\d(?![\d.])")
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 IP_V4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])")
@@ -31,11 +36,14 @@ IP_V6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w
 # Prefixes that their makers publish so that scanners find them; below, anything as long and as mixed as a key.
 KNOWN_TOKEN = re.compile(
     r"\b(?:AKIA[0-9A-Z]{16}|gh[pousr]_\w{36,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{35}|[rs]k_(?:live|test)_\w{16,})\b"
-    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
+    r"|(?<![\w-])eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
 )
 LONG_TOKEN = re.compile(r"(?<![\w-])[\w-]{32,}(?![\w-])", re.ASCII)
 # An international number without its + cannot be told from an order number: it needs masking.phone_region.
 ONLY_INTERNATIONAL = None
+# A text takes milliseconds, unless an expression tries every way to read it.
+LONGEST_SEARCH_S = 10.0
 
 
 def _passes_luhn(digits: str) -> bool:
@@ -75,7 +83,7 @@ def _found(text: str, pattern: re.Pattern[str], holds: Callable[[str], bool]) ->
 
 def _emails(text: str) -> Iterable[tuple[int, int]]:
     # Looking for the sign first is a hundred times cheaper than the expression, and most texts have none.
-    return (m.span() for m in EMAIL.finditer(text)) if "@" in text else ()
+    return (m.span(1) for m in EMAIL.finditer(text)) if "@" in text else ()
 
 
 def _ibans(text: str) -> Iterator[tuple[int, int]]:
@@ -142,13 +150,45 @@ def rules(masking: Masking) -> tuple[Rule, ...]:
     """
     finders = FINDERS | {"phone": _phones(masking.phone_region)}
     wanted = [Rule(name, finder) for name, finder in finders.items() if name in masking.rules]
-    wanted += [Rule(name, _pattern(pattern)) for name, pattern in masking.patterns.items()]
+    wanted += [Rule(name, _pattern(name, pattern)) for name, pattern in masking.patterns.items()]
     return (*wanted, Rule("named_entity", _named_entities())) if masking.named_entities else tuple(wanted)
 
 
-def _pattern(pattern: str) -> Finder:
+def _pattern(name: str, pattern: str) -> Finder:
     compiled = re.compile(pattern)
-    return lambda text: (m.span() for m in compiled.finditer(text) if m.group())
+
+    def find(text: str) -> list[tuple[int, int]]:
+        try:
+            with _bounded(LONGEST_SEARCH_S):
+                return [m.span() for m in compiled.finditer(text) if m.group()]
+        except TimeoutError as error:
+            found = f"not through a text of {len(text)} characters in {LONGEST_SEARCH_S:g} s of processor time"
+            needed = "an expression whose time grows with the text, not with the ways to read it"
+            do = "write it without a repetition inside a repetition: (a+)+ finds what a+ does"
+            raise BadInput([_cannot_mask(found, do, f"masking.patterns.{name}", needed)]) from error
+
+    return find
+
+
+@contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError after so many seconds of processor time. Python's re gives way to signals alone, which only
+    the main thread takes; ITIMER_VIRTUAL is used by nothing else here.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, over)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 class _Analyzer(Protocol):
@@ -179,10 +219,14 @@ def _analyzer() -> _Analyzer:
         raise BadInput([_cannot_mask(f"{type(error).__name__}: {error}", do)]) from error
 
 
-def _cannot_mask(found: str, do: str) -> Gate:
-    danger = "names would leave for the model unmasked; no text was sent"
-    needed = "presidio-analyzer with a language model"
-    return Gate("masking.rules_can_be_applied", Verdict.FAIL, "masking.named_entities", found, needed, danger, do)
+def _cannot_mask(
+    found: str,
+    do: str,
+    subject: str = "masking.named_entities",
+    needed: str = "presidio-analyzer with a language model",
+) -> Gate:
+    danger = "values would leave for the model unmasked; no text of this batch was sent"
+    return Gate("masking.rules_can_be_applied", Verdict.FAIL, subject, found, needed, danger, do)
 
 
 def mask(texts: Sequence[str], wanted: Sequence[Rule]) -> tuple[list[str], Counter[str]]:

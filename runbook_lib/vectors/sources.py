@@ -9,9 +9,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import tokenize
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,9 @@ HASH_COLUMN, TEXT_COLUMN = "text_hash", "text"
 READ_BUFFER_BYTES = 8 * 1024 * 1024
 # csv's own limit would cut vectors of more than about 6,000 digits' worth of numbers.
 LONGEST_FIELD = 16 * 1024 * 1024
-ARROW_FILE_MAGIC = b"ARROW1"
+# A line is read whole before it is looked at; one without an end would take all memory.
+LONGEST_LINE = 64 * 1024 * 1024
+ARROW_FILE_MAGIC, NPY_MAGIC = b"ARROW1", b"\x93NUMPY"
 INTEGERS = {"smallint": 2**15, "integer": 2**31, "bigint": 2**63}
 
 
@@ -90,10 +95,21 @@ def read(file: Wanted) -> Iterator[Rows]:
     readers = {"parquet": _parquet, "arrow": _arrow, "npy": _npy, "jsonl": _json_lines, "csv": _csv}
     try:
         yield from readers[file.format](file)
-    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, MemoryError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
         kind = {"parquet": "a Parquet file", "arrow": "an Arrow file", "npy": "an .npy file"}
         needed = kind.get(file.format, "a file in UTF-8" if isinstance(error, UnicodeDecodeError) else "a file")
-        raise bad_file(file.path, " ".join(str(error).split()), needed, "nothing could be loaded") from error
+        found = " ".join(str(error).split()) or "more than fits into memory"
+        raise bad_file(file.path, found, needed, "nothing could be loaded") from error
+
+
+def lines_of(path: Path, *, encoding: str = "utf-8", newline: str | None = None) -> Iterator[str]:
+    """The lines of a text file, each of bounded length. Raises BadInput for a longer one."""
+    with path.open(encoding=encoding, newline=newline) as lines:
+        for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE), ""), 1):
+            if len(line) == LONGEST_LINE:
+                found = f"line {number} has more than {LONGEST_LINE} characters"
+                raise bad_file(path, found, "a row a line", "nothing could be loaded")
+            yield line
 
 
 def bad_file(path: Path | str, found: str, needed: str, danger: str) -> BadInput:
@@ -141,6 +157,8 @@ def _check_arrow(file: Wanted, schema: pa.Schema) -> list[str]:
 def _from_arrow(file: Wanted, batches: Iterable[pa.RecordBatch]) -> Iterator[Rows]:
     first = 1
     for whole in batches:
+        # Arrow believes what a file says of itself, and reads beyond its end.
+        whole.validate(full=True)
         for start in range(0, whole.num_rows, file.rows):
             batch = whole.slice(start, file.rows)
             vectors, faults = _arrow_vectors(batch.column(EMBEDDING_COLUMN), file.dimension)
@@ -173,10 +191,7 @@ def _length_fault(found: int, dimension: int) -> str:
 
 def _npy(file: Wanted) -> Iterator[Rows]:
     """The vectors are mapped, not read: a row that is staged already costs no disk."""
-    try:
-        vectors = np.load(file.path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise bad_file(file.path, " ".join(str(error).split()), "an .npy file", "nothing could be loaded") from error
+    vectors = _mapped(file.path)
     if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
         found, needed = f"{vectors.dtype} of shape {vectors.shape}", "floats of shape (rows, dimensions)"
         raise bad_file(file.path, found, needed, "numbers would be misread")
@@ -200,13 +215,27 @@ def _npy(file: Wanted) -> Iterator[Rows]:
         raise bad_file(str(file.ids_file), found, "a key for each vector", danger)
 
 
+def _mapped(path: Path) -> NDArray[Any]:
+    """The array of an .npy file. Nothing is ever unpickled, since a pickle runs what it holds."""
+    with path.open("rb") as content:
+        magic = content.read(len(NPY_MAGIC))
+    try:
+        if magic != NPY_MAGIC:
+            raise ValueError("another format: a pickle or an archive, perhaps; it was not opened")
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, RecursionError, tokenize.TokenError) as error:
+        raise bad_file(path, " ".join(str(error).split()), "an .npy file", "nothing could be loaded") from error
+    return array
+
+
 def _ids(file: Wanted) -> Iterator[Any]:
     path = Path(str(file.ids_file))
     if path.suffix != ".npy":
-        with path.open(encoding="utf-8") as lines:
-            yield from (line.rstrip("\r\n") for line in lines)
+        yield from (line.rstrip("\r\n") for line in lines_of(path))
         return
-    ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    ids = _mapped(path)
+    if ids.ndim != 1:
+        raise bad_file(path, f"keys of shape {ids.shape}", "a key for each vector", "rows cannot be told")
     for start in range(0, len(ids), file.rows):
         yield from ids[start : start + file.rows].tolist()
 
@@ -217,42 +246,47 @@ _Record = tuple[int, Any, Any, Any, Any, str]
 
 def _json_lines(file: Wanted) -> Iterator[Rows]:
     def records() -> Iterator[_Record]:
-        with file.path.open(encoding="utf-8") as lines:
-            for place, line in enumerate(lines, 1):
-                if not (line := line.rstrip()):
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield place, None, None, None, None, f"not JSON: {error.msg} at column {error.colno}"
-                    continue
-                if not isinstance(record, dict):
-                    yield place, None, None, None, None, f"a JSON {type(record).__name__}, not an object"
-                    continue
-                get = record.get
-                yield place, get(file.key), get(EMBEDDING_COLUMN), get(HASH_COLUMN), get(TEXT_COLUMN), ""
+        for place, line in enumerate(lines_of(file.path), 1):
+            if not (line := line.rstrip()):
+                continue
+            record, fault = read_json(line)
+            if not fault and not isinstance(record, dict):
+                fault = f"a JSON {type(record).__name__}, not an object"
+            get = {}.get if fault else record.get
+            yield place, get(file.key), get(EMBEDDING_COLUMN), get(HASH_COLUMN), get(TEXT_COLUMN), fault
 
     yield from _from_records(file, records())
 
 
+def read_json(text: str) -> tuple[Any, str]:
+    """The value that a text holds, and what is wrong with it, empty if nothing is."""
+    try:
+        return json.loads(text), ""
+    except json.JSONDecodeError as error:
+        return None, f"not JSON: {error.msg} at column {error.colno}"
+    except RecursionError:
+        return None, "not JSON: too many brackets within each other"
+    except ValueError:
+        return None, "not JSON: a number of too many digits"
+
+
 def _csv(file: Wanted) -> Iterator[Rows]:
     csv.field_size_limit(LONGEST_FIELD)
-    with file.path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines)
-        header = next(reader, [])
-        _check_columns(file, header)
-        at = [header.index(c) if c in header else -1 for c in (file.key, EMBEDDING_COLUMN, HASH_COLUMN, TEXT_COLUMN)]
+    reader = csv.reader(lines_of(file.path, encoding="utf-8-sig", newline=""))
+    header = next(reader, [])
+    _check_columns(file, header)
+    at = [header.index(c) if c in header else -1 for c in (file.key, EMBEDDING_COLUMN, HASH_COLUMN, TEXT_COLUMN)]
 
-        def records() -> Iterator[_Record]:
-            for row in reader:
-                if len(row) == len(header):
-                    key, vector, text_hash, text = (row[i] if i >= 0 else None for i in at)
-                    yield reader.line_num, key or None, vector, text_hash, text, ""
-                elif row:
-                    fault = f"{len(row)} fields, {len(header)} needed"
-                    yield reader.line_num, None, None, None, None, fault
+    def records() -> Iterator[_Record]:
+        for row in reader:
+            if len(row) == len(header):
+                key, vector, text_hash, text = (row[i] if i >= 0 else None for i in at)
+                yield reader.line_num, key or None, vector, text_hash, text, ""
+            elif row:
+                fault = f"{len(row)} fields, {len(header)} needed"
+                yield reader.line_num, None, None, None, None, fault
 
-        yield from _from_records(file, records())
+    yield from _from_records(file, records())
 
 
 def _from_records(file: Wanted, records: Iterator[_Record]) -> Iterator[Rows]:
@@ -290,10 +324,7 @@ def stack(values: Sequence[object], dimension: int) -> tuple[Vectors, dict[int, 
 
 def _parsed(text: str) -> object:
     """JSON, pgvector's own notation, or an array as PostgreSQL writes it."""
-    try:
-        return json.loads(text.strip().replace("{", "[").replace("}", "]"))
-    except json.JSONDecodeError:
-        return None
+    return read_json(text.strip().replace("{", "[").replace("}", "]"))[0]
 
 
 def _hashes(
@@ -304,15 +335,16 @@ def _hashes(
         return None
     if hashes is None:
         for i, text in enumerate(texts or ()):
-            if isinstance(text, str) and (why := unsound(text)):
+            if text is not None and (why := unsound(text) if isinstance(text, str) else "no text"):
                 faults[i] = f"its text: {why}"
         return [None if t is None or i in faults else hash_of(t) for i, t in enumerate(texts or ())]
     result: list[bytes | None] = []
     for i, value in enumerate(hashes):
-        try:
-            raw = bytes.fromhex(value.removeprefix("\\x")) if isinstance(value, str) else bytes(value)
-        except (TypeError, ValueError):
-            raw = b""
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = bytes.fromhex(value.removeprefix("\\x"))
+        # Of a number, bytes() would make as many zeros.
+        raw = value if isinstance(value, bytes) else b""
         if len(raw) < HASH_BYTES:
             faults.setdefault(i, f"{HASH_COLUMN} is not the hex of {HASH_BYTES} bytes")
         result.append(raw[:HASH_BYTES])
