@@ -14,7 +14,7 @@ from psycopg import sql
 from runbook_lib import db, search
 from runbook_lib.display import Table, duration
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.measuring import choose, classes, evaluate, exact, explain, replica, sweep, together
+from runbook_lib.measuring import choose, classes, diagnose, evaluate, exact, explain, replica, sweep, together
 from runbook_lib.measuring.choose import Choice
 from runbook_lib.measuring.classes import Asked, FilterClass
 from runbook_lib.measuring.prepared import reads_index
@@ -189,14 +189,28 @@ def _in_turn(asked: Mapping[FilterClass, list[Asked]]) -> Iterator[tuple[FilterC
 
 
 def _ways_to_try(phase: Phase, connection: db.Connection, question: Asked) -> list[Way]:
-    """Ways to search without a filter; none where PostgreSQL cannot use the index for it."""
+    """Ways to search without a filter; none where PostgreSQL cannot use the index for it.
+
+    On a table so small that reading it whole is cheaper there is one, the most thorough: none can be measured through
+    the index, and it is this one that serves when the table has grown.
+    """
     method = phase.params.index.method
     limit = search.MOST_SCANNED_DEFAULT[method]
     ways = [Way("index", n, search.ITERATIVE[method][1], limit) for n in settings_to_try(phase)]
     statement = search.route_statement(phase.connection, phase.params, "vector")
     filters: dict[str, Any] = dict.fromkeys(phase.params.target.filters)
     values = filters | {"query": question.text, "k": phase.params.queries.k, "embedding": question.vector}
-    return ways if uses_index(connection, phase, statement, values) else []
+    if uses_index(connection, phase, statement, values):
+        return ways
+    return [way for way in ways[-1:] if _is_too_small(phase, connection, way)]
+
+
+def _is_too_small(phase: Phase, connection: db.Connection, way: Way) -> bool:
+    """Could the index serve these searches, and is a small table read sooner than the index is entered?"""
+    with connection.transaction():
+        sweep.set_way(phase, connection, way)
+        cause = diagnose.diagnose(phase, connection, explain.function_query(phase), "custom")
+    return cause.name == diagnose.TOO_SMALL
 
 
 def _carry_into_function(phase: Phase, tuning: Tuning) -> None:
@@ -263,19 +277,22 @@ def _target_is_reached(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
         "tune.target_recall_is_reached",
         bool(first["chosen"]) and first["chosen"]["recall"] >= target if first["points"] else None,
         index_name(phase.params),
-        found=_said(phase, shown) if shown else "no setting was measured through the index",
+        found=_said(phase, shown) if shown else "PostgreSQL does not use the index, at any setting",
         needed=f"recall {target}, no query short of rows",
         danger="the index would hide answers that exact search finds",
-        do=first["advice"] or "try higher settings in tune, or rebuild with a higher m and ef_construction",
+        do=(first["advice"] if first["points"] else "see the gates of explain, which name the cause")
+        or "try higher settings in tune, or rebuild with a higher m and ef_construction",
         figures=dict(shown) if shown else {},
     )
 
 
 def _said(phase: Phase, m: dict[str, Any]) -> str:
     setting = "exact" if m["scan"] == "exact" else f"{search.SETTING[phase.params.index.method]} {m['candidates']}"
+    whole = m["scan"] != "exact" and sweep.VECTOR_INDEX not in m["plan"]
     return (
         f"recall@{phase.params.queries.k} {m['recall']:.3f} ({m['low']:.3f} to {m['high']:.3f}) at {setting},"
         f" p50 {m['p50_ms']:.2f} ms, {m['rows_short']} of {m['questions']} queries short"
+        + (f"; {choose.SO_SMALL}" if whole else "")
     )
 
 
@@ -302,15 +319,14 @@ def _function_has_settings(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
     """All of them: a strategy's settings end with the call only where the function has a SET for each."""
     found = search.function_state(phase)
     settings = [s for s in (found["settings"] or [] if found else []) if not s.startswith("search_path")]
-    wanted = [
-        f"{name}={value}" for name, value in search.settings(phase.params, tuning["chosen"] if tuning else None)
-    ]
+    chosen = tuning["chosen"] if tuning else None
+    wanted = [f"{name}={value}" for name, value in search.settings(phase.params, chosen or 0)]
     return gate(
         "tune.function_carries_the_setting",
-        sorted(settings) == sorted(wanted),
+        sorted(settings) == sorted(wanted) if chosen else None,
         phase.params.function_name,
         found=", ".join(settings) or "no index setting",
-        needed=", ".join(wanted),
+        needed=", ".join(wanted) if chosen else "the setting that was chosen; none was",
         danger="the application would search with another setting than the one that was measured",
         do="run 70_tune again",
     )
@@ -319,12 +335,13 @@ def _function_has_settings(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
 def _function_has_strategies(phase: Phase, tuning: dict[str, Any] | None) -> list[Gate]:
     """The strategy table says what was chosen, value by value."""
     filters = _filters(phase)
-    if not filters:
+    if not filters or not (tuning and tuning["chosen"]):
+        # Strategies are carried together with the setting, whose gate says that none was chosen.
         return []
     found = db.rows(phase.connection, search.SQL["strategies"], phase.params)
     has = {(r["filter"], r["value"]): _way(r) for r in found}
-    measured = tuning["classes"][1:] if tuning else []
-    wanted = {(c["column"], v): _way(c["chosen"]) for c in measured for v in (list(c["shares"]) or [None])}
+    classes_of_filters = tuning["classes"][1:]
+    wanted = {(c["column"], v): _way(c["chosen"]) for c in classes_of_filters for v in (list(c["shares"]) or [None])}
     wrong = [f"{c} = {v}: not as chosen" for (c, v), way in wanted.items() if has.get((c, v)) != way]
     wrong += [f"{c}: nothing for values that are not listed" for c in filters if (c, None) not in has]
     return [

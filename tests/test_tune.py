@@ -1,5 +1,6 @@
 """Phase 70: the cheapest way that reaches the target, per filter class; written down, carried, taken back."""
 
+import re
 from collections.abc import Callable
 from io import StringIO
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from IPython.lib.pretty import RepresentationPrinter
 
 from runbook_lib import backfill, db, extension, index, schema, search, staging, tune
-from runbook_lib.measuring import choose, classes, exact, found, sweep
+from runbook_lib.measuring import choose, classes, diagnose, exact, found, sweep
 from runbook_lib.phase import Phase
 from tests.opened import gates_passed
 from tests.test_search import FILTERED, call
@@ -90,7 +91,14 @@ def test_the_interval_is_never_certain_and_knows_that_misses_come_together() -> 
 
 @pytest.mark.parametrize(
     ("figures", "reaches"),
-    [({}, True), ({"low": 0.94}, False), ({"worst": 0.9}, False), ({"rows_short": 1}, False)],
+    [
+        ({}, True),
+        ({"low": 0.94}, False),
+        ({"worst": 0.9}, False),
+        ({"rows_short": 1}, False),
+        ({"low": 0.94, "plan": "whole table"}, True),
+        ({"low": 0.94, "plan": "vector index, whole table"}, False),
+    ],
 )
 def test_a_way_reaches_the_target_only_with_confidence_for_every_value_and_full_pages(
     figures: dict[str, Any], reaches: bool
@@ -126,6 +134,52 @@ def test_tuning_is_measured_written_down_and_carried_into_the_function(ready: Ca
     shown = StringIO()
     RepresentationPrinter(shown).pretty(found)
     assert "status, 1 to 10 %" in shown.getvalue() and "Choice(" not in shown.getvalue()
+
+
+@pytest.mark.parametrize("method", ["hnsw", "ivfflat"])
+@pytest.mark.parametrize("layout", ["column", "side_table"])
+def test_a_table_so_small_that_a_scan_is_cheaper_passes_and_says_so(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], layout: str, method: str
+) -> None:
+    articles.execute("DELETE FROM articles WHERE id NOT IN (5, 7, 10, 200)")
+    tries = FEW | {"probes": [1, 2], "target_recall": 0.95}
+    phase = ready(tune=tries, vector={"layout": layout}, index={"method": method})
+    assert "reads the whole table" in str(tune.apply(phase))
+    found = {g.name: g for g in tune.verify(phase)}
+    assert {g.verdict for g in found.values()} == {"PASS"}
+    gate = found["tune.target_recall_is_reached"]
+    # The most thorough is carried: it serves once the table has grown.
+    value = {"hnsw": "hnsw.ef_search 60", "ivfflat": "ivfflat.probes 2"}[method]
+    assert re.sub(r"p50 [\d.]+", "p50 0.10", gate.found) == (
+        f"recall@10 1.000 (0.958 to 1.000) at {value}, p50 0.10 ms, 0 of 22 queries short; PostgreSQL reads the whole"
+        " table, which is cheaper than the index while it is so small. Run 70_tune again when it has grown"
+    )
+
+
+def test_where_nothing_was_chosen_no_setting_is_asked_for(ready: Callable[..., Phase]) -> None:
+    phase = ready()
+    assert [str(g) for g in tune.verify(phase) if "function_" in g.name and g.name.startswith("tune")] == [
+        "UNKNOWN tune.function_carries_the_setting   search_articles\n"
+        "  found   no index setting\n"
+        "  needed  the setting that was chosen; none was\n"
+        "  danger  the application would search with another setting than the one that was measured\n"
+        "  do      run 70_tune again"
+    ]
+
+
+def test_an_index_that_is_not_used_on_a_table_that_is_not_small_is_not_measured(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnose, "SMALL_TABLE_ROWS", 1)
+    articles.execute("DELETE FROM articles WHERE id > 4")
+    phase = ready()
+    tune.apply(phase)
+    failed = {g.name: g for g in tune.verify(phase).failed}
+    assert (failed["tune.target_recall_is_reached"].found, failed["tune.target_recall_is_reached"].do) == (
+        "PostgreSQL does not use the index, at any setting",
+        "see the gates of explain, which name the cause",
+    )
+    assert "explain.function_searches_by_the_index" in failed
 
 
 def test_a_target_out_of_reach_fails_and_says_what_to_build(ready: Callable[..., Phase]) -> None:

@@ -216,6 +216,20 @@ def test_a_day_without_any_scan_is_found(open_phase: Open) -> None:
     assert watch._index_is_used(phase, seen | {"at_s": 100_000.0, "route": "legacy"}).verdict == "PASS"
 
 
+def test_a_table_so_small_that_it_is_read_whole_needs_no_scan(
+    tuned: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    articles.execute("DELETE FROM articles WHERE id > 4")
+    phase = tuned()
+    search.move_route(phase, "vector", 100, "test")
+    phase.note("watch", watch._seen(phase) | {"at": "2026-01-02 00:00", "at_s": 0.0})
+    used = {g.name: g for g in watch.look(phase)}["watch.index_is_used"]
+    assert (used.verdict, used.found) == (
+        "PASS",
+        "0 index scans since 2026-01-02 00:00; a table so small is read whole",
+    )
+
+
 def test_runbook_check_ends_with_1_where_the_search_regressed(
     tuned: Callable[..., Phase], articles: psycopg.Connection[Any], tmp_path: Path
 ) -> None:

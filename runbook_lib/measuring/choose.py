@@ -25,6 +25,10 @@ AS_CHEAP = 1.1
 SLOW_MS = 5.0
 # More values than this call for partitions, not for an index each.
 MOST_PARTIAL_INDEXES = 4
+SO_SMALL = (
+    "PostgreSQL reads the whole table, which is cheaper than the index while it is so small. Run 70_tune again when"
+    " it has grown"
+)
 # What most guides recommend: pgvector's README, "Filtering" and "Iterative Index Scans".
 PRACTICE = {
     "hnsw": Way("index", 100, "strict_order", search.MOST_SCANNED_DEFAULT["hnsw"]),
@@ -152,6 +156,8 @@ def _advice(phase: Phase, of: FilterClass, points: Sequence[Measured], chosen: M
     """What would make this class fast, with the measured reason and the statement; empty where nothing is needed."""
     if chosen is None:
         return _denser_index(phase, points)
+    if not of.columns and chosen.reads_every_row:
+        return SO_SMALL
     if not of.columns or chosen.way.scan != "exact" or chosen.p50_ms <= SLOW_MS:
         return ""
     through = [p for p in points if p.way.scan != "exact"]

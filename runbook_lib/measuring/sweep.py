@@ -75,9 +75,15 @@ class Measured:
         """Were the explained questions answered by the vector index, all of them?"""
         return self.plan == VECTOR_INDEX
 
+    @property
+    def reads_every_row(self) -> bool:
+        """Was no explained question answered by the vector index? Then the answers are exact, however few they be."""
+        return VECTOR_INDEX not in self.plan
+
     def reaches(self, target: float) -> bool:
         """Is the target reached with confidence, for every value, and no question short of rows?"""
-        return self.low >= target and self.worst >= target and not self.rows_short
+        sure = self.recall if self.reads_every_row else self.low
+        return sure >= target and self.worst >= target and not self.rows_short
 
 
 def exact_way(phase: Phase) -> Way:
@@ -107,7 +113,7 @@ def _measure(phase: Phase, connection: db.Connection, way: Way, asked: Sequence[
     seconds: list[float] = []
     returned = wanted = short = 0
     with connection.transaction():
-        _set(phase, connection, way)
+        set_way(phase, connection, way)
         for question in asked[:WARM_UP]:
             connection.execute(statement, _values(phase, question), prepare=False).fetchall()
         for question in asked:
@@ -139,7 +145,8 @@ def _measure(phase: Phase, connection: db.Connection, way: Way, asked: Sequence[
     )
 
 
-def _set(phase: Phase, connection: db.Connection, way: Way) -> None:
+def set_way(phase: Phase, connection: db.Connection, way: Way) -> None:
+    """The settings of a way, for the transaction that is open."""
     method = phase.params.index.method
     for name, value in (
         (search.SETTING[method], str(way.candidates)),

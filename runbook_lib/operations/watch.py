@@ -17,7 +17,7 @@ from runbook_lib.display import Table, duration, number, size
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.ledger import Ledger, only_the_owner_wrote
-from runbook_lib.measuring import drift, evaluate, explain, recall, replica, standing
+from runbook_lib.measuring import diagnose, drift, evaluate, explain, recall, replica, standing
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.names import names, spelled
@@ -68,8 +68,11 @@ def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
     yield only_the_owner_wrote(phase.ledger.connection, phase.params)
     yield _route_is_as_set(phase)
     yield from (g for g in index.verify(phase) if g.name in STANDING_INDEX_GATES)
+    read_whole = False
     if vector_indexes(phase.connection, phase.params):
-        yield from explain.gates(phase)
+        planned = explain.gates(phase)
+        read_whole = any(g.figures.get("cause") == diagnose.TOO_SMALL for g in planned)
+        yield from planned
         yield _recall_holds(phase)
         yield from _recall_holds_by_filter(phase)
         yield from drift.gates(phase)
@@ -78,7 +81,7 @@ def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
     yield from _rows_are_fresh(phase, captured)
     if captured:
         yield _queue_is_young(phase)
-    yield _index_is_used(phase, seen)
+    yield _index_is_used(phase, seen, read_whole=read_whole)
     yield _dead_rows_are_few(phase)
     yield _index_is_lean(phase, seen)
     yield _settings_hold(phase, seen)
@@ -286,8 +289,11 @@ def _queue_is_young(phase: Phase) -> Gate:
     )
 
 
-def _index_is_used(phase: Phase, seen: dict[str, Any]) -> Gate:
-    """Fails where calls were made and no scan was, or where a day has gone by without any."""
+def _index_is_used(phase: Phase, seen: dict[str, Any], *, read_whole: bool = False) -> Gate:
+    """Fails where calls were made and no scan was, or where a day has gone by without any.
+
+    read_whole: the table is so small that PostgreSQL reads it whole, and rightly.
+    """
     last = phase.ledger.latest("watch")
     scans = seen["scans"] - last["scans"] if last else seen["scans"]
     calls = (
@@ -297,9 +303,11 @@ def _index_is_used(phase: Phase, seen: dict[str, Any]) -> Gate:
     since = f" since {last['at'][:16]}" if last else " so far; this is the first look"
     return gate(
         "watch.index_is_used",
-        scans > 0 or seen["route"] in (None, "legacy") or not (idle or calls),
+        scans > 0 or read_whole or seen["route"] in (None, "legacy") or not (idle or calls),
         phase.params.function_name,
-        found=f"{number(scans)} index scans{since}" + (f", {number(calls)} calls" if calls is not None else ""),
+        found=f"{number(scans)} index scans{since}"
+        + (f", {number(calls)} calls" if calls is not None else "")
+        + ("; a table so small is read whole" if read_whole else ""),
         needed="scans wherever there are calls, and some every day",
         danger="the reads do not go where the route says: every write pays for an index that no search uses",
         do="look at explain's gates above, and at whether the application calls the function",
