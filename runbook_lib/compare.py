@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from psycopg import sql
 
 from runbook_lib import db, search, tune
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, RunbookError, collect, gate
 from runbook_lib.measuring import agreement, evaluate, legacy_calls, replica, slices
 from runbook_lib.measuring.evaluate import Query
-from runbook_lib.names import digits, identifier, names
+from runbook_lib.names import digits
 from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed
@@ -40,8 +39,8 @@ WITHOUT_VECTORS = ("legacy", "fulltext")
 
 
 def systems(phase: Phase) -> list[str]:
-    """What is compared in phase 80; full text alone and hybrid only where there is a full-text column."""
-    if not phase.params.search.fulltext_column:
+    """What is compared in phase 80; full text alone and hybrid only where there is full text."""
+    if not phase.params.search.has_fulltext:
         return ["legacy", "exact", "vector"]
     return ["legacy", "fulltext", "exact", "vector", "hybrid"]
 
@@ -64,7 +63,7 @@ def _connected(phase: Phase, system: str) -> Iterator[db.Connection]:
 def _ask(phase: Phase, system: str, queries: Sequence[Query], vectors: np.ndarray | None, k: int) -> search.Answers:
     p = phase.params
     if system == "fulltext":
-        statement = _fulltext_statement(phase)
+        statement = search.fulltext_statement(phase.connection, p)
     else:
         exact = system == "exact"
         route = "vector" if exact else system
@@ -76,17 +75,6 @@ def _ask(phase: Phase, system: str, queries: Sequence[Query], vectors: np.ndarra
             return search.ask(connection, p, statement, queries, asked, k)
 
     return replica.again(p, ask)
-
-
-def _fulltext_statement(phase: Phase) -> sql.Composed:
-    s = phase.params.search
-    return SQL["fulltext"].compose(
-        names(phase.params)
-        | {
-            "fulltext": identifier(s.fulltext_column or ""),
-            "fulltext_config": sql.SQL("{}::regconfig").format(sql.Literal(s.fulltext_config)),
-        }
-    )
 
 
 @changes

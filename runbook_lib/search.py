@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -106,10 +107,42 @@ def route_statement(
             "k": places["k"],
             **_how_many(params, places["k"], scan),
             "filters": _filters(params, places, column_types(connection, params)),
-            "fulltext": identifier(params.search.fulltext_column or ""),
-            "fulltext_config": sql.SQL("{}::regconfig").format(sql.Literal(params.search.fulltext_config)),
+            **(fulltext_names(connection, params) if route == "hybrid" else {}),
         }
     )
+
+
+def fulltext_names(connection: db.Connection, params: Params) -> dict[str, sql.Composable]:
+    """``{fulltext}``, the tsvector of the row ``t``, and ``{fulltext_config}``, by which a query becomes words.
+
+    An expression is for a ``LATERAL (SELECT {fulltext})`` that sees ``t`` alone: there its names are columns of the
+    row, and the planner finds the index on it.
+    """
+    s = params.search
+    config = text_search_config(connection, params)
+    # A comment may end the expression.
+    document = (
+        sql.SQL("({}\n)").format(verbatim(s.fulltext_expression))
+        if s.fulltext_expression
+        else identifier("t", s.fulltext_column or "")
+    )
+    spelled_config = config["spelled"] if config else s.fulltext_config
+    return {
+        "fulltext": document,
+        "fulltext_config": verbatim(f"{sql.Literal(spelled_config).as_string()}::pg_catalog.regconfig"),
+    }
+
+
+def fulltext_statement(connection: db.Connection, params: Params) -> sql.Composed:
+    """Full text alone: the words half of hybrid, without filters."""
+    return SQL["fulltext"].compose(names(params) | fulltext_names(connection, params))
+
+
+def text_search_config(connection: db.Connection, params: Params, name: str = "") -> db.Row | None:
+    """The configuration of that name, or of the parameters: its oid, and its name spelt whole; None if none is."""
+    values = {"config": name or params.search.fulltext_config, "schema": params.target.schema_}
+    found = db.rows(connection, SQL["text_search_config"], params, **values)
+    return found[0] if found else None
 
 
 def _nearest_first(params: Params, vector: sql.Composable, scan: Scan) -> sql.Composable:
@@ -149,13 +182,13 @@ def _function_names(phase: Phase, retired: bool | None = None) -> dict[str, sql.
         ),
     ]
     using = ["query_text", "query_embedding", "k", *(f"filter_{c}" for c in p.target.filters)]
-    hybrid: Route = "hybrid" if p.search.fulltext_column else "vector"
-    return {
+    hybrid: Route = "hybrid" if p.search.has_fulltext else "vector"
+    made = {
         "arguments": sql.SQL(", ").join(arguments),
         "signature": sql.SQL(", ").join([sql.SQL("text, real[], integer"), *filter_types]),
         "key_type": sql.SQL(types[p.target.key]),
         "using": sql.SQL(", ").join(map(identifier, using)),
-        "search_path": sql.SQL(", ").join(map(identifier, _search_path(phase))),
+        "search_path": sql.SQL(", ").join(map(identifier, function_path(connection, p))),
         # Made again, the function would lose what 70_tune gave it.
         "kept_settings": _set_clauses(carried_settings(phase)),
         "choose_way": _choose_way(p),
@@ -174,6 +207,13 @@ def _function_names(phase: Phase, retired: bool | None = None) -> dict[str, sql.
         "hybrid_exact_query": _as_literal(phase, hybrid, "exact"),
         "legacy_answer": _legacy_answer(phase, legacy_is_retired(phase) if retired is None else retired, using),
     }
+    return made | {"quote": _quote(part.as_string(connection) for part in made.values())}
+
+
+def _quote(parts: Iterable[str]) -> sql.SQL:
+    """The dollar quotes of the function's body: a tag that no statement or name in it ends by chance."""
+    body = "".join(parts)
+    return sql.SQL(next(tag for n in count() if (tag := f"$runbook{n or ''}$") not in body))
 
 
 def _choose_way(params: Params) -> sql.Composable:
@@ -231,22 +271,21 @@ def _users_path(phase: Phase) -> sql.Composable:
     """
     came_with = session.inherited(phase.connection)
     wanted = list(dict.fromkeys([phase.params.target.schema_, *came_with]))
-    if set(wanted) <= set(_search_path(phase)):
+    if set(wanted) <= set(function_path(phase.connection, phase.params)):
         return sql.SQL("")
     path = ", ".join(identifier(schema).as_string() for schema in wanted)
     return sql.SQL("PERFORM pg_catalog.set_config('search_path', {}, true);\n        ").format(sql.Literal(path))
 
 
-def _search_path(phase: Phase) -> list[str]:
-    """pg_catalog first; the table's schema, what the session sees and pgvector's schema, unless others may shadow a
-    name there; pg_temp last.
+def function_path(connection: db.Connection, params: Params) -> list[str]:
+    """The function's search path: pg_catalog first; the table's schema, what the session sees and pgvector's schema,
+    unless others may shadow a name there; pg_temp last.
     """
-    p, connection = phase.params, phase.connection
-    closed_off = {row["schema"] for row in session.open_schemas(connection, (p.extension.schema_,))}
+    closed_off = {row["schema"] for row in session.open_schemas(connection, (params.extension.schema_,))}
     row = connection.execute("SELECT current_schemas(false) AS seen").fetchone()
     # Without pgvector's own schema neither its type nor its operators would be found.
-    closed_off -= {p.extension.schema_, session.pgvectors_schema(connection)}
-    wanted = [p.target.schema_, *(row["seen"] if row else []), p.extension.schema_]
+    closed_off -= {params.extension.schema_, session.pgvectors_schema(connection)}
+    wanted = [params.target.schema_, *(row["seen"] if row else []), params.extension.schema_]
     between = [schema for schema in wanted if schema not in (*closed_off, "pg_catalog", "pg_temp")]
     return ["pg_catalog", *dict.fromkeys(between), "pg_temp"]
 
@@ -290,8 +329,9 @@ def is_as_planned(phase: Phase) -> bool:
     found = function_state(phase)
     if found is None:
         return False
-    text = db.statement(SQL["create_function"], phase.params, _function_names(phase)).text(phase.connection)
-    body = text.split("$runbook$")[1]
+    made = _function_names(phase)
+    text = db.statement(SQL["create_function"], phase.params, made).text(phase.connection)
+    body = text.split(made["quote"].as_string())[1]
     return bool(found["source"] == hashlib.md5(body.encode(), usedforsecurity=False).hexdigest())
 
 

@@ -46,6 +46,8 @@ def test_every_search_is_measured_and_those_of_the_record_are_there(tuned: Calla
 def test_without_a_full_text_column_there_is_neither_fulltext_nor_hybrid(open_phase: Open) -> None:
     phase = open_phase("80_shadow", search={"fulltext_column": None})
     assert compare.systems(phase) == ["legacy", "exact", "vector"]
+    expression = {"fulltext_column": None, "fulltext_expression": "to_tsvector('english', body)"}
+    assert "hybrid" in compare.systems(open_phase("80_shadow", search=expression))
 
 
 def test_losing_classes_are_named_in_the_gate(tuned: Callable[..., Phase]) -> None:

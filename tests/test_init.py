@@ -91,6 +91,44 @@ def test_a_table_it_has_not_seen_gets_a_file_that_passes_every_check(
     assert "A STARTER cut from the table's own titles" in text
 
 
+WORDS = """
+    CREATE SCHEMA app;
+    CREATE TEXT SEARCH CONFIGURATION app."My German" (COPY = german);
+    CREATE FUNCTION app.joined(text, text) RETURNS text IMMUTABLE LANGUAGE sql AS $$SELECT $1 || ' ' || $2$$;
+    SET search_path = public, app;
+    CREATE TABLE notes (id int PRIMARY KEY, title varchar(80) NOT NULL, "Long text" text NOT NULL, kept boolean);
+    INSERT INTO notes SELECT i, 'note ' || i, 'the long text of note ' || i, true FROM generate_series(1, 40) i;
+    CREATE INDEX partly ON notes USING gin (to_tsvector('english', joined(title, "Long text"))) WHERE kept;
+    CREATE INDEX titles ON notes USING gin (to_tsvector('english', title));
+    CREATE INDEX words ON notes USING gist (to_tsvector('app."My German"', joined(title, "Long text")));
+    RESET search_path;
+"""
+
+
+def test_an_index_on_an_expression_of_words_is_found_where_no_column_holds_them(
+    init: Callable[..., tuple[Result, Path]], table: Callable[[str], psycopg.Connection[Any]]
+) -> None:
+    connection = table(WORDS)
+    result, path = init("--table", "notes")
+    assert result.exit_code == 0, result.stderr
+    p = params.load(path)
+    assert p.search.fulltext_column is None
+    assert p.search.fulltext_expression == (
+        'to_tsvector(\'app."My German"\'::regconfig, app.joined((title)::text, "Long text"))'
+    )
+    assert p.search.fulltext_config == 'app."My German"'
+    assert "as the index words has it; others on words: titles" in path.read_text()
+    served = [g for g in inputs.input_problems(p) if g.name.startswith("inputs.fulltext")]
+    assert [(g.found, str(g.verdict)) for g in served] == [
+        ("tsvector", "PASS"),
+        ("there", "PASS"),
+        ("words serves it", "PASS"),
+    ]
+    connection.execute("DROP INDEX words, titles")
+    init("--table", "notes", "--force")
+    assert not params.load(path).search.has_fulltext, "a partial index serves no search of every row"
+
+
 def test_names_that_need_quotes_are_found_and_written(
     init: Callable[..., tuple[Result, Path]], table: Callable[[str], psycopg.Connection[Any]]
 ) -> None:

@@ -222,7 +222,11 @@ def test_a_storage_that_does_not_fit_says_why(tmp_path: Path, sections: dict[str
         ("connection", {"service": "x"}, "give exactly one of dsn_env and service"),
         ("index", {"m": 40}, "ef_construction 64 must be at least 2 × m = 80"),
         ("embeddings", {"source": "file"}, "source: file and callable: given do not fit"),
-        ("cut_over", {"route": "hybrid"}, "cut_over.route: hybrid needs search.fulltext_column"),
+        (
+            "cut_over",
+            {"route": "hybrid"},
+            "cut_over.route: hybrid needs search.fulltext_column or search.fulltext_expression",
+        ),
         ("target", {"text_columns": ["title", "title"]}, "target.text_columns names a column twice"),
     ],
 )

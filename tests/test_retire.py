@@ -85,8 +85,8 @@ def opened(database: str, tmp_path: Path) -> Iterator[Open]:
     """Opens the operation; keyword arguments are keys of ``retire``."""
     made: list[Phase] = []
 
-    def make(execute: bool = True, hybrid: bool = False, **keys: Any) -> Phase:
-        p = load(params_file(tmp_path, hybrid=hybrid, **keys))
+    def make(execute: bool = True, hybrid: bool = False, search: Any = None, **keys: Any) -> Phase:
+        p = load(params_file(tmp_path, hybrid=hybrid, search=search, **keys))
         connection = db.connect(p, "test retire")
         ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "80_retire_legacy")
         made.append(gates_passed(Phase("80_retire_legacy", "test-run", execute, p, connection, ledger)))
@@ -97,9 +97,10 @@ def opened(database: str, tmp_path: Path) -> Iterator[Open]:
         phase.end("was ended by the test", "nothing")
 
 
-def params_file(folder: Path, *, hybrid: bool = False, **keys: Any) -> Path:
+def params_file(folder: Path, *, hybrid: bool = False, search: Any = None, **keys: Any) -> Path:
     cut_over = SECTIONS["cut_over"] | ({"route": "hybrid"} if hybrid else {})
-    return write_params(folder, **SECTIONS | {"cut_over": cut_over, "retire": NOW | keys})
+    sections = SECTIONS | {"cut_over": cut_over, "retire": NOW | keys} | ({"search": search} if search else {})
+    return write_params(folder, **sections)
 
 
 def indexes(connection: psycopg.Connection[Any]) -> dict[str, bool]:
@@ -253,6 +254,11 @@ def test_hybrid_keeps_its_full_text_index_and_its_column(opened: Open, articles:
     )
     retire.apply(phase)
     assert indexes(articles) == LEFT | {"articles_tsv": True}
+    expression = {"fulltext_column": None, "fulltext_expression": "to_tsvector('english', body)"}
+    articles.execute("CREATE INDEX articles_words ON articles USING gin (to_tsvector('english', body))")
+    by_it = opened(hybrid=True, search=expression, indexes=["articles_words"], drop_fulltext_column=True)
+    needed = by_name(retire.check(by_it))["retire.new_route_does_without_them"]
+    assert (str(needed.verdict), needed.found) == ("FAIL", "it needs articles_words")
 
 
 def test_an_index_that_is_more_than_a_search_is_refused(opened: Open) -> None:

@@ -328,33 +328,11 @@ def _filter_column(look: _Look, column: str) -> Gate:
 
 
 def _search(look: _Look) -> Iterator[Gate]:
+    # Imported here: it compares searches, which loads numerical libraries.
+    from runbook_lib.checking import fulltext
+
     s = look.params.search
-    if s.fulltext_column:
-        needed = "a tsvector column for the hybrid route"
-        if s.fulltext_column in look.columns:
-            kind = look.columns[s.fulltext_column]["type"]
-            yield gate(
-                "inputs.fulltext_column_is_tsvector",
-                kind == "tsvector",
-                f"{s.fulltext_column} of {look.subject}",
-                found=kind,
-                needed=needed,
-                danger="the hybrid route's text half would fail, or match nothing",
-                do="leave search.fulltext_column out, or add a stored generated tsvector column with a GIN index",
-            )
-        else:
-            yield _missing(look, "inputs.fulltext_column_is_tsvector", s.fulltext_column, needed)
-        known = [r["name"] for r in db.rows(look.connection, SQL["text_search_configurations"], look.params)]
-        near = difflib.get_close_matches(s.fulltext_config, known, n=1, cutoff=0.5)
-        yield gate(
-            "inputs.fulltext_config_exists",
-            s.fulltext_config in known,
-            s.fulltext_config,
-            found="there" if s.fulltext_config in known else "no such text search configuration",
-            needed="the configuration that the tsvector column was made with",
-            danger="queries would be cut into other words than the column",
-            do=f"did you mean {near[0]}?" if near else f"this server has: {', '.join(known)}",
-        )
+    yield from fulltext.check(look.connection, look.params, look.columns)
     unknown = [r["role"] for r in db.rows(look.connection, SQL["unknown_roles"], look.params, roles=s.grant_to)]
     if s.grant_to:
         yield gate(

@@ -62,7 +62,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Found:
-    """The table as it is. columns by name; keys, the primary key first; readers: roles that may SELECT."""
+    """The table as it is. columns by name; keys, the primary key first; readers: roles that may SELECT.
+
+    fulltext: by index, the longest expression of type tsvector that it is on; the longest first.
+    """
 
     draft: Params
     rows: int
@@ -70,6 +73,7 @@ class Found:
     columns: Mapping[str, db.Row]
     keys: tuple[str, ...]
     readers: tuple[str, ...]
+    fulltext: Mapping[str, str]
     server: Mapping[str, Any]
 
     @property
@@ -92,8 +96,19 @@ def look(connection: db.Connection, draft: Params) -> Found:
         {c["name"]: c for c in columns},
         tuple(k["name"] for k in keys if k["type"] in inputs.KEY_TYPES),
         tuple(r["role"] for r in db.rows(connection, SQL["readers"], draft, relation=relation)),
+        _fulltext(connection, draft),
         db.one(connection, SQL["settings"], draft),
     )
+
+
+def _fulltext(connection: db.Connection, draft: Params) -> dict[str, str]:
+    with connection.transaction(force_rollback=True):
+        connection.execute(SQL["no_search_path"].compose({}))
+        found = db.rows(connection, SQL["fulltext_indexes"], draft, relation=spelled(draft, "table"))
+    longest: dict[str, str] = {}
+    for row in found:
+        longest.setdefault(row["index"], row["expression"])
+    return longest
 
 
 def _is_few(column: db.Row) -> bool:
@@ -139,9 +154,11 @@ def target(
     why = "columns that the application filters by, with equality"
     if others:
         why += f"; few values also share: {', '.join(others)}"
-    if not found.analyzed:
+    # CREATE INDEX counts the rows, but only ANALYZE looks at their values.
+    seen = {t: c["avg_width"] for t in text_columns if (c := found.columns[t])["avg_width"] is not None}
+    if not seen:
         why += "; the table was never analyzed, so nothing is known of its values: ANALYZE, then init again"
-    widths = [f"{t} {number(found.columns[t]['avg_width'])} bytes" for t in text_columns if found.analyzed]
+    widths = [f"{t} {number(width)} bytes" for t, width in seen.items()]
     wide = f"average {', '.join(widths)}; " if widths else ""
     t = found.draft.target
     return [
@@ -178,19 +195,32 @@ def queries(file: str, *, given: bool) -> list[Setting]:
 
 
 def search(found: Found) -> list[Setting]:
-    """Section search: a full text column where there is one, and who reads the table today."""
+    """Section search: full text, by a column or else by an index on an expression; and who reads the table today."""
     settings = []
-    for name, column in found.columns.items():
-        if column["type"] == "tsvector":
-            config = re.search(r"to_tsvector\('([^']+)'::regconfig", column["expression"] or "")
-            by = "the column's own expression" if config else "default_text_search_config"
-            settings.append(Setting("search", "fulltext_column", name, "lets cut_over.route be hybrid"))
-            value = config[1] if config else found.server["text_search_config"].removeprefix("pg_catalog.")
-            settings.append(Setting("search", "fulltext_config", value, f"by {by}"))
-            break
+    columns = [(name, c["expression"] or "") for name, c in found.columns.items() if c["type"] == "tsvector"]
+    if columns:
+        name, expression = columns[0]
+        settings += [
+            Setting("search", "fulltext_column", name, "lets cut_over.route be hybrid"),
+            _config(found, expression, "the column's own expression"),
+        ]
+    elif found.fulltext:
+        index, expression = next(iter(found.fulltext.items()))
+        others = [name for name in found.fulltext if name != index]
+        why = f"as the index {index} has it" + (f"; others on words: {', '.join(others)}" if others else "")
+        settings += [
+            Setting("search", "fulltext_expression", expression, f"{why}; lets cut_over.route be hybrid"),
+            _config(found, expression, "that expression"),
+        ]
     if found.readers:
         settings.append(Setting("search", "grant_to", list(found.readers), "these roles may SELECT from the table"))
     return settings
+
+
+def _config(found: Found, expression: str, where: str) -> Setting:
+    config = re.search(r"to_tsvector\('((?:[^']|'')+)'::regconfig", expression)
+    value = config[1].replace("''", "'") if config else found.server["text_search_config"].removeprefix("pg_catalog.")
+    return Setting("search", "fulltext_config", value, f"by {where if config else 'default_text_search_config'}")
 
 
 def index(found: Found, kind: str, dimension: int) -> list[Setting]:

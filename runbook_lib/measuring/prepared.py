@@ -183,6 +183,17 @@ def indexes_in(top: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(n["Index Name"] for n, _ in _nodes(top) if "Index Name" in n))
 
 
+def read_whole(top: dict[str, Any]) -> list[str]:
+    """The relations of which a plan reads every row, however it comes to them."""
+    nodes = [n for n, _ in _nodes(top)]
+    return [n["Relation Name"] for n in nodes if "Relation Name" in n and not _is_looked_up(n)]
+
+
+def _is_looked_up(node: dict[str, Any]) -> bool:
+    # The condition of a bitmap's heap scan is that of the index scan below it.
+    return any("Index Cond" in n for n, _ in _nodes(node))
+
+
 def vector_indexes(connection: db.Connection, params: Params) -> list[db.Row]:
     """The vector indexes that a search could use, as the catalogue has them."""
     values = {"table": spelled(params, "vectors"), "column": params.vector.column}

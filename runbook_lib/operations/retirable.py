@@ -234,7 +234,8 @@ def _new_route_does_without(phase: Phase, found: Sequence[Found]) -> Gate:
     read = _read_by(phase, route) if route != "legacy" else set[str]()
     hybrid = [f.name for f in found if route == "hybrid" and "tsvector_ops" in f.classes]
     needed = sorted({f.name for f in found if f.name in read} | set(hybrid))
-    column = [str(p.search.fulltext_column)] if route == "hybrid" and p.retire.drop_fulltext_column else []
+    wanted = p.search.fulltext_column if route == "hybrid" and p.retire.drop_fulltext_column else None
+    column = [wanted] if wanted else []
     return gate(
         "retire.new_route_does_without_them",
         not needed and not column,

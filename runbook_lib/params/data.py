@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from runbook_lib.params.placeholders import split
+from runbook_lib.params.placeholders import is_one_expression, split
 from runbook_lib.params.section import AnyPath, Name, NewColumn, Section, ShortName
 
 # pgvector's limits for a column, and for what an index holds; README of pgvector, "Indexing".
@@ -253,8 +253,15 @@ class Search(Section):
 
     function: Name | None = Field(None, description="Its name, in the table's schema; search_<target> if not given.")
     grant_to: list[Name] = Field([], description="Roles that may call the function.")
-    fulltext_column: Name | None = Field(None, description="A tsvector column; the hybrid route needs one.")
-    fulltext_config: Name = Field("english", description="Text search configuration of that column.")
+    fulltext_column: Name | None = Field(
+        None, description="A tsvector column; the hybrid route needs one, or fulltext_expression."
+    )
+    fulltext_expression: str | None = Field(
+        None,
+        description="In place of a column: the tsvector as an expression over the row, as a GIN or GiST index on the"
+        " table has it, such as to_tsvector('english', body).",
+    )
+    fulltext_config: Name = Field("english", description="Text search configuration of that column or expression.")
     hybrid_candidates: int = Field(100, ge=10, le=1000, description="Rows that each half of hybrid contributes.")
     read_dsn_env: str | None = Field(
         None, description="Environment variable with the DSN of a streaming replica, where searches are measured."
@@ -277,6 +284,24 @@ class Search(Section):
         if value is not None and not value.replace("_", "").isalnum():
             raise ValueError("names an environment variable; the DSN itself must not stand in this file")
         return value
+
+    @field_validator("fulltext_expression")
+    @classmethod
+    def is_one_expression(cls, value: str | None) -> str | None:
+        if value is not None and not is_one_expression(value):
+            raise ValueError("one expression is needed, its brackets and quotes closed, without a semicolon")
+        return value
+
+    @model_validator(mode="after")
+    def fulltext_is_a_column_or_an_expression(self) -> Self:
+        if self.fulltext_column is not None and self.fulltext_expression is not None:
+            raise ValueError("give fulltext_column or fulltext_expression, not both")
+        return self
+
+    @property
+    def has_fulltext(self) -> bool:
+        """Is there a tsvector, without which there is no hybrid route?"""
+        return self.fulltext_column is not None or self.fulltext_expression is not None
 
     @model_validator(mode="after")
     def application_gives_its_query(self) -> Self:

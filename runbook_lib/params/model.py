@@ -93,8 +93,8 @@ class Params(Section):
 
     @model_validator(mode="after")
     def fits_together(self, info: ValidationInfo) -> Self:
-        if self.cut_over.route == "hybrid" and self.search.fulltext_column is None:
-            raise ValueError("cut_over.route: hybrid needs search.fulltext_column")
+        if self.cut_over.route == "hybrid" and not self.search.has_fulltext:
+            raise ValueError("cut_over.route: hybrid needs search.fulltext_column or search.fulltext_expression")
         if len(set(self.target.text_columns)) < len(self.target.text_columns):
             raise ValueError("target.text_columns names a column twice")
         if unknown := set(self.filters.partial_indexes) - set(self.target.filters):

@@ -29,6 +29,18 @@ def split(text: str, names: Sequence[str]) -> list[tuple[bool, str]]:
     return [*pieces, (False, text[start:])]
 
 
+def is_one_expression(text: str) -> bool:
+    """Can the text stand in brackets as an expression: closed, and closing nothing that it did not open?"""
+    depth = 0
+    for mark in re.findall(r"[()\[\];,'\"]|/\*|\$\w*\$", TOKEN.sub(" ", text)):
+        if mark not in "()[]" and (mark != "," or not depth):
+            return False
+        depth += (mark in "([") - (mark in ")]")
+        if depth < 0:
+            return False
+    return depth == 0 and text.strip() != ""
+
+
 def written(name: str) -> str:
     """The placeholder of that name: quoted where the name would not be read as one word."""
     plain = re.fullmatch(r"[^\W\d]\w*", name)

@@ -1,13 +1,4 @@
--- Phase 80: what is compared beside the routes, and what the queries are made of.
-
--- name: fulltext
--- purpose: Full text alone, any word of the query, best rank first.
-SELECT t.{key} AS key, ts_rank(t.{fulltext}, w.any_word, 1) AS score
-FROM {table} t,
-     (SELECT replace(plainto_tsquery({fulltext_config}, %(query)s)::text, ' & ', ' | ')::tsquery AS any_word) w
-WHERE t.{fulltext} @@ w.any_word
-ORDER BY score DESC, t.{key}
-LIMIT %(k)s;
+-- Phase 80: what the queries are made of, and how people have judged.
 
 -- name: words
 -- purpose: The words of each text, lower-cased and otherwise as they are.

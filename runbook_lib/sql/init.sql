@@ -42,6 +42,20 @@ SELECT pg_size_bytes(current_setting('effective_cache_size'))::bigint AS effecti
     current_setting('max_parallel_workers')::int AS workers,
     current_setting('default_text_search_config') AS text_search_config;
 
+-- name: fulltext_indexes
+-- purpose: Expressions of type tsvector that an index without a condition is on, the longest first, names spelt whole.
+SELECT c.relname::text AS index, pg_get_indexdef(i.indexrelid, k.n, false) AS expression
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam
+CROSS JOIN LATERAL generate_series(1, i.indnkeyatts::int) AS k (n)
+JOIN pg_opclass o ON o.oid = i.indclass[k.n - 1]
+WHERE i.indrelid = to_regclass(%(relation)s) AND i.indisvalid AND i.indpred IS NULL AND i.indkey[k.n - 1] = 0
+  AND o.opcintype = 'tsvector'::regtype AND am.amname IN ('gin', 'gist')
+ORDER BY length(pg_get_indexdef(i.indexrelid, k.n, false)) DESC, c.relname;
+
+-- name: no_search_path
+-- purpose: Have every name of an expression spelt whole, for this transaction.
+SELECT set_config('search_path', '', true);
+
 -- name: readers
 -- purpose: Roles that were granted SELECT on the table, its owner left out.
 SELECT DISTINCT r.rolname::text AS role

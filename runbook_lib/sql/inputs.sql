@@ -67,7 +67,3 @@ FROM {counted} e WHERE target = {target_name};
 -- purpose: Roles that the function is to be granted to and that do not exist.
 SELECT wanted AS role FROM unnest(%(roles)s::text[]) wanted
 WHERE NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname = wanted);
-
--- name: text_search_configurations
--- purpose: The text search configurations that could be named.
-SELECT c.cfgname::text AS name FROM pg_ts_config c ORDER BY 1;

@@ -33,9 +33,9 @@ WITH nearest AS MATERIALIZED (
         pg_catalog.plainto_tsquery({fulltext_config}, {query_text})::pg_catalog.text, ' & ', ' | '
     )::pg_catalog.tsquery AS any_word
 ), matching AS MATERIALIZED (
-    SELECT t.{key} AS key, pg_catalog.ts_rank(t.{fulltext}, w.any_word, 1) AS rank
-    FROM {table} t, words w
-    WHERE t.{fulltext} OPERATOR(pg_catalog.@@) w.any_word AND {filters}
+    SELECT t.{key} AS key, pg_catalog.ts_rank(d.document, w.any_word, 1) AS rank
+    FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d, words w
+    WHERE d.document OPERATOR(pg_catalog.@@) w.any_word AND {filters}
     ORDER BY rank DESC, t.{key}
     LIMIT {candidates}
 ), votes AS (
@@ -47,6 +47,15 @@ SELECT key, pg_catalog.sum(1.0 / (60 + place))::double precision AS score
 FROM votes GROUP BY key
 ORDER BY score DESC, key
 LIMIT {k};
+
+-- name: fulltext
+-- purpose: Full text alone, as in hybrid, any word of the query, best rank first.
+SELECT t.{key} AS key, ts_rank(d.document, w.any_word, 1) AS score
+FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d,
+     (SELECT replace(plainto_tsquery({fulltext_config}, %(query)s)::text, ' & ', ' | ')::tsquery AS any_word) w
+WHERE d.document @@ w.any_word
+ORDER BY score DESC, t.{key}
+LIMIT %(k)s;
 
 -- name: create_route
 -- purpose: Make the table that says where reads go; moving them is one row in one transaction.
@@ -96,7 +105,7 @@ INSERT INTO {route} (target, route, share_percent) VALUES ({target_name}, 'legac
 -- undo: search.drop_function
 CREATE OR REPLACE FUNCTION {function}({arguments})
 RETURNS TABLE ({key} {key_type}, score double precision, answered_by text)
-LANGUAGE plpgsql STABLE SET search_path = {search_path} {kept_settings} AS $runbook$
+LANGUAGE plpgsql STABLE SET search_path = {search_path} {kept_settings} AS {quote}
 DECLARE
     chosen       text := 'legacy';
     way          text := 'index';
@@ -135,7 +144,7 @@ BEGIN
         {legacy_answer};
     END IF;
 END
-$runbook$;
+{quote};
 
 -- name: refuse_vector
 -- purpose: Part of the function: a vector that no row can be compared with is an error on every route, not only later.
@@ -270,6 +279,15 @@ WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s;
 -- purpose: The types of the key and the filters, without their lengths, which a cast would cut a longer value to.
 SELECT attname AS name, format_type(atttypid, -1) AS type FROM pg_attribute
 WHERE attrelid = to_regclass(%(table)s) AND attname = ANY (%(columns)s) AND NOT attisdropped;
+
+-- name: text_search_config
+-- purpose: The text search configuration by a name, with or without its schema, and spelt whole: the function's search
+-- path need not lead to it.
+SELECT c.oid::bigint AS oid, format('%%I.%%I', n.nspname, c.cfgname) AS spelled
+FROM pg_ts_config c JOIN pg_namespace n ON n.oid = c.cfgnamespace
+WHERE %(config)s::text IN (c.cfgname::text, quote_ident(c.cfgname), n.nspname || '.' || c.cfgname,
+                           format('%%I.%%I', n.nspname, c.cfgname))
+ORDER BY pg_ts_config_is_visible(c.oid) DESC, n.nspname = %(schema)s::text DESC, n.nspname LIMIT 1;
 
 -- name: call
 -- purpose: Call the function as the application does.

@@ -1,0 +1,46 @@
+-- Full text, the words half of hybrid: what it is made of, and the index that serves it.
+
+-- name: configurations
+-- purpose: The text search configurations that could be named.
+SELECT c.cfgname::text AS name FROM pg_ts_config c ORDER BY 1;
+
+-- name: generated
+-- purpose: What a generated column is made from; no row for any other.
+SELECT pg_get_expr(d.adbin, d.adrelid) AS expression FROM pg_attribute a JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+WHERE a.attrelid = to_regclass(%(table)s) AND a.attname = %(column)s::text AND a.attgenerated <> '';
+
+-- name: path
+-- purpose: Have names resolve as they do in the search function, for this transaction.
+SELECT set_config('search_path', %(path)s, true);
+
+-- name: shape
+-- purpose: What the expression gives, without reading a row.
+SELECT {fulltext} FROM {table} t LIMIT 0;
+
+-- name: without_scans
+-- purpose: Have the planner read the table by an index wherever one can be used, for this transaction.
+SELECT set_config('enable_seqscan', 'off', true);
+
+-- name: candidates
+-- purpose: The indexes on a tsvector that a search for words could use, on the table and on its partitions.
+SELECT format('%%I.%%I', n.nspname, c.relname) AS name, i.indisvalid AND i.indisready AS usable,
+       pg_get_expr(i.indpred, i.indrelid) AS condition, pg_get_indexdef(i.indexrelid, k.n, false) AS document
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+CROSS JOIN LATERAL generate_series(1, i.indnkeyatts::int) AS k (n)
+JOIN pg_opclass o ON o.oid = i.indclass[k.n - 1]
+JOIN pg_am am ON am.oid = c.relam
+WHERE (i.indrelid = to_regclass(%(table)s) OR i.indrelid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(table)s))))
+  AND o.opcintype = 'tsvector'::regtype AND am.amname IN ('gin', 'gist')
+ORDER BY i.indrelid <> to_regclass(%(table)s), c.relname, k.n;
+
+-- name: first_rows
+-- purpose: The number of rows, counted up to a limit.
+SELECT count(*) AS rows FROM (SELECT FROM {table} LIMIT %(most)s) s;
+
+-- name: create_probe
+-- purpose: Make an empty copy of the table, for an index on the expression to be tried on; rolled back.
+CREATE TEMPORARY TABLE runbook_fulltext (LIKE {table} INCLUDING GENERATED);
+
+-- name: index_probe
+-- purpose: Try the index on that empty copy.
+CREATE INDEX ON pg_temp.runbook_fulltext USING gin ({fulltext});
