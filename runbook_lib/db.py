@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
 from runbook_lib import conninfo_masking, session
@@ -26,8 +26,18 @@ Connection = psycopg.Connection[Row]
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 10
+# As the server's, in session.SETTINGS; what the connection string says goes before.
+KEEPALIVES = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
 REACHABLE = "db.server_is_reachable"
 FIRST_WAIT_BETWEEN_TRIES_S = 0.1
+# Between the statements of a transaction that holds locks nothing happens: a session that rests there is frozen.
+FROZEN_MS = 15_000
+GIVE_UP_WHERE_FROZEN = "SELECT set_config('idle_in_transaction_session_timeout', %s, true)"
 
 # What passes by itself: a lock that others hold, or a row that an update of its partition key has just moved.
 NOT_NOW = (
@@ -95,7 +105,7 @@ def opened(conninfo: str, application_name: str, params: Params) -> Connection:
     """
     try:
         connection = psycopg.connect(
-            conninfo,
+            make_conninfo(conninfo, **{k: v for k, v in KEEPALIVES.items() if k not in conninfo_to_dict(conninfo)}),
             autocommit=True,
             row_factory=dict_row,
             application_name=application_name[:63],
@@ -279,6 +289,7 @@ def in_short_tries(
         try:
             with connection.transaction():
                 connection.execute("SELECT set_config('lock_timeout', %s, true)", [f"{params.locks.timeout_ms}ms"])
+                connection.execute(GIVE_UP_WHERE_FROZEN, [f"{FROZEN_MS}ms"])
                 return work(), tries
         except NOT_NOW:
             say(f"  {name}: try {tries} of {params.locks.tries} did not get its lock; {holders(connection, params)}")
@@ -298,6 +309,7 @@ def rolled_back(connection: Connection) -> Iterator[None]:
     """A transaction that tries something and is rolled back, on a session that is read-only otherwise."""
     with connection.transaction(force_rollback=True):
         connection.execute("SET TRANSACTION READ WRITE")
+        connection.execute(GIVE_UP_WHERE_FROZEN, [f"{FROZEN_MS}ms"])
         yield
 
 

@@ -31,6 +31,11 @@ TIMEOUTS = ("statement_timeout", "idle_session_timeout", "transaction_timeout")
 SETTINGS: Mapping[str, str] = {
     **dict.fromkeys(TIMEOUTS, "0"),
     "idle_in_transaction_session_timeout": "10min",
+    # A client that is gone with its machine or its network loses its session, locks and claim in a minute.
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "60s",
     # How values are written and read as text: keys, hashes, the ledger.
     "DateStyle": "ISO, MDY",
     "IntervalStyle": "postgres",

@@ -34,6 +34,26 @@ def _add_column(p: Params) -> db.Statement:
     return db.Statement("test.add", "add a column", "ACCESS EXCLUSIVE on articles", "drop it", query, {})
 
 
+@pytest.mark.parametrize("how", ["in_short_tries", "rolled_back"])
+def test_locks_of_a_session_that_froze_are_given_back(
+    articles: psycopg.Connection[Any], make_params: MakeParams, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(db, "FROZEN_MS", 200)
+    p = make_params()
+
+    def freeze() -> None:
+        connection.execute("LOCK TABLE articles IN ACCESS EXCLUSIVE MODE")
+        articles.execute("SET lock_timeout = '30s'; SELECT FROM articles LIMIT 1")
+
+    with db.connect(p, "test") as connection, pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):
+        if how == "in_short_tries":
+            db.in_short_tries(connection, p, "test.lock", "ACCESS EXCLUSIVE", freeze)
+        else:
+            with db.rolled_back(connection):
+                freeze()
+                connection.execute("SELECT 1")
+
+
 def test_an_unset_variable_is_named(make_params: MakeParams, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(DSN_ENV, raising=False)
     assert str(_refused(make_params())) == (

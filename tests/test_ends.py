@@ -26,10 +26,11 @@ from runbook_lib.commands import embedded
 from runbook_lib.gates import BadInput
 from runbook_lib.phase import open_phase
 from runbook_lib.records import verify
-from runbook_lib.running import approval, claim, ending, manifest, runner, window
+from runbook_lib.running import approval, claim, ending, manifest, runner, stopping, window
 from runbook_lib.running.runner import RunResult
 from tests import small_notebooks, toy
 from tests.conftest import DSN_ENV, write_params
+from tests.network import network
 from tests.small_runs import FIRST, GATE, ROOT, SECOND, ledger_rows, record_of, sessions, wait_until
 from tests.small_runs import run as run  # a fixture
 from tests.stepping import in_another_kernel
@@ -113,6 +114,50 @@ def test_a_lost_server_is_a_crash_and_the_run_goes_on_after_its_recovery(
     finally:
         embedded.stop(data)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def meanwhile(dsn: str, do: Callable[[psycopg.Connection[Any]], Any]) -> threading.Thread:
+    """Does something once the phase's statement is at work in the server."""
+
+    def go() -> None:
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            wait_until(lambda: connection.execute(SLEEPING).fetchone() == (1,), 60)
+            do(connection)
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    return thread
+
+
+@pytest.mark.usefixtures("articles")
+def test_a_network_that_passes_nothing_on_ends_the_run_in_bounded_time(
+    run: Run, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "LOOK_S", 0.2)
+    monkeypatch.setattr(stopping, "LONGEST_SILENCE_S", 1.0)
+    with network(database) as way:
+        monkeypatch.setenv(DSN_ENV, way.dsn)
+        cut = meanwhile(database, lambda _: way.cut())
+        result, _ = run({f"p{FIRST}": SLEEP})
+        cut.join()
+        m = record_of(result)
+        assert (m.status, result.exit_code) == ("interrupted", 4)
+        assert m.phases[0].error == "stopped by the silence of the server for 60 s"
+        assert any("could not ask the server whether a statement still runs" in note for note in m.notes)
+    wait_until(lambda: sessions(database) == 0, 30)
+
+
+@pytest.mark.usefixtures("articles")
+def test_a_run_that_has_lost_its_claim_stops(run: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "LOOK_S", 0.2)
+    claims = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'runbook-runner %-%'"
+    ended = meanwhile(database, lambda connection: connection.execute(claims))
+    result, _ = run({f"p{FIRST}": SLEEP})
+    ended.join()
+    assert (result.status, result.exit_code) == ("interrupted", 4)
+    assert result.error == (
+        "stopped by the loss of its claim on the target: the server has ended the runner's session"
+    )
 
 
 @pytest.mark.usefixtures("articles")

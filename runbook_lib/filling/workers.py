@@ -37,8 +37,6 @@ WINDOWS = load("windows")
 
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_CLAIMS = 0.2
-# Nothing happens between an UPDATE and its COMMIT, so a session that rests there this long is frozen.
-FROZEN_MS = 15_000
 # After so many updates the forecast of the HOT share is held against what was measured.
 UPDATES_OF_THE_PROBE = 2000
 # A worker says that it is alive so often within its lease.
@@ -173,7 +171,7 @@ def work(phase: Phase, board: Board, worker: str) -> None:
     pace = first_pace(phase.params)
     paces = {True: pace, False: pace}
     with phase.another("worker") as connection:
-        connection.execute(SQL["session"].compose({}), {"frozen_ms": f"{FROZEN_MS}ms"})
+        connection.execute(SQL["session"].compose({}), {"frozen_ms": f"{db.FROZEN_MS}ms"})
         witness = untouched.witness(connection, phase, board.seen)
         while not board.stop.is_set():
             window = windows.claim(connection, phase, worker)

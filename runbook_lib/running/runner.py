@@ -35,7 +35,15 @@ from runbook_lib.running.ending import Outcome
 from runbook_lib.running.manifest import BAD_INPUT, EXIT_CODES, SYMBOLS, Manifest, PhaseRun, Status
 from runbook_lib.running.selection import NOTEBOOKS_ENV as NOTEBOOKS_ENV
 from runbook_lib.running.selection import notebooks as notebooks
-from runbook_lib.running.stopping import TIME_LIMIT, Stop, end_sessions, limited_to, quietly, stopped_by_signals
+from runbook_lib.running.stopping import (
+    TIME_LIMIT,
+    Stop,
+    end_sessions,
+    limited_to,
+    quietly,
+    stopped_by_signals,
+    watched,
+)
 from runbook_lib.sql import load
 
 SQL = load("runner")
@@ -221,7 +229,8 @@ def _run_claimed(folder: Path, params: Params, manifest: Manifest, stop: Stop, s
     A plan changes nothing and needs no claim, nor does what may run beside another run.
     """
     with ExitStack() as held:
-        if manifest.execute and not RUNS_BESIDE.issuperset(p.name for p in manifest.phases):
+        claims = manifest.execute and not RUNS_BESIDE.issuperset(p.name for p in manifest.phases)
+        if claims:
             try:
                 held.enter_context(claim.held_by_runner(params, manifest.run_id))
             except BadInput as error:
@@ -234,6 +243,8 @@ def _run_claimed(folder: Path, params: Params, manifest: Manifest, stop: Stop, s
                     exit_code=BAD_INPUT,
                     finished=manifests.now(),
                 )
+        if manifest.execute:
+            held.enter_context(watched(params, manifest.run_id, stop, claimed=claims))
         return _run_phases(folder, params, manifest, stop, say, verbose)
 
 

@@ -15,6 +15,7 @@ import psycopg
 from runbook_lib import db
 from runbook_lib.gates import BadInput
 from runbook_lib.params import Params
+from runbook_lib.running import claim
 from runbook_lib.sql import load
 
 SQL = load("runner")
@@ -23,6 +24,12 @@ SQL = load("runner")
 GRACE_S = 1.0
 
 TIME_LIMIT = "its time limit"
+# So often a run asks the server whether it is there, and whether its claim is.
+LOOK_S = 10.0
+# On a machine that does much else an answer takes seconds.
+LONGEST_SILENCE_S = 60.0
+SILENCE = f"the silence of the server for {LONGEST_SILENCE_S:g} s"
+CLAIM_IS_LOST = "the loss of its claim on the target: the server has ended the runner's session"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -84,22 +91,68 @@ def limited_to(minutes: float | None, stop: Stop) -> Iterator[None]:
 
     Not by SIGALRM: schedulers and test runners keep their own time with it.
     """
-    main = threading.main_thread()
-    if minutes is None or threading.current_thread() is not main:
+    if minutes is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def interrupt() -> None:
-        stop.reason = TIME_LIMIT
-        signal.pthread_kill(main.ident or 0, signal.SIGINT)
-
-    timer = threading.Timer(minutes * 60, interrupt)
+    timer = threading.Timer(minutes * 60, _interrupt, (stop, TIME_LIMIT))
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+
+
+def _interrupt(stop: Stop, reason: str, over: threading.Event | None = None) -> None:
+    if over is not None and over.is_set():
+        return
+    stop.reason = reason
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+@contextmanager
+def watched(params: Params, run_id: str, stop: Stop, *, claimed: bool) -> Iterator[None]:
+    """Interrupts this process as by SIGINT where the server has been silent for LONGEST_SILENCE_S, whatever a network
+    between them pretends, or has ended the session that holds the claim; only where signals can be handled.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    over = threading.Event()
+    thread = threading.Thread(target=_watch, args=(params, run_id, stop, claimed, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(GRACE_S)
+
+
+def _watch(params: Params, run_id: str, stop: Stop, claimed: bool, over: threading.Event) -> None:
+    unanswered, connection = None, None
+    while not over.wait(LOOK_S):
+        # Counted from the first question without an answer: this process may have been stopped before it.
+        unanswered = unanswered or time.monotonic()
+        left_s = max(LONGEST_SILENCE_S - (time.monotonic() - unanswered), 0)
+        silence = threading.Timer(left_s, _interrupt, (stop, SILENCE, over))
+        silence.daemon = True
+        silence.start()
+        try:
+            if connection is None or connection.closed:
+                connection = db.connect(params, f"runbook-watch {run_id}")
+            held = db.one(connection, SQL["is_connected"], params, name=claim.runner_name(run_id))["connected"]
+            why = CLAIM_IS_LOST if claimed and not held else ""
+        except (BadInput, psycopg.Error):
+            why = SILENCE
+        finally:
+            silence.cancel()
+        if not why:
+            unanswered = None
+        elif why == CLAIM_IS_LOST or time.monotonic() - unanswered >= LONGEST_SILENCE_S:
+            _interrupt(stop, why, over)
+            break
+    if connection is not None:
+        connection.close()
 
 
 def quietly(do: Callable[..., Any], *values: Any) -> str:
