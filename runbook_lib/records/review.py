@@ -13,7 +13,7 @@ from runbook_lib.display import duration, number, size
 from runbook_lib.gates import Verdict
 from runbook_lib.phases import UNDO, taken_back
 from runbook_lib.records import pictures, tables
-from runbook_lib.running.manifest import Manifest, Status
+from runbook_lib.running.manifest import BY_HAND, Manifest, Status
 
 Entry = Mapping[str, Any]
 
@@ -314,8 +314,8 @@ def _summary(
 
 def _what_changed(run: Manifest, found: _Newest) -> list[str]:
     lines = []
-    if run.way in ("undo", "undo_operation") and run.execute:
-        back = [name for p in run.phases if p.status == Status.PASSED for name in taken_back(p.name)]
+    back = [name for p in run.phases if p.status == Status.PASSED for name in taken_back(p.name)]
+    if run.execute and (back or run.way in ("undo", "undo_operation")):
         lines.append(f"Taken back on {run.table}: {', '.join(back) or 'nothing'}.")
     if (entry := found.backfill()) and not entry.source:
         lines.append(
@@ -501,7 +501,7 @@ def _rollback(run: Manifest, found: _Newest) -> list[tuple[str, str, str, str]]:
     """The rollbacks of what this run passed, in the order in which they are run: name, phases, what goes, and
     how long it takes, there and forward again.
     """
-    done = run.execute and run.way == "migrate"
+    done = run.execute and run.way in ("migrate", BY_HAND)
     passed = {p.name for p in run.phases if p.status == Status.PASSED} if done else set()
     return [
         (name, ", ".join(p for p in phases if p in passed), REMOVES[name], _takes(name, found))

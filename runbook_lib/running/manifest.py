@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "manifest.json"
+# The way of a run that somebody steps through.
+BY_HAND = "by hand"
 # Names become files of the run's folder, and of no other.
 PHASE_NAME = re.compile(r"\w+")
 

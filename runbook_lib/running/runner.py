@@ -32,7 +32,7 @@ from runbook_lib.records import verify
 from runbook_lib.running import claim, ending, notify, selection, window
 from runbook_lib.running import manifest as manifests
 from runbook_lib.running.ending import Outcome
-from runbook_lib.running.manifest import BAD_INPUT, EXIT_CODES, SYMBOLS, Manifest, PhaseRun, Status
+from runbook_lib.running.manifest import BAD_INPUT, BY_HAND, EXIT_CODES, SYMBOLS, Manifest, PhaseRun, Status
 from runbook_lib.running.selection import NOTEBOOKS_ENV as NOTEBOOKS_ENV
 from runbook_lib.running.selection import notebooks as notebooks
 from runbook_lib.running.stopping import (
@@ -98,15 +98,15 @@ def run(
     if not chosen:
         return RunResult(Status.PASSED, EXIT_CODES[Status.PASSED], None)
     settle_abandoned(params, execute)
-    folder = _new_folder(params.record.runs_dir, params.target.name)
-    manifest = _first_manifest(folder.name, params, Path(params_file).resolve(), way, execute, chosen)
+    folder = new_folder(params.record.runs_dir, params.target.name)
+    manifest = first_manifest(folder.name, params, Path(params_file).resolve(), way, execute, chosen)
     if verbose:
         say = _stamped(say, folder.name)
     with stopped_by_signals(params, folder.name) as stop:
         _save(folder, manifest)
         say(f"run {folder.name}: {way} {manifest.table}, " + ("carried out" if execute else "plan only"))
         manifest = _run_claimed(folder, params, manifest, stop, say, verbose)
-        manifest = _finish(folder, params, manifest, say)
+        manifest = finish(folder, params, manifest, say)
         if manifest.head:
             say(f"the ledger ends with {manifest.head}")
     assert manifest.exit_code is not None
@@ -126,9 +126,11 @@ def settle_abandoned(params: Params, execute: bool) -> None:
         settled = manifests.interrupted(old, "the runner was killed; its end was found out by a later run")
         if not old.execute:
             _save(folder, settled)
+        elif old.way == BY_HAND:
+            continue  # `runbook lab` and `runbook record` make its record
         elif execute and _began_and_is_gone(params, old):
             end_sessions(params, old.run_id)
-            _finish(folder, params, settled)
+            finish(folder, params, settled)
 
 
 def _began_and_is_gone(params: Params, old: Manifest) -> bool:
@@ -161,8 +163,9 @@ def _stamped(say: Say, run_id: str) -> Say:
     return stamp
 
 
-def _new_folder(runs_dir: Path, target: str) -> Path:
-    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{target}"
+def new_folder(runs_dir: Path, target: str, kind: str = "") -> Path:
+    """The folder of a new run; its name is the run's id. Raises BadInput where it cannot be made."""
+    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{target}" + (f"-{kind}" if kind else "")
     for n in range(1, 100):
         folder = (runs_dir / (stem if n == 1 else f"{stem}-{n}")).resolve()
         try:
@@ -188,9 +191,10 @@ def _no_record(runs_dir: Path, error: OSError) -> Gate:
     )
 
 
-def _first_manifest(
+def first_manifest(
     run_id: str, params: Params, params_file: Path, way: str, execute: bool, chosen: tuple[str, ...]
 ) -> Manifest:
+    """The manifest of a run that begins now."""
     return Manifest(
         run_id=run_id,
         target=params.target.name,
@@ -371,7 +375,7 @@ def _note_run(params: Params, manifest: Manifest, status: str) -> bool:
     return True
 
 
-def _finish(folder: Path, params: Params, manifest: Manifest, say: Say | None = None) -> Manifest:
+def finish(folder: Path, params: Params, manifest: Manifest, say: Say | None = None) -> Manifest:
     """The last row, the pages, who is told (if anybody is, by ``say``), and the seal on all of it.
 
     Pages that cannot be written cost the record only those, and the run its exit code: no one may rely on a record

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import nbformat
 
 import runbook_lib
 from runbook_lib import db
@@ -93,6 +97,7 @@ def check(params: Params, way: str, first: str | None, last: str | None) -> None
         problems = [_bad_choice("runner.notebooks_are_there", str(notebooks() / way), f"no {missing[0]}.ipynb", do)]
     if problems:
         raise BadInput(problems)
+    check_stored({way: needed})
     if way == "migrate":
         # The way back must not depend on what only the way forward needs, a model for instance.
         found = input_problems(params)
@@ -100,6 +105,40 @@ def check(params: Params, way: str, first: str | None, last: str | None) -> None
             raise BadInput(found.failed)
     else:
         db.connect(params, "runbook-runner").close()
+
+
+def check_stored(names: Mapping[str, Iterable[str]]) -> None:
+    """Raises BadInput for notebooks, given by way, that are stored ready to execute, as JupyterLab saves a change."""
+    paths = [notebooks() / way / f"{name}.ipynb" for way, of in names.items() for name in of]
+    if changed := [path for path in paths if path.is_file() and not _only_plans(path)]:
+        do = "put `execute = False` back (git checkout), and step through copies: `runbook lab PARAMS`"
+        raise BadInput([_stored(path, do) for path in changed])
+
+
+def _stored(path: Path, do: str) -> Gate:
+    return Gate(
+        "runner.notebook_only_plans_by_default",
+        Verdict.FAIL,
+        f"{path.parent.name}/{path.name}",
+        "its cell of parameters does not say execute = False",
+        "execute = False, as it was delivered",
+        "run by papermill or opened by a colleague, it would change the table without being told to",
+        do,
+    )
+
+
+def _only_plans(path: Path) -> bool:
+    try:
+        cell = parameters_cell(nbformat.read(path, as_version=4))  # type: ignore[no-untyped-call]
+        values = {a.targets[0].id: a.value for a in ast.parse(cell.source).body if isinstance(a, ast.Assign)}  # type: ignore[attr-defined]
+        return ast.literal_eval(values["execute"]) is False
+    except (ValueError, KeyError, SyntaxError, AttributeError, StopIteration):
+        return False
+
+
+def parameters_cell(notebook: Any) -> Any:
+    """The cell that papermill puts its parameters after. Raises StopIteration where a notebook has none."""
+    return next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
 
 
 def chosen(

@@ -19,6 +19,11 @@ WHERE datname = current_database() AND starts_with(application_name, %(prefix)s)
 SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_activity a
                WHERE a.datname = current_database() AND a.application_name = %(name)s) AS connected;
 
+-- name: sessions_of
+-- purpose: How many sessions of a run are connected.
+SELECT count(*) AS sessions FROM pg_catalog.pg_stat_activity
+WHERE datname = current_database() AND starts_with(application_name, %(prefix)s) AND backend_type = 'client backend';
+
 -- name: versions
 -- purpose: Server and pgvector, as the server says; pgvector is NULL where it is not installed.
 SELECT current_setting('server_version') AS postgresql,
