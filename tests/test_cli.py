@@ -144,8 +144,12 @@ def test_sigterm_stops_the_embedded_server(tmp_path: Path) -> None:
         "def load(*a, **k): print('loading', flush=True); time.sleep(60)\n"
         "demo.load = load; cli.main(['demo'])"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "loading\n"
+    said = tmp_path / "said"
+    with said.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+    assert process.stdout is not None and process.stdout.readline() == "loading\n", said.read_text()
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 4
     assert not embedded.stop(tmp_path / "runs" / ".server" / "data")
