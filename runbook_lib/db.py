@@ -14,7 +14,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
-from runbook_lib import conninfo_masking, session
+from runbook_lib import closed, conninfo_masking, session
 from runbook_lib.display import duration, statement_html
 from runbook_lib.gates import BadInput, Gate, LockNotObtained, Verdict
 from runbook_lib.names import changing, names, spelled
@@ -187,7 +187,8 @@ class Statement:
 
     def text(self, connection: Connection) -> str:
         """The statement as it can be pasted into psql."""
-        return psycopg.ClientCursor(connection).mogrify(self.query, self.values) + ";"
+        text = psycopg.ClientCursor(connection).mogrify(self.query, self.values) + ";"
+        return f"{text}\n{closed.MARK}" if closed.makes(text) and closed.MARK not in text else text
 
 
 def statement(
@@ -260,7 +261,7 @@ def carry_out(
         params,
         what.name,
         what.lock,
-        lambda: connection.execute(what.query, what.values).rowcount,
+        lambda: closed.run(connection, what.query, what.values),
         say=say,
         sleep=sleep,
     )

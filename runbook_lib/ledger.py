@@ -11,7 +11,7 @@ import psycopg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
-from runbook_lib import db
+from runbook_lib import closed, db
 from runbook_lib.gates import BadInput, Gate, Gates, LockNotObtained, Verdict, gate
 from runbook_lib.names import names, spelled
 from runbook_lib.params import Params
@@ -61,7 +61,7 @@ class Ledger:
         if missing := self.missing():
             with self.connection.transaction():
                 for name in missing:
-                    self.connection.execute(SQL[name].compose(names(self.params)), {})
+                    closed.run(self.connection, SQL[name].compose(names(self.params)), {})
 
     def missing(self) -> tuple[str, ...]:
         """The blocks that make what is not there, or is an earlier release's. A schema that somebody else made, as a

@@ -38,6 +38,11 @@ def _log(params: Params) -> sql.Composable:
     return identifier(params.ledger.schema_, f"{params.target.name}_shadow_log")
 
 
+def spelled_log(params: Params) -> str:
+    """The log of sampled calls as SQL spells it."""
+    return _log(params).as_string().replace("%%", "%")
+
+
 def _function(params: Params) -> sql.Composable:
     return identifier(params.target.schema_, function_name(params))
 
@@ -86,9 +91,7 @@ def plan(phase: Phase) -> db.Plan:
     if not phase.params.shadow.sample_percent or search.function_state(phase) is None:
         return db.Plan((), phase.connection)
     extra = _names(phase)
-    statements = [
-        db.statement(SQL[b], phase.params, extra) for b in ("create_log", "create_function", "revoke_public")
-    ]
+    statements = [db.statement(SQL[b], phase.params, extra) for b in ("create_log", "create_function")]
     grants = [
         db.statement(SQL["grant"], phase.params, extra | {"role": identifier(role)})
         for role in phase.params.search.grant_to
@@ -104,9 +107,13 @@ def apply(phase: Phase) -> Table:
 
 def _what_is_there(phase: Phase) -> db.Row:
     p = phase.params
-    log = _log(p).as_string(phase.connection).replace("%%", "%")
     return db.one(
-        phase.connection, SQL["what_is_there"], p, schema=spelled(p, "schema"), function=function_name(p), log=log
+        phase.connection,
+        SQL["what_is_there"],
+        p,
+        schema=spelled(p, "schema"),
+        function=function_name(p),
+        log=spelled_log(p),
     )
 
 

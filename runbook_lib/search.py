@@ -343,7 +343,7 @@ def plan(phase: Phase) -> db.Plan:
     handover.require_own(phase)
     extra = _function_names(phase)
     start = [] if legacy_is_retired(phase) else ["start_with_legacy"]
-    blocks = ["create_route", "create_strategy", *start, "create_function", "revoke_public"]
+    blocks = ["create_route", "create_strategy", *start, "create_function"]
     statements = [db.statement(SQL[b], phase.params, extra) for b in blocks]
     grants = [
         db.statement(SQL["grant"], phase.params, extra | {"role": identifier(role)})

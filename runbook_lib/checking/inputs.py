@@ -18,6 +18,7 @@ from runbook_lib.checking import (
     dependents,
     free_names,
     partition_checks,
+    privileges,
     rights,
 )
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
@@ -142,6 +143,7 @@ def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
     for column in params.target.filters:
         yield _filter_column(look, column)
     yield from rights.check(look.connection, look.params, look.server, look.table)
+    yield privileges.check(connection, params)
     yield from free_names.check(connection, params, columns)
     yield from consent.check(connection, params)
     yield from application_settings.check(connection, params)

@@ -12,7 +12,7 @@ from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import compare, db, forecast, index, search, versions
-from runbook_lib.checking import application_settings
+from runbook_lib.checking import application_settings, privileges
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
@@ -66,6 +66,7 @@ def check(params: Params) -> Gates:
 
 def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
     yield only_the_owner_wrote(phase.ledger.connection, phase.params)
+    yield privileges.check(phase.connection, phase.params)
     yield _route_is_as_set(phase)
     yield from (g for g in index.verify(phase) if g.name in STANDING_INDEX_GATES)
     read_whole = False

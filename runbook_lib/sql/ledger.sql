@@ -35,7 +35,6 @@ ALTER TABLE {entry} ADD COLUMN IF NOT EXISTS by_owner boolean;
 -- lock: none on the target
 -- undo: ledger.drop_schema
 CREATE TABLE IF NOT EXISTS {chain_lock} ();
-REVOKE ALL ON {chain_lock} FROM PUBLIC;
 
 -- name: create_claims
 -- purpose: Make the table of who is at work on which target and table; only the ledger's owner can write or read it.
@@ -49,7 +48,6 @@ CREATE TABLE IF NOT EXISTS {claims} (
     application text NOT NULL,
     claimed_at  timestamptz NOT NULL
 );
-REVOKE ALL ON {claims} FROM PUBLIC;
 
 -- name: create_chain_function
 -- purpose: Number each new row and chain it to the one before it; refuse every other change, and other writers.
@@ -131,7 +129,6 @@ BEGIN
     RETURN signed;
 END
 $$;
-REVOKE ALL ON FUNCTION {ledger}.sign_off(bigint, jsonb, text) FROM PUBLIC;
 
 -- name: sign_off
 -- purpose: Sign what row ``request`` of the ledger asks for.

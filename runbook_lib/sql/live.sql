@@ -95,12 +95,6 @@ BEGIN
 END
 $runbook$;
 
--- name: revoke_public
--- purpose: Let nobody call it but its owner and the roles named in the parameters.
--- lock: none on the target
--- undo: live.drop_function
-REVOKE ALL ON FUNCTION {shadow_function}({identity}) FROM PUBLIC;
-
 -- name: grant
 -- purpose: Let the application's role call it and write the log, of which it may read the times alone.
 -- lock: none on the target

@@ -24,7 +24,7 @@ WHERE NOT has_function_privilege(r.role, %(oid)s::oid, 'EXECUTE')
 -- lock: none on the target
 -- undo: model_change.swap_back
 {copy};
-REVOKE ALL ON FUNCTION {before}({identity}) FROM PUBLIC;
+-- closed to everybody but its owner
 {grants}
 CREATE OR REPLACE FUNCTION {function}({arguments}) RETURNS {result}
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $runbook$

@@ -189,7 +189,6 @@ BEGIN
     RETURN NULL;
 END
 $$;
-REVOKE ALL ON FUNCTION {move_capture}() FROM PUBLIC;
 
 -- name: create_table
 -- purpose: Make the partitioned table, empty, beside the table: columns, defaults, checks, statistics, partitions, key.

@@ -62,7 +62,6 @@ BEGIN
     RETURN NULL;
 END
 $$;
-REVOKE ALL ON FUNCTION {capture_function}() FROM PUBLIC;
 
 -- name: create_triggers
 -- purpose: Queue every inserted row, and every row whose text or key changed, byte by byte; other columns queue nothing. ALWAYS: rows that replication brings are queued too.

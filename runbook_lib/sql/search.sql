@@ -199,12 +199,6 @@ IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
         END IF;
     END IF;
 
--- name: revoke_public
--- purpose: Let nobody call the function but its owner and the roles named in the parameters.
--- lock: none on the target
--- undo: search.drop_function
-REVOKE ALL ON FUNCTION {function}({signature}) FROM PUBLIC;
-
 -- name: grant
 -- purpose: Let the application's role call the function and read the route.
 -- lock: none on the target

@@ -13,6 +13,7 @@ ALTER TABLE {vectors}
     ALTER COLUMN {embedding} SET NOT NULL,
     ALTER COLUMN {embedding_hash} SET NOT NULL,
     ADD CONSTRAINT {foreign_key} FOREIGN KEY ({key}) REFERENCES {table} ({key}) ON DELETE CASCADE ON UPDATE CASCADE;
+-- closed to everybody but its owner
 {grants};
 
 -- name: drop

@@ -1,0 +1,102 @@
+"""Who may do what to the runbook's own tables, sequences, functions and schema: only what is meant.
+
+They are closed as they are made (:mod:`runbook_lib.closed`); this looks at what stands, whoever granted it since.
+"""
+
+from __future__ import annotations
+
+from runbook_lib import db
+from runbook_lib.gates import Gate, gate
+from runbook_lib.names import spelled
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("privileges")
+
+# Privileges that others may be given: by what they are on, and their column where it is that column's alone.
+FOR_CALLERS = {
+    ("schema", "", "USAGE"),
+    ("route", "", "SELECT"),
+    ("strategy", "", "SELECT"),
+    ("search", "", "EXECUTE"),
+    ("log", "", "INSERT"),
+    ("log", "logged_at", "SELECT"),
+}
+# Whoever signs is not the application, whose password stands in more places.
+FOR_APPROVERS = {("entry", "", "SELECT"), ("sign_off", "", "EXECUTE")}
+FOR_READERS_OF_THE_TABLE = {("vectors", "", "SELECT")}
+MOST_NAMED = 8
+
+
+def check(connection: db.Connection, params: Params) -> Gate:
+    """Nobody but the owner has a privilege on an object of the runbook's that is not meant for them."""
+    values = {
+        "ledger": spelled(params, "ledger"),
+        "schema": spelled(params, "schema"),
+        "table": spelled(params, "table"),
+        "vectors": spelled(params, "vectors") if params.vector.layout == "side_table" else None,
+    }
+    found = [row for row in _open(connection, params, values) if not _is_meant(row)]
+    said = list(dict.fromkeys(_said(row) for row in found))
+    more = [f"{len(said) - MOST_NAMED} more"] if len(said) > MOST_NAMED else []
+    return gate(
+        "privileges.only_what_is_meant",
+        not found,
+        f"schema {params.ledger.schema_}, and what the runbook made beside the table",
+        found="; ".join([*said[:MOST_NAMED], *more])
+        or "nobody else may write or read them" + _by_default(connection, params, values),
+        needed="for others: calls of the search function, reads of the route and of the strategies; for approvers:"
+        " reads of the ledger, and sign-offs",
+        danger="whoever may write them moves the reads, changes answers, or opens steps; whoever may read them sees"
+        " keys and vectors past the table's own privileges and policies",
+        do=" ".join(dict.fromkeys(_revoke(row) for row in found)),
+        figures={"privileges": len(found)},
+    )
+
+
+def _open(connection: db.Connection, params: Params, values: dict[str, str | None]) -> list[db.Row]:
+    # Imported here: they know the phases, and phases know these checks.
+    from runbook_lib import live
+    from runbook_lib.filling import dividing
+
+    functions = [params.function_name, live.function_name(params)]
+    beside = {"parts": dividing.spelled_beside(params, dividing.PARTS), "log": live.spelled_log(params)}
+    return db.rows(
+        connection, SQL["open"], params, functions=functions, callers=params.search.grant_to, **values, **beside
+    )
+
+
+def _is_meant(row: db.Row) -> bool:
+    key = (row["what"], row["of_column"], row["privilege"])
+    if row["grantee"] is None and key != ("vectors", "", "SELECT"):
+        return False
+    return (
+        key in FOR_CALLERS
+        or (key in FOR_APPROVERS and not row["is_caller"])
+        or (key in FOR_READERS_OF_THE_TABLE and row["reads_table"])
+    )
+
+
+def _said(row: db.Row) -> str:
+    grantee = row["grantee"] or "PUBLIC"
+    if row["kind"] == "ROLE":
+        return f"{grantee} is a member of {row['name']}"
+    column = f" ({row['of_column']})" if row["of_column"] else ""
+    return f"{grantee} has {row['privilege']}{column} on {row['kind'].lower()} {row['name']}"
+
+
+def _revoke(row: db.Row) -> str:
+    grantee = row["grantee"] or "PUBLIC"
+    if row["kind"] == "ROLE":
+        return f"REVOKE {row['name']} FROM {grantee};"
+    column = f" ({row['of_column']})" if row["of_column"] else ""
+    return f"REVOKE {row['privilege']}{column} ON {row['kind']} {row['name']} FROM {grantee};"
+
+
+def _by_default(connection: db.Connection, params: Params, values: dict[str, str | None]) -> str:
+    """What default privileges would give, named: it is taken back from each object as it is made."""
+    found = db.rows(connection, SQL["by_default"], params, ledger=values["ledger"], schema=values["schema"])
+    given = "; ".join(f"{row['grantee']} on {row['made']}" for row in found)
+    return (
+        f"; ALTER DEFAULT PRIVILEGES gives rights to {given}, which each object loses as it is made" if given else ""
+    )

@@ -1,0 +1,60 @@
+"""What the runbook makes is closed to everybody but its owner, in the transaction that makes it.
+
+ALTER DEFAULT PRIVILEGES may give any role every right on what a role makes, and PUBLIC may call every new function.
+So whatever a statement makes loses all of that before anybody else sees it; what is meant is granted afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import DictRow
+
+from runbook_lib.sql import load
+
+SQL = load("closed")
+
+# In a block that grants: what stands above it is closed before what stands below it grants.
+MARK = "-- closed to everybody but its owner"
+_NAME = r'"(?:[^"]|"")+"|\w+'
+MADE = re.compile(
+    r"^ *CREATE (?:OR REPLACE |UNLOGGED )?(TABLE|SEQUENCE|FUNCTION|SCHEMA) (?:IF NOT EXISTS )?"
+    rf"((?:{_NAME})(?:\.(?:{_NAME}))?)",
+    re.M,
+)
+
+
+def makes(text: str) -> list[tuple[str, str]]:
+    """The tables, sequences, functions and schemas that a statement makes, or replaces: kind and name."""
+    found = [(kind, name.replace("%%", "%")) for kind, name in MADE.findall(text)]
+    return list(dict.fromkeys((kind, name) for kind, name in found if not name.startswith("pg_temp.")))
+
+
+def run(connection: psycopg.Connection[DictRow], query: sql.Composed, values: Mapping[str, Any]) -> int:
+    """Carries out a statement, closes what is new by it, and returns its rows; within a transaction of the caller's.
+
+    What was there before keeps its privileges: a table IF NOT EXISTS, a function OR REPLACE.
+    """
+    text = query.as_string(connection)
+    made = makes(text)
+    if not made:
+        return connection.execute(query, values).rowcount
+    known = _there(connection, made)
+    affected = -1
+    for part in text.split(MARK):
+        affected = max(affected, connection.execute(sql.SQL(part), values).rowcount)
+        new = _there(connection, made) - known
+        known |= new
+        for row in connection.execute(SQL["revokes"].compose({}), {"made": list(new)}).fetchall():
+            connection.execute(row["statement"])
+    return affected
+
+
+def _there(connection: psycopg.Connection[DictRow], made: list[tuple[str, str]]) -> set[int]:
+    kinds = {"relations": ("TABLE", "SEQUENCE"), "functions": ("FUNCTION",), "schemas": ("SCHEMA",)}
+    values = {name: [n for kind, n in made if kind in of] for name, of in kinds.items()}
+    return {row["oid"] for row in connection.execute(SQL["there"].compose({}), values).fetchall()}
