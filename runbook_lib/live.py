@@ -34,13 +34,13 @@ def function_name(params: Params) -> str:
     return shortened(params.function_name, "_shadow", unlike=params.function_name)
 
 
+def log_name(params: Params) -> str:
+    """The table of sampled calls, in the ledger's schema."""
+    return f"{params.target.name}_shadow_log"
+
+
 def _log(params: Params) -> sql.Composable:
-    return identifier(params.ledger.schema_, f"{params.target.name}_shadow_log")
-
-
-def spelled_log(params: Params) -> str:
-    """The log of sampled calls as SQL spells it."""
-    return _log(params).as_string().replace("%%", "%")
+    return identifier(params.ledger.schema_, log_name(params))
 
 
 def _function(params: Params) -> sql.Composable:
@@ -107,13 +107,9 @@ def apply(phase: Phase) -> Table:
 
 def _what_is_there(phase: Phase) -> db.Row:
     p = phase.params
+    log = _log(p).as_string(phase.connection).replace("%%", "%")
     return db.one(
-        phase.connection,
-        SQL["what_is_there"],
-        p,
-        schema=spelled(p, "schema"),
-        function=function_name(p),
-        log=spelled_log(p),
+        phase.connection, SQL["what_is_there"], p, schema=spelled(p, "schema"), function=function_name(p), log=log
     )
 
 

@@ -167,6 +167,7 @@ def names(params: Params) -> dict[str, sql.Composable]:
         "claims": identifier(ledger, "claims"),
         "route": identifier(ledger, "route"),
         "strategy": identifier(ledger, "strategy"),
+        "way_to_search": identifier(ledger, "way_to_search"),
         "staging": identifier(ledger, f"{target.name}_staging"),
         "rejected": identifier(ledger, f"{target.name}_rejected"),
         "queue": identifier(ledger, f"{target.name}_queue"),

@@ -343,7 +343,7 @@ def plan(phase: Phase) -> db.Plan:
     handover.require_own(phase)
     extra = _function_names(phase)
     start = [] if legacy_is_retired(phase) else ["start_with_legacy"]
-    blocks = ["create_route", "create_strategy", *start, "create_function"]
+    blocks = ["create_route", "create_strategy", "create_way_to_search", *start, "create_function"]
     statements = [db.statement(SQL[b], phase.params, extra) for b in blocks]
     grants = [
         db.statement(SQL["grant"], phase.params, extra | {"role": identifier(role)})
@@ -486,15 +486,16 @@ def ask(
     queries: Sequence[Query],
     vectors: np.ndarray | None,
     k: int,
+    given: Mapping[str, str] | None = None,
 ) -> Answers:
     """Runs a search for every query, one after the other, and times each on the client.
 
-    vectors: shape (len(queries), dimension), or None for a search that needs none. Never prepared: psycopg's
-    automatic prepare would keep an index plan in spite of a setting that forbids it.
+    vectors: shape (len(queries), dimension), or None for a search that needs none. given: values of filters. Never
+    prepared: psycopg's automatic prepare would keep an index plan in spite of a setting that forbids it.
     """
     if vectors is not None:
         register_vector(connection)
-    filters: dict[str, Any] = dict.fromkeys(params.target.filters)
+    filters: dict[str, Any] = dict.fromkeys(params.target.filters) | dict(given or {})
     keys: dict[str, list[str]] = {}
     scores: dict[str, list[float | None]] = {}
     seconds: list[float] = []

@@ -14,7 +14,18 @@ from psycopg import sql
 from runbook_lib import db, search
 from runbook_lib.display import Table, duration
 from runbook_lib.gates import Gate, Gates, collect, gate
-from runbook_lib.measuring import choose, classes, diagnose, evaluate, exact, explain, replica, sweep, together
+from runbook_lib.measuring import (
+    choose,
+    classes,
+    diagnose,
+    evaluate,
+    exact,
+    explain,
+    replica,
+    seen_as,
+    sweep,
+    together,
+)
 from runbook_lib.measuring.choose import Choice
 from runbook_lib.measuring.classes import Asked, FilterClass
 from runbook_lib.measuring.prepared import reads_index
@@ -261,7 +272,8 @@ def verify(phase: Phase) -> Gates:
     tuning = phase.ledger.latest("tuning", phase.name)
     measured = [_exact_agrees(phase, tuning), _target_is_reached(phase, tuning), *_classes_reach(phase, tuning)]
     carried = [_function_has_settings(phase, tuning), *_function_has_strategies(phase, tuning)]
-    return collect([*measured, *carried, *explain.gates(phase)])
+    seen = seen_as.gates(phase, phase.params.tune.target_recall)
+    return collect([*measured, *carried, *explain.gates(phase), *seen])
 
 
 def _exact_agrees(phase: Phase, tuning: dict[str, Any] | None) -> Gate:

@@ -144,6 +144,12 @@ def test_forced_row_security_would_hide_rows(
 ) -> None:
     migrator.execute("ALTER TABLE articles ENABLE ROW LEVEL SECURITY")
     assert missing(make_params) == [], "an owner sees every row"
+    assert [(g.name, g.do) for g in missing(make_params, vector={"layout": "side_table"})] == [
+        (
+            "inputs.policies_hold_for_vectors",
+            "set vector.layout: column; where the vectors stand beside already, undo/30_remove_schema first",
+        )
+    ]
     migrator.execute("ALTER TABLE articles FORCE ROW LEVEL SECURITY")
     assert str(missing(make_params)[0]) == (
         'FAIL    inputs.sees_every_row   "public"."articles"\n'

@@ -328,6 +328,8 @@ def test_a_plain_role_calls_it_where_the_extension_has_a_schema_of_its_own(
             "UPDATE runbook.route SET share_percent = 0",
             "DELETE FROM runbook.strategy",
             "TABLE runbook.entry",
+            # The values of all rows, also of those that the table's policies keep from this role.
+            "TABLE runbook.strategy",
         ):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 caller.execute(forbidden)

@@ -18,6 +18,7 @@ from runbook_lib.checking import (
     dependents,
     free_names,
     partition_checks,
+    policies,
     privileges,
     rights,
 )
@@ -143,6 +144,7 @@ def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
     for column in params.target.filters:
         yield _filter_column(look, column)
     yield from rights.check(look.connection, look.params, look.server, look.table)
+    yield from policies.check(connection, params)
     yield privileges.check(connection, params)
     yield from free_names.check(connection, params, columns)
     yield from consent.check(connection, params)

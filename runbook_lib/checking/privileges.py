@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from runbook_lib import db
 from runbook_lib.gates import Gate, gate
-from runbook_lib.names import spelled
+from runbook_lib.names import side_table_name, spelled, vectors_stand_beside
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -17,7 +17,7 @@ SQL = load("privileges")
 FOR_CALLERS = {
     ("schema", "", "USAGE"),
     ("route", "", "SELECT"),
-    ("strategy", "", "SELECT"),
+    ("way_to_search", "", "EXECUTE"),
     ("search", "", "EXECUTE"),
     ("log", "", "INSERT"),
     ("log", "logged_at", "SELECT"),
@@ -33,8 +33,8 @@ def check(connection: db.Connection, params: Params) -> Gate:
     values = {
         "ledger": spelled(params, "ledger"),
         "schema": spelled(params, "schema"),
-        "table": spelled(params, "table"),
-        "vectors": spelled(params, "vectors") if params.vector.layout == "side_table" else None,
+        "table": params.target.table,
+        "vectors": side_table_name(params) if vectors_stand_beside(params) else None,
     }
     found = [row for row in _open(connection, params, values) if not _is_meant(row)]
     said = list(dict.fromkeys(_said(row) for row in found))
@@ -45,8 +45,8 @@ def check(connection: db.Connection, params: Params) -> Gate:
         f"schema {params.ledger.schema_}, and what the runbook made beside the table",
         found="; ".join([*said[:MOST_NAMED], *more])
         or "nobody else may write or read them" + _by_default(connection, params, values),
-        needed="for others: calls of the search function, reads of the route and of the strategies; for approvers:"
-        " reads of the ledger, and sign-offs",
+        needed="for callers: the search function, the route, and the way to search by a value; for approvers: reads"
+        " of the ledger, and sign-offs",
         danger="whoever may write them moves the reads, changes answers, or opens steps; whoever may read them sees"
         " keys and vectors past the table's own privileges and policies",
         do=" ".join(dict.fromkeys(_revoke(row) for row in found)),
@@ -60,7 +60,7 @@ def _open(connection: db.Connection, params: Params, values: dict[str, str | Non
     from runbook_lib.filling import dividing
 
     functions = [params.function_name, live.function_name(params)]
-    beside = {"parts": dividing.spelled_beside(params, dividing.PARTS), "log": live.spelled_log(params)}
+    beside = {"parts": dividing.beside_name(params.target.table, dividing.PARTS), "log": live.log_name(params)}
     return db.rows(
         connection, SQL["open"], params, functions=functions, callers=params.search.grant_to, **values, **beside
     )

@@ -12,12 +12,12 @@ from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import compare, db, forecast, index, search, versions
-from runbook_lib.checking import application_settings, privileges
+from runbook_lib.checking import application_settings, policies, privileges
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.ledger import Ledger, only_the_owner_wrote
-from runbook_lib.measuring import diagnose, drift, evaluate, explain, recall, replica, standing
+from runbook_lib.measuring import diagnose, drift, evaluate, explain, recall, replica, seen_as, standing
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.names import names, spelled
@@ -67,6 +67,7 @@ def check(params: Params) -> Gates:
 def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
     yield only_the_owner_wrote(phase.ledger.connection, phase.params)
     yield privileges.check(phase.connection, phase.params)
+    yield from policies.check(phase.connection, phase.params)
     yield _route_is_as_set(phase)
     yield from (g for g in index.verify(phase) if g.name in STANDING_INDEX_GATES)
     read_whole = False
@@ -76,6 +77,9 @@ def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
         yield from planned
         yield _recall_holds(phase)
         yield from _recall_holds_by_filter(phase)
+        yield from seen_as.gates(
+            phase, max(0.0, phase.params.tune.target_recall - phase.params.watch.largest_recall_loss)
+        )
         yield from drift.gates(phase)
     yield from _relevance_holds(phase)
     captured = _changes_are_captured(phase)

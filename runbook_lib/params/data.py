@@ -248,11 +248,28 @@ class Legacy(Section):
         return value.strip().rstrip(";")
 
 
+class SeenAs(Section):
+    """A caller from whom the table's row level security keeps rows."""
+
+    role: Name = Field(description="The role; the runbook's own must be a member of it.")
+    settings: dict[str, str] = Field({}, description="Settings that the policies read, as the application sets them.")
+    filters: dict[str, str] = Field({}, description="Filters that it passes, with their values.")
+
+    def __str__(self) -> str:
+        given = [f"{name} = {value}" for name, value in {**self.settings, **self.filters}.items()]
+        return f"{self.role} ({', '.join(given)})" if given else self.role
+
+
 class Search(Section):
     """The function that the application calls."""
 
     function: Name | None = Field(None, description="Its name, in the table's schema; search_<target> if not given.")
     grant_to: list[Name] = Field([], description="Roles that may call the function.")
+    seen_as: list[SeenAs] = Field(
+        [],
+        description="Callers as whom recall is measured where the table has row level security: role, settings that"
+        " its policies read, filters. Roles of grant_to that are not named here are measured without either.",
+    )
     fulltext_column: Name | None = Field(
         None, description="A tsvector column; the hybrid route needs one, or fulltext_expression."
     )

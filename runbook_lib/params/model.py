@@ -99,6 +99,8 @@ class Params(Section):
             raise ValueError("target.text_columns names a column twice")
         if unknown := set(self.filters.partial_indexes) - set(self.target.filters):
             raise ValueError(f"filters.partial_indexes: {min(unknown)} is not among target.filters")
+        if unknown := {c for caller in self.search.seen_as for c in caller.filters} - set(self.target.filters):
+            raise ValueError(f"search.seen_as: {min(unknown)} is not among target.filters")
         if self.partitioning.column and self.partitioning.column not in self.target.filters:
             raise ValueError(f"partitioning.column: {self.partitioning.column} is not among target.filters")
         self._index_can_hold_the_vectors()

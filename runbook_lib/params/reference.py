@@ -30,6 +30,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(map(str, args))
     if origin is Annotated:
         return _type_name(args[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     if origin is list:
         return f"list of {_type_name(args[0])}"
     if origin is dict and typing.get_origin(args[0]) is Annotated:

@@ -2,11 +2,21 @@
 
 -- name: open
 -- purpose: Every privilege on them of a role that is neither a superuser nor a member of the owner; NULL is PUBLIC.
-WITH relation AS (
-    SELECT c.oid, c.relname, c.relkind, c.relowner, c.relacl FROM pg_class c
-    WHERE c.relnamespace = to_regnamespace(%(ledger)s) AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
-       OR c.oid = to_regclass(%(vectors)s)
-       OR c.oid IN (SELECT t.relid FROM pg_partition_tree(to_regclass(%(parts)s)) t)
+-- By the catalogue's own names: to_regclass() wants USAGE on the schema, which may be what this role lacks.
+WITH named AS (
+    SELECT c.oid, c.relname, c.relacl, c.relrowsecurity FROM pg_class c
+    WHERE c.relnamespace = to_regnamespace(%(schema)s)
+), target AS (
+    SELECT n.* FROM named n WHERE n.relname = %(table)s
+), relation AS (
+    SELECT c.oid, c.relname, c.relkind, c.relowner, c.relacl,
+           CASE WHEN c.relname = %(log)s THEN 'log' ELSE c.relname::text END AS what
+    FROM pg_class c WHERE c.relnamespace = to_regnamespace(%(ledger)s) AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+    UNION ALL
+    SELECT c.oid, c.relname, c.relkind, c.relowner, c.relacl,
+           CASE WHEN n.relname = %(vectors)s THEN 'vectors' ELSE 'copy' END
+    FROM named n JOIN pg_class c ON c.oid = n.oid OR c.oid IN (SELECT t.relid FROM pg_partition_tree(n.oid::regclass) t)
+    WHERE n.relname IN (%(vectors)s, %(parts)s)
 ), object AS (
     SELECT 'SCHEMA' AS kind, quote_ident(n.nspname) AS name, 'schema' AS what, n.nspowner AS owner,
            coalesce(n.nspacl, acldefault('n', n.nspowner)) AS acl, '' AS of_column
@@ -18,13 +28,11 @@ WITH relation AS (
     FROM pg_proc p WHERE p.pronamespace = to_regnamespace(%(ledger)s)
        OR p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = ANY (%(functions)s)
     UNION ALL
-    SELECT CASE r.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, r.oid::regclass::text,
-           CASE r.oid WHEN to_regclass(%(vectors)s) THEN 'vectors' WHEN to_regclass(%(log)s) THEN 'log'
-               ELSE r.relname::text END, r.relowner, r.relacl, ''
+    SELECT CASE r.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, r.oid::regclass::text, r.what, r.relowner,
+           r.relacl, ''
     FROM relation r
     UNION ALL
-    SELECT 'TABLE', r.oid::regclass::text, CASE r.oid WHEN to_regclass(%(log)s) THEN 'log' ELSE r.relname::text END,
-           r.relowner, a.attacl, quote_ident(a.attname)
+    SELECT 'TABLE', r.oid::regclass::text, r.what, r.relowner, a.attacl, quote_ident(a.attname)
     FROM relation r JOIN pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped
 ), granted AS (
     SELECT o.kind, o.name, o.what, o.of_column, o.owner, a.grantee, a.privilege_type AS privilege
@@ -34,17 +42,16 @@ WITH relation AS (
     -- is meant to, but for the rows that policies keep back.
     SELECT 'ROLE', d.rolname, d.rolname, '', 0::oid, m.oid, 'MEMBER'
     FROM pg_roles d JOIN pg_roles m ON m.rolname = ANY (%(callers)s) AND pg_has_role(m.oid, d.oid, 'MEMBER')
-    WHERE d.rolname = 'pg_write_all_data' OR d.rolname = 'pg_read_all_data' AND EXISTS (
-        SELECT FROM pg_class c WHERE c.oid = to_regclass(%(table)s) AND c.relrowsecurity)
+    WHERE d.rolname = 'pg_write_all_data'
+       OR d.rolname = 'pg_read_all_data' AND EXISTS (SELECT FROM target t WHERE t.relrowsecurity)
 )
 SELECT g.kind, g.name, g.what, g.of_column, g.privilege, quote_ident(r.rolname) AS grantee,
-    coalesce(has_table_privilege(r.oid, to_regclass(%(table)s), 'SELECT'), EXISTS (
-        SELECT FROM pg_class c, aclexplode(c.relacl) a
-        WHERE c.oid = to_regclass(%(table)s) AND a.grantee = 0 AND a.privilege_type = 'SELECT')) AS reads_table,
+    EXISTS (SELECT FROM target t, aclexplode(t.relacl) a WHERE a.privilege_type = 'SELECT'
+            AND (a.grantee = 0 OR r.oid IS NOT NULL AND pg_has_role(r.oid, a.grantee, 'USAGE'))) AS reads_table,
     r.oid IS NULL OR EXISTS (
         SELECT FROM pg_roles m WHERE m.rolname = ANY (%(callers)s) AND pg_has_role(m.oid, r.oid, 'MEMBER')) AS is_caller
 FROM granted g LEFT JOIN pg_roles r ON r.oid = g.grantee
-WHERE g.grantee <> g.owner
+WHERE g.grantee <> g.owner AND r.rolname IS DISTINCT FROM current_user
   AND (g.grantee = 0 OR NOT r.rolsuper AND (g.owner = 0 OR NOT pg_has_role(r.oid, g.owner, 'MEMBER')))
 ORDER BY 1, 2, 4, 6 NULLS FIRST, 5;
 

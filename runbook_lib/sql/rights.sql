@@ -4,7 +4,6 @@
 -- purpose: What this role may do to the table, in its schema, in the ledger's, and with pgvector.
 SELECT has_schema_privilege(quote_ident(%(schema)s)::regnamespace, 'CREATE') AS may_create_in_schema,
     has_schema_privilege(quote_ident(%(schema)s)::regnamespace, 'USAGE') AS may_use_schema,
-    row_security_active(%(oid)s::oid) AS row_security,
     quote_ident(%(ledger)s) AS quoted_ledger, l.oid IS NOT NULL AS ledger_there,
     CASE WHEN l.oid IS NULL THEN has_database_privilege(current_database(), 'CREATE')
          ELSE has_schema_privilege(l.oid, 'CREATE') AND has_schema_privilege(l.oid, 'USAGE') END AS may_make_ledger,

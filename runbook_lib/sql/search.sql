@@ -93,6 +93,22 @@ COMMENT ON TABLE {strategy} IS 'How the search functions search: one row a filte
     ' Filters given together have rows of their own, "a & b" with their values as a JSON array; together without'
     ' any row, they are searched exactly.';
 
+-- name: create_way_to_search
+-- purpose: Make the function that says how to search by one value, so that callers need not read all values of all rows.
+-- lock: none on the target
+-- undo: ledger.drop_schema
+CREATE OR REPLACE FUNCTION {way_to_search}(of_target text, of_filter text, of_value text)
+RETURNS TABLE (scan text, candidates integer, iterative_scan text, most_scanned integer)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT way.scan, way.candidates, way.iterative_scan, way.most_scanned FROM (
+        SELECT s.scan, s.candidates, s.iterative_scan, s.most_scanned, s.value IS NULL AS is_of_others
+        FROM {strategy} s
+        WHERE s.target = of_target AND s.filter = of_filter AND (s.value = of_value OR s.value IS NULL)
+        UNION ALL
+        SELECT 'unmeasured', NULL, NULL, NULL, NULL WHERE EXISTS (SELECT FROM {strategy} s WHERE s.target = of_target)
+    ) way ORDER BY way.is_of_others NULLS LAST LIMIT 1
+$$;
+
 -- name: start_with_legacy
 -- purpose: Send every read to the legacy query.
 -- lock: one row of the route table
@@ -182,20 +198,18 @@ SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass(%(route)s)
 IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
         asked_filter := {asked_filter};
         asked_value := {asked_value};
-        SELECT s.* INTO how FROM {strategy} s
-        WHERE s.target = {target_name} AND s.filter = asked_filter AND (s.value = asked_value OR s.value IS NULL)
-        ORDER BY s.value LIMIT 1;
-        IF FOUND THEN
+        SELECT w.* INTO how FROM {way_to_search}({target_name}::pg_catalog.text, asked_filter, asked_value) w;
+        IF how.scan = 'unmeasured' THEN
+            -- How few rows several filters let through together nobody has measured; to read them all misses none.
+            IF num_nonnulls({filter_arguments}) > 1 THEN
+                way := 'exact';
+            END IF;
+        ELSIF FOUND THEN
             way := how.scan;
             -- They end with this call: the function has a SET for each of them.
             PERFORM pg_catalog.set_config({setting}, how.candidates::pg_catalog.text, true),
                     pg_catalog.set_config({iterative_setting}, how.iterative_scan, true),
                     pg_catalog.set_config({most_scanned_setting}, how.most_scanned::pg_catalog.text, true);
-        ELSIF num_nonnulls({filter_arguments}) > 1
-            AND EXISTS (SELECT FROM {strategy} s WHERE s.target = {target_name})
-        THEN
-            -- How few rows these let through together nobody has measured; to read them all misses none.
-            way := 'exact';
         END IF;
     END IF;
 
@@ -205,7 +219,8 @@ IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
 -- undo: search.drop_function
 GRANT EXECUTE ON FUNCTION {function}({signature}) TO {role};
 GRANT USAGE ON SCHEMA {ledger} TO {role};
-GRANT SELECT ON {route}, {strategy} TO {role};
+GRANT SELECT ON {route} TO {role};
+GRANT EXECUTE ON FUNCTION {way_to_search}(text, text, text) TO {role};
 
 -- name: set_search_settings
 -- purpose: Give the function the index settings that were found by measuring.

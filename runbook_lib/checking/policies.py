@@ -1,0 +1,46 @@
+"""Row level security of the table: refused where it would not hold, or would keep rows from the runbook itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from runbook_lib import db
+from runbook_lib.gates import Gate, gate
+from runbook_lib.names import spelled, vectors_stand_beside
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("policies")
+
+
+def security(connection: db.Connection, params: Params) -> db.Row:
+    """Whether the table or a partition of it has row level security, and whether it keeps rows from this role."""
+    schema, table = spelled(params, "schema"), params.target.table
+    return db.one(connection, SQL["security"], params, schema=schema, table=table)
+
+
+def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
+    """A gate for each that does not hold; none where the table has no policies, or they hold."""
+    table, found = spelled(params, "table"), security(connection, params)
+    if found["for_us"]:
+        yield gate(
+            "inputs.sees_every_row",
+            False,
+            table,
+            found=f"row security is {'forced on the owner too' if found['is_forced'] else 'on'}, and {found['role']}"
+            " does not bypass it",
+            needed="a role that sees every row",
+            danger="rows that this role does not see would get no vector, and no count would miss them",
+            do=f"have a superuser run: ALTER ROLE {found['role']} BYPASSRLS;",
+        )
+    if found["is_on"] and vectors_stand_beside(params):
+        yield gate(
+            "inputs.policies_hold_for_vectors",
+            False,
+            spelled(params, "vectors"),
+            found=f"{table} has row level security, and vector.layout is side_table",
+            needed="vectors in the table itself, where its policies hold for them",
+            danger="whoever may read the table would read the keys and vectors of every row in the table beside,"
+            " whatever the policies say",
+            do="set vector.layout: column; where the vectors stand beside already, undo/30_remove_schema first",
+        )
