@@ -184,7 +184,7 @@ def opened(open_phase: Open, connection: Connection, grant: str) -> Gate:
         ("GRANT SELECT ON runbook.entry TO shop_app", "shop_app has SELECT on table runbook.entry"),
         ("GRANT CREATE ON SCHEMA runbook TO PUBLIC", "PUBLIC has CREATE on schema runbook"),
         ("GRANT EXECUTE ON FUNCTION runbook.sign_off TO shop_app",
-         "shop_app has EXECUTE on function runbook.sign_off(bigint,jsonb,text)"),
+         "shop_app has EXECUTE on function runbook.sign_off(bigint, jsonb, text)"),
         ("GRANT USAGE ON SEQUENCE runbook.strategy_id_seq TO shop_approver",
          "shop_approver has USAGE on sequence runbook.strategy_id_seq"),
         ("GRANT pg_write_all_data TO shop_app", "shop_app is a member of pg_write_all_data"),
@@ -194,6 +194,16 @@ def test_what_somebody_granted_since_is_named_with_its_revoke(
     open_phase: Open, generous: Connection, grant: str, found: str
 ) -> None:
     assert opened(open_phase, generous, grant).found == found
+
+
+def test_in_a_schema_of_the_application_its_own_tables_are_its_own(open_phase: Open, generous: Connection) -> None:
+    phase = open_phase("10_baseline", ledger={"schema": "public"}, search={"grant_to": [APPLICATION]})
+    search.apply(phase)
+    generous.execute("CREATE TABLE orders (id int); GRANT ALL ON articles, orders TO shop_app")
+    assert privileges.check(phase.connection, phase.params).verdict is Verdict.PASS
+    generous.execute("GRANT UPDATE ON public.route TO shop_app")
+    found = privileges.check(phase.connection, phase.params)
+    assert found.do == "REVOKE UPDATE ON TABLE public.route FROM shop_app;"
 
 
 def test_the_message_says_what_default_privileges_would_give(open_phase: Open, generous: Connection) -> None:

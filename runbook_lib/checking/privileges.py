@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from runbook_lib import db
 from runbook_lib.gates import Gate, gate
-from runbook_lib.names import side_table_name, spelled, vectors_stand_beside
+from runbook_lib.names import changing, names, side_table_name, spelled, vectors_stand_beside
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -25,6 +25,8 @@ FOR_CALLERS = {
 # Whoever signs is not the application, whose password stands in more places.
 FOR_APPROVERS = {("entry", "", "SELECT"), ("sign_off", "", "EXECUTE")}
 FOR_READERS_OF_THE_TABLE = {("vectors", "", "SELECT")}
+# Made there for every target, and named nowhere else but in the blocks that make them.
+IN_LEDGER = ("chain_entry", "sign_off")
 MOST_NAMED = 8
 
 
@@ -60,10 +62,27 @@ def _open(connection: db.Connection, params: Params, values: dict[str, str | Non
     from runbook_lib.filling import dividing
 
     functions = [params.function_name, live.function_name(params)]
+    own = [*_in_ledger(params), *IN_LEDGER, live.log_name(params)]
     beside = {"parts": dividing.beside_name(params.target.table, dividing.PARTS), "log": live.log_name(params)}
     return db.rows(
-        connection, SQL["open"], params, functions=functions, callers=params.search.grant_to, **values, **beside
+        connection,
+        SQL["open"],
+        params,
+        own=own,
+        functions=functions,
+        callers=params.search.grant_to,
+        **values,
+        **beside,
     )
+
+
+def _in_ledger(params: Params) -> list[str]:
+    """The names that are made for this target in the ledger's schema, which may hold others' objects too."""
+    known = names(params) | changing(params)
+    prefix = f"{spelled(params, 'ledger')}."
+    others = {known[name].as_string() for name in ("table", "vectors", "function", "qualified_index")}
+    qualified = [n.as_string().replace("%%", "%") for n in known.values() if n.as_string() not in others]
+    return [n.removeprefix(f'{prefix}"')[:-1].replace('""', '"') for n in qualified if n.startswith(f'{prefix}"')]
 
 
 def _is_meant(row: db.Row) -> bool:

@@ -9,11 +9,17 @@ WITH named AS (
 ), target AS (
     SELECT n.* FROM named n WHERE n.relname = %(table)s
 ), relation AS (
-    SELECT c.oid, c.relname, c.relkind, c.relowner, c.relacl,
+    SELECT c.oid, c.relnamespace, c.relname, c.relkind, c.relowner, c.relacl,
            CASE WHEN c.relname = %(log)s THEN 'log' ELSE c.relname::text END AS what
-    FROM pg_class c WHERE c.relnamespace = to_regnamespace(%(ledger)s) AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+    FROM pg_class c WHERE c.relnamespace = to_regnamespace(%(ledger)s) AND c.relname = ANY (%(own)s)
     UNION ALL
-    SELECT c.oid, c.relname, c.relkind, c.relowner, c.relacl,
+    SELECT s.oid, s.relnamespace, s.relname, s.relkind, s.relowner, s.relacl, 'sequence'
+    FROM pg_class c JOIN pg_depend d ON d.refobjid = c.oid AND d.classid = d.refclassid AND d.deptype IN ('a', 'i')
+    JOIN pg_class s ON s.oid = d.objid AND s.relkind = 'S'
+    WHERE c.relnamespace = to_regnamespace(%(ledger)s) AND c.relname = ANY (%(own)s)
+      AND d.classid = 'pg_class'::regclass
+    UNION ALL
+    SELECT c.oid, c.relnamespace, c.relname, c.relkind, c.relowner, c.relacl,
            CASE WHEN n.relname = %(vectors)s THEN 'vectors' ELSE 'copy' END
     FROM named n JOIN pg_class c ON c.oid = n.oid OR c.oid IN (SELECT t.relid FROM pg_partition_tree(n.oid::regclass) t)
     WHERE n.relname IN (%(vectors)s, %(parts)s)
@@ -22,18 +28,20 @@ WITH named AS (
            coalesce(n.nspacl, acldefault('n', n.nspowner)) AS acl, '' AS of_column
     FROM pg_namespace n WHERE n.oid = to_regnamespace(%(ledger)s)
     UNION ALL
-    SELECT 'FUNCTION', p.oid::regprocedure::text,
+    SELECT 'FUNCTION', format('%%I.%%I(%%s)', n.nspname, p.proname, oidvectortypes(p.proargtypes)),
            CASE WHEN p.proname = ANY (%(functions)s) THEN 'search' ELSE p.proname::text END,
            p.proowner, coalesce(p.proacl, acldefault('f', p.proowner)), ''
-    FROM pg_proc p WHERE p.pronamespace = to_regnamespace(%(ledger)s)
+    FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+    WHERE p.pronamespace = to_regnamespace(%(ledger)s) AND p.proname = ANY (%(own)s)
        OR p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = ANY (%(functions)s)
     UNION ALL
-    SELECT CASE r.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, r.oid::regclass::text, r.what, r.relowner,
-           r.relacl, ''
-    FROM relation r
+    SELECT CASE r.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, format('%%I.%%I', n.nspname, r.relname), r.what,
+           r.relowner, r.relacl, ''
+    FROM relation r JOIN pg_namespace n ON n.oid = r.relnamespace
     UNION ALL
-    SELECT 'TABLE', r.oid::regclass::text, r.what, r.relowner, a.attacl, quote_ident(a.attname)
-    FROM relation r JOIN pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped
+    SELECT 'TABLE', format('%%I.%%I', n.nspname, r.relname), r.what, r.relowner, a.attacl, quote_ident(a.attname)
+    FROM relation r JOIN pg_namespace n ON n.oid = r.relnamespace
+    JOIN pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped
 ), granted AS (
     SELECT o.kind, o.name, o.what, o.of_column, o.owner, a.grantee, a.privilege_type AS privilege
     FROM object o, aclexplode(o.acl) a
@@ -49,7 +57,8 @@ SELECT g.kind, g.name, g.what, g.of_column, g.privilege, quote_ident(r.rolname) 
     EXISTS (SELECT FROM target t, aclexplode(t.relacl) a WHERE a.privilege_type = 'SELECT'
             AND (a.grantee = 0 OR r.oid IS NOT NULL AND pg_has_role(r.oid, a.grantee, 'USAGE'))) AS reads_table,
     r.oid IS NULL OR EXISTS (
-        SELECT FROM pg_roles m WHERE m.rolname = ANY (%(callers)s) AND pg_has_role(m.oid, r.oid, 'MEMBER')) AS is_caller
+        SELECT FROM pg_roles m
+        WHERE m.rolname = ANY (%(callers)s) AND NOT m.rolsuper AND pg_has_role(m.oid, r.oid, 'MEMBER')) AS is_caller
 FROM granted g LEFT JOIN pg_roles r ON r.oid = g.grantee
 WHERE g.grantee <> g.owner AND r.rolname IS DISTINCT FROM current_user
   AND (g.grantee = 0 OR NOT r.rolsuper AND (g.owner = 0 OR NOT pg_has_role(r.oid, g.owner, 'MEMBER')))
