@@ -94,6 +94,29 @@ def test_without_a_role_it_is_unknown_and_without_policies_there_is_no_gate(
     assert list(seen_as.gates(phase, 0.9)) == []
 
 
+def test_the_table_kept_after_a_swap_must_be_as_closed_as_the_one_that_serves(
+    open_phase: Callable[..., Phase], tenants: Connection
+) -> None:
+    phase = open_phase()
+    tenants.execute(
+        f"""CREATE TABLE runbook.articles_move (); CREATE TABLE articles_whole (LIKE articles);
+        GRANT SELECT ON articles_whole TO {ROLE}; ALTER TABLE articles_whole ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY of_tenant ON articles_whole USING (views = current_setting('app.tenant')::int)"""
+    )
+    assert list(policies.check(phase.connection, phase.params)) == [], "as the swap leaves them"
+    tenants.execute(
+        f"""REVOKE SELECT ON articles FROM {ROLE}; GRANT SELECT (id) ON articles TO {ROLE};
+        ALTER POLICY of_tenant ON articles USING (views = 0)"""
+    )
+    (gate,) = policies.check(phase.connection, phase.params)
+    assert gate.name == "partitioning.kept_table_is_as_open"
+    assert gate.found == (
+        "articles alone: SELECT (id) to one_tenant; articles alone: policy of_tenant TO PUBLIC USING (views = 0);"
+        " articles_whole alone: SELECT to one_tenant; articles_whole alone: policy of_tenant TO PUBLIC USING"
+        " (views = (current_setting('app.tenant'::text))::integer)"
+    )
+
+
 def test_policies_that_came_after_the_vectors_beside_are_named(
     open_phase: Callable[..., Phase], tenants: Connection
 ) -> None:

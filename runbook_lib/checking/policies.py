@@ -33,6 +33,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
             danger="rows that this role does not see would get no vector, and no count would miss them",
             do=f"have a superuser run: ALTER ROLE {found['role']} BYPASSRLS;",
         )
+    yield from kept_table_is_as_open(connection, params)
     if found["is_on"] and vectors_stand_beside(params):
         yield gate(
             "inputs.policies_hold_for_vectors",
@@ -43,4 +44,33 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
             danger="whoever may read the table would read the keys and vectors of every row in the table beside,"
             " whatever the policies say",
             do="set vector.layout: column; where the vectors stand beside already, undo/30_remove_schema first",
+        )
+
+
+def kept_table_is_as_open(connection: db.Connection, params: Params) -> Iterator[Gate]:
+    """After a swap by 75_partition_by_filter: whoever lost rights on the table must not read the one kept beside it,
+    nor have them back with the way back. No gate where both are alike, or there is none."""
+    # Imported here: it knows the phases, and phases know these checks.
+    from runbook_lib.filling import dividing
+
+    table, whole = params.target.table, dividing.beside_name(params.target.table, dividing.WHOLE)
+    found = db.rows(
+        connection,
+        SQL["not_in_both"],
+        params,
+        schema=spelled(params, "schema"),
+        ledger=spelled(params, "ledger"),
+        table=table,
+        whole=whole,
+        move=f"{params.target.name}_move",
+    )
+    if found:
+        yield gate(
+            "partitioning.kept_table_is_as_open",
+            False,
+            dividing.spelled_beside(params, dividing.WHOLE),
+            found="; ".join(f"{row['relation']} alone: {row['line']}" for row in found),
+            needed=f"the privileges and policies of {spelled(params, 'table')}",
+            danger="rows can be read past what was changed on the table since the swap, and a way back undoes it",
+            do=f"make the same change on {dividing.spelled_beside(params, dividing.WHOLE)}",
         )

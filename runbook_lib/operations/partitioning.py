@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from runbook_lib import db, index
+from runbook_lib.checking import policies
 from runbook_lib.display import Table, duration, number
 from runbook_lib.filling import dividing, moving
 from runbook_lib.filling.dividing import PARTS, WHOLE, Standing, catalogue, spelled_beside, standing
@@ -321,7 +322,8 @@ def check_undo(phase: Phase) -> Gates:
                 needed="the ordinary table, serving or kept beside",
                 danger="nothing is left to go back to: nothing was changed",
                 do="leave it partitioned; nothing but a copy by hand makes one table of it again",
-            )
+            ),
+            *policies.kept_table_is_as_open(phase.connection, phase.params),
         ]
     )
 

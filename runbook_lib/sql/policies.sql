@@ -23,3 +23,38 @@ ORDER BY 1;
 -- name: set
 -- purpose: A setting that the policies read, or the role itself, for this transaction.
 SELECT set_config(%(name)s, %(value)s, true);
+
+-- name: not_in_both
+-- purpose: Privileges and policies that the table or the ordinary one kept beside it has, and the other lacks.
+WITH relation AS (
+    SELECT c.oid, c.relname, c.relowner, c.relacl, c.relrowsecurity, c.relforcerowsecurity,
+           quote_ident(c.relname) || '.' AS prefix
+    FROM pg_class c
+    WHERE c.relnamespace = to_regnamespace(%(schema)s) AND c.relname IN (%(table)s, %(whole)s)
+      AND EXISTS (SELECT FROM pg_class m WHERE m.relnamespace = to_regnamespace(%(ledger)s) AND m.relname = %(move)s)
+      AND EXISTS (SELECT FROM pg_class w WHERE w.relnamespace = c.relnamespace AND w.relname = %(whole)s)
+), given AS (
+    SELECT r.oid, r.relowner, a.grantee,
+           a.privilege_type || CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS privilege
+    FROM relation r, aclexplode(r.relacl) a
+    UNION ALL
+    SELECT r.oid, r.relowner, a.grantee, format('%%s (%%I)', a.privilege_type, c.attname)
+    FROM relation r JOIN pg_attribute c ON c.attrelid = r.oid, aclexplode(c.attacl) a
+), line AS (
+    SELECT r.relname, format('%%s to %%s', g.privilege,
+        CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(g.grantee)::text END) AS line
+    FROM relation r JOIN given g ON g.oid = r.oid WHERE g.grantee <> g.relowner
+    UNION ALL
+    SELECT r.relname, format('policy %%s', p.polname) || CASE WHEN p.polpermissive THEN '' ELSE ', restrictive' END
+        || CASE p.polcmd WHEN 'r' THEN ' FOR SELECT' WHEN 'a' THEN ' FOR INSERT' WHEN 'w' THEN ' FOR UPDATE'
+                         WHEN 'd' THEN ' FOR DELETE' ELSE '' END
+        || ' TO ' || (SELECT string_agg(CASE o WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(o)::text END, ', ' ORDER BY o)
+                      FROM unnest(p.polroles) o)
+        || coalesce(' USING ' || replace(pg_get_expr(p.polqual, p.polrelid), r.prefix, ''), '')
+        || coalesce(' WITH CHECK ' || replace(pg_get_expr(p.polwithcheck, p.polrelid), r.prefix, ''), '')
+    FROM relation r JOIN pg_policy p ON p.polrelid = r.oid
+    UNION ALL
+    SELECT r.relname, format('row level security: %%s, forced: %%s', r.relrowsecurity, r.relforcerowsecurity)
+    FROM relation r
+)
+SELECT line, min(relname)::text AS relation FROM line GROUP BY line HAVING count(*) = 1 ORDER BY 2, 1;
