@@ -103,7 +103,7 @@ def documented() -> dict[str, dict[str, set[str]]]:
     found = {}
     for line in text.split("## Who may do what")[1].split("\n## ")[0].splitlines():
         if named := re.match(r"\| (?:schema )?`([^`]+)` \|(.*)\|$", line):
-            name = named[1].replace("<target>", "articles")
+            name = named[1].replace("<target>", "articles").removesuffix("()")
             name = f"public.{name}" if name.startswith("search_") else name
             cells = [{p.strip() for p in cell.split(",")} - {"–"} for cell in named[2].split("|")]
             found[name] = {r: c for r, c in zip((APPLICATION, APPROVER, "public"), cells, strict=True) if c}
@@ -197,13 +197,16 @@ def test_what_somebody_granted_since_is_named_with_its_revoke(
 
 
 def test_in_a_schema_of_the_application_its_own_tables_are_its_own(open_phase: Open, generous: Connection) -> None:
-    phase = open_phase("10_baseline", ledger={"schema": "public"}, search={"grant_to": [APPLICATION]})
+    generous.execute("CREATE SCHEMA shop; CREATE TABLE shop.orders (id int); REVOKE ALL ON SCHEMA shop FROM PUBLIC")
+    generous.execute(
+        "REVOKE CREATE ON SCHEMA shop FROM shop_app, shop_approver; GRANT ALL ON shop.orders TO shop_app"
+    )
+    phase = open_phase("10_baseline", ledger={"schema": "shop"}, search={"grant_to": [APPLICATION]})
     search.apply(phase)
-    generous.execute("CREATE TABLE orders (id int); GRANT ALL ON articles, orders TO shop_app")
     assert privileges.check(phase.connection, phase.params).verdict is Verdict.PASS
-    generous.execute("GRANT UPDATE ON public.route TO shop_app")
+    generous.execute("GRANT UPDATE ON shop.route TO shop_app")
     found = privileges.check(phase.connection, phase.params)
-    assert found.do == "REVOKE UPDATE ON TABLE public.route FROM shop_app;"
+    assert found.do == "REVOKE UPDATE ON TABLE shop.route FROM shop_app;"
 
 
 def test_the_message_says_what_default_privileges_would_give(open_phase: Open, generous: Connection) -> None:
