@@ -28,6 +28,8 @@ JUDGED_DEPTH = 100
 ROUNDS = 3
 # Calls that show that the function answers as legacy does; each costs as much as a legacy search.
 FUNCTION_CALLS = 20
+# Rows by whose own words a legacy search is tried that has found nothing for any query.
+ROWS_TO_BE_FOUND = 3
 # Below this p95 a difference is noise, and no user notices it.
 FAST_ENOUGH_MS = 5.0
 MEASURES = ("nDCG@10", "RR", "R@10", "R@100", "P@10")
@@ -221,8 +223,21 @@ def baseline(phase: Phase) -> Table:
     result = measure(phase, ["legacy"])
     legacy = result["legacy"]
     single = {key: legacy.get(key, {}) for key in ("answers", "per_query", "unanswered", "marks", "left")}
-    phase.note("baseline", {"systems": _totals(result), **single})
+    own = {} if any(legacy["answers"].values()) else {"own_words": _finds_own_words(phase)}
+    phase.note("baseline", {"systems": _totals(result), **single, **own})
     return show(result)
+
+
+def _finds_own_words(phase: Phase) -> bool:
+    """Does legacy find anything by the first line or the longest word of some rows? Then it is not broken, and that
+    it finds nothing for the queries is a reason to migrate.
+    """
+    texts = [row["text"] for row in db.rows(phase.connection, SQL["some_texts"], phase.params, rows=ROWS_TO_BE_FOUND)]
+    own = [
+        words for text in texts for words in (text.strip().split("\n")[0], max(text.split(), key=len, default=text))
+    ]
+    queries = [Query(f"row {i}", words) for i, words in enumerate(own)]
+    return any(legacy_calls.ask(phase, queries, dict.fromkeys((q.query_id for q in queries), 1)).keys.values())
 
 
 def verify_baseline(phase: Phase) -> Gates:
@@ -235,9 +250,10 @@ def _baseline_is_recorded(phase: Phase) -> Gate:
     answered = sum(bool(keys) for keys in recorded["answers"].values()) if recorded else 0
     figures = recorded["systems"]["legacy"] if recorded else {}
     left = len(recorded.get("left", ())) if recorded else 0
+    works = bool(recorded and recorded.get("own_words"))
     return gate(
         "compare.baseline_is_recorded",
-        recorded is not None and answered > 0,
+        answered > 0 or works,
         "the legacy query",
         found=f"{answered} of {figures['timed']} queries have an answer, p50 {figures['p50_ms']} ms,"
         f" p95 {figures['p95_ms']} ms"
@@ -247,11 +263,14 @@ def _baseline_is_recorded(phase: Phase) -> Gate:
             if left
             else ""
         )
+        + ("; rows are found by their own words: it works, and misses what users ask" if works else "")
         if recorded
         else "nothing",
-        needed="figures, and an answer to at least one query",
+        needed="figures, and an answer to at least one query, or to the own words of a row",
         danger="without a baseline nobody can say whether the new search is better",
-        do="look at legacy.query and at queries.file: they must fit each other",
+        do="look at legacy.query: it finds no row even by the row's own words"
+        if recorded
+        else "run 10_baseline with execute: true",
         figures=figures,
     )
 

@@ -187,6 +187,25 @@ def test_the_function_must_answer_as_legacy(open_phase: Open, articles: psycopg.
     )
 
 
+@pytest.mark.parametrize(
+    ("condition", "verdict", "said"),
+    [
+        ("title ILIKE '%' || :query || '%'", "PASS", "it works, and misses what users ask"),
+        ("title ILIKE ':' || :query || ':'", "FAIL", "0 of 20 queries have an answer"),
+    ],
+)
+def test_legacy_that_finds_nothing_is_a_reason_to_migrate_unless_it_is_broken(
+    open_phase: Open, articles: psycopg.Connection[Any], condition: str, verdict: str, said: str
+) -> None:
+    articles.execute("UPDATE articles SET title = 'zebra ' || id, body = 'a horse with stripes' WHERE title <> ''")
+    phase = open_phase("10_baseline", legacy={"query": f"SELECT id FROM articles WHERE {condition} LIMIT :k"})
+    search.apply(phase)
+    compare.baseline(phase)
+    recorded, answers = compare.verify_baseline(phase)
+    assert (recorded.verdict, answers.verdict) == (verdict, "PASS")
+    assert said in recorded.found
+
+
 def test_relevance_is_that_of_the_judgements(tuned: Callable[..., Phase]) -> None:
     phase = tuned()
     queries = evaluate.sample(evaluate.read_queries(phase.params), 1000)

@@ -28,6 +28,10 @@ WHERE word = ANY (%(words)s) GROUP BY word;
 SELECT t.{key}::text AS key, left(regexp_replace({text}, '\s+', ' ', 'g'), 80) AS text
 FROM {table} t WHERE t.{key}::text = ANY (%(keys)s);
 
+-- name: some_texts
+-- purpose: How the texts of some rows begin: a search for their own words should find them.
+SELECT left({text}, 2000) AS text FROM {table} t WHERE btrim({text}, E' \t\r\n') <> '' LIMIT %(rows)s;
+
 -- name: judgements
 -- purpose: The marks that people gave in the notebook, the newest for each query and row.
 SELECT DISTINCT ON (body ->> 'query_id', body ->> 'key')
