@@ -326,7 +326,8 @@ def verify(phase: Phase) -> Gates:
                 "backfill.nothing_is_missing",
                 left["missing"] == 0,
                 table,
-                found=f"{number(left['missing'])} of {number(left['with_text'])} with text lack a vector{waiting}",
+                found=f"{number(left['missing'])} of {number(left['with_text'])} rows with text lack a vector"
+                + waiting,
                 needed="0",
                 danger="the new search never finds these rows",
                 do="run 40_load_embeddings and this phase again; both go on where they were",

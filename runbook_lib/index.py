@@ -9,7 +9,7 @@ import psycopg
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db, forecast
+from runbook_lib import db, forecast, row_counts
 from runbook_lib.display import Table, size
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.indexing import index_partitions
@@ -239,7 +239,7 @@ def _finds_known_rows(phase: Phase, relations: Sequence[sql.Composable] = ()) ->
 def _known_rows(phase: Phase, n: Mapping[str, sql.Composable], most: int) -> list[db.Row]:
     """So many rows of a sample of pages; of all pages where the relation is small, or the sample holds too few."""
     relation = n["vectors"].as_string(phase.connection).replace("%%", "%")
-    believed = db.one(phase.connection, SQL["believed_rows"], phase.params, relation=relation)["rows"]
+    believed = row_counts.estimated(phase.connection, phase.params, relation)
     percent = 100 * SAMPLED_FOR_ONE * most / believed if believed else 100
     samples = (
         [sql.SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (1)").format(sql.Literal(percent))] if percent < 100 else []

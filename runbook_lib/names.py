@@ -94,8 +94,8 @@ def indexed(params: Params) -> sql.Composable:
 
 
 def changing(params: Params) -> dict[str, sql.Composable]:
-    """What ``{text}`` and ``{text_hash}`` are in a statement that changes rows: on a distributed table functions of
-    the runbook's own, since Citus takes only IMMUTABLE ones of a column there."""
+    """What ``{text}``, ``{has_text}`` and ``{text_hash}`` are in a statement that changes rows: on a distributed
+    table functions of the runbook's own, since Citus takes only IMMUTABLE ones of a column there."""
     ledger, name = params.ledger.schema_, params.target.name
     functions = {
         "text_function": identifier(ledger, f"{name}_text"),
@@ -105,11 +105,18 @@ def changing(params: Params) -> dict[str, sql.Composable]:
         return dict(functions)
     columns = sql.SQL(", ").join(sql.SQL("{}::text").format(identifier("t", c)) for c in params.target.text_columns)
     call = sql.SQL("{}({})")
+    text = call.format(functions["text_function"], columns)
     return {
         **functions,
-        "text": call.format(functions["text_function"], columns),
+        "text": text,
+        "has_text": has_text(text),
         "text_hash": call.format(functions["text_hash_function"], columns),
     }
+
+
+def has_text(text: sql.Composable) -> sql.Composed:
+    """Is there more than blanks and ends of lines in it?"""
+    return sql.SQL("(btrim({}, E' \\t\\r\\n') <> '')").format(text)
 
 
 def trigger_name(params: Params, event: str) -> str:
@@ -121,6 +128,8 @@ def names(params: Params) -> dict[str, sql.Composable]:
     """What ``{…}`` may say in a block of ``runbook_lib/sql``.
 
     ``{text}`` is the text that is embedded and ``{text_hash}`` its hash, both over alias ``t`` of the target;
+    ``{has_text}`` says whether a row has any, and so is one of the rows that count: that get a vector, and of which
+    none may be missing;
     ``{new_text_differs}`` is the condition of the update trigger: the text, or the key.
 
     Whatever the layout: ``{vectors}`` is the relation that holds the vectors; ``{from_vectors}`` every row that can
@@ -151,6 +160,7 @@ def names(params: Params) -> dict[str, sql.Composable]:
         "index": identifier(index_name(params)),
         "qualified_index": identifier(target.schema_, index_name(params)),
         "text": text,
+        "has_text": has_text(text),
         "text_hash": sql.SQL("substring(pg_catalog.sha256(pg_catalog.convert_to({}, 'UTF8')) from 1 for {})").format(
             text, sql.Literal(HASH_BYTES)
         ),

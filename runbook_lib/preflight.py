@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, versions
+from runbook_lib import db, row_counts, versions
 from runbook_lib import forecast as forecast_module
 from runbook_lib.checking import inputs, room
 from runbook_lib.checking.inputs import input_problems as input_problems
@@ -47,6 +47,7 @@ class Facts:
     pgvector_installed: str | None
     rows: int
     rows_are_counted: bool
+    rows_with_text: int | None
     partitions: int
     largest_partition: float
     heap_bytes: int
@@ -83,6 +84,7 @@ class Facts:
                 f"{self.pgvector_installed or 'not installed'}; offered: {self.pgvector_available or 'none'}",
             ),
             ("rows", f"{number(self.rows)}, {how}"),
+            ("rows with text", self._or_why("sample", self._with_text())),
             ("partitions", self._partitions()),
             ("table", f"{size(self.heap_bytes)}, TOAST {size(self.toast_bytes)}, fillfactor {self.fillfactor}"),
             ("indexes", f"{len(self.indexes)}, {size(self.indexes_bytes)}"),
@@ -110,6 +112,13 @@ class Facts:
         if value is None:
             return f"not seen: {self.not_seen[what]}"
         return f"{value} ({self.not_seen[what]})" if what in self.not_seen else value
+
+    def _with_text(self) -> str | None:
+        """Those that get a vector; all of them known where the sample is the whole table."""
+        if self.rows_with_text is None:
+            return None
+        about = "" if self.sampled_rows == self.rows else "about "
+        return f"{about}{number(self.rows_with_text)}, by {number(self.sampled_rows)} rows sampled; they get a vector"
 
     def _sensitive(self) -> str | None:
         if self.sensitive_rows is None:
@@ -154,14 +163,15 @@ def facts(phase: Phase) -> Facts:
     inputs.require_table(c, p)
     not_seen: dict[str, str] = {}
     shape = db.one(c, SQL["table"], p, table=table)
-    counted = not shape["analyzed"]
-    n = db.one(c, SQL["count"], p)["rows"] if counted else shape["estimated_rows"]
+    whole = row_counts.of(c, p)
+    n = whole.n
     sample = _sample(phase, n, not_seen)
     pgvector = db.one(c, inputs.SQL["pgvector"], p, schema=p.extension.schema_)
     sessions = db.rows(c, SQL["snapshots"], p)
     if hidden := db.one(c, SQL["hidden_sessions"], p)["hidden"]:
         not_seen["sessions"] = f"{hidden} sessions hidden from this role: GRANT pg_read_all_stats to it"
     counted_for_s = max(float(shape["counted_for_s"] or 0), 1.0)
+    with_text = [r["has_text"] for r in sample or []]
     text_bytes = [r["text_bytes"] or 0 for r in sample or []]
     row_bytes = [r["row_bytes"] for r in sample or []]
     return Facts(
@@ -169,7 +179,8 @@ def facts(phase: Phase) -> Facts:
         pgvector_available=pgvector["default_version"],
         pgvector_installed=pgvector["installed"],
         rows=n,
-        rows_are_counted=counted,
+        rows_are_counted=whole.counted,
+        rows_with_text=None if sample is None else round(n * sum(with_text) / max(len(sample), 1)),
         partitions=shape["partitions"],
         largest_partition=_largest_partition(shape),
         heap_bytes=shape["heap_bytes"],
@@ -324,6 +335,7 @@ def plan_body(phase: Phase) -> dict[str, Any]:
         "pgvector_available": found.pgvector_available,
         "pgvector_installed": found.pgvector_installed,
         "table_rows": found.rows,
+        "rows_with_text": found.rows_with_text,
         "table_bytes": found.heap_bytes + found.toast_bytes,
         "indexes_bytes": found.indexes_bytes,
         "forecast": {

@@ -50,6 +50,31 @@ def test_sound_input_passes_and_changes_nothing(articles: Connection, make_param
     assert articles.execute("SELECT FROM pg_namespace WHERE nspname = 'runbook'").fetchone() is None
 
 
+@pytest.mark.parametrize(
+    ("emptied", "found", "do"),
+    [
+        ("DELETE FROM articles", "no row", "load the rows first"),
+        (
+            "UPDATE articles SET title = ' ', body = NULL",
+            "rows, and no text in title, body",
+            "name the columns that hold text in target.text_columns",
+        ),
+    ],
+)
+def test_a_table_without_any_text_is_refused_before_anything_starts(
+    articles: Connection, make_params: MakeParams, emptied: str, found: str, do: str
+) -> None:
+    articles.execute(emptied)
+    (refused,) = [g for g in inputs.input_problems(make_params()).failed if g.name == "inputs.some_row_has_text"]
+    assert str(refused) == (
+        'FAIL    inputs.some_row_has_text   "public"."articles"\n'
+        f"  found   {found}\n"
+        "  needed  a row with text in title, body\n"
+        "  danger  there would be nothing to embed, and nothing to measure a search by\n"
+        f"  do      {do}"
+    )
+
+
 def test_an_unreachable_server_does_not_hide_the_other_problems(
     make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +214,7 @@ def test_keys_tables_and_schemas_that_need_quoting(
             'CREATE TABLE "My Shop"."Order ""x"""'
             f' ("Key Col" {kind} PRIMARY KEY DEFAULT {default}, "Te %xt" varchar(90))'
         )
+        admin.execute("""INSERT INTO "My Shop"."Order ""x""\" ("Te %xt") VALUES ('words')""")
     p = make_params(
         target={"schema": "My Shop", "table": 'Order "x"', "key": "Key Col", "text_columns": ["Te %xt"]},
         search={"fulltext_column": None},

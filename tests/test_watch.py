@@ -105,12 +105,12 @@ def test_rows_that_escaped_the_capture_are_counted(
     found = {g.name: g for g in watch._rows_are_fresh(phase, True)}
     assert str(found["watch.nothing_is_missing"]) == (
         "FAIL    watch.nothing_is_missing   public.articles\n"
-        "  found   1 of 202 rows have text, no vector and are not queued\n"
+        "  found   1 of 201 rows with text lack a vector and are not queued\n"
         "  needed  0\n"
         "  danger  the new search never finds these rows\n"
         "  do      look whether the capture triggers are enabled, then run 40_load_embeddings and 50_backfill"
     )
-    assert found["watch.nothing_is_stale"].found.startswith("2 of 202 rows have the vector of an older text")
+    assert found["watch.nothing_is_stale"].found.startswith("2 of 200 rows with a vector have that of an older text")
 
 
 def test_queued_rows_are_no_fault_until_they_are_old(
@@ -134,7 +134,7 @@ def test_a_large_table_is_sampled_and_says_so(tuned: Callable[..., Phase], artic
     )
     articles.execute("ANALYZE articles")
     gate = next(watch._rows_are_fresh(phase, True))
-    assert gate.found.endswith("rows, a sample of about 3,201 have text, no vector and are not queued")
+    assert gate.found.endswith("rows with text in a sample of about 3,201 lack a vector and are not queued")
     assert 0 < gate.figures["looked_at"] < 3201 and gate.figures["whole_table"] is False
 
 

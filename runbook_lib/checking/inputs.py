@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, session, versions
+from runbook_lib import db, row_counts, session, versions
 from runbook_lib.checking import (
     application_settings,
     citus,
@@ -154,6 +154,8 @@ def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
     yield legacy_query_runs(connection, params)
     if params.target.key in columns:
         yield _judged_keys(look)
+    if found["readable"] and set(params.target.text_columns) <= set(columns):
+        yield _some_row_has_text(look)
 
 
 def _takes_writes(server: db.Row) -> Gate:
@@ -321,6 +323,28 @@ def _text_column(look: _Look, column: str) -> Gate:
         needed="a column of text",
         danger="the model embeds text; what it would make of this type nobody has judged",
         do="leave the column out of target.text_columns, or add a text column that holds what should be found",
+    )
+
+
+def _some_row_has_text(look: _Look) -> Gate:
+    """Of an empty table nothing can be staged, measured or tuned."""
+    columns = ", ".join(look.params.target.text_columns)
+    try:
+        there = db.one(look.connection, row_counts.SQL["texts"], look.params)
+    except psycopg.Error as error:
+        db.raise_if_lost(look.connection, error)
+        holds, found = None, f"could not be read: {str(error).splitlines()[0]}"
+    else:
+        holds = there["texts"]
+        found = "rows with text" if holds else f"rows, and no text in {columns}" if there["rows"] else "no row"
+    return gate(
+        "inputs.some_row_has_text",
+        holds,
+        look.subject,
+        found=found,
+        needed=f"a row with text in {columns}",
+        danger="there would be nothing to embed, and nothing to measure a search by",
+        do="load the rows first" if found == "no row" else "name the columns that hold text in target.text_columns",
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db
+from runbook_lib import db, row_counts
 from runbook_lib.checking import hooks as hooks_module
 from runbook_lib.checking.hooks import Hook
 from runbook_lib.display import number
@@ -44,7 +44,6 @@ LEAST_ROWS = 60
 # So many triggers and rules are tried one by one.
 MOST_HOOKS = 10
 SHOWN = 5
-HAS_TEXT = r"btrim({text}, E' \t\r\n') <> ''"
 KEEPS = "keeps rows from taking the vector"
 # Of each row, by key, the hashes of its columns and whether it has a vector.
 Looked = dict[Any, tuple[list[int | None], bool]]
@@ -150,10 +149,10 @@ def prepare(connection: db.Connection, params: Params, added: Sequence[str]) -> 
 
 def _sample(connection: db.Connection, params: Params, *, columns_are_there: bool) -> list[Any]:
     """Keys to try, the oldest and the newest first."""
-    believed = db.one(connection, SQL["size"], params, table=spelled(params, "table"))["rows"]
+    believed = row_counts.estimated(connection, params, spelled(params, "table"))
     percent = min(100.0, 100.0 * 20 * MOST_ROWS / max(believed, 1))
     pages = believed > SAMPLE_PAGES_FROM_ROWS
-    wanting = sql.SQL(HAS_TEXT + (" AND t.{embedding_hash} IS NULL" if columns_are_there else ""))
+    wanting = sql.SQL("{has_text}" + (" AND t.{embedding_hash} IS NULL" if columns_are_there else ""))
     extra = {
         "wanting": wanting.format(**names(params)),
         "tablesample": sql.SQL("TABLESAMPLE SYSTEM ({})").format(sql.Literal(percent)) if pages else sql.SQL(""),

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from psycopg import sql
 
-from runbook_lib import db, forecast, preflight
+from runbook_lib import db, forecast, preflight, row_counts
 from runbook_lib.checking import inputs
 from runbook_lib.display import number, size
 from runbook_lib.names import identifier, names, spelled
@@ -85,14 +85,13 @@ def look(connection: db.Connection, draft: Params) -> Found:
     """Reads the catalogue and the statistics of the table that the draft names. Raises BadInput if it is no table."""
     inputs.require_table(connection, draft)
     relation, target = spelled(draft, "table"), draft.target
-    shape = db.one(connection, preflight.SQL["table"], draft, table=relation)
-    counted = None if shape["analyzed"] else db.one(connection, preflight.SQL["count"], draft)["rows"]
+    whole = row_counts.of(connection, draft)
     columns = db.rows(connection, SQL["columns"], draft, relation=relation, schema=target.schema_, table=target.table)
     keys = db.rows(connection, SQL["keys"], draft, relation=relation)
     return Found(
         draft,
-        shape["estimated_rows"] if counted is None else counted,
-        shape["analyzed"],
+        whole.n,
+        not whole.counted,
         {c["name"]: c for c in columns},
         tuple(k["name"] for k in keys if k["type"] in inputs.KEY_TYPES),
         tuple(r["role"] for r in db.rows(connection, SQL["readers"], draft, relation=relation)),

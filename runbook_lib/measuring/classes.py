@@ -10,7 +10,7 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db
+from runbook_lib import db, row_counts
 from runbook_lib.gates import Gate
 from runbook_lib.measuring import evaluate, exact, replica, together
 from runbook_lib.measuring.found import Nearest
@@ -117,8 +117,7 @@ def _of_columns(phase: Phase, columns: tuple[str, ...]) -> Iterator[FilterClass]
 def shares(phase: Phase, columns: Sequence[str]) -> dict[str, float]:
     """Share of the rows by value: every value above RARE, and a few below, spread over their frequencies."""
     n = names(phase.params)
-    rows = int(db.one(phase.connection, SQL["rows"], phase.params, table=spelled(phase.params, "table"))["rows"])
-    percent = min(100.0, 100.0 * COUNTED_ROWS / max(rows, 1))
+    percent = min(100.0, 100.0 * COUNTED_ROWS / max(row_counts.of(phase.connection, phase.params).n, 1))
     sampled = sql.SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (1)").format(sql.Literal(percent))
     own = [sql.SQL("t.{}").format(identifier(c)) for c in columns]
     query = SQL["values"].compose(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, forecast
+from runbook_lib import db, forecast, row_counts
 from runbook_lib.checking import partitions
 from runbook_lib.display import number
 from runbook_lib.measuring.prepared import SQL, Planned, Sent, plan_of, vector_indexes
@@ -290,7 +290,7 @@ def _probes_are_lists(case: _Case) -> Cause | None:
 def _random_pages_are_dear(case: _Case) -> Cause | None:
     """Not the server's default on a small table: there a scan is cheap whatever the disks are."""
     setting = case.setting("random_page_cost")
-    if float(setting["setting"]) <= DEFAULT_RANDOM_PAGE_COST and _size(case)["rows"] <= SMALL_TABLE_ROWS:
+    if float(setting["setting"]) <= DEFAULT_RANDOM_PAGE_COST and _rows(case) <= SMALL_TABLE_ROWS:
         return None
     cheaper = {"random_page_cost": RANDOM_PAGE_COST}
     if float(setting["setting"]) <= float(RANDOM_PAGE_COST) or not case.uses(case.sent.text, cheaper, case.kind):
@@ -321,17 +321,18 @@ def _other_index(case: _Case) -> Cause | None:
     )
 
 
-def _size(case: _Case) -> db.Row:
-    return db.one(case.connection, SQL["table_size"], case.params, table=spelled(case.params, "vectors"))
+def _rows(case: _Case) -> int:
+    return row_counts.of(case.connection, case.params, "vectors").n
 
 
 def _too_small(case: _Case) -> Cause:
     whole, index = case.plan(case.sent.text, {}, case.kind), case.plan(case.sent.text, CHEAP, case.kind)
-    size = _size(case)
-    small = size["rows"] <= SMALL_TABLE_ROWS
+    there = _rows(case)
+    pages = db.one(case.connection, SQL["pages"], case.params, table=spelled(case.params, "vectors"))["pages"]
+    small = there <= SMALL_TABLE_ROWS
     prices = f"{number(whole.cost)} against {number(index.cost)}" if whole and index else "less"
     return Cause(
         TOO_SMALL if small and case.setting("enable_indexscan")["setting"] == "on" else "scan_is_cheaper",
-        f"{number(size['rows'])} rows in {number(size['pages'])} pages: reading all of them is cheaper, {prices}",
+        f"{number(there)} rows in {number(pages)} pages: reading all of them is cheaper, {prices}",
         f"nothing while it is so small; if it is not, ANALYZE {spelled(case.params, 'vectors')}",
     )

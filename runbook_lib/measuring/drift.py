@@ -14,7 +14,7 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import db
+from runbook_lib import db, row_counts
 from runbook_lib.display import number
 from runbook_lib.gates import Gate, gate
 from runbook_lib.indexing import index_partitions
@@ -65,10 +65,10 @@ def gates(phase: Phase) -> Iterator[Gate]:
 def _look(phase: Phase, connection: db.Connection, block: str, built: db.Row, **values: Any) -> list[db.Row]:
     """Rows of a block; on a large table of a sample of its pages."""
     p = phase.params
-    rows = db.one(phase.connection, WATCH["size"], p, table=spelled(p, "table"))["rows"]
-    whole = rows <= p.watch.count_up_to_rows
+    there = row_counts.of(phase.connection, p).n
+    whole = there <= p.watch.count_up_to_rows
     looked_at = sql.SQL("true") if whole else WATCH["sampled"].compose(names(p))
-    percent = 100.0 * p.watch.count_up_to_rows / max(rows, 1)
+    percent = 100.0 * p.watch.count_up_to_rows / max(there, 1)
     query = SQL[block].compose(names(p) | {"looked_at": looked_at})
     return connection.execute(query, {**values, "began_at": built["began_at"], "percent": percent}).fetchall()
 
@@ -113,7 +113,7 @@ def _rows_held(phase: Phase, connection: db.Connection, rows: Sequence[db.Row]) 
     if index_partitions.is_needed(phase):
         return []
     chosen = [rows[i * len(rows) // LISTS_LOOKED_AT] for i in range(LISTS_LOOKED_AT)] if rows else []
-    most = db.one(phase.connection, WATCH["size"], p, table=spelled(p, "vectors"))["rows"]
+    most = row_counts.of(phase.connection, p, "vectors").n
     n = names(p)
     asked = sql.SQL("%(embedding)s::{}").format(n["vector_type"])
     query = SQL["rows_of_the_list"].compose(n | {"query_indexed": as_indexed(p, asked)})
@@ -130,9 +130,9 @@ def _rows_held(phase: Phase, connection: db.Connection, rows: Sequence[db.Row]) 
 def _lists_are_even(phase: Phase, held: Sequence[int], not_judged: str) -> Gate:
     """By the list that a row lies in: one that holds half the table is met by half of the rows."""
     p = phase.params
-    rows = db.one(phase.connection, WATCH["size"], p, table=spelled(p, "vectors"))["rows"]
+    there = row_counts.of(phase.connection, p, "vectors").n
     lists = next((row["lists"] for row in vector_indexes(phase.connection, p) if row["lists"]), None) or DEFAULT_LISTS
-    even = max(rows / lists, 1.0)
+    even = max(there / lists, 1.0)
     mean = float(np.mean(held))
     limit = p.watch.list_unevenness
     return gate(

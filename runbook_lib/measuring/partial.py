@@ -8,14 +8,14 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import db, forecast, search
+from runbook_lib import db, forecast, row_counts, search
 from runbook_lib.display import Table, number, size
 from runbook_lib.gates import Gate, gate
 from runbook_lib.measuring import choose, classes, explain, sweep
 from runbook_lib.measuring.classes import Asked, FilterClass
 from runbook_lib.measuring.prepared import call_prepared, scans
 from runbook_lib.measuring.sweep import Measured, Way
-from runbook_lib.names import identifier, names, spelled
+from runbook_lib.names import identifier, names
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
@@ -157,8 +157,7 @@ def call_with_value(phase: Phase, connection: db.Connection, value: Value) -> No
 
 def rows_of_table(phase: Phase) -> int:
     """Rows of the table, as the planner estimates them."""
-    table = spelled(phase.params, "table")
-    return int(db.one(phase.connection, classes.SQL["rows"], phase.params, table=table)["rows"])
+    return row_counts.of(phase.connection, phase.params).n
 
 
 def fits_in_memory(phase: Phase, values: Sequence[Value]) -> list[Gate]:

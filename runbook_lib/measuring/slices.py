@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runbook_lib import db
+from runbook_lib import db, row_counts
 from runbook_lib.measuring import evaluate
 from runbook_lib.measuring.evaluate import Query
-from runbook_lib.names import spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
 
@@ -49,8 +48,7 @@ def _words(phase: Phase, texts: Sequence[str]) -> dict[str, set[str]]:
 
 def rare_words(phase: Phase, words: set[str]) -> set[str]:
     """Those of the words that few rows hold, or none; counted in a sample of the pages where the table is large."""
-    rows = db.one(phase.connection, SQL["estimated_rows"], phase.params, table=spelled(phase.params, "table"))["rows"]
-    percent = min(100.0, 100.0 * ROWS_LOOKED_AT / rows) if rows else 100.0
+    percent = min(100.0, 100.0 * ROWS_LOOKED_AT / max(row_counts.of(phase.connection, phase.params).n, 1))
     found = db.rows(phase.connection, SQL["document_frequency"], phase.params, words=sorted(words), percent=percent)
     return words - {row["word"] for row in found if row["rows"] > RARE_ROWS or row["share"] > RARE_SHARE}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runbook_lib import db, index
+from runbook_lib import db, index, row_counts
 from runbook_lib.checking import policies
 from runbook_lib.display import Table, duration, number
 from runbook_lib.filling import dividing, moving
@@ -187,7 +187,7 @@ def apply(phase: Phase) -> Table:
     for statement in _begin(phase):
         rows.append((statement.purpose, round(phase.do(statement).seconds, 3)))
     move = dividing.move(phase)
-    total = int(catalogue(phase, "rows")[0]["rows"])
+    total = row_counts.of(phase.connection, phase.params).n
     rows.append(("Rows copied", number(moving.copy(move, total))))
     for statement in [*dividing.missing_indexes(phase), _analyze(phase)]:
         # Not concurrently: nobody reads it. Its session has the memory and the workers of a build all the same.

@@ -14,7 +14,7 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import compare, db, forecast, index
+from runbook_lib import compare, db, forecast, index, row_counts
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.indexing import index_partitions
@@ -102,7 +102,7 @@ def _statement(phase: Phase, block: str, **values: Any) -> db.Statement:
 
 def _making(phase: Phase) -> list[db.Statement]:
     p = phase.params
-    rows = db.one(phase.connection, SQL["whole"], p, vectors=spelled(p, "table"))["rows"]
+    rows = row_counts.of(phase.connection, phase.params, "table").n
     percent = 100.0 * DRAWN_TIMES * p.storage.sample_rows / rows if rows else 100.0
     percent = percent if percent < MOST_DRAWN_PERCENT else 100.0
     values = {"judged": _judged_keys(phase), "percent": percent, "rows": p.storage.sample_rows}
@@ -136,7 +136,7 @@ def _with_lists(phase: Phase, params: Params) -> Params:
     """Lists for the rows that will be compared: the plan is made before their table is there."""
     if params.index.method != "ivfflat" or params.index.lists:
         return params
-    rows = db.one(phase.connection, SQL["whole"], phase.params, vectors=spelled(phase.params, "table"))["rows"]
+    rows = row_counts.of(phase.connection, phase.params, "table").n
     compared = rows if on_column(phase.params) else min(rows, phase.params.storage.sample_rows)
     lists = params.index.model_copy(update={"lists": forecast.lists_rule(compared)})
     return params.model_copy(update={"index": lists})
@@ -155,7 +155,7 @@ def _stands(phase: Phase, shape: Shape) -> bool:
 
 def check(phase: Phase) -> Gates:
     """Before anything is built: there are vectors, and the real column, where that is asked for, takes an index."""
-    rows = db.one(phase.connection, SQL["whole"], phase.params, vectors=spelled(phase.params, "vectors"))["rows"]
+    rows = row_counts.of(phase.connection, phase.params, "vectors").n
     parted = on_column(phase.params) and index_partitions.is_needed(phase)
     table, where = spelled(phase.params, "vectors"), phase.params.storage.where
     return collect(
@@ -213,7 +213,7 @@ def _compare(phase: Phase) -> Comparison:
     by_exact = {q.query_id: list(n.keys) for q, n in zip(judged, judged_asked.exact, strict=True)}
     best = evaluate.relevance(by_exact, {q.query_id: marks[q.query_id] for q in judged}) if judged else None
     rows = int(db.one(phase.connection, SQL["rows"], here)["rows"])
-    whole = int(db.one(phase.connection, SQL["whole"], p, vectors=spelled(p, "vectors"))["rows"])
+    whole = row_counts.of(phase.connection, phase.params, "vectors").n
     measured: list[dict[str, Any]] = []
     for shape in shapes.possible(p):
         with _standing(phase, shape) as (name, built):

@@ -11,7 +11,7 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import compare, db, forecast, index, search, versions
+from runbook_lib import compare, db, forecast, index, row_counts, search, versions
 from runbook_lib.checking import application_settings, policies, privileges
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
@@ -207,10 +207,9 @@ def _sampled(phase: Phase) -> sql.Composed:
     return SQL["sampled"].compose(names(phase.params))
 
 
-def _percent(phase: Phase, rows: int) -> float:
+def _percent(phase: Phase, wanted: int) -> float:
     """The share of the pages that holds about so many rows."""
-    found = db.one(phase.connection, SQL["size"], phase.params, table=spelled(phase.params, "table"))["rows"]
-    return min(100.0, 100.0 * rows / found) if found else 100.0
+    return min(100.0, 100.0 * wanted / max(row_counts.of(phase.connection, phase.params).n, 1))
 
 
 def _relevance_holds(phase: Phase) -> Iterator[Gate]:
@@ -251,8 +250,8 @@ def _changes_are_captured(phase: Phase) -> bool:
 def _rows_are_fresh(phase: Phase, captured: bool) -> Iterator[Gate]:
     """Counted over the texts as they are now; on a large table over a sample of its pages, and then it says so."""
     p = phase.params
-    rows = db.one(phase.connection, SQL["size"], p, table=spelled(p, "table"))["rows"]
-    whole = rows <= p.watch.count_up_to_rows
+    there = row_counts.of(phase.connection, p).n
+    whole = there <= p.watch.count_up_to_rows
     looked_at = sql.SQL("true") if whole else _sampled(phase)
     found = phase.connection.execute(
         SQL["freshness"].compose(
@@ -261,16 +260,18 @@ def _rows_are_fresh(phase: Phase, captured: bool) -> Iterator[Gate]:
         {"percent": _percent(phase, p.watch.count_up_to_rows)},
     ).fetchone()
     assert found is not None
-    of = f"of {number(found['looked_at'])} rows" + ("" if whole else f", a sample of about {number(rows)}")
+    sample = "" if whole else f" in a sample of about {number(there)}"
+    missing = f"of {number(found['with_text'])} rows with text{sample} lack a vector"
+    stale = f"of {number(found['with_vector'])} rows with a vector{sample} have that of an older text"
     for kind, what, danger in (
-        ("missing", "have text, no vector", "the new search never finds these rows"),
-        ("stale", "have the vector of an older text", "the new search ranks these rows by words they no longer hold"),
+        ("missing", missing, "the new search never finds these rows"),
+        ("stale", stale, "the new search ranks these rows by words they no longer hold"),
     ):
         yield gate(
             f"watch.nothing_is_{kind}",
             found[kind] == 0,
             _table(phase),
-            found=f"{number(found[kind])} {of} {what} and are not queued",
+            found=f"{number(found[kind])} {what} and are not queued",
             needed="0",
             danger=danger,
             do="look whether the capture triggers are enabled, then run 40_load_embeddings and 50_backfill",
@@ -338,14 +339,14 @@ def _dead_rows_are_few(phase: Phase) -> Gate:
 
 
 def _index_is_lean(phase: Phase, seen: dict[str, Any]) -> Gate:
-    found = db.one(phase.connection, SQL["size"], phase.params, table=spelled(phase.params, "vectors"))
-    expected = max(forecast.forecast(found["rows"], phase.params).index_bytes, SMALLEST_FORECAST_BYTES)
+    there = row_counts.of(phase.connection, phase.params, "vectors").n
+    expected = max(forecast.forecast(there, phase.params).index_bytes, SMALLEST_FORECAST_BYTES)
     limit = phase.params.watch.index_growth
     return gate(
         "watch.index_is_lean",
         seen["bytes"] <= limit * expected,
         spelled(phase.params, "vectors"),
-        found=f"{size(seen['bytes'])}, {seen['bytes'] / expected:.1f} × the forecast of {number(found['rows'])} rows",
+        found=f"{size(seen['bytes'])}, {seen['bytes'] / expected:.1f} × the forecast of {number(there)} rows",
         needed=f"at most {limit:g} ×",
         danger="searches read pages of rows that are gone, and the index no longer fits where it did",
         do="build the index anew, concurrently: operate's rebuild, or undo/20_remove_index and 60_build_index",

@@ -236,9 +236,10 @@ def _tiles(found: _Newest) -> list[Tile]:
         took = f"in {duration(b['seconds'])}, {rate}" + (f", {b['attempts']} attempts" if b["attempts"] > 1 else "")
         tiles.append(Tile("rows migrated", number(b["rows"]), took, entry.source))
     elif entry := found("plan"):
-        tiles.append(
-            Tile("rows to migrate", number(entry.body["table_rows"]), size(entry.body["table_bytes"]), entry.source)
-        )
+        # Rows without text get no vector; of all rows an earlier release knew nothing else.
+        b = entry.body
+        rows = b["table_rows"] if b.get("rows_with_text") is None else b["rows_with_text"]
+        tiles.append(Tile("rows to migrate", number(rows), size(b["table_bytes"]), entry.source))
     if entry := found("index"):
         b = entry.body
         tiles.append(

@@ -77,7 +77,7 @@ FROM (
     FROM (
         SELECT x.*, CASE WHEN bare THEN has_text ELSE old OR NOT has_text END AS wants
         FROM (
-            SELECT t.{key} AS key, {row_embedding} IS NULL AS bare, btrim({text}, E' \t\r\n') <> '' AS has_text,
+            SELECT t.{key} AS key, {row_embedding} IS NULL AS bare, {has_text} AS has_text,
                    {row_embedding_hash} IS DISTINCT FROM {text_hash} AS old
             FROM {with_vectors}
         ) x
@@ -91,14 +91,14 @@ SELECT clock_timestamp()::text AS began,
 
 -- name: textless
 -- purpose: Rows that have a vector and no text any more.
-SELECT t.{key} AS key FROM {table} t WHERE t.{embedding} IS NOT NULL AND btrim({text}, E' \t\r\n') = '';
+SELECT t.{key} AS key FROM {table} t WHERE t.{embedding} IS NOT NULL AND NOT {has_text};
 
 -- name: clear_textless
 -- purpose: Take the vector from rows whose text is gone.
 -- lock: ROW EXCLUSIVE on {table}, on the rows of one batch
 -- undo: none needed; there is no text to search
 UPDATE {table} t SET {embedding} = NULL, {embedding_hash} = NULL, {embedding_updated_at} = now()
-WHERE t.{key} = ANY (%(keys)s) AND t.{embedding} IS NOT NULL AND btrim({text}, E' \t\r\n') = '';
+WHERE t.{key} = ANY (%(keys)s) AND t.{embedding} IS NOT NULL AND NOT {has_text};
 
 -- name: analyze
 -- purpose: Let the planner know that the column is filled; while it still believes in NULLs it shuns the index.

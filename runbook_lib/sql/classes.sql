@@ -1,14 +1,5 @@
 -- Phase 70: which values the filters have, and how many rows each lets through.
 
--- name: rows
--- purpose: Rows of the table, as the planner estimates them; partitions are added up.
-WITH RECURSIVE part AS (
-    SELECT to_regclass(%(table)s)::oid AS oid
-    UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
-)
-SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS rows
-FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
-
 -- name: values
 -- purpose: Share of the rows by value, rarest first: every common value, and a few rare ones spread over their ranks.
 -- A row that lacks one of the columns counts, and has no value.

@@ -4,15 +4,6 @@
 -- purpose: The words of each text, lower-cased and otherwise as they are.
 SELECT text, tsvector_to_array(to_tsvector('simple', text)) AS words FROM unnest(%(texts)s::text[]) AS text;
 
--- name: estimated_rows
--- purpose: Rows of the table by the planner's estimate; partitions are added up.
-WITH RECURSIVE part AS (
-    SELECT to_regclass(%(table)s)::oid AS oid
-    UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
-)
-SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS rows
-FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
-
 -- name: document_frequency
 -- purpose: In how many of the rows, or of a sample of the table's pages, each of these words stands, and their share.
 WITH sampled AS MATERIALIZED (
@@ -30,7 +21,7 @@ FROM {table} t WHERE t.{key}::text = ANY (%(keys)s);
 
 -- name: some_texts
 -- purpose: How the texts of some rows begin: a search for their own words should find them.
-SELECT left({text}, 2000) AS text FROM {table} t WHERE btrim({text}, E' \t\r\n') <> '' LIMIT %(rows)s;
+SELECT left({text}, 2000) AS text FROM {table} t WHERE {has_text} LIMIT %(rows)s;
 
 -- name: judgements
 -- purpose: The marks that people gave in the notebook, the newest for each query and row.

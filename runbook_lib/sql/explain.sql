@@ -43,14 +43,13 @@ SELECT name, setting, source FROM pg_settings WHERE name = %(name)s;
 SELECT v::text AS value FROM (SELECT t.{column} AS v FROM {table} t WHERE t.{column} IS NOT NULL LIMIT 10000) s
 GROUP BY v ORDER BY count(*) DESC, v LIMIT 1;
 
--- name: table_size
--- purpose: Rows by the planner's estimate, and pages on disk now; partitions are added up.
+-- name: pages
+-- purpose: Pages on disk now; partitions are added up.
 WITH RECURSIVE part AS (
     SELECT to_regclass(%(table)s)::oid AS oid
     UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
 )
-SELECT coalesce(sum(c.reltuples), 0)::bigint AS rows,
-       coalesce(sum(pg_relation_size(c.oid) / current_setting('block_size')::int), 0)::bigint AS pages
+SELECT coalesce(sum(pg_relation_size(c.oid) / current_setting('block_size')::int), 0)::bigint AS pages
 FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
 
 -- name: way_of

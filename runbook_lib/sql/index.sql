@@ -57,10 +57,6 @@ SELECT count(*) AS rows FROM {vectors} t WHERE t.{embedding} IS NOT NULL;
 SELECT t.{key} AS key, t.{embedding} AS embedding FROM {vectors} t {sampled}
 WHERE t.{embedding} IS NOT NULL ORDER BY t.{embedding_hash} LIMIT %(n)s;
 
--- name: believed_rows
--- purpose: How many rows a relation is believed to have.
-SELECT greatest(reltuples, 0)::bigint AS rows FROM pg_class WHERE oid = to_regclass(%(relation)s);
-
 -- name: nearest
 -- purpose: The distance of the nearest row, through the index and of what it holds.
 SELECT {indexed} {index_distance} {query_indexed} AS distance FROM {vectors} t

@@ -367,10 +367,6 @@ SELECT pg_get_partkeydef(c.oid) AS how,
        (SELECT count(*) FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid)::int AS indexes
 FROM pg_class c WHERE c.oid = to_regclass(%(relation)s);
 
--- name: rows
--- purpose: Rows that the planner expects.
-SELECT greatest(c.reltuples, 0)::bigint AS rows FROM pg_class c WHERE c.oid = to_regclass(%(table)s);
-
 -- name: capturing
 -- purpose: Is the trigger that queues changed keys on the table?
 SELECT tgname::text AS name FROM pg_trigger WHERE tgrelid = to_regclass(%(table)s) AND tgname = %(name)s;

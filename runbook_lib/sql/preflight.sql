@@ -7,7 +7,6 @@ WITH part AS (
     UNION SELECT p.relid FROM pg_partition_tree(to_regclass(%(table)s)) p WHERE p.isleaf
 )
 SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS estimated_rows,
-    coalesce(bool_and(c.reltuples > 0 OR pg_relation_size(c.oid) = 0) AND bool_or(c.reltuples > 0), false) AS analyzed,
     coalesce(max(greatest(c.reltuples, 0)), 0)::bigint AS largest_partition_rows,
     count(*) FILTER (WHERE c.oid <> to_regclass(%(table)s)) AS partitions,
     coalesce(sum(pg_relation_size(c.oid)), 0)::bigint AS heap_bytes,
@@ -21,10 +20,6 @@ SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS estimated_rows,
     (SELECT extract(epoch FROM now() - coalesce(d.stats_reset, pg_postmaster_start_time()))::float8
      FROM pg_stat_database d WHERE d.datname = current_database()) AS counted_for_s
 FROM part JOIN pg_class c USING (oid) LEFT JOIN pg_stat_all_tables s ON s.relid = c.oid;
-
--- name: count
--- purpose: Rows of a table that was never analyzed, counted.
-SELECT count(*) AS rows FROM {table};
 
 -- name: indexes
 -- purpose: The table's indexes with their sizes, those of partitions added up; each of them is written to by an update that is not HOT.
@@ -81,5 +76,6 @@ FROM pg_prepared_xacts p WHERE p.database = current_database() ORDER BY p.prepar
 
 -- name: sample
 -- purpose: A sample of rows: their text, cut, and how wide text and row are.
-SELECT left({text}, %(longest)s) AS text, octet_length({text}) AS text_bytes, pg_column_size(t.*) AS row_bytes
+SELECT left({text}, %(longest)s) AS text, {has_text} AS has_text, octet_length({text}) AS text_bytes,
+       pg_column_size(t.*) AS row_bytes
 FROM {table} t {tablesample} LIMIT %(rows)s;

@@ -29,7 +29,7 @@ UPDATE {queue} SET claimed_by = NULL, claimed_at = NULL WHERE claimed_by = %(wor
 
 -- name: texts
 -- purpose: The texts of these rows as they are now, where the vector is not of that text.
-SELECT t.{key} AS key, {text} AS text, {text_hash} AS text_hash, btrim({text}, E' \t\r\n') <> '' AS has_text
+SELECT t.{key} AS key, {text} AS text, {text_hash} AS text_hash, {has_text} AS has_text
 FROM {with_vectors}
 WHERE t.{key} = ANY (%(keys)s)
   AND ({row_embedding} IS NULL OR {row_embedding_hash} IS DISTINCT FROM {text_hash});
@@ -69,14 +69,14 @@ ON CONFLICT ({key}) DO UPDATE SET {embedding} = excluded.{embedding}, {embedding
 -- lock: ROW EXCLUSIVE on {table}, on that row
 -- undo: none needed; there is no text to search
 UPDATE {table} t SET {embedding} = NULL, {embedding_hash} = NULL, {embedding_updated_at} = now()
-WHERE t.{key} = %(key)s AND btrim({text}, E' \t\r\n') = '';
+WHERE t.{key} = %(key)s AND NOT {has_text};
 
 -- name: clear_beside
 -- purpose: Take the vector of a row whose text is gone from the table beside.
 -- lock: ROW EXCLUSIVE on {vectors}, on that row
 -- undo: none needed; there is no text to search
 DELETE FROM {vectors} e USING {table} t
-WHERE t.{key} = %(key)s AND e.{key} = t.{key} AND btrim({text}, E' \t\r\n') = '';
+WHERE t.{key} = %(key)s AND e.{key} = t.{key} AND NOT {has_text};
 
 -- name: finish
 -- purpose: Take finished changes out of the queue, and what was set aside of the same rows.
@@ -109,7 +109,7 @@ UPDATE {queue} SET attempts = %(tries)s - 1 WHERE attempts >= %(tries)s;
 -- undo: none needed; nothing is left to do for these rows
 DELETE FROM {queue} q WHERE NOT EXISTS (
     SELECT FROM {with_vectors}
-    WHERE t.{key} = q.key AND CASE WHEN btrim({text}, E' \t\r\n') = '' THEN {row_embedding} IS NOT NULL
+    WHERE t.{key} = q.key AND CASE WHEN NOT {has_text} THEN {row_embedding} IS NOT NULL
         ELSE {row_embedding_hash} IS DISTINCT FROM {text_hash} END
 );
 

@@ -103,7 +103,7 @@ VACUUM (ANALYZE) {table};
 -- name: page
 -- purpose: The next rows of the sample that have text, in key order.
 SELECT t.{key} AS key, {text_hash} AS text_hash FROM {table} t
-WHERE {after} AND btrim({text}, E' \t\r\n') <> '' ORDER BY t.{key} LIMIT %(batch_rows)s;
+WHERE {after} AND {has_text} ORDER BY t.{key} LIMIT %(batch_rows)s;
 
 -- name: has_column
 -- purpose: Has the relation this column, of a type of pgvector?

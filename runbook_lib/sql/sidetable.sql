@@ -81,7 +81,7 @@ WHERE e.{embedding_hash} IS DISTINCT FROM excluded.{embedding_hash};
 -- purpose: Remove the vectors of rows whose text is gone.
 -- lock: ROW EXCLUSIVE on the table beside; none on the target
 -- undo: none needed; there is no text to search
-DELETE FROM {vectors} e USING {table} t WHERE t.{key} = e.{key} AND btrim({text}, E' \t\r\n') = '';
+DELETE FROM {vectors} e USING {table} t WHERE t.{key} = e.{key} AND NOT {has_text};
 
 -- name: sizes
 -- purpose: Is the table beside empty, and is there anything staged?

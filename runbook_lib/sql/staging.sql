@@ -10,7 +10,7 @@ WHERE attrelid = to_regclass(%(table)s) AND attname = %(key)s AND NOT attisdropp
 SELECT t.{key} AS key, {text} AS text, {text_hash} AS text_hash,
        EXISTS (SELECT FROM {staging} s WHERE s.key = t.{key}) AS staged_before
 FROM {with_vectors}
-WHERE {after} AND btrim({text}, E' \t\r\n') <> ''
+WHERE {after} AND {has_text}
   AND {row_embedding_hash} IS DISTINCT FROM {text_hash}
   AND NOT EXISTS (SELECT FROM {staging} s WHERE s.key = t.{key} AND s.text_hash = {text_hash})
   AND NOT EXISTS (SELECT FROM {rejected} r WHERE r.key = t.{key})
@@ -39,7 +39,7 @@ FROM given g
 LEFT JOIN fresh f ON f.key = g.key
 LEFT JOIN LATERAL (
     -- OFFSET 0 keeps the subquery apart, so that each text is hashed once.
-    SELECT btrim({text}, E' \t\r\n') <> '' AS has_text, {text_hash} AS text_hash, {row_embedding_hash} AS kept_hash
+    SELECT {has_text} AS has_text, {text_hash} AS text_hash, {row_embedding_hash} AS kept_hash
     FROM {with_vectors} WHERE t.{key} = g.key OFFSET 0
 ) r ON true
 LEFT JOIN {staging} s ON s.key = g.key;
@@ -81,7 +81,7 @@ FROM (
         SELECT {text_hash} AS text_hash, {row_embedding_hash} AS kept_hash, s.text_hash AS staged_hash,
                EXISTS (SELECT FROM {queue} q WHERE q.key = t.{key}) AS queued
         FROM {with_vectors} LEFT JOIN {staging} s ON s.key = t.{key}
-        WHERE btrim({text}, E' \t\r\n') <> '' OFFSET 0
+        WHERE {has_text} OFFSET 0
     ) h
 ) x;
 

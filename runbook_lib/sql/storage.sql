@@ -44,10 +44,6 @@ SELECT to_regclass(%(scratch)s) IS NOT NULL AS scratch,
        ARRAY(SELECT c.relname::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
              WHERE i.indrelid = to_regclass(%(vectors)s) AND c.relname LIKE %(prefix)s ORDER BY 1) AS indexes;
 
--- name: whole
--- purpose: Rows of the relation with the vectors, by the planner's estimate.
-SELECT greatest(c.reltuples, 0)::bigint AS rows FROM pg_class c WHERE c.oid = to_regclass(%(vectors)s);
-
 -- name: rows
 -- purpose: Rows with a vector.
 SELECT count(*) AS rows FROM {vectors} t WHERE t.{embedding} IS NOT NULL;

@@ -86,14 +86,6 @@ SELECT key FROM (
     ) found GROUP BY key
 ) k ORDER BY place, random();
 
--- name: size
--- purpose: How many rows the table is believed to have.
-WITH RECURSIVE part AS (
-    SELECT to_regclass(%(table)s)::oid AS oid
-    UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
-)
-SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS rows FROM part JOIN pg_class c USING (oid);
-
 -- name: lock_rows
 -- purpose: Of these rows, lock those that nobody else has locked, so that no writer changes one between two looks.
 -- lock: ROW SHARE on {table}, on these rows, rolled back at once

@@ -1,23 +1,24 @@
 -- Operate 20: what is looked at again and again. All of it only reads.
 
 -- name: size
--- purpose: Rows by the planner's estimate, rows alive and dead by the statistics; partitions are added up.
+-- purpose: Rows alive and dead by the statistics; partitions are added up.
 WITH RECURSIVE part AS (
     SELECT to_regclass(%(table)s)::oid AS oid
     UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
 )
-SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS rows,
-       coalesce(sum(pg_stat_get_live_tuples(c.oid)), 0)::bigint AS live,
+SELECT coalesce(sum(pg_stat_get_live_tuples(c.oid)), 0)::bigint AS live,
        coalesce(sum(pg_stat_get_dead_tuples(c.oid)), 0)::bigint AS dead
 FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
 
 -- name: freshness
 -- purpose: Rows whose vector is missing or of an older text, though nothing is queued for them.
 SELECT count(*) AS looked_at,
+       count(*) FILTER (WHERE has_text) AS with_text,
+       count(*) FILTER (WHERE NOT bare) AS with_vector,
        count(*) FILTER (WHERE has_text AND bare AND NOT queued) AS missing,
        count(*) FILTER (WHERE NOT bare AND (old OR NOT has_text) AND NOT queued) AS stale
 FROM (
-    SELECT {row_embedding} IS NULL AS bare, btrim({text}, E' \t\r\n') <> '' AS has_text,
+    SELECT {row_embedding} IS NULL AS bare, {has_text} AS has_text,
            {row_embedding_hash} IS DISTINCT FROM {text_hash} AS old,
            EXISTS (SELECT FROM {queue} q WHERE q.key = t.{key}) AS queued
     FROM {with_vectors} WHERE {looked_at}

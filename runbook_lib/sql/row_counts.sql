@@ -1,0 +1,20 @@
+-- How many rows there are, asked in one way wherever it is asked.
+
+-- name: estimated
+-- purpose: Rows of a relation by the planner's estimate, partitions added up, and whether anything was estimated yet.
+WITH RECURSIVE part AS (
+    SELECT to_regclass(%(relation)s)::oid AS oid
+    UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
+)
+SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint AS rows,
+       to_regclass(%(relation)s) IS NOT NULL AS there,
+       coalesce(bool_and(c.reltuples > 0 OR pg_relation_size(c.oid) = 0) AND bool_or(c.reltuples > 0), false) AS analyzed
+FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
+
+-- name: counted
+-- purpose: Rows of a table that was never analyzed, counted.
+SELECT count(*) AS rows FROM {relation};
+
+-- name: texts
+-- purpose: Is there a row, and is there one with text?
+SELECT EXISTS (SELECT FROM {table}) AS rows, EXISTS (SELECT FROM {table} t WHERE {has_text}) AS texts;

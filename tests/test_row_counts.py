@@ -1,0 +1,45 @@
+"""One notion of the rows that count, in every phase and every message."""
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+
+from runbook_lib import backfill, extension, preflight, row_counts, schema, staging
+from runbook_lib.operations import watch
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
+from runbook_lib.row_counts import Rows
+
+
+def test_what_was_never_analyzed_is_counted(
+    articles: psycopg.Connection[Any], open_phase: Callable[..., Phase], make_params: Callable[..., Params]
+) -> None:
+    phase = open_phase()
+    assert row_counts.of(phase.connection, phase.params) == Rows(201, counted=False)
+    articles.execute(
+        "ALTER TABLE articles RENAME TO old; CREATE TABLE articles (LIKE old INCLUDING ALL);"
+        " INSERT INTO articles (id) SELECT id FROM old"
+    )
+    assert row_counts.of(phase.connection, phase.params) == Rows(201, counted=True)
+    beside = make_params(vector={"layout": "side_table"})
+    assert row_counts.of(phase.connection, beside, "vectors") == Rows(0, counted=False), "it is not there yet"
+    assert row_counts.estimated(phase.connection, phase.params, "articles") == 0, "nothing was estimated, never -1"
+
+
+def test_rows_without_text_count_nowhere(open_phase: Callable[..., Phase]) -> None:
+    phase = open_phase("50_backfill")
+    facts = dict(preflight.facts(phase).table().rows)
+    assert facts["rows"] == "201, estimated by the last ANALYZE"
+    assert facts["rows with text"] == "200, by 201 rows sampled; they get a vector"
+    assert preflight.plan_body(phase)["rows_with_text"] == 200
+    for module in (extension, schema, staging, backfill):
+        module.apply(phase)
+    assert [next(iter(gates)).found for gates in (staging.verify(phase), backfill.verify(phase))] == [
+        "200 of 200 rows with text have its vector, 0 changed since and are queued, 0 have none",
+        "0 of 200 rows with text lack a vector",
+    ]
+    assert [gate.found for gate in watch._rows_are_fresh(phase, captured=True)] == [
+        "0 of 200 rows with text lack a vector and are not queued",
+        "0 of 200 rows with a vector have that of an older text and are not queued",
+    ]
