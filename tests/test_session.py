@@ -12,6 +12,7 @@ from runbook_lib import (
     compare,
     conninfo_masking,
     cutover,
+    db,
     extension,
     index,
     refresh,
@@ -21,7 +22,8 @@ from runbook_lib import (
     staging,
     tune,
 )
-from runbook_lib.checking import inputs
+from runbook_lib.checking import application_settings, inputs
+from runbook_lib.gates import Gate
 from runbook_lib.phase import Phase
 from tests import toy
 
@@ -179,3 +181,51 @@ def test_a_setting_that_keeps_the_application_from_the_index_is_found_by_check(
         "  danger  every search of the application would read the whole table, which no figure measured here shows\n"
         f"  do      let their owner run: ALTER DATABASE {database} RESET enable_indexscan"
     )
+
+
+def test_settings_that_the_applications_own_query_would_have_are_found(
+    articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]
+) -> None:
+    database, reader = articles.info.dbname, f"reader_{articles.info.dbname}"
+    own = {
+        "mode": "application",
+        "application_query": "SELECT id FROM articles ORDER BY embedding <=> :embedding LIMIT :k",
+    }
+
+    def told(**search_parameters: Any) -> Gate:
+        p = open_phase(search=own | search_parameters).params
+        with db.connect(p, "look") as connection:
+            return list(application_settings.check(connection, p))[-1]
+
+    articles.execute(
+        sql.SQL("CREATE ROLE {r} LOGIN; GRANT SELECT ON articles TO {r}").format(r=sql.Identifier(reader))
+    )
+    try:
+        assert told().found == "none of pgvector's, and no switch of the planner"
+        for owner, setting in (
+            (f"DATABASE {database}", "hnsw.ef_search = 10"),
+            (f"ROLE {reader}", "enable_seqscan = off"),
+        ):
+            articles.execute(f"ALTER {owner} SET {setting}")
+        before = told()
+        assert (before.verdict, before.found, before.needed) == (
+            "PASS",
+            f"ALTER ROLE {reader} SET enable_seqscan = off; ALTER DATABASE {database} SET hnsw.ef_search = 10",
+            "to be known: 70_tune will say with which settings it measured",
+        )
+        phase = open_phase("70_tune")
+        search.apply(phase)
+        extension.apply(phase)
+        for statement in search.set_search_setting(phase, 80):
+            articles.execute(statement.query, statement.values)
+        after = told()
+        assert (after.verdict, after.found, after.do) == (
+            "FAIL",
+            f"ALTER DATABASE {database} SET hnsw.ef_search = 10",
+            f"let their owner run: ALTER DATABASE {database} SET hnsw.ef_search = 80",
+        )
+        articles.execute(f"ALTER ROLE {reader} IN DATABASE {database} SET hnsw.ef_search = 80")
+        assert told(grant_to=[reader]).verdict == "PASS", "a role's own setting is stronger than the database's"
+        assert told().verdict == "FAIL", "for another role the database's still holds"
+    finally:
+        articles.execute(f"DROP OWNED BY {reader}; DROP ROLE {reader}")

@@ -117,13 +117,28 @@ WHERE e.extname = 'vector' AND has_schema_privilege(n.oid, 'USAGE');
 SELECT '[1]'::{vector_in_schema};
 
 -- name: application_settings
--- purpose: Settings of this database or of a role that would change what the search does for the application.
-SELECT DISTINCT split_part(c.line, '=', 1) AS name, substr(c.line, strpos(c.line, '=') + 1) AS value,
+-- purpose: Settings that sessions of the application begin with: of its roles, where they are named; else of this role,
+-- of every other that reads the table where its own query is searched with, and of the database for all the rest.
+WITH who (oid) AS (
+    SELECT oid FROM pg_roles WHERE rolname = ANY (%(roles)s::text[])
+    UNION ALL
+    SELECT r.oid FROM pg_roles r
+    WHERE cardinality(%(roles)s::text[]) = 0
+      AND (r.rolname = current_user OR (%(readers)s AND r.rolcanlogin AND NOT r.rolsuper
+           AND has_table_privilege(r.oid, to_regclass(%(table)s)::oid, 'SELECT')))
+    UNION ALL
+    SELECT 0::oid WHERE cardinality(%(roles)s::text[]) = 0
+), ranked AS (
+    SELECT split_part(c.line, '=', 1) AS name, substr(c.line, strpos(c.line, '=') + 1) AS value, s.setrole, s.setdatabase,
+           rank() OVER (PARTITION BY w.oid, split_part(c.line, '=', 1) ORDER BY s.setrole = 0, s.setdatabase = 0) AS place
+    FROM who w JOIN pg_db_role_setting s ON s.setrole IN (0, w.oid)
+    CROSS JOIN LATERAL unnest(s.setconfig) AS c (line)
+    WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+)
+SELECT DISTINCT name, value,
        concat_ws(' IN DATABASE ',
-           CASE WHEN s.setrole <> 0 THEN 'ROLE ' || quote_ident(pg_get_userbyid(s.setrole)) END,
-           CASE WHEN s.setdatabase <> 0 AND s.setrole = 0 THEN 'DATABASE ' || quote_ident(current_database())
-                WHEN s.setdatabase <> 0 THEN quote_ident(current_database()) END) AS owner
-FROM pg_db_role_setting s CROSS JOIN LATERAL unnest(s.setconfig) AS c (line)
-WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
-  AND (s.setrole = 0 OR pg_get_userbyid(s.setrole) = ANY (%(roles)s::text[] || current_user::text))
-ORDER BY 1, 3;
+           CASE WHEN setrole <> 0 THEN 'ROLE ' || quote_ident(pg_get_userbyid(setrole))
+                WHEN setdatabase = 0 THEN 'ROLE ALL' END,
+           CASE WHEN setdatabase <> 0 AND setrole = 0 THEN 'DATABASE ' || quote_ident(current_database())
+                WHEN setdatabase <> 0 THEN quote_ident(current_database()) END) AS owner
+FROM ranked WHERE place = 1 ORDER BY 1, 3;
