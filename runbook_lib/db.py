@@ -19,6 +19,7 @@ from runbook_lib.display import duration, statement_html
 from runbook_lib.gates import BadInput, Gate, LockNotObtained, Verdict
 from runbook_lib.names import changing, names, spelled
 from runbook_lib.params import Params
+from runbook_lib.params.section import LONE_SURROGATE
 from runbook_lib.sql import Block
 
 Row = dict[str, Any]
@@ -312,6 +313,20 @@ def rolled_back(connection: Connection) -> Iterator[None]:
         connection.execute("SET TRANSACTION READ WRITE")
         connection.execute(GIVE_UP_WHERE_FROZEN, [f"{FROZEN_MS}ms"])
         yield
+
+
+def missing_characters(connection: Connection, text: str) -> set[str]:
+    """Those characters of a text that the database's encoding does not have; none in UTF8."""
+    if connection.info.parameter_status("server_encoding") in ("UTF8", "SQL_ASCII"):
+        return set()
+    missing = set[str]()
+    for character in sorted({c for c in text if not c.isascii() and not LONE_SURROGATE.match(c)}):
+        try:
+            with connection.transaction():
+                connection.execute("SELECT %s::text", [character])
+        except psycopg.errors.UntranslatableCharacter:
+            missing.add(character)
+    return missing
 
 
 def raise_if_lost(connection: Connection, error: psycopg.Error) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +95,10 @@ class Ledger:
         to write.
         """
         values = {"target": self.params.target.name, "run_id": self.run_id, "phase": self.phase, "kind": kind}
+        data = storable(dict(body))
+        data = storable(data, db.missing_characters(self.connection, json.dumps(data, ensure_ascii=False)))
         try:
-            row = db.one(self.connection, SQL["append"], self.params, body=Jsonb(storable(dict(body))), **values)
+            row = db.one(self.connection, SQL["append"], self.params, body=Jsonb(data), **values)
         except psycopg.errors.InsufficientPrivilege as error:
             raise BadInput([may_not_write(self.connection, self.params)]) from error
         except psycopg.errors.LockNotAvailable as error:
@@ -154,13 +157,17 @@ def as_data(g: Gate) -> dict[str, Any]:
     }
 
 
-def storable(value: Any) -> Any:
-    """Plain data as jsonb takes it: without NUL and halves of characters, which an error message may quote."""
+def storable(value: Any, missing: Collection[str] = ()) -> Any:
+    """Plain data as jsonb takes it: without NUL and halves of characters, which an error message may quote.
+
+    missing: characters that the database's encoding does not have; they are written as ASCII, such as ``\\u2026``.
+    """
     if isinstance(value, str):
-        return value.replace("\x00", "\N{SYMBOL FOR NULL}").encode(errors="backslashreplace").decode()
+        sound = value.replace("\x00", "\N{SYMBOL FOR NULL}").encode(errors="backslashreplace").decode()
+        return "".join(ascii(c)[1:-1] if c in missing else c for c in sound) if missing else sound
     if isinstance(value, Mapping):
-        return {storable(k): storable(v) for k, v in value.items()}
-    return [storable(v) for v in value] if isinstance(value, list | tuple) else value
+        return {storable(k, missing): storable(v, missing) for k, v in value.items()}
+    return [storable(v, missing) for v in value] if isinstance(value, list | tuple) else value
 
 
 def require_ours(connection: db.Connection, params: Params) -> None:

@@ -16,6 +16,7 @@ from runbook_lib.checking import (
     citus,
     consent,
     dependents,
+    encoding,
     free_names,
     partition_checks,
     policies,
@@ -127,6 +128,7 @@ def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
     server = db.one(connection, SQL["server"], params, administrators=ADMINISTRATORS)
     yield versions.check_server(connection.info.server_version)
     yield _takes_writes(server)
+    yield from encoding.check(connection, params)
     yield from _pgvector(connection, params, server)
     found = _find_table(connection, params)
     yield _table_gate(connection, params, found)

@@ -315,16 +315,18 @@ def _manifest(folder: Path, run_id: str, entries: list[dict[str, Any]], sealed: 
     told = sealed["body"].get("manifest")
     try:
         run = manifests.read(folder)
-        now = storable(json.loads((folder / manifests.FILE).read_text("utf-8")))
+        now = json.loads((folder / manifests.FILE).read_text("utf-8"))
     except (OSError, ValueError) as error:
         said = [f"unreadable: {type(error).__name__}"]
     else:
         if told is not None:
             keys = sorted({*told, *now} - {"head"})
+            # In ASCII on both sides: the ledger has that where the database's encoding lacks a character.
+            strange = {c for c in json.dumps([now, told], ensure_ascii=False) if not c.isascii()}
             said = [
                 f"{k} {_short(now.get(k))}, by the ledger {_short(told.get(k))}"
                 for k in keys
-                if now.get(k) != told.get(k)
+                if storable(now.get(k), strange) != storable(told.get(k), strange)
             ]
         else:
             last = [e["body"]["status"] for e in entries if e["kind"] == "run"][-1]

@@ -33,7 +33,7 @@ SELECT count(*)::int AS queued FROM {queue} WHERE key = ANY (%(keys)s::{key_type
 -- name: triggers_of
 -- purpose: Our triggers of a table, whole: when they fire, on what, and which function they call.
 SELECT g.tgname::text AS name, g.tgenabled::text AS enabled,
-    replace(pg_get_triggerdef(g.oid), format(' ON %%I.%%I ', n.nspname, c.relname), ' ON … ') AS definition
+    replace(pg_get_triggerdef(g.oid), format(' ON %%I.%%I ', n.nspname, c.relname), ' ON ... ') AS definition
 FROM pg_trigger g JOIN pg_class c ON c.oid = g.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE g.tgrelid = to_regclass(%(relation)s) AND NOT g.tgisinternal AND g.tgname = ANY (%(triggers)s)
 ORDER BY g.tgname;
