@@ -54,8 +54,11 @@ def give(data_dir: Path) -> None:
 
 
 @contextmanager
-def running(release: str, data_dir: Path) -> Iterator[str]:
-    """A server of that release on a data folder, made where there is none, for the length of a block; its DSN."""
+def running(release: str, data_dir: Path, more: str = "") -> Iterator[str]:
+    """A server of that release on a data folder, made where there is none, for the length of a block; its DSN.
+
+    more: options of the server, as ``-c wal_level=logical``.
+    """
     programs, log = binaries(release), data_dir / "server.log"
     # Only where it must be: it gives every file a new time, and upgrade looks at the library's.
     if owner() and not (programs / "postgres").stat().st_mode & 0o001:
@@ -66,6 +69,7 @@ def running(release: str, data_dir: Path) -> Iterator[str]:
         _call(programs / "initdb", data_dir, "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "-U", "postgres")
     # Sockets live in the data folder; pytest's folders have names too long for one, so its path is kept short.
     options = f"-c listen_addresses='' -c unix_socket_directories='{data_dir}' -c fsync=off -c random_page_cost=1.1"
+    options = f"{options} {more}"
     _call(programs / "pg_ctl", data_dir, "--wait", "--log", str(log), "--options", options, "start")
     try:
         yield make_conninfo(host=str(data_dir), user="postgres", dbname="postgres")
