@@ -153,7 +153,8 @@ def test_capture_that_does_not_work_is_found(
 HOSTILE = """CREATE EXTENSION citext;
     CREATE DOMAIN short AS varchar(20) NOT NULL CHECK (VALUE ~ '^[A-Z]' AND length(VALUE) > 2);
     CREATE TABLE hostile (id {key} PRIMARY KEY, a short UNIQUE, b varchar(5) NOT NULL, c citext,
-        d text COLLATE "POSIX", e char(9), f text GENERATED ALWAYS AS (a || b) STORED, n int);
+        d text COLLATE "POSIX", e char(9), f text GENERATED ALWAYS AS (a || b) STORED, n int,
+        g text GENERATED ALWAYS AS (upper(b)) VIRTUAL);
     INSERT INTO hostile (a, b, c, d, e) VALUES ('Apple', '12345', NULL, NULL, 'x'), ('Berry', '12345', 'c', 'd', 'y');
     CREATE FUNCTION never() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$;"""
 
@@ -170,7 +171,7 @@ def test_columns_that_refuse_a_write_are_captured_all_the_same(
     open_phase: Open, articles: psycopg.Connection[Any], key: str
 ) -> None:
     articles.execute(HOSTILE.format(key=key))
-    target = {"name": "articles", "table": "hostile", "text_columns": list("abcdef")}
+    target = {"name": "articles", "table": "hostile", "text_columns": list("abcdefg")}
     phase = open_phase("30_expand_schema", target=target)
     schema.record_start(phase)
     extension.apply(phase)

@@ -54,6 +54,35 @@ HOSTILE = {
     "enable_indexscan": "off",
     "debug_parallel_query": "on",
     "row_security": "off",
+    # What new tables would get, and what a trigger of the server's would no longer do.
+    "default_table_access_method": "heap_of_others",
+    "event_triggers": "off",
+    "default_statistics_target": "1",
+    # How statements are planned, and with how much memory; what an absurd plan answers is right all the same.
+    "work_mem": "64kB",
+    "maintenance_work_mem": "1MB",
+    "max_stack_depth": "100kB",
+    "gin_fuzzy_search_limit": "1",
+    "plan_cache_mode": "force_generic_plan",
+    "seq_page_cost": "100",
+    "random_page_cost": "1000",
+    "enable_sort": "off",
+    "enable_nestloop": "off",
+    "enable_hashjoin": "off",
+    "from_collapse_limit": "1",
+    "stats_fetch_consistency": "snapshot",
+    # Of pgvector: known to the server only where its library is loaded.
+    "hnsw.ef_search": "1",
+    "hnsw.max_scan_tuples": "1",
+    # And the rest.
+    "xmloption": "document",
+    "xmlbinary": "hex",
+    "escape_string_warning": "off",
+    "default_text_search_config": "pg_catalog.simple",
+    "restrict_nonsystem_relation_kind": "view",
+    "track_counts": "off",
+    "track_activities": "off",
+    "exit_on_error": "on",
 }
 
 
@@ -62,6 +91,7 @@ def test_a_whole_migration_under_hostile_settings(
     open_phase: Callable[..., Phase], articles: psycopg.Connection[Any], whose: str
 ) -> None:
     whom = articles.info.dbname if whose == "DATABASE" else articles.info.user
+    articles.execute("CREATE ACCESS METHOD heap_of_others TYPE TABLE HANDLER heap_tableam_handler")
     for name, value in HOSTILE.items():
         articles.execute(
             sql.SQL("ALTER {} {} SET {} = {}").format(
@@ -88,6 +118,8 @@ def test_a_whole_migration_under_hostile_settings(
         assert backfill.verify(phase).passed
         refused = "SELECT count(embedding) FROM articles"
         assert articles.execute(refused).fetchone() == (toy.ROWS,)
+        others = "SELECT relname FROM pg_class c JOIN pg_am a ON a.oid = c.relam WHERE a.amname = 'heap_of_others'"
+        assert articles.execute(others).fetchall() == []
         cutover.undo(phase)
         for back in (index, schema, search):
             back.undo(phase)

@@ -124,7 +124,7 @@ WITH who (oid) AS (
     UNION ALL
     SELECT r.oid FROM pg_roles r
     WHERE cardinality(%(roles)s::text[]) = 0
-      AND (r.rolname = current_user OR (%(readers)s AND r.rolcanlogin AND NOT r.rolsuper
+      AND (r.rolname IN (session_user, current_user) OR (%(readers)s AND r.rolcanlogin AND NOT r.rolsuper
            AND has_table_privilege(r.oid, to_regclass(%(table)s)::oid, 'SELECT')))
     UNION ALL
     SELECT 0::oid WHERE cardinality(%(roles)s::text[]) = 0
