@@ -44,8 +44,9 @@ def masked(message: str, *conninfos: str) -> str:
 
 
 def _forms(conninfos: tuple[str, ...]) -> set[str]:
-    meant = {secret for conninfo in conninfos for secret in _meant(conninfo)} | {os.environ.get("PGPASSWORD", "")}
-    forms = {encode(secret) for secret in meant for encode in (str, quote, quote_plus, unquote, unquote_plus, _flat)}
+    secrets = {secret for conninfo in conninfos for secret in meant(conninfo)} | {os.environ.get("PGPASSWORD", "")}
+    encodings = (str, quote, quote_plus, unquote, unquote_plus, _flat)
+    forms = {encode(secret) for secret in secrets for encode in encodings}
     return {form for form in forms if len(form) >= SHORTEST_PART}
 
 
@@ -53,7 +54,7 @@ def _flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def _meant(conninfo: str) -> set[str]:
+def meant(conninfo: str) -> set[str]:
     """Everything that may have been meant as a password, read more generously than libpq reads."""
     found: set[str] = set()
     with suppress(psycopg.ProgrammingError):  # not one to libpq: what was meant is read below

@@ -14,7 +14,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
-from runbook_lib import closed, conninfo_masking, session
+from runbook_lib import closed, conninfo_masking, redaction, session
 from runbook_lib.display import duration, statement_html
 from runbook_lib.gates import BadInput, Gate, LockNotObtained, Verdict
 from runbook_lib.names import changing, names, spelled
@@ -75,7 +75,8 @@ def read_dsn(params: Params) -> str | None:
 
 
 def _from(params: Params, variable: str) -> str:
-    value, passfile = os.environ.get(variable), params.connection.passfile
+    value, passfile = os.environ.get(variable, "").strip(), params.connection.passfile
+    redaction.remember_conninfo(value)
     if not value:
         raise BadInput([_unreachable(f"environment variable {variable}", "not set", f"export {variable}=…")])
     try:
@@ -118,6 +119,8 @@ def opened(conninfo: str, application_name: str, params: Params) -> Connection:
     except psycopg.OperationalError as error:
         found = conninfo_masking.masked(str(error), conninfo)
         raise BadInput([_unreachable("the server", found, _what_to_do(error))]) from None
+    # Also one that libpq found in a password file or a service.
+    redaction.remember(connection.info.password)
     try:
         target = params.target.schema_, params.target.table
         session.refuse_pooler(connection, pid, conninfo)

@@ -16,6 +16,9 @@ from pygments.token import Comment, Keyword, Name, Number, String
 # Inline, because a saved notebook and its HTML carry no style sheet of ours.
 CELL = "padding:.25em .6em;text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:break-word"
 VERDICT = CELL.replace("pre-wrap", "nowrap")
+# What a terminal obeys or hides instead of showing it: control characters but line end and tab, marks that turn the
+# direction of writing, halves of characters.
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONG_WORD = re.compile(r"\S{30,}")
 MARK = re.compile(r"([/._,(])")
 ROW_STYLES = {
@@ -64,6 +67,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def plain(text: str) -> str:
+    """A text from data as a terminal may get it: what it would obey is spelt out, ``\\x1b`` for an escape."""
+    return OBEYED.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 0x80 else f"\\u{ord(m[0]):04x}", text)
+
+
+def one_line(text: str) -> str:
+    """A text that must not pass for several lines."""
+    return text.replace("\n", "\\n")
+
+
 def _text(value: Any) -> str:
     if value is None:
         return ""
@@ -97,7 +110,7 @@ class Table:
         return cls(columns, [[row[c] for c in columns] for row in rows], caption)
 
     def __str__(self) -> str:
-        cells = [list(self.columns), *[[_text(v) for v in row] for row in self.rows]]
+        cells = [list(self.columns), *[[one_line(_text(v)) for v in row] for row in self.rows]]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
         lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         return "\n".join(([self.caption] if self.caption else []) + lines)

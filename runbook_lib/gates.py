@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from runbook_lib.display import Table
+from runbook_lib.display import Table, one_line
+from runbook_lib.redaction import redacted
 
 
 class Verdict(StrEnum):
@@ -40,11 +41,16 @@ class Gate:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.verdict:<8}{self.name}   {self.subject}"]
+        lines = [f"{self.verdict:<8}{self.name}   {one_line(self.subject)}"]
         parts = {"found": self.found, "needed": self.needed}
         if self.verdict is not Verdict.PASS:
             parts |= {"danger": self.danger, "do": self.do}
-        return "\n".join(lines + [f"  {key:<8}{text}" for key, text in parts.items() if text])
+        return "\n".join(lines + _said(parts))
+
+
+def _said(parts: Mapping[str, str]) -> list[str]:
+    """A line a part. What data quotes stays in its part: a line of its own could pass for another gate."""
+    return [f"  {key:<8}" + redacted(text).replace("\n", "\n" + " " * 10) for key, text in parts.items() if text]
 
 
 def gate(
@@ -144,7 +150,7 @@ class RunbookError(Exception):
 
     def __str__(self) -> str:
         parts = {"found": self.found, "needed": self.needed, "danger": self.danger, "do": self.do}
-        return "\n" + "\n".join(f"  {key:<8}{text}" for key, text in parts.items() if text)
+        return "\n" + "\n".join(_said(parts))
 
 
 class BadInput(RunbookError):

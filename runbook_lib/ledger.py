@@ -16,6 +16,7 @@ from runbook_lib import closed, db
 from runbook_lib.gates import BadInput, Gate, Gates, LockNotObtained, Verdict, gate
 from runbook_lib.names import names, spelled
 from runbook_lib.params import Params
+from runbook_lib.redaction import redacted
 from runbook_lib.sql import load
 
 SQL = load("ledger")
@@ -95,7 +96,7 @@ class Ledger:
         to write.
         """
         values = {"target": self.params.target.name, "run_id": self.run_id, "phase": self.phase, "kind": kind}
-        data = storable(dict(body))
+        data = redacted(storable(dict(body)))
         data = storable(data, db.missing_characters(self.connection, json.dumps(data, ensure_ascii=False)))
         try:
             row = db.one(self.connection, SQL["append"], self.params, body=Jsonb(data), **values)

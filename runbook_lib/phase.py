@@ -338,6 +338,7 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     run_id: empty when somebody steps through by hand. execute: papermill's ``-p execute true`` arrives as text.
     Raises BadInput for parameters, server or another run at work on the same target.
     """
+    kernel.keep_secrets()
     # First of all: where this fails, the cells below must not work on what was open before.
     here = f"{cell(order.OPEN)} of its own notebook"
     let_go = kernel.let_go(f"was let go when {name} was opened in this kernel", here)

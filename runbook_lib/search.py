@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from runbook_lib.names import as_indexed, identifier, names, spelled, verbatim
 from runbook_lib.operations import handover
 from runbook_lib.params import Params, placeholders
 from runbook_lib.phase import Phase, changes
-from runbook_lib.sql import load
+from runbook_lib.sql import DOLLAR_TAG, load
 
 SQL = load("search")
 
@@ -183,7 +182,7 @@ def _function_names(phase: Phase, retired: bool | None = None) -> dict[str, sql.
     ]
     using = ["query_text", "query_embedding", "k", *(f"filter_{c}" for c in p.target.filters)]
     hybrid: Route = "hybrid" if p.search.has_fulltext else "vector"
-    made = {
+    return {
         "arguments": sql.SQL(", ").join(arguments),
         "signature": sql.SQL(", ").join([sql.SQL("text, real[], integer"), *filter_types]),
         "key_type": sql.SQL(types[p.target.key]),
@@ -207,13 +206,6 @@ def _function_names(phase: Phase, retired: bool | None = None) -> dict[str, sql.
         "hybrid_exact_query": _as_literal(phase, hybrid, "exact"),
         "legacy_answer": _legacy_answer(phase, legacy_is_retired(phase) if retired is None else retired, using),
     }
-    return made | {"quote": _quote(part.as_string(connection) for part in made.values())}
-
-
-def _quote(parts: Iterable[str]) -> sql.SQL:
-    """The dollar quotes of the function's body: a tag that no statement or name in it ends by chance."""
-    body = "".join(parts)
-    return sql.SQL(next(tag for n in count() if (tag := f"$runbook{n or ''}$") not in body))
 
 
 def _choose_way(params: Params) -> sql.Composable:
@@ -329,9 +321,9 @@ def is_as_planned(phase: Phase) -> bool:
     found = function_state(phase)
     if found is None:
         return False
-    made = _function_names(phase)
-    text = db.statement(SQL["create_function"], phase.params, made).text(phase.connection)
-    body = text.split(made["quote"].as_string())[1]
+    text = db.statement(SQL["create_function"], phase.params, _function_names(phase)).text(phase.connection)
+    # What ends the statement encloses the body; a name may hold another.
+    body = text.split(DOLLAR_TAG.findall(text)[-1])[1]
     return bool(found["source"] == hashlib.md5(body.encode(), usedforsecurity=False).hexdigest())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,10 +44,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
 
 
 def record_of(result: RunResult) -> Manifest:
-    """The manifest of a run, whose page is there and whose files are whole."""
+    """The manifest of a run, whose page is there, whose files are whole, and which its owner alone may read."""
     assert result.folder is not None
     assert {"index.html", "manifest.json"} <= {p.name for p in result.folder.iterdir()}
     assert not list(result.folder.glob("*.unfinished"))
+    assert {stat.S_IMODE(p.stat().st_mode) for p in result.folder.iterdir()} == {0o600}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (result.folder, result.folder.parent)} == {0o700}
     return manifest.read(result.folder)
 
 

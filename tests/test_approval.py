@@ -130,6 +130,7 @@ def test_a_plan_needs_no_sign_off_and_says_that_it_would(open_phase: Callable[..
     assert (gate.name, gate.verdict) == ("approval.is_given", "NOT RUN")
 
 
+@pytest.mark.attack
 def test_who_ran_it_cannot_approve_it_even_by_another_role(
     waiting: Phase, approve: Callable[..., Result], approver: str
 ) -> None:
@@ -140,11 +141,13 @@ def test_who_ran_it_cannot_approve_it_even_by_another_role(
     refusal(waiting)
 
 
+@pytest.mark.attack
 def test_an_approval_by_who_runs_the_phase_does_not_count(waiting: Phase) -> None:
     waiting.ledger.append("approval", approval._bound(asked(waiting)) | {"reason": "myself"})
     assert refusal(waiting).found.endswith("does not count: postgres also runs this phase")
 
 
+@pytest.mark.attack
 def test_who_proved_the_evidence_cannot_approve_what_rests_on_it(
     waiting: Phase, approve: Callable[..., Result], approver: str, articles: psycopg.Connection[Any], database: str
 ) -> None:
@@ -163,6 +166,7 @@ FORGED = (
 )
 
 
+@pytest.mark.attack
 def test_an_approver_can_write_nothing_but_sign_offs(
     waiting: Phase, articles: psycopg.Connection[Any], approver: str, database: str
 ) -> None:
@@ -189,6 +193,7 @@ def test_an_approver_can_write_nothing_but_sign_offs(
         replace(waiting, name=later, ledger=replace(waiting.ledger, phase=later)).require()
 
 
+@pytest.mark.attack
 def test_a_row_that_somebody_else_got_in_all_the_same_counts_for_nothing_and_is_named(
     waiting: Phase, articles: psycopg.Connection[Any], approver: str, database: str
 ) -> None:
@@ -224,6 +229,7 @@ def test_what_is_left_of_an_approved_plan_is_approved(
     assert waiting.require().passed
 
 
+@pytest.mark.attack
 def test_a_changed_plan_voids_the_approval(waiting: Phase, approve: Callable[..., Result], approver: str) -> None:
     approve(approver, "--yes")
     changed = waiting.params.model_copy(
@@ -234,6 +240,7 @@ def test_a_changed_plan_voids_the_approval(waiting: Phase, approve: Callable[...
     )
 
 
+@pytest.mark.attack
 def test_a_statement_that_was_not_approved_voids_the_approval(
     waiting: Phase, approve: Callable[..., Result], approver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +324,7 @@ def test_only_phases_that_change_something_can_wait(tmp_path: Path, name: str) -
     assert error.value.needed.startswith(f"{name}: ")
 
 
+@pytest.mark.attack
 def test_a_file_replaced_after_the_approval_voids_it_and_is_named(
     waiting: Phase, approve: Callable[..., Result], approver: str
 ) -> None:
@@ -327,6 +335,7 @@ def test_a_file_replaced_after_the_approval_voids_it_and_is_named(
     assert refusal(waiting).found.endswith("is void: queries.file changed since")
 
 
+@pytest.mark.attack
 def test_a_changed_lock_timeout_voids_the_approval(
     waiting: Phase, approve: Callable[..., Result], approver: str
 ) -> None:
@@ -336,6 +345,7 @@ def test_a_changed_lock_timeout_voids_the_approval(
     assert "is void: the plan has changed, by its parameters" in refusal(replace(waiting, params=changed)).found
 
 
+@pytest.mark.attack
 def test_a_phase_taken_out_of_the_file_waits_all_the_same(waiting: Phase) -> None:
     alone = waiting.params.model_copy(update={"approval": waiting.params.approval.model_copy(update={"phases": []})})
     assert refusal(replace(waiting, params=alone, ledger=replace(waiting.ledger, params=alone))).found == (

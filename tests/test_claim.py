@@ -30,6 +30,7 @@ def anybody(database: str) -> Iterator[str]:
         admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
 
 
+@pytest.mark.attack
 def test_a_role_that_can_only_connect_stops_no_run(open_phase: Callable[..., Phase], anybody: str) -> None:
     """Neither by guessing a lock before, nor by waiting for one that it has seen."""
     p = open_phase().params
@@ -52,6 +53,7 @@ def test_a_role_that_can_only_connect_stops_no_run(open_phase: Callable[..., Pha
             attacker.execute("SELECT * FROM runbook.claims")
 
 
+@pytest.mark.attack
 def test_two_targets_on_one_table_do_not_run_at_once(
     open_phase: Callable[..., Phase], make_params: Callable[..., Params]
 ) -> None:

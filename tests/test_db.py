@@ -3,13 +3,14 @@
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import sql
 
-from runbook_lib import db
+from runbook_lib import db, redaction
 from runbook_lib.gates import BadInput, Gate
 from runbook_lib.params import Params
 from tests.conftest import DSN_ENV
@@ -65,6 +66,7 @@ def test_an_unset_variable_is_named(make_params: MakeParams, monkeypatch: pytest
     )
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     "dsn",
     [
@@ -83,6 +85,7 @@ def test_an_unreachable_server_is_reported_without_the_password(
     assert "connection" in g.found
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     "dsn",
     ["postgresql://u:hunter2@[", "host=h password='hunter2", "pass=hunter2", "postgresql://u:hunter2@h:notaport/d"],
@@ -94,12 +97,26 @@ def test_a_broken_connection_string_is_not_quoted(
     _refused(make_params())
 
 
+@pytest.mark.attack
 def test_a_password_of_the_environment_is_not_printed_either(
     make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(DSN_ENV, "host=127.0.0.1 port=1 user=u")
     monkeypatch.setenv("PGPASSWORD", "hunter2")
     _refused(make_params())
+
+
+@pytest.mark.attack
+def test_a_password_that_libpq_found_in_a_file_is_kept_out_of_the_record_too(
+    make_params: MakeParams, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passfile = tmp_path / "passwords"
+    passfile.write_text("*:*:*:*:fr0m a file\n")
+    passfile.chmod(0o600)
+    monkeypatch.setenv(DSN_ENV, f"  {database}\n")
+    p = make_params(connection={"passfile": str(passfile)})
+    db.connect(p, "t").close()
+    assert redaction.redacted("its password is fr0m a file.") == "its password is ***."
 
 
 def test_a_database_that_is_not_there_is_named(

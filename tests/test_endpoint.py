@@ -1,5 +1,6 @@
 """An endpoint that limits, fails, dawdles and talks nonsense; and the key, which is never written anywhere."""
 
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,6 +122,7 @@ def test_a_wrong_dimension_is_told_before_anything_starts(make_params: MakeParam
     assert (gate.verdict, gate.found) == ("FAIL", "8 dimensions")
 
 
+@pytest.mark.attack
 def test_the_key_is_never_said(make_params: MakeParams, served: Endpoint, capsys: pytest.CaptureFixture[str]) -> None:
     served.script = [Answer(429), Answer(401, {"error": {"message": f"no such key: {KEY}"}})]
     p = make_params(embeddings=section(served))
@@ -135,6 +137,27 @@ def test_the_key_is_never_said(make_params: MakeParams, served: Endpoint, capsys
         " names"
     )
     assert KEY not in capsys.readouterr().out + repr(p) + str(p.for_record())
+
+
+@pytest.mark.attack
+def test_a_line_end_behind_the_key_is_not_sent(
+    make_params: MakeParams, served: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_EMBEDDINGS_KEY", f" {KEY}\r\n")
+    embed.model(make_params(embeddings=section(served)))(["cookie"])
+    assert served.keys == [f"Bearer {KEY}"]
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("odd", ["\nX-Other: 1", "\x1b[2J", "\x7f", "ü", "\u2028"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_said(
+    make_params: MakeParams, served: Endpoint, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    monkeypatch.setenv("TEST_EMBEDDINGS_KEY", f"{KEY}{odd}x")
+    with pytest.raises(BadInput) as error:
+        embed.model(make_params(embeddings=section(served)))
+    assert error.value.found == "a character that no header of HTTP may hold"
+    assert KEY not in "".join(traceback.format_exception(error.value)) and not served.asked
 
 
 def test_without_the_key_nothing_is_asked(
@@ -207,6 +230,7 @@ def test_texts_that_the_endpoint_refuses_do_not_block_the_others(
     )
 
 
+@pytest.mark.attack
 def test_text_is_masked_before_it_leaves_and_the_hash_is_that_of_the_text(
     ready: Callable[..., Phase], served: Endpoint
 ) -> None:

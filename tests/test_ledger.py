@@ -22,6 +22,7 @@ def test_a_new_ledger_verifies(open_phase: Callable[..., Phase]) -> None:
     assert (g.verdict, g.figures["rows"]) == ("PASS", 5)
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("statement", ["UPDATE {} SET phase = 'x'", "DELETE FROM {}", "TRUNCATE {}"])
 def test_rows_cannot_be_changed_by_mistake(open_phase: Callable[..., Phase], statement: str) -> None:
     phase = open_phase()
@@ -30,6 +31,7 @@ def test_rows_cannot_be_changed_by_mistake(open_phase: Callable[..., Phase], sta
         write(phase, statement.format("runbook.entry"))
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     ("tampering", "found"),
     [
@@ -116,6 +118,7 @@ def test_a_ledger_of_an_earlier_release_is_named_and_brought_up_to_date(open_pha
     assert (g.verdict, g.figures["rows"]) == ("PASS", 2)
 
 
+@pytest.mark.attack
 def test_marking_an_older_row_as_the_owners_is_tampering(open_phase: Callable[..., Phase]) -> None:
     phase = open_phase()
     phase.ledger.append("note", {})
@@ -132,6 +135,7 @@ def test_what_an_error_quotes_can_be_written_down(open_phase: Callable[..., Phas
     assert phase.ledger.latest("note") == {"error": "a\u2400b \\ud800", "list": ["\u2400"]}
 
 
+@pytest.mark.attack
 def test_a_schema_that_somebody_made_before_us_is_refused(open_phase: Callable[..., Phase]) -> None:
     """Its owner's triggers and functions would run with the rights of a migrating superuser."""
     phase = open_phase()
@@ -169,6 +173,7 @@ def test_whoever_keeps_the_turn_to_write_is_named(
     phase.ledger.append("note", {})
 
 
+@pytest.mark.attack
 def test_a_guessed_advisory_lock_stops_no_row(open_phase: Callable[..., Phase]) -> None:
     phase = open_phase()
     with db.connect(phase.params, "somebody") as other:
@@ -176,6 +181,7 @@ def test_a_guessed_advisory_lock_stops_no_row(open_phase: Callable[..., Phase]) 
         phase.ledger.append("note", {})
 
 
+@pytest.mark.attack
 @pytest.mark.usefixtures("articles")
 def test_a_role_that_does_not_own_the_ledger_is_told_so(
     open_phase: Callable[..., Phase], database: str, monkeypatch: pytest.MonkeyPatch

@@ -95,6 +95,7 @@ def test_no_text_takes_the_square_of_its_length(make_params: MakeParams, text: s
     assert time.process_time() - began < 4
 
 
+@pytest.mark.attack
 def test_a_pattern_that_never_ends_is_named_in_bounded_time(
     make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ def test_a_plan_tells_nobody(make_params: Callable[..., Params]) -> None:
     assert notify.of_run(make_params(notify={"command": ["/no/such"]}), make_manifest(execute=False), FOLDER) == []
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     ("hook", "note"),
     [

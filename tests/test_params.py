@@ -1,5 +1,6 @@
 """Parameters: typed, checked whole, every problem named with its way out, nothing secret in the record."""
 
+import itertools
 import os
 import traceback
 from collections.abc import Callable
@@ -256,14 +257,21 @@ def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("dsn", ["postgresql://u:hunter2@h/db", "host=h password=hunter2"])
-def test_a_dsn_in_the_file_is_refused_and_not_repeated(tmp_path: Path, dsn: str) -> None:
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("dsn", "needed"),
+    [
+        ("postgresql://u:hunter2@h/db", "a URL without credentials"),
+        ("host=h password=hunter2", "names an environment variable"),
+    ],
+)
+def test_a_dsn_in_the_file_is_refused_and_not_repeated(tmp_path: Path, dsn: str, needed: str) -> None:
     path = _change(tmp_path, lambda d: d["connection"].update(dsn_env=dsn))
     (problem,) = _problems(path)
     with pytest.raises(BadInput) as error:
         params.load(path)
     assert "hunter2" not in "".join(traceback.format_exception(error.value))
-    assert "names an environment variable" in problem.needed
+    assert needed in problem.needed
     assert "hunter2" not in str(problem)
 
 
@@ -336,3 +344,119 @@ def test_a_text_that_no_encoder_takes_is_refused_wherever_it_stands(tmp_path: Pa
         ("approval.by\\ud83d", "half of a surrogate pair, \\ud83d, at position 3: no character"),
         ("approval.by\\ud83d.1", "a NUL character at position 2, which PostgreSQL stores in no text"),
     ]
+
+
+NO_VALUE = "a value that does not fit its own type, for instance a date that no calendar has"
+NO_KEY = "a key is a list or a mapping; a key is one word"
+TOO_MANY = "more than 10000 values, aliases counted in full"
+
+
+def _eight_times_the_one_before(first: bytes, line: bytes) -> bytes:
+    """Thirteen lines, each of which names the one before it eight times."""
+    names = [bytes([letter]) for letter in range(ord("a"), ord("o"))]
+    lines = [line % (name, name, b", ".join([b"*" + former] * 8)) for former, name in itertools.pairwise(names)]
+    return first + b"".join(lines)
+
+
+ODD_FILES = {
+    "a list as a key": (b"[a, b]: 1", f"{NO_KEY} (line 1, column 1)"),
+    "a mapping as a key": (b"? {a: b}\n: 1", f"{NO_KEY} (line 1, column 3)"),
+    "brackets": (b"a: " + b"[" * 5000, "nested too deeply, or a part of itself"),
+    "a part of itself": (b"a: &a [*a]", "nested too deeply, or a part of itself"),
+    "aliases": (_eight_times_the_one_before(b"a: &a [x, y]\n", b"%s: &%s [%s]\n"), TOO_MANY),
+    "merges": (_eight_times_the_one_before(b"a: &a {k: v}\n", b"%s: &%s {<<: [%s]}\n"), TOO_MANY),
+    "a tab": (
+        b"connection:\n\tdsn: postgresql://me:planted@h/d",
+        "while scanning for the next token, found character '\\t' that cannot start any token (line 2, column 1)",
+    ),
+    "a secret on a broken line": (
+        b"connection: {dsn: planted\n",
+        "while parsing a flow mapping, expected ',' or '}', but got '<stream end>' (line 2, column 1)",
+    ),
+    "a date of no calendar": (b"a: 2026-13-45", NO_VALUE),
+    "a number of 5,000 digits": (b"a: " + b"9" * 5000, NO_VALUE),
+    "a tag that does not fit": (b"a: !!bool maybe", NO_VALUE),
+    "another tag": (b"a: !!timestamp never", NO_VALUE),
+    "a tag of Python": (b"a: !!python/name:os.system x", "could not determine a constructor for the tag"),
+    "two documents": (b"a: 1\n---\nb: 2", "expected a single document in the stream, but found another document"),
+}
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_odd_yaml_is_refused_in_one_line_that_quotes_none_of_the_file(tmp_path: Path, kind: str) -> None:
+    content, found = ODD_FILES[kind]
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(content)
+    (problem,) = _problems(path)
+    assert problem.name == "params.file_is_yaml" and problem.found.startswith(found)
+    assert "\n" not in problem.found and "planted" not in str(problem)
+
+
+@pytest.mark.parametrize("key", ["1", "null", "true", "2026-01-01", ".nan", "1.5", "''", "\u202eabc"])
+def test_a_key_that_is_no_word_is_a_key_that_nobody_knows(tmp_path: Path, key: str) -> None:
+    path = write_params(tmp_path)
+    path.write_text(path.read_text() + f"{key}: 1\n")
+    assert {g.name for g in _problems(path)} <= {"params.key_is_known", "params.value_is_valid"}
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write_params(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert params.load(path).target.name == "articles"
+
+
+CREDENTIALS = [
+    "https://me:planted@api.example.com/v1",
+    "https://planted@api.example.com/v1",
+    "https://:planted@api.example.com/v1",
+    "https://me:pl@nted@api.example.com/v1",
+    "https://me:pla/planted@api.example.com/v1",
+    "https://api.example.com/v1?api_key=planted",
+    "https://api.example.com/v1?api-version=2&Subscription-Key=planted",
+    "https://api.example.com/v1?a=1;token=planted",
+    "https://api.example.com/v1?api%5Fkey=planted",
+    "https://api.example.com/v1?code=planted",
+    "https://api.example.com/v1?X-Amz-Signature=planted",
+    "https://api.example.com/v1;key=planted",
+    "https://api.example.com/v1#access_token=planted",
+    "https://api.example.com/sk-planted-0123456789/v1",
+]
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("url", CREDENTIALS)
+def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path, url: str) -> None:
+    path = _change(tmp_path, lambda d: d.update(embeddings={"source": "http", "url": url, "model": "m"}))
+    (problem,) = _problems(path)
+    assert problem.name == "params.url_holds_no_credentials" and problem.subject == f"{path}: embeddings.url"
+    assert problem.found.startswith("a URL with ") and "planted" not in str(problem)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:8080/v1/embeddings",
+        "https://[::1]:8080/v1",
+        "https://me.openai.azure.com/openai/deployments/x/embeddings?api-version=2024-02-01",
+        "https://h:443/v1/@me/embeddings?max_tokens=5&postcode=1&key=",
+    ],
+)
+def test_a_url_without_credentials_is_taken(make_params: Callable[..., Params], url: str) -> None:
+    embeddings = {"source": "http", "callable": None, "url": url, "model": "m"}
+    assert make_params(embeddings=embeddings).embeddings.url == url
+
+
+@pytest.mark.attack
+def test_credentials_are_refused_wherever_a_url_stands_but_in_masking_patterns(tmp_path: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["notify"] = {"command": ["curl", "https://me:planted@h"], "webhook_env": "https://h/planted"}
+        data["legacy"]["query"] += " -- postgresql://me:planted@h/d"
+        data["masking"] = {"patterns": {"login": "https?://[^:]+:[^@]+@h"}}
+
+    path = _change(tmp_path, change)
+    found = _problems(path)
+    assert [g.subject for g in found] == [f"{path}: legacy.query", f"{path}: notify.command.1"]
+    assert "planted" not in "".join(map(str, found))
+    only_named = _change(tmp_path, lambda d: d.update(notify={"webhook_env": "https://h/planted"}))
+    assert "planted" not in "".join(map(str, _problems(only_named)))

@@ -121,6 +121,7 @@ def test_the_page_stands_alone_and_shows_every_part() -> None:
     assert "--to 10_reads_to_legacy --execute # nothing: reads go back to legacy" in text
 
 
+@pytest.mark.attack
 def test_what_a_database_says_cannot_become_markup() -> None:
     evil = "<script>alert(1)</script>"
     entries = [*make_entries(), entry("50_backfill", "gate", gate("backfill.evil", "FAIL", found=evil))]

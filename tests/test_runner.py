@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import nbformat
 import psycopg
@@ -20,8 +22,10 @@ import pytest
 
 from runbook_lib import params
 from runbook_lib.gates import BadInput
+from runbook_lib.params import Params
+from runbook_lib.phase import Phase
 from runbook_lib.records import verify
-from runbook_lib.running import manifest, runner
+from runbook_lib.running import manifest, plans, runner
 from tests import small_notebooks
 from tests.conftest import write_params
 from tests.small_runs import FIRST, GATE, ROOT, SECOND, ledger_rows, record_of, sessions, wait_until
@@ -220,8 +224,9 @@ def test_the_way_back_starts_at_its_first_step_and_needs_no_model(run: Callable[
     assert [(p.name, p.status) for p in record_of(result).phases] == [("10_reads_to_legacy", "passed")]
 
 
-def test_two_runs_in_one_second_keep_apart(tmp_path: Path) -> None:
-    folders = {runner._new_folder(tmp_path, "articles") for _ in range(3)}
+def test_two_runs_in_one_second_keep_apart(make_params: Callable[..., Params]) -> None:
+    record = make_params().record
+    folders = {runner.new_folder(record, "articles") for _ in range(3)}
     assert len(folders) == 3
 
 
@@ -233,6 +238,7 @@ def test_an_absent_notebook_folder_is_named(tmp_path: Path, monkeypatch: pytest.
     assert params.load(tmp_path / "toy.yaml").record.runs_dir.exists() is False
 
 
+@pytest.mark.attack
 def test_a_planted_manifest_ends_no_session_and_writes_nothing_outside(
     run: Callable[..., Any], tmp_path: Path, database: str
 ) -> None:
@@ -266,6 +272,42 @@ def test_a_planted_manifest_ends_no_session_and_writes_nothing_outside(
     assert set(outside.iterdir()) == {outside / manifest.FILE}
 
 
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("readable_by", "of_folder", "of_file"),
+    [("owner", 0o700, 0o600), ("group", 0o750, 0o640), ("everyone", 0o755, 0o644)],
+)
+def test_at_no_time_can_others_read_a_record_but_whom_the_parameters_name(
+    make_params: Callable[..., Params],
+    monkeypatch: pytest.MonkeyPatch,
+    readable_by: str,
+    of_folder: int,
+    of_file: int,
+) -> None:
+    p = make_params(record={"readable_by": readable_by})
+    seen: set[int] = set()
+    fsync = os.fsync
+
+    def look(file: int) -> None:
+        seen.add(stat.S_IMODE(os.fstat(file).st_mode))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", look)
+    before = os.umask(0)
+    try:
+        folder = runner.new_folder(p.record, "articles")
+        plans.note(cast(Phase, SimpleNamespace(name=FIRST, run_id=folder.name, params=p)), "gate", {})
+        manifest.write_atomically(folder / "index.html", "a row's text")
+        os.umask(0o077)
+        closed = runner.new_folder(p.record, "closed")
+    finally:
+        os.umask(before)
+    assert seen == {of_file, of_folder, 0o600, 0o700}
+    assert {stat.S_IMODE(f.stat().st_mode) for f in folder.iterdir()} == {of_file}
+    assert [stat.S_IMODE(f.stat().st_mode) for f in (folder, folder.parent, closed)] == [of_folder, of_folder, 0o700]
+
+
+@pytest.mark.attack
 def test_a_link_in_the_place_of_an_unfinished_file_is_not_followed(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.write_text("mine")
@@ -282,8 +324,8 @@ def test_a_run_that_began_by_the_ledger_and_lost_its_runner_is_settled_once(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     p = params.load(tmp_path / "toy.yaml")
-    folder = runner._new_folder(p.record.runs_dir, "articles")
-    began = runner._first_manifest(folder.name, p, tmp_path / "toy.yaml", "migrate", True, (FIRST,))
+    folder = runner.new_folder(p.record, "articles")
+    began = runner.first_manifest(folder.name, p, tmp_path / "toy.yaml", "migrate", True, (FIRST,))
     began = replace(began, pid=gone.pid)
     manifest.write(folder, began)
     runner._note_run(p, began, "started")

@@ -254,6 +254,7 @@ def test_names_that_need_quotes(database: str, make_params: Callable[..., Any]) 
     ledger.connection.close()
 
 
+@pytest.mark.attack
 def test_two_targets_on_one_table_do_not_share_columns(open_phase: Callable[..., Phase]) -> None:
     """Both were looked at before either made its columns; undo of one would drop the other's vectors."""
     first = open_phase("30_expand_schema")

@@ -273,6 +273,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("text", HOSTILE)
 def test_neither_text_nor_filter_is_ever_read_as_sql(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any], text: str
@@ -285,6 +286,51 @@ def test_neither_text_nor_filter_is_ever_read_as_sql(
         call(phase.connection, text)
         assert call(phase.connection, text, status=text) == []
     assert articles.execute("SELECT count(*) FROM articles").fetchone() == (toy.ROWS + 1,)
+
+
+ODD = {
+    "id": 'key $runbook$ "%"',
+    "title": "te'xt $$ %s {x}",
+    "status": "fil % (er \\ $1",
+    "views": "it's :k $runbook1$",
+}
+
+
+@pytest.mark.attack
+def test_names_of_columns_end_no_function_and_are_no_placeholder(
+    open_phase: Open, articles: psycopg.Connection[Any]
+) -> None:
+    articles.execute("UPDATE articles SET status = 'Draft' WHERE id % 2 = 0")
+    for old, new in ODD.items():
+        articles.execute(sql.SQL("ALTER TABLE articles RENAME {} TO {}").format(*map(sql.Identifier, (old, new))))
+    key, status, views = (sql.Identifier(ODD[name]).as_string() for name in ("id", "status", "views"))
+    sections: dict[str, Any] = {
+        "target": {
+            "key": ODD["id"],
+            "text_columns": [ODD["title"], "body"],
+            "filters": [ODD["status"], ODD["views"]],
+        },
+        "legacy": {
+            "query": f"SELECT {key} FROM articles WHERE body ILIKE '%' || :query || '%' AND (:{status}::text IS NULL"
+            f" OR {status} = :{status}) AND (:{views}::int IS NULL OR {views} = :{views}) ORDER BY {key} LIMIT :k"
+        },
+    }
+    phase = open_phase("70_tune", **sections)
+    search.apply(phase)
+    for module in (extension, schema, staging, backfill, index):
+        module.apply(phase)
+    db.use_search_path(phase.connection)
+    assert search.is_as_planned(phase)
+    learn(phase, ODD["status"], "Stable", "exact")
+    for status in ("Stable", "Draft"):
+        for route in ("legacy", "vector", "hybrid"):
+            search.move_route(phase, route, 100, "test")  # type: ignore[arg-type]
+            found = call(phase.connection, "cookie leaks", **{ODD["status"]: status, ODD["views"]: 0})
+            assert found and {row["answered_by"] for row in found} == {route}
+            assert call(phase.connection, "cookie leaks", **{ODD["views"]: 1}) == []
+    articles.execute(sql.SQL("UPDATE articles SET {} = 'cookie sings'").format(sql.Identifier(ODD["title"])))
+    queued = articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone()
+    assert queued == (toy.ROWS + 1,)
 
 
 def test_the_function_is_stable_pinned_and_runs_as_its_caller(

@@ -6,7 +6,9 @@ import base64
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
@@ -17,16 +19,19 @@ from psycopg.conninfo import make_conninfo
 from runbook_lib.running import runner
 from tests import small_notebooks
 from tests.conftest import DSN_ENV, write_params
-from tests.small_runs import FIRST, GATE, ROOT, SECOND
+from tests.endpoints import Answer, serving
+from tests.small_runs import FIRST, ROOT, SECOND
 
 PASSWORD = "planted p@ss/w0rd+%"
 API_KEY = "sk-planted/key+4711="
 TOKEN = "planted-hook-token"
+UNKNOWN_KEY = Answer(401, {"error": {"message": f"unknown key: {API_KEY}"}})
 
 SECTIONS = {
     "notify": {"webhook_env": "PLANTED_HOOK", "timeout_s": 2, "command": [sys.executable, "-c", "exit(3)"]},
     "approval": {"phases": [SECOND]},
 }
+MODEL = {"source": "http", "callable": None, "model": "toy", "api_key_env": "OPENAI_API_KEY", "request_tries": 1}
 LOST = "phase.connection.execute('SELECT pg_terminate_backend(pg_backend_pid())')"
 NO_SERVER = """import os, psycopg.conninfo
 dsn = os.environ[phase.params.connection.dsn_env]
@@ -49,11 +54,31 @@ assert phase.connection.execute(ended, {}).rowcount == 1
 sqlmagic.connect(phase)
 %sql SELECT 1 AS one"""
 
+# What a notebook may do with its environment, by accident or not.
+EVERYTHING = """import base64, json, os, sys, warnings
+everything = dict(os.environ)
+print(everything, *everything.values(), json.dumps(everything), sep="\\n")
+print(*(base64.b64encode(f"me:{value}".encode()).decode() for value in everything.values()), file=sys.stderr)
+warnings.warn(str(everything))
+os.system("env; env >&2")
+phase.ledger.append("toy", everything)
+everything"""
+RAISED = """import os
+raise RuntimeError("x" * 1980 + os.environ["OPENAI_API_KEY"]) from ValueError(dict(os.environ))"""
+GATE = """import os
+from runbook_lib.gates import gate, collect
+figures = dict(os.environ)
+said = str(figures)
+phase._judge(collect([gate("toy.fact_holds", False, said, found=said, needed=said, do=said, figures=figures)]))"""
+# The endpoint says the key that it was sent.
+REFUSED = """from runbook_lib.vectors import endpoint
+endpoint.model(phase.params)(["a text"])"""
+
 # What happens in the first phase, and the exit code; the second one always waits for its sign-off.
 ENDS = {
-    "passed, then waits": ("%sql SELECT 1 AS one", 3),
+    "passed, then waits": (EVERYTHING, 3),
     "failed gate": (GATE, 1),
-    "exception": ("1 / 0", 4),
+    "exception": (RAISED, 4),
     "SQL that fails": ("phase.connection.execute('SELECT no_such_column')", 4),
     "%sql that fails": ("%sql SELECT no_such_column", 4),
     "%sql that lost its session": (DISPLAY_LOST, 3),
@@ -61,6 +86,7 @@ ENDS = {
     "server lost": (LOST, 4),
     "server that cannot be reached": (NO_SERVER, 2),
     "DSN that cannot be read": (NO_DSN, 2),
+    "key that the endpoint refuses": (REFUSED, 2),
 }
 
 
@@ -69,6 +95,36 @@ def encodings(secret: str) -> Iterator[bytes]:
     yield from (text.encode() for text in {secret, quote(secret), quote(secret, safe=""), quote_plus(secret)})
     yield base64.b64encode(secret.encode())
     yield secret.encode().hex().encode()
+
+
+@contextmanager
+def watched_processes() -> Iterator[dict[str, bytes]]:
+    """The command lines that anybody on this machine could see meanwhile."""
+    seen: dict[str, bytes] = {}
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.2):
+            for process in Path("/proc").glob("[0-9]*/cmdline"):
+                with suppress(OSError):
+                    line = process.read_bytes()
+                    seen[f"command line {line.decode(errors='replace')}"] = line
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        watcher.join()
+
+
+def server_log(dsn: str) -> bytes:
+    """All that the server has logged."""
+    with psycopg.connect(dsn) as connection:
+        row = connection.execute("SHOW data_directory").fetchone()
+    assert row is not None
+    return b"".join(path.read_bytes() for path in Path(row[0]).rglob("*log") if path.is_file())
 
 
 def left_by(folder: Path, dsn: str, output: bytes) -> Iterator[tuple[str, bytes]]:
@@ -83,6 +139,7 @@ def left_by(folder: Path, dsn: str, output: bytes) -> Iterator[tuple[str, bytes]
                 yield "ledger", row[0].encode()
 
 
+@pytest.mark.attack
 @pytest.mark.usefixtures("articles")
 @pytest.mark.parametrize("end", ENDS)
 def test_no_secret_is_left_behind(end: str, tmp_path: Path, database: str) -> None:
@@ -91,9 +148,11 @@ def test_no_secret_is_left_behind(end: str, tmp_path: Path, database: str) -> No
     environment = os.environ | {
         runner.NOTEBOOKS_ENV: str(tmp_path / "nb"),
         DSN_ENV: make_conninfo(database, password=PASSWORD),
-        "OPENAI_API_KEY": API_KEY,
+        "OPENAI_API_KEY": API_KEY + "\n",
         "PLANTED_HOOK": f"http://127.0.0.1:1/{TOKEN}",
     }
+    # Under it a kernel does not catch what its children print.
+    environment.pop("PYTEST_CURRENT_TEST")
     command = [
         sys.executable,
         "-c",
@@ -102,12 +161,21 @@ def test_no_secret_is_left_behind(end: str, tmp_path: Path, database: str) -> No
         "--execute",
         "--verbose",
     ]
-    path = write_params(tmp_path, **SECTIONS)
-    done = subprocess.run([*command, str(path)], cwd=ROOT, env=environment, capture_output=True, check=False)
+    with serving() as served:
+        served.judge = lambda texts: UNKNOWN_KEY if texts == ["a text"] else None
+        path = write_params(tmp_path, **SECTIONS, embeddings=MODEL | {"url": served.url})
+        with watched_processes() as command_lines:
+            done = subprocess.run([*command, str(path)], cwd=ROOT, env=environment, capture_output=True, check=False)
+        assert set(served.keys) == {f"Bearer {API_KEY}"}, "the line end behind the key is not sent"
     output = done.stdout + done.stderr
     assert done.returncode == exit_code, output.decode()
     assert b"Traceback" not in output, output.decode()
-    left = list(left_by(tmp_path / "runs", database, output))
+    left = [
+        *left_by(tmp_path / "runs", database, output),
+        *command_lines.items(),
+        ("server log", server_log(database)),
+    ]
+    assert any("ipykernel" in name for name in command_lines)
     assert {"index.html"} < {Path(name).name for name, _ in left} and len(left) > 5
     for secret in (PASSWORD, API_KEY, TOKEN):
         for encoded in encodings(secret):

@@ -153,6 +153,7 @@ def test_every_setting_is_set_by_one_place_and_a_session_shows_it(
     assert wrong == {} and len(found) > 20
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     "conninfo",
     [

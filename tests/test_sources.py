@@ -184,6 +184,7 @@ class Runs:
         return Path.touch, (self.trace,)
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("name", ["vectors.npy", "ids.npy"])
 @pytest.mark.parametrize("disguise", ["objects", "raw pickle", "archive", "header"])
 def test_nothing_is_unpickled(make_params: MakeParams, tmp_path: Path, name: str, disguise: str) -> None:

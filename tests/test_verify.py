@@ -46,6 +46,7 @@ def test_a_record_as_it_was_written_is_whole(sealed: Path) -> None:
     assert broken(sealed, manifest.read(sealed).head) == []
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     ("file", "old", "new", "found"),
     [
@@ -64,6 +65,7 @@ def test_a_changed_file_is_named(sealed: Path, file: str, old: str, new: str, fo
     assert [(g.subject, g.found) for g in broken(sealed)][:1] == [(f"{sealed.name}/{file}", found)]
 
 
+@pytest.mark.attack
 def test_a_replaced_and_a_missing_file_are_named(sealed: Path) -> None:
     (sealed / f"{SECOND}.ipynb").write_bytes((sealed / f"{FIRST}.ipynb").read_bytes())
     (sealed / "index.html").unlink()
@@ -72,6 +74,7 @@ def test_a_replaced_and_a_missing_file_are_named(sealed: Path) -> None:
     assert notebook.found.startswith("changed: the source of cell ")
 
 
+@pytest.mark.attack
 def test_a_changed_dropped_or_added_row_of_the_ledger_copy_is_named(sealed: Path) -> None:
     path = sealed / verify.LEDGER_COPY
     rows = json.loads(path.read_text())
@@ -84,6 +87,7 @@ def test_a_changed_dropped_or_added_row_of_the_ledger_copy_is_named(sealed: Path
     )
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     ("tampering", "found"),
     [
@@ -104,6 +108,7 @@ def test_a_tampered_ledger_is_found(
     assert (chain.name, chain.found.split(" (")[0]) == ("ledger.chain_is_whole", found.split(" (")[0])
 
 
+@pytest.mark.attack
 def test_rows_cut_off_the_end_are_found_by_the_head(sealed: Path, articles: psycopg.Connection[Any]) -> None:
     head = manifest.read(sealed).head
     articles.execute(APART + "DELETE FROM runbook.entry WHERE kind = 'record'")
@@ -119,6 +124,7 @@ def test_rows_cut_off_the_end_are_found_by_the_head(sealed: Path, articles: psyc
     )
 
 
+@pytest.mark.attack
 def test_a_forged_record_is_found_by_a_head_kept_elsewhere(sealed: Path, articles: psycopg.Connection[Any]) -> None:
     head = manifest.read(sealed).head
     articles.execute(APART + "DELETE FROM runbook.entry WHERE kind = 'record'")
@@ -127,6 +133,7 @@ def test_a_forged_record_is_found_by_a_head_kept_elsewhere(sealed: Path, article
     assert [g.subject for g in broken(sealed, head)] == ["the head that was given", sealed.name]
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -142,6 +149,7 @@ def test_whatever_is_changed_in_the_manifest_is_named(sealed: Path, key: str, va
     assert found["record.manifest_agrees"].startswith(f"{key} ")
 
 
+@pytest.mark.attack
 def test_planted_files_links_and_runs_are_named(sealed: Path) -> None:
     (sealed / "95_extra.html").write_text("all is well")
     (sealed / "notes").mkdir()
@@ -160,11 +168,13 @@ def test_planted_files_links_and_runs_are_named(sealed: Path) -> None:
     )
 
 
+@pytest.mark.attack
 def test_a_changed_list_of_runs_is_found(sealed: Path) -> None:
     edit(sealed.parent / "index.html", "passed", "surpassed")
     assert [g.found for g in broken(sealed)] == ["index.html is not what the manifests of the runs make"]
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("kind", ["gate", "notebook", "run", "record"])
 def test_a_row_after_the_seal_is_named(sealed: Path, articles: psycopg.Connection[Any], kind: str) -> None:
     articles.execute(

@@ -9,7 +9,7 @@ import click
 
 from runbook_lib import db
 from runbook_lib import params as params_module
-from runbook_lib.commands.console import GATE_DID_NOT_PASS, PARAMS, plain_errors
+from runbook_lib.commands.console import GATE_DID_NOT_PASS, PARAMS, echo_styled, plain_errors
 from runbook_lib.gates import Verdict
 from runbook_lib.running import approval
 from runbook_lib.running.manifest import BAD_INPUT, SYMBOLS, Status
@@ -97,5 +97,5 @@ def diff(a: str, b: str, runs_dir: Path, notebooks: bool) -> None:
         found = rundiff.compare(rundiff.find(a, runs_dir), rundiff.find(b, runs_dir))
         click.echo(str(found))
         if notebooks:
-            click.echo(rundiff.notebooks(found, colour=sys.stdout.isatty()))
+            echo_styled(rundiff.notebooks(found, colour=sys.stdout.isatty()), sys.stdout)
         sys.exit(GATE_DID_NOT_PASS if found.differ else 0)

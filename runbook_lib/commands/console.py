@@ -7,11 +7,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 import click
 import psycopg
 
+from runbook_lib.display import plain
 from runbook_lib.gates import BadInput, GateFailed, RunbookError
+from runbook_lib.redaction import redacted
 from runbook_lib.running.manifest import BAD_INPUT, EXIT_CODES, Status
 
 GATE_DID_NOT_PASS = EXIT_CODES[Status.FAILED]
@@ -37,17 +40,56 @@ Tab completion, for bash (or zsh_source, fish_source):
 
 def say(line: str) -> None:
     """Progress on stderr, the symbol in colour where a person looks on."""
-    colour = COLOURS.get(line[:1])
-    click.echo(click.style(line[0], fg=colour, bold=True) + line[1:] if colour else line, err=True)
+    if colour := COLOURS.get(line[:1]):
+        echo_styled(click.style(line[0], fg=colour, bold=True), sys.stderr, nl=False)
+        line = line[1:]
+    click.echo(line, err=True)
+
+
+def echo_styled(text: str, stream: TextIO, *, nl: bool = True) -> None:
+    """Writes what holds colours of ours, and of data only what is plain."""
+    click.echo(redacted(text), file=stream.stream if isinstance(stream, _Plain) else stream, nl=nl)
 
 
 def say_nothing(_line: str) -> None:
     """Progress for those who want none."""
 
 
+class _Plain:
+    """A stream that writes no secret, and nothing that a terminal would obey, whoever prints."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(plain(redacted(text)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def _plain_output() -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Plain(stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Errors of ours speak for themselves; any other is shown whole. The exit code is never Python's own 1."""
+    """Errors of ours speak for themselves; any other is shown whole. The exit code is never Python's own 1.
+
+    Whatever is printed inside is free of secrets and of control characters.
+    """
+    with _plain_output(), _exit_codes():
+        yield
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
     try:
         yield
     except BadInput as error:

@@ -1,10 +1,13 @@
-"""The two documents that are made from the code: parameters and locks. ``python -m runbook_lib.commands.documents``.
+"""The documents that are made from the code: parameters, locks, and the attacks that its tests try.
+
+``python -m runbook_lib.commands.documents``.
 
 A test compares them with the files in ``docs/``.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from importlib.resources import files
@@ -18,6 +21,8 @@ MADE = "<!-- Made by `python -m runbook_lib.commands.documents`; changes here ar
 # The strongest first, so that "SHARE" is not found inside "SHARE ROW EXCLUSIVE".
 LEVEL = re.compile("|".join(sorted(BLOCKED_BY, key=len, reverse=True)))
 NOT_OF_THE_RUNBOOK = {"demo"}
+TESTS = Path(__file__).parents[2] / "tests"
+MARK = "pytest.mark.attack"
 
 
 def parameters() -> str:
@@ -71,6 +76,29 @@ def _locking() -> Iterator[tuple[str, str, str, str]]:
                 yield block.name, block.purpose, _plain(block.lock), _plain(block.undo)
 
 
+def attacks() -> str:
+    """``docs/attacks.md``: a line a test that is marked as an attack. Its name says what held."""
+    lines = [
+        "# Attacks tried, and what held",
+        "",
+        MADE,
+        "",
+        "Each line is the name of a test marked `attack`: it tries what somebody might who means harm, and fails if"
+        " it succeeds. All of them: `pytest -m attack`. What they rest on, and what is not protected:"
+        " [security](security.md).",
+        "",
+        "| what held | tried in |",
+        "|---|---|",
+    ]
+    for path in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == MARK for d in node.decorator_list):
+                words = node.name.removeprefix("test_").replace("_", " ")
+                where = path.relative_to(TESTS.parent)
+                lines.append(f"| {words[0].upper()}{words[1:]} | `{where}` |")
+    return "\n".join(lines) + "\n"
+
+
 def _plain(text: str) -> str:
     """Names of the target in words."""
     words = {"table": "the table", "vectors": "the table that holds the vectors"}
@@ -81,14 +109,14 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-DOCUMENTS = {"parameters.md": parameters, "locks.md": locks}
+DOCUMENTS = {"parameters.md": parameters, "locks.md": locks, "attacks.md": attacks}
 
 
 def write(folder: Path) -> None:
-    """Writes both documents into the folder."""
+    """Writes the documents into the folder."""
     for name, make in DOCUMENTS.items():
         (folder / name).write_text(make(), "utf-8")
 
 
 if __name__ == "__main__":
-    write(Path(__file__).parents[2] / "docs")
+    write(TESTS.parent / "docs")

@@ -10,9 +10,17 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from runbook_lib import redaction
 from runbook_lib.gates import BadInput, Gate, Verdict
+from runbook_lib.params import url_credentials
 from runbook_lib.params.model import Params
 from runbook_lib.params.section import unsound
+
+# Aliases and merges can make a few lines of YAML into more values than any memory holds.
+MOST_VALUES = 10_000
+TOO_MANY = f"more than {MOST_VALUES} values, aliases counted in full"
+# Beside its own, PyYAML lets pass what Python says of a value that is not of its tag.
+YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -22,12 +30,21 @@ class _UniqueKeys(yaml.SafeLoader):
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a list or a mapping; a key is one word", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key} stands twice: lines {seen[key]} and {line}"
                 )
             seen[key] = line
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, TOO_MANY, node.start_mark)
 
 
 def load(path: str | Path) -> Params:
@@ -39,36 +56,73 @@ def load(path: str | Path) -> Params:
     path = Path(path)
     try:
         data = yaml.load(path.read_text("utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
+        texts = list(_texts(data))
     except OSError as error:
         raise BadInput(
             [_problem("file_is_readable", str(path), error.strerror or "unreadable", "a YAML file")]
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput([_problem("file_is_yaml", str(path), " ".join(str(error).split()), "valid YAML")]) from error
+    except YAML_ERRORS as error:
+        # Without its cause, which may quote a line of the file, be it a secret.
+        raise BadInput([_problem("file_is_yaml", str(path), _what_is_no_yaml(error), "valid YAML")]) from None
     if not isinstance(data, dict):
         raise BadInput([_problem("file_is_yaml", str(path), type(data).__name__, "sections with keys")])
-    if unsound_values := list(_unsound(path, data)):
+    if unsound_values := [problem for where, text in texts for problem in _unsound(f"{path}: {where}", text)]:
         raise BadInput(unsound_values)
     try:
         params = Params.model_validate(data)
     except ValidationError as error:
         # Without its cause, whose text repeats what was given, be it a secret.
         raise BadInput([_from_pydantic(path, e) for e in error.errors()]) from None
+    redaction.read_with(params)
     return _absolute(params, path.parent.resolve())
 
 
-def _unsound(path: Path, value: Any, where: str = "") -> Iterator[Gate]:
-    """Each text of the file, key or value, that can be written into no statement and no record."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            shown = ascii(key)[1:-1] if isinstance(key, str) and unsound(key) else key
-            yield from _unsound(path, key, f"{where}.{shown}")
-            yield from _unsound(path, inner, f"{where}.{shown}")
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _unsound(path, inner, f"{where}.{i}")
-    elif isinstance(value, str) and (why := unsound(value)):
-        yield _problem("value_is_valid", f"{path}: {where.lstrip('.')}", why, "a text that can be stored in UTF-8")
+def _what_is_no_yaml(error: Exception) -> str:
+    """Where it is and what, without the line itself, in which a secret may stand."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark
+        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        return ", ".join(filter(None, (error.context, error.problem))) + at
+    if isinstance(error, RecursionError):
+        return "nested too deeply, or a part of itself"
+    if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
+        return " ".join(str(error).split())
+    return "a value that does not fit its own type, for instance a date that no calendar has"
+
+
+def _texts(data: Any) -> Iterator[tuple[str, str]]:
+    """Each text of the file, key or value, with the dotted key that it stands at."""
+    for n, (where, value) in enumerate(_values("", data)):
+        if n > MOST_VALUES:
+            raise yaml.YAMLError(TOO_MANY)
+        if isinstance(value, str):
+            yield where.lstrip("."), value
+
+
+def _values(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+    yield where, value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inner:
+        shown = ascii(key)[1:-1] if isinstance(key, str) and unsound(key) else key
+        if isinstance(key, str):
+            yield f"{where}.{shown}", key
+        yield from _values(f"{where}.{shown}", each)
+
+
+def _unsound(subject: str, text: str) -> Iterator[Gate]:
+    """What of a text can be written into no statement and no record, or must not stand in either."""
+    if why := unsound(text):
+        yield _problem("value_is_valid", subject, why, "a text that can be stored in UTF-8")
+    # A masking pattern describes what credentials look like.
+    elif ": masking.patterns." not in subject and (what := url_credentials.found_in(text)):
+        yield _problem(
+            "url_holds_no_credentials",
+            subject,
+            f"a URL with {what}",
+            "a URL without credentials: every record shows the parameters",
+            "take it out, change it where it was in use, and name the environment variable that holds the new one,"
+            " for an endpoint in embeddings.api_key_env",
+        )
 
 
 def _absolute(params: Params, folder: Path) -> Params:
@@ -128,8 +182,9 @@ def _from_pydantic(path: Path, error: Any) -> Gate:
 def _shown(loc: tuple[Any, ...], value: Any) -> str:
     if isinstance(value, dict):
         return "this combination"
-    # Somebody who put the DSN where its name belongs must not find the password in every log.
-    return "a value that is not shown, since it may hold a secret" if loc[:1] == ("connection",) else repr(value)
+    # Somebody who put the secret where its name belongs must not find it in every log.
+    may_be_secret = any(part == "connection" or str(part).endswith("_env") for part in loc)
+    return "a value that is not shown, since it may hold a secret" if may_be_secret else repr(value)
 
 
 def _section(loc: tuple[Any, ...]) -> type[BaseModel] | None:

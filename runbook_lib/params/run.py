@@ -104,6 +104,16 @@ class Record(Section):
     """What a run leaves."""
 
     runs_dir: AnyPath = Field(Path("runs"), description="Folder of the runs, relative to the params file.")
+    readable_by: Literal["owner", "group", "everyone"] = Field(
+        "owner",
+        description="Who may read the record, which quotes rows: the user who runs it, the group too, or everybody on"
+        " the machine; never more than the umask allows.",
+    )
+
+    @property
+    def folder_mode(self) -> int:
+        """Permissions of a run's folder; its files have the same, less the right to enter."""
+        return {"owner": 0o700, "group": 0o750, "everyone": 0o755}[self.readable_by]
 
 
 class Ledger(Section):

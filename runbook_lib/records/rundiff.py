@@ -12,7 +12,7 @@ from typing import Any
 
 import nbformat
 
-from runbook_lib.display import Table, number
+from runbook_lib.display import Table, number, plain
 from runbook_lib.gates import BadInput, Gate, Verdict
 from runbook_lib.records.verify import LEDGER_COPY
 from runbook_lib.running import manifest as manifests
@@ -184,10 +184,20 @@ def notebooks(found: Difference, *, colour: bool = False) -> str:
 
 def _notebook(path: Path, run: Manifest) -> Any:
     text = path.read_text("utf-8").replace(run.run_id, "RUN-ID")
-    notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
+    # Plain before the colours of the differences come in, which a terminal is to obey.
+    shown = json.dumps(_plain(json.loads(text)))
+    notebook = nbformat.reads(shown, as_version=4)  # type: ignore[no-untyped-call]
     for position, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{position}"  # papermill gives the cell of the parameters a new one each time
     return notebook
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {plain(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return plain(value) if isinstance(value, str) else value
 
 
 def _no_record(name: str, found: str) -> Gate:

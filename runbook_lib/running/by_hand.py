@@ -40,7 +40,7 @@ def begin(params_file: str | Path) -> Path:
     params = params_module.load(params_file)
     db.connect(params, "runbook lab").close()
     selection.check_stored(selection.ORDERS)
-    folder = runner.new_folder(params.record.runs_dir, params.target.name, "by-hand")
+    folder = runner.new_folder(params.record, params.target.name, "by-hand")
     path = Path(params_file).resolve()
     manifests.write(folder, runner.first_manifest(folder.name, params, path, BY_HAND, True, ()))
     _copy(selection.notebooks() / f"{START}.ipynb", folder, path)

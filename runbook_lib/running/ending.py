@@ -19,6 +19,7 @@ from runbook_lib.gates import BadInput, GateFailed, LockNotObtained, NotApproved
 from runbook_lib.ledger import Ledger
 from runbook_lib.order import OutOfOrder
 from runbook_lib.params import Params
+from runbook_lib.redaction import redacted
 from runbook_lib.running import manifest as manifests
 from runbook_lib.running.manifest import PhaseRun, Status
 
@@ -51,13 +52,18 @@ def of_error(error: Exception) -> Outcome:
         if error.ename == BadInput.__name__ and db.REACHABLE in str(error.evalue):
             status = Status.CRASHED  # the runner had reached this server before it began the notebook
         text = f"{error.ename}: {error.evalue}" if status is Status.CRASHED else str(error.evalue).strip("\n")
-        return Outcome(status, text[:LONGEST_ERROR], error.ename)
+        return Outcome(status, _bounded(text), error.ename)
     if isinstance(error, DeadKernelError):
         return Outcome(Status.CRASHED, "the kernel died: killed, or out of memory", "DeadKernelError")
     if isinstance(error, CellTimeoutError):
-        return Outcome(Status.CRASHED, f"a cell ran out of its time: {error}"[:LONGEST_ERROR], "CellTimeoutError")
+        return Outcome(Status.CRASHED, _bounded(f"a cell ran out of its time: {error}"), "CellTimeoutError")
     # Whatever papermill, nbclient or the disk raise: the run ends here, and its record has to say so.
-    return Outcome(Status.CRASHED, f"{type(error).__name__}: {error}"[:LONGEST_ERROR], type(error).__name__)
+    return Outcome(Status.CRASHED, _bounded(f"{type(error).__name__}: {error}"), type(error).__name__)
+
+
+def _bounded(text: str) -> str:
+    """Redacted before it is cut: half a secret would be recognised by nobody."""
+    return str(redacted(text))[:LONGEST_ERROR]
 
 
 def of_plan(executed: Any) -> Outcome:
@@ -109,6 +115,7 @@ def tell_the_truth(path: Path, phase: PhaseRun, run_id: str) -> str:
         else:
             mark["status"] = "completed"
     notebook.metadata["runbook"] = {"status": str(phase.status), "run_id": run_id, "phase": phase.name}
-    content = nbformat.writes(notebook)  # type: ignore[no-untyped-call]
+    told = nbformat.from_dict(redacted(notebook))  # type: ignore[no-untyped-call]
+    content = nbformat.writes(told)  # type: ignore[no-untyped-call]
     manifests.write_atomically(path, content)
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from runbook_lib.redaction import redacted
+
 FILE = "manifest.json"
 # The way of a run that somebody steps through.
 BY_HAND = "by hand"
@@ -112,14 +114,18 @@ def now() -> str:
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never half of it."""
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never half of it; nor a secret.
+
+    Whoever may read the folder may read the file, and nobody else at any time.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         unfinished.unlink(missing_ok=True)
         # A file of our own: where a link was put in its place, whatever it leads to would be overwritten.
-        made = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        mode = path.parent.stat().st_mode & 0o644
+        made = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
         with os.fdopen(made, "w", encoding="utf-8") as file:
-            file.write(content)
+            file.write(redacted(content))
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -140,7 +146,7 @@ def write(folder: Path, manifest: Manifest) -> None:
 def as_data(manifest: Manifest) -> dict[str, Any]:
     """The manifest as plain data, as its file holds it."""
     data = dataclasses.asdict(manifest) | {"seconds": manifest.seconds}
-    return dict(json.loads(json.dumps(data, default=str)))
+    return dict(redacted(json.loads(json.dumps(data, default=str))))
 
 
 def read(folder: Path) -> Manifest:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runbook_lib.params import Params
+from runbook_lib.redaction import redacted, remember_url
 from runbook_lib.running.manifest import Manifest, Status
 
 # What happened, beside the end, which is always told.
@@ -45,7 +46,7 @@ def of_run(params: Params, run: Manifest, folder: Path) -> list[str]:
 
 def send(params: Params, event: dict[str, Any]) -> list[str]:
     """Sends one event to every hook; returns a note for each that failed, free of the URL, which is a secret."""
-    content = json.dumps(event, ensure_ascii=False).encode()
+    content = json.dumps(redacted(event), ensure_ascii=False).encode()
     notes = []
     if params.notify.command and (why := _by_command(params, content)):
         notes.append(f"notify.command did not take the event {event['event']}: {why}")
@@ -73,7 +74,8 @@ def _by_command(params: Params, content: bytes) -> str:
 
 
 def _by_webhook(params: Params, name: str, content: bytes) -> str:
-    url = os.environ.get(name)
+    url = os.environ.get(name, "").strip()
+    remember_url(url)
     if not url:
         return f"{name} is not set"
     if not url.lower().startswith(("http://", "https://")):

@@ -7,12 +7,14 @@ into a file of its own folder, in the shape of ledger rows.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runbook_lib import db
+from runbook_lib.redaction import redacted
 
 if TYPE_CHECKING:
     from runbook_lib.phase import Phase
@@ -68,8 +70,10 @@ def note(phase: Phase, kind: str, body: Mapping[str, Any]) -> None:
     folder = phase.params.record.runs_dir / phase.run_id
     if folder.is_dir():
         row = {"run_id": phase.run_id, "target": phase.params.target.name, "phase": phase.name, "kind": kind}
-        with (folder / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"body": dict(body)}, ensure_ascii=False, default=str) + "\n")
+        mode = folder.stat().st_mode & 0o644
+        opened = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode)
+        with os.fdopen(opened, "a", encoding="utf-8") as file:
+            file.write(json.dumps(redacted(row | {"body": dict(body)}), ensure_ascii=False, default=str) + "\n")
 
 
 def note_statements(phase: Phase) -> None:

@@ -23,12 +23,14 @@ import psycopg
 import runbook_lib
 from runbook_lib import db
 from runbook_lib import params as params_module
-from runbook_lib.display import duration
+from runbook_lib.display import duration, plain
 from runbook_lib.gates import BadInput, Gate, OutsideWindow, Verdict
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
+from runbook_lib.params.run import Record
 from runbook_lib.phases import RUNS_BESIDE, waits
 from runbook_lib.records import verify
+from runbook_lib.redaction import redacted
 from runbook_lib.running import claim, ending, notify, selection, window
 from runbook_lib.running import manifest as manifests
 from runbook_lib.running.ending import Outcome
@@ -98,7 +100,7 @@ def run(
     if not chosen:
         return RunResult(Status.PASSED, EXIT_CODES[Status.PASSED], None)
     settle_abandoned(params, execute)
-    folder = new_folder(params.record.runs_dir, params.target.name)
+    folder = new_folder(params.record, params.target.name)
     manifest = first_manifest(folder.name, params, Path(params_file).resolve(), way, execute, chosen)
     if verbose:
         say = _stamped(say, folder.name)
@@ -150,7 +152,7 @@ def _save(folder: Path, manifest: Manifest) -> None:
 
 
 def _to_standard_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(plain(redacted(line)), file=sys.stderr, flush=True)
 
 
 def _stamped(say: Say, run_id: str) -> Say:
@@ -163,13 +165,18 @@ def _stamped(say: Say, run_id: str) -> Say:
     return stamp
 
 
-def new_folder(runs_dir: Path, target: str, kind: str = "") -> Path:
+def new_folder(record: Record, target: str, kind: str = "") -> Path:
     """The folder of a new run; its name is the run's id. Raises BadInput where it cannot be made."""
+    runs_dir = record.runs_dir
     stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{target}" + (f"-{kind}" if kind else "")
+    try:
+        runs_dir.mkdir(record.folder_mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput([_no_record(runs_dir, error)]) from error
     for n in range(1, 100):
         folder = (runs_dir / (stem if n == 1 else f"{stem}-{n}")).resolve()
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(record.folder_mode)
             manifests.write_atomically(folder / manifests.FILE, "")
         except FileExistsError:
             continue
@@ -428,7 +435,8 @@ def write_again(params_file: str | Path, run_id: str) -> Path:
     manifest = verify.incomplete(params, run_id)
     folder = params.record.runs_dir / run_id
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        params.record.runs_dir.mkdir(params.record.folder_mode, parents=True, exist_ok=True)
+        folder.mkdir(params.record.folder_mode, exist_ok=True)
         record.write(folder, params, manifest)
         manifests.write(folder, manifest)
     except OSError as error:

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import count
 from typing import Any
 
 from psycopg import sql
 
+DOLLAR_TAG = re.compile(r"\$\w*\$")
 HEADER = re.compile(r"^-- (name|purpose|lock|undo): *(.*)$")
 
 
@@ -30,8 +32,20 @@ class Block:
     text: str
 
     def compose(self, names: Mapping[str, sql.Composable]) -> sql.Composed:
-        """The statement with its identifiers in place; values stay placeholders."""
-        return sql.SQL(self.text).format(**dict[str, Any](names))
+        """The statement with its identifiers in place; values stay placeholders.
+
+        A name may hold what ends the body of a function: then another tag encloses the body.
+        """
+        composed = sql.SQL(self.text).format(**dict[str, Any](names))
+        tags = set(DOLLAR_TAG.findall(self.text))
+        if not tags:
+            return composed
+        (tag,) = tags
+        whole = composed.as_string()
+        if whole.count(tag) == self.text.count(tag):
+            return composed
+        other = next(t for n in count(1) if (t := f"$runbook{n}$") not in whole)
+        return sql.SQL(self.text.replace(tag, other)).format(**dict[str, Any](names))
 
 
 @cache

@@ -121,7 +121,7 @@ INSERT INTO {route} (target, route, share_percent) VALUES ({target_name}, 'legac
 -- undo: search.drop_function
 CREATE OR REPLACE FUNCTION {function}({arguments})
 RETURNS TABLE ({key} {key_type}, score double precision, answered_by text)
-LANGUAGE plpgsql STABLE SET search_path = {search_path} {kept_settings} AS {quote}
+LANGUAGE plpgsql STABLE SET search_path = {search_path} {kept_settings} AS $runbook$
 DECLARE
     chosen       text := 'legacy';
     way          text := 'index';
@@ -160,7 +160,7 @@ BEGIN
         {legacy_answer};
     END IF;
 END
-{quote};
+$runbook$;
 
 -- name: refuse_vector
 -- purpose: Part of the function: a vector that no row can be compared with is an error on every route, not only later.

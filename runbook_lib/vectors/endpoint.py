@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import tenacity
 
+from runbook_lib import redaction
 from runbook_lib.gates import BadInput, Gate, RunbookError, Verdict
 from runbook_lib.params import Params
 from runbook_lib.params.data import Embeddings
@@ -63,7 +64,7 @@ def model(params: Params) -> Callable[[list[str]], Vectors]:
         parts = [texts[i : i + e.request_texts] for i in range(0, len(texts), e.request_texts)]
         pool, over = ThreadPoolExecutor(e.parallel_requests), threading.Event()
         try:
-            vectors = list(pool.map(lambda part: _ask(client, e, asked, part, key, over), parts))
+            vectors = list(pool.map(lambda part: _ask(client, e, asked, part, over), parts))
         except Exception:
             # The others give up with the one that failed, so that nothing is asked for in vain.
             over.set()
@@ -82,10 +83,14 @@ def model(params: Params) -> Callable[[list[str]], Vectors]:
 def _key(e: Embeddings) -> str:
     if e.api_key_env is None:
         return ""
-    if value := os.environ.get(e.api_key_env):
-        return value
+    # A line end comes with many a file that the variable was filled from.
+    key = os.environ.get(e.api_key_env, "").strip()
+    redaction.remember(key)
+    if key and key.isascii() and key.isprintable():
+        return key
     subject = f"environment variable {e.api_key_env}"
-    raise _refused_us(subject, "not set", "the endpoint's key", f"export {e.api_key_env}=…")
+    found = "a character that no header of HTTP may hold" if key else "not set"
+    raise _refused_us(subject, found, "the endpoint's key", f"export {e.api_key_env}=…")
 
 
 def _refused_us(subject: str, found: str, needed: str, do: str) -> BadInput:
@@ -94,7 +99,7 @@ def _refused_us(subject: str, found: str, needed: str, do: str) -> BadInput:
 
 
 def _ask(
-    client: httpx.Client, e: Embeddings, asked: dict[str, Any], texts: list[str], key: str, over: threading.Event
+    client: httpx.Client, e: Embeddings, asked: dict[str, Any], texts: list[str], over: threading.Event
 ) -> Vectors:
     def wait(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -116,7 +121,7 @@ def _ask(
         reraise=True,
     )
     try:
-        return tries(_ask_once, client, e, asked | {"input": texts}, key)
+        return tries(_ask_once, client, e, asked | {"input": texts})
     except _Passing as error:
         raise EndpointAway(
             found=f"{error}, after {e.request_tries} tries at {e.url}",
@@ -126,7 +131,7 @@ def _ask(
         ) from None
 
 
-def _ask_once(client: httpx.Client, e: Embeddings, body: dict[str, Any], key: str) -> Vectors:
+def _ask_once(client: httpx.Client, e: Embeddings, body: dict[str, Any]) -> Vectors:
     try:
         answer = client.post(str(e.url), json=body)
     except httpx.TimeoutException as error:
@@ -137,7 +142,7 @@ def _ask_once(client: httpx.Client, e: Embeddings, body: dict[str, Any], key: st
     if status in PASSING or status >= 500:
         raise _Passing(f"status {status}", _retry_after(answer))
     if status != httpx.codes.OK:
-        raise _refusal(e, answer, body["input"], key)
+        raise _refusal(e, answer, body["input"])
     return _vectors(e, answer, len(body["input"]))
 
 
@@ -154,8 +159,8 @@ def _retry_after(answer: httpx.Response) -> float | None:
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S)
 
 
-def _refusal(e: Embeddings, answer: httpx.Response, texts: Sequence[str], key: str) -> RunbookError:
-    found = f"status {answer.status_code}{_message(answer, texts, key)}"
+def _refusal(e: Embeddings, answer: httpx.Response, texts: Sequence[str]) -> RunbookError:
+    found = f"status {answer.status_code}{_message(answer, texts)}"
     if answer.status_code in REFUSALS:
         return TextRefused(
             found=found,
@@ -167,7 +172,7 @@ def _refusal(e: Embeddings, answer: httpx.Response, texts: Sequence[str], key: s
     return _refused_us(str(e.url), found, "status 200", do)
 
 
-def _message(answer: httpx.Response, texts: Sequence[str], key: str) -> str:
+def _message(answer: httpx.Response, texts: Sequence[str]) -> str:
     """What the endpoint says, without the key, and not at all where it repeats a text."""
     try:
         error = answer.json()["error"]
@@ -176,7 +181,7 @@ def _message(answer: httpx.Response, texts: Sequence[str], key: str) -> str:
         return ""
     if any(t[:SHOWN_CHARACTERS] in message or message in t for t in texts):
         return ", with a message that repeats the text"
-    return ": " + " ".join((message.replace(key, "***") if key else message).split())[:SHOWN_CHARACTERS]
+    return ": " + str(redaction.redacted(" ".join(message.split())))[:SHOWN_CHARACTERS]
 
 
 def _vectors(e: Embeddings, answer: httpx.Response, n: int) -> Vectors:
