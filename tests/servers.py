@@ -112,8 +112,7 @@ def running(release: str, data_dir: Path, more: str = "") -> Iterator[str]:
     if not (data_dir / "PG_VERSION").exists():
         _call(programs / "initdb", data_dir, "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "-U", "postgres")
     # Sockets live in the data folder; pytest's folders have names too long for one, so its path is kept short.
-    options = f"-c listen_addresses='' -c unix_socket_directories='{data_dir}' -c fsync=off -c random_page_cost=1.1"
-    options = f"{options} {more}"
+    options = f"-c listen_addresses='' -c unix_socket_directories='{data_dir}' -c fsync=off {more}"
     _call(programs / "pg_ctl", data_dir, "--wait", "--log", str(log), "--options", options, "start")
     try:
         yield make_conninfo(host=str(data_dir), user="postgres", dbname="postgres")

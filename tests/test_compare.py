@@ -7,6 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from runbook_lib import backfill, compare, extension, index, schema, search, staging, tune
 from runbook_lib.measuring import agreement, evaluate, slices
@@ -61,21 +62,24 @@ def test_losing_classes_are_named_in_the_gate(tuned: Callable[..., Phase]) -> No
     assert gate.found.endswith("; legacy wins on: codes and names (7 queries, -0.120, p = 0.04, by the model)")
 
 
-def test_two_searches_that_both_read_the_whole_table_are_not_told_apart_by_chance(open_phase: Open) -> None:
-    phase = open_phase("80_shadow")
-    slower = {"systems": {"vector": {"p50_ms": 28.0}, "exact": {"p50_ms": 26.66}}}
-
-    def judged(plan: str) -> str:
-        phase.note("tuning", {"classes": [{"chosen": {"plan": plan}}]})
-        return str(compare._index_pays(phase, slower))
-
-    assert judged("whole table") == (
+def test_searches_that_both_read_a_small_table_whole_are_not_told_apart_by_chance(
+    tuned: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    articles.execute(
+        sql.SQL("ALTER DATABASE {} SET random_page_cost = 4").format(sql.Identifier(articles.info.dbname))
+    )
+    phase = tuned()
+    compare.shadow(phase)
+    recorded = phase.ledger.latest("shadow")
+    assert recorded is not None and recorded["vector_reads_the_index"] is False
+    slower = {"vector": {"p50_ms": 28.0}, "exact": {"p50_ms": 26.66}}
+    assert str(compare._index_pays(recorded | {"systems": slower})) == (
         "PASS    compare.vector_is_not_slower_than_exact   vector\n"
-        "  found   p50 28.00 ms, exact 26.66 ms; both read the whole table, which is cheaper than the index while"
-        " it is so small\n"
+        "  found   p50 28.00 ms, exact 26.66 ms; neither reads the index: so few rows are cheaper to read as a"
+        " whole\n"
         "  needed  at most 26.66 ms"
     )
-    assert judged("vector index").startswith("FAIL ")
+    assert compare._index_pays({"systems": slower}).verdict == "FAIL"
 
 
 def test_without_judgements_agreement_and_a_sheet_stand_in_their_place(

@@ -29,7 +29,7 @@ WARM_UP, EXPLAINED = 3, 3
 RESAMPLES, CONFIDENCE, SEED = 2_000, 0.95, 20260225
 # The normal distribution's quantile for that confidence, both sides.
 Z = 1.959964
-VECTOR_INDEX, WHOLE_TABLE = "vector index", "whole table"
+VECTOR_INDEX = "vector index"
 
 
 @dataclass(frozen=True)
@@ -206,4 +206,4 @@ def _explain(
 def _plan(phase: Phase, root: dict[str, Any]) -> str:
     if reads_index(phase.connection, phase.params, root):
         return VECTOR_INDEX
-    return WHOLE_TABLE if "Seq Scan" in json.dumps(root) else "filter's index"
+    return "whole table" if "Seq Scan" in json.dumps(root) else "filter's index"
