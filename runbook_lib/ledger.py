@@ -76,8 +76,12 @@ class Ledger:
         return CREATE[1:] if there else CREATE
 
     def bring_up_to_date(self) -> None:
-        """What :meth:`create` does, where there is a ledger. Raises BadInput where this role may not write it."""
-        if self._there()["there"]:
+        """What :meth:`create` does, where there is a ledger. Raises BadInput on a standby, which takes no writes, and
+        where this role may not write it."""
+        there = self._there()
+        if there["is_standby"]:
+            raise BadInput([_on_a_standby(self.connection)])
+        if there["there"]:
             if not db.one(self.connection, SQL["writer"], self.params, entry=self._spelled)["is_member"]:
                 raise BadInput([may_not_write(self.connection, self.params)])
             self.create()
@@ -218,6 +222,19 @@ def _no_turn(connection: db.Connection, params: Params) -> LockNotObtained:
         needed=f"its turn, the lock on {spelled(params, 'chain_lock')}, within ten seconds",
         danger="what was done could not be written down",
         do="end that session, or let it commit, and run the same command again: what was done stays done",
+    )
+
+
+def _on_a_standby(connection: db.Connection) -> Gate:
+    return Gate(
+        "ledger.server_takes_writes",
+        Verdict.FAIL,
+        f"database {connection.info.dbname}",
+        "a standby, in recovery",
+        "the primary",
+        "nothing can be written there; nothing was started",
+        "name the primary in the DSN, or all servers with target_session_attrs=read-write; where the primary is lost,"
+        " promote the standby first: the run goes on where its ledger says",
     )
 
 

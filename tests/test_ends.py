@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from runbook_lib.running.runner import RunResult
 from tests import small_notebooks, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.network import network
+from tests.records import make_manifest
 from tests.small_runs import FIRST, GATE, ROOT, SECOND, ledger_rows, record_of, sessions, wait_until
 from tests.small_runs import run as run  # a fixture
 from tests.stepping import in_another_kernel
@@ -145,6 +147,22 @@ def test_a_network_that_passes_nothing_on_ends_the_run_in_bounded_time(
         assert m.phases[0].error == "stopped by the silence of the server for 60 s"
         assert any("could not ask the server whether a statement still runs" in note for note in m.notes)
     wait_until(lambda: sessions(database) == 0, 30)
+
+
+def test_a_server_on_another_timeline_is_said_once(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    p = request.getfixturevalue("open_phase")().params
+    for timeline in (None, None, 7, 7):
+        if timeline:
+            block = replace(runner.SQL["timeline"], text=f"SELECT {timeline} AS timeline")
+            monkeypatch.setitem(runner.SQL, "timeline", block)
+        runner._note_server(p, make_manifest(), said.append)
+    assert said == [
+        "the server is on timeline 7, and was on 1: a standby was promoted, or a backup recovered; what had not"
+        " reached it is done again, as its ledger says"
+    ]
 
 
 @pytest.mark.usefixtures("articles")

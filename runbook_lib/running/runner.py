@@ -145,6 +145,25 @@ def _began_and_is_gone(params: Params, old: Manifest) -> bool:
         return here and not db.one(connection, SQL["is_connected"], params, name=name)["connected"]
 
 
+def _note_server(params: Params, manifest: Manifest, say: Say) -> None:
+    """Says, and writes down, that the server is on another timeline than before; no statement depends on it."""
+    try:
+        with db.connect(params, "runbook-runner") as connection:
+            ledger = Ledger(connection, params, manifest.run_id, manifest.way)
+            if not ledger.exists():
+                return
+            was, now = ledger.latest("server"), db.one(connection, SQL["timeline"], params)
+            if was != now:
+                ledger.append("server", now)
+    except (BadInput, psycopg.Error):
+        return  # some managed services do not tell
+    if was and was != now:
+        say(
+            f"the server is on timeline {now['timeline']}, and was on {was['timeline']}: a standby was promoted, or a"
+            " backup recovered; what had not reached it is done again, as its ledger says"
+        )
+
+
 def _save(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest; on a full disk the end of the run says so, and the work goes on."""
     with suppress(OSError):
@@ -256,6 +275,7 @@ def _run_claimed(folder: Path, params: Params, manifest: Manifest, stop: Stop, s
                 )
         if manifest.execute:
             held.enter_context(watched(params, manifest.run_id, stop, claimed=claims))
+            _note_server(params, manifest, say)
         return _run_phases(folder, params, manifest, stop, say, verbose)
 
 

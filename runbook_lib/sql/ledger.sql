@@ -145,8 +145,8 @@ RETURNING seq, hash;
 SELECT to_regnamespace(%(schema)s) IS NOT NULL AS there;
 
 -- name: exists
--- purpose: Is there a ledger in this database, and one of this release?
-SELECT c.oid IS NOT NULL AS there,
+-- purpose: Is there a ledger in this database, and one of this release? Is this a standby?
+SELECT c.oid IS NOT NULL AS there, pg_catalog.pg_is_in_recovery() AS is_standby,
     EXISTS (SELECT FROM pg_catalog.pg_attribute a
             WHERE a.attrelid = c.oid AND a.attname = 'by_owner' AND NOT a.attisdropped) AS is_up_to_date
 FROM (SELECT pg_catalog.to_regclass(%(entry)s)::pg_catalog.oid AS oid) AS c;

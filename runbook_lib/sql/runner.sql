@@ -24,6 +24,11 @@ SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_activity a
 SELECT count(*) AS sessions FROM pg_catalog.pg_stat_activity
 WHERE datname = current_database() AND starts_with(application_name, %(prefix)s) AND backend_type = 'client backend';
 
+-- name: timeline
+-- purpose: The number of the server's timeline, which grows when a standby is promoted or a backup recovered.
+SELECT ('x' || pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8))
+    ::pg_catalog.bit(32)::pg_catalog.int4 AS timeline;
+
 -- name: versions
 -- purpose: Server and pgvector, as the server says; pgvector is NULL where it is not installed.
 SELECT current_setting('server_version') AS postgresql,

