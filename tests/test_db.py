@@ -35,6 +35,7 @@ def _add_column(p: Params) -> db.Statement:
     return db.Statement("test.add", "add a column", "ACCESS EXCLUSIVE on articles", "drop it", query, {})
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("how", ["in_short_tries", "rolled_back"])
 def test_locks_of_a_session_that_froze_are_given_back(
     articles: psycopg.Connection[Any], make_params: MakeParams, monkeypatch: pytest.MonkeyPatch, how: str

@@ -127,6 +127,7 @@ def test_a_model_that_fails_on_two_texts_is_bad_input(make_params: MakeParams, n
     assert error.value.found == found
 
 
+@pytest.mark.attack
 def test_vectors_of_two_dimensions_are_bad_input(make_params: MakeParams) -> None:
     model = embed.model(make_params(embeddings=source("tests.test_embed:of_two_dimensions")))
     model(["one"])
@@ -135,6 +136,7 @@ def test_vectors_of_two_dimensions_are_bad_input(make_params: MakeParams) -> Non
     assert error.value.found == "vectors of 1 and of 2 dimensions"
 
 
+@pytest.mark.attack
 def test_what_a_model_prints_and_does_to_the_list_stays_with_it(
     make_params: MakeParams, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +145,7 @@ def test_what_a_model_prints_and_does_to_the_list_stays_with_it(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.attack
 def test_a_child_that_a_model_forks_and_lets_come_back_works_on_nothing(make_params: MakeParams) -> None:
     read_end, write_end = os.pipe()
     here = os.getpid()
@@ -156,6 +159,7 @@ def test_a_child_that_a_model_forks_and_lets_come_back_works_on_nothing(make_par
     os.close(read_end)
 
 
+@pytest.mark.attack
 def test_a_model_that_is_away_is_not_heard_about_rows(make_params: MakeParams) -> None:
     with pytest.raises(embed.ModelAway) as error:
         embed.embed_each(quotes, ["a secret", "another"])

@@ -131,6 +131,7 @@ def meanwhile(dsn: str, do: Callable[[psycopg.Connection[Any]], Any]) -> threadi
     return thread
 
 
+@pytest.mark.attack
 @pytest.mark.usefixtures("articles")
 def test_a_network_that_passes_nothing_on_ends_the_run_in_bounded_time(
     run: Run, database: str, monkeypatch: pytest.MonkeyPatch
@@ -149,6 +150,7 @@ def test_a_network_that_passes_nothing_on_ends_the_run_in_bounded_time(
     wait_until(lambda: sessions(database) == 0, 30)
 
 
+@pytest.mark.attack
 def test_a_server_on_another_timeline_is_said_once(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +167,7 @@ def test_a_server_on_another_timeline_is_said_once(
     ]
 
 
+@pytest.mark.attack
 @pytest.mark.usefixtures("articles")
 def test_a_run_that_has_lost_its_claim_stops(run: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "LOOK_S", 0.2)

@@ -88,6 +88,7 @@ def test_a_pattern_that_cannot_work_is_refused_before_the_start(
     assert error.value.needed == needed
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("text", ["a." * 20_000 + "@", "x@" + "b." * 20_000 + "1", "-eyJaaaaaaaa" * 10_000])
 def test_no_text_takes_the_square_of_its_length(make_params: MakeParams, text: str) -> None:
     began = time.process_time()

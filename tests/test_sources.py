@@ -206,6 +206,7 @@ def test_nothing_is_unpickled(make_params: MakeParams, tmp_path: Path, name: str
     assert not trace.exists()
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("kind", ["ipc", "stream"])
 def test_an_arrow_file_that_points_beyond_its_end_is_bad_input(
     make_params: MakeParams, tmp_path: Path, kind: str
@@ -219,6 +220,7 @@ def test_an_arrow_file_that_points_beyond_its_end_is_bad_input(
         read(make_params, given)
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     ("rest", "fault"),
     [
@@ -239,6 +241,7 @@ def test_a_line_that_is_made_to_break_the_reader_is_told_as_others_are(
     assert found.faults == {0: fault} | ({1: "text_hash is not the hex of 16 bytes"} if "hash" in fault else {})
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_a_line_without_an_end_is_bad_input(
     make_params: MakeParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -111,6 +111,7 @@ def test_a_standby_that_lags_holds_the_backfill_until_it_has_caught_up(
     kit.wait_for(lambda: kit.lost(standby) == 0, "the last rows on the standby")
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("step", ["load", "backfill", "refresh"] if kit.FULL else ["backfill"])
 def test_the_primary_is_lost_and_its_standby_promoted(
     own_server: tuple[str, Path], standby: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
