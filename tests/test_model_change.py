@@ -26,9 +26,9 @@ from runbook_lib.running import manifest
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
+from tests.servers import dump
 from tests.small_runs import ROOT
 from tests.stepping import step, step_all
-from tests.test_migration import dump
 
 SECTIONS: dict[str, Any] = {
     # The toy model is worse than LIKE on these queries, and 80_shadow would say so.

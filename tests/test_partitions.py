@@ -22,8 +22,8 @@ from tests import partitioned, servers, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
 from tests.partitioned import Kind
+from tests.servers import dump
 from tests.stepping import step_all
-from tests.test_migration import dump
 
 # The toy model is worse than LIKE on these queries, and 80_shadow would say so.
 SECTIONS: dict[str, dict[str, Any]] = {

@@ -23,8 +23,8 @@ from runbook_lib.phase import MIGRATE, UNDO, Phase
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
+from tests.servers import dump
 from tests.stepping import step, step_all
-from tests.test_migration import dump
 from tests.test_server_versions import SECTIONS
 
 NOTEBOOK = "operate/80_retire_legacy"

@@ -16,8 +16,8 @@ from runbook_lib.phase import MIGRATE, UNDO
 from runbook_lib.sql import load
 from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params
+from tests.servers import dump
 from tests.stepping import step_all
-from tests.test_migration import dump
 
 # The toy model is worse than LIKE on these queries, and 80_shadow would say so.
 SECTIONS: dict[str, dict[str, Any]] = {

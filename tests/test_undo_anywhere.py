@@ -21,8 +21,8 @@ from runbook_lib.gates import GateFailed
 from runbook_lib.phase import MIGRATE, UNDO
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
+from tests.servers import dump
 from tests.stepping import step, step_all
-from tests.test_migration import dump
 from tests.test_server_versions import SECTIONS
 
 # Small batches, so that there is a middle to fail in; two shares, so that there is one between them.

@@ -23,11 +23,11 @@ from runbook_lib.phases import MIGRATE, OPERATE, STANDS_ON, UNDO_OPERATION, reli
 from runbook_lib.running import approval, manifest, selection, window
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
+from tests.servers import dump
 from tests.small_runs import ROOT, ledger_rows, record_of
 from tests.small_runs import run as run  # a fixture
 from tests.stepping import step, step_all
 from tests.test_filters import APART, NAMED, TARGET, many_rows
-from tests.test_migration import dump
 from tests.test_server_versions import SECTIONS
 
 REBUILD, SERVE, DIVIDE = "40_rebuild_index", "70_serve_filters", "75_partition_by_filter"

@@ -21,9 +21,9 @@ from runbook_lib.phase import following
 from runbook_lib.phases import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
+from tests.servers import dump
 from tests.stepping import NOTEBOOKS, Stepped, in_another_kernel
 from tests.test_filters import TARGET
-from tests.test_migration import dump
 from tests.test_server_versions import SECTIONS
 
 WAY: dict[str, Any] = {**SECTIONS, **TARGET, "tune": SECTIONS["tune"], "partitioning": {"column": "status"}}
