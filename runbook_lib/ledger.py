@@ -100,10 +100,9 @@ class Ledger:
         to write.
         """
         values = {"target": self.params.target.name, "run_id": self.run_id, "phase": self.phase, "kind": kind}
-        data = redacted(storable(dict(body)))
-        data = storable(data, db.missing_characters(self.connection, json.dumps(data, ensure_ascii=False)))
+        taken = Jsonb(storable_in(self.connection, redacted(storable(dict(body)))))
         try:
-            row = db.one(self.connection, SQL["append"], self.params, body=Jsonb(data), **values)
+            row = db.one(self.connection, SQL["append"], self.params, body=taken, **values)
         except psycopg.errors.InsufficientPrivilege as error:
             raise BadInput([may_not_write(self.connection, self.params)]) from error
         except psycopg.errors.LockNotAvailable as error:
@@ -173,6 +172,12 @@ def storable(value: Any, missing: Collection[str] = ()) -> Any:
     if isinstance(value, Mapping):
         return {storable(k, missing): storable(v, missing) for k, v in value.items()}
     return [storable(v, missing) for v in value] if isinstance(value, list | tuple) else value
+
+
+def storable_in(connection: db.Connection, value: Any) -> Any:
+    """Plain data as jsonb takes it in the encoding of this database."""
+    sound = storable(value)
+    return storable(sound, db.missing_characters(connection, json.dumps(sound, ensure_ascii=False)))
 
 
 def require_ours(connection: db.Connection, params: Params) -> None:

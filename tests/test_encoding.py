@@ -12,10 +12,12 @@ from psycopg.conninfo import make_conninfo
 
 from runbook_lib import backfill, db, extension, refresh, schema, search, staging
 from runbook_lib.checking import encoding
+from runbook_lib.display import Table
 from runbook_lib.gates import Gate
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
+from runbook_lib.running import approval
 from runbook_lib.vectors.sources import hash_of
 from tests import toy
 from tests.conftest import DSN_ENV
@@ -96,6 +98,26 @@ def test_the_ledger_keeps_what_the_encoding_has_and_writes_the_rest_in_ascii(
     phase.ledger.append("note", {"found": "Größe … 索引", "nul": "\x00"})
     assert phase.ledger.latest("note") == {"found": r"Größe \u2026 \u7d22\u5f15", "nul": r"\u2400"}
     phase.end("was ended by the test", "nothing")
+
+
+def test_a_sign_off_may_give_its_reason_in_characters_that_the_encoding_lacks(
+    in_encoding: Callable[[str], Connection], make_params: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    articles = in_encoding("LATIN1")
+    phase = opened(make_params())
+    asked = approval.Asked((), "parameters", 1, "evidence", (("索引.jsonl", "hash of the file"),))
+    phase.ledger.append("request", {**approval._bound(asked), "plan": []})
+    (request,) = articles.execute("SELECT max(seq) FROM runbook.entry").fetchone() or (0,)
+    pending = approval.Pending("50_backfill", request, "", "", "", (), asked, Table((), []), Table((), []))
+    articles.execute("CREATE ROLE signer SUPERUSER LOGIN")
+    monkeypatch.setenv(DSN_ENV, make_conninfo(articles.info.dsn, user="signer"))
+    try:
+        with db.connect(phase.params, "approve") as signer:
+            approval.approve(signer, phase.params, pending, "geprüft → gut")
+        assert (phase.ledger.latest("approval") or {})["reason"] == r"geprüft \u2192 gut"
+    finally:
+        articles.execute("DROP ROLE signer")
+        phase.end("was ended by the test", "nothing")
 
 
 def test_queries_that_the_encoding_cannot_ask_are_named(

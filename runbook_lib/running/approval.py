@@ -19,7 +19,7 @@ from psycopg.types.json import Jsonb
 from runbook_lib import db
 from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, Gate, Gates, NotApproved, RunbookError, Verdict, gate, not_run
-from runbook_lib.ledger import Ledger
+from runbook_lib.ledger import Ledger, storable_in
 from runbook_lib.params import Params
 from runbook_lib.phases import OPERATE, UNDO_OPERATION, operation_of, relied_on
 from runbook_lib.running import bound_inputs, plans
@@ -221,9 +221,10 @@ def pending(connection: db.Connection, params: Params, phase: str) -> Pending:
 
 def approve(connection: db.Connection, params: Params, shown: Pending, reason: str) -> None:
     """Writes the approval of what was shown, through the one function that others than the owner may call."""
-    values = {"request": shown.request, "bound": Jsonb(_bound(shown.asked)), "reason": reason}
+    told = storable_in(connection, {"bound": _bound(shown.asked), "reason": reason})
+    values = {"bound": Jsonb(told["bound"]), "reason": told["reason"]}
     try:
-        db.one(connection, LEDGER["sign_off"], params, **values)
+        db.one(connection, LEDGER["sign_off"], params, request=shown.request, **values)
     except (psycopg.errors.InsufficientPrivilege, psycopg.errors.RaiseException) as error:
         raise RunbookError(
             str(error.diag.message_primary), "a sign-off in the ledger", "nothing was approved", "see there"
