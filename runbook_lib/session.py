@@ -25,11 +25,12 @@ SQL = load("session")
 Connection = psycopg.Connection[DictRow]
 
 CLIENT_ENCODING = "UTF8"
-# The runbook bounds its own waits; these would end a session in the middle of a build or a pause, or of its start.
-TIMEOUTS = ("statement_timeout", "idle_session_timeout", "transaction_timeout")
 # Of settings that a server does not have yet, or not any more, nothing is set.
 SETTINGS: Mapping[str, str] = {
-    **dict.fromkeys(TIMEOUTS, "0"),
+    # The runbook bounds its own waits; these would end a session in the middle of a build or a pause.
+    "statement_timeout": "0",
+    "idle_session_timeout": "0",
+    "transaction_timeout": "0",
     "idle_in_transaction_session_timeout": "10min",
     # A client that is gone with its machine or its network loses its session, locks and claim in a minute.
     "tcp_keepalives_idle": "30",
@@ -80,7 +81,7 @@ LONGEST_TRIAL_S = 5
 
 def begin(connection: Connection, schema: str, table: str, *, lock_timeout_ms: int) -> None:
     """Puts the settings of a fresh session, in autocommit, into the runbook's hands. schema, table: the target's."""
-    came_with = _one(connection, "inherited", timeouts=list(TIMEOUTS))
+    came_with = _one(connection, "inherited")
     taken = {"path": came_with["path"], "schemas": _array(connection, came_with["schemas"])}
     connection.execute(SQL["take_path"].compose({}), taken | {"schema": schema, "table": table})
     settings = {**SETTINGS, "lock_timeout": f"{lock_timeout_ms}ms"}

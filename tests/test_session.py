@@ -1,6 +1,7 @@
 """Sessions have the runbook's settings whatever the database and the role say, and no message holds a password."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -23,7 +24,8 @@ from runbook_lib import (
     tune,
 )
 from runbook_lib.checking import application_settings, inputs
-from runbook_lib.gates import Gate
+from runbook_lib.gates import BadInput, Gate
+from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from tests import toy
 
@@ -130,6 +132,19 @@ def test_a_whole_migration_under_hostile_settings(
     finally:
         if whose == "ROLE":
             articles.execute(sql.SQL("ALTER ROLE {} RESET ALL").format(sql.Identifier(whom)))
+
+
+def test_a_session_is_out_of_a_timeouts_reach_before_it_asks_anything_that_takes_time(
+    articles: psycopg.Connection[Any], make_params: Callable[..., Params]
+) -> None:
+    whom = sql.Identifier(articles.info.dbname)
+    articles.execute(sql.SQL("ALTER DATABASE {} SET statement_timeout = '1ms'").format(whom))
+    p, made, tries = make_params(), 0, 10
+    for _ in range(tries):
+        # On a busy machine the two statements before that can take a millisecond as well.
+        with suppress(BadInput, psycopg.errors.QueryCanceled), db.connect(p, "test"):
+            made += 1
+    assert made > tries / 3
 
 
 def test_every_setting_is_set_by_one_place_and_a_session_shows_it(

@@ -2,11 +2,10 @@
 -- so what runs before the path is ours is written exactly, types and all.
 
 -- name: inherited
--- purpose: The search path that the server and the role gave this session; and at once, no timeout any more.
+-- purpose: The search path that the server and the role gave this session; its timeout ends with this statement.
 SELECT pg_catalog.current_setting('search_path'::pg_catalog.text) AS path,
        pg_catalog.current_schemas(false)::pg_catalog.text[] AS schemas,
-       ARRAY(SELECT pg_catalog.set_config(s.name, '0'::pg_catalog.text, false) FROM pg_catalog.pg_settings s
-             WHERE s.name OPERATOR(pg_catalog.=) ANY (%(timeouts)s::pg_catalog.text[])) AS timeouts;
+       pg_catalog.set_config('statement_timeout'::pg_catalog.text, '0'::pg_catalog.text, false) AS timeout;
 
 -- name: pid
 -- purpose: The server process that answers this transaction.
