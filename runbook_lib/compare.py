@@ -19,6 +19,7 @@ from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import digits
 from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_least, at_most, milliseconds, score
 from runbook_lib.vectors import embed
 
 SQL = load("compare")
@@ -34,8 +35,6 @@ ROWS_TO_BE_FOUND = 3
 # Below this p95 a difference is noise, and no user notices it.
 FAST_ENOUGH_MS = 5.0
 MEASURES = ("nDCG@10", "RR", "R@10", "R@100", "P@10")
-# Differences of measures below this are what floating point makes of equal figures.
-ROUNDING = 1e-9
 # Queries on the sheet that a person judges.
 SHEET_QUERIES = 10
 WITHOUT_VECTORS = ("legacy", "fulltext")
@@ -460,14 +459,15 @@ def _relevance_is_kept(phase: Phase, recorded: dict[str, Any], route: str) -> Ga
             do="judge a hundred queries into queries.judgements, or set cut_over.accept_unjudged: true in the open",
         )
     pair, losing = recorded["paired"], slices.where_legacy_wins(recorded["slices"])
+    shown, needed = apart(new, old - allowed, score)
     return gate(
         "compare.relevance_is_kept",
-        new - (old - allowed) > -ROUNDING,
+        at_least(new, old - allowed),
         route,
-        found=f"nDCG@10 {new:.3f} on {number(recorded['judged'])} judged queries, legacy {old:.3f} (difference"
+        found=f"nDCG@10 {shown} on {number(recorded['judged'])} judged queries, legacy {old:.3f} (difference"
         f" {pair['low']:+.3f} to {pair['high']:+.3f}, p = {pair['p_value']:.2g}); best is {recorded['winner']}"
         + (f"; legacy wins on: {', '.join(losing)}" if losing else ""),
-        needed=f"at least {old - allowed:.3f}",
+        needed=f"at least {needed}",
         danger="users find less than they do today",
         do="choose the best route in cut_over.route, or another model",
         figures={"new": new, "legacy": old, "judged": recorded["judged"], **pair},
@@ -485,17 +485,17 @@ def _is_fast_enough(recorded: dict[str, Any], route: str, slowdown: float) -> Ga
     others = [
         f"{name} would pass (p95 {p95[name]:.2f} ms{_scored(recorded, name)})"
         for name in ("vector", "hybrid")
-        if name != route and name in p95 and p95[name] <= limit
+        if name != route and name in p95 and at_most(p95[name], limit)
     ]
+    shown, most = apart(p95[route], limit, milliseconds)
     enough = p95[route] / p95["legacy"] if p95["legacy"] else 0.0
     accept = f"accept it by cut_over.largest_slowdown: {enough + 0.05:.1f}, if its answers are worth the wait"
     return gate(
         f"compare.{route}_is_not_slower_than_legacy",
-        p95[route] <= limit,
+        at_most(p95[route], limit),
         route,
-        found=f"p95 {p95[route]:.2f} ms{_scored(recorded, route)}, legacy {p95['legacy']:.2f} ms"
-        + _scored(recorded, "legacy"),
-        needed=f"at most {limit:.2f} ms, {slowdown:g} × legacy (cut_over.largest_slowdown)"
+        found=f"p95 {shown}{_scored(recorded, route)}, legacy {p95['legacy']:.2f} ms" + _scored(recorded, "legacy"),
+        needed=f"at most {most}, {slowdown:g} × legacy (cut_over.largest_slowdown)"
         + (f"; below {FAST_ENOUGH_MS:g} ms a difference is noise" if limit == FAST_ENOUGH_MS else ""),
         danger="users wait longer than today",
         do="; or ".join([*(f"cut_over.route: {o}" for o in others), accept, "look at the plan in 70_tune"]),
@@ -516,13 +516,14 @@ def _index_pays(recorded: dict[str, Any]) -> Gate:
     """
     new, exact = (recorded["systems"][name]["p50_ms"] for name in ("vector", "exact"))
     alike = not recorded.get("vector_reads_the_index", True)
+    shown, most = apart(new, max(exact, FAST_ENOUGH_MS), milliseconds)
     return gate(
         "compare.vector_is_not_slower_than_exact",
-        alike or new <= max(exact, FAST_ENOUGH_MS),
+        alike or at_most(new, max(exact, FAST_ENOUGH_MS)),
         "vector",
-        found=f"p50 {new:.2f} ms, exact {exact:.2f} ms"
+        found=f"p50 {shown}, exact {exact:.2f} ms"
         + ("; neither reads the index: so few rows are cheaper to read as a whole" if alike else ""),
-        needed=f"at most {max(exact, FAST_ENOUGH_MS):.2f} ms"
+        needed=f"at most {most}"
         + (f" (below {FAST_ENOUGH_MS:g} ms the difference is noise)" if exact < FAST_ENOUGH_MS else ""),
         danger="the index costs writes and gains nothing",
         do="look at the plan in 70_tune, at shared_buffers, and at the setting that was chosen",

@@ -18,6 +18,7 @@ from runbook_lib.measuring import evaluate, standing
 from runbook_lib.operations import retire
 from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_least, at_most, milliseconds, percent
 from runbook_lib.vectors import embed
 
 SQL = load("cutover")
@@ -223,8 +224,10 @@ def _judge(phase: Phase, step: Step) -> Gates:
         return gate(f"cutover.{fact}", holds, subject, found=found, needed=needed, danger=danger, do=do)
 
     again = "then run 90_cut_over again"
+    sure, limit = apart(step.p95_at_least_ms or 0.0, limit_ms, milliseconds)
     f = step.filtered
-    overlap = "no answer to compare with those" if step.overlap is None else f"{_percent(step.overlap)} of the rows"
+    alike, alike_enough = apart(step.overlap or 0.0, c.smallest_overlap, percent)
+    overlap = "no answer to compare with those" if step.overlap is None else f"{alike} of the rows"
     nothing_drawn = "no text of these calls falls into this share, so there is no time to judge"
     return collect(
         [
@@ -233,16 +236,16 @@ def _judge(phase: Phase, step: Step) -> Gates:
                    f"look at these queries in 80_shadow, {again}"),
             canary("no_answer_is_short", step.short == 0, f"{step.short} of {step.by_new_route} calls", "0",
                    f"VACUUM the table if many rows were deleted, run 70_tune again, {again}"),
-            canary("answers_are_those_of_shadow", step.overlap is None or step.overlap >= c.smallest_overlap,
-                   f"{overlap} that 80_shadow found", f"at least {_percent(c.smallest_overlap)}",
+            canary("answers_are_those_of_shadow", step.overlap is None or at_least(step.overlap, c.smallest_overlap),
+                   f"{overlap} that 80_shadow found", f"at least {alike_enough}",
                    f"the table or the function has changed since: run 80_shadow again, {again}"),
             canary("calls_go_where_the_route_says", step.by_new_route == step.names_the_route,
                    f"{step.by_new_route} of {step.calls} calls answered by {c.route}",
                    f"{step.names_the_route}, those with an answer whose text falls into the share",
                    f"look at the route table, which somebody else may have changed, {again}"),
             canary("calls_are_fast_enough", step.drawn == 0 or _is_fast_enough(step, limit_ms),
-                   nothing_drawn if step.drawn == 0 else _speed(step, c.route),
-                   f"at most {limit_ms:.2f} ms, {LATENCY_TOLERANCE:g} × the slowest of legacy now and 80_shadow",
+                   nothing_drawn if step.drawn == 0 else _speed(step, c.route, sure),
+                   f"at most {limit}, {LATENCY_TOLERANCE:g} × the slowest of legacy now and 80_shadow",
                    f"look at the load of the server, {again}"),
             *([canary("no_filtered_call_fails", f.errors == 0, f"{f.errors} of {f.calls} calls with filters failed",
                       "0", f"mend what the error above names, or run 70_tune again, {again}"),
@@ -264,21 +267,15 @@ def _no_call_fails(step: Step, canary: Callable[..., Gate], again: str) -> Gate:
 
 def _is_fast_enough(step: Step, limit_ms: float) -> bool:
     """Is there no proof that p95 is above the limit? The p95 of a few calls is that of one stray call."""
-    return step.p95_ms is not None and (step.p95_at_least_ms or 0) <= limit_ms
+    return step.p95_ms is not None and at_most(step.p95_at_least_ms or 0.0, limit_ms)
 
 
-def _speed(step: Step, route: str) -> str:
+def _speed(step: Step, route: str, sure: str) -> str:
     if step.p95_ms is None:
         return f"{route} answered no call"
     if step.p95_at_least_ms is None:
         return "too few calls to judge their time"
-    sure = f"above {step.p95_at_least_ms:.2f} with 99 % confidence"
-    return f"p95 {step.p95_ms:.2f} ms in {step.by_new_route} calls; {sure}"
-
-
-def _percent(share: float) -> str:
-    """With as many digits as it was judged by, so that found and needed never look alike where they differ."""
-    return f"{100 * share:.2f}".rstrip("0").rstrip(".") + " %"
+    return f"p95 {step.p95_ms:.2f} ms in {step.by_new_route} calls; above {sure} with 99 % confidence"
 
 
 def _live_gates(seen: live.Seen, canary: Callable[..., Gate], again: str, slowdown: float) -> list[Gate]:
@@ -288,15 +285,17 @@ def _live_gates(seen: live.Seen, canary: Callable[..., Gate], again: str, slowdo
     """
     limit_ms = max(compare.FAST_ENOUGH_MS, (seen.other_p95_ms or 0) * slowdown) * LATENCY_TOLERANCE
     enough = seen.calls >= live.FEWEST_CALLS
+    p95_ms = seen.p95_ms or 0.0
+    p95, limit = apart(p95_ms, limit_ms, milliseconds)
     return [
         canary("no_live_shadow_fails", seen.problems == 0, f"{seen.problems} sampled live calls", "0",
                f"look at the log's column problem, {again}"),
         canary("no_live_answer_is_empty", seen.empty == 0,
                f"{seen.empty} of {seen.calls} live calls, where legacy had an answer", "0",
                f"look for the filters of these calls in the log, run 70_tune again, {again}"),
-        *([canary("live_calls_are_fast_enough", (seen.p95_ms or 0) <= limit_ms,
-                  f"p95 {seen.p95_ms:.2f} ms in {seen.calls} live calls",
-                  f"at most {limit_ms:.2f} ms, {LATENCY_TOLERANCE:g} × legacy on the same calls, from"
+        *([canary("live_calls_are_fast_enough", at_most(p95_ms, limit_ms),
+                  f"p95 {p95} in {seen.calls} live calls",
+                  f"at most {limit}, {LATENCY_TOLERANCE:g} × legacy on the same calls, from"
                   f" {live.FEWEST_CALLS} calls on", f"look at the load of the server, {again}")] if enough else []),
     ]  # fmt: skip
 

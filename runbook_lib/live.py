@@ -22,6 +22,7 @@ from runbook_lib.names import identifier, names, shortened, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_most, milliseconds
 
 SQL = load("live")
 
@@ -226,12 +227,13 @@ def _is_fast_enough(route: str, new: list[float], old: list[float], slowdown: fl
     """new, old: milliseconds of each call. slowdown: the multiple of legacy's p95 that was accepted."""
     new_p95, old_p95 = (evaluate.latency([ms / 1000 for ms in times])["p95_ms"] for times in (new, old))
     limit = max(old_p95 * slowdown, FAST_ENOUGH_MS)
+    shown, most = apart(new_p95, limit, milliseconds)
     return gate(
         "live.new_route_is_fast_enough",
-        new_p95 <= limit,
+        at_most(new_p95, limit),
         f"{route} on live calls",
-        found=f"p95 {new_p95:.2f} ms, legacy {old_p95:.2f} ms, {len(new)} calls",
-        needed=f"at most {limit:.2f} ms",
+        found=f"p95 {shown}, legacy {old_p95:.2f} ms, {len(new)} calls",
+        needed=f"at most {most}",
         danger="users wait longer than today",
         do="look at the load of the server and at the setting chosen by 70_tune",
         figures={"p95_ms": round(new_p95, 3), "legacy_p95_ms": round(old_p95, 3)},

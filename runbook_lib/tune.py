@@ -34,6 +34,7 @@ from runbook_lib.names import index_name, spelled
 from runbook_lib.phase import Phase, changes
 from runbook_lib.progress import SECONDS_BETWEEN_LINES
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_least, score
 
 SQL = load("tune")
 
@@ -285,12 +286,13 @@ def _target_is_reached(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
     first: dict[str, Any] = tuning["classes"][0] if tuning else {"points": [], "chosen": None, "advice": ""}
     shown = first["chosen"] or max(first["points"], key=lambda q: q["recall"], default=None)
     target = phase.params.tune.target_recall
+    recall, needed = apart(shown["recall"] if shown else 0.0, target, score)
     return gate(
         "tune.target_recall_is_reached",
-        bool(first["chosen"]) and first["chosen"]["recall"] >= target if first["points"] else None,
+        bool(first["chosen"]) and at_least(first["chosen"]["recall"], target) if first["points"] else None,
         index_name(phase.params),
-        found=_said(phase, shown) if shown else "PostgreSQL does not use the index, at any setting",
-        needed=f"recall {target}, no query short of rows",
+        found=_said(phase, shown, recall) if shown else "PostgreSQL does not use the index, at any setting",
+        needed=f"recall {needed}, no query short of rows",
         danger="the index would hide answers that exact search finds",
         do=(first["advice"] if first["points"] else "see the gates of explain, which name the cause")
         or "try higher settings in tune, or rebuild with a higher m and ef_construction",
@@ -298,11 +300,11 @@ def _target_is_reached(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
     )
 
 
-def _said(phase: Phase, m: dict[str, Any]) -> str:
+def _said(phase: Phase, m: dict[str, Any], recall: str) -> str:
     setting = "exact" if m["scan"] == "exact" else f"{search.SETTING[phase.params.index.method]} {m['candidates']}"
     whole = m["scan"] != "exact" and sweep.VECTOR_INDEX not in m["plan"]
     return (
-        f"recall@{phase.params.queries.k} {m['recall']:.3f} ({m['low']:.3f} to {m['high']:.3f}) at {setting},"
+        f"recall@{phase.params.queries.k} {recall} ({m['low']:.3f} to {m['high']:.3f}) at {setting},"
         f" p50 {m['p50_ms']:.2f} ms, {m['rows_short']} of {m['questions']} queries short"
         + (f"; {choose.SO_SMALL}" if whole else "")
     )
@@ -315,12 +317,13 @@ def _classes_reach(phase: Phase, tuning: dict[str, Any] | None) -> list[Gate]:
 
 def _class_reaches(phase: Phase, c: dict[str, Any]) -> Gate:
     m, target = c["chosen"], phase.params.tune.target_recall
+    recall, needed = apart(m["recall"], target, score)
     return gate(
         "tune.filter_class_reaches_the_target",
-        m["recall"] >= target and not m["rows_short"],
+        at_least(m["recall"], target) and not m["rows_short"],
         f"{c['column']}, {c['bucket']} ({', '.join(c['values'][:3])}{', …' if len(c['values']) > 3 else ''})",
-        found=_said(phase, m),
-        needed=f"recall {target}, no query short of rows",
+        found=_said(phase, m, recall),
+        needed=f"recall {needed}, no query short of rows",
         danger="searches with this filter would hide answers that exact search finds",
         do=c["advice"] or "run 70_tune again; raise tune.queries if it comes back",
         figures=m,

@@ -170,7 +170,7 @@ def test_one_stray_call_of_a_few_is_no_slow_route(ready: Callable[..., Phase]) -
     step = replace(cutover._call(phase, 0), drawn=20, by_new_route=20, p95_ms=1e6, p95_at_least_ms=0.4)
     (fast,) = [g for g in cutover._judge(phase, step) if g.name == "cutover.calls_are_fast_enough"]
     assert str(fast.verdict) == "PASS" and fast.found == (
-        "p95 1000000.00 ms in 20 calls; above 0.40 with 99 % confidence"
+        "p95 1000000.00 ms in 20 calls; above 0.40 ms with 99 % confidence"
     )
     (fast,) = [
         g

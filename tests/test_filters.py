@@ -279,9 +279,9 @@ def test_without_named_values_those_that_70_tune_found_wanting_are_served(
     ]
     phase.note("tuning", {"classes": classes})
     assert partial.called_for(phase) == [
-        Value("status", "slow, common", "p50 40.0 ms, above 5 ms"),
-        Value("status", "slow", "p50 40.0 ms, above 5 ms"),
-        Value("status", "misses", "recall 0.700, below 0.8"),
+        Value("status", "slow, common", "p50 40 ms, above 5 ms"),
+        Value("status", "slow", "p50 40 ms, above 5 ms"),
+        Value("status", "misses", "recall 0.700, below 0.800"),
     ]
     phase.note("tuning", {"classes": [tuned("status", {"Draft": 0.4}, p50_ms=40.0)]})
     filters.apply(phase)

@@ -204,7 +204,7 @@ BIT = row("bit, 4 × k again", "bit", 200, 0.96, 9.0, rerank=4)
         ([TODAY, BIT | {"held": "first"}], "Keep what the index holds today: "),
         ([TODAY, BIT | {"method": "ivfflat"}], "Keep what the index holds today: "),
         ([TODAY | {"recall": 0.5}, HALF], "Set index.storage: halfvec: "),
-        ([TODAY | {"recall": 0.5}, HALF | {"recall": 0.6}], "Nothing reaches recall 0.95; halfvec comes nearest"),
+        ([TODAY | {"recall": 0.5}, HALF | {"recall": 0.6}], "Nothing reaches recall 0.950; halfvec comes nearest"),
         (
             [
                 TODAY | {"per_query": {f"q{i}": 0.9 for i in range(20)}},

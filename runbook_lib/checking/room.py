@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import db, forecast
+from runbook_lib import db, forecast, thresholds
 from runbook_lib.display import number, size
 from runbook_lib.forecast import MB, Forecast
 from runbook_lib.gates import Gate, gate
 from runbook_lib.names import spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart
 
 SQL = load("room")
 
@@ -37,7 +38,11 @@ class Seen:
     how: str
 
     def __str__(self) -> str:
-        return f"UNKNOWN: {self.how}" if self.bytes is None else f"{size(self.bytes)}, {self.how}"
+        return f"UNKNOWN: {self.how}" if self.bytes is None else self.said(size(self.bytes))
+
+    def said(self, amount: str) -> str:
+        """In words, with the amount as written by :func:`thresholds.apart`."""
+        return f"{amount}, {self.how}"
 
 
 @dataclass(frozen=True)
@@ -122,13 +127,13 @@ def gates(connection: db.Connection, params: Params, expects: Forecast) -> Itera
 
 def _memory_fits_index(params: Params, expects: Forecast) -> Gate:
     ix = params.index
+    wanted, allowed = apart(expects.build_memory_bytes, expects.build_budget_bytes, thresholds.size)
     return gate(
         "preflight.memory_fits_index",
         expects.build_memory_bytes <= expects.build_budget_bytes,
         f"{ix.method} on {spelled(params, 'table')}",
-        found=f"{number(expects.rows)} rows want {size(expects.build_memory_bytes)} while the index is built",
-        needed=f"at most {size(expects.build_budget_bytes)}, of index.maintenance_work_mem_mb:"
-        f" {ix.maintenance_work_mem_mb}",
+        found=f"{number(expects.rows)} rows want {wanted} while the index is built",
+        needed=f"at most {allowed}, of index.maintenance_work_mem_mb: {ix.maintenance_work_mem_mb}",
         danger="pgvector writes the unfinished graph to disk and goes on ten times as slowly"
         if ix.method == "hnsw"
         else "pgvector refuses to build",
@@ -141,12 +146,13 @@ def _shared_memory_holds_build(params: Params, expects: Forecast, room: Room) ->
     """A parallel build takes all of its memory as one shared segment before the first row (pgvector, hnswbuild.c)."""
     wanted = params.index.maintenance_work_mem_mb * MB if expects.workers else 0
     free = room.shared_memory.bytes or 0
+    there, needed = apart(free, wanted, thresholds.size)
     return gate(
         "preflight.shared_memory_holds_build",
         wanted <= free,
         "parallel build of the index",
-        found=str(room.shared_memory),
-        needed=f"{size(wanted)}, for {expects.workers} workers and the leader together"
+        found=room.shared_memory.said(there),
+        needed=f"{needed}, for {expects.workers} workers and the leader together"
         if wanted
         else "none: no parallel worker is expected",
         danger="the build ends at once: could not resize shared memory segment: No space left on device",
@@ -168,6 +174,7 @@ def _held_wal(expects: Forecast, room: Room, slots: list[db.Row]) -> int:
 def _disk_holds_it(params: Params, expects: Forecast, room: Room, slots: list[db.Row]) -> Gate:
     wal, free = _held_wal(expects, room, slots), room.free_disk.bytes or 0
     wanted = expects.disk_bytes + wal
+    there, needed = apart(free, wanted, thresholds.size)
     ways = [f"free or add {size(max(wanted - free, 0))}"]
     if params.indexed_type == "vector":
         ways.append("index.storage: halfvec makes the index smaller, vector.type: halfvec all of it")
@@ -177,8 +184,8 @@ def _disk_holds_it(params: Params, expects: Forecast, room: Room, slots: list[db
         "preflight.disk_holds_it",
         wanted <= free,
         spelled(params, "table"),
-        found=f"free disk {room.free_disk}",
-        needed=f"{size(wanted)}: index {size(expects.index_bytes)}, table {size(expects.table_growth_bytes)},"
+        found=f"free disk {room.free_disk.said(there)}",
+        needed=f"{needed}: index {size(expects.index_bytes)}, table {size(expects.table_growth_bytes)},"
         f" staging {size(expects.staging_bytes)}, WAL at one time {size(wal)}",
         danger="the disk fills half-way; without room for WAL the server stops, with all that it serves",
         do="; or ".join(ways),
@@ -213,13 +220,14 @@ def _slots_bear_the_build(params: Params, expects: Forecast, room: Room, slots: 
     behind = params.health.replica_lag_mb * MB
     wanted, bound = lag + behind + expects.index_bytes, room.slot_keeps_bytes
     bounded = bound is not None and bound >= 0
+    allowed, needed = apart(bound or 0, wanted, thresholds.size)
     return gate(
         "preflight.slots_bear_the_build",
         not bounded or wanted <= (bound or 0),
         "replication slots",
         found=f"{slot(max(slots, key=lambda s: s['kept_bytes'] or 0))}; max_slot_wal_keep_size "
-        + (size(bound or 0) if bounded else "unlimited"),
-        needed=f"{size(wanted)}: {size(lag)} kept now, {size(behind)} of health.replica_lag_mb, and"
+        + (allowed if bounded else "unlimited"),
+        needed=f"{needed}: {size(lag)} kept now, {size(behind)} of health.replica_lag_mb, and"
         f" {size(expects.index_bytes)} of the build, which waits for no reader",
         danger="the server gives the slot up, and its replica or subscriber must be made anew",
         do=f"ALTER SYSTEM SET max_slot_wal_keep_size = '{-(-wanted // MB)}MB'; SELECT pg_reload_conf();"

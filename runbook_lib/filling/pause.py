@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from runbook_lib import thresholds
 from runbook_lib.display import LiveLine, duration
 from runbook_lib.filling import health
 from runbook_lib.gates import PausedTooLong
 from runbook_lib.phase import Phase
 from runbook_lib.running import window
+from runbook_lib.thresholds import apart
 
 
 @dataclass
@@ -48,9 +50,10 @@ class Pause:
         self.line.show(f"  paused for {duration(lasts)}: {reasons}")
         most = self.phase.params.health.longest_pause_minutes * 60
         if lasts > most:
+            lasted, longest = apart(lasts, most, thresholds.duration)
             raise PausedTooLong(
-                found=f"paused for {duration(lasts)}: {reasons}",
-                needed=f"a pause of at most {duration(most)} (health.longest_pause_minutes)",
+                found=f"paused for {lasted}: {reasons}",
+                needed=f"a pause of at most {longest} (health.longest_pause_minutes)",
                 danger="a run that waits for ever holds its place in the schedule and tells nobody",
                 do="remove the cause, then run this phase again: it goes on where it was",
             )

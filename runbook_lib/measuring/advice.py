@@ -10,6 +10,7 @@ from typing import Any
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.measuring import evaluate
 from runbook_lib.params import Params
+from runbook_lib.thresholds import apart, score
 
 # To go over to another storage is worth a build where it saves this share of the bytes, at least.
 LEAST_SAVING = 0.2
@@ -135,8 +136,9 @@ def _sentence(
 ) -> str:
     if chosen is None:
         best = max(rows, key=lambda r: r["recall"], default=None)
-        found = f"; {best['title']} comes nearest, with {best['recall']:.3f}" if best else ""
-        return f"Nothing reaches recall {facts['target_recall']:g}{found}."
+        recall, target = apart(best["recall"] if best else 0.0, facts["target_recall"], score)
+        found = f"; {best['title']} comes nearest, with {recall}" if best else ""
+        return f"Nothing reaches recall {target}{found}."
     figures = _figures(chosen)
     if chosen is today:
         return f"Keep what the index holds today: {figures}; nothing smaller does as well."

@@ -14,6 +14,7 @@ from runbook_lib.measuring.classes import Asked, FilterClass
 from runbook_lib.measuring.sweep import Measured, Way
 from runbook_lib.names import identifier, names, spelled, vectors_stand_beside
 from runbook_lib.phase import Phase
+from runbook_lib.thresholds import apart, score
 
 # Questions that say whether a way is worth measuring in full.
 SCREENED = 40
@@ -178,7 +179,8 @@ def _advice(phase: Phase, of: FilterClass, points: Sequence[Measured], chosen: M
 
 def _denser_index(phase: Phase, points: Sequence[Measured]) -> str:
     best = max(points, key=lambda p: p.recall, default=None)
-    found = f"the best setting, {best.way}, finds {best.recall:.3f} in {best.p50_ms:.1f} ms. " if best else ""
+    recall, _ = apart(best.recall if best else 0.0, phase.params.tune.target_recall, score)
+    found = f"the best setting, {best.way}, finds {recall} in {best.p50_ms:.1f} ms. " if best else ""
     i = phase.params.index
     if i.storage == "bit":
         return f"{found}Sort more rows again, index.rerank: {2 * i.rerank}, or go over to index.storage: halfvec"

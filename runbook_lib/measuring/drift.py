@@ -24,6 +24,7 @@ from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.names import as_indexed, names, spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_least, at_most, plain, score
 from runbook_lib.vectors.sources import as_array
 
 SQL, WATCH = load("drift"), load("watch")
@@ -92,14 +93,15 @@ def _new_rows_are_found(
     grown = sides["rows"] / built["rows"] if built["rows"] else None
     new = _recall(phase, newer)
     old = _recall(phase, older) if len(older) >= FEWEST_ROWS else None
+    shown, least = apart(new, needed, score)
     size = "" if grown is None else f", and the table holds {grown:.1f} × the rows of which its lists were made"
-    beside = "" if old is None else f", {old:.3f} on {len(older)} older ones"
+    beside = "" if old is None else f", {apart(old, new, score)[0]} on {len(older)} older ones"
     return gate(
         "drift.new_rows_are_found",
-        new >= needed or (old is not None and new >= old),
+        at_least(new, needed) or (old is not None and at_least(new, old)),
         f"{spelled(p, 'index')} on {p.target.schema_}.{p.target.table}",
-        found=f"recall@{p.queries.k} {new:.3f} on {len(newer)} of them{beside}; {_newer(sides)}{size}",
-        needed=f"{needed:.3f} on rows newer than the index, or no less than on older ones",
+        found=f"recall@{p.queries.k} {shown} on {len(newer)} of them{beside}; {_newer(sides)}{size}",
+        needed=f"{least} on rows newer than the index, or no less than on older ones",
         danger="the lists were made of other rows than these: searches for what is new miss it, the more so the more"
         " of it comes",
         do=REBUILD,
@@ -135,13 +137,13 @@ def _lists_are_even(phase: Phase, held: Sequence[int], not_judged: str) -> Gate:
     even = max(there / lists, 1.0)
     mean = float(np.mean(held))
     limit = p.watch.list_unevenness
+    times, most = apart(mean / even, limit, plain)
     return gate(
         "drift.lists_are_even",
-        mean <= limit * even,
+        at_most(mean / even, limit),
         f"{spelled(p, 'index')} on {p.target.schema_}.{p.target.table}",
-        found=f"a row's list holds {number(round(mean))} rows on average, {mean / even:.1f} × an even one"
-        + not_judged,
-        needed=f"at most {limit:g} × (watch.list_unevenness)",
+        found=f"a row's list holds {number(round(mean))} rows on average, {times} × an even one" + not_judged,
+        needed=f"at most {most} × (watch.list_unevenness)",
         danger="a probe of a crowded list reads much of the table, and the others find little",
         do=REBUILD,
         figures={"rows_of_a_list": round(mean, 1), "even": round(even, 1), "lists": lists},

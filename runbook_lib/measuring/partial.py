@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import db, forecast, row_counts, search
+from runbook_lib import db, forecast, row_counts, search, thresholds
 from runbook_lib.display import Table, number, size
 from runbook_lib.gates import Gate, gate
 from runbook_lib.measuring import choose, classes, explain, sweep
@@ -18,6 +18,7 @@ from runbook_lib.measuring.sweep import Measured, Way
 from runbook_lib.names import identifier, names
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_least, plain, score
 
 SQL = load("filters")
 
@@ -51,14 +52,12 @@ def _found_wanting(phase: Phase) -> Iterator[Value]:
         chosen = c["chosen"]
         if c["column"] not in phase.params.target.filters or chosen is None:
             continue
-        missed = chosen["recall"] < target or bool(chosen["rows_short"])
+        missed = not at_least(chosen["recall"], target) or bool(chosen["rows_short"])
         if not missed and chosen["p50_ms"] <= f.slow_ms:
             continue
-        why = (
-            f"recall {chosen['recall']:.3f}, below {target}"
-            if missed
-            else f"p50 {chosen['p50_ms']:.1f} ms, above {f.slow_ms:g} ms"
-        )
+        recall, needed = apart(chosen["recall"], target, score)
+        p50, slow = apart(chosen["p50_ms"], f.slow_ms, plain)
+        why = f"recall {recall}, below {needed}" if missed else f"p50 {p50} ms, above {slow} ms"
         found += [
             (share * chosen["p50_ms"], Value(c["column"], value, why))
             for value, share in c["shares"].items()
@@ -167,13 +166,14 @@ def fits_in_memory(phase: Phase, values: Sequence[Value]) -> list[Gate]:
         return []
     largest = max(rows, key=lambda v: rows[v])
     cost = forecast.forecast(rows[largest], phase.params)
+    wanted, allowed = apart(cost.build_memory_bytes, cost.build_budget_bytes, thresholds.size)
     return [
         gate(
             "filters.largest_build_fits_in_memory",
             cost.build_memory_bytes <= cost.build_budget_bytes,
             str(largest),
-            found=f"{number(rows[largest])} rows want {size(cost.build_memory_bytes)}",
-            needed=f"{size(cost.build_budget_bytes)}, what index.maintenance_work_mem_mb allows",
+            found=f"{number(rows[largest])} rows want {wanted}",
+            needed=f"{allowed}, what index.maintenance_work_mem_mb allows",
             danger="past it the build slows down tenfold",
             do="raise index.maintenance_work_mem_mb",
             figures={"rows": rows[largest], "build_memory_bytes": cost.build_memory_bytes},

@@ -14,6 +14,7 @@ from runbook_lib.measuring.prepared import CALLS
 from runbook_lib.names import spelled
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_least, score
 
 SQL = load("partition_proof")
 
@@ -71,12 +72,13 @@ def _value_gate(phase: Phase, value: str, m: Mapping[str, Any]) -> Gate:
     needed = min(phase.params.tune.target_recall, before["recall"]) if before else phase.params.tune.target_recall
     was = f"; before recall {before['recall']:.3f}, p50 {before['p50_ms']:.2f} ms" if before else ""
     short = before["rows_short"] if before else 0
+    shown, least = apart(after["recall"], needed, score)
     return gate(
         "partitioning.search_finds_as_much",
-        after["recall"] >= needed and after["rows_short"] <= short,
+        at_least(after["recall"], needed) and after["rows_short"] <= short,
         f"{phase.params.partitioning.column} = {value}",
-        found=f"recall {after['recall']:.3f}, p50 {after['p50_ms']:.2f} ms, {after['rows_short']} short of rows{was}",
-        needed=f"recall {needed:.3f}, no more questions short of rows than before",
+        found=f"recall {shown}, p50 {after['p50_ms']:.2f} ms, {after['rows_short']} short of rows{was}",
+        needed=f"recall {least}, no more questions short of rows than before",
         danger="searches with this value would hide answers that they gave before",
         do="run 70_tune again: the partitions have indexes of their own size; or take the partitions back",
         figures={when: m[when] for when in ("before", "after") if when in m},

@@ -25,6 +25,7 @@ from runbook_lib.measuring.prepared import indexes_in
 from runbook_lib.names import identifier
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
+from runbook_lib.thresholds import score
 from runbook_lib.vectors import embed
 
 SQL = load("recall")
@@ -60,7 +61,11 @@ class Measured:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"recall {self.recall:.3f} on {self.queries} queries, {self.short} short of rows"
+        return self.said(score(self.recall))
+
+    def said(self, recall: str) -> str:
+        """In words, with the recall as written by :func:`thresholds.apart`."""
+        return f"recall {recall} on {self.queries} queries, {self.short} short of rows"
 
 
 def questions(phase: Phase) -> Questions:

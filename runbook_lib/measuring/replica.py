@@ -12,12 +12,13 @@ from typing import TypeVar
 
 import psycopg
 
-from runbook_lib import db, versions
+from runbook_lib import db, thresholds, versions
 from runbook_lib.display import duration, size
 from runbook_lib.gates import BadInput, Gate, RunbookError, gate
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart
 
 SQL = load("replica")
 T = TypeVar("T")
@@ -194,14 +195,16 @@ def _is_level(phase: Phase, connection: db.Connection) -> Gate:
     found = db.one(connection, SQL["replayed"], p, lsn=written)
     behind_s = found["behind_s"] or 0.0
     holds = found["behind_bytes"] <= p.health.replica_lag_mb * MB and not found["paused"]
+    behind, most = apart(found["behind_bytes"], p.health.replica_lag_mb * MB, thresholds.size)
+    behind_for, longest = apart(behind_s, p.health.replica_lag_s, thresholds.duration)
     return gate(
         "replica.is_level",
         holds and behind_s <= p.health.replica_lag_s,
         str(p.search.read_dsn_env),
-        found=f"{size(found['behind_bytes'])} behind"
-        + (f", by {duration(behind_s)}" if behind_s else "")
+        found=f"{behind} behind"
+        + (f", by {behind_for}" if behind_s else "")
         + ("; its replay is paused" if found["paused"] else ""),
-        needed=f"at most {p.health.replica_lag_mb} MB and {p.health.replica_lag_s} s (health), replay not paused",
+        needed=f"at most {most} and {longest} (health), replay not paused",
         danger=f"each measuring session would wait for it, and give up after {duration(p.search.read_wait_s)}",
         do="SELECT pg_wal_replay_resume(); on the replica"
         if found["paused"]
@@ -214,14 +217,15 @@ def _lets_scans_end(phase: Phase, connection: db.Connection) -> Gate:
     """What a long scan meets: feedback holds back the primary's vacuum, a delay holds back the replay."""
     found = db.one(connection, SQL["patience"], phase.params)
     delay = found["delay_ms"]
-    waits = "for ever" if delay < 0 else f"for {duration(delay / 1000)}"
+    shown, shortest = apart(delay / 1000, SHORTEST_DELAY_MS / 1000, thresholds.duration)
+    waits = "for ever" if delay < 0 else f"for {shown}"
     return gate(
         "replica.lets_scans_end",
         found["feedback"] or delay < 0 or delay >= SHORTEST_DELAY_MS,
         str(phase.params.search.read_dsn_env),
         found=f"hot_standby_feedback {'on' if found['feedback'] else 'off'}, replay waits {waits} for a scan;"
         f" {found['cancelled']} cancelled so far",
-        needed=f"hot_standby_feedback on, or max_standby_streaming_delay from {duration(SHORTEST_DELAY_MS / 1000)}",
+        needed=f"hot_standby_feedback on, or max_standby_streaming_delay from {shortest}",
         danger="exact search reads the whole table, and is cancelled whenever the primary vacuums a row that it sees",
         do="on the replica: ALTER SYSTEM SET hot_standby_feedback = on; SELECT pg_reload_conf();",
         figures=found,

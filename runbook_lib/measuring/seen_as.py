@@ -24,6 +24,7 @@ from runbook_lib.names import spelled
 from runbook_lib.params.data import SeenAs
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_least, score
 from runbook_lib.vectors import embed
 
 SQL = load("policies")
@@ -79,13 +80,14 @@ def _measured(phase: Phase, caller: SeenAs, queries: list[Query], vectors: np.nd
         return _unknown(str(caller), "this role sees no row with a vector", NAME_SETTINGS, needed)
     rows = [got.rows(q.query_id) for q in queries]
     recall, short = found.recall(nearest, rows), found.short(nearest, rows)
+    shown, least = apart(recall, needed, score)
     return gate(
         "policies.recall_holds_for_callers",
-        recall >= needed and not short,
+        at_least(recall, needed) and not short,
         str(caller),
-        found=f"recall@{p.queries.k} {recall:.3f} on {len(queries)} queries, {short} short of rows,"
+        found=f"recall@{p.queries.k} {shown} on {len(queries)} queries, {short} short of rows,"
         f" p95 {evaluate.latency(got.seconds)['p95_ms']:.2f} ms",
-        needed=f"{needed:.3f}, no query short of rows",
+        needed=f"{least}, no query short of rows",
         danger=DANGER,
         do="name the column of the policies in target.filters and have the application pass it, which 70_tune then"
         " measures, and write its value into search.seen_as; or run operate/75_partition_by_filter on it",
@@ -104,7 +106,7 @@ def _unknown(subject: str, why: str, do: str, needed: float) -> Gate:
         None,
         subject,
         found=f"not measured: {why}",
-        needed=f"{needed:.3f}, measured as a role on which the table's policies hold",
+        needed=f"{score(needed)}, measured as a role on which the table's policies hold",
         danger=DANGER,
         do=do,
     )

@@ -26,6 +26,7 @@ from runbook_lib.operations.filter_indexes import is_searched_as, is_served, mad
 from runbook_lib.operations.filter_indexes import standing as standing
 from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_least, plain, score
 
 SQL = load("filters")
 
@@ -206,11 +207,12 @@ def _why_not(phase: Phase, before: Mapping[str, Any], after: Measured, scans: in
     target, gain = phase.params.tune.target_recall, phase.params.filters.smallest_gain
     if scans < CALLS:
         return f"the function uses it in {scans} of {CALLS} calls"
-    if after.recall < target or after.rows_short:
-        return f"recall {after.recall:.3f}, {after.rows_short} questions short of rows"
+    if not at_least(after.recall, target) or after.rows_short:
+        recall, _ = apart(after.recall, target, score)
+        return f"recall {recall}, {after.rows_short} questions short of rows"
     was_good = before["recall"] >= target and not before["rows_short"]
     times = before["p50_ms"] / max(after.p50_ms, 1e-6)
-    return f"{times:.2f} times as fast as before" if was_good and times < gain else ""
+    return f"{apart(times, gain, plain)[0]} times as fast as before" if was_good and times < gain else ""
 
 
 def shown(phase: Phase) -> Table:
@@ -246,18 +248,18 @@ def verify(phase: Phase) -> Gates:
 def _value_gates(phase: Phase, name: str, value: Value) -> list[Gate]:
     known, row = remembered(phase).get(name, {}), made(phase).get(name)
     kept = bool(known.get("served"))
-    found = (
-        f"recall {known['after']['recall']:.3f}, p50 {known['after']['p50_ms']:.2f} ms" if "after" in known else ""
-    )
-    before = f"before recall {known['before']['recall']:.3f}, p50 {known['before']['p50_ms']:.2f} ms" if known else ""
     f, target = phase.params.filters, phase.params.tune.target_recall
+    after = known.get("after")
+    recall, needed = apart(after["recall"] if after else 0.0, target, score)
+    found = f"recall {recall}, p50 {after['p50_ms']:.2f} ms" if after else ""
+    before = f"before recall {known['before']['recall']:.3f}, p50 {known['before']['p50_ms']:.2f} ms" if known else ""
     gates = [
         gate(
             "filters.index_serves_its_value",
             kept,
             str(value),
             found=f"{found}; {before}" + ("" if kept else f"; {_verdict(known)}") if found else "not measured",
-            needed=f"recall {target}, used in each call, {f.smallest_gain:g} times as fast where it was good before",
+            needed=f"recall {needed}, used in each call, {f.smallest_gain:g} times as fast where it was good before",
             danger="every write to rows of this value would pay for an index that gains nothing",
             do="leave the value out of filters, or raise index.m or tune.ef_search; nothing was changed for it",
             figures={when: known[when] for when in ("before", "after") if when in known},

@@ -17,6 +17,7 @@ from runbook_lib.names import identifier, names
 from runbook_lib.operations import model_change
 from runbook_lib.operations.handover import BOTH
 from runbook_lib.phase import Phase, changes
+from runbook_lib.thresholds import apart, at_least, at_most, milliseconds, score
 from runbook_lib.vectors import embed
 
 KIND = "model_comparison"
@@ -101,13 +102,14 @@ def _relevance_is_kept(phase: Phase, found: dict[str, Any]) -> Gate:
             figures=agreed,
         )
     old, new = (found["models"][name]["nDCG@10"] for name in ("replaced", "new"))
+    shown, needed = apart(new, old - c.largest_relevance_loss, score)
     return gate(
         "models.relevance_is_kept",
-        new - (old - c.largest_relevance_loss) > -compare.ROUNDING,
+        at_least(new, old - c.largest_relevance_loss),
         phase.params.target.name,
-        found=f"nDCG@10 {new:.3f} on {number(found['judged'])} judged queries, replaced {old:.3f} (difference"
+        found=f"nDCG@10 {shown} on {number(found['judged'])} judged queries, replaced {old:.3f} (difference"
         f" {pair['low']:+.3f} to {pair['high']:+.3f}, p = {pair['p_value']:.2g})",
-        needed=f"at least {old - c.largest_relevance_loss:.3f}",
+        needed=f"at least {needed}",
         danger=danger,
         do=do,
         figures={"new": new, "replaced": old, "judged": found["judged"], **pair},
@@ -117,12 +119,13 @@ def _relevance_is_kept(phase: Phase, found: dict[str, Any]) -> Gate:
 def _is_fast_enough(found: dict[str, Any]) -> Gate:
     old, new = (found["models"][name]["p95_ms"] for name in ("replaced", "new"))
     limit = max(old, compare.FAST_ENOUGH_MS)
+    shown, most = apart(new, limit, milliseconds)
     return gate(
         "models.new_is_not_slower",
-        new <= limit,
+        at_most(new, limit),
         found["models"]["new"]["target"],
-        found=f"p95 {new:.2f} ms, replaced {old:.2f} ms",
-        needed=f"at most {limit:.2f} ms",
+        found=f"p95 {shown}, replaced {old:.2f} ms",
+        needed=f"at most {most}",
         danger="users wait longer than today",
         do="look at the plan and the setting in 70_tune, and at shared_buffers: both indexes want to be in memory",
         figures={"p95_ms": new, "replaced_p95_ms": old},

@@ -24,6 +24,7 @@ from runbook_lib.operations.index_roles import shown as shown
 from runbook_lib.operations.index_roles import standing as standing
 from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_least, score
 
 SQL = load("rebuild")
 
@@ -216,12 +217,13 @@ def recall_gate(
 ) -> Gate:
     """Recall reaches the target, or what it was before where that was less."""
     needed = _needed(phase, was)
+    shown, least = apart(now.recall if now else 0.0, needed, score)
     return gate(
         name,
-        None if now is None else now.recall >= needed and now.short <= (was.short if was else 0),
+        None if now is None else at_least(now.recall, needed) and now.short <= (was.short if was else 0),
         subject,
-        found=f"{now}; before {was or 'not measured'}" if now else "the planner does not use it",
-        needed=f"recall {needed:.3f}, no more queries short of rows than before",
+        found=f"{now.said(shown)}; before {was or 'not measured'}" if now else "the planner does not use it",
+        needed=f"recall {least}, no more queries short of rows than before",
         danger="the index would hide answers that exact search finds, and that the one before found",
         do="raise index.rerank, or go over to index.storage: halfvec; nothing else has changed"
         if phase.params.index.storage == "bit"

@@ -23,6 +23,7 @@ from runbook_lib.measuring import recall
 from runbook_lib.names import identifier, index_name
 from runbook_lib.operations import going_over
 from runbook_lib.phase import Phase, changes
+from runbook_lib.thresholds import apart, at_least, score
 
 
 def _of_build(phase: Phase, part: Part) -> Options:
@@ -163,17 +164,18 @@ def verify_new(phase: Phase) -> Gates:
     phase.note("recall", measured.as_data() if measured else {})
     target = phase.params.tune.target_recall
     needed = min(target, was) if was is not None else target
+    shown, least = apart(measured.recall if measured else 0.0, needed, score)
     return collect(
         [
             whole,
             gate(
                 "rebuild.new_index_finds_as_much",
-                None if measured is None else measured.recall >= needed,
+                None if measured is None else at_least(measured.recall, needed),
                 now.parent.index,
-                found=f"{measured}; before {was if was is not None else 'not measured'}"
+                found=f"{measured.said(shown)}; before {was if was is not None else 'not measured'}"
                 if measured
                 else "the planner does not use it",
-                needed=f"recall {needed:.3f}",
+                needed=f"recall {least}",
                 danger="the index hides answers that exact search finds, and that the one before found",
                 do="40_rebuild_index --undo builds it again as it was; or build with a higher ef_construction or m",
                 figures={"before": was, "after": measured.recall if measured else None},

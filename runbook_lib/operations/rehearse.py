@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from runbook_lib import db, forecast, preflight
+from runbook_lib import db, forecast, preflight, thresholds
 from runbook_lib.display import Table, duration, number, size
 from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.measuring import extrapolate, sample, scratch, whole
@@ -19,6 +19,7 @@ from runbook_lib.names import spelled
 from runbook_lib.phase import Phase, changes
 from runbook_lib.preflight import Facts
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart
 
 SQL = load("rehearse")
 
@@ -219,14 +220,14 @@ def _fits_memory(phase: Phase, noted: dict[str, Any]) -> Gate:
     facts = preflight.facts(phase)
     expects = preflight.expected(facts, phase)
     wanted = measured["high"] if measured else expects.build_memory_bytes
+    wants, allowed = apart(wanted, expects.build_budget_bytes, thresholds.size)
     how = "as measured" if measured else "by the formula; the samples are too small to measure it"
     return gate(
         "rehearse.build_fits_memory",
         not warned and wanted <= expects.build_budget_bytes,
         f"{ix.method} on {spelled(phase.params, 'table')}",
-        found=f"the whole build wants {size(wanted)}, {how}" + (f"; a sample's build: {warned[0]}" if warned else ""),
-        needed=f"at most {size(expects.build_budget_bytes)}, of index.maintenance_work_mem_mb:"
-        f" {ix.maintenance_work_mem_mb}",
+        found=f"the whole build wants {wants}, {how}" + (f"; a sample's build: {warned[0]}" if warned else ""),
+        needed=f"at most {allowed}, of index.maintenance_work_mem_mb: {ix.maintenance_work_mem_mb}",
         danger="the build would take many times as long as was measured here",
         do=forecast.ways_out(
             round(facts.rows * whole.built_at_once(phase.params, facts)), phase.params, wanted_bytes=round(wanted)

@@ -19,6 +19,7 @@ from runbook_lib.phase import Phase, changes
 from runbook_lib.phases import MIGRATE
 from runbook_lib.running import claim
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, plain
 
 SQL = load("retire_model")
 
@@ -65,14 +66,15 @@ def _is_quiet(phase: Phase, old: Phase) -> Gate:
     if searched or last is None:
         phase.note(KIND, now)
     hours = (now["at_s"] - last["at_s"]) / HOUR_S if last else 0.0
+    ago, quiet = apart(hours, wanted, plain)
     return gate(
         "retire_model.old_vectors_are_searched_no_more",
         wanted == 0 or (last is not None and not searched and hours >= wanted),
         f"{old.params.vector.column} of {old.params.target.table}",
-        found=f"{number(searched)} searches since {last['at'][:19]}, {hours:.1f} hours ago"
+        found=f"{number(searched)} searches since {last['at'][:19]}, {ago} hours ago"
         if last
         else "not counted yet; from now on they are",
-        needed=f"no search for {wanted:g} hours",
+        needed=f"no search for {quiet} hours",
         danger="a server that still sends the old model's vectors would get an error for each of them",
         do=f"find who still sends {old.params.vector.dimension} dimensions, and stop {old.params.target.name}'s own"
         f" 20_watch; then run this again after {wanted:g} hours",

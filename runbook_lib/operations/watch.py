@@ -11,9 +11,9 @@ import numpy as np
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from runbook_lib import compare, db, forecast, index, row_counts, search, versions
+from runbook_lib import compare, db, forecast, index, row_counts, search, thresholds, versions
 from runbook_lib.checking import application_settings, policies, privileges
-from runbook_lib.display import Table, duration, number, size
+from runbook_lib.display import Table, number, size
 from runbook_lib.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.ledger import SQL as LEDGER_SQL
 from runbook_lib.ledger import Ledger, only_the_owner_wrote
@@ -25,6 +25,7 @@ from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.phases import OPERATE
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_least, at_most, change, plain, score
 from runbook_lib.vectors import embed
 from runbook_lib.vectors.sources import as_array
 
@@ -155,12 +156,13 @@ def _recall_holds(phase: Phase) -> Gate:
     vectors = np.array([*embed.query_vectors(p, queries), *(as_array(row["embedding"]) for row in rows)])
     found = recall.as_the_application(phase, asked, vectors)
     needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
+    shown, least = apart(found, needed, score)
     return gate(
         "watch.recall_holds",
-        found >= needed,
+        at_least(found, needed),
         _table(phase),
-        found=f"recall@{p.queries.k} {found:.3f} on {len(queries)} queries and {len(rows)} rows",
-        needed=f"{needed:.3f}, the target less watch.largest_recall_loss",
+        found=f"recall@{p.queries.k} {shown} on {len(queries)} queries and {len(rows)} rows",
+        needed=f"{least}, the target less watch.largest_recall_loss",
         danger="the index hides answers that exact search finds",
         do="run 70_tune again; if a higher setting does not reach it, build the index anew",
         figures={"recall": found, "queries": len(queries), "rows": len(rows)},
@@ -181,12 +183,13 @@ def _recall_holds_by_filter(phase: Phase) -> Iterator[Gate]:
     questions += [standing.Question("", as_array(row["embedding"]), row["key"]) for row in _some_rows(phase)]
     needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
     for now in standing.measure(phase, found, questions) if found else []:
+        shown, least = apart(now.recall, needed, score)
         yield gate(
             "watch.recall_holds_by_filter",
-            now.recall >= needed,
+            at_least(now.recall, needed),
             f"{now.of} ({', '.join(now.of.shown())})",
-            found=f"recall@{p.queries.k} {now.recall:.3f} on {now.questions} questions, {now.short} short of rows",
-            needed=f"{needed:.3f}, the target less watch.largest_recall_loss",
+            found=f"recall@{p.queries.k} {shown} on {now.questions} questions, {now.short} short of rows",
+            needed=f"{least}, the target less watch.largest_recall_loss",
             danger="searches with this filter hide answers that exact search finds",
             do="run 70_tune again, which measures this filter as the table is now",
             figures={"recall": now.recall, "questions": now.questions, "short": now.short},
@@ -228,13 +231,14 @@ def _relevance_holds(phase: Phase) -> Iterator[Gate]:
         got = search.ask(connection, p, statement, queries, vectors, compare.JUDGED_DEPTH)
     now = evaluate.relevance(got.keys, {q.query_id: marks[q.query_id] for q in queries}).per_query
     pair = evaluate.paired({q.query_id: recorded[q.query_id] for q in queries}, now)
+    shown, least = apart(pair.difference, -p.watch.largest_relevance_loss, change)
     yield gate(
         "watch.relevance_holds",
-        pair.difference >= -p.watch.largest_relevance_loss,
+        at_least(pair.difference, -p.watch.largest_relevance_loss),
         route,
-        found=f"nDCG@10 {pair.difference:+.3f} since 80_shadow ({pair.low:+.3f} to {pair.high:+.3f},"
+        found=f"nDCG@10 {shown} since 80_shadow ({pair.low:+.3f} to {pair.high:+.3f},"
         f" p = {pair.p_value:.2g}) on {pair.queries} judged queries",
-        needed=f"at least {-p.watch.largest_relevance_loss:+.3f}",
+        needed=f"at least {least}",
         danger="users find less than on the day of the cut-over",
         do="look for missing and stale rows above; if there are none, judge what was added since, and run 80_shadow",
         figures=vars(pair),
@@ -282,13 +286,13 @@ def _rows_are_fresh(phase: Phase, captured: bool) -> Iterator[Gate]:
 def _queue_is_young(phase: Phase) -> Gate:
     found = db.one(phase.connection, SQL["queue"], phase.params)
     limit = phase.params.watch.oldest_queued_s
+    oldest, longest = apart(found["oldest_s"], limit, thresholds.duration)
     return gate(
         "watch.queue_is_young",
         found["oldest_s"] <= limit,
         spelled(phase.params, "queue"),
-        found=f"{number(found['changes'])} changes wait"
-        + (f", the oldest for {duration(found['oldest_s'])}" if found["changes"] else ""),
-        needed=f"none for longer than {duration(limit)}",
+        found=f"{number(found['changes'])} changes wait" + (f", the oldest for {oldest}" if found["changes"] else ""),
+        needed=f"none for longer than {longest}",
         danger="changed rows are found by their old words, new ones not at all",
         do="run operate/10_refresh, and see that it is scheduled",
         figures=found,
@@ -326,12 +330,13 @@ def _dead_rows_are_few(phase: Phase) -> Gate:
     together = found["live"] + found["dead"]
     percent = 100 * found["dead"] / together if together else 0.0
     limit = phase.params.watch.dead_rows_percent
+    shown, most = apart(percent, limit, plain)
     return gate(
         "watch.dead_rows_are_few",
-        percent <= limit or together < FEWEST_ROWS_FOR_DEAD,
+        at_most(percent, limit) or together < FEWEST_ROWS_FOR_DEAD,
         spelled(phase.params, "vectors"),
-        found=f"{number(found['dead'])} dead rows, {percent:.0f} % of all",
-        needed=f"at most {limit:g} %",
+        found=f"{number(found['dead'])} dead rows, {shown} % of all",
+        needed=f"at most {most} %",
         danger="an index scan spends its candidates on dead rows, and returns fewer than were asked for",
         do=f"VACUUM (ANALYZE) {spelled(phase.params, 'vectors')}, and look at what keeps autovacuum from it",
         figures={"dead": found["dead"], "live": found["live"]},
@@ -342,12 +347,13 @@ def _index_is_lean(phase: Phase, seen: dict[str, Any]) -> Gate:
     there = row_counts.of(phase.connection, phase.params, "vectors").n
     expected = max(forecast.forecast(there, phase.params).index_bytes, SMALLEST_FORECAST_BYTES)
     limit = phase.params.watch.index_growth
+    times, most = apart(seen["bytes"] / expected, limit, plain)
     return gate(
         "watch.index_is_lean",
-        seen["bytes"] <= limit * expected,
+        at_most(seen["bytes"] / expected, limit),
         spelled(phase.params, "vectors"),
-        found=f"{size(seen['bytes'])}, {seen['bytes'] / expected:.1f} × the forecast of {number(there)} rows",
-        needed=f"at most {limit:g} ×",
+        found=f"{size(seen['bytes'])}, {times} × the forecast of {number(there)} rows",
+        needed=f"at most {most} ×",
         danger="searches read pages of rows that are gone, and the index no longer fits where it did",
         do="build the index anew, concurrently: operate's rebuild, or undo/20_remove_index and 60_build_index",
         figures={"bytes": seen["bytes"], "forecast_bytes": expected},
