@@ -216,6 +216,7 @@ def test_without_a_table_it_names_those_that_hold_text(
     assert (result.exit_code, "say --table" in result.stderr) == (2, True)
 
 
+@pytest.mark.attack
 def test_a_dsn_in_place_of_its_name_is_refused_and_not_repeated(tmp_path: Path) -> None:
     given = ["init", "--dsn-env", "postgresql://me:hunter2@example.org/db", "--table", "t"]
     result = CliRunner().invoke(main, given)

@@ -140,6 +140,7 @@ def test_each_missing_right_is_named_with_its_grant(
         assert missing(make_params) == [], "the grant that the message says is enough"
 
 
+@pytest.mark.attack
 def test_forced_row_security_would_hide_rows(
     migrator: psycopg.Connection[Any], make_params: Callable[..., Params]
 ) -> None:

@@ -110,6 +110,7 @@ def documented() -> dict[str, dict[str, set[str]]]:
     return found
 
 
+@pytest.mark.attack
 def test_after_a_migration_under_generous_defaults_each_role_has_what_the_documents_say(
     generous: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +125,7 @@ def test_after_a_migration_under_generous_defaults_each_role_has_what_the_docume
     assert standing(generous, before) == documented()
 
 
+@pytest.mark.attack
 def test_what_operations_make_is_closed_too(open_phase: Open, generous: Connection) -> None:
     """The copies of rows and the side table, each as soon as it is made."""
     generous.execute("ALTER TABLE articles ADD COLUMN kind text NOT NULL DEFAULT 'a'")
@@ -147,6 +149,7 @@ def test_what_operations_make_is_closed_too(open_phase: Open, generous: Connecti
     assert standing(generous, before) == {}
 
 
+@pytest.mark.attack
 def test_a_replaced_function_and_a_table_that_is_there_keep_their_grants(
     open_phase: Open, generous: Connection
 ) -> None:
@@ -176,6 +179,7 @@ def opened(open_phase: Open, connection: Connection, grant: str) -> Gate:
     return found
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     ("grant", "found"),
     [

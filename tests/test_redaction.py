@@ -15,6 +15,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from runbook_lib import redaction
+from runbook_lib.running import ending
+from runbook_lib.vectors import embed
 
 # A quote, a backslash, and what URLs, HTML and JSON write otherwise.
 SECRET = r"""pl4nted p@ss/w0rd+%'"\<ü>"""
@@ -68,6 +70,14 @@ def test_nested_data_is_redacted_and_figures_stay() -> None:
     redaction.remember("sk-4711-abc")
     data = {"a sk-4711-abc": [1, 2.5, None, True, ("x", "sk-4711-abc!")], "b": {"c": "fine"}}
     assert redaction.redacted(data) == {"a ***": [1, 2.5, None, True, ["x", "***!"]], "b": {"c": "fine"}}
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("bounded", [ending._bounded, lambda text: embed.said(ValueError(text))])
+def test_no_half_of_a_secret_is_left_where_an_error_is_cut(bounded: Callable[[str], str]) -> None:
+    redaction.remember("sk-4711-abcdef-planted")
+    for letters in range(460, 2000):
+        assert "sk-4711" not in bounded("x" * letters + "sk-4711-abcdef-planted")
 
 
 @pytest.mark.parametrize("word", ["", "legacy", "1234", "vector", "a1b2"])

@@ -354,6 +354,7 @@ def test_scans_of_the_replica_count_as_use(opened: Opener, pair: tuple[str, str]
     assert watch._seen(phase)["scans"] > before["scans"]
 
 
+@pytest.mark.attack
 def test_the_variable_is_named_and_the_dsn_is_not_written_down(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as raised:
         load(params_file(tmp_path, read_dsn_env="postgresql://u:hush@h/db"))

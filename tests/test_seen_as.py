@@ -52,6 +52,7 @@ def indexed(filled: Callable[..., Phase], tenants: Connection) -> Callable[..., 
     return make
 
 
+@pytest.mark.attack
 def test_answers_that_a_caller_misses_under_the_policies_fail(indexed: Callable[..., Phase]) -> None:
     """To the runbook's own role the same function misses little; to one that sees a fortieth, most."""
     phase = indexed({"role": ROLE, "settings": {"app.tenant": "7"} | BY_INDEX})
@@ -117,6 +118,7 @@ def test_the_table_kept_after_a_swap_must_be_as_closed_as_the_one_that_serves(
     )
 
 
+@pytest.mark.attack
 def test_policies_that_came_after_the_vectors_beside_are_named(
     open_phase: Callable[..., Phase], tenants: Connection
 ) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from runbook_lib import db
 from runbook_lib.gates import BadInput, Gate, RunbookError, Verdict, gate
 from runbook_lib.params import Params
+from runbook_lib.redaction import redacted
 from runbook_lib.vectors import endpoint, masking, sources, vector_table
 from runbook_lib.vectors.sources import Rows, Vectors
 
@@ -110,9 +111,10 @@ class Embedded:
 
 
 def said(error: Exception) -> str:
-    """What a model's error says, on one bounded line; it may quote the text, so gates show its type alone."""
+    """What a model's error says, on one bounded line, no half of a secret at its end; it may quote the text, so gates
+    show its type alone."""
     what = error.found if isinstance(error, RunbookError) else str(error)
-    return f"{type(error).__name__}: {' '.join(what.split())}"[:LONGEST_ERROR]
+    return f"{type(error).__name__}: {redacted(' '.join(what.split()))}"[:LONGEST_ERROR]
 
 
 def embed_each(ask: Model, texts: list[str]) -> Embedded:
