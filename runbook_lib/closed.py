@@ -20,6 +20,8 @@ SQL = load("closed")
 
 # In a block that grants: what stands above it is closed before what stands below it grants.
 MARK = "-- closed to everybody but its owner"
+# What is looked up by name in one catalogue.
+KINDS = {"relations": ("TABLE", "SEQUENCE"), "functions": ("FUNCTION",), "schemas": ("SCHEMA",)}
 _NAME = r'"(?:[^"]|"")+"|\w+'
 MADE = re.compile(
     r"^ *CREATE (?:OR REPLACE |UNLOGGED )?(TABLE|SEQUENCE|FUNCTION|SCHEMA) (?:IF NOT EXISTS )?"
@@ -49,12 +51,12 @@ def run(connection: psycopg.Connection[DictRow], query: sql.Composed, values: Ma
         affected = max(affected, connection.execute(sql.SQL(part), values).rowcount)
         new = _there(connection, made) - known
         known |= new
-        for row in connection.execute(SQL["revokes"].compose({}), {"made": list(new)}).fetchall():
+        opened = {kind: [oid for of, oid in new if of == kind] for kind in KINDS}
+        for row in connection.execute(SQL["revokes"].compose({}), opened).fetchall():
             connection.execute(row["statement"])
     return affected
 
 
-def _there(connection: psycopg.Connection[DictRow], made: list[tuple[str, str]]) -> set[int]:
-    kinds = {"relations": ("TABLE", "SEQUENCE"), "functions": ("FUNCTION",), "schemas": ("SCHEMA",)}
-    values = {name: [n for kind, n in made if kind in of] for name, of in kinds.items()}
-    return {row["oid"] for row in connection.execute(SQL["there"].compose({}), values).fetchall()}
+def _there(connection: psycopg.Connection[DictRow], made: list[tuple[str, str]]) -> set[tuple[str, int]]:
+    values = {name: [n for kind, n in made if kind in of] for name, of in KINDS.items()}
+    return {(row["kind"], row["oid"]) for row in connection.execute(SQL["there"].compose({}), values).fetchall()}

@@ -116,13 +116,21 @@ def test_after_a_migration_under_generous_defaults_each_role_has_what_the_docume
 ) -> None:
     monkeypatch.setattr(compare, "FAST_ENOUGH_MS", 1000)
     before = known(generous)
-    generous.execute("GRANT SELECT ON articles TO shop_app")
+    generous.execute(
+        """GRANT SELECT ON articles TO shop_app; ALTER TABLE articles ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY even ON articles USING (id % 2 = 0)"""
+    )
     own = {"search": {"grant_to": [APPLICATION]}, "shadow": {"sample_percent": 100}}
     path = write_params(tmp_path, **SECTIONS | own)
     step_all("migrate", MIGRATE[:1], path)
     generous.execute(APPROVERS)
     step_all("migrate", MIGRATE[1:], path)
     assert standing(generous, before) == documented()
+    as_the_application = generous.execute(
+        "SELECT body ->> 'subject', body ->> 'verdict' FROM runbook.entry"
+        " WHERE phase = '70_tune' AND body ->> 'name' = 'policies.recall_holds_for_callers'"
+    ).fetchall()
+    assert as_the_application == [(APPLICATION, "PASS")]
 
 
 @pytest.mark.attack
