@@ -6,6 +6,8 @@ a new one fails, and finds connections by a part of their URL. So it is handed o
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -23,27 +25,47 @@ IDENTITY = "SELECT current_database(), inet_server_addr(), inet_server_port(), c
 
 
 def connect(phase: Phase) -> None:
-    """Points %sql at the phase's server. The cells find their objects by ``current_setting('runbook.table')``,
-    ``runbook.index`` and ``runbook.ledger``. Does nothing outside IPython.
+    """Points %sql at the phase's server, from its first use on: it brings pandas, which takes a second to import. The
+    cells find their objects by ``current_setting('runbook.table')``, ``runbook.index`` and ``runbook.ledger``. Does
+    nothing outside IPython.
 
-    Raises RuntimeError if the display connection is not on the same database, server and role as the phase.
+    The first cell raises RuntimeError if the display connection is not on the same database, server and role as the
+    phase.
     """
     shell = get_ipython()
     if shell is None:
         return
-    from sql.connection import Connection
+    let_go()
+    shell.register_magic_function(partial(_first, phase), "line_cell", "sql")  # type: ignore[arg-type]
 
-    shell.run_line_magic("load_ext", "sql")
-    for name, value in OPTIONS.items():
-        shell.run_line_magic("config", f"SqlMagic.{name} = {value}")
-    for old in list(Connection.connections.values()):
+
+def let_go() -> None:
+    """Ends the connections of %sql, where it was used in this kernel."""
+    used = sys.modules.get("sql.connection")
+    for old in list(used.Connection.connections.values()) if used else ():
         old.internal_connection.close()
-    Connection.connections.clear()
+    if used:
+        used.Connection.connections.clear()
+
+
+def _first(phase: Phase, line: str, cell: str | None = None) -> Any:
+    """The first %sql or %%sql of a phase: loads ipython-sql, which takes this one's place, and hands it on."""
+    from sql.connection import Connection
+    from sql.magic import SqlMagic
+
+    shell = get_ipython()
+    assert shell is not None
+    # The same in every phase of this kernel: %config reaches the one that was made first.
+    magic = next((m for m in shell.configurables if isinstance(m, SqlMagic)), None) or SqlMagic(shell)
+    for name, value in OPTIONS.items():
+        setattr(magic, name, value)
+    shell.register_magics(magic)
     display = Connection("postgresql+psycopg://", creator=lambda: _display_connection(phase))
     seen = tuple(display.internal_connection.exec_driver_sql(IDENTITY).one())
     wanted = tuple((phase.connection.execute(IDENTITY).fetchone() or {}).values())
     if seen != wanted:
         raise RuntimeError(f"the display connection is on {seen}, the phase on {wanted}")
+    return magic.execute(line, cell or "")
 
 
 def _display_connection(phase: Phase) -> psycopg.Connection[Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
-from scipy.stats import kendalltau
 
 from runbook_lib.measuring import evaluate
 
@@ -31,13 +30,16 @@ def rank_biased_overlap(a: Sequence[str], b: Sequence[str], k: int) -> float:
 
 
 def rank_correlation(a: Sequence[str], b: Sequence[str], k: int) -> float | None:
-    """Kendall's tau over the rows that both answer among their first k; None where they share fewer than two."""
+    """Kendall's tau over the rows that both answer among their first k; None where they share fewer than two.
+
+    An answer has no ties: the share of pairs in one order less the share of those in another (Kendall, 1938).
+    """
     places = {key: i for i, key in enumerate(b[:k])}
-    shared = [(i, places[key]) for i, key in enumerate(a[:k]) if key in places]
+    shared = [places[key] for key in a[:k] if key in places]
     if len(shared) < 2:
         return None
-    tau = float(kendalltau([i for i, _ in shared], [j for _, j in shared]).statistic)
-    return None if math.isnan(tau) else tau
+    pairs = [1 if first < second else -1 for first, second in combinations(shared, 2)]
+    return sum(pairs) / len(pairs)
 
 
 def agreement(a: Answers, b: Answers, k: int) -> dict[str, float | None]:
