@@ -28,6 +28,9 @@ SQL = load("live")
 
 # Below this many sampled calls their p95 is the slowest of a handful.
 FEWEST_CALLS = 30
+# So many are read into memory at most.
+MOST_CALLS = 100_000
+ROUTES = ("legacy", "vector", "hybrid")
 
 
 def function_name(params: Params) -> str:
@@ -115,11 +118,12 @@ def _what_is_there(phase: Phase) -> db.Row:
 
 
 def logged(phase: Phase, since: datetime | None = None) -> list[db.Row]:
-    """The sampled calls, oldest first; none where there is no log."""
+    """The newest sampled calls, oldest first; none where there is no log."""
     if not _what_is_there(phase)["log"]:
         return []
+    known = {"filters": list(phase.params.target.filters), "routes": list(ROUTES), "most": MOST_CALLS}
     query = SQL["logged"].compose({"log": _log(phase.params)})
-    return phase.connection.execute(query, {"since": since}).fetchall()
+    return phase.connection.execute(query, {"since": since, **known}).fetchall()
 
 
 def summary(phase: Phase) -> Table:

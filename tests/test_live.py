@@ -148,11 +148,48 @@ def test_the_role_of_the_application_may_call_it_and_read_no_answers(
         articles.execute("SET LOCAL ROLE live_app")
         assert len(articles.execute(CALL, [VECTOR]).fetchall()) == 5
     assert logged(articles) == 1
-    with pytest.raises(psycopg.errors.InsufficientPrivilege), articles.transaction():
-        articles.execute("SET LOCAL ROLE live_app")
-        articles.execute(f"SELECT live_keys FROM {LOG}")
+    future = f"INSERT INTO {LOG} (text_hash, live_route, live_ms, live_keys, other_route, logged_at)"
+    for not_theirs in (
+        f"SELECT live_keys FROM {LOG}",
+        f"DELETE FROM {LOG}",
+        f"UPDATE {LOG} SET live_ms = 0",
+        f"{future} VALUES ('', 'vector', 0, '{{}}', 'legacy', 'infinity')",
+    ):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege), articles.transaction():
+            articles.execute("SET LOCAL ROLE live_app")
+            articles.execute(not_theirs)
     articles.execute("DROP OWNED BY live_app")
     articles.execute("DROP ROLE live_app")
+
+
+@pytest.mark.attack
+def test_what_an_application_writes_into_the_log_by_hand_is_no_figure_unless_it_could_be(
+    open_phase: Open, articles: psycopg.Connection[Any]
+) -> None:
+    phase = open_phase("80_shadow", shadow={"sample_percent": 100})
+    search.apply(phase)
+    live.apply(phase)
+    for forged in (
+        "live_ms = 'NaN'",
+        "other_ms = 'infinity'",
+        "other_ms = -1",
+        "other_ms = NULL",
+        "other_keys = NULL",
+        "live_keys = '{{1,2},{3,4}}'",
+        "live_keys = ARRAY[(SELECT string_agg(md5(i::text), '') FROM generate_series(1, 5000) i)]",
+        "filters = '{made up}'",
+        "live_route = 'made up'",
+    ):
+        articles.execute(
+            f"TRUNCATE {LOG} RESTART IDENTITY;"
+            f" INSERT INTO {LOG} (text_hash, live_route, live_ms, live_keys, other_route, other_ms, other_keys)"
+            " SELECT '', 'legacy', 1, '{1}', 'vector', 1, '{1}' FROM generate_series(1, 2);"
+            f" UPDATE {LOG} SET {forged} WHERE id = 2"
+        )
+        assert len(live.logged(phase)) == 1, forged
+        assert live.verify(phase).passed and "legacy" in str(live.summary(phase))
+    articles.execute(f"UPDATE {LOG} SET problem = repeat('x', 10000000)")
+    assert len(live.verify(phase).failed[0].found) < 700
 
 
 def test_without_a_share_there_is_nothing_to_make(shadowed: Callable[..., Phase]) -> None:

@@ -13,14 +13,19 @@ from runbook_lib.sql import load
 
 SQL = load("privileges")
 
+# Of the log of live calls, all but the number and the time of a row.
+WRITTEN_BY_CALLERS = (
+    *("text_hash", "filters", "live_route", "live_ms", "live_keys"),
+    *("other_route", "other_ms", "other_keys", "problem"),
+)
 # Privileges that others may be given: by what they are on, and their column where it is that column's alone.
 FOR_CALLERS = {
     ("schema", "", "USAGE"),
     ("route", "", "SELECT"),
     ("way_to_search", "", "EXECUTE"),
     ("search", "", "EXECUTE"),
-    ("log", "", "INSERT"),
     ("log", "logged_at", "SELECT"),
+    *(("log", column, "INSERT") for column in WRITTEN_BY_CALLERS),
 }
 # Whoever signs is not the application, whose password stands in more places.
 FOR_APPROVERS = {("entry", "", "SELECT"), ("sign_off", "", "EXECUTE")}

@@ -60,7 +60,7 @@ BEGIN
     END IF;
     -- Nothing that happens from here on may fail the call, which has its answer.
     BEGIN
-        IF (SELECT count(*) FROM {log} l WHERE l.logged_at > clock_timestamp() - interval '1 minute') >= {most_calls}
+        IF (SELECT count(*) FROM {log} l WHERE l.logged_at BETWEEN clock_timestamp() - interval '1 minute' AND clock_timestamp()) >= {most_calls}
         THEN
             RETURN;
         END IF;
@@ -87,7 +87,7 @@ BEGIN
             -- The route that was named ends with what failed.
             INSERT INTO {log} (text_hash, filters, live_route, live_ms, live_keys, other_route, problem)
             VALUES (sha256(convert_to(query_text, 'UTF8')), filters, live, live_ms, live_keys, other,
-                    SQLSTATE || ' ' || SQLERRM);
+                    left(SQLSTATE || ' ' || SQLERRM, 500));
         END;
     EXCEPTION WHEN others THEN
         RAISE WARNING 'the shadow of this call was not logged: %% %%', SQLSTATE, SQLERRM;
@@ -96,11 +96,13 @@ END
 $runbook$;
 
 -- name: grant
--- purpose: Let the application's role call it and write the log, of which it may read the times alone.
+-- purpose: Let the application's role call it and write the log, of which it may set no number or time, and read the times alone.
 -- lock: none on the target
 -- undo: live.drop_function
 GRANT EXECUTE ON FUNCTION {shadow_function}({identity}) TO {role};
-GRANT INSERT, SELECT (logged_at) ON {log} TO {role};
+REVOKE INSERT ON {log} FROM {role};
+GRANT INSERT (text_hash, filters, live_route, live_ms, live_keys, other_route, other_ms, other_keys, problem),
+    SELECT (logged_at) ON {log} TO {role};
 
 -- name: drop_function
 -- purpose: Remove the function that the application called for the time of the shadow.
@@ -121,6 +123,18 @@ SELECT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = to_regnamespace(%(sc
        to_regclass(%(log)s) IS NOT NULL AS log;
 
 -- name: logged
--- purpose: The sampled calls since a moment, or (NULL) all.
-SELECT filters, live_route, live_ms, live_keys, other_route, other_ms, other_keys, problem FROM {log}
-WHERE %(since)s::timestamptz IS NULL OR logged_at >= %(since)s ORDER BY id;
+-- purpose: The newest sampled calls since a moment, or (NULL) of all. The application may write into the log what it wants, so rows that the function would not have written are left out.
+SELECT filters, live_route, live_ms, live_keys, other_route, other_ms, other_keys, left(problem, 500) AS problem
+FROM (
+    SELECT l.* FROM {log} l
+    WHERE (%(since)s::timestamptz IS NULL OR l.logged_at >= %(since)s)
+      AND l.filters <@ %(filters)s::text[] AND coalesce(array_ndims(l.filters), 1) = 1
+      AND cardinality(l.filters) <= cardinality(%(filters)s::text[])
+      AND l.live_route <> l.other_route AND 'legacy' IN (l.live_route, l.other_route)
+      AND l.live_route = ANY (%(routes)s) AND l.other_route = ANY (%(routes)s)
+      AND l.live_ms >= 0 AND l.live_ms < 'infinity' AND coalesce(array_ndims(l.live_keys), 1) = 1
+      AND pg_column_size(l.live_keys) < 100000
+      AND (l.problem IS NOT NULL OR l.other_ms >= 0 AND l.other_ms < 'infinity' AND l.other_keys IS NOT NULL
+           AND coalesce(array_ndims(l.other_keys), 1) = 1 AND pg_column_size(l.other_keys) < 100000)
+    ORDER BY l.id DESC LIMIT %(most)s
+) newest ORDER BY id;
