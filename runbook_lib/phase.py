@@ -122,6 +122,7 @@ class Phase:
             return gates.without_pass() + self._judge(approval.check(self))
         gates = self._judge(gates)
         if waits(self.name):
+            gates += self._judge(window.clocks_agree(self.ledger.connection, self.params))
             window.enter(self.params)
         return gates + self._judge(approval.check(self))
 

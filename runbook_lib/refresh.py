@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -94,7 +94,7 @@ class _Worker:
 def waiting(phase: Phase, before: datetime | None = None) -> Waiting:
     """The rows that wait in the queue, and why. before: the time for ``since_before``; now if not given."""
     e = phase.params.embeddings
-    values = {"tries": e.refresh_tries, "before": before or datetime.now(UTC)}
+    values = {"tries": e.refresh_tries, "before": before}
     row = db.one(phase.connection, SQL["state"], phase.params, **values)
     why = (
         "changed since the last drain"

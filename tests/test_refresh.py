@@ -8,7 +8,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib import backfill, extension, params, refresh, schema, staging
+from runbook_lib import backfill, db, extension, params, refresh, schema, staging
 from runbook_lib.gates import BadInput, GateFailed
 from runbook_lib.ledger import Ledger
 from runbook_lib.phase import Phase
@@ -149,6 +149,22 @@ def test_where_the_model_is_away_no_row_is_blamed(
         refresh.drain(phase)
     state = articles.execute("SELECT count(*), max(attempts), max(claimed_by) FROM runbook.articles_queue").fetchone()
     assert state == (5, 0, None), "nothing is claimed and no try is counted"
+
+
+@pytest.mark.attack
+def test_changes_of_before_the_servers_clock_went_back_are_taken_and_missed_until_then(
+    filled: Callable[..., Phase], articles: Articles
+) -> None:
+    phase = filled()
+    articles.execute("UPDATE articles SET body = 'other' WHERE id <= 5")
+    articles.execute(
+        "UPDATE runbook.articles_queue SET queued_at = now() + interval '2 hours', claimed_by = 1, claimed_at ="
+        " now() + interval '2 hours'"
+    )
+    phase.note("drain", db.one(phase.connection, backfill.SQL["drain_begins"], phase.params))
+    assert [g.name for g in backfill.verify(phase).failed] == ["backfill.nothing_is_stale"]
+    assert refresh.waiting(phase).since_before == 5
+    assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
 
 
 def test_what_a_killed_worker_claimed_is_taken_over_at_once(

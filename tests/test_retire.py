@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -273,10 +274,24 @@ def test_an_index_that_is_more_than_a_search_is_refused(opened: Open) -> None:
     )
 
 
-def test_reads_that_moved_a_moment_ago_are_too_young(opened: Open, articles: psycopg.Connection[Any]) -> None:
+class _InAYear(datetime):
+    """A machine whose clock is a year ahead."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        return datetime.now(tz) + timedelta(days=365)
+
+
+@pytest.mark.attack
+def test_reads_that_moved_a_moment_ago_are_too_young(
+    opened: Open, articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = by_name(retire.check(opened(unused_days=30)))["retire.reads_have_left_legacy"]
     assert (str(gate.verdict), gate.needed) == ("FAIL", "vector or hybrid at 100 % for 30 days")
     assert gate.do.startswith("run this again from ")
+    monkeypatch.setattr(retirable, "datetime", _InAYear, raising=False)
+    ahead = by_name(retire.check(opened(unused_days=30)))["retire.reads_have_left_legacy"]
+    assert ahead.verdict == "FAIL", "the days are the server's, whatever this machine's clock says"
     articles.execute("UPDATE runbook.route SET changed_at = now() - interval '31 days'")
     assert by_name(retire.check(opened(unused_days=30)))["retire.reads_have_left_legacy"].verdict == "PASS"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runbook_lib import params
+from runbook_lib import db, params
 from runbook_lib.gates import BadInput, OutsideWindow
 from runbook_lib.params import Params
 from runbook_lib.running import window
@@ -40,6 +40,31 @@ def test_open_or_when_it_opens(
         is_open,
         datetime.fromisoformat(opens).isoformat(),
     )
+
+
+@pytest.mark.attack
+@pytest.mark.usefixtures("database")
+@pytest.mark.parametrize(("hours", "verdict"), [(0.05, "PASS"), (3, "FAIL"), (-3, "FAIL")])
+def test_a_clock_that_differs_from_the_servers_keeps_no_window(
+    make_params: Callable[..., Params], hours: float, verdict: str
+) -> None:
+    p = make_params(run={"window": "22:00-05:00"})
+    with db.connect(p, "test") as connection:
+        (found,) = window.clocks_agree(connection, p, lambda: datetime.now(UTC) + timedelta(hours=hours))
+        assert found.verdict == verdict and ("ahead of" if hours > 0 else "behind") in found.found
+        assert not list(window.clocks_agree(connection, make_params()))
+
+
+@pytest.mark.attack
+def test_a_clock_that_goes_back_while_a_run_waits_only_makes_it_wait(make_params: Callable[..., Params]) -> None:
+    p = make_params(run={"window": "22:00-05:00"})
+    now, jumps = [at("2026-11-22T21:58:50")], [timedelta(hours=-7)]
+
+    def sleep(seconds: float) -> None:
+        now[0] += timedelta(seconds=seconds) + (jumps.pop() if jumps else timedelta(0))
+
+    assert window.enter(p, say=lambda _: None, clock=lambda: now[0], sleep=sleep) >= 0
+    assert now[0] == at("2026-11-22T22:00")
 
 
 def test_without_a_window_it_is_always_open(make_params: Callable[..., Params]) -> None:

@@ -198,7 +198,7 @@ def _reads_have_left(phase: Phase) -> Gate:
     from_then = since + timedelta(days=days)
     return gate(
         "retire.reads_have_left_legacy",
-        left and from_then <= datetime.now(UTC),
+        left and from_then <= row["now"],
         phase.params.target.name,
         found=f"{row['route']} at {row['share_percent']} % since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC",
         needed=f"vector or hybrid at 100 % for {days:g} days",

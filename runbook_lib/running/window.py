@@ -8,8 +8,14 @@ from datetime import UTC, datetime, timedelta
 from datetime import time as clock_time
 from zoneinfo import ZoneInfo
 
-from runbook_lib.gates import OutsideWindow
+from runbook_lib import db
+from runbook_lib.display import duration
+from runbook_lib.gates import Gates, OutsideWindow, gate
 from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+CLOCK = load("refresh")["clock"]
+MOST_APART_S = 300.0
 
 # So that a wait follows a clock that is set, and a machine that slept.
 LONGEST_SLEEP_S = 30.0
@@ -33,6 +39,30 @@ def opens_at(params: Params, now: datetime | None = None) -> datetime:
     opens, _ = _edges(params.run.window)
     today = local.replace(hour=opens.hour, minute=opens.minute, second=0, microsecond=0)
     return today if today > local else today + timedelta(days=1)
+
+
+def clocks_agree(
+    connection: db.Connection, params: Params, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+) -> Gates:
+    """The gate that this machine's clock tells the server's time; none where no window is kept."""
+    if params.run.window is None:
+        return Gates(())
+    apart_s = (clock() - db.one(connection, CLOCK, params)["now"]).total_seconds()
+    ahead = "ahead of" if apart_s > 0 else "behind"
+    return Gates(
+        (
+            gate(
+                "window.clocks_agree",
+                abs(apart_s) <= MOST_APART_S,
+                f"run.window {params.run.window}",
+                found=f"this machine's clock is {duration(abs(apart_s))} {ahead} the server's",
+                needed=f"{duration(MOST_APART_S)} at most",
+                danger="the window would be kept at another hour than it says",
+                do="set both clocks, by NTP, and run the same command again",
+                figures={"apart_s": round(apart_s, 3)},
+            ),
+        )
+    )
 
 
 def enter(
@@ -62,7 +92,7 @@ def enter(
     while not is_open(params, clock()):
         left_s = (opening.astimezone(UTC) - clock()).total_seconds()
         sleep(min(max(left_s, 0.05), LONGEST_SLEEP_S))
-    return (clock() - began).total_seconds()
+    return max((clock() - began).total_seconds(), 0.0)
 
 
 def _edges(window: str) -> tuple[clock_time, clock_time]:

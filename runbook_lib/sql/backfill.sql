@@ -70,8 +70,9 @@ SELECT count(*) FILTER (WHERE wants AND bare AND NOT newer) AS missing,
 FROM (
     SELECT w.*, CASE WHEN NOT wants THEN false ELSE EXISTS (
         SELECT FROM {queue} q WHERE q.key = w.key AND q.attempts = 0 AND q.error IS NULL
-            -- Written since, or by a transaction that had not ended then; numbers of transactions wrap at 2^32.
-            AND (q.queued_at >= %(began)s::timestamptz
+            -- Written since, or by a transaction that had not ended then; numbers of transactions wrap at 2^32. A time
+            -- in the future is one of before the server's clock went back.
+            AND (q.queued_at BETWEEN %(began)s::timestamptz AND clock_timestamp()
                 OR (q.xmin::text::bigint - %(oldest)s::bigint + 4294967296) %% 4294967296 < 2147483648)
     ) END AS newer
     FROM (

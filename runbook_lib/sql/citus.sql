@@ -79,7 +79,7 @@ SELECT create_distributed_table({queue_name}, 'key', colocate_with => {table_nam
 -- undo: refresh.release
 UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = now() WHERE id IN (
     SELECT q.id FROM {queue} q
-    WHERE q.queued_at <= %(until)s AND q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s)
+    WHERE (q.queued_at <= %(until)s OR q.queued_at > clock_timestamp()) AND q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s)
       AND (q.claimed_by IS NULL OR q.claimed_at < now() - make_interval(secs => %(lease_s)s))
     ORDER BY q.id LIMIT %(batch_rows)s
 ) RETURNING id, key;

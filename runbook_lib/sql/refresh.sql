@@ -12,8 +12,11 @@ SELECT pg_try_advisory_lock(%(class)s, %(worker)s) AS taken;
 -- undo: refresh.release
 UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = clock_timestamp() WHERE id IN (
     SELECT q.id FROM {queue} q
-    WHERE q.queued_at <= %(until)s AND q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s) AND (
-        q.claimed_by IS NULL OR q.claimed_at < clock_timestamp() - make_interval(secs => %(lease_s)s)
+    -- What was queued, or claimed, in the future was so before the server's clock went back.
+    WHERE (q.queued_at <= %(until)s OR q.queued_at > clock_timestamp())
+      AND q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s) AND (
+        q.claimed_by IS NULL
+        OR q.claimed_at NOT BETWEEN clock_timestamp() - make_interval(secs => %(lease_s)s) AND clock_timestamp()
         OR NOT EXISTS (
             SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database AND d.datname = current_database()
             WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted
@@ -116,7 +119,9 @@ DELETE FROM {queue} q WHERE NOT EXISTS (
 -- name: state
 -- purpose: Rows that wait in the queue, by what they wait for.
 SELECT count(DISTINCT key) FILTER (WHERE attempts < %(tries)s) AS waiting,
-       count(DISTINCT key) FILTER (WHERE attempts < %(tries)s AND queued_at < %(before)s) AS waiting_since_before,
+       count(DISTINCT key) FILTER (WHERE attempts < %(tries)s AND (
+           queued_at < coalesce(%(before)s::timestamptz, clock_timestamp()) OR queued_at > clock_timestamp()
+       )) AS waiting_since_before,
        count(DISTINCT key) FILTER (WHERE attempts >= %(tries)s) AS set_aside,
        coalesce(extract(epoch FROM clock_timestamp() - min(queued_at)), 0)::float8 AS oldest_s,
        min(split_part(error, ':', 1)) FILTER (WHERE attempts >= %(tries)s) AS error,

@@ -271,7 +271,7 @@ WHERE target = {target_name};
 
 -- name: current_route
 -- purpose: Where reads go now.
-SELECT route, share_percent, changed_at, changed_by FROM {route} WHERE target = {target_name};
+SELECT route, share_percent, changed_at, changed_by, clock_timestamp() AS now FROM {route} WHERE target = {target_name};
 
 -- name: drawn
 -- purpose: Which texts a share sends to the new route, by the same hash that the function uses.

@@ -79,7 +79,7 @@ WHERE w.id = (
     SELECT o.id FROM {window} o
     WHERE o.done_at IS NULL AND (
         o.claimed_by IS NULL
-        OR o.seen_at < clock_timestamp() - make_interval(secs => %(lease_s)s)
+        OR o.seen_at NOT BETWEEN clock_timestamp() - make_interval(secs => %(lease_s)s) AND clock_timestamp()
         OR NOT EXISTS (SELECT FROM pg_stat_activity a
                        WHERE a.pid = o.claimed_pid AND a.backend_start = o.claimed_session)
     )
