@@ -360,11 +360,11 @@ def test_the_notebook_runs_right_after_preflight_and_plans_without_a_trace(
     step("migrate/00_preflight", path)
     step("operate/00_rehearse", path, execute=False)
     assert _schemas(ready) == []
-    step("operate/00_rehearse", path)
+    step("operate/00_rehearse", path, times=2)
     phase = open_phase("00_rehearse")
     assert phase.ledger.phase_verdict("00_rehearse") == "PASS"
     done = [e["body"]["name"] for e in phase.ledger.entries() if e["kind"] == "statement"]
-    assert done == [f"rehearse.{n}" for n in ("create_scratch", "create_sample", "fill_sample", "drop_scratch")]
+    assert done == [f"rehearse.{n}" for n in ("create_scratch", "create_sample", "fill_sample", "drop_scratch")] * 2
     entries = phase.ledger.entries()
     assert all(SCRATCH not in str(e["body"].get("lines", "")) for e in entries)
     before = review._forecast(review._Newest(make_manifest(), [e for e in entries if e["kind"] != "rehearsal"]))

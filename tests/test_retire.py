@@ -126,7 +126,7 @@ def test_there_and_back_through_the_notebook(
     before, path = dump(database), params_file(tmp_path)
     step(NOTEBOOK, path, execute=False)
     assert (indexes(articles), dump(database)) == (ALL, before)
-    step(NOTEBOOK, path)
+    step(NOTEBOOK, path, times=2)
     assert indexes(articles) == LEFT
     with pytest.raises(psycopg.errors.CheckViolation, match="articles_legacy_is_retired"):
         articles.execute("UPDATE runbook.route SET route = 'legacy', share_percent = 0")
@@ -141,7 +141,7 @@ def test_there_and_back_through_the_notebook(
     assert indexes(articles) == LEFT, "applied twice"
     step(UNDO_NOTEBOOK, path, execute=False)
     assert indexes(articles) == LEFT, "a plan"
-    step(UNDO_NOTEBOOK, path)
+    step(UNDO_NOTEBOOK, path, times=2)
     assert dump(database) == before
     assert retire.undo_plan(_open(path)).statements == (), "undone twice"
     articles.execute("DROP INDEX articles_prefix")

@@ -350,6 +350,20 @@ def test_only_what_is_proved_since_its_last_change_is_closed(opened: Callable[..
     assert "PASS" in str(phase.close(holds(phase)))
 
 
+@pytest.mark.parametrize("name", OPERATE)
+def test_proved_before_it_is_done_it_fails_by_its_gates_if_at_all(
+    opened: Callable[..., Stepped], there: str, name: str
+) -> None:
+    stepped = opened(f"operate/{name}")
+    stepped.phase.order.required = True
+    before = fingerprint(there, but="runbook.entry")
+    try:
+        stepped.section(PROVE)
+    except RunbookError as failed:
+        assert "None" not in str(failed)
+    assert fingerprint(there, but="runbook.entry") == before
+
+
 def test_a_second_notebook_in_a_kernel_ends_the_first(
     opened: Callable[..., Stepped], there: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -296,7 +296,7 @@ def _measured(last: dict[str, Any] | None) -> list[Gate]:
     rows = last["found"] if last else []
     past = [r["title"] for r in rows if not r["uses_its_index"]]
     reached = [r["title"] for r in rows if r["reaches"]]
-    target = last["target_recall"] if last else None
+    needed = f"recall {last['target_recall']}" if last else "the target recall"
     return [
         gate(
             "storage.every_search_read_its_index",
@@ -313,9 +313,11 @@ def _measured(last: dict[str, Any] | None) -> list[Gate]:
             bool(reached) if rows else None,
             f"{len(rows)} ways to search",
             found=f"{len(reached)} reach it",
-            needed=f"recall {target}, no query short of rows, by one of them",
+            needed=f"{needed}, no query short of rows, by one of them",
             danger="there is nothing to choose among",
-            do="add higher settings to tune.ef_search, or more to storage.rerank",
+            do="add higher settings to tune.ef_search, or more to storage.rerank"
+            if rows
+            else "run 50_compare_storage with execute: true",
             figures={"reached": len(reached)},
         ),
     ]
