@@ -32,7 +32,7 @@ GENEROUS = "".join(
     for place in ("", "IN SCHEMA public")
     if place == "" or kind != "SCHEMAS"
 )
-# As README asks for.
+# As docs/dba.md asks for.
 APPROVERS = """
     GRANT USAGE ON SCHEMA runbook TO shop_approver;
     GRANT SELECT ON runbook.entry TO shop_approver;
