@@ -13,7 +13,9 @@ from click.testing import CliRunner, Result
 
 from runbook_lib import params
 from runbook_lib.checking import inputs
+from runbook_lib.commands import init as init_command
 from runbook_lib.commands.cli import main
+from runbook_lib.gates import BadInput
 from runbook_lib.params import Params
 from tests.conftest import DSN_ENV
 
@@ -235,3 +237,29 @@ def test_a_graph_too_large_for_the_server_makes_way_for_ivfflat(
     assert result.exit_code == 0, result.stderr
     assert params.load(path).index.method == "ivfflat"
     assert "an HNSW graph would take" in path.read_text()
+
+
+def test_at_a_terminal_a_wrong_answer_is_asked_for_again(
+    tmp_path: Path, database: str, table: Callable[[str], psycopg.Connection[Any]]
+) -> None:
+    table(PRODUCTS)
+    given = {
+        "table": ["prodcuts", "products"],
+        "key": ["name", "sku"],
+        "text columns": ["nmae, details", "name, details"],
+        "filters": ["hue", "colour"],
+        "model": ["wordllama"],
+        "is this": ["no"] * 9,
+    }
+    said: list[str] = []
+
+    def ask(question: str, _suggestion: str) -> str:
+        return next(answers for start, answers in given.items() if question.startswith(start)).pop(0)
+
+    wishes = init_command.Wishes(dsn_env=DSN_ENV)
+    path = init_command.write(wishes, tmp_path / "x.yaml", force=False, ask=ask, say=said.append, interactive=True)
+    p = params.load(path)
+    assert (p.target.table, p.target.key, p.target.filters) == ("products", "sku", ["colour"])
+    assert len([line for line in said if "FAIL" in line]) == 4
+    with pytest.raises(BadInput):
+        init_command.write(wishes, tmp_path / "y.yaml", force=False, ask=lambda *_: "nothing", say=said.append)

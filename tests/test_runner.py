@@ -21,6 +21,7 @@ import psycopg
 import pytest
 
 from runbook_lib import params
+from runbook_lib.commands import cli
 from runbook_lib.gates import BadInput
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
@@ -28,6 +29,7 @@ from runbook_lib.records import verify
 from runbook_lib.running import manifest, plans, runner
 from tests import small_notebooks
 from tests.conftest import write_params
+from tests.records import make_manifest
 from tests.small_runs import FIRST, GATE, ROOT, SECOND, ledger_rows, record_of, sessions, wait_until
 from tests.small_runs import run as run  # a fixture
 
@@ -338,3 +340,41 @@ def test_a_run_that_began_by_the_ledger_and_lost_its_runner_is_settled_once(
     assert manifest.read(folder).status == "running"
     runner.settle_abandoned(p, True)
     assert (manifest.read(folder).status, list(verify.check(p, folder.name).failed)) == ("interrupted", [])
+
+
+def test_older_records_of_what_a_schedule_repeats_are_removed_where_the_parameters_say_so(tmp_path: Path) -> None:
+    p = params.load(write_params(tmp_path, record={"runs_dir": str(tmp_path / "runs"), "keep": 2}))
+
+    def recorded(n: int, name: str, status: str = "passed") -> manifest.Manifest:
+        made = replace(
+            make_manifest(
+                run_id=f"run-{n}", started=f"2026-01-01T00:00:0{n}+00:00", status=status, target="articles"
+            ),
+            phases=(manifest.PhaseRun(name, status),),
+        )
+        (tmp_path / "runs" / made.run_id).mkdir(parents=True)
+        manifest.write(tmp_path / "runs" / made.run_id, made)
+        return made
+
+    recorded(1, "10_refresh", "failed")
+    recorded(2, "40_rebuild_index")
+    made = [recorded(n, "10_refresh") for n in range(3, 7)]
+    (tmp_path / "runs" / "run-9").symlink_to(tmp_path / "runs" / "run-1")
+    runner._prune(p, made[-1])
+    left = sorted(f.name for f in (tmp_path / "runs").iterdir() if f.is_dir())
+    assert left == ["run-1", "run-2", "run-5", "run-6", "run-9"], "those that passed, but the newest two"
+    assert "run-3" not in (tmp_path / "runs" / "index.html").read_text()
+
+
+def test_a_quiet_run_says_nothing_where_all_is_well(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, _ = run()
+    for quiet, said in ((True, ""), (False, f"✔ passed: {result.folder / 'index.html'}\n")):
+        with pytest.raises(SystemExit) as ended:
+            cli._end(result, quiet)
+        assert (ended.value.code, capsys.readouterr().out) == (0, said)
+    with pytest.raises(SystemExit):
+        cli._end(replace(result, status="failed", exit_code=1, error="why"), True)
+    both = capsys.readouterr()
+    assert both.err == "why\n" and "failed" in both.out

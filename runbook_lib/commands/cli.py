@@ -50,7 +50,7 @@ class _Suggesting(click.Group):
 
 
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress; the reason alone where the run stops.")
+QUIET = click.option("--quiet", "-q", is_flag=True, help="Nothing where all is well; else the reason and the record.")
 VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Progress as log lines, with time and run id.")
 EXECUTE = click.option("--execute", is_flag=True, help="Carry it out. Without it, only the plan is made.")
 
@@ -168,7 +168,8 @@ def help_out(params_file: Path) -> None:
 
 @main.command(epilog=EXIT_CODES_HELP)
 @PARAMS
-def check(params_file: Path) -> None:
+@QUIET
+def check(params_file: Path, quiet: bool) -> None:
     """Check parameters and inputs; after a migration, that the search is still what was proved. Starts nothing.
 
     What can only be tried is tried, and rolled back: it locks the table for a few tenths of a second at most, with
@@ -184,24 +185,24 @@ def check(params_file: Path) -> None:
         gates = inputs.input_problems(params)
         if gates.failed:
             raise BadInput(gates.failed)
-        click.echo(
-            f"{SYMBOLS[Status.PASSED]} {params_file}: nothing stands against a run ({len(gates)} inputs checked)"
-        )
+        holds = [f"{params_file}: nothing stands against a run ({len(gates)} inputs checked)"]
         if tried := trials.summary(gates):
-            click.echo(f"  {tried}")
-        _check_search(params)
+            holds.append(tried)
+        if seen := _check_search(params):
+            holds.append(f"the search is what was proved ({seen} gates passed)")
+        if not quiet:
+            click.echo("\n".join(f"{SYMBOLS[Status.PASSED]} {line}" for line in holds))
 
 
-def _check_search(params: Params) -> None:
-    """The gates of operate/20_watch, where there is something to watch; for CI, cron and a release checklist."""
+def _check_search(params: Params) -> int:
+    """The gates of operate/20_watch, where there is something to watch; how many passed."""
     # Here, because it needs what takes longer to import than the other commands take to run.
     from runbook_lib.operations import watch
 
     gates = watch.check(params)
     if gates.failed:
         raise GateFailed(gates)
-    if gates:
-        click.echo(f"{SYMBOLS[Status.PASSED]} the search is what was proved ({len(gates)} gates passed)")
+    return len(gates)
 
 
 def _names(value: str) -> tuple[str, ...]:
@@ -238,7 +239,8 @@ def init_(output: Path | None, force: bool, **wishes: Any) -> None:
         return str(click.prompt(question, default=suggestion, err=True))
 
     with plain_errors():
-        path = init.write(init.Wishes(**wishes), output, force=force, ask=ask, say=say)
+        interactive = sys.stdin.isatty()
+        path = init.write(init.Wishes(**wishes), output, force=force, ask=ask, say=say, interactive=interactive)
         click.echo(str(path))
         say(f"read it, then: runbook check {path}")
 
@@ -304,7 +306,7 @@ def _end(result: RunResult, quiet: bool = False) -> None:
     """The result on stdout, the exit code to the caller; what stopped the run on stderr, said by the progress."""
     if quiet and result.error:
         say(result.error)
-    if result.folder is not None:
+    if result.folder is not None and not (quiet and result.exit_code == 0):
         if result.status is Status.PASSED and result.exit_code:
             click.echo(f"{SYMBOLS[Status.FAILED]} {result.status}, but its record is incomplete: {result.folder}")
         else:

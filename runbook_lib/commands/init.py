@@ -12,8 +12,9 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from psycopg import sql
@@ -31,6 +32,7 @@ from runbook_lib.measuring.statements import Search
 from runbook_lib.params import Params
 from runbook_lib.running.manifest import write_atomically
 
+T = TypeVar("T")
 Ask = Callable[[str, str], str]
 Say = Callable[[str], None]
 
@@ -61,9 +63,10 @@ class Wishes:
     dimension: int | None = None
 
 
-def write(wishes: Wishes, output: Path | None, *, force: bool, ask: Ask, say: Say) -> Path:
+def write(wishes: Wishes, output: Path | None, *, force: bool, ask: Ask, say: Say, interactive: bool = False) -> Path:
     """Looks, asks, and writes the params file, and a starter queries file if none was given; returns its path.
 
+    interactive: an answer that cannot be used is asked for again, with the reason.
     Raises BadInput where a file is there already (without ``force``), the server cannot be reached, or the table
     has no key or no text; then nothing was written.
     """
@@ -73,14 +76,14 @@ def write(wishes: Wishes, output: Path | None, *, force: bool, ask: Ask, say: Sa
     only_connection = _draft(wishes, schema="public", table="?", key="?", text_columns=["?"])
     with db.connect(only_connection, "runbook init") as connection:
         connection.execute("SET default_transaction_read_only = on")
-        schema, table = _which_table(connection, only_connection, wishes, ask)
+        patiently = partial(_patiently, say, interactive)
+        table, found = patiently(wishes.table, lambda: _table(connection, only_connection, wishes, ask))
         output = output or Path("params") / f"{_short_name(table)}.yaml"
         starter = output.with_name(f"{output.stem}-queries.jsonl")
         _refuse_to_overwrite([output] if wishes.queries_file else [output, starter], force)
-        found = suggest.look(connection, _draft(wishes, schema=schema, table=table, key="?", text_columns=["?"]))
         say(f"{found.name}: {number(found.rows)} rows, {len(found.columns)} columns")
         queries = _relative(wishes.queries_file, output) if wishes.queries_file else starter.name
-        settings, first_text = _settings(connection, found, wishes, queries, ask, say)
+        settings, first_text = _settings(connection, found, wishes, queries, ask, say, patiently)
         settings.append(Setting("record", "runs_dir", _relative(Path("runs"), output), "relative to this file"))
         content = suggest.render(found, settings)
         _load(content)
@@ -93,14 +96,20 @@ def write(wishes: Wishes, output: Path | None, *, force: bool, ask: Ask, say: Sa
 
 
 def _settings(
-    connection: db.Connection, found: Found, wishes: Wishes, queries: str, ask: Ask, say: Say
+    connection: db.Connection,
+    found: Found,
+    wishes: Wishes,
+    queries: str,
+    ask: Ask,
+    say: Say,
+    patiently: Callable[[Any, Callable[[], Any]], Any],
 ) -> tuple[list[Setting], str]:
     """Every line of the file, asked or found, and the first text column."""
-    key = _which_key(found, wishes, ask)
+    key = patiently(wishes.key or not found.keys, lambda: _which_key(found, wishes, ask))
     seen = _which_legacy(connection, found, key, wishes, ask, say)
-    texts = _which_texts(found, key, seen, wishes, ask)
-    filters = _which_filters(found, key, texts, seen, wishes, ask)
-    source, dimension = _which_model(wishes, ask)
+    texts = patiently(wishes.text_columns, lambda: _which_texts(found, key, seen, wishes, ask))
+    filters = patiently(wishes.filters is not None, lambda: _which_filters(found, key, texts, seen, wishes, ask))
+    source, dimension = patiently(wishes.dimension, lambda: _which_model(wishes, ask))
     search_of_today = seen or _placeholder(found, key, texts, filters)
     way_in = Setting("connection", *(("service", wishes.service) if wishes.service else ("dsn_env", wishes.dsn_env)))
     vector = suggest.vector(found, source, dimension)
@@ -114,6 +123,17 @@ def _settings(
         *suggest.index(found, kind, dimension),
     ]
     return settings, texts[0]
+
+
+def _patiently(say: Say, interactive: bool, given: Any, look: Callable[[], T]) -> T:
+    """What an answer comes to; asked for again where it cannot be used, unless it was given on the command line."""
+    while True:
+        try:
+            return look()
+        except BadInput as error:
+            if given or not interactive:
+                raise
+            say(str(error).strip("\n"))
 
 
 def _relative(path: Path, output: Path) -> str:
@@ -177,6 +197,12 @@ def _which_table(connection: db.Connection, draft: Params, wishes: Wishes, ask: 
     answer = _needed(ask(f"table, of {shown or 'none that holds text'}", ""), "target.table", "--table")
     chosen = [t for t in known if answer in (t["table"], f"{t['schema']}.{t['table']}")]
     return (chosen[0]["schema"], chosen[0]["table"]) if chosen else (wishes.schema or "public", answer)
+
+
+def _table(connection: db.Connection, draft: Params, wishes: Wishes, ask: Ask) -> tuple[str, Found]:
+    """The table's name, and what is found in it. Raises BadInput where there is no such table."""
+    schema, table = _which_table(connection, draft, wishes, ask)
+    return table, suggest.look(connection, _draft(wishes, schema=schema, table=table, key="?", text_columns=["?"]))
 
 
 def _which_key(found: Found, wishes: Wishes, ask: Ask) -> str:

@@ -110,6 +110,13 @@ class Record(Section):
         " the machine; never more than the umask allows.",
     )
 
+    keep: int | None = Field(
+        None,
+        ge=1,
+        description="Records of passed refreshes, and of passed watches, that are kept; older folders are removed,"
+        " their rows stay in the ledger. All if not given.",
+    )
+
     @property
     def folder_mode(self) -> int:
         """Permissions of a run's folder; its files have the same, less the right to enter."""

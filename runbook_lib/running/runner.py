@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -52,6 +53,9 @@ SQL = load("runner")
 
 # The kernel writes its log to our standard error, a traceback when it is interrupted among it; that is not progress.
 QUIET_KERNEL = "--log-level=CRITICAL"
+
+# What a schedule repeats; its records may be pruned.
+REPEATED = ("10_refresh", "20_watch")
 
 Say = Callable[[str], None]
 
@@ -111,11 +115,31 @@ def run(
         manifest = finish(folder, params, manifest, say)
         if manifest.head:
             say(f"the ledger ends with {manifest.head}")
+    _prune(params, manifest)
     assert manifest.exit_code is not None
     error = next((p.error for p in manifest.phases if p.error), "")
     if manifest.status == Status.PASSED and manifest.exit_code:
         error = manifest.notes[-1]
     return RunResult(Status(manifest.status), manifest.exit_code, folder, error, manifest.head)
+
+
+def _prune(params: Params, run: Manifest) -> None:
+    """Removes the oldest records of an operation that a schedule repeats, where the parameters say how many to keep.
+
+    Only of runs that passed, and never what a link leads to; what they did stands in the ledger.
+    """
+    keep, name = params.record.keep, run.phases[0].name
+    if keep is None or name not in REPEATED or run.status != Status.PASSED:
+        return
+    from runbook_lib.records import record
+
+    runs = manifests.all_runs(params.record.runs_dir)
+    mine = ((f, m) for f, m in runs if m.target == run.target and [p.name for p in m.phases] == [name])
+    passed = [folder for folder, m in mine if m.status == Status.PASSED]
+    for folder in passed[keep:]:
+        shutil.rmtree(folder)
+    if passed[keep:]:
+        record.write_list(params.record.runs_dir)
 
 
 def settle_abandoned(params: Params, execute: bool) -> None:
