@@ -54,6 +54,30 @@ def test_a_kernel_without_memory_is_a_crash_and_the_run_goes_on_later(run: Run) 
     assert run()[0].status == "passed"
 
 
+@pytest.mark.parametrize(
+    ("said", "starts"),
+    [([runner.NEVER_STARTED], 2), ([runner.NEVER_STARTED] * 3, 3), (["the first cell was run"], 1)],
+)
+def test_a_kernel_that_died_before_its_first_cell_is_started_again_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], starts: int
+) -> None:
+    started: list[str] = []
+
+    def execute(*_: Any, **__: Any) -> str:
+        started.append("kernel")
+        if len(started) <= len(said):
+            raise RuntimeError(said[len(started) - 1])
+        return "executed"
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    if starts > len(said):
+        assert runner._execute(tmp_path, make_manifest(), FIRST) == "executed"
+    else:
+        with pytest.raises(RuntimeError, match=said[-1]):
+            runner._execute(tmp_path, make_manifest(), FIRST)
+    assert len(started) == starts
+
+
 @pytest.mark.usefixtures("articles")
 def test_a_phase_past_its_time_is_interrupted_and_its_statement_gone(run: Run, database: str) -> None:
     seen: list[float] = []

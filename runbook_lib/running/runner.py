@@ -20,6 +20,7 @@ from typing import Any
 
 import papermill
 import psycopg
+import tenacity
 
 import runbook_lib
 from runbook_lib import db
@@ -53,6 +54,8 @@ SQL = load("runner")
 
 # The kernel writes its log to our standard error, a traceback when it is interrupted among it; that is not progress.
 QUIET_KERNEL = "--log-level=CRITICAL"
+# What jupyter_client says of a kernel that died before its first cell, and how often one is started.
+NEVER_STARTED, KERNEL_STARTS = "Kernel died before replying to kernel_info", 3
 
 # What a schedule repeats; its records may be pruned.
 REPEATED = ("10_refresh", "20_watch")
@@ -363,8 +366,19 @@ def _run_phase(folder: Path, params: Params, manifest: Manifest, name: str, stop
 
 
 def _execute(folder: Path, manifest: Manifest, name: str) -> Any:
+    """One notebook through papermill.
+
+    A kernel's ports are chosen before it binds them: where several start on a machine at once, one may find its port
+    taken, and dies before its first cell. Then another is started.
+    """
     source = notebooks() / manifest.way / f"{name}.ipynb"
-    return papermill.execute_notebook(
+    starts = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_message(NEVER_STARTED),
+        stop=tenacity.stop_after_attempt(KERNEL_STARTS),
+        reraise=True,
+    )
+    return starts(
+        papermill.execute_notebook,
         _not_a_format(source),
         _not_a_format(folder / f"{name}.ipynb"),
         {"params_file": manifest.params_file, "run_id": manifest.run_id, "execute": manifest.execute},
