@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from pgvector.psycopg import register_vector
 
 from runbook_lib import db, search, tune
 from runbook_lib.display import Table, number
@@ -18,6 +17,7 @@ from runbook_lib.measuring import agreement, evaluate, legacy_calls, replica, sl
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import digits
 from runbook_lib.phase import Phase, changes
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 from runbook_lib.thresholds import apart, at_least, at_most, milliseconds, score
 from runbook_lib.vectors import embed

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psycopg
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db, forecast, row_counts
@@ -15,8 +14,9 @@ from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.indexing import index_partitions
 from runbook_lib.indexing.building import Built
 from runbook_lib.indexing.building import concurrently as concurrently
-from runbook_lib.names import as_indexed, identifier, index_name, names, operator_class, spelled
+from runbook_lib.names import as_indexed, identifier, index_name, names, operator_class, spelled, unquoted
 from runbook_lib.phase import Phase, changes
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 
 SQL = load("index")
@@ -168,7 +168,7 @@ def _is_valid(phase: Phase, found: db.Row | None) -> Gate:
 
 def _has_right_class(phase: Phase, found: db.Row) -> Gate:
     p = phase.params
-    indexed, wanted = unquoted(found["indexed"]), unquoted(spelled(p, "indexed"))
+    indexed, wanted = unquoted(p, found["indexed"]), unquoted(p, spelled(p, "indexed"))
     is_ours = (found["method"], found["operator_class"], indexed, found["on_target"])
     return gate(
         "index.has_the_right_operator_class",
@@ -181,11 +181,6 @@ def _has_right_class(phase: Phase, found: db.Row) -> Gate:
         if indexed == wanted
         else "put index.storage back, or go over to another one with operate/40_rebuild_index",
     )
-
-
-def unquoted(text: str) -> str:
-    """As PostgreSQL writes a name that needs no quotes; the runbook always quotes."""
-    return text.replace('"', "")
 
 
 def _was_built_in_memory(phase: Phase) -> Gate:

@@ -14,6 +14,7 @@ from typing import Any
 from psycopg import sql
 
 from runbook_lib import db, search
+from runbook_lib.checking import free_names
 from runbook_lib.compare import FAST_ENOUGH_MS
 from runbook_lib.display import Table, number
 from runbook_lib.gates import Gate, Gates, collect, gate
@@ -94,6 +95,7 @@ def plan(phase: Phase) -> db.Plan:
     """The log, the function and its grants; nothing where ``shadow.sample_percent`` is 0."""
     if not phase.params.shadow.sample_percent or search.function_state(phase) is None:
         return db.Plan((), phase.connection)
+    free_names.require_function(phase.connection, phase.params, function_name(phase.params))
     extra = _names(phase)
     statements = [db.statement(SQL[b], phase.params, extra) for b in ("create_log", "create_function")]
     grants = [

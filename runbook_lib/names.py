@@ -80,10 +80,28 @@ def operator_class(params: Params) -> str:
     return f"{params.indexed_type}_{OPERATOR_CLASSES[params.vector.distance]}"
 
 
+def of_pgvector(params: Params, name: str) -> sql.Composable:
+    """A type, function or operator class of pgvector, with the schema that it is in: others may create in that schema
+    (in public everybody may, up to PostgreSQL 14), so no path of the runbook's has it.
+    """
+    return identifier(params.extension.schema_, name)
+
+
+def operator(params: Params, symbol: str) -> sql.Composable:
+    """An operator of pgvector, likewise."""
+    return sql.SQL("OPERATOR({}.{})").format(identifier(params.extension.schema_), sql.SQL(symbol))
+
+
 def as_indexed(params: Params, vector: sql.Composable) -> sql.Composable:
     """A vector, of a row or of a query, as the index holds it; both sides of its operator must be written so."""
-    form = {"vector": "{}", "halfvec": "{}::halfvec({})", "bit": "binary_quantize({})::bit({})"}[params.index.storage]
-    return sql.SQL(form).format(vector, sql.Literal(params.vector.dimension))
+    form = {"vector": "{v}", "halfvec": "{v}::{halfvec}({d})", "bit": "{binary_quantize}({v})::bit({d})"}
+    parts = {name: of_pgvector(params, name) for name in ("halfvec", "binary_quantize")}
+    return sql.SQL(form[params.index.storage]).format(v=vector, d=sql.Literal(params.vector.dimension), **parts)
+
+
+def unquoted(params: Params, text: str) -> str:
+    """As PostgreSQL writes names that need neither quotes nor pgvector's schema; the runbook always writes both."""
+    return text.replace('"', "").replace(f"{params.extension.schema_}.", "")
 
 
 def indexed(params: Params) -> sql.Composable:
@@ -136,6 +154,8 @@ def names(params: Params) -> dict[str, sql.Composable]:
     be searched, and ``{with_vectors}`` every row of the target, both with alias ``t`` for the target;
     ``{row_embedding}``, ``{row_embedding_hash}`` and ``{row_embedding_updated_at}`` are that row's.
 
+    ``{of_trusted_owner}`` is the condition that no stranger has made the function ``p``.
+
     ``{counted}`` is the ledger's rows that open phases and seal records: those that its owner's role wrote.
 
     ``{distance}`` is the operator of the vectors. What the index holds may be smaller: ``{indexed}`` is its column
@@ -144,7 +164,7 @@ def names(params: Params) -> dict[str, sql.Composable]:
     target, vector = params.target, params.vector
     ledger = params.ledger.schema_
     text = _text(target.text_columns, "t")
-    vector_type = sql.SQL("{}({})").format(identifier(vector.type), sql.Literal(vector.dimension))
+    vector_type = sql.SQL("{}({})").format(of_pgvector(params, vector.type), sql.Literal(vector.dimension))
     return {
         "schema": identifier(target.schema_),
         "table": identifier(target.schema_, target.table),
@@ -153,10 +173,12 @@ def names(params: Params) -> dict[str, sql.Composable]:
         "embedding_updated_at": identifier(f"{vector.column}_updated_at"),
         "embedding_hash": identifier(f"{vector.column}_hash"),
         "vector_type": vector_type,
-        "distance": sql.SQL(OPERATORS[vector.distance]),
-        "operator_class": identifier(operator_class(params)),
+        "distance": operator(params, OPERATORS[vector.distance]),
+        "inner_product": operator(params, "<#>"),
+        "vector_dims": of_pgvector(params, "vector_dims"),
+        "operator_class": of_pgvector(params, operator_class(params)),
         "indexed": indexed(params),
-        "index_distance": sql.SQL("<~>" if params.index.storage == "bit" else OPERATORS[vector.distance]),
+        "index_distance": operator(params, "<~>" if params.index.storage == "bit" else OPERATORS[vector.distance]),
         "index": identifier(index_name(params)),
         "qualified_index": identifier(target.schema_, index_name(params)),
         "text": text,
@@ -192,10 +214,20 @@ def names(params: Params) -> dict[str, sql.Composable]:
         "insert_trigger": identifier(trigger_name(params, "insert")),
         "update_trigger": identifier(trigger_name(params, "update")),
         "function": identifier(target.schema_, params.function_name),
+        "of_trusted_owner": _of_trusted_owner(params),
         "target_name": sql.Literal(target.name),
         "draw": DRAW,
         **_where_vectors_stand(params),
     }
+
+
+def _of_trusted_owner(params: Params) -> sql.Composed:
+    """Is the owner of the function ``p`` one who could change the table anyway? Others may make one of its name."""
+    table = sql.Literal(sql.Identifier(params.target.schema_, params.target.table).as_string())
+    return sql.SQL(
+        "coalesce(pg_catalog.pg_has_role(p.proowner, (SELECT c.relowner FROM pg_catalog.pg_class c"
+        " WHERE c.oid = pg_catalog.to_regclass({})), 'MEMBER'), true)"
+    ).format(verbatim(table.as_string()))
 
 
 def _counted(ledger: str) -> sql.Composed:

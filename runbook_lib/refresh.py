@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 from pgvector import HalfVector
-from pgvector.psycopg import register_vector
 
 from runbook_lib import db, staging
 from runbook_lib.checking import citus
@@ -26,6 +25,7 @@ from runbook_lib.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.names import changing, names, spelled, vectors_stand_beside
 from runbook_lib.order import SECONDS_BETWEEN_QUESTIONS
 from runbook_lib.phase import Phase, changes
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed, masking
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runbook_lib import db
+from runbook_lib import db, session
 from runbook_lib.checking import capture, citus, free_names, partition_checks
 from runbook_lib.display import Table
 from runbook_lib.filling import pruning, sidetable
@@ -190,15 +190,9 @@ def verify_undone(phase: Phase) -> Gates:
 def catalogue(phase: Phase) -> list[str]:
     """The table's columns, indexes, constraints, triggers, options, grants and comments, a line each."""
     p = phase.params
-    found = db.rows(
-        phase.connection,
-        SQL["catalogue"],
-        p,
-        table=_table(phase),
-        schema=spelled(p, "schema"),
-        function=p.function_name,
-    )
-    return [row["line"] for row in found]
+    values = {"table": _table(phase), "schema": spelled(p, "schema"), "function": p.function_name}
+    with session.fixed_path(phase.connection):
+        return [row["line"] for row in db.rows(phase.connection, SQL["catalogue"], p, **values)]
 
 
 def difference(before: Sequence[str], now: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db, session
+from runbook_lib.checking import free_names
 from runbook_lib.display import Table
 from runbook_lib.gates import Gates, collect, gate
 from runbook_lib.measuring import together
@@ -22,6 +22,7 @@ from runbook_lib.names import as_indexed, identifier, names, spelled, verbatim
 from runbook_lib.operations import handover
 from runbook_lib.params import Params, placeholders
 from runbook_lib.phase import Phase, changes
+from runbook_lib.session import register_vector
 from runbook_lib.sql import DOLLAR_TAG, load
 
 SQL = load("search")
@@ -68,7 +69,7 @@ def _filters(params: Params, places: Mapping[str, sql.Composable], types: Mappin
 
 
 def column_types(connection: db.Connection, params: Params) -> dict[str, str]:
-    """Types of the key and the filters, by column name."""
+    """Types of the key and the filters, by column name; with their schemas, but for PostgreSQL's own."""
     table = spelled(params, "table")
     columns = [params.target.key, *params.target.filters]
     found = db.rows(connection, SQL["column_types"], params, table=table, columns=columns)
@@ -258,26 +259,29 @@ def _legacy_answer(phase: Phase, retired: bool, using: Sequence[str]) -> sql.Com
 
 
 def _users_path(phase: Phase) -> sql.Composable:
-    """Part of the function: the legacy query's names resolve as they do for the application, where the function's own
-    path is narrower. The SET of the function ends it with the call.
+    """Part of the function: the legacy query's names resolve as they do for the application, temporary ones last,
+    where the function's own path is narrower. The SET of the function ends it with the call.
     """
     came_with = session.inherited(phase.connection)
     wanted = list(dict.fromkeys([phase.params.target.schema_, *came_with]))
     if set(wanted) <= set(function_path(phase.connection, phase.params)):
         return sql.SQL("")
-    path = ", ".join(identifier(schema).as_string() for schema in wanted)
+    path = ", ".join(identifier(schema).as_string() for schema in [*wanted, "pg_temp"])
     return sql.SQL("PERFORM pg_catalog.set_config('search_path', {}, true);\n        ").format(sql.Literal(path))
 
 
 def function_path(connection: db.Connection, params: Params) -> list[str]:
-    """The function's search path: pg_catalog first; the table's schema, what the session sees and pgvector's schema,
-    unless others may shadow a name there; pg_temp last.
+    """The function's search path: pg_catalog first, pg_temp last; between them the schemas of the filters' types,
+    whose operators are there, and for an expression the table's and those that the session sees; none of them where
+    others may create.
     """
-    closed_off = {row["schema"] for row in session.open_schemas(connection, (params.extension.schema_,))}
-    row = connection.execute("SELECT current_schemas(false) AS seen").fetchone()
-    # Without pgvector's own schema neither its type nor its operators would be found.
-    closed_off -= {params.extension.schema_, session.pgvectors_schema(connection)}
-    wanted = [params.target.schema_, *(row["seen"] if row else []), params.extension.schema_]
+    columns = [params.target.key, *params.target.filters]
+    found = db.rows(connection, SQL["type_schemas"], params, table=spelled(params, "table"), columns=columns)
+    wanted = [row["schema"] for row in found]
+    if params.search.fulltext_expression:
+        row = connection.execute("SELECT current_schemas(false) AS seen").fetchone()
+        wanted = [params.target.schema_, *(row["seen"] if row else []), *wanted]
+    closed_off = [row["schema"] for row in session.open_schemas(connection, tuple(wanted))]
     between = [schema for schema in wanted if schema not in (*closed_off, "pg_catalog", "pg_temp")]
     return ["pg_catalog", *dict.fromkeys(between), "pg_temp"]
 
@@ -288,7 +292,9 @@ def _as_literal(phase: Phase, route: Route, scan: Scan = "index") -> sql.Composa
     text = route_statement(phase.connection, p, route, in_function=True, scan=scan)
     key = names(p)["key"] if route == "legacy" else sql.Identifier("key")
     score = sql.SQL("NULL::double precision") if route == "legacy" else sql.SQL("q.score")
-    wrapped = sql.SQL("SELECT q.{}, {}, {} FROM (\n{}\n) q").format(key, score, sql.SQL(f"text '{route}'"), text)
+    wrapped = sql.SQL("SELECT q.{}, {}, {} FROM (\n{}\n) q").format(
+        key, score, sql.SQL(f"'{route}'::pg_catalog.text"), text
+    )
     # legacy_statement has doubled its per cent signs for a client; the others hold none.
     return sql.SQL(sql.Literal(wrapped.as_string(phase.connection)).as_string(phase.connection))
 
@@ -302,6 +308,7 @@ def create_statement(
     it if not given. Raises GateFailed where another target took it over.
     """
     handover.require_own(phase)
+    free_names.require_function(phase.connection, phase.params, phase.params.function_name)
     kept = carried_settings(phase) if settings_of is None else settings_of
     return db.statement(
         SQL["create_function"], phase.params, _function_names(phase, retired) | {"kept_settings": _set_clauses(kept)}
@@ -333,6 +340,7 @@ def plan(phase: Phase) -> db.Plan:
     Raises GateFailed where another target took the function over.
     """
     handover.require_own(phase)
+    free_names.require_function(phase.connection, phase.params, phase.params.function_name)
     extra = _function_names(phase)
     start = [] if legacy_is_retired(phase) else ["start_with_legacy"]
     blocks = ["create_route", "create_strategy", "create_way_to_search", *start, "create_function"]
@@ -519,9 +527,11 @@ def matching_statement(connection: db.Connection, params: Params) -> sql.Compose
     return SQL["count_matching"].compose(names(params) | {"filters": filters})
 
 
-def filtered_call_statement(params: Params) -> sql.Composed:
+def filtered_call_statement(connection: db.Connection, params: Params) -> sql.Composed:
     """The same with every filter bound by its column's name; NULL lets every row through."""
+    types = column_types(connection, params)
     given = [
-        sql.SQL(", {} => {}").format(identifier(f"filter_{c}"), sql.Placeholder(c)) for c in params.target.filters
+        sql.SQL(", {} => {}::{}").format(identifier(f"filter_{c}"), sql.Placeholder(c), sql.SQL(types[c]))
+        for c in params.target.filters
     ]
     return SQL["call_filtered"].compose(names(params) | {"filters": sql.SQL("").join(given)})

@@ -13,7 +13,13 @@ from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import psycopg
+from pgvector.psycopg.bit import register_bit_info
+from pgvector.psycopg.halfvec import register_halfvec_info
+from pgvector.psycopg.sparsevec import register_sparsevec_info
+from pgvector.psycopg.vector import register_vector_info
 from psycopg.rows import DictRow, dict_row
+from psycopg.sql import Identifier
+from psycopg.types import TypeInfo
 
 from runbook_lib import conninfo_masking, versions
 from runbook_lib.gates import BadInput, Gate, Verdict
@@ -100,12 +106,10 @@ def use_search_path(connection: Connection) -> None:
     """The search path as it should be now: pg_catalog first, pg_temp last, between them what nobody else can shadow
     a name in; and pgvector's library loaded, with its settings as they were built.
     """
-    own = pgvectors_schema(connection)
-    # pgvector's schema stays, whoever may create in it: its type and operators are found by the path alone.
-    closed_off = [row["schema"] for row in open_schemas(connection) if row["schema"] != own]
+    closed_off = [row["schema"] for row in open_schemas(connection)]
     path = _one(connection, "path", open=closed_off)["path"]
     connection.execute(SQL["use_path"].compose({}), {"path": path})
-    if own:
+    if own := pgvectors_schema(connection):
         load = SQL["load_library"].compose({"vector_in_schema": identifier(own, "vector")})
         connection.execute(load, {})
         connection.execute(SQL["reset_of_pgvector"].compose({}), {})
@@ -117,6 +121,24 @@ def pgvectors_schema(connection: Connection) -> str:
     return str(found["schema"]) if found else ""
 
 
+def register_vector(connection: Connection) -> None:
+    """Teaches this connection pgvector's types by the schema that they are in; pgvector-python looks on the path."""
+    schema = pgvectors_schema(connection)
+    for name, register in (
+        ("vector", register_vector_info),
+        ("halfvec", register_halfvec_info),
+        ("sparsevec", register_sparsevec_info),
+    ):
+        register(connection, _type(connection, Identifier(schema, name)))
+    register_bit_info(connection, _type(connection, Identifier("pg_catalog", "bit")))
+
+
+def _type(connection: Connection, name: Identifier) -> TypeInfo:
+    if info := TypeInfo.fetch(connection, name):
+        return info
+    raise psycopg.ProgrammingError(f"type {name.as_string()} is not there, or may not be used")
+
+
 def open_schemas(connection: Connection, more: tuple[str, ...] = ()) -> list[DictRow]:
     """The schemas in use that others may create in, with who may, and what they have made there already."""
     return connection.execute(SQL["open_schemas"].compose({}), {"schemas": list(more)}).fetchall()
@@ -125,6 +147,16 @@ def open_schemas(connection: Connection, more: tuple[str, ...] = ()) -> list[Dic
 def inherited(connection: Connection) -> list[str]:
     """The schemas of the search path that the session came with, as far as they are there."""
     return list(_one(connection, "users_path")["schemas"])
+
+
+@contextmanager
+def fixed_path(connection: Connection) -> Iterator[None]:
+    """For what the catalogue spells out and is compared later, when other schemas may be open to others: every name
+    with its schema.
+    """
+    with connection.transaction(force_rollback=True):
+        connection.execute(SQL["fixed_path"].compose({}))
+        yield
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from pgvector import HalfVector
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db
@@ -24,6 +23,7 @@ from runbook_lib.order import SECONDS_BETWEEN_QUESTIONS
 from runbook_lib.params.section import unsound
 from runbook_lib.phase import Phase, changes
 from runbook_lib.progress import Progress
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed, masking, packing, sources
 

@@ -146,7 +146,6 @@ def through_the_index(phase: Phase, value: int) -> Iterator[db.Connection]:
     """A fresh connection in a transaction with one index setting and the iterative scan of the search function."""
     method = phase.params.index.method
     with replica.connect(phase, "index") as connection, connection.transaction():
-        connection.execute(SQL["load_library"].compose({}))
         for name, text in ((search.SETTING[method], str(value)), search.ITERATIVE[method]):
             connection.execute(SQL["index_setting"].compose({}), {"name": name, "value": text})
         yield connection
@@ -228,7 +227,7 @@ def _is_too_small(phase: Phase, connection: db.Connection, way: Way) -> bool:
 def _carry_into_function(phase: Phase, tuning: Tuning) -> None:
     """Settings and strategies in one transaction: a call sees all of the old or all of the new."""
     with phase.connection.transaction():
-        phase.connection.execute(SQL["load_library"].compose({}))
+        db.use_search_path(phase.connection)
         for statement in [*search.set_search_setting(phase, tuning.chosen or 0), *strategies(phase, tuning)]:
             phase.do(statement)
 

@@ -18,6 +18,7 @@ from runbook_lib.phase import Phase
 from runbook_lib.running import claim
 
 TARGET, TABLE = "runbook target articles", 'runbook table "public"."articles"'
+REHEARSAL = "runbook rehearsal articles"
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_a_role_that_can_only_connect_stops_no_run(open_phase: Callable[..., Pha
     """Neither by guessing a lock before, nor by waiting for one that it has seen."""
     p = open_phase().params
     with psycopg.connect(anybody, autocommit=True) as attacker:
-        for subject in (TARGET, TABLE, "runbook phase articles", "runbook ledger runbook"):
+        for subject in (TARGET, TABLE, REHEARSAL, "runbook phase articles", "runbook ledger runbook"):
             attacker.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [subject])
         with claim.held_by_runner(p, "one"):
             seen = attacker.execute(
@@ -45,6 +46,10 @@ def test_a_role_that_can_only_connect_stops_no_run(open_phase: Callable[..., Pha
             assert len(seen) == 2
             with pytest.raises(BadInput, match="runbook-runner one"), claim.held_by_runner(p, "two"):
                 pass
+        with db.connect(p, "rehearses") as first, db.connect(p, "another") as second:
+            assert claim.take(first, p, REHEARSAL) == []
+            assert [h["application_name"] for h in claim.take(second, p, REHEARSAL)] == ["rehearses"]
+            assert [h["application_name"] for h in claim.holders(second, p, REHEARSAL)] == ["rehearses"]
         for (key,) in seen:
             attacker.execute("SELECT pg_advisory_lock(%s)", [key])
         with claim.held_by_runner(p, "three"):

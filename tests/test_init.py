@@ -77,10 +77,13 @@ def problems(p: Params) -> list[str]:
 def test_a_table_it_has_not_seen_gets_a_file_that_passes_every_check(
     init: Callable[..., tuple[Result, Path]], table: Callable[[str], psycopg.Connection[Any]]
 ) -> None:
-    search(table(PRODUCTS))
+    connection = table(PRODUCTS)
+    connection.execute("CREATE SCHEMA vectors; CREATE EXTENSION vector SCHEMA vectors")
+    search(connection)
     result, path = init("--table", "products")
     assert (result.exit_code, result.stdout) == (0, f"{path}\n"), result.stderr
     p = params.load(path)
+    assert p.extension.schema_ == "vectors"
     assert (p.target.key, p.target.text_columns, p.target.filters) == ("sku", ["name", "details"], ["colour"])
     assert (p.search.fulltext_column, p.search.fulltext_config) == ("words", "simple")
     assert "(:colour::text IS NULL OR colour = :colour)" in p.legacy.query

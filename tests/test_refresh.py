@@ -182,6 +182,22 @@ def test_what_a_killed_worker_claimed_is_taken_over_at_once(
     assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
 
 
+def test_a_role_that_can_only_connect_keeps_no_change_from_being_taken(
+    filled: Callable[..., Phase], articles: Articles, database: str
+) -> None:
+    """Who sees a worker's lock in pg_locks can wait for it, and holds it once the worker is gone."""
+    phase, name = filled(), f"anybody_{articles.info.dbname}"
+    articles.execute("UPDATE articles SET body = 'other' WHERE id <= 5")
+    articles.execute("UPDATE runbook.articles_queue SET claimed_by = 77, claimed_at = clock_timestamp()")
+    articles.execute(f"CREATE ROLE {name} LOGIN")
+    try:
+        with psycopg.connect(database, user=name, autocommit=True) as other:
+            other.execute("SELECT pg_advisory_lock(%s, 77)", [refresh.LOCK_CLASS])
+            assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
+    finally:
+        articles.execute(f"DROP ROLE {name}")
+
+
 def test_a_worker_that_stands_still_loses_its_claims(filled: Callable[..., Phase], articles: Articles) -> None:
     phase = filled()
     articles.execute("UPDATE articles SET body = 'other' WHERE id <= 5")

@@ -340,7 +340,7 @@ def test_the_function_is_stable_pinned_and_runs_as_its_caller(
     state = search.function_state(phase)
     assert state is not None
     assert (state["volatility"], state["security_definer"]) == ("s", False)
-    assert state["settings"] == ["search_path=pg_catalog, public, pg_temp"]
+    assert state["settings"] == ["search_path=pg_catalog, pg_temp"]
     granted = articles.execute(
         "SELECT has_function_privilege('public', oid, 'execute') FROM pg_proc WHERE proname = 'search_articles'"
     ).fetchone()

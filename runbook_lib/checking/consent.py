@@ -22,6 +22,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
         ("triggers", f"a trigger of {table}"),
         ("rules", f"a rule of {table}"),
         ("publications", "a publication of this database"),
+        ("open_schemas", "a schema of this database"),
     ):
         if given := getattr(params.accept, kind):
             yield _all_exist(kind, where, given, there[kind])

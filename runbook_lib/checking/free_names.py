@@ -33,6 +33,7 @@ def check(connection: db.Connection, params: Params, columns: Collection[str]) -
     yield _new_columns(connection, params, columns)
     if vectors_stand_beside(params):
         yield _side_table(connection, params)
+    yield _function(connection, params, params.function_name)
 
 
 def require(connection: db.Connection, params: Params) -> None:
@@ -41,6 +42,26 @@ def require(connection: db.Connection, params: Params) -> None:
     refused = [g for g in check(connection, params, [c["name"] for c in found]) if g.verdict == Verdict.FAIL]
     if refused:
         raise BadInput(refused)
+
+
+def require_function(connection: db.Connection, params: Params, name: str) -> None:
+    """Raises BadInput where somebody else has made a function of this name in the table's schema."""
+    if (found := _function(connection, params, name)).verdict == Verdict.FAIL:
+        raise BadInput([found])
+
+
+def _function(connection: db.Connection, params: Params, name: str) -> Gate:
+    """Replaced, a function keeps its owner; beside ours, one with other arguments may fit a call better."""
+    found = db.rows(connection, SQL["functions_of_others"], params, schema=spelled(params, "schema"), name=name)
+    return gate(
+        "inputs.function_is_nobody_elses",
+        not found,
+        spelled(params, "schema") + f".{name}",
+        found="; ".join(f"{row['function']} of {row['owner']}" for row in found) or "no function of anybody else",
+        needed="no function of that name whose owner could not change the table",
+        danger="its owner can change what the application calls by that name",
+        do=" ".join(f"DROP FUNCTION {row['function']};" for row in found),
+    )
 
 
 def _new_columns(connection: db.Connection, params: Params, columns: Collection[str]) -> Gate:

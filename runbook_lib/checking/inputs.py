@@ -18,6 +18,7 @@ from runbook_lib.checking import (
     dependents,
     encoding,
     free_names,
+    open_schemas,
     partition_checks,
     policies,
     privileges,
@@ -151,6 +152,7 @@ def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
     yield from free_names.check(connection, params, columns)
     yield from consent.check(connection, params)
     yield from application_settings.check(connection, params)
+    yield open_schemas.check(connection, params)
     yield from dependents.check(connection, params, columns)
     yield from _search(look)
     yield legacy_query_runs(connection, params)
@@ -191,7 +193,17 @@ def _pgvector(connection: db.Connection, params: Params, server: db.Row) -> Iter
     )
     current = v["installed"] is not None and wanted is not None and versions.at_least(v["installed"], wanted)
     yield _may_make_extension(server, v, current)
-    if v["installed"] is None:
+    if v["installed"] is not None:
+        yield gate(
+            "inputs.extension_is_in_its_schema",
+            v["installed_schema"] == params.extension.schema_,
+            "vector",
+            found=f"in schema {v['installed_schema']}",
+            needed=f"extension.schema: the schema that it is in, not {params.extension.schema_}",
+            danger="every statement names pgvector's type and operators with their schema, and would not find them",
+            do=f"extension: {{schema: {v['installed_schema']}}} in the params file",
+        )
+    else:
         yield gate(
             "inputs.extension_schema_exists",
             v["schema_there"],
@@ -387,7 +399,7 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
     try:
         with session.users_path(connection), connection.transaction(force_rollback=True):
             connection.execute("SET TRANSACTION READ ONLY")
-            connection.execute("SELECT set_config('statement_timeout', %s, true)", [LEGACY_TIMEOUT])
+            connection.execute("SELECT pg_catalog.set_config('statement_timeout', %s::text, true)", [LEGACY_TIMEOUT])
             cursor = connection.execute(probe, values, prepare=False)
             columns = [c.name for c in cursor.description or []]
     except psycopg.Error as error:

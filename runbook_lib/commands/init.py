@@ -117,6 +117,7 @@ def _settings(
     settings = [
         *suggest.target(found, way_in, _short_name(found.draft.target.table), key, texts, filters),
         *vector,
+        *suggest.extension(connection, found),
         Setting("legacy", "query", search_of_today.query, "; ".join(search_of_today.assumed)),
         *suggest.queries(queries, given=wishes.queries_file is not None),
         *suggest.search(found),

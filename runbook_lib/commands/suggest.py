@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from psycopg import sql
 
-from runbook_lib import db, forecast, preflight, row_counts
+from runbook_lib import db, forecast, preflight, row_counts, session
 from runbook_lib.checking import inputs
 from runbook_lib.display import number, size
 from runbook_lib.names import identifier, names, spelled
@@ -101,8 +101,7 @@ def look(connection: db.Connection, draft: Params) -> Found:
 
 
 def _fulltext(connection: db.Connection, draft: Params) -> dict[str, str]:
-    with connection.transaction(force_rollback=True):
-        connection.execute(SQL["no_search_path"].compose({}))
+    with session.fixed_path(connection):
         found = db.rows(connection, SQL["fulltext_indexes"], draft, relation=spelled(draft, "table"))
     longest: dict[str, str] = {}
     for row in found:
@@ -184,6 +183,13 @@ def vector(found: Found, source: Mapping[str, str], dimension: int) -> list[Sett
         Setting("vector", "distance", "cosine", "what most models of text were made for; the model's card says"),
         *(Setting("embeddings", k, v) for k, v in source.items()),
     ]
+
+
+def extension(connection: db.Connection, found: Found) -> list[Setting]:
+    """Section extension, where pgvector is in another schema than it is taken to be in."""
+    schema = session.pgvectors_schema(connection)
+    usual = schema in ("", found.draft.extension.schema_)
+    return [] if usual else [Setting("extension", "schema", schema, "where pgvector is installed")]
 
 
 def queries(file: str, *, given: bool) -> list[Setting]:

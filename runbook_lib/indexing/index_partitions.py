@@ -20,7 +20,8 @@ from runbook_lib.checking.partitions import Part, PartIndex
 from runbook_lib.display import Table, number, size
 from runbook_lib.gates import Gate, gate
 from runbook_lib.indexing.building import Built, concurrently
-from runbook_lib.names import identifier, index_name, names, operator_class, shortened, spelled
+from runbook_lib.names import identifier, index_name, names, operator_class, shortened, spelled, unquoted
+from runbook_lib.params import Params
 from runbook_lib.phase import Phase, changes
 from runbook_lib.sql import load
 
@@ -338,9 +339,9 @@ def _listed(what: Sequence[str]) -> str:
 def has_right_class(phase: Phase, now: Standing) -> Gate:
     """Gate: the bracket and every index in it have the method, operator class and column of the parameters."""
     p = phase.params
-    indexed = spelled(p, "indexed").replace('"', "")
+    indexed = unquoted(p, spelled(p, "indexed"))
     wanted = f"{p.index.method} with {operator_class(p)} on {indexed}"
-    by_part = {part.shown: _described(now.own[part.oid]) for part in now.parts if part.oid in now.own}
+    by_part = {part.shown: _described(p, now.own[part.oid]) for part in now.parts if part.oid in now.own}
     other = {shown: what for shown, what in by_part.items() if what != wanted}
     return gate(
         "index.has_the_right_operator_class",
@@ -355,8 +356,8 @@ def has_right_class(phase: Phase, now: Standing) -> Gate:
     )
 
 
-def _described(own: PartIndex) -> str:
-    indexed = own.indexed.replace('"', "")
+def _described(params: Params, own: PartIndex) -> str:
+    indexed = unquoted(params, own.indexed)
     return f"{own.method} with {own.operator_class} on {indexed}"
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db, row_counts
@@ -17,6 +16,7 @@ from runbook_lib.measuring.found import Nearest
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed
 from runbook_lib.vectors.sources import as_array

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import sql
 
-from runbook_lib import db, forecast, row_counts
+from runbook_lib import db, forecast, names, row_counts
 from runbook_lib.checking import partitions
 from runbook_lib.display import number
 from runbook_lib.measuring.prepared import SQL, Planned, Sent, plan_of, vector_indexes
 from runbook_lib.measuring.statement import VectorSearch, casts_without_dimension, find, named
-from runbook_lib.names import OPERATORS, as_indexed, spelled
+from runbook_lib.names import OPERATORS, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 
@@ -147,7 +147,10 @@ def _changes(case: _Case) -> Iterator[Change]:
         return
     p, index = case.params, case.index
     column, vector_type = p.vector.column, f"{p.vector.type}({p.vector.dimension})"
-    operator = OPERATORS[p.vector.distance]
+    distance = OPERATORS[p.vector.distance]
+    operator = index["operator"] or distance
+    if not case.sent.is_the_applications:
+        vector_type, operator = spelled(p, "vector_type"), names.operator(p, operator).as_string()
 
     def changed(change: Callable[[VectorSearch], str]) -> Callable[[str], str | None]:
         def apply(text: str) -> str | None:
@@ -170,7 +173,7 @@ def _changes(case: _Case) -> Iterator[Change]:
     yield (
         "wrong_operator",
         f"sorted by {search.operator}; {index['operator_class']} serves {index['operator']}",
-        changed(lambda s: s.with_operator(index["operator"] or operator)),
+        changed(lambda s: s.with_operator(operator)),
     )
     yield (
         "partial_predicate",
@@ -186,14 +189,15 @@ def _changes(case: _Case) -> Iterator[Change]:
         f"{column} is cast to halfvec without a dimension; the index is on {index['indexed']}",
         changed(lambda s: s.bare(left=indexed, right=other) if lacks_dimension else s.text),
     )
-    held = as_indexed(p, sql.SQL("{}::{}").format(sql.SQL(uncast), sql.SQL(vector_type))).as_string()
+    held = names.as_indexed(p, sql.SQL("{}::{}").format(sql.SQL(uncast), sql.SQL(vector_type))).as_string()
+    if case.sent.is_the_applications:
+        for name in ("halfvec", "binary_quantize"):
+            held = held.replace(names.of_pgvector(p, name).as_string(), name)
     yield (
         "not_as_indexed",
         f"sorted by {' '.join(search.keys.split())}; the index holds {index['indexed']}"
-        + (f", whose first rows must be sorted again by {operator}" if p.index.storage == "bit" else ""),
-        changed(lambda s: s.bare(indexed, index["operator"] or operator, held))
-        if p.index.storage != "vector"
-        else lambda _: None,
+        + (f", whose first rows must be sorted again by {distance}" if p.index.storage == "bit" else ""),
+        changed(lambda s: s.bare(indexed, operator, held)) if p.index.storage != "vector" else lambda _: None,
     )
     yield (
         "type_mismatch",

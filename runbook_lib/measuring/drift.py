@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db, row_counts
@@ -23,6 +22,7 @@ from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.prepared import vector_indexes
 from runbook_lib.names import as_indexed, names, spelled
 from runbook_lib.phase import Phase
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 from runbook_lib.thresholds import apart, at_least, at_most, plain, score
 from runbook_lib.vectors.sources import as_array

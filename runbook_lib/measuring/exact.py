@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db
@@ -23,6 +22,7 @@ from runbook_lib.gates import Gate, gate
 from runbook_lib.measuring.found import SAME_DISTANCE, Nearest
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.params import Params
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 
 SQL = load("exact")

@@ -126,7 +126,6 @@ def as_the_application(phase: Phase) -> Iterator[db.Connection]:
     """A fresh connection with the settings that the search function carries, which sway the planner."""
     state = search.function_state(phase)
     with replica.connect(phase, "plans") as connection:
-        connection.execute(SQL["load_library"].compose({}))
         for setting in (state["settings"] or []) if state else []:
             name, _, value = setting.partition("=")
             if name != "search_path":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import db, versions
+from runbook_lib import db, session, versions
 from runbook_lib.checking import partitions
 from runbook_lib.names import index_name, spelled
 from runbook_lib.params import Params
@@ -62,8 +63,8 @@ def scans(connection: db.Connection, params: Params, oids: Sequence[int]) -> int
 class Sent:
     """A statement as the application sends it.
 
-    text: with $1, $2, …. names: what they stand for, as the parameters call them. values: one for each. types: as
-    the application declares them; where it declares none, the server infers them.
+    text: with $1, $2, …. names: what they stand for, as the parameters call them. values: one for each. types: of
+    the search function's query; of the application's own the server infers them.
     """
 
     subject: str
@@ -71,6 +72,11 @@ class Sent:
     names: tuple[str, ...]
     values: tuple[Any, ...]
     types: tuple[str, ...] = ()
+
+    @property
+    def is_the_applications(self) -> bool:
+        """Is it the application's own, whose names resolve on its search path? The function's are all qualified."""
+        return not self.types
 
     def with_text(self, text: str) -> Sent:
         """Another text with the same values; those that it no longer mentions are left out, the rest renumbered."""
@@ -119,7 +125,8 @@ def plan_of(
     """
     name = fresh_name()
     declared = sql.SQL(" ({})").format(sql.SQL(", ").join(map(sql.SQL, sent.types))) if sent.types else sql.SQL("")
-    with connection.transaction(force_rollback=True):
+    path = session.users_path(connection) if sent.is_the_applications else nullcontext()
+    with connection.transaction(force_rollback=True), path:
         mode = "auto" if kind == "auto" else f"force_{kind}_plan"
         for setting, value in {**(settings or {}), "plan_cache_mode": mode}.items():
             connection.execute(SQL["set"].compose({}), {"name": setting, "value": value, "local": True})

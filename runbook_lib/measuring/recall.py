@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import psycopg
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db, search, tune
@@ -24,6 +23,7 @@ from runbook_lib.measuring.found import Nearest
 from runbook_lib.measuring.prepared import indexes_in
 from runbook_lib.names import identifier
 from runbook_lib.phase import Phase
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 from runbook_lib.thresholds import score
 from runbook_lib.vectors import embed

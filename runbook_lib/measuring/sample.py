@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import numpy as np
 import psycopg
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import backfill, db, forecast, index, schema, staging, versions
 from runbook_lib.measuring.scratch import SEED, Place, timeout
 from runbook_lib.names import identifier, names, spelled
 from runbook_lib.phase import Phase
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 from runbook_lib.staging import Batch
 from runbook_lib.vectors.sources import Vectors, as_array

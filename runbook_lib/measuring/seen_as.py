@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import psycopg
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db, search
@@ -23,6 +22,7 @@ from runbook_lib.measuring.evaluate import Query
 from runbook_lib.names import spelled
 from runbook_lib.params.data import SeenAs
 from runbook_lib.phase import Phase
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 from runbook_lib.thresholds import apart, at_least, score
 from runbook_lib.vectors import embed
@@ -118,7 +118,7 @@ def _asked(
     """Exact answers among the rows that the caller sees, and those of the search function, both as that caller."""
     p = phase.params
     all_rows = search.route_statement(phase.connection, p, "vector", scan="exact")
-    call = search.filtered_call_statement(p)
+    call = search.filtered_call_statement(phase.connection, p)
     with replica.connect(phase, "policies") as connection:
         register_vector(connection)
         with _as(connection, caller):

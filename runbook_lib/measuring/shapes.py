@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db, search
 from runbook_lib.measuring import evaluate, found
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.measuring.found import Nearest
-from runbook_lib.names import identifier, indexed, names, operator_class
+from runbook_lib.names import identifier, indexed, names, of_pgvector
 from runbook_lib.params import Params
 from runbook_lib.params.data import MAX_INDEXED_DIMENSION
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 
 SQL = load("storage")
@@ -61,10 +61,9 @@ class Shape:
 
     def part(self, params: Params, vector: sql.Composable) -> sql.Composable:
         """The first dimensions of a vector."""
-        form = sql.SQL("subvector({}, 1, {})::{}({})")
-        return form.format(
-            vector, sql.Literal(self.dimension), identifier(params.vector.type), sql.Literal(self.dimension)
-        )
+        form = sql.SQL("{subvector}({v}, 1, {d})::{type}({d})")
+        parts = {"subvector": of_pgvector(params, "subvector"), "type": of_pgvector(params, params.vector.type)}
+        return form.format(v=vector, d=sql.Literal(self.dimension), **parts)
 
     def index_names(self, params: Params) -> dict[str, sql.Composable]:
         """``indexed`` and ``operator_class`` for CREATE INDEX."""
@@ -72,7 +71,7 @@ class Shape:
         on = indexed(p)
         if self.held == "first":
             on = sql.SQL("({})").format(self.part(p, identifier(p.vector.column)))
-        return {"indexed": on, "operator_class": identifier(operator_class(p))}
+        return {"indexed": on, "operator_class": names(p)["operator_class"]}
 
     def statement(self, connection: db.Connection, params: Params, rerank: int) -> sql.Composed:
         """The search by this index: for what ``index.storage`` knows, the search function's own."""

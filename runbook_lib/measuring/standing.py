@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import psycopg
-from pgvector.psycopg import register_vector
 
 from runbook_lib import db, search
 from runbook_lib.measuring import classes, exact, replica, together
 from runbook_lib.measuring.classes import Asked, FilterClass
 from runbook_lib.measuring.found import Nearest, mean, share
 from runbook_lib.phase import Phase
+from runbook_lib.session import register_vector
 
 NOT_LISTED = "values not listed"
 
@@ -73,7 +73,7 @@ def _of_columns(
 def measure(phase: Phase, found: Sequence[FilterClass], questions: Sequence[Question]) -> list[Standing]:
     """Puts the questions to every class: one pass over the table for all exact answers, then the function's own."""
     asked = _with_exact_answers(phase, found, questions)
-    statement = search.filtered_call_statement(phase.params)
+    statement = search.filtered_call_statement(phase.connection, phase.params)
     empty: dict[str, object] = dict.fromkeys(phase.params.target.filters)
     result = []
     with replica.connect(phase, "filters") as connection, connection.transaction():
@@ -129,7 +129,7 @@ def call_each(phase: Phase, connection: db.Connection, route: str, questions: Se
     p = phase.params
     found = strategy_classes(phase, random.Random(phase.run_id))  # noqa: S311 - a sample, not a secret
     asked = [c.allowed(value) for c in found for value in c.values]
-    statement, matching = search.filtered_call_statement(p), search.matching_statement(connection, p)
+    statement, matching = search.filtered_call_statement(connection, p), search.matching_statement(connection, p)
     empty: dict[str, object] = dict.fromkeys(p.target.filters)
     errors = short = 0
     problem = ""

@@ -10,7 +10,7 @@ from runbook_lib.params import placeholders
 
 # What must not be read as SQL: strings, quoted names, dollar quotes, comments.
 OPAQUE = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|(\$\w*\$).*?\1|--[^\n]*|/\*.*?\*/", re.S)
-DISTANCE = re.compile(r"<=>|<->|<#>|<\+>|<~>")
+DISTANCE = re.compile(r"OPERATOR\([\w\"]+\.(?:<=>|<->|<#>|<\+>|<~>)\)|<=>|<->|<#>|<\+>|<~>", re.I)
 ORDER_BY = re.compile(r"\bORDER\s+BY\b", re.I)
 END_OF_ORDER = re.compile(r"\b(?:LIMIT|OFFSET|FETCH|FOR|UNION|INTERSECT|EXCEPT)\b|;", re.I)
 DIRECTION = re.compile(r"\s+(?:ASC|DESC)\b|\s+NULLS\s+(?:FIRST|LAST)\b", re.I)

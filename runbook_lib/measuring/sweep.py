@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db, search
@@ -20,6 +19,7 @@ from runbook_lib.measuring.classes import Asked
 from runbook_lib.measuring.found import mean, share
 from runbook_lib.measuring.prepared import reads_index
 from runbook_lib.phase import Phase
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 
 SQL = load("tune")
@@ -96,7 +96,6 @@ def exact_way(phase: Phase) -> Way:
 def session(phase: Phase) -> Iterator[db.Connection]:
     """A fresh connection with pgvector's library loaded; nothing prepared earlier can slip in."""
     with replica.connect(phase, "tune") as connection:
-        connection.execute(SQL["load_library"].compose({}))
         register_vector(connection)
         yield connection
 

@@ -14,9 +14,8 @@ from psycopg import sql
 
 from runbook_lib import db, search, tune
 from runbook_lib.gates import Gate, gate
-from runbook_lib.index import unquoted
 from runbook_lib.measuring import recall
-from runbook_lib.names import index_name, spelled, verbatim
+from runbook_lib.names import index_name, spelled, unquoted, verbatim
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.sql import load
@@ -31,7 +30,7 @@ def storage_of(params: Params, row: db.Row) -> str:
     """What an index holds, by the catalogue: a value of ``index.storage``, or "other"."""
     if row["operator_class"].startswith("bit_"):
         return "bit"
-    if unquoted(row["indexed"]) == params.vector.column:
+    if unquoted(params, row["indexed"]) == params.vector.column:
         return "vector"
     return "halfvec" if row["operator_class"].startswith("halfvec_") else "other"
 

@@ -16,6 +16,7 @@ from psycopg import sql
 
 from runbook_lib import backfill, db, index, search
 from runbook_lib import params as params_module
+from runbook_lib.checking import free_names
 from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, Gate, GateFailed, Gates, RunbookError, Verdict, collect, gate
 from runbook_lib.names import identifier, names, shortened, spelled, verbatim
@@ -267,6 +268,10 @@ def plan(phase: Phase) -> db.Plan:
     move = db.statement(search.SQL["move_route"], p, route=route, share_percent=100)
     moved = search.function_state(phase) is not None and search.current_route(phase) == (route, 100)
     swap = _swap(phase)
+    if swap:
+        old = replaced(phase).params
+        for name in (old.function_name, before_name(old)):
+            free_names.require_function(phase.connection, old, name)
     return db.Plan((*(() if moved or swap is None else (move,)), *((swap,) if swap else ())), phase.connection)
 
 

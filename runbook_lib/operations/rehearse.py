@@ -18,6 +18,7 @@ from runbook_lib.measuring.sample import Sample
 from runbook_lib.names import spelled
 from runbook_lib.phase import Phase, changes
 from runbook_lib.preflight import Facts
+from runbook_lib.running import claim
 from runbook_lib.sql import load
 from runbook_lib.thresholds import apart
 
@@ -110,8 +111,13 @@ def _target_gates(phase: Phase) -> Iterator[Gate]:
     )
 
 
+def _subject(phase: Phase) -> str:
+    """What a rehearsal claims."""
+    return f"runbook rehearsal {phase.params.target.name}"
+
+
 def _nobody_else(phase: Phase) -> Gate:
-    at_it = db.rows(phase.connection, SQL["who_rehearses"], phase.params)
+    at_it = claim.holders(phase.connection, phase.params, _subject(phase))
     return gate(
         "rehearse.nobody_else_is_at_it",
         not at_it,
@@ -164,7 +170,7 @@ def _line(s: Sample) -> str:
 def _claimed(phase: Phase) -> Iterator[None]:
     """One rehearsal of a target at a time; its statements on the target are bounded for as long."""
     with phase.another("rehearses") as holder:
-        if not db.one(holder, SQL["take"], phase.params)["taken"]:
+        if claim.take(holder, phase.params, _subject(phase)):
             raise BadInput([_nobody_else(phase)])
         before = phase.connection.execute("SELECT current_setting('statement_timeout') AS value").fetchone()
         scratch.limit(phase.connection, phase.params)

@@ -12,7 +12,7 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import db, index, search
+from runbook_lib import db, index, search, session
 from runbook_lib.display import Table, duration, size
 from runbook_lib.gates import Gate, Gates, collect, gate
 from runbook_lib.measuring import evaluate, explain, usage
@@ -64,8 +64,7 @@ def table_name(phase: Phase) -> str:
 
 def standing(phase: Phase) -> list[Found]:
     """The table's indexes but the vector indexes, valid or not, each with its definition spelt whole."""
-    with phase.connection.transaction():
-        phase.connection.execute(SQL["no_search_path"].compose({}))
+    with session.fixed_path(phase.connection):
         rows = db.rows(phase.connection, SQL["indexes"], phase.params, table=spelled(phase.params, "table"))
     return [
         Found(

@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import compare, db, forecast, index, row_counts
@@ -26,6 +25,7 @@ from runbook_lib.names import identifier, shortened, spelled
 from runbook_lib.names import index_name as serving_name
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase, changes
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 from runbook_lib.vectors import embed
 

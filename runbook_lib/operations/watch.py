@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import compare, db, forecast, index, row_counts, search, thresholds, versions
@@ -24,6 +23,7 @@ from runbook_lib.names import names, spelled
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.phases import OPERATE
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 from runbook_lib.thresholds import apart, at_least, at_most, change, plain, score
 from runbook_lib.vectors import embed

@@ -20,6 +20,10 @@ class Accept(Section):
     publications: list[Name] = Field(
         [], description="Publications whose subscribers have, or will get, the new columns before they are written."
     )
+    open_schemas: list[Name] = Field(
+        [],
+        description="Schemas that legacy.query finds its names in, though other roles may create there.",
+    )
 
     @model_validator(mode="after")
     def each_name_once(self) -> Self:

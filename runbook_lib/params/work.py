@@ -100,7 +100,7 @@ class Extension(Section):
         None, description="Release to install or update to; the server's default if not given."
     )
     schema_: Name = Field(
-        "public", alias="schema", description="Schema for CREATE EXTENSION, where it is not there yet."
+        "public", alias="schema", description="Schema of pgvector: where it is, or where CREATE EXTENSION puts it."
     )
 
 

@@ -24,8 +24,8 @@ def held_by_runner(params: Params, run_id: str) -> Iterator[None]:
     """Holds target and table for the length of a block. Raises BadInput, naming the run that has one of them."""
     with db.connect(params, runner_name(run_id)) as connection:
         for subject in _subjects(params):
-            if holders := _take(connection, params, subject):
-                raise BadInput([_taken(params, subject, holders)])
+            if held := take(connection, params, subject):
+                raise BadInput([_taken(params, subject, held)])
         yield
 
 
@@ -35,12 +35,12 @@ def take_for_notebook(connection: db.Connection, params: Params, run_id: str) ->
     Raises BadInput, naming the run or the notebook that has one of them.
     """
     for subject in _subjects(params):
-        holders = _take(connection, params, subject)
-        if holders and [h["application_name"] for h in holders] != [runner_name(run_id)]:
-            raise BadInput([_taken(params, subject, holders)])
+        held = take(connection, params, subject)
+        if held and [h["application_name"] for h in held] != [runner_name(run_id)]:
+            raise BadInput([_taken(params, subject, held)])
     phase = f"runbook phase {params.target.name}"
-    if holders := _take(connection, params, phase):
-        raise BadInput([_taken(params, phase, holders)])
+    if held := take(connection, params, phase):
+        raise BadInput([_taken(params, phase, held)])
 
 
 def _subjects(params: Params) -> tuple[str, str]:
@@ -48,25 +48,21 @@ def _subjects(params: Params) -> tuple[str, str]:
     return f"runbook target {params.target.name}", f"runbook table {spelled(params, 'table')}"
 
 
-def _take(connection: db.Connection, params: Params, subject: str) -> list[db.Row]:
-    """Claims one subject for the session; returns who has it, nothing where it is ours now.
+def take(connection: db.Connection, params: Params, subject: str) -> list[db.Row]:
+    """Claims one subject for the session, until it ends; returns who has it, nothing where it is ours now.
 
     The key of a claim is new each time: who sees it in pg_locks can wait for it, and then holds a key that no claim
     has any more. Before there is a ledger the key can be guessed, and its holder is named.
     """
-    before = {"subject": subject, "table": spelled(params, "table")}
-    if not db.one(connection, SQL["there"], params, claims=spelled(params, "claims"))["there"]:
+    if not _is_ledger_there(connection, params):
         if db.one(connection, SQL["take_before_ledger"], params, subject=subject)["taken"]:
             return []
-        return db.rows(connection, SQL["holder_before_ledger"], params, **before) or [{}]
+        return holders(connection, params, subject) or [{}]
     try:
         with connection.transaction():
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', '10s', true)")
             connection.execute(SQL["turn"].compose(names(params)))
-            held = db.rows(connection, SQL["holder"], params, subject=subject)
-            held += [
-                h for h in db.rows(connection, SQL["holder_before_ledger"], params, **before) if h["may_migrate"]
-            ]
+            held = holders(connection, params, subject)
             if not held:
                 key = secrets.randbits(63)
                 connection.execute(SQL["claim"].compose(names(params)), {"subject": subject, "key": key})
@@ -75,14 +71,27 @@ def _take(connection: db.Connection, params: Params, subject: str) -> list[db.Ro
         raise BadInput([may_not_write(connection, params)]) from error
 
 
+def holders(connection: db.Connection, params: Params, subject: str) -> list[db.Row]:
+    """The other sessions that have claimed this: process, role, application and since when."""
+    early = db.rows(connection, SQL["holder_before_ledger"], params, subject=subject, table=spelled(params, "table"))
+    if not _is_ledger_there(connection, params):
+        return early
+    held = db.rows(connection, SQL["holder"], params, subject=subject)
+    return held + [h for h in early if h["may_migrate"]]
+
+
+def _is_ledger_there(connection: db.Connection, params: Params) -> bool:
+    return bool(db.one(connection, SQL["there"], params, claims=spelled(params, "claims"))["there"])
+
+
 def runner_name(run_id: str) -> str:
     """The application name of a run's own session."""
     return f"runbook-runner {run_id}"[:63]  # PostgreSQL keeps 63 bytes of an application name
 
 
-def _taken(params: Params, subject: str, holders: list[db.Row]) -> Gate:
+def _taken(params: Params, subject: str, held: list[db.Row]) -> Gate:
     found = "; ".join(
-        f"pid {h['pid']}, {h['application_name']}, {h['usename']}, since {h['since']:%F %T %Z}" for h in holders if h
+        f"pid {h['pid']}, {h['application_name']}, {h['usename']}, since {h['since']:%F %T %Z}" for h in held if h
     )
     on_table = subject.startswith("runbook table ")
     return Gate(

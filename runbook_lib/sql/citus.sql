@@ -29,10 +29,11 @@ SELECT coalesce(current_setting('citus.enable_unsafe_triggers', true), 'off') AS
 -- lock: none on the target
 -- undo: citus.drop_text_functions
 CREATE OR REPLACE FUNCTION {text_function}(VARIADIC parts text[]) RETURNS text
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT array_to_string(parts, E'\n') $$;
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT pg_catalog.array_to_string(parts, E'\n'::pg_catalog.text) $$;
 CREATE OR REPLACE FUNCTION {text_hash_function}(VARIADIC parts text[]) RETURNS bytea
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-    SELECT substring(sha256(convert_to(array_to_string(parts, E'\n'), 'UTF8')) from 1 for {hash_bytes})
+    SELECT substring(pg_catalog.sha256(pg_catalog.convert_to(
+        pg_catalog.array_to_string(parts, E'\n'::pg_catalog.text), 'UTF8'::pg_catalog.name)) from 1 for {hash_bytes})
 $$;
 
 -- name: drop_text_functions

@@ -30,10 +30,6 @@ SELECT parameter_types::text[] AS types FROM pg_prepared_statements WHERE name =
 -- purpose: One setting, for this transaction or this session.
 SELECT set_config(%(name)s, %(value)s, %(local)s);
 
--- name: load_library
--- purpose: Load pgvector's library into the session; before that, a mistyped setting would be accepted.
-SELECT '[1]'::vector;
-
 -- name: setting
 -- purpose: A setting as it is, and who set it.
 SELECT name, setting, source FROM pg_settings WHERE name = %(name)s;

@@ -7,5 +7,5 @@ FROM pg_proc p
 CROSS JOIN LATERAL (
     SELECT regexp_match(p.prosrc, '^\s*-- runbook hand-over from (\w+) to (\w+): (both answer|the new one answers)')
 ) AS h (parts)
-WHERE p.pronamespace = to_regnamespace(%(schema)s) AND h.parts IS NOT NULL
+WHERE p.pronamespace = to_regnamespace(%(schema)s) AND h.parts IS NOT NULL AND {of_trusted_owner}
 ORDER BY p.proname;

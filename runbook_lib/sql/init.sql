@@ -52,10 +52,6 @@ WHERE i.indrelid = to_regclass(%(relation)s) AND i.indisvalid AND i.indpred IS N
   AND o.opcintype = 'tsvector'::regtype AND am.amname IN ('gin', 'gist')
 ORDER BY length(pg_get_indexdef(i.indexrelid, k.n, false)) DESC, c.relname;
 
--- name: no_search_path
--- purpose: Have every name of an expression spelt whole, for this transaction.
-SELECT set_config('search_path', '', true);
-
 -- name: readers
 -- purpose: Roles that were granted SELECT on the table, its owner left out.
 SELECT DISTINCT r.rolname::text AS role

@@ -18,6 +18,8 @@ SELECT
     ARRAY(SELECT v.version FROM pg_available_extension_versions v WHERE v.name = 'vector') AS offered,
     coalesce((SELECT bool_or(v.trusted) FROM pg_available_extension_versions v WHERE v.name = 'vector'), false) AS trusted,
     (SELECT pg_has_role(e.extowner, 'USAGE') FROM pg_extension e WHERE e.extname = 'vector') AS owned,
+    (SELECT n.nspname::text FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
+     WHERE e.extname = 'vector') AS installed_schema,
     to_regnamespace(quote_ident(%(schema)s)) IS NOT NULL AS schema_there,
     has_database_privilege(current_database(), 'CREATE') AS may_create_in_database;
 
@@ -55,6 +57,13 @@ SELECT i.indexrelid::regclass::text AS index
 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
 WHERE i.indrelid = %(oid)s AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indnkeyatts = 1
   AND i.indpred IS NULL AND i.indexprs IS NULL AND a.attname = %(key)s;
+
+-- name: functions_of_others
+-- purpose: Functions of this name whose owner could not change the table.
+SELECT format('%%I.%%I(%%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)) AS function,
+       pg_get_userbyid(p.proowner)::text AS owner
+FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(name)s AND NOT {of_trusted_owner} ORDER BY 1;
 
 -- name: made_by_runbook
 -- purpose: Did the runbook make this for the target, by that statement, and not take it away since?

@@ -7,7 +7,7 @@ SELECT pg_get_function_arguments(p.oid) AS arguments, pg_get_function_identity_a
        pg_get_function_result(p.oid) AS result, coalesce(p.proconfig, '{{}}') AS settings,
        p.proargnames[1:p.pronargs] AS passed
 FROM pg_proc p
-WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s;
+WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {of_trusted_owner};
 
 -- name: create_log
 -- purpose: Make the log of sampled calls: a hash of the text, names of the filters, both answers and times; no text.
@@ -118,8 +118,8 @@ DROP TABLE IF EXISTS {log};
 
 -- name: what_is_there
 -- purpose: Is there a function of that name, and a log?
-SELECT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s)
-           AS function,
+SELECT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s
+               AND {of_trusted_owner}) AS function,
        to_regclass(%(log)s) IS NOT NULL AS log;
 
 -- name: logged

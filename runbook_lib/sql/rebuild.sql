@@ -38,4 +38,4 @@ ALTER INDEX {qualified_old_index} RENAME TO {index};
 -- name: definition
 -- purpose: The search function as a statement that makes it again.
 SELECT pg_get_functiondef(p.oid) AS definition FROM pg_proc p
-WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s;
+WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {of_trusted_owner};

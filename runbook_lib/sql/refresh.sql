@@ -18,8 +18,10 @@ UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = clock_timestamp() WHERE
         q.claimed_by IS NULL
         OR q.claimed_at NOT BETWEEN clock_timestamp() - make_interval(secs => %(lease_s)s) AND clock_timestamp()
         OR NOT EXISTS (
+            -- Of one who could write the queue: anybody else that takes the same lock is no worker.
             SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database AND d.datname = current_database()
-            WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted
+            JOIN pg_stat_activity a ON a.pid = l.pid JOIN pg_class c ON c.oid = q.tableoid
+            WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted AND pg_has_role(a.usesysid, c.relowner, 'MEMBER')
               AND l.classid = %(class)s::bigint::oid AND l.objid = q.claimed_by::oid))
     ORDER BY q.id LIMIT %(batch_rows)s FOR UPDATE SKIP LOCKED
 ) RETURNING id, key;

@@ -1,16 +1,5 @@
 -- The rehearsal: a sample of the table in a schema of its own, or on an embedded server. The target is only read.
 
--- name: take
--- purpose: Claim the rehearsal of this target for this session, until it ends; false if somebody is at it.
-SELECT pg_try_advisory_lock(hashtextextended('runbook rehearsal ' || {target_name}, 0)) AS taken;
-
--- name: who_rehearses
--- purpose: The session that rehearses this target now.
-SELECT a.pid, a.usename, a.application_name
-FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-WHERE l.locktype = 'advisory' AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND (l.classid::bigint << 32 | l.objid::bigint) = hashtextextended('runbook rehearsal ' || {target_name}, 0);
-
 -- name: scratch
 -- purpose: Is there a schema of the scratch schema's name, and did a rehearsal make it?
 SELECT n.oid IS NOT NULL AS there, coalesce(obj_description(n.oid, 'pg_namespace') = {mark}, false) AS ours

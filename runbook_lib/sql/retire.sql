@@ -17,10 +17,6 @@ FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid 
 WHERE i.indrelid = to_regclass(%(table)s) AND am.amname NOT IN ('hnsw', 'ivfflat')
 ORDER BY c.relname;
 
--- name: no_search_path
--- purpose: Have every name of the definitions spelt whole, for this transaction.
-SELECT set_config('search_path', '', true);
-
 -- name: last_scans
 -- purpose: When each index of the table was last read, where the server keeps it.
 SELECT indexrelname::text AS name, extract(epoch FROM last_idx_scan)::float8 AS last_s

@@ -282,12 +282,22 @@ SELECT query_text AS text FROM unnest(%(texts)s::text[]) AS query_text WHERE {dr
 SELECT p.oid::regprocedure::text AS function, p.provolatile AS volatility, p.prosecdef AS security_definer,
        p.proconfig AS settings, md5(p.prosrc) AS source
 FROM pg_proc p
-WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s;
+WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {of_trusted_owner};
 
 -- name: column_types
 -- purpose: The types of the key and the filters, without their lengths, which a cast would cut a longer value to.
-SELECT attname AS name, format_type(atttypid, -1) AS type FROM pg_attribute
-WHERE attrelid = to_regclass(%(table)s) AND attname = ANY (%(columns)s) AND NOT attisdropped;
+SELECT a.attname AS name,
+       CASE n.nspname WHEN 'pg_catalog' THEN format_type(t.oid, -1) ELSE format('%%I.%%I', n.nspname, t.typname) END AS type
+FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace n ON n.oid = t.typnamespace
+WHERE a.attrelid = to_regclass(%(table)s) AND a.attname = ANY (%(columns)s) AND NOT a.attisdropped;
+
+-- name: type_schemas
+-- purpose: The schemas of the key's and the filters' types, but for PostgreSQL's own; their operators are there too.
+SELECT DISTINCT n.nspname::text AS schema
+FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_type b ON b.oid = t.typbasetype
+JOIN pg_namespace n ON n.oid IN (t.typnamespace, b.typnamespace)
+WHERE a.attrelid = to_regclass(%(table)s) AND a.attname = ANY (%(columns)s) AND NOT a.attisdropped
+  AND n.nspname <> 'pg_catalog' ORDER BY 1;
 
 -- name: text_search_config
 -- purpose: The text search configuration by a name, with or without its schema, and spelt whole: the function's search
@@ -300,11 +310,11 @@ ORDER BY pg_ts_config_is_visible(c.oid) DESC, n.nspname = %(schema)s::text DESC,
 
 -- name: call
 -- purpose: Call the function as the application does.
-SELECT * FROM {function}(%(query)s, %(embedding)s::real[], %(k)s);
+SELECT * FROM {function}(%(query)s::text, %(embedding)s::real[], %(k)s::integer);
 
 -- name: call_filtered
 -- purpose: Call the function with its filters; one that is NULL lets every row through.
-SELECT * FROM {function}(%(query)s, %(embedding)s::real[], %(k)s{filters});
+SELECT * FROM {function}(%(query)s::text, %(embedding)s::real[], %(k)s::integer{filters});
 
 -- name: count_matching
 -- purpose: How many rows with a vector these filters let through, up to k.

@@ -57,8 +57,12 @@ FROM (
 ) kept;
 
 -- name: use_path
--- purpose: Use this search path from here on.
-SELECT set_config('search_path', %(path)s, false);
+-- purpose: Use this search path from here on; written exactly, since it also ends the use of the application's path.
+SELECT pg_catalog.set_config('search_path'::pg_catalog.text, %(path)s::pg_catalog.text, false);
+
+-- name: fixed_path
+-- purpose: For what the catalogue spells out and is kept: every name with its schema, until this transaction ends.
+SELECT set_config('search_path', 'pg_catalog, pg_temp', true);
 
 -- name: users_path
 -- purpose: The search path that the session came with, for the application's own query.
@@ -68,6 +72,7 @@ SELECT current_setting('runbook.users_path') AS path, current_setting('runbook.u
 -- name: open_schemas
 -- purpose: Of the schemas in use, those in which others may create, or have created, what an inexact call would find.
 -- Trusted are superusers, this role, and the owners of database and table, whose triggers run with our rights anyway.
+-- A function counts where it has the name of one of PostgreSQL's own: no other is found in its place.
 WITH trusted (oid) AS (
     SELECT oid FROM pg_roles WHERE rolsuper OR rolname IN (current_user, session_user)
     UNION SELECT datdba FROM pg_database WHERE datname = current_database()
@@ -90,20 +95,24 @@ WITH trusted (oid) AS (
             ORDER BY 1
         ) AS creators,
         ARRAY(
-            SELECT p.oid::regprocedure::text || ' of ' || pg_get_userbyid(p.proowner) FROM pg_proc p
+            SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END
+            FROM aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
+            WHERE a.privilege_type = 'CREATE' AND a.grantee <> n.nspowner
+              AND NOT EXISTS (SELECT FROM trusted t WHERE a.grantee <> 0 AND pg_has_role(a.grantee, t.oid, 'MEMBER'))
+            ORDER BY 1
+        ) AS grantees,
+        ARRAY(
+            SELECT format('function %%s of %%s', p.oid::regprocedure, pg_get_userbyid(p.proowner)) FROM pg_proc p
             WHERE p.pronamespace = n.oid AND p.proowner NOT IN (SELECT oid FROM trusted)
+              AND EXISTS (SELECT FROM pg_proc own WHERE own.proname = p.proname AND own.pronamespace = 'pg_catalog'::regnamespace)
             UNION ALL
-            SELECT 'operator ' || o.oid::regoperator::text || ' of ' || pg_get_userbyid(o.oprowner) FROM pg_operator o
+            SELECT format('operator %%s of %%s', o.oid::regoperator, pg_get_userbyid(o.oprowner)) FROM pg_operator o
             WHERE o.oprnamespace = n.oid AND o.oprowner NOT IN (SELECT oid FROM trusted)
             ORDER BY 1
-        ) AS planted,
-        EXISTS (
-            SELECT FROM aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
-            WHERE a.privilege_type = 'CREATE' AND a.grantee = 0
-        ) AS to_public
+        ) AS planted
     FROM pg_namespace n WHERE n.nspname IN (SELECT name FROM wanted) AND n.nspname NOT IN ('pg_catalog', 'pg_temp')
 )
-SELECT schema, quote_ident(schema) AS quoted, creators, planted, to_public FROM looked
+SELECT schema, quote_ident(schema) AS quoted, creators, grantees, planted FROM looked
 WHERE cardinality(creators) > 0 OR cardinality(planted) > 0 ORDER BY schema;
 
 -- name: library

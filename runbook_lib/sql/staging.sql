@@ -88,8 +88,8 @@ FROM (
 -- name: staged_vectors
 -- purpose: Staged rows, and how many have another dimension or no direction.
 SELECT count(*) AS staged,
-       count(*) FILTER (WHERE vector_dims(embedding) <> %(dimension)s) AS wrong_dimension,
-       count(*) FILTER (WHERE (embedding <#> embedding) = 0) AS zero
+       count(*) FILTER (WHERE {vector_dims}(embedding) <> %(dimension)s) AS wrong_dimension,
+       count(*) FILTER (WHERE (embedding {inner_product} embedding) = 0) AS zero
 FROM {staging};
 
 -- name: rejected

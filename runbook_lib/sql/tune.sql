@@ -8,7 +8,3 @@ SELECT set_config('enable_indexscan', 'off', true), set_config('enable_bitmapsca
 -- name: index_setting
 -- purpose: One setting of the index, for this transaction.
 SELECT set_config(%(name)s, %(value)s, true);
-
--- name: load_library
--- purpose: Load pgvector's library into the session; before that, a mistyped setting would be accepted.
-SELECT '[1]'::vector;

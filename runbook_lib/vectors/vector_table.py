@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from runbook_lib import db
-from runbook_lib.names import HASH_BYTES, identifier, names
+from runbook_lib.names import HASH_BYTES, identifier, names, of_pgvector
 from runbook_lib.params import Params
+from runbook_lib.session import register_vector
 from runbook_lib.sql import load
 from runbook_lib.vectors import sources
 from runbook_lib.vectors.sources import EMBEDDING_COLUMN, HASH_COLUMN, TEXT_COLUMN, Rows
@@ -64,7 +64,8 @@ def _parts(connection: db.Connection, params: Params) -> dict[str, sql.Composabl
         danger = "each page would sort the whole table again"
         raise sources.bad_file(subject, f"no index on {key}", f"an index that starts with {key}", danger)
     is_vector = columns[EMBEDDING_COLUMN]["type"].rsplit(".", 1)[-1] in VECTOR_TYPES
-    value = sql.SQL("s.{}::vector" if is_vector else "s.{}::float8[]").format(identifier(EMBEDDING_COLUMN))
+    kind = of_pgvector(params, "vector") if is_vector else sql.SQL("pg_catalog.float8[]")
+    value = sql.SQL("s.{}::{}").format(identifier(EMBEDDING_COLUMN), kind)
     return {"source": source, "value": value, "hash": _hash(columns)}
 
 

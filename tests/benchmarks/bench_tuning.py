@@ -120,7 +120,7 @@ def compare_latency(phase: Phase) -> None:
     words = sorted(found)[:: max(1, len(found) // WORDS)][:WORDS]
     vectors = np.asarray(embed.model(p)(words), np.float32)
     write(phase, "CREATE INDEX IF NOT EXISTS glosses_trgm ON glosses USING gin (gloss gin_trgm_ops)")
-    called = search.filtered_call_statement(p)
+    called = search.filtered_call_statement(phase.connection, p)
     exact = search.route_statement(phase.connection, p, "vector", scan="exact")
     whole = "SET LOCAL enable_indexscan = off; SET LOCAL enable_bitmapscan = off"
     searches: dict[str, tuple[Any, str]] = {

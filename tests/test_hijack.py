@@ -1,0 +1,127 @@
+"""Who may create in a schema of the path makes nothing of theirs run: the kind of CVE-2018-1058."""
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from runbook_lib import (
+    backfill,
+    compare,
+    cutover,
+    extension,
+    index,
+    live,
+    refresh,
+    schema,
+    search,
+    session,
+    staging,
+    tune,
+)
+from runbook_lib.checking import inputs
+from runbook_lib.gates import BadInput
+from runbook_lib.operations import rebuild, watch
+from runbook_lib.phase import Phase
+from tests import attackers, toy
+
+Open = Callable[..., Phase]
+VECTOR = [float(x) for x in toy.embed(["cookie leaks"])[0]]
+
+
+def test_a_whole_migration_calls_nothing_that_others_have_planted(
+    open_phase: Open, articles: psycopg.Connection[Any], database: str
+) -> None:
+    """In the schema of the table and of pgvector, which is on everybody's path."""
+    articles.execute("CREATE EXTENSION vector")
+    with attackers.attacker(articles) as mallory, attackers.application(articles) as app:
+        assert attackers.plant(articles, mallory) > 2000
+        sections = {
+            "target": {"filters": ["status"]},
+            "search": {"fulltext_column": "tsv", "grant_to": [app]},
+            "queries": {"sample": 10},
+            "shadow": {"sample_percent": 100},
+            "cut_over": {"share_steps_percent": [100], "calls_per_step": 10},
+            "accept": {"open_schemas": ["public"]},
+        }
+        phase = open_phase("90_cut_over", **sections)
+        assert inputs.check(phase.connection, phase.params).passed
+        for module in (search, extension, schema, staging, backfill, index, tune, live):
+            module.apply(phase)
+        compare.baseline(phase)
+        compare.shadow(phase)
+        cutover.apply(phase)
+        for module in (schema, staging, backfill, index, tune):
+            assert [g.name for g in module.verify(phase).failed if "catalogue from the start" not in g.found] == []
+        for route in ("legacy", "hybrid", "vector"):
+            search.move_route(phase, route, 100, "test")
+            attackers.use(database, app, VECTOR)
+        assert refresh.drain(phase).updated == 1
+        assert watch.look(phase).passed
+        again = open_phase("40_rebuild_index", index={"m": 24}, **sections)
+        rebuild.apply(again)
+        for done in (phase, again):
+            done.end("was ended by the test", "nothing")
+        assert attackers.called(articles, mallory) == []
+        attackers.call_inexactly(database)
+        assert attackers.called(articles, mallory) == ["hashtextextended(text, integer)"], "the trap works"
+
+
+def test_no_schema_that_others_may_create_in_is_on_the_path(
+    open_phase: Open, articles: psycopg.Connection[Any]
+) -> None:
+    articles.execute("CREATE SCHEMA vectors; CREATE EXTENSION vector SCHEMA vectors; CREATE SCHEMA postgres")
+    assert session_path(open_phase()) == "pg_catalog, postgres, public, vectors, pg_temp"
+    with attackers.attacker(articles) as mallory:
+        grant = sql.SQL("GRANT CREATE ON SCHEMA vectors, postgres TO {}").format(sql.Identifier(mallory))
+        articles.execute(grant)
+        phase = open_phase(extension={"schema": "vectors"})
+        assert session_path(phase) == "pg_catalog, pg_temp"
+        with session.users_path(phase.connection):
+            assert session_path(phase) == '"$user", public'
+        found = inputs.check(phase.connection, phase.params).failed
+        assert [g.name for g in found] == ["inputs.only_the_trusted_create_on_the_path"]
+        assert str(found[0]) == (
+            "FAIL    inputs.only_the_trusted_create_on_the_path   schemas that legacy.query finds its names in\n"
+            f"  found   {mallory} may create in postgres; {mallory} may create in public\n"
+            "  needed  CREATE held by superusers, this role, and the owners of database and table alone\n"
+            "  danger  what fits a call of legacy.query better than PostgreSQL's own function or operator runs as"
+            " postgres, and in the function as its caller\n"
+            f"  do      REVOKE CREATE ON SCHEMA postgres FROM {mallory};"
+            f" REVOKE CREATE ON SCHEMA public FROM {mallory}; or agree to it: accept.open_schemas: [postgres, public]"
+        )
+
+
+def test_a_function_that_others_have_made_under_our_name_is_neither_replaced_nor_looked_at(
+    open_phase: Open, articles: psycopg.Connection[Any]
+) -> None:
+    """Replaced by a superuser it would stay theirs; with other arguments it may fit a call better than ours."""
+    phase = open_phase("80_shadow", shadow={"sample_percent": 100}, accept={"open_schemas": ["public"]})
+    articles.execute("CREATE EXTENSION vector")
+    with attackers.attacker(articles) as mallory:
+        theirs = "real[], integer) RETURNS TABLE (id bigint, score float8, answered_by text) LANGUAGE plpgsql"
+        body = "AS 'BEGIN END'"
+        attackers.make(articles, mallory, f"CREATE FUNCTION search_articles(text, {theirs} {body}")
+        failed = inputs.check(phase.connection, phase.params).failed
+        (found,) = (g for g in failed if g.name == "inputs.function_is_nobody_elses")
+        assert str(found) == (
+            'FAIL    inputs.function_is_nobody_elses   "public".search_articles\n'
+            f"  found   public.search_articles(text, real[], integer) of {mallory}\n"
+            "  needed  no function of that name whose owner could not change the table\n"
+            "  danger  its owner can change what the application calls by that name\n"
+            "  do      DROP FUNCTION public.search_articles(text, real[], integer);"
+        )
+        with pytest.raises(BadInput, match="its owner can change what the application calls"):
+            search.apply(phase)
+        articles.execute("DROP FUNCTION search_articles(text, real[], integer)")
+        search.apply(phase)
+        attackers.make(articles, mallory, f"CREATE FUNCTION search_articles(query varchar, {theirs} {body}")
+        assert search.function_state(phase)["function"] == "search_articles(text,real[],integer)"  # type: ignore[index]
+        assert live.plan(phase).statements[1].text(phase.connection).count("query varchar") == 0
+
+
+def session_path(phase: Phase) -> str:
+    row = phase.connection.execute("SELECT pg_catalog.current_setting('search_path') AS path").fetchone()
+    return str(row["path"]) if row else ""
