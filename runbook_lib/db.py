@@ -173,6 +173,10 @@ def one(connection: Connection, block: Block, params: Params, **values: Any) -> 
     return row
 
 
+# What a plan cannot know, as it is shown there.
+NOT_KNOWN_YET = {"keys": "'{the keys of one batch}'"}
+
+
 @dataclass(frozen=True)
 class Statement:
     """A statement that changes something: what, under which lock, and how it is undone."""
@@ -190,8 +194,12 @@ class Statement:
         return BLOCKED_BY[level] if (level := lock_level(self.lock)) else "nobody"
 
     def text(self, connection: Connection) -> str:
-        """The statement as it can be pasted into psql."""
-        text = psycopg.ClientCursor(connection).mogrify(self.query, self.values) + ";"
+        """The statement as it can be pasted into psql; in a plan, what is not known yet by its name."""
+        query = self.query.as_string(connection)
+        for name, meant in NOT_KNOWN_YET.items():
+            if name in self.values and self.values[name] is None:
+                query = query.replace(f"%({name})s", meant)
+        text = psycopg.ClientCursor(connection).mogrify(query.encode(), self.values) + ";"
         return f"{text}\n{closed.MARK}" if closed.makes(text) and closed.MARK not in text else text
 
 

@@ -293,3 +293,9 @@ def test_vectors_of_rows_without_text_go_in_batches(
     ]
     assert cleared[0] == 10 and sum(cleared) == 25 and len(cleared) > 1
     assert_every_row_has_the_vector_of_its_text(articles)
+
+
+def test_the_plan_names_what_it_cannot_know_yet(open_phase: Callable[..., Phase]) -> None:
+    phase = open_phase("50_backfill")
+    shown = backfill.plan(phase).statements[-1].text(phase.connection)
+    assert "= ANY ('{the keys of one batch}')" in shown and "NULL)" not in shown
