@@ -357,6 +357,7 @@ def app(articles: psycopg.Connection[Any], request: pytest.FixtureRequest) -> An
     articles.execute("DROP ROLE runbook_app")
 
 
+@pytest.mark.attack
 def test_a_plain_role_calls_it_where_the_extension_has_a_schema_of_its_own(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any], database: str, app: str
 ) -> None:

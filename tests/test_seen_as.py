@@ -95,6 +95,7 @@ def test_without_a_role_it_is_unknown_and_without_policies_there_is_no_gate(
     assert list(seen_as.gates(phase, 0.9)) == []
 
 
+@pytest.mark.attack
 def test_the_table_kept_after_a_swap_must_be_as_closed_as_the_one_that_serves(
     open_phase: Callable[..., Phase], tenants: Connection
 ) -> None:
