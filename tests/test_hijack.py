@@ -31,6 +31,7 @@ Open = Callable[..., Phase]
 VECTOR = [float(x) for x in toy.embed(["cookie leaks"])[0]]
 
 
+@pytest.mark.attack
 def test_a_whole_migration_calls_nothing_that_others_have_planted(
     open_phase: Open, articles: psycopg.Connection[Any], database: str
 ) -> None:
@@ -69,6 +70,7 @@ def test_a_whole_migration_calls_nothing_that_others_have_planted(
         assert attackers.called(articles, mallory) == ["hashtextextended(text, integer)"], "the trap works"
 
 
+@pytest.mark.attack
 def test_no_schema_that_others_may_create_in_is_on_the_path(
     open_phase: Open, articles: psycopg.Connection[Any]
 ) -> None:
@@ -94,6 +96,7 @@ def test_no_schema_that_others_may_create_in_is_on_the_path(
         )
 
 
+@pytest.mark.attack
 def test_a_function_that_others_have_made_under_our_name_is_neither_replaced_nor_looked_at(
     open_phase: Open, articles: psycopg.Connection[Any]
 ) -> None:

@@ -182,6 +182,7 @@ def test_what_a_killed_worker_claimed_is_taken_over_at_once(
     assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
 
 
+@pytest.mark.attack
 def test_a_role_that_can_only_connect_keeps_no_change_from_being_taken(
     filled: Callable[..., Phase], articles: Articles, database: str
 ) -> None:
