@@ -1,7 +1,9 @@
 """Models and their vectors: what is refused, in which words, and what is let through."""
 
+import ctypes
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +57,9 @@ def of_two_dimensions(texts: list[str]) -> np.ndarray:
 def talks(texts: list[str]) -> np.ndarray:
     print(texts)
     sys.stderr.write(texts[0])
+    os.write(1, texts[0].encode())
+    ctypes.CDLL(None).puts(texts[0].encode())
+    subprocess.run(["sh", "-c", f"echo {texts[0]}; echo {texts[0]} >&2"], check=True)
     return toy.embed(texts)
 
 
@@ -138,11 +143,15 @@ def test_vectors_of_two_dimensions_are_bad_input(make_params: MakeParams) -> Non
 
 @pytest.mark.attack
 def test_what_a_model_prints_and_does_to_the_list_stays_with_it(
-    make_params: MakeParams, capsys: pytest.CaptureFixture[str]
+    make_params: MakeParams, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Nor does what a C library or a child of its writes; what comes after is heard again."""
     for name in ("talks", "none_left"):
         assert embed.model(make_params(embeddings=source(f"tests.test_embed:{name}")))(["a secret"]).shape == (1, 8)
-    assert capsys.readouterr() == ("", "")
+    os.write(1, b"after")
+    os.write(2, b"it")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr() == ("after", "it")
 
 
 @pytest.mark.attack

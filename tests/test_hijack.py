@@ -28,6 +28,23 @@ from runbook_lib.phase import Phase
 from tests import attackers, toy
 
 Open = Callable[..., Phase]
+# Of the functions that no extension brought, and not the attacker: those of the runbook's.
+PATHS = """
+    SELECT p.pronamespace::regnamespace || '.' || p.proname, coalesce(array_to_string(p.proconfig, '; '), '')
+    FROM pg_proc p
+    WHERE p.proowner = current_user::regrole AND p.oid >= 16384
+      AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid
+                      AND d.deptype = 'e')
+"""
+INSTALLED = {
+    "public.search_articles",
+    "public.search_articles_shadow",
+    "runbook.articles_capture",
+    "runbook.chain_entry",
+    "runbook.sign_off",
+    "runbook.way_to_search",
+}
+CLOSED_PATH = "search_path=pg_catalog, pg_temp"
 VECTOR = [float(x) for x in toy.embed(["cookie leaks"])[0]]
 
 
@@ -35,7 +52,7 @@ VECTOR = [float(x) for x in toy.embed(["cookie leaks"])[0]]
 def test_a_whole_migration_calls_nothing_that_others_have_planted(
     open_phase: Open, articles: psycopg.Connection[Any], database: str
 ) -> None:
-    """In the schema of the table and of pgvector, which is on everybody's path."""
+    """In the schema of the table and of pgvector, which is on everybody's path but on that of no function of ours."""
     articles.execute("CREATE EXTENSION vector")
     with attackers.attacker(articles) as mallory, attackers.application(articles) as app:
         assert attackers.plant(articles, mallory) > 2000
@@ -65,6 +82,9 @@ def test_a_whole_migration_calls_nothing_that_others_have_planted(
         rebuild.apply(again)
         for done in (phase, again):
             done.end("was ended by the test", "nothing")
+        paths = dict(articles.execute(PATHS).fetchall())
+        assert set(paths) >= INSTALLED
+        assert {name: path for name, path in paths.items() if CLOSED_PATH not in path.split("; ")} == {}
         assert attackers.called(articles, mallory) == []
         attackers.call_inexactly(database)
         assert attackers.called(articles, mallory) == ["hashtextextended(text, integer)"], "the trap works"

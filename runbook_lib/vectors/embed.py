@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -222,11 +224,32 @@ def _apart(function: Callable[[list[str]], Any], texts: list[str]) -> Any:
     """
     process = os.getpid()
     try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        with _unheard():
             return function(texts)
     finally:
         if os.getpid() != process:
             os._exit(1)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Drops what is printed in the block: by Python, and by what writes past it, a C library or a child process. A
+    kernel would pass that on into the record too.
+    """
+    # A descriptor that was closed when Python began may be a connection's by now.
+    open_ones = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream]
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        kept = {descriptor: os.dup(descriptor) for descriptor in open_ones}
+        try:
+            for descriptor in kept:
+                os.dup2(nowhere.fileno(), descriptor)
+            yield
+        finally:
+            # What C has not written yet would be heard later.
+            ctypes.CDLL(None).fflush(None)
+            for descriptor, original in kept.items():
+                os.dup2(original, descriptor)
+                os.close(original)
 
 
 def _not_one_a_text(name: str, texts: int, found: str) -> BadInput:
