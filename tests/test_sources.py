@@ -4,8 +4,9 @@ import csv
 import hashlib
 import json
 import pickle
+import resource
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from runbook_lib.gates import BadInput
 from runbook_lib.measuring.evaluate import Query
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
-from runbook_lib.vectors import embed, sources
+from runbook_lib.vectors import embed, memory, sources
 from tests import toy
 
 MakeParams = Callable[..., Params]
@@ -64,6 +65,15 @@ def write(folder: Path, kind: str, columns: dict[str, list[Any]], type_: pa.Data
             with make(path, table.schema) as sink:
                 sink.write_table(table)
     return given
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """Arrow's own pool keeps what was freed, where a limit of the system does not reach."""
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    yield
+    pa.set_memory_pool(before)
 
 
 def read(make_params: MakeParams, given: dict[str, Any], **sections: Any) -> list[sources.Rows]:
@@ -157,6 +167,22 @@ def test_a_file_whose_rows_cannot_be_told_is_bad_input(
     ]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "ipc", "csv"])
+def test_a_column_that_is_there_twice_is_bad_input(make_params: MakeParams, tmp_path: Path, kind: str) -> None:
+    given = write(tmp_path, kind, {"id": [7], "embedding": [[1, 2, 3]], "other": [[4, 5, 6]]})
+    path = tmp_path / FILES[kind]
+    if kind == "csv":
+        path.write_text(path.read_text().replace("other", "embedding"))
+    else:
+        read_table, write_table = {
+            "parquet": (pq.read_table, pq.write_table),
+            "ipc": (pyarrow.feather.read_table, pyarrow.feather.write_feather),
+        }[kind]
+        write_table(read_table(path).rename_columns(["id", "embedding", "embedding"]), path)
+    with pytest.raises(BadInput, match="found   columns id, embedding, embedding"):
+        read(make_params, given)
+
+
 @pytest.mark.parametrize(("kind", "needed"), [("parquet", "a Parquet file"), ("ipc", "an Arrow file")])
 def test_a_file_of_another_kind_is_bad_input(make_params: MakeParams, tmp_path: Path, kind: str, needed: str) -> None:
     (tmp_path / FILES[kind]).write_text("id,embedding\n")
@@ -218,6 +244,36 @@ def test_an_arrow_file_that_points_beyond_its_end_is_bad_input(
     path.write_bytes(path.read_bytes().replace(offsets, np.array([0, 3, 2**30], dtype=np.int32).tobytes()))
     with pytest.raises(BadInput, match="needed  an Arrow file"):
         read(make_params, given)
+
+
+@pytest.mark.attack
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.skipif(not memory.SIZES.exists(), reason="only Linux counts what a process allocates")
+@pytest.mark.parametrize("kind", ["parquet", "feather", "stream", "a text for all rows"])
+def test_a_small_file_that_unpacks_to_more_than_memory_is_bad_input(
+    make_params: MakeParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Lists of one number again and again, or one long text in every row, in a few KB."""
+    if kind == "a text for all rows":
+        table = pa.table({"id": range(64), "embedding": [[1.0, 2, 3]] * 64, "text": ["x" * 2**20] * 64})
+    else:
+        zeros = pa.array(np.zeros(2**24, dtype=np.float32))
+        table = pa.table({"id": [1], "embedding": pa.ListArray.from_arrays([0, len(zeros)], zeros)})
+    path = tmp_path / FILES.get(kind, "vectors.parquet")
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, compression="zstd")
+    elif kind == "feather":
+        pyarrow.feather.write_feather(table, path, compression="zstd")
+    else:
+        with pa.ipc.new_stream(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as sink:
+            sink.write_table(table)
+    del table
+    assert path.stat().st_size < 10_000
+    limit = resource.getrlimit(resource.RLIMIT_DATA)
+    monkeypatch.setattr(memory, "MOST_BYTES_A_BATCH", 32 * 1024**2)
+    with pytest.raises(BadInput, match=r"found   rows that unpack to more than 0\.0 GB"):
+        read(make_params, {"source": "file", "callable": None, "file": path.name, "batch_rows": 1000})
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limit
 
 
 @pytest.mark.attack

@@ -30,6 +30,7 @@ from runbook_lib.names import HASH_BYTES
 from runbook_lib.params import Params
 from runbook_lib.params.data import FORMATS
 from runbook_lib.params.section import unsound
+from runbook_lib.vectors import memory
 
 Vectors = NDArray[np.float32]
 
@@ -94,12 +95,16 @@ def read(file: Wanted) -> Iterator[Rows]:
     """
     readers = {"parquet": _parquet, "arrow": _arrow, "npy": _npy, "jsonl": _json_lines, "csv": _csv}
     try:
-        yield from readers[file.format](file)
-    except (OSError, MemoryError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+        yield from memory.bounded(readers[file.format](file))
+    except MemoryError as error:
+        most = f"{memory.MOST_BYTES_A_BATCH / 1024**3:.1f} GB"
+        found, needed = f"rows that unpack to more than {most}", f"batches of at most {most} in memory"
+        danger = "the system could kill what needs memory, the database server too where it is on this machine"
+        raise bad_file(file.path, found, needed, danger) from error
+    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
         kind = {"parquet": "a Parquet file", "arrow": "an Arrow file", "npy": "an .npy file"}
         needed = kind.get(file.format, "a file in UTF-8" if isinstance(error, UnicodeDecodeError) else "a file")
-        found = " ".join(str(error).split()) or "more than fits into memory"
-        raise bad_file(file.path, found, needed, "nothing could be loaded") from error
+        raise bad_file(file.path, " ".join(str(error).split()), needed, "nothing could be loaded") from error
 
 
 def lines_of(path: Path, *, encoding: str = "utf-8", newline: str | None = None) -> Iterator[str]:
@@ -119,12 +124,12 @@ def bad_file(path: Path | str, found: str, needed: str, danger: str) -> BadInput
 
 
 def _check_columns(file: Wanted, found: Sequence[str]) -> list[str]:
-    """The columns to read, in order; raises BadInput where key or vector is missing."""
-    missing = [name for name in (file.key, EMBEDDING_COLUMN) if name not in found]
-    if missing:
+    """The columns to read, in order; raises BadInput where key or vector is missing, or one of them twice there."""
+    columns = [file.key, EMBEDDING_COLUMN, *[c for c in (HASH_COLUMN, TEXT_COLUMN) if c in found][:1]]
+    if any(found.count(name) != 1 for name in columns):
         needed = f"columns {file.key} and {EMBEDDING_COLUMN}"
         raise bad_file(file.path, f"columns {', '.join(found)}", needed, "rows cannot be told")
-    return [file.key, EMBEDDING_COLUMN, *[c for c in (HASH_COLUMN, TEXT_COLUMN) if c in found][:1]]
+    return columns
 
 
 def _parquet(file: Wanted) -> Iterator[Rows]:
@@ -138,8 +143,12 @@ def _arrow(file: Wanted) -> Iterator[Rows]:
     with pa.memory_map(str(file.path)) as source:
         is_file = source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
         source.seek(0)
-        reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-        columns = _check_arrow(file, reader.schema)
+        open_ = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        columns = _check_arrow(file, (reader := open_(source)).schema)
+        # Columns that are not wanted are not unpacked.
+        fields = [reader.schema.get_field_index(c) for c in columns]
+        source.seek(0)
+        reader = open_(source, options=pa.ipc.IpcReadOptions(use_threads=False, included_fields=fields))
         whole = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
         yield from _from_arrow(file, (b.select(columns) for b in whole))
 
