@@ -446,14 +446,14 @@ def verify_shadow(phase: Phase) -> Gates:
 
 
 def _relevance_is_kept(phase: Phase, recorded: dict[str, Any], route: str) -> Gate:
-    allowed = phase.params.cut_over.largest_relevance_loss
+    allowed, unjudged = phase.params.cut_over.largest_relevance_loss, phase.params.cut_over.accept_unjudged
     new, old = recorded["systems"][route].get("nDCG@10"), recorded["systems"]["legacy"].get("nDCG@10")
     if new is None or old is None:
         return gate(
             "compare.relevance_is_kept",
-            True if phase.params.cut_over.accept_unjudged else None,
+            True if unjudged else None,
             route,
-            found="no judgements" + (", accepted by cut_over.accept_unjudged" if new is None else ""),
+            found="no judgements" + (", accepted by cut_over.accept_unjudged" if unjudged else ""),
             needed="judged queries, or cut_over.accept_unjudged: true",
             danger="nobody knows whether the new answers are better or worse",
             do="judge a hundred queries into queries.judgements, or set cut_over.accept_unjudged: true in the open",

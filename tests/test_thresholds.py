@@ -59,6 +59,18 @@ def said(gate: Gate) -> tuple[str, str, str]:
     return str(gate.verdict), gate.found, gate.needed
 
 
+def test_what_nobody_judged_is_called_accepted_only_where_it_is(open_phase: Callable[..., Phase]) -> None:
+    recorded: dict[str, Any] = {"systems": {"legacy": {}, "vector": {}}}
+    verdicts = []
+    for accepted in (False, True):
+        phase = open_phase("80_shadow", cut_over={"accept_unjudged": accepted})
+        verdicts.append(said(compare._relevance_is_kept(phase, recorded, "vector"))[:2])
+    assert verdicts == [
+        ("UNKNOWN", "no judgements"),
+        ("PASS", "no judgements, accepted by cut_over.accept_unjudged"),
+    ]
+
+
 def test_gates_of_relevance_and_time_show_why_they_fail(open_phase: Callable[..., Phase]) -> None:
     phase = open_phase("80_shadow")
     pair = {"low": -0.001, "high": 0.0, "p_value": 0.04}

@@ -195,7 +195,7 @@ def extension(connection: db.Connection, found: Found) -> list[Setting]:
 def queries(file: str, *, given: bool) -> list[Setting]:
     """Section queries, which says where the file is only a starter."""
     why = "" if given else "A STARTER cut from the table's own titles; replace it by what your users search for"
-    without = "no judgements: relevance cannot be measured, and 90_cut_over wants cut_over.accept_unjudged"
+    without = "no judgements: relevance cannot be measured, and 80_shadow wants cut_over.accept_unjudged"
     return [Setting("queries", "file", file, f"{why}; {without}" if why else without), Setting("queries", "k", 10)]
 
 
