@@ -343,10 +343,17 @@ def undo_plan(phase: Phase) -> db.Plan:
 
 @changes
 def undo(phase: Phase) -> Table:
-    """Sends every read back to the legacy query; where that was retired, builds its indexes again first."""
-    if phase.execute:
-        retire.undo(phase)
-    return phase.carry_out(undo_plan(phase))
+    """Sends every read back to the legacy query and writes down that it did; where that was retired, builds its
+    indexes again first.
+    """
+    if not phase.execute:
+        return phase.carry_out(undo_plan(phase))
+    retire.undo(phase)
+    done = phase.carry_out(undo_plan(phase))
+    noted = phase.ledger.latest("route")
+    if noted and noted["route"] != "legacy":
+        phase.note("route", {"route": "legacy", "share_percent": 0, "reason": "rolled back"})
+    return done
 
 
 def verify_undone(phase: Phase) -> Gates:

@@ -55,7 +55,7 @@ def where_it_stands(params: Params) -> dict[str, Any]:
         "last_run": {"run_id": runs[-1]["run_id"], **runs[-1]["body"]} if runs else None,
         "summary": (f"next is {following}" if following else "every phase has passed")
         + f"; reads go to {route}"
-        + (f" ({share} % of the calls)" if share != 100 else ""),
+        + (f" ({share} % of the calls)" if 0 < share < 100 else ""),
     }
 
 

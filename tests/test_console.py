@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -68,6 +69,19 @@ def test_an_error_is_plain_and_free_of_secrets(
     assert left.value.code == code
     assert f"{SPELT} ***" in terminal.getvalue() and "sk-planted" not in terminal.getvalue()
     assert "\x1b" not in terminal.getvalue()
+
+
+def test_work_goes_on_where_nobody_reads_any_more_what_it_says() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1, encoding="utf-8") as unread:
+        with redirect_stdout(unread), redirect_stderr(unread), console.plain_errors():
+            console.say("✔ 10_baseline")
+            print("results")
+        with redirect_stdout(unread), pytest.raises(SystemExit) as left, console.plain_errors():
+            click.echo("results")
+            raise BadInput([Gate("a.fact_holds", Verdict.FAIL, "x", "x", "x", "x", "x")])
+    assert left.value.code == 2
 
 
 @pytest.mark.attack

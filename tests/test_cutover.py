@@ -11,8 +11,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, compare, cutover, extension, index, live, schema, search, staging, tune
+from runbook_lib import backfill, compare, cutover, extension, index, live, schema, search, staging, start, tune
 from runbook_lib.gates import GateFailed
+from runbook_lib.operations import watch
 from runbook_lib.phase import Phase
 from tests import toy
 from tests.test_search import FILTERED
@@ -300,6 +301,8 @@ def test_undo_under_load_sends_every_read_back_and_no_call_fails(ready: Callable
     assert (seen.errors, seen.empty) == ([], 0) and seen.calls > 10
     assert cutover.undo_plan(phase).statements == ()
     assert cutover.verify_undone(phase).passed
+    assert start.where_it_stands(phase.params)["summary"].endswith("; reads go to legacy")
+    assert watch._route_is_as_set(phase).verdict == "PASS"
 
 
 def test_legacys_empty_answers_are_no_fault_of_the_new_route(open_phase: Open) -> None:

@@ -159,6 +159,7 @@ def test_planted_files_links_and_runs_are_named(sealed: Path) -> None:
     planted.mkdir()
     data = json.loads((sealed / manifest.FILE).read_text())
     (planted / manifest.FILE).write_text(json.dumps(data | {"run_id": planted.name}))
+    (planted / "index.html").write_text("all is well")
     files, runs = broken(sealed)
     assert files.found == (
         "95_extra.html was not written by the run; notes/a.txt was not written by the run; link.html is a link"
@@ -166,6 +167,15 @@ def test_planted_files_links_and_runs_are_named(sealed: Path) -> None:
     assert runs.found == (
         f"{planted.name} is not in the ledger; index.html is not what the manifests of the runs make"
     )
+
+
+def test_a_record_is_whole_while_another_run_is_under_way(sealed: Path) -> None:
+    under_way = sealed.parent / f"{sealed.name}-2"
+    under_way.mkdir()
+    data = json.loads((sealed / manifest.FILE).read_text())
+    changed = {"run_id": under_way.name, "status": "running", "phases": []}
+    (under_way / manifest.FILE).write_text(json.dumps(data | changed))
+    assert broken(sealed) == []
 
 
 @pytest.mark.attack

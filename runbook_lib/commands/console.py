@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -48,11 +49,24 @@ def say(line: str) -> None:
 
 def echo_styled(text: str, stream: TextIO, *, nl: bool = True) -> None:
     """Writes what holds colours of ours, and of data only what is plain."""
-    click.echo(redacted(text), file=stream.stream if isinstance(stream, _Plain) else stream, nl=nl)
+    styled = stream.stream if isinstance(stream, _Plain) else stream
+    with _whether_or_not_read(styled):
+        click.echo(redacted(text), file=styled, nl=nl)
 
 
 def say_nothing(_line: str) -> None:
     """Progress for those who want none."""
+
+
+@contextmanager
+def _whether_or_not_read(stream: TextIO) -> Iterator[None]:
+    """Where the reader of a pipe has left, as `head` does, what is said is lost, never the work."""
+    try:
+        yield
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class _Plain:
@@ -62,7 +76,13 @@ class _Plain:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        return self.stream.write(plain(redacted(text)))
+        with _whether_or_not_read(self.stream):
+            self.stream.write(plain(redacted(text)))
+        return len(text)
+
+    def flush(self) -> None:
+        with _whether_or_not_read(self.stream):
+            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

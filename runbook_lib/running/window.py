@@ -9,10 +9,10 @@ from datetime import time as clock_time
 from zoneinfo import ZoneInfo
 
 from runbook_lib import db
-from runbook_lib.display import duration
 from runbook_lib.gates import Gates, OutsideWindow, gate
 from runbook_lib.params import Params
 from runbook_lib.sql import load
+from runbook_lib.thresholds import apart, at_most, duration
 
 CLOCK = load("refresh")["clock"]
 MOST_APART_S = 300.0
@@ -48,15 +48,16 @@ def clocks_agree(
     if params.run.window is None:
         return Gates(())
     apart_s = (clock() - db.one(connection, CLOCK, params)["now"]).total_seconds()
+    shown, most = apart(abs(apart_s), MOST_APART_S, duration)
     ahead = "ahead of" if apart_s > 0 else "behind"
     return Gates(
         (
             gate(
                 "window.clocks_agree",
-                abs(apart_s) <= MOST_APART_S,
+                at_most(abs(apart_s), MOST_APART_S),
                 f"run.window {params.run.window}",
-                found=f"this machine's clock is {duration(abs(apart_s))} {ahead} the server's",
-                needed=f"{duration(MOST_APART_S)} at most",
+                found=f"this machine's clock is {shown} {ahead} the server's",
+                needed=f"{most} at most",
                 danger="the window would be kept at another hour than it says",
                 do="set both clocks, by NTP, and run the same command again",
                 figures={"apart_s": round(apart_s, 3)},
