@@ -164,11 +164,13 @@ def test_an_empty_ledger_still_makes_a_page() -> None:
 
 def test_a_plan_claims_no_change() -> None:
     phases = tuple(PhaseRun(name, "planned") for name in MIGRATE)
-    found = review.collect(make_manifest(execute=False, status="planned", phases=phases), [])
+    seen = entry("00_preflight", "gate", gate("table.fits", "NOT RUN"))
+    found = review.collect(make_manifest(execute=False, status="planned", phases=phases), [seen])
     assert found.summary == [
         "Nothing was carried out: each notebook shows the statements that it would run, and their locks."
     ]
     assert not found.rollback
+    assert {p["gates"] for p in found.phases} == {""}
 
 
 def test_figures_of_an_earlier_run_are_marked_and_those_undone_are_gone() -> None:
