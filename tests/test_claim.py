@@ -70,6 +70,7 @@ def test_two_targets_on_one_table_do_not_run_at_once(
         gate = error.value.problems.gates[0]
         assert (gate.name, gate.subject) == ("phase.target_is_free", '"public"."articles"')
         assert gate.found.startswith("pid ") and ", runbook-runner one, postgres, since " in gate.found
+        assert gate.found.endswith(", from the server's own machine")
     with claim.held_by_runner(second, "two"):
         pass
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -318,10 +319,11 @@ def test_a_link_in_the_place_of_an_unfinished_file_is_not_followed(tmp_path: Pat
     assert (kept.read_text(), (tmp_path / "page").read_text()) == ("mine", "new")
 
 
+@pytest.mark.attack
 def test_a_run_that_began_by_the_ledger_and_lost_its_runner_is_settled_once(
-    run: Callable[..., Any], database: str, tmp_path: Path
+    run: Callable[..., Any], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not while its runner is connected, be it from another machine of the same name."""
+    """Where it ran, and not while its runner is connected, be it from another machine of the same name."""
     run()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -338,6 +340,14 @@ def test_a_run_that_began_by_the_ledger_and_lost_its_runner_is_settled_once(
     time.sleep(0.2)
     runner.settle_abandoned(p, False)
     assert manifest.read(folder).status == "running"
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "another-host")
+        runner.settle_abandoned(p, True)
+        data = json.loads((folder / manifest.FILE).read_text())
+        (folder / manifest.FILE).write_text(json.dumps(data | {"host": "another-host"}))
+        runner.settle_abandoned(p, True)
+        assert manifest.read(folder).status == "running", "the ledger says that it began on the first"
+        (folder / manifest.FILE).write_text(json.dumps(data))
     runner.settle_abandoned(p, True)
     assert (manifest.read(folder).status, list(verify.check(p, folder.name).failed)) == ("interrupted", [])
 

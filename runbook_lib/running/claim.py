@@ -72,7 +72,7 @@ def take(connection: db.Connection, params: Params, subject: str) -> list[db.Row
 
 
 def holders(connection: db.Connection, params: Params, subject: str) -> list[db.Row]:
-    """The other sessions that have claimed this: process, role, application and since when."""
+    """The other sessions that have claimed this: process, role, application, since when and from which address."""
     early = db.rows(connection, SQL["holder_before_ledger"], params, subject=subject, table=spelled(params, "table"))
     if not _is_ledger_there(connection, params):
         return early
@@ -91,7 +91,10 @@ def runner_name(run_id: str) -> str:
 
 def _taken(params: Params, subject: str, held: list[db.Row]) -> Gate:
     found = "; ".join(
-        f"pid {h['pid']}, {h['application_name']}, {h['usename']}, since {h['since']:%F %T %Z}" for h in held if h
+        f"pid {h['pid']}, {h['application_name']}, {h['usename']}, since {h['since']:%F %T %Z}"
+        + (f", from {h['host']}" if h["host"] else "")
+        for h in held
+        if h
     )
     on_table = subject.startswith("runbook table ")
     return Gate(

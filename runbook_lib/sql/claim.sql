@@ -12,8 +12,10 @@ SELECT pg_catalog.to_regclass(%(claims)s) IS NOT NULL AS there;
 LOCK TABLE {claims} IN EXCLUSIVE MODE;
 
 -- name: holder
--- purpose: The session that has claimed this, if it still does: the same process and role hold the key of its claim.
-SELECT c.pid, c.claimed_by AS usename, c.application AS application_name, c.claimed_at AS since
+-- purpose: The session that has claimed this, if it still does, and where it is: the same process and role hold the key
+-- of its claim.
+SELECT c.pid, c.claimed_by AS usename, c.application AS application_name, c.claimed_at AS since,
+    CASE WHEN a.client_port = -1 THEN 'the server''s own machine' ELSE pg_catalog.host(a.client_addr) END AS host
 FROM {claims} c
 JOIN pg_catalog.pg_stat_activity a ON a.pid = c.pid AND a.usename = c.claimed_by AND a.datname = current_database()
 JOIN pg_catalog.pg_locks l ON l.pid = c.pid AND l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
@@ -38,6 +40,7 @@ SELECT pg_catalog.pg_try_advisory_lock(pg_catalog.hashtextextended(%(subject)s::
 -- name: holder_before_ledger
 -- purpose: The session that has claimed this where there was no ledger yet, and whether it could have made one.
 SELECT a.pid, a.usename, a.application_name, coalesce(a.backend_start, pg_catalog.now()) AS since,
+    CASE WHEN a.client_port = -1 THEN 'the server''s own machine' ELSE pg_catalog.host(a.client_addr) END AS host,
     coalesce((SELECT pg_catalog.pg_has_role(a.usesysid, c.relowner, 'MEMBER') FROM pg_catalog.pg_class c
               WHERE c.oid = pg_catalog.to_regclass(%(table)s)), false) AS may_migrate
 FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a USING (pid)
