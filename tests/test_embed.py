@@ -63,6 +63,12 @@ def talks(texts: list[str]) -> np.ndarray:
     return toy.embed(texts)
 
 
+def closes(texts: list[str]) -> np.ndarray:
+    sys.stdout.close()
+    os.close(1)
+    return toy.embed(texts)
+
+
 def forks(texts: list[str]) -> np.ndarray:
     os.fork()
     return toy.embed(texts)
@@ -146,7 +152,7 @@ def test_what_a_model_prints_and_does_to_the_list_stays_with_it(
     make_params: MakeParams, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Nor does what a C library or a child of its writes; what comes after is heard again."""
-    for name in ("talks", "none_left"):
+    for name in ("talks", "none_left", "closes"):
         assert embed.model(make_params(embeddings=source(f"tests.test_embed:{name}")))(["a secret"]).shape == (1, 8)
     os.write(1, b"after")
     os.write(2, b"it")

@@ -237,7 +237,7 @@ def _unheard() -> Iterator[None]:
     kernel would pass that on into the record too.
     """
     # A descriptor that was closed when Python began may be a connection's by now.
-    open_ones = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream]
+    open_ones = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream and not stream.closed]
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         kept = {descriptor: os.dup(descriptor) for descriptor in open_ones}
         try:
