@@ -66,6 +66,9 @@ def test_check_starts_nothing(runbook: Callable[..., Result], tmp_path: Path) ->
     assert "nothing stands against a run" in result.stdout
     assert "tried and rolled back: 10 kinds of statement; the table was locked for" in result.stdout
     assert "(SHARE ROW EXCLUSIVE, ACCESS EXCLUSIVE, SHARE UPDATE EXCLUSIVE)" in result.stdout
+    unjudged = runbook("check", write_params(tmp_path, queries={"judgements": None}))
+    assert unjudged.exit_code == 0 and "80_shadow will stop: without queries.judgements" in unjudged.stderr
+    assert "80_shadow" not in result.stderr
     bad = runbook("check", write_params(tmp_path, target={"key": "no_such_column"}))
     assert (bad.exit_code, "no_such_column" in bad.stderr) == (2, True), bad.stderr
     assert not (tmp_path / "runs").exists()

@@ -192,6 +192,11 @@ def check(params_file: Path, quiet: bool) -> None:
             holds.append(f"the search is what was proved ({seen} gates passed)")
         if not quiet:
             click.echo("\n".join(f"{SYMBOLS[Status.PASSED]} {line}" for line in holds))
+        if params.queries.judgements is None and not params.cut_over.accept_unjudged:
+            say(
+                "80_shadow will stop: without queries.judgements nobody knows whether answers get better or worse;"
+                " judge a hundred queries, or set cut_over.accept_unjudged: true"
+            )
 
 
 def _check_search(params: Params) -> int:
