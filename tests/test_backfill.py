@@ -14,6 +14,7 @@ from runbook_lib.filling import pause, strategy, windows, workers
 from runbook_lib.gates import BadInput, LockNotObtained, OutsideWindow
 from runbook_lib.order import OutOfOrder
 from runbook_lib.phase import Phase
+from runbook_lib.vectors import embed
 from tests import toy
 from tests.conftest import write_params
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
@@ -207,7 +208,7 @@ def test_drain_puts_a_failed_batch_back(
 
     with monkeypatch.context() as patch:
         patch.setattr("runbook_lib.vectors.embed.model", lambda params: broken)
-        with pytest.raises(OSError, match="away"):
+        with pytest.raises(embed.ModelAway, match="the model is away"):
             refresh.drain(phase)
     assert articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone() == (5,)
     assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)

@@ -15,8 +15,8 @@ MakeParams = Callable[..., Params]
 
 SIDE = {"layout": "side_table"}
 ADD = (
-    'ALTER TABLE "public"."articles" ADD COLUMN IF NOT EXISTS "embedding" "vector"(8), ADD COLUMN IF NOT EXISTS'
-    ' "embedding_updated_at" timestamptz, ADD COLUMN IF NOT EXISTS "embedding_hash" bytea;'
+    'ALTER TABLE "public"."articles" ADD COLUMN IF NOT EXISTS "embedding" "public"."vector"(8), ADD COLUMN IF NOT'
+    ' EXISTS "embedding_updated_at" timestamptz, ADD COLUMN IF NOT EXISTS "embedding_hash" bytea;'
 )
 
 

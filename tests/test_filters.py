@@ -173,7 +173,7 @@ def test_an_index_that_gains_too_little_is_dropped_again(
         f"  found   recall {now['recall']:.3f}, p50 {now['p50_ms']:.2f} ms;"
         f" before recall {was['recall']:.3f}, p50 {was['p50_ms']:.2f} ms;"
         f" dropped again: {times} times as fast as before\n"
-        "  needed  recall 0.8, used in each call, 1000 times as fast where it was good before\n"
+        "  needed  recall 0.800, used in each call, 1000 times as fast where it was good before\n"
         "  danger  every write to rows of this value would pay for an index that gains nothing\n"
         "  do      leave the value out of filters, or raise index.m or tune.ef_search; nothing was changed for it"
     )

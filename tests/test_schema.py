@@ -119,7 +119,7 @@ REPLACED = """CREATE OR REPLACE FUNCTION runbook.articles_capture() RETURNS trig
         ("DROP TRIGGER runbook_articles_insert ON articles; CREATE TRIGGER runbook_articles_insert AFTER INSERT ON"
          " articles FOR EACH ROW WHEN (NEW.id > 0) EXECUTE FUNCTION runbook.articles_capture();"
          " ALTER TABLE articles ENABLE ALWAYS TRIGGER runbook_articles_insert", "FAIL",
-         "trigger runbook_articles_insert is not as made: CREATE TRIGGER runbook_articles_insert AFTER INSERT ON …"
+         "trigger runbook_articles_insert is not as made: CREATE TRIGGER runbook_articles_insert AFTER INSERT ON ..."
          " FOR EACH ROW WHEN ((new.id > 0)) EXECUTE FUNCTION runbook.articles_capture()"),
         (REPLACED, "FAIL", 'function "runbook"."articles_capture" is not as made; a made-up row was queued 0 × when'
          " inserted, 0 × when its text changed, 0 × else"),

@@ -8,12 +8,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import db, preflight, schema
+from runbook_lib import db, extension, preflight, schema
 from runbook_lib.checking import inputs, trials
 from runbook_lib.gates import Gate, Gates
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
-from tests.opened import write
 
 Connection = psycopg.Connection[Any]
 MakeParams = Callable[..., Params]
@@ -152,7 +151,7 @@ def test_what_is_made_already_is_not_tried_again(articles: Connection, filled: C
 
 def test_after_the_columns_only_rows_without_a_vector_are_tried(articles: Connection, open_phase: OpenPhase) -> None:
     phase = open_phase("30_expand_schema")
-    write(phase, "CREATE EXTENSION vector")
+    extension.apply(phase)
     db.use_search_path(phase.connection)
     schema.apply(phase)
     articles.execute("UPDATE articles SET embedding = '[1,1,1,1,1,1,1,1]', embedding_hash = 'x' WHERE id > 3")
