@@ -69,9 +69,9 @@ def write_list(runs_dir: Path) -> None:
 
 
 def list_page(runs_dir: Path) -> str:
-    """The page of all runs that have a page, as their manifests tell them; one under way gets its page at its end."""
-    written = (item for item in manifest.all_runs(runs_dir) if (item[0] / "index.html").is_file())
-    runs = sorted(written, key=lambda item: item[1].table)
+    """The page of all runs that have ended, as their manifests tell them; one under way gets its page at its end."""
+    ended = (item for item in manifest.all_runs(runs_dir) if item[1].status != Status.RUNNING)
+    runs = sorted(ended, key=lambda item: item[1].table)
     targets = [(table, list(of)) for table, of in groupby(runs, key=lambda item: item[1].table)]
     return _templates().get_template("runs.html.j2").render(targets=targets)
 
