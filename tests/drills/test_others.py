@@ -187,7 +187,8 @@ def test_rows_that_somebody_holds_for_long_while_the_queue_is_drained(
         holder.execute("SELECT FROM articles WHERE id IN (3, 77) FOR UPDATE")
         with kit.writers(database):
             drained = refresh.drain(phase)
-            assert drained.updated >= 148 and drained.put_off >= 2
+            # A writer may delete a row, or empty its text, before the drain comes to it.
+            assert drained.changes >= 148 and drained.updated >= 130 and drained.put_off >= 2
             assert "held by somebody else; pid" in refresh.waiting(phase).why
             assert "the forgotten form" in refresh.waiting(phase).why
             # A writer may wait for these rows too, and the writers are waited for at the end of the block.
