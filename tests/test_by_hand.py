@@ -59,6 +59,21 @@ def test_every_notebook_has_a_copy_that_knows_its_run_and_only_plans(tmp_path: P
     assert by_hand.finish(folder, params.load(path), manifest.read(folder)) is None and not folder.exists()
 
 
+def test_where_nothing_was_carried_out_only_its_own_copies_are_removed(tmp_path: Path) -> None:
+    path = write_params(tmp_path)
+    folder = by_hand.begin(path)
+    by_hand.environment(folder)
+    (folder / "migrate" / ".ipynb_checkpoints").mkdir()
+    (folder / "undo").rename(tmp_path / "elsewhere")
+    (folder / "undo").symlink_to(tmp_path / "elsewhere")
+    kept = [folder / "notes.txt", folder / "migrate" / "my_own.ipynb"]
+    for file in kept:
+        file.write_text("mine")
+    assert by_hand.finish(folder, params.load(path), manifest.read(folder)) is None
+    assert sorted(p for p in folder.rglob("*") if p.is_file()) == sorted(kept)
+    assert len(list((tmp_path / "elsewhere").iterdir())) == len(selection.ORDERS["undo"])
+
+
 def test_what_was_carried_out_becomes_a_record_that_verifies(tmp_path: Path) -> None:
     path = write_params(tmp_path)
     p, folder = params.load(path), by_hand.begin(path)

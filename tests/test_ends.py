@@ -264,6 +264,25 @@ def test_pages_that_cannot_be_written_cost_the_exit_code_and_are_written_later(
         runner.write_again(tmp_path / "toy.yaml", m.run_id)
 
 
+@pytest.mark.usefixtures("articles")
+def test_a_record_that_cannot_be_sealed_costs_the_exit_code_and_says_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def lost(*_args: Any) -> None:
+        raise psycopg.OperationalError("the server closed the connection")
+
+    monkeypatch.setattr(verify, "seal", lost)
+    result, said = run()
+    m = record_of(result)
+    note = "the record could not be sealed in the ledger: the server closed the connection"
+    assert (m.status, m.exit_code, result.exit_code, m.notes) == ("passed", 4, 4, (note,))
+    assert note in said and result.error == note
+    unsealed = verify.check(params.load(tmp_path / "toy.yaml"), m.run_id).failed
+    assert [g.name for g in unsealed] == ["record.is_sealed"]
+    with pytest.raises(BadInput, match="not sealed"):
+        runner.write_again(tmp_path / "toy.yaml", m.run_id)
+
+
 def test_a_phase_waits_for_its_sign_off_and_is_carried_out_after_it(
     run: Run, articles: psycopg.Connection[Any], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from runbook_lib.gates import BadInput
 from runbook_lib.params import Params
 from runbook_lib.phase import Phase
 from runbook_lib.records import verify
-from runbook_lib.running import manifest, plans, runner
+from runbook_lib.running import folders, manifest, plans, runner
 from tests import small_notebooks
 from tests.conftest import write_params
 from tests.records import make_manifest
@@ -229,8 +229,8 @@ def test_the_way_back_starts_at_its_first_step_and_needs_no_model(run: Callable[
 
 def test_two_runs_in_one_second_keep_apart(make_params: Callable[..., Params]) -> None:
     record = make_params().record
-    folders = {runner.new_folder(record, "articles") for _ in range(3)}
-    assert len(folders) == 3
+    made = {folders.new_folder(record, "articles") for _ in range(3)}
+    assert len(made) == 3
 
 
 def test_an_absent_notebook_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,11 +298,11 @@ def test_at_no_time_can_others_read_a_record_but_whom_the_parameters_name(
     monkeypatch.setattr(os, "fsync", look)
     before = os.umask(0)
     try:
-        folder = runner.new_folder(p.record, "articles")
+        folder = folders.new_folder(p.record, "articles")
         plans.note(cast(Phase, SimpleNamespace(name=FIRST, run_id=folder.name, params=p)), "gate", {})
         manifest.write_atomically(folder / "index.html", "a row's text")
         os.umask(0o077)
-        closed = runner.new_folder(p.record, "closed")
+        closed = folders.new_folder(p.record, "closed")
     finally:
         os.umask(before)
     assert seen == {of_file, of_folder, 0o600, 0o700}
@@ -328,7 +328,7 @@ def test_a_run_that_began_by_the_ledger_and_lost_its_runner_is_settled_once(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     p = params.load(tmp_path / "toy.yaml")
-    folder = runner.new_folder(p.record, "articles")
+    folder = folders.new_folder(p.record, "articles")
     began = runner.first_manifest(folder.name, p, tmp_path / "toy.yaml", "migrate", True, (FIRST,))
     began = replace(began, pid=gone.pid)
     manifest.write(folder, began)
@@ -370,7 +370,7 @@ def test_older_records_of_what_a_schedule_repeats_are_removed_where_the_paramete
     recorded(2, "40_rebuild_index")
     made = [recorded(n, "10_refresh") for n in range(3, 7)]
     (tmp_path / "runs" / "run-9").symlink_to(tmp_path / "runs" / "run-1")
-    runner._prune(p, made[-1])
+    folders.prune(p, made[-1])
     left = sorted(f.name for f in (tmp_path / "runs").iterdir() if f.is_dir())
     assert left == ["run-1", "run-2", "run-5", "run-6", "run-9"], "those that passed, but the newest two"
     assert "run-3" not in (tmp_path / "runs" / "index.html").read_text()

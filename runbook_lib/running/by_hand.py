@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from runbook_lib.gates import Verdict
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
 from runbook_lib.records import verify
-from runbook_lib.running import ending, runner, selection
+from runbook_lib.running import ending, folders, runner, selection
 from runbook_lib.running import manifest as manifests
 from runbook_lib.running.manifest import BY_HAND, EXIT_CODES, Manifest, PhaseRun, Status
 from runbook_lib.sql import load
@@ -30,6 +31,7 @@ SQL = load("runner")
 
 START = "00_start"
 CONFIG = ".jupyter"
+CHECKPOINTS = ".ipynb_checkpoints"
 
 
 def begin(params_file: str | Path) -> Path:
@@ -40,7 +42,7 @@ def begin(params_file: str | Path) -> Path:
     params = params_module.load(params_file)
     db.connect(params, "runbook lab").close()
     selection.check_stored(selection.ORDERS)
-    folder = runner.new_folder(params.record, params.target.name, "by-hand")
+    folder = folders.new_folder(params.record, params.target.name, "by-hand")
     path = Path(params_file).resolve()
     manifests.write(folder, runner.first_manifest(folder.name, params, path, BY_HAND, True, ()))
     _copy(selection.notebooks() / f"{START}.ipynb", folder, path)
@@ -62,8 +64,10 @@ def _copy(source: Path, folder: Path, params_file: Path, run_id: str = "") -> No
 
 
 def finish(folder: Path, params: Params, run: Manifest, why: str = "") -> Manifest | None:
-    """The record of what was carried out by hand, from the ledger and the copies; None, and no folder, where nothing
-    was. why: what else ended it than the person at the keyboard.
+    """The record of what was carried out by hand, from the ledger and the copies; None where nothing was: then the
+    copies are removed, and the folder, unless somebody has put files of their own into it.
+
+    why: what else ended it than the person at the keyboard.
     """
     with db.connect(params, "runbook lab") as connection:
         entries = Ledger(connection, params, run.run_id, "").entries(run.run_id)
@@ -71,13 +75,13 @@ def finish(folder: Path, params: Params, run: Manifest, why: str = "") -> Manife
     # A way back writes UNDONE in the name of the phases that it takes back.
     rows = [e for e in entries if e["phase"] in known and e["body"].get("verdict") != "UNDONE"]
     if not rows:
-        shutil.rmtree(folder)
+        _remove_copies(folder)
+        (folder / manifests.FILE).unlink(missing_ok=True)
+        _remove_if_empty(folder)
         return None
     names = list(dict.fromkeys(e["phase"] for e in rows))
     done = tuple(_done(folder, run.run_id, name, [e for e in rows if e["phase"] == name]) for name in names)
-    for name in (*selection.ORDERS, CONFIG, ".ipynb_checkpoints"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / f"{START}.ipynb").unlink(missing_ok=True)
+    _remove_copies(folder)
     status = next((p.status for p in done if p.status is not Status.PASSED), Status.PASSED)
     run = replace(
         run,
@@ -90,6 +94,25 @@ def finish(folder: Path, params: Params, run: Manifest, why: str = "") -> Manife
     for phase in done:
         verify.note_notebook(params, run.run_id, phase, folder / f"{phase.name}.ipynb")
     return runner.finish(folder, params, run)
+
+
+def _remove_copies(folder: Path) -> None:
+    """What ``begin`` and JupyterLab have put there, and no file of anybody else."""
+    shutil.rmtree(folder / CONFIG, ignore_errors=True)
+    for way, names in (("", (START,)), *selection.ORDERS.items()):
+        # Through a link, files somewhere else would be removed.
+        if (folder / way).is_symlink():
+            continue
+        for name in names:
+            (folder / way / f"{name}.ipynb").unlink(missing_ok=True)
+        shutil.rmtree(folder / way / CHECKPOINTS, ignore_errors=True)
+        if way:
+            _remove_if_empty(folder / way)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def settle(params: Params) -> list[str]:
@@ -117,7 +140,10 @@ def _done(folder: Path, run_id: str, name: str, rows: list[dict[str, Any]]) -> P
     """How a notebook ended, by its newest verdict; its working copy becomes part of the record."""
     began, ended = rows[0]["written_at"], rows[-1]["written_at"]
     verdicts = [e["body"]["verdict"] for e in rows if e["kind"] == "phase"]
-    ends = {str(Verdict.PASS): (Status.PASSED, ""), "FAIL": (Status.FAILED, "a gate did not pass")}
+    ends: dict[str, tuple[Status, str]] = {
+        Verdict.PASS: (Status.PASSED, ""),
+        Verdict.FAIL: (Status.FAILED, "a gate did not pass"),
+    }
     status, error = ends.get(verdicts[-1] if verdicts else "", (Status.INTERRUPTED, "it was not closed"))
     phase = PhaseRun(name, status, _second(began), round((ended - began).total_seconds(), 3), error)
     for way, names in selection.ORDERS.items():

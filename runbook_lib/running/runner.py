@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import logging
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +24,13 @@ import runbook_lib
 from runbook_lib import db
 from runbook_lib import params as params_module
 from runbook_lib.display import duration, plain
-from runbook_lib.gates import BadInput, Gate, OutsideWindow, Verdict
+from runbook_lib.gates import BadInput, OutsideWindow
 from runbook_lib.ledger import Ledger
 from runbook_lib.params import Params
-from runbook_lib.params.run import Record
 from runbook_lib.phases import RUNS_BESIDE, waits
 from runbook_lib.records import verify
 from runbook_lib.redaction import redacted
-from runbook_lib.running import claim, ending, notify, selection, window
+from runbook_lib.running import claim, ending, folders, notify, selection, window
 from runbook_lib.running import manifest as manifests
 from runbook_lib.running.ending import Outcome
 from runbook_lib.running.manifest import BAD_INPUT, BY_HAND, EXIT_CODES, SYMBOLS, Manifest, PhaseRun, Status
@@ -56,9 +53,6 @@ SQL = load("runner")
 QUIET_KERNEL = "--log-level=CRITICAL"
 # What jupyter_client says of a kernel that died before its first cell, and how often one is started.
 NEVER_STARTED, KERNEL_STARTS = "Kernel died before replying to kernel_info", 3
-
-# What a schedule repeats; its records may be pruned.
-REPEATED = ("10_refresh", "20_watch")
 
 Say = Callable[[str], None]
 
@@ -107,7 +101,7 @@ def run(
     if not chosen:
         return RunResult(Status.PASSED, EXIT_CODES[Status.PASSED], None)
     settle_abandoned(params, execute)
-    folder = new_folder(params.record, params.target.name)
+    folder = folders.new_folder(params.record, params.target.name)
     manifest = first_manifest(folder.name, params, Path(params_file).resolve(), way, execute, chosen)
     if verbose:
         say = _stamped(say, folder.name)
@@ -118,31 +112,12 @@ def run(
         manifest = finish(folder, params, manifest, say)
         if manifest.head:
             say(f"the ledger ends with {manifest.head}")
-    _prune(params, manifest)
+    folders.prune(params, manifest)
     assert manifest.exit_code is not None
     error = next((p.error for p in manifest.phases if p.error), "")
     if manifest.status == Status.PASSED and manifest.exit_code:
         error = manifest.notes[-1]
     return RunResult(Status(manifest.status), manifest.exit_code, folder, error, manifest.head)
-
-
-def _prune(params: Params, run: Manifest) -> None:
-    """Removes the oldest records of an operation that a schedule repeats, where the parameters say how many to keep.
-
-    Only of runs that passed, and never what a link leads to; what they did stands in the ledger.
-    """
-    keep, name = params.record.keep, run.phases[0].name
-    if keep is None or name not in REPEATED or run.status != Status.PASSED:
-        return
-    from runbook_lib.records import record
-
-    runs = manifests.all_runs(params.record.runs_dir)
-    mine = ((f, m) for f, m in runs if m.target == run.target and [p.name for p in m.phases] == [name])
-    passed = [folder for folder, m in mine if m.status == Status.PASSED]
-    for folder in passed[keep:]:
-        shutil.rmtree(folder)
-    if passed[keep:]:
-        record.write_list(params.record.runs_dir)
 
 
 def settle_abandoned(params: Params, execute: bool) -> None:
@@ -209,39 +184,6 @@ def _stamped(say: Say, run_id: str) -> Say:
             say(f"{manifests.now()} {run_id} {line}")
 
     return stamp
-
-
-def new_folder(record: Record, target: str, kind: str = "") -> Path:
-    """The folder of a new run; its name is the run's id. Raises BadInput where it cannot be made."""
-    runs_dir = record.runs_dir
-    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{target}" + (f"-{kind}" if kind else "")
-    try:
-        runs_dir.mkdir(record.folder_mode, parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput([_no_record(runs_dir, error)]) from error
-    for n in range(1, 100):
-        folder = (runs_dir / (stem if n == 1 else f"{stem}-{n}")).resolve()
-        try:
-            folder.mkdir(record.folder_mode)
-            manifests.write_atomically(folder / manifests.FILE, "")
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise BadInput([_no_record(runs_dir, error)]) from error
-        return folder
-    raise FileExistsError(f"{runs_dir / stem}: a hundred runs in one second")
-
-
-def _no_record(runs_dir: Path, error: OSError) -> Gate:
-    return Gate(
-        "runner.record_can_be_written",
-        Verdict.FAIL,
-        str(runs_dir),
-        str(error.strerror),
-        "a folder with room for the record",
-        "what would be done could be read nowhere; nothing was started",
-        "make room, or name another folder in record.runs_dir",
-    )
 
 
 def first_manifest(
@@ -444,7 +386,8 @@ def finish(folder: Path, params: Params, manifest: Manifest, say: Say | None = N
     """The last row, the pages, who is told (if anybody is, by ``say``), and the seal on all of it.
 
     Pages that cannot be written cost the record only those, and the run its exit code: no one may rely on a record
-    that is not there. The seal says that it is incomplete, and `runbook record` completes it.
+    that is not there. The seal says that it is incomplete, and `runbook record` completes it. A record without a seal
+    costs the exit code too, and stays without one: `runbook verify` says so.
     """
     from runbook_lib.records import record  # its pictures cost half a second that a refused run need not wait for
 
@@ -468,14 +411,18 @@ def finish(folder: Path, params: Params, manifest: Manifest, say: Say | None = N
         manifest = replace(manifest, head=verify.seal(folder, params, manifest, complete))
     except (OSError, BadInput, psycopg.Error) as error:
         why = " ".join(str(error).split())
-        manifest = replace(manifest, notes=(*manifest.notes, f"the record could not be sealed in the ledger: {why}"))
+        manifest = _lacking(manifest, f"the record could not be sealed in the ledger: {why}", say)
     _save(folder, manifest)
     return manifest
 
 
 def _without_page(manifest: Manifest, error: OSError, say: Say | None) -> Manifest:
     do = f"make room, then `runbook record PARAMS {manifest.run_id}`"
-    note = f"a page of the record could not be written: {error}; {do}"
+    return _lacking(manifest, f"a page of the record could not be written: {error}; {do}", say)
+
+
+def _lacking(manifest: Manifest, note: str, say: Say | None) -> Manifest:
+    """A run of which the record lacks something: it is noted, said, and costs an exit code of 0."""
     if say is not None:
         say(note)
     exit_code = manifest.exit_code or EXIT_CODES[Status.CRASHED]
@@ -498,6 +445,6 @@ def write_again(params_file: str | Path, run_id: str) -> Path:
         record.write(folder, params, manifest)
         manifests.write(folder, manifest)
     except OSError as error:
-        raise BadInput([_no_record(params.record.runs_dir, error)]) from error
+        raise BadInput([folders.no_record(params.record.runs_dir, error)]) from error
     manifests.write(folder, replace(manifest, head=verify.seal(folder, params, manifest, True)))
     return folder / "index.html"
