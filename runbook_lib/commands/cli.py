@@ -20,8 +20,16 @@ from runbook_lib import params as params_module
 from runbook_lib import start
 from runbook_lib.checking import inputs
 from runbook_lib.commands import cli_review
-from runbook_lib.commands.console import COMPLETION_HELP, EXIT_CODES_HELP, PARAMS, plain_errors, say, say_nothing
-from runbook_lib.commands.lab import lab, open_lab, terminated_like_interrupted
+from runbook_lib.commands.console import (
+    COMPLETION_HELP,
+    EXIT_CODES_HELP,
+    PARAMS,
+    plain_errors,
+    say,
+    say_nothing,
+    terminated_like_interrupted,
+)
+from runbook_lib.commands.lab import lab, open_lab
 from runbook_lib.display import Table
 from runbook_lib.gates import BadInput, GateFailed
 from runbook_lib.params import Params

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import click
 
 from runbook_lib import params as params_module
-from runbook_lib.commands.console import PARAMS, plain_errors, say
+from runbook_lib.commands.console import PARAMS, plain_errors, say, terminated_like_interrupted
 from runbook_lib.running import by_hand
 from runbook_lib.running import manifest as manifests
 from runbook_lib.running.manifest import SYMBOLS, Status
@@ -68,17 +64,3 @@ def _command(folder: Path, no_browser: bool, port: int | None) -> list[str]:
     command += ["--no-browser"] if no_browser else []
     command += [f"--port={port}"] if port else []
     return [*command, "--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else command
-
-
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that the record is made either way."""
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
