@@ -29,8 +29,8 @@ def connect(phase: Phase) -> None:
     cells find their objects by ``current_setting('runbook.table')``, ``runbook.index`` and ``runbook.ledger``. Does
     nothing outside IPython.
 
-    The first cell raises RuntimeError if the display connection is not on the same database, server and role as the
-    phase.
+    Cells raise RuntimeError for as long as the display connection is not on the same database, server and role as
+    the phase.
     """
     shell = get_ipython()
     if shell is None:
@@ -44,6 +44,8 @@ def let_go() -> None:
     used = sys.modules.get("sql.connection")
     for old in list(used.Connection.connections.values()) if used else ():
         old.internal_connection.close()
+        # Closed, it is back in the engine's pool, and its session still open.
+        old.internal_connection.engine.dispose()
     if used:
         used.Connection.connections.clear()
 
@@ -55,16 +57,18 @@ def _first(phase: Phase, line: str, cell: str | None = None) -> Any:
 
     shell = get_ipython()
     assert shell is not None
+    display = Connection("postgresql+psycopg://", creator=lambda: _display_connection(phase))
+    seen = tuple(display.internal_connection.exec_driver_sql(IDENTITY).one())
+    wanted = tuple((phase.connection.execute(IDENTITY).fetchone() or {}).values())
+    if seen != wanted:
+        # This one keeps its place, so that the next cell is refused as well.
+        let_go()
+        raise RuntimeError(f"the display connection is on {seen}, the phase on {wanted}")
     # The same in every phase of this kernel: %config reaches the one that was made first.
     magic = next((m for m in shell.configurables if isinstance(m, SqlMagic)), None) or SqlMagic(shell)
     for name, value in OPTIONS.items():
         setattr(magic, name, value)
     shell.register_magics(magic)
-    display = Connection("postgresql+psycopg://", creator=lambda: _display_connection(phase))
-    seen = tuple(display.internal_connection.exec_driver_sql(IDENTITY).one())
-    wanted = tuple((phase.connection.execute(IDENTITY).fetchone() or {}).values())
-    if seen != wanted:
-        raise RuntimeError(f"the display connection is on {seen}, the phase on {wanted}")
     return magic.execute(line, cell or "")
 
 
