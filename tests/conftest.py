@@ -14,11 +14,13 @@ import yaml
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import backfill, db, extension, params, schema, staging
-from runbook_lib.commands import embedded
-from runbook_lib.ledger import Ledger
+from runbook_lib import params
+from runbook_lib.cli import embedded
+from runbook_lib.core import db
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
 from tests import toy
 from tests.opened import gates_passed
 
@@ -107,7 +109,7 @@ def filled(open_phase: Callable[..., Phase]) -> Callable[..., Phase]:
 
     def make(**sections: dict[str, Any]) -> Phase:
         phase = open_phase("60_build_index", **sections)
-        for module in (extension, schema, staging, backfill):
+        for module in (extension, expand_schema, load_embeddings, backfill):
             module.apply(phase)
         return phase
 

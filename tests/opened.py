@@ -6,8 +6,8 @@ from typing import Any
 
 import psycopg
 
-from runbook_lib import db
-from runbook_lib.phase import Phase
+from runbook_lib.core import db
+from runbook_lib.core.phase import Phase
 
 
 def gates_passed(phase: Phase) -> Phase:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import psycopg
 import pytest
 
-from runbook_lib import db
-from runbook_lib.phase import Phase
+from runbook_lib.core import db
+from runbook_lib.core.phase import Phase
 from tests import toy
 
 Kind = Literal["list", "range", "hash"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from runbook_lib.phase import MIGRATE
-from runbook_lib.running.manifest import Manifest, PhaseRun
+from runbook_lib.core.phase import MIGRATE
+from runbook_lib.runner.manifest import Manifest, PhaseRun
 
 RUN_ID = "20261122T190501Z-articles"
 SECONDS = (2.1, 9.4, 1.9, 2.2, 6.3, 5.1, 4.9, 8.8, 7.6, 4.2)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import nbformat
 
-from runbook_lib.phases import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
 
-OPEN = """from runbook_lib.phase import open_phase
+OPEN = """from runbook_lib.core.phase import open_phase
 phase = open_phase("{name}", params_file, run_id, execute)
 phase.ledger.create() if phase.execute else None"""
-CLOSE = """from runbook_lib.gates import collect, gate
+CLOSE = """from runbook_lib.core.gates import collect, gate
 phase.require()
 phase.close(phase.prove(lambda p: collect([gate("toy.is_done", True, p.name, found="done", needed="done")])))"""
 

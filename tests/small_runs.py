@@ -11,16 +11,16 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.running import manifest, runner
-from runbook_lib.running.manifest import Manifest
-from runbook_lib.running.runner import RunResult
+from runbook_lib.runner import manifest, runner
+from runbook_lib.runner.manifest import Manifest
+from runbook_lib.runner.runner import RunResult
 from tests import small_notebooks
 from tests.conftest import write_params
 
 FIRST, SECOND = "00_preflight", "10_baseline"
 ROOT = Path(__file__).parent.parent
 
-GATE = """from runbook_lib.gates import gate, collect
+GATE = """from runbook_lib.core.gates import gate, collect
 phase._judge(collect([gate("toy.fact_holds", False, "articles", found="this", needed="that", do="do")]))"""
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import nbformat
 import pytest
 
-from runbook_lib import kernel, sqlmagic
-from runbook_lib.phase import Phase
+from runbook_lib.core import kernel, sqlmagic
+from runbook_lib.core.phase import Phase
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 

@@ -15,12 +15,12 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import ledger, params
-from runbook_lib.commands.cli import main
-from runbook_lib.gates import BadInput, GateFailed, NotApproved
-from runbook_lib.phase import MIGRATE, UNDO, Phase
-from runbook_lib.phases import OPERATE, UNDO_OPERATION
-from runbook_lib.running import approval, plans
+from runbook_lib import params
+from runbook_lib.cli.main import main
+from runbook_lib.core import approval, ledger, plans
+from runbook_lib.core.gates import BadInput, GateFailed, NotApproved
+from runbook_lib.core.phase import MIGRATE, UNDO, Phase
+from runbook_lib.core.registry import OPERATE, UNDO_OPERATION
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import write
 

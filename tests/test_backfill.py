@@ -9,12 +9,13 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib import backfill, extension, refresh, schema, staging
-from runbook_lib.filling import pause, strategy, windows, workers
-from runbook_lib.gates import BadInput, LockNotObtained, OutsideWindow
-from runbook_lib.order import OutOfOrder
-from runbook_lib.phase import Phase
-from runbook_lib.vectors import embed
+from runbook_lib.backfill import batch_ranges, batch_strategy, throttle, workers
+from runbook_lib.core.cell_order import OutOfOrder
+from runbook_lib.core.gates import BadInput, LockNotObtained, OutsideWindow
+from runbook_lib.core.phase import Phase
+from runbook_lib.embeddings import embedding
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.operate import refresh
 from tests import toy
 from tests.conftest import write_params
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
@@ -29,8 +30,8 @@ def loaded(open_phase: Open) -> Callable[..., Phase]:
     def make(**sections: dict[str, Any]) -> Phase:
         phase = open_phase("50_backfill", **{"backfill": {"batch_rows": 30}, **sections})
         extension.apply(phase)
-        schema.apply(phase)
-        staging.apply(phase)
+        expand_schema.apply(phase)
+        load_embeddings.apply(phase)
         return phase
 
     return make
@@ -158,8 +159,8 @@ def test_a_session_may_come_to_help(
     with pytest.raises(BadInput, match="no open window"):
         backfill.help_out(params_file)
     with phase.opened():
-        windows.create(phase)
-        windows.cut(phase, strategy.choose(phase))
+        batch_ranges.create(phase)
+        batch_ranges.cut(phase, batch_strategy.choose(phase))
     with pytest.raises(OutOfOrder, match="50_backfill cannot be helped: 40_load_embeddings: NOT RUN"):
         backfill.help_out(params_file)
     replace(phase.ledger, phase="40_load_embeddings").append("phase", {"verdict": "PASS"})
@@ -207,8 +208,8 @@ def test_drain_puts_a_failed_batch_back(
         raise OSError("the model is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr("runbook_lib.vectors.embed.model", lambda params: broken)
-        with pytest.raises(embed.ModelAway, match="the model is away"):
+        patch.setattr("runbook_lib.embeddings.embedding.model", lambda params: broken)
+        with pytest.raises(embedding.ModelAway, match="the model is away"):
             refresh.drain(phase)
     assert articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone() == (5,)
     assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
@@ -219,7 +220,7 @@ def _closes_after(monkeypatch: pytest.MonkeyPatch, looks: int, answers: int) -> 
     """The maintenance window is open for so many looks, then shut for so many."""
     asked = iter(range(1000))
     shut = range(looks, looks + answers)
-    monkeypatch.setattr(pause.window, "is_open", lambda params, now=None: next(asked) not in shut)
+    monkeypatch.setattr(throttle.window, "is_open", lambda params, now=None: next(asked) not in shut)
 
 
 def test_the_window_that_closes_ends_the_backfill_where_the_run_is_to_stop(
@@ -231,7 +232,7 @@ def test_the_window_that_closes_ends_the_backfill_where_the_run_is_to_stop(
         _closes_after(patch, 1, 2)
         with pytest.raises(OutsideWindow, match="22:00-05:00"):
             backfill.apply(phase)
-        patch.setattr(pause.window, "is_open", lambda params, now=None: True)
+        patch.setattr(throttle.window, "is_open", lambda params, now=None: True)
         backfill.apply(phase)
     assert assert_every_row_has_the_vector_of_its_text(articles) == toy.ROWS
 
@@ -241,7 +242,7 @@ def test_the_wait_for_the_window_is_no_pause_that_is_too_long(
 ) -> None:
     phase = loaded(run={"window": "22:00-05:00"}, health={"longest_pause_minutes": 1})
     monkeypatch.setattr(workers, "SECONDS_BETWEEN_LOOKS", 0.01)
-    monkeypatch.setattr(pause.window, "enter", lambda params: 3600.0)
+    monkeypatch.setattr(throttle.window, "enter", lambda params: 3600.0)
     _closes_after(monkeypatch, 0, 1)
     backfill.apply(phase)
     recorded = phase.ledger.latest("backfill")

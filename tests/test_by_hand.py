@@ -11,11 +11,10 @@ import psycopg
 import pytest
 from nbclient import NotebookClient
 
-from runbook_lib import params, start
-from runbook_lib.commands import lab
-from runbook_lib.gates import BadInput
-from runbook_lib.records import verify
-from runbook_lib.running import by_hand, manifest, runner, selection
+from runbook_lib import params
+from runbook_lib.cli import lab
+from runbook_lib.core.gates import BadInput
+from runbook_lib.runner import by_hand, manifest, runner, selection, target_status, verify
 from tests import small_notebooks
 from tests.conftest import write_params
 from tests.small_runs import ROOT
@@ -129,7 +128,7 @@ def test_the_start_says_what_is_next_and_links_to_it(tmp_path: Path, monkeypatch
     path = write_params(tmp_path)
     folder = by_hand.begin(path)
     monkeypatch.chdir(folder)
-    text = start.overview(path).data
+    text = target_status.overview(path).data
     assert "**public.articles**" in text and "next is 00_preflight; reads go to legacy" in text
     assert "**[00_preflight](migrate/00_preflight.ipynb)** ← next | – NOT RUN" in text
     links = [part.split(")")[0] for part in text.split("](")[1:]]

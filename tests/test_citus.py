@@ -11,12 +11,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, db, extension, index, refresh, schema, staging
-from runbook_lib.checking import citus, inputs
-from runbook_lib.filling import strategy
-from runbook_lib.gates import Gate
+from runbook_lib.backfill import batch_strategy
+from runbook_lib.core import db
+from runbook_lib.core.gates import Gate
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, citus, expand_schema, extension, inputs, load_embeddings
+from runbook_lib.operate import refresh
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
 from tests import toy
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
 
@@ -189,10 +191,10 @@ def test_the_replaced_statements_do_what_the_ordinary_ones_do(
 ) -> None:
     phase = open_phase("60_build_index", target=ACCEPTED, search={"fulltext_column": None})
     distribute()
-    schema.record_start(phase)
-    for module in (extension, schema, staging):
+    expand_schema.record_start(phase)
+    for module in (extension, expand_schema, load_embeddings):
         module.apply(phase)
-    assert schema.verify(phase).passed and schema.plan(phase).statements == ()
+    assert expand_schema.verify(phase).passed and expand_schema.plan(phase).statements == ()
     standing = dict(articles.execute("SELECT logicalrelid::text, colocationid FROM pg_dist_partition").fetchall())
     assert standing == {
         "articles": 7,
@@ -200,7 +202,7 @@ def test_the_replaced_statements_do_what_the_ordinary_ones_do(
         "runbook.articles_queue": 7,
         "runbook.articles_rejected": 9,
     }
-    assert strategy.choose(phase).strategy == "key_ranges"
+    assert batch_strategy.choose(phase).strategy == "key_ranges"
     articles.execute("UPDATE articles SET body = NULL WHERE id = 3; UPDATE articles SET title = 'new' WHERE id = 4")
     articles.execute("UPDATE articles SET title = NULL, body = '' WHERE id = 5")
     backfill.apply(phase)
@@ -216,9 +218,9 @@ def test_the_replaced_statements_do_what_the_ordinary_ones_do(
     refresh.drain(phase)
     assert articles.execute("SELECT key FROM runbook.articles_queue").fetchall() == []
     assert assert_every_row_has_the_vector_of_its_text(articles) == toy.ROWS - 1
-    index.apply(phase)
-    assert index.verify(phase).passed
-    for module in (index, schema):
+    vector_index.apply(phase)
+    assert vector_index.verify(phase).passed
+    for module in (vector_index, expand_schema):
         module.undo(phase)
         assert module.verify_undone(phase).passed
     left = articles.execute("SELECT proname FROM pg_proc WHERE pronamespace = 'runbook'::regnamespace ORDER BY 1")

@@ -11,11 +11,10 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import db
-from runbook_lib.gates import BadInput
+from runbook_lib.core import claim, db
+from runbook_lib.core.gates import BadInput
+from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
-from runbook_lib.running import claim
 
 TARGET, TABLE = "runbook target articles", 'runbook table "public"."articles"'
 REHEARSAL = "runbook rehearsal articles"

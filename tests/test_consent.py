@@ -6,11 +6,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import preflight
-from runbook_lib.checking import consent
-from runbook_lib.gates import BadInput, Gates, collect
+from runbook_lib.core.gates import BadInput, Gates, collect
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import consent, preflight
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
 
 Connection = psycopg.Connection[Any]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import click
 import pytest
 
-from runbook_lib import redaction
-from runbook_lib.commands import console
-from runbook_lib.display import Table, plain
-from runbook_lib.gates import BadInput, Gate, Verdict
+from runbook_lib.cli import console
+from runbook_lib.core import redaction
+from runbook_lib.core.display import Table, plain
+from runbook_lib.core.gates import BadInput, Gate, Verdict
 from tests.records import make_entries
 from tests.test_rundiff import diff, write
 

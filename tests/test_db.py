@@ -10,8 +10,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from runbook_lib import db, redaction
-from runbook_lib.gates import BadInput, Gate
+from runbook_lib.core import db, redaction
+from runbook_lib.core.gates import BadInput, Gate
 from runbook_lib.params import Params
 from tests.conftest import DSN_ENV
 

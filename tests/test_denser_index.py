@@ -9,11 +9,14 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib import backfill, db, extension, index, schema, search, staging, tune
-from runbook_lib.measuring import evaluate
-from runbook_lib.operations import rebuild
-from runbook_lib.phase import Phase
-from runbook_lib.vectors.embed import Vectors
+from runbook_lib.benchmark import relevance_measures
+from runbook_lib.core import db
+from runbook_lib.core.phase import Phase
+from runbook_lib.embeddings.embedding import Vectors
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
+from runbook_lib.operate import rebuild_index
+from runbook_lib.search import search_function
 from tests.test_search import FILTERED
 
 Open = Callable[..., Phase]
@@ -69,7 +72,7 @@ def recall(phase: Phase, ef_search: int) -> float:
     )
     rows = scattered(list(texts))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    queries = evaluate.read_queries(phase.params)
+    queries = relevance_measures.read_queries(phase.params)
     shares = []
     with phase.connection.transaction():
         phase.connection.execute(f"SET LOCAL hnsw.ef_search = {ef_search}")  # type: ignore[call-overload]
@@ -86,7 +89,7 @@ def recall(phase: Phase, ef_search: int) -> float:
 def test_what_tuning_says_to_build_brings_the_recall_that_was_missing(opened: Open) -> None:
     options, highest = dict(THIN), 40
     phase = opened("70_tune", options)
-    for module in (search, extension, schema, staging, backfill, index):
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
         module.apply(phase)
     db.use_search_path(phase.connection)
     thin = recall(phase, highest)
@@ -103,13 +106,13 @@ def test_what_tuning_says_to_build_brings_the_recall_that_was_missing(opened: Op
         assert told, judged.do
         options = {"m": int(told[1]), "ef_construction": int(told[2])}
         again = opened("40_rebuild_index", options)
-        rebuild.apply(again)
-        proved = {g.name: g for g in rebuild.verify_new(again)}
+        rebuild_index.apply(again)
+        proved = {g.name: g for g in rebuild_index.verify_new(again)}
         assert "rebuild.new_index_finds_as_much" in proved, proved
         proof = proved["rebuild.new_index_finds_as_much"]
         assert proof.verdict == "PASS" and proof.figures["after"] > proof.figures["before"]
-        rebuild.swap(again)
-        assert rebuild.verify(again).passed
+        rebuild_index.swap(again)
+        assert rebuild_index.verify(again).passed
         phase = opened("70_tune", options)
         db.use_search_path(phase.connection)
     assert [verdict for _, verdict in rounds] == ["FAIL"] * (len(rounds) - 1) + ["PASS"] and len(rounds) > 1

@@ -4,8 +4,8 @@ import re
 
 from IPython.core.formatters import PlainTextFormatter
 
-from runbook_lib.display import Table, sql_html, statement_html
-from runbook_lib.gates import collect, gate
+from runbook_lib.core.display import Table, sql_html, statement_html
+from runbook_lib.core.gates import collect, gate
 
 
 def test_a_long_path_may_break_behind_its_marks_and_a_short_word_never() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runbook_lib.commands import documents
-from runbook_lib.phases import MIGRATE, OPERATE, UNDO
+from runbook_lib.cli import documents
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -28,7 +28,7 @@ def recipes(language: str) -> list[str]:
 @pytest.mark.parametrize("name", documents.DOCUMENTS)
 def test_a_document_made_from_the_code_is_current(name: str) -> None:
     made = documents.DOCUMENTS[name]()
-    assert (DOCS / name).read_text("utf-8") == made, "run: python -m runbook_lib.commands.documents"
+    assert (DOCS / name).read_text("utf-8") == made, "run: python -m runbook_lib.cli.documents"
 
 
 def test_crontab_lines_have_five_fields_and_a_command_that_a_shell_can_parse() -> None:

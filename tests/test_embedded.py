@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.commands import embedded
+from runbook_lib.cli import embedded
 
 
 def test_a_server_that_takes_long_to_start_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,15 +10,16 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import backfill, db, extension, refresh, schema, search, staging
-from runbook_lib.checking import encoding
-from runbook_lib.display import Table
-from runbook_lib.gates import Gate
-from runbook_lib.ledger import Ledger
+from runbook_lib.core import approval, db
+from runbook_lib.core.display import Table
+from runbook_lib.core.gates import Gate
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import Phase
+from runbook_lib.embeddings.sources import hash_of
+from runbook_lib.migrate import backfill, encoding, expand_schema, extension, load_embeddings
+from runbook_lib.operate import refresh
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
-from runbook_lib.running import approval
-from runbook_lib.vectors.sources import hash_of
+from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV
 from tests.opened import gates_passed
@@ -75,11 +76,11 @@ def test_texts_are_embedded_hashed_and_refreshed_as_the_characters_they_are(
     (tmp_path / "vectors.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = {"source": "file", "callable": None, "file": "vectors.jsonl"}
     loading = opened(make_params(embeddings=given))
-    for module in (search, extension, schema, staging, backfill):
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill):
         module.apply(loading)
-    for module in (schema, backfill):
+    for module in (expand_schema, backfill):
         assert [g.found for g in module.verify(loading).failed] == ["no catalogue from the start to compare with"][
-            : module is schema
+            : module is expand_schema
         ]
     articles.execute("UPDATE articles SET body = %s WHERE id = 4", [text])
     refreshing = opened(make_params())

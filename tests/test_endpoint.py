@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runbook_lib import extension as extension_module
-from runbook_lib import refresh, schema, staging
-from runbook_lib.gates import BadInput
+from runbook_lib.core.gates import BadInput
+from runbook_lib.core.phase import Phase
+from runbook_lib.embeddings import embedding, endpoint
+from runbook_lib.migrate import expand_schema, load_embeddings
+from runbook_lib.migrate import extension as extension_module
+from runbook_lib.operate import refresh
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
-from runbook_lib.vectors import embed, endpoint
 from tests import toy
 from tests.endpoints import Answer, Endpoint, embeddings, serving
 from tests.opened import write
@@ -37,7 +38,7 @@ def section(served: Endpoint, **more: Any) -> dict[str, Any]:
 
 def test_texts_go_out_in_batches_and_come_back_in_order(make_params: MakeParams, served: Endpoint) -> None:
     texts = [f"cookie number {i}" for i in range(50)]
-    model = embed.model(make_params(embeddings=section(served, request_texts=8)))
+    model = embedding.model(make_params(embeddings=section(served, request_texts=8)))
     assert np.allclose(model(texts), toy.embed(texts), atol=1e-6)
     assert sorted(len(body["input"]) for body in served.asked) == [2, 8, 8, 8, 8, 8, 8]
     assert {k for body in served.asked for k in body} == {"model", "encoding_format", "input"}
@@ -45,7 +46,7 @@ def test_texts_go_out_in_batches_and_come_back_in_order(make_params: MakeParams,
 
 
 def test_dimensions_are_asked_for_where_wanted(make_params: MakeParams, served: Endpoint) -> None:
-    embed.model(make_params(embeddings=section(served, send_dimensions=True)))(["cookie"])
+    embedding.model(make_params(embeddings=section(served, send_dimensions=True)))(["cookie"])
     assert served.asked[0]["dimensions"] == toy.DIMENSION
 
 
@@ -67,7 +68,7 @@ def test_what_may_pass_is_tried_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     served.script = [trouble]
-    vectors = embed.model(make_params(embeddings=section(served, request_timeout_s=0.3)))(["cookie"])
+    vectors = embedding.model(make_params(embeddings=section(served, request_timeout_s=0.3)))(["cookie"])
     assert np.allclose(vectors, toy.embed(["cookie"]))
     assert len(served.asked) == 2
     assert f"  endpoint: {said}; try 2 of 3 in " in capsys.readouterr().out
@@ -75,14 +76,14 @@ def test_what_may_pass_is_tried_again(
 
 def test_the_server_s_wish_for_patience_is_kept(make_params: MakeParams, served: Endpoint) -> None:
     served.script = [Answer(429, headers={"Retry-After": "0.4"})]
-    embed.model(make_params(embeddings=section(served)))(["cookie"])
+    embedding.model(make_params(embeddings=section(served)))(["cookie"])
     assert served.at[1] - served.at[0] >= 0.4
 
 
 def test_an_endpoint_that_stays_away_ends_the_load_in_plain_words(make_params: MakeParams, served: Endpoint) -> None:
     served.script = [Answer(502)] * 3
     with pytest.raises(endpoint.EndpointAway) as error:
-        embed.model(make_params(embeddings=section(served)))(["cookie"])
+        embedding.model(make_params(embeddings=section(served)))(["cookie"])
     assert str(error.value) == (
         f"\n  found   status 502, after 3 tries at {served.url}\n"
         "  needed  an answer\n"
@@ -95,7 +96,7 @@ def test_an_endpoint_that_stays_away_ends_the_load_in_plain_words(make_params: M
 def test_a_port_where_nobody_listens(make_params: MakeParams, served: Endpoint) -> None:
     p = make_params(embeddings=section(served) | {"url": "http://127.0.0.1:9/v1/embeddings", "request_tries": 2})
     with pytest.raises(endpoint.EndpointAway, match="ConnectError"):
-        embed.model(p)(["cookie"])
+        embedding.model(p)(["cookie"])
 
 
 @pytest.mark.parametrize(
@@ -113,12 +114,12 @@ def test_nonsense_is_never_taken_for_vectors(
 ) -> None:
     served.script = [Answer(body=body)]
     with pytest.raises(endpoint.EndpointAway) as error:
-        embed.model(make_params(embeddings=section(served)))(["a cookie", "a buffer"])
+        embedding.model(make_params(embeddings=section(served)))(["a cookie", "a buffer"])
     assert error.value.found == f"{found}, from {served.url}"
 
 
 def test_a_wrong_dimension_is_told_before_anything_starts(make_params: MakeParams, served: Endpoint) -> None:
-    gate = embed.check_dimension(make_params(embeddings=section(served), vector={"dimension": 16}))
+    gate = embedding.check_dimension(make_params(embeddings=section(served), vector={"dimension": 16}))
     assert (gate.verdict, gate.found) == ("FAIL", "8 dimensions")
 
 
@@ -127,7 +128,7 @@ def test_the_key_is_never_said(make_params: MakeParams, served: Endpoint, capsys
     served.script = [Answer(429), Answer(401, {"error": {"message": f"no such key: {KEY}"}})]
     p = make_params(embeddings=section(served))
     with pytest.raises(BadInput) as error:
-        embed.model(p)(["cookie"])
+        embedding.model(p)(["cookie"])
     assert str(error.value) == (
         f"\nFAIL    embed.model_can_be_loaded   {served.url}\n"
         "  found   status 401: no such key: ***\n"
@@ -144,7 +145,7 @@ def test_a_line_end_behind_the_key_is_not_sent(
     make_params: MakeParams, served: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEST_EMBEDDINGS_KEY", f" {KEY}\r\n")
-    embed.model(make_params(embeddings=section(served)))(["cookie"])
+    embedding.model(make_params(embeddings=section(served)))(["cookie"])
     assert served.keys == [f"Bearer {KEY}"]
 
 
@@ -155,7 +156,7 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_said(
 ) -> None:
     monkeypatch.setenv("TEST_EMBEDDINGS_KEY", f"{KEY}{odd}x")
     with pytest.raises(BadInput) as error:
-        embed.model(make_params(embeddings=section(served)))
+        embedding.model(make_params(embeddings=section(served)))
     assert error.value.found == "a character that no header of HTTP may hold"
     assert KEY not in "".join(traceback.format_exception(error.value)) and not served.asked
 
@@ -165,14 +166,14 @@ def test_without_the_key_nothing_is_asked(
 ) -> None:
     monkeypatch.delenv("TEST_EMBEDDINGS_KEY")
     with pytest.raises(BadInput, match="environment variable TEST_EMBEDDINGS_KEY"):
-        embed.model(make_params(embeddings=section(served)))
+        embedding.model(make_params(embeddings=section(served)))
     assert not served.asked
 
 
 def test_an_error_that_quotes_the_text_is_not_repeated(make_params: MakeParams, served: Endpoint) -> None:
     served.script = [Answer(400, {"error": {"message": "cannot take 'the patient is Ann'"}})]
     with pytest.raises(endpoint.TextRefused) as error:
-        embed.model(make_params(embeddings=section(served)))(["the patient is Ann"])
+        embedding.model(make_params(embeddings=section(served)))(["the patient is Ann"])
     assert error.value.found == "status 400, with a message that repeats the text"
 
 
@@ -187,7 +188,7 @@ def ready(open_phase: Callable[..., Phase], served: Endpoint) -> Callable[..., P
             masking=masked or {},
         )
         extension_module.apply(phase)
-        schema.apply(phase)
+        expand_schema.apply(phase)
         return phase
 
     return make
@@ -199,13 +200,13 @@ def test_a_load_that_the_endpoint_ends_goes_on_and_asks_for_no_text_twice(
     phase = ready(parallel_requests=1)
     served.judge = lambda texts: Answer(503) if len(served.asked) > 4 else None
     with pytest.raises(endpoint.EndpointAway):
-        staging.apply(phase)
+        load_embeddings.apply(phase)
     kept = phase.connection.execute("SELECT count(*) AS n FROM runbook.articles_staging").fetchone()
     assert kept == {"n": 50}
     served.judge = lambda texts: None
     served.asked.clear()
-    staging.apply(phase)
-    assert staging.verify(phase).passed
+    load_embeddings.apply(phase)
+    assert load_embeddings.verify(phase).passed
     assert len(served.texts) == toy.ROWS - 50
 
 
@@ -219,8 +220,8 @@ def test_texts_that_the_endpoint_refuses_do_not_block_the_others(
 ) -> None:
     phase = ready()
     served.judge = too_long
-    staging.apply(phase)
-    gate = staging.verify(phase).failed[-1]
+    load_embeddings.apply(phase)
+    gate = load_embeddings.verify(phase).failed[-1]
     assert str(gate) == (
         'FAIL    staging.no_vector_was_refused   "runbook"."articles_rejected"\n'
         "  found   5 × the model failed on its text: TextRefused (for instance key 155)\n"
@@ -236,19 +237,19 @@ def test_text_is_masked_before_it_leaves_and_the_hash_is_that_of_the_text(
 ) -> None:
     phase = ready({"rules": ["email"], "patterns": {"ticket": r"T-\d+"}})
     write(phase, "UPDATE articles SET body = 'ask ann@example.org about T-77 or T-78' WHERE id = 1")
-    staging.apply(phase)
+    load_embeddings.apply(phase)
     assert "cookie leaks\nask <email> about <ticket> or <ticket>" in served.texts
     assert not [t for t in served.texts if "ann@" in t]
-    assert staging.verify(phase).passed, "the hash is that of the text as it stands in the table"
+    assert load_embeddings.verify(phase).passed, "the hash is that of the text as it stands in the table"
     assert phase.ledger.latest("masking") == {"texts": 200, "values": {"email": 1, "ticket": 2}}
     assert "ann@" not in str(phase.ledger.entries())
 
 
 def test_query_texts_are_masked_too(make_params: MakeParams, served: Endpoint) -> None:
-    from runbook_lib.measuring.evaluate import Query
+    from runbook_lib.benchmark.relevance_measures import Query
 
     p = make_params(embeddings=section(served), masking={"rules": ["email"]})
-    embed.query_vectors(p, [Query("q1", "mail of ann@example.org")])
+    embedding.query_vectors(p, [Query("q1", "mail of ann@example.org")])
     assert served.texts == ["mail of <email>"]
 
 

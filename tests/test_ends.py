@@ -22,13 +22,13 @@ from papermill.exceptions import PapermillExecutionError
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import db, params
-from runbook_lib.commands import embedded
-from runbook_lib.gates import BadInput
-from runbook_lib.phase import open_phase
-from runbook_lib.records import verify
-from runbook_lib.running import approval, claim, ending, manifest, runner, stopping, window
-from runbook_lib.running.runner import RunResult
+from runbook_lib import params
+from runbook_lib.cli import embedded
+from runbook_lib.core import approval, claim, db, maintenance_window
+from runbook_lib.core.gates import BadInput
+from runbook_lib.core.phase import open_phase
+from runbook_lib.runner import ending, manifest, runner, stopping, verify
+from runbook_lib.runner.runner import RunResult
 from tests import small_notebooks, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.network import network
@@ -216,7 +216,7 @@ def test_a_file_that_does_not_fit_is_a_crash_that_says_so(database: str, tmp_pat
     command = [
         sys.executable,
         "-c",
-        "from runbook_lib.commands.cli import main; main()",
+        "from runbook_lib.cli.main import main; main()",
         "run",
         "--execute",
         "--to",
@@ -242,7 +242,7 @@ def test_pages_that_cannot_be_written_cost_the_exit_code_and_are_written_later(
     def full(*_args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("runbook_lib.records.record.write", full)
+    monkeypatch.setattr("runbook_lib.runner.record.write", full)
     result, said = run()
     assert result.folder is not None
     m = manifest.read(result.folder)
@@ -317,7 +317,7 @@ def test_a_phase_waits_for_its_sign_off_and_is_carried_out_after_it(
 
 @pytest.mark.usefixtures("articles")
 def test_outside_the_window_a_changing_phase_does_not_begin(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window, "is_open", lambda *_: False)
+    monkeypatch.setattr(maintenance_window, "is_open", lambda *_: False)
     hours = {"run": {"window": "22:00-05:00", "outside_window": "stop"}}
     result, _ = run(sections=hours, last=SECOND)
     m = record_of(result)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from runbook_lib import versions
+from runbook_lib.core import versions
 
 ROOT = Path(__file__).parent.parent
 

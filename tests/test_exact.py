@@ -8,9 +8,9 @@ import psycopg
 import pytest
 from pgvector.psycopg import register_vector
 
-from runbook_lib import db
-from runbook_lib.measuring import exact
-from runbook_lib.measuring.found import Nearest, share
+from runbook_lib.benchmark import exact
+from runbook_lib.benchmark.recall_at_k import Nearest, share
+from runbook_lib.core import db
 from runbook_lib.params import Params
 
 ROWS, DIMENSION, QUERIES, K = 3000, 8, 20, 10

@@ -8,11 +8,15 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import backfill, db, extension, index, params, schema, search, staging
-from runbook_lib.ledger import Ledger
-from runbook_lib.measuring import explain
-from runbook_lib.measuring.prepared import Sent
-from runbook_lib.phase import Phase
+from runbook_lib import params
+from runbook_lib.benchmark import explain
+from runbook_lib.benchmark.prepared import Sent
+from runbook_lib.core import db
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.search import search_function
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
 from tests.test_search import FILTERED, learn
@@ -320,7 +324,7 @@ def test_the_function_and_the_applications_own_query_are_both_proved(open_phase:
         target={"name": "articles", "table": "articles", "key": "id", "text_columns": ["title", "body"]},
         cut_over={"route": "hybrid"},
     )
-    for module in (search, extension, schema, staging, backfill, index):
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
         module.apply(phase)
     verdicts = [(g.name, g.subject, str(g.verdict)) for g in explain.gates(phase)]
     assert verdicts == [
@@ -330,7 +334,7 @@ def test_the_function_and_the_applications_own_query_are_both_proved(open_phase:
         ("explain.custom_plan_uses_the_index", "the application's query", "FAIL"),
         ("explain.generic_plan_uses_the_index", "the application's query", "FAIL"),
     ]
-    assert search.current_route(phase) == ("legacy", 0), "the proof moves no read"
+    assert search_function.current_route(phase) == ("legacy", 0), "the proof moves no read"
 
 
 BY_STATUS = "SELECT id FROM articles WHERE status = $3 ORDER BY embedding <=> $1 LIMIT $2"
@@ -408,7 +412,7 @@ def test_14_what_the_index_finds_is_what_70_tune_measured(
 ) -> None:
     target = {"name": "articles", "table": "articles", "key": "id", "text_columns": ["title", "body"]}
     phase = open_phase("70_tune", **{**FILTERED, "target": target | {"filters": ["status"]}})
-    search.apply(phase)
+    search_function.apply(phase)
     learn(phase, "status", None, "exact")
     point = {
         "scan": "index",
@@ -440,7 +444,7 @@ def test_14_the_strategies_say_what_was_chosen_for_the_applications_filter(
         search={"mode": "application", "application_query": query},
         **{**FILTERED, "target": target | {"filters": ["status", "views"]}},
     )
-    for module in (search, extension, schema, staging, backfill, index):
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
         module.apply(phase)
     learn(phase, "views", None, scan)
     articles.execute(f"ALTER DATABASE {articles.info.dbname} SET enable_seqscan = off")  # type: ignore[call-overload]

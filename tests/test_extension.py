@@ -5,8 +5,8 @@ from typing import Any
 
 import psycopg
 
-from runbook_lib import extension
-from runbook_lib.phase import Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import extension
 
 OpenPhase = Callable[..., Phase]
 

@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import forecast
+from runbook_lib.indexes import forecast
 from runbook_lib.params import Params
 
 LITTLE_MEMORY_MB = 16

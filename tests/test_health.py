@@ -9,9 +9,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.filling import health, windows
-from runbook_lib.filling.health import State, Watch
-from runbook_lib.phase import Phase
+from runbook_lib.backfill import batch_ranges, health
+from runbook_lib.backfill.health import State, Watch
+from runbook_lib.core.phase import Phase
 
 Open = Callable[..., Phase]
 
@@ -20,7 +20,7 @@ Open = Callable[..., Phase]
 def phase(open_phase: Open) -> Callable[..., Phase]:
     def make(**limits: Any) -> Phase:
         opened = open_phase("50_backfill", health=limits)
-        windows.create(opened)
+        batch_ranges.create(opened)
         return opened
 
     return make

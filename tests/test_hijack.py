@@ -7,24 +7,14 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from runbook_lib import (
-    backfill,
-    compare,
-    cutover,
-    extension,
-    index,
-    live,
-    refresh,
-    schema,
-    search,
-    session,
-    staging,
-    tune,
-)
-from runbook_lib.checking import inputs
-from runbook_lib.gates import BadInput
-from runbook_lib.operations import rebuild, watch
-from runbook_lib.phase import Phase
+from runbook_lib.benchmark import comparison
+from runbook_lib.core import session
+from runbook_lib.core.gates import BadInput
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, cut_over, expand_schema, extension, inputs, load_embeddings, tune
+from runbook_lib.operate import monitor, rebuild_index, refresh
+from runbook_lib.search import live_shadow, search_function
 from tests import attackers, toy
 
 Open = Callable[..., Phase]
@@ -66,20 +56,29 @@ def test_a_whole_migration_calls_nothing_that_others_have_planted(
         }
         phase = open_phase("90_cut_over", **sections)
         assert inputs.check(phase.connection, phase.params).passed
-        for module in (search, extension, schema, staging, backfill, index, tune, live):
+        for module in (
+            search_function,
+            extension,
+            expand_schema,
+            load_embeddings,
+            backfill,
+            vector_index,
+            tune,
+            live_shadow,
+        ):
             module.apply(phase)
-        compare.baseline(phase)
-        compare.shadow(phase)
-        cutover.apply(phase)
-        for module in (schema, staging, backfill, index, tune):
+        comparison.baseline(phase)
+        comparison.shadow(phase)
+        cut_over.apply(phase)
+        for module in (expand_schema, load_embeddings, backfill, vector_index, tune):
             assert [g.name for g in module.verify(phase).failed if "catalogue from the start" not in g.found] == []
         for route in ("legacy", "hybrid", "vector"):
-            search.move_route(phase, route, 100, "test")
+            search_function.move_route(phase, route, 100, "test")
             attackers.use(database, app, VECTOR)
         assert refresh.drain(phase).updated == 1
-        assert watch.look(phase).passed
+        assert monitor.look(phase).passed
         again = open_phase("40_rebuild_index", index={"m": 24}, **sections)
-        rebuild.apply(again)
+        rebuild_index.apply(again)
         for done in (phase, again):
             done.end("was ended by the test", "nothing")
         paths = dict(articles.execute(PATHS).fetchall())
@@ -137,12 +136,12 @@ def test_a_function_that_others_have_made_under_our_name_is_neither_replaced_nor
             "  do      DROP FUNCTION public.search_articles(text, real[], integer);"
         )
         with pytest.raises(BadInput, match="its owner can change what the application calls"):
-            search.apply(phase)
+            search_function.apply(phase)
         articles.execute("DROP FUNCTION search_articles(text, real[], integer)")
-        search.apply(phase)
+        search_function.apply(phase)
         attackers.make(articles, mallory, f"CREATE FUNCTION search_articles(query varchar, {theirs} {body}")
-        assert search.function_state(phase)["function"] == "search_articles(text,real[],integer)"  # type: ignore[index]
-        assert live.plan(phase).statements[1].text(phase.connection).count("query varchar") == 0
+        assert search_function.function_state(phase)["function"] == "search_articles(text,real[],integer)"  # type: ignore[index]
+        assert live_shadow.plan(phase).statements[1].text(phase.connection).count("query varchar") == 0
 
 
 def session_path(phase: Phase) -> str:

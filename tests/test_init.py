@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from runbook_lib import params
-from runbook_lib.checking import inputs
-from runbook_lib.commands import init as init_command
-from runbook_lib.commands.cli import main
-from runbook_lib.gates import BadInput
+from runbook_lib.cli import init as init_command
+from runbook_lib.cli.main import main
+from runbook_lib.core.gates import BadInput
+from runbook_lib.migrate import inputs
 from runbook_lib.params import Params
 from tests.conftest import DSN_ENV
 

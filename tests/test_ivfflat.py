@@ -15,13 +15,16 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook_lib import backfill, compare, db, extension, index, schema, search, staging, tune
-from runbook_lib.gates import Gate, GateFailed
-from runbook_lib.ledger import Ledger
-from runbook_lib.measuring import drift
-from runbook_lib.operations import rebuild
+from runbook_lib.benchmark import comparison, ivfflat_drift
+from runbook_lib.core import db
+from runbook_lib.core.gates import Gate, GateFailed
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import MIGRATE, UNDO, Phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
+from runbook_lib.operate import rebuild_index
 from runbook_lib.params import load
-from runbook_lib.phase import MIGRATE, UNDO, Phase
+from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
@@ -71,7 +74,7 @@ def test_there_through_age_and_a_rebuild_and_back(
     articles.execute("ALTER TABLE articles SET (autovacuum_enabled = off)")
     add(articles, "old", ROWS)
     # A busy machine says nothing of the search: differences below this count as noise.
-    monkeypatch.setattr(compare, "FAST_ENOUGH_MS", 1000.0)
+    monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000.0)
     before, own_rows = dump(database), rows(articles)
     path = write_params(tmp_path, **IVFFLAT)
     step_all("migrate", MIGRATE, path)
@@ -130,7 +133,7 @@ def template(server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
             add(connection, "old", ROWS)
         with opened(write_params(folder, **IVFFLAT)) as phase:
             phase.ledger.create()
-            for module in (search, extension, schema, staging, backfill, index, tune):
+            for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index, tune):
                 module.apply(phase)
     return name
 
@@ -174,7 +177,7 @@ def insert(connection: psycopg.Connection[Any], kind: str, how_many: int) -> Non
 
 
 def by_name(phase: Phase) -> dict[str, Gate]:
-    return {g.name: g for g in drift.gates(phase)}
+    return {g.name: g for g in ivfflat_drift.gates(phase)}
 
 
 def test_rows_that_fill_one_list_make_the_lists_uneven(watching: Phase, copied: psycopg.Connection[Any]) -> None:
@@ -202,8 +205,8 @@ def test_more_rows_of_the_same_kind_are_no_drift(watching: Phase, copied: psycop
 
 
 def test_a_few_new_rows_are_too_few_to_judge(watching: Phase, copied: psycopg.Connection[Any]) -> None:
-    insert(copied, "new", drift.FEWEST_ROWS - 1)
-    gates, rows = by_name(watching), ROWS + toy.ROWS + drift.FEWEST_ROWS - 1
+    insert(copied, "new", ivfflat_drift.FEWEST_ROWS - 1)
+    gates, rows = by_name(watching), ROWS + toy.ROWS + ivfflat_drift.FEWEST_ROWS - 1
     assert list(gates) == ["drift.lists_are_even"], "nothing is said to pass that was not looked at"
     assert gates["drift.lists_are_even"].found.split("; ")[1] == (
         f"9 of {rows:,} rows are newer than the index, too few to judge how they are found"
@@ -245,9 +248,9 @@ def test_lists_made_of_too_little_data_stop_the_way_until_they_are_made_anew(
 def test_the_rebuilt_index_is_measured_against_the_aged_one(copied: psycopg.Connection[Any], tmp_path: Path) -> None:
     insert(copied, "new", ROWS)
     with opened(write_params(tmp_path, **IVFFLAT), "40_rebuild_index") as phase:
-        rebuild.apply(phase)
-        gates = rebuild.verify_new(phase)
+        rebuild_index.apply(phase)
+        gates = rebuild_index.verify_new(phase)
         assert gates.passed, str(gates)
-        rebuild.swap(phase)
+        rebuild_index.swap(phase)
         latest = phase.ledger.latest("index")
     assert latest and latest["rows"] == 2 * ROWS + toy.ROWS, "the lists' age counts from the new build"

@@ -5,8 +5,8 @@ from typing import Any
 
 import psycopg
 
-from runbook_lib.filling import layout
-from runbook_lib.phase import Phase
+from runbook_lib.backfill import layout
+from runbook_lib.core.phase import Phase
 
 
 def test_a_table_of_many_dear_updates_wants_its_vectors_beside() -> None:

@@ -11,11 +11,11 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import compare
-from runbook_lib.checking import inputs
-from runbook_lib.gates import Gate, GateFailed
+from runbook_lib.benchmark import comparison
+from runbook_lib.core.gates import Gate, GateFailed
+from runbook_lib.core.phase import MIGRATE, UNDO
+from runbook_lib.migrate import inputs
 from runbook_lib.params import Params
-from runbook_lib.phase import MIGRATE, UNDO
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.servers import dump
@@ -62,7 +62,7 @@ def migrator(
 def test_there_and_back_with_the_least_rights(
     migrator: psycopg.Connection[Any], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "FAST_ENOUGH_MS", 1000)
+    monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000)
     path = write_params(tmp_path, **SECTIONS | {"search": {"fulltext_column": "tsv", "grant_to": [APPLICATION]}})
     migrator.execute(sql.SQL("GRANT SELECT ON articles TO {}").format(sql.Identifier(APPLICATION)))
     before, own_rows = dump(database), rows(migrator)

@@ -7,9 +7,9 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import db, ledger
-from runbook_lib.gates import BadInput
-from runbook_lib.phase import Phase
+from runbook_lib.core import db, ledger
+from runbook_lib.core.gates import BadInput
+from runbook_lib.core.phase import Phase
 from tests.conftest import DSN_ENV
 from tests.opened import write
 

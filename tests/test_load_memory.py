@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from runbook_lib import extension, schema
+from runbook_lib.migrate import expand_schema, extension
 from tests.conftest import write_params
 from tests.drills import kit
 
@@ -63,7 +63,7 @@ def test_ten_times_the_rows_take_no_more_memory(database: str, tmp_path: Path) -
             params_file = write_params(tmp_path, embeddings=source, **sections)
             with kit.opened(params_file) as phase:
                 extension.apply(phase)
-                schema.apply(phase)
+                expand_schema.apply(phase)
             most.append(most_memory_mb(params_file))
             staged = connection.execute("SELECT count(*) FROM runbook.articles_staging").fetchone()
             assert staged == (rows,)

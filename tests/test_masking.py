@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from runbook_lib.gates import BadInput
+from runbook_lib.core.gates import BadInput
+from runbook_lib.embeddings import masking
 from runbook_lib.params import Params
-from runbook_lib.vectors import masking
 
 MakeParams = Callable[..., Params]
 ALL = ["email", "phone", "card", "iban", "ip", "token"]

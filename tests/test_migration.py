@@ -8,10 +8,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import compare
-from runbook_lib.phase import MIGRATE, UNDO
-from runbook_lib.running import runner
-from runbook_lib.running.runner import RunResult
+from runbook_lib.benchmark import comparison
+from runbook_lib.core.phase import MIGRATE, UNDO
+from runbook_lib.runner import runner
+from runbook_lib.runner.runner import RunResult
 from tests import toy
 from tests.conftest import write_params
 from tests.servers import dump
@@ -107,7 +107,7 @@ def test_a_handful_of_rows_that_legacy_never_finds_go_there_and_back(
     articles: psycopg.Connection[Any], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A busy machine says nothing of the search: differences below this count as noise.
-    monkeypatch.setattr(compare, "FAST_ENOUGH_MS", 1000.0)
+    monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000.0)
     articles.execute("DELETE FROM articles WHERE id > 3")
     articles.execute("UPDATE articles SET title = 'zebra ' || id, body = 'a horse with stripes', status = id::text")
     articles.execute(f"ALTER DATABASE {articles.info.dbname} SET random_page_cost = 4")

@@ -15,14 +15,17 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import compare, db, params, search
-from runbook_lib.commands.cli import main
-from runbook_lib.gates import BadInput, GateFailed, RunbookError
-from runbook_lib.ledger import Ledger
-from runbook_lib.measuring.prepared import vector_indexes
-from runbook_lib.operations import handover, model_change, model_comparison, retire_model, watch
-from runbook_lib.phase import MIGRATE, UNDO, Phase
-from runbook_lib.running import manifest
+from runbook_lib import params
+from runbook_lib.benchmark import comparison
+from runbook_lib.benchmark.prepared import vector_indexes
+from runbook_lib.cli.main import main
+from runbook_lib.core import db
+from runbook_lib.core.gates import BadInput, GateFailed, RunbookError
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import MIGRATE, UNDO, Phase
+from runbook_lib.operate import model_change, model_comparison, monitor, retire_model
+from runbook_lib.runner import manifest
+from runbook_lib.search import function_ownership, search_function
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
@@ -51,7 +54,7 @@ CALL = "SELECT id, score, answered_by FROM search_articles(%s, %s::real[], 3)"
 def noise_is_no_slowness() -> Iterator[None]:
     """A busy machine makes any search of five milliseconds slow now and then; that gate has a test of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "FAST_ENOUGH_MS", 1000.0)
+        patch.setattr(comparison, "FAST_ENOUGH_MS", 1000.0)
         yield
 
 
@@ -195,7 +198,7 @@ def test_the_notebook_swaps_and_both_models_are_answered_by_their_own_column(
     step("migrate/90_cut_over", new)
     step(OPERATION, new)
     for path in (folder / "toy.yaml", new):
-        seen = {g.name: str(g.verdict) for g in watch.look(opened("20_watch", path))}
+        seen = {g.name: str(g.verdict) for g in monitor.look(opened("20_watch", path))}
         wanted = ("watch.settings_hold", "watch.route_is_as_set", "explain.function_searches_by_the_index")
         assert [seen[name] for name in wanted] == ["PASS"] * 3, path
     verdicts = articles.execute(
@@ -384,7 +387,7 @@ def test_killed_between_a_rerun_goes_on(
     phase = opened()
     text = dump(copied)
     if left == "route moved":
-        search.move_route(phase, "vector", 100, "as the process ended")
+        search_function.move_route(phase, "vector", 100, "as the process ended")
         names = ["model_change.swap"]
     else:
         model_change.apply(phase)
@@ -477,9 +480,9 @@ def test_the_replaced_target_does_not_break_the_function_while_both_answer(
         " or run operate/65_retire_model there"
     )
     with pytest.raises(GateFailed):
-        search.plan(opened("10_baseline", folder / "toy.yaml"))
+        search_function.plan(opened("10_baseline", folder / "toy.yaml"))
     for later in ("30_remove_schema", "40_remove_search_function"):
-        assert handover.check(opened(later, folder / "toy.yaml")).failed
+        assert function_ownership.check(opened(later, folder / "toy.yaml")).failed
     assert definition(articles) == swapped
 
 
@@ -664,8 +667,8 @@ def test_a_retirement_killed_anywhere_goes_on(
 
 def test_handovers_are_read_from_the_source_that_runs(opened: Callable[..., Phase]) -> None:
     phase = opened()
-    assert handover.standing(phase.connection, phase.params) == []
+    assert function_ownership.standing(phase.connection, phase.params) == []
     model_change.apply(phase)
-    assert handover.standing(phase.connection, phase.params) == [
-        handover.Handover("search_articles", "articles", "articles_v2", handover.BOTH)
+    assert function_ownership.standing(phase.connection, phase.params) == [
+        function_ownership.Handover("search_articles", "articles", "articles_v2", function_ownership.BOTH)
     ]

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from runbook_lib import names
+from runbook_lib.core import names
 from runbook_lib.params import Params
 
 # 8 bytes, and 40 letters of two bytes each.

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from runbook_lib.phases import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
 
 ROOT = Path(__file__).parent.parent / "notebooks"
 PATHS = sorted(ROOT.glob("*/*.ipynb"))

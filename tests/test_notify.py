@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from runbook_lib.params import Params
-from runbook_lib.running import notify
-from runbook_lib.running.manifest import PhaseRun
+from runbook_lib.runner import notify
+from runbook_lib.runner.manifest import PhaseRun
 from tests.records import make_manifest
 
 FOLDER = Path("/runs/x")

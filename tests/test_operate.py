@@ -9,11 +9,11 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from runbook_lib.commands.cli import main
-from runbook_lib.gates import BadInput, NotApproved
-from runbook_lib.phase import Phase, following, open_phase
-from runbook_lib.phases import MIGRATE, OPERATE, UNDO, relied_on, waits
-from runbook_lib.running import approval, window
+from runbook_lib.cli.main import main
+from runbook_lib.core import approval, maintenance_window
+from runbook_lib.core.gates import BadInput, NotApproved
+from runbook_lib.core.phase import Phase, following, open_phase
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, relied_on, waits
 from tests.conftest import write_params
 from tests.small_runs import ledger_rows, record_of
 from tests.small_runs import run as run  # a fixture
@@ -73,7 +73,7 @@ def test_a_rebuild_keeps_the_hours_and_a_refresh_does_not(
     migrated: Phase, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered: list[str] = []
-    monkeypatch.setattr(window, "enter", lambda params, **_: entered.append("window"))
+    monkeypatch.setattr(maintenance_window, "enter", lambda params, **_: entered.append("window"))
     operate(run, REFRESH)
     assert entered == []
     operate(run, REBUILD)

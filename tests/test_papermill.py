@@ -12,8 +12,8 @@ import nbformat
 import psycopg
 import pytest
 
-from runbook_lib import extension, schema
-from runbook_lib.phase import Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import expand_schema, extension
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "migrate" / "30_expand_schema.ipynb"
 
@@ -44,7 +44,7 @@ def test_a_phase_before_its_predecessor_fails_on_the_gate_and_passes_after_it(
     open_phase: Callable[..., Phase],
 ) -> None:
     phase = open_phase("20_extension")
-    schema.record_start(phase)
+    expand_schema.record_start(phase)
     before = columns(articles)
     given = {"params_file": str(tmp_path / "toy.yaml"), "execute": "true"}
 

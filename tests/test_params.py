@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from runbook_lib import names, params
-from runbook_lib.gates import BadInput, Gate
+from runbook_lib import params
+from runbook_lib.core import names
+from runbook_lib.core.gates import BadInput, Gate
 from runbook_lib.params import Params, reference
 from tests.conftest import write_params
 

@@ -8,8 +8,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.checking import inputs
-from runbook_lib.gates import Gate
+from runbook_lib.core.gates import Gate
+from runbook_lib.migrate import inputs
 from runbook_lib.params import Params
 from tests import partitioned
 

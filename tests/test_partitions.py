@@ -14,9 +14,12 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import backfill, compare, db, extension, forecast, index, preflight, row_counts, schema, staging
-from runbook_lib.phase import MIGRATE, UNDO, Phase
-from runbook_lib.row_counts import Rows
+from runbook_lib.benchmark import comparison
+from runbook_lib.core import db, row_counts
+from runbook_lib.core.phase import MIGRATE, UNDO, Phase
+from runbook_lib.core.row_counts import Rows
+from runbook_lib.indexes import forecast, vector_index
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, preflight
 from runbook_lib.sql import load
 from tests import partitioned, servers, toy
 from tests.conftest import DSN_ENV, write_params
@@ -77,7 +80,7 @@ def _there_and_back(
     empty: psycopg.Connection[Any], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Two hundred rows are searched within milliseconds by any way: what is faster is chance here.
-    monkeypatch.setattr(compare, "FAST_ENOUGH_MS", 1000)
+    monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000)
     before, own_rows = dump(database), empty.execute(OWN_COLUMNS).fetchall()
     path = write_params(tmp_path, **SECTIONS)
 
@@ -106,7 +109,7 @@ def test_a_row_that_moves_to_another_partition_under_the_update_is_taken_there(
     parted: psycopg.Connection[Any], database: str, open_phase: Callable[..., Phase]
 ) -> None:
     phase = open_phase("50_backfill", locks={"timeout_ms": 20_000})
-    for module in (extension, schema, staging):
+    for module in (extension, expand_schema, load_embeddings):
         module.apply(phase)
     errors: list[BaseException] = []
 
@@ -156,7 +159,7 @@ def test_counters_are_those_of_the_partitions(
         # Room on each page, so that some updates stay on theirs.
         parted.execute(f"ALTER TABLE {leaf} SET (fillfactor = 50)")
     parted.execute("VACUUM FULL ANALYZE articles")
-    for module in (extension, schema, staging):
+    for module in (extension, expand_schema, load_embeddings):
         module.apply(phase)
     backfill.apply(phase)
     noted = phase.ledger.latest("backfill")
@@ -177,12 +180,12 @@ def test_a_partition_that_does_not_capture_changes_is_named(
     parted: psycopg.Connection[Any], open_phase: Callable[..., Phase]
 ) -> None:
     phase = open_phase("30_expand_schema")
-    for module in (extension, schema):
+    for module in (extension, expand_schema):
         module.apply(phase)
-    gates = {g.name: g for g in schema.verify(phase)}
+    gates = {g.name: g for g in expand_schema.verify(phase)}
     assert gates["schema.every_partition_captures"].found == "4 of 4 partitions"
     parted.execute("ALTER TABLE articles_bolt_1 DISABLE TRIGGER runbook_articles_update")
-    deaf = {g.name: g for g in schema.verify(phase)}["schema.every_partition_captures"]
+    deaf = {g.name: g for g in expand_schema.verify(phase)}["schema.every_partition_captures"]
     assert str(deaf) == (
         'FAIL    schema.every_partition_captures   "public"."articles"\n'
         "  found   public.articles_bolt_1 of 4 partitions do not\n"
@@ -199,13 +202,13 @@ def test_vectors_beside_a_partitioned_table_stand_in_one_table(
     articles.execute("DROP TABLE articles")
     partitioned.create_articles(articles, kind)
     phase = open_phase("60_build_index", vector={"layout": "side_table"})
-    for module in (extension, schema, staging, backfill, index):
+    for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
         module.apply(phase)
-        assert module.verify(phase).failed == () or module is schema
+        assert module.verify(phase).failed == () or module is expand_schema
     assert assert_every_row_has_the_vector_of_its_text(articles, "side_table") == toy.ROWS
     articles.execute("DELETE FROM articles WHERE id = 7")
     assert articles.execute("SELECT count(*) FROM articles_embedding WHERE id = 7").fetchone() == (0,)
     assert partitioned.index_state(articles) == {"articles_embedding_hnsw": (True, False)}
-    for module in (index, schema):
+    for module in (vector_index, expand_schema):
         module.undo(phase)
         assert module.verify_undone(phase).passed

@@ -2,7 +2,7 @@
 
 import pytest
 
-from runbook_lib.measuring import statement
+from runbook_lib.benchmark import vector_statement
 from runbook_lib.params import placeholders
 
 NAMES = ["query", "k", "Ward No", "share %", 'a"b', "str\u00e4\u00dfe"]
@@ -29,6 +29,6 @@ def test_what_is_a_placeholder(text: str, found: list[str]) -> None:
 
 def test_bound_and_named_are_each_others_way_back() -> None:
     text = 'SELECT id WHERE w = :"Ward No" AND :query <> \':k\' AND w > :"Ward No" LIMIT :k'
-    bound, used = statement.bound(text, NAMES)
+    bound, used = vector_statement.bound(text, NAMES)
     assert bound == "SELECT id WHERE w = $1 AND $2 <> ':k' AND w > $1 LIMIT $3"
-    assert statement.named(bound, used) == text
+    assert vector_statement.named(bound, used) == text

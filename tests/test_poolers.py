@@ -10,10 +10,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, db, extension, index, schema, search, session, staging
-from runbook_lib.gates import BadInput
+from runbook_lib.core import db, session
+from runbook_lib.core.gates import BadInput
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
+from runbook_lib.search import search_function
 from tests import poolers
 from tests.conftest import DSN_ENV
 
@@ -127,7 +130,7 @@ def test_a_migration_through_pgbouncer_in_session_mode(
     with poolers.pgbouncer(database, folder, "session", 12) as dsn:
         monkeypatch.setenv(DSN_ENV, dsn)
         phase = open_phase("60_build_index")
-        for module in (search, extension, schema, staging, backfill, index):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
             module.apply(phase)
         assert backfill.verify(phase).passed
         phase.end("was ended by the test", "nothing")

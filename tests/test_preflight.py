@@ -11,12 +11,11 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import extension, preflight, schema
-from runbook_lib.checking import inputs
-from runbook_lib.gates import BadInput, Gate, Gates
+from runbook_lib.core.gates import BadInput, Gate, Gates
+from runbook_lib.core.phase import Phase
+from runbook_lib.embeddings import masking
+from runbook_lib.migrate import expand_schema, extension, inputs, preflight
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
-from runbook_lib.vectors import masking
 from tests.conftest import DSN_ENV
 
 Connection = psycopg.Connection[Any]
@@ -267,9 +266,9 @@ def test_a_side_table_that_the_runbook_did_not_make_is_refused(
     assert _only(inputs.input_problems(make_params(vector=beside))).found == "a view, not made by this runbook"
     articles.execute("DROP VIEW articles_embedding")
     extension.apply(phase)
-    schema.apply(phase)
+    expand_schema.apply(phase)
     assert inputs.input_problems(make_params(vector=beside)).passed, "its own is not in its way"
-    schema.undo(phase)
+    expand_schema.undo(phase)
     articles.execute("CREATE TABLE articles_embedding (id bigint)")
     assert _failed(inputs.input_problems(make_params(vector=beside))) == ["inputs.side_table_is_free"]
 

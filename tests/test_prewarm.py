@@ -6,9 +6,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, extension, index, preflight, schema, staging
-from runbook_lib.indexing import prewarm
-from runbook_lib.phase import Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import prewarm, vector_index
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, preflight
 
 Connection = psycopg.Connection[Any]
 Open = Callable[..., Phase]
@@ -16,7 +16,7 @@ ASKED = {"index": {"prewarm": True}}
 
 
 def _indexed(phase: Phase) -> Phase:
-    for module in (extension, schema, staging, backfill, index):
+    for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
         module.apply(phase)
     return phase
 

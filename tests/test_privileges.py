@@ -10,13 +10,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import compare, extension, preflight, schema, search
-from runbook_lib.checking import privileges
-from runbook_lib.filling import dividing
-from runbook_lib.gates import Gate, Verdict
-from runbook_lib.measuring import scratch
-from runbook_lib.operations import partitioning, storage
-from runbook_lib.phase import MIGRATE, Phase
+from runbook_lib.backfill import partitioned_twin
+from runbook_lib.benchmark import comparison
+from runbook_lib.core.gates import Gate, Verdict
+from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.migrate import expand_schema, extension, preflight, privileges
+from runbook_lib.operate import compare_storage, partition_by_filter, rehearsal_schema
+from runbook_lib.search import search_function
 from tests.conftest import write_params
 from tests.stepping import step_all
 from tests.test_server_versions import SECTIONS
@@ -114,7 +114,7 @@ def documented() -> dict[str, dict[str, set[str]]]:
 def test_after_a_migration_under_generous_defaults_each_role_has_what_the_documents_say(
     generous: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "FAST_ENOUGH_MS", 1000)
+    monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000)
     before = known(generous)
     generous.execute(
         """GRANT SELECT ON articles TO shop_app; ALTER TABLE articles ENABLE ROW LEVEL SECURITY;
@@ -147,13 +147,13 @@ def test_what_operations_make_is_closed_too(open_phase: Open, generous: Connecti
     before = known(generous) - {
         row[0] for row in generous.execute("SELECT oid FROM pg_class WHERE relname = 'entry'")
     }
-    schema.apply(phase)
-    for statement in [*partitioning._begin(phase), *storage._making(phase)]:
+    expand_schema.apply(phase)
+    for statement in [*partition_by_filter._begin(phase), *compare_storage._making(phase)]:
         phase.do(statement)
-    for statement in scratch.making(phase, preflight.facts(phase), 10):
+    for statement in rehearsal_schema.making(phase, preflight.facts(phase), 10):
         phase.do(statement)
     made = known(generous) - before
-    assert len(made) > 12 and dividing.standing(phase).parts
+    assert len(made) > 12 and partitioned_twin.standing(phase).parts
     assert standing(generous, before) == {}
 
 
@@ -163,12 +163,12 @@ def test_a_replaced_function_and_a_table_that_is_there_keep_their_grants(
 ) -> None:
     """Made again for a second target or by a later step, it must not take the application's rights away."""
     phase = open_phase("10_baseline", search={"grant_to": [APPLICATION]})
-    search.apply(phase)
+    search_function.apply(phase)
     generous.execute(
         "GRANT EXECUTE ON FUNCTION search_articles TO shop_approver; GRANT SELECT ON runbook.route TO PUBLIC"
     )
-    phase.do(search.create_statement(phase))
-    phase.do(search.plan(phase).statements[0])
+    phase.do(search_function.create_statement(phase))
+    phase.do(search_function.plan(phase).statements[0])
     had = standing(generous, set())
     assert had["public.search_articles"] == {APPLICATION: {"EXECUTE"}, APPROVER: {"EXECUTE"}}
     assert had["runbook.route"]["public"] == {"SELECT"}
@@ -177,7 +177,7 @@ def test_a_replaced_function_and_a_table_that_is_there_keep_their_grants(
 def opened(open_phase: Open, connection: Connection, grant: str) -> Gate:
     """The gate after somebody has granted this, and again once what it says to do was done: then it passes."""
     phase = open_phase("10_baseline", search={"grant_to": [APPLICATION]})
-    search.apply(phase)
+    search_function.apply(phase)
     before = privileges.check(phase.connection, phase.params)
     assert before.verdict is Verdict.PASS, before
     connection.execute(grant)  # type: ignore[call-overload]
@@ -214,7 +214,7 @@ def test_in_a_schema_of_the_application_its_own_tables_are_its_own(open_phase: O
         "REVOKE CREATE ON SCHEMA shop FROM shop_app, shop_approver; GRANT ALL ON shop.orders TO shop_app"
     )
     phase = open_phase("10_baseline", ledger={"schema": "shop"}, search={"grant_to": [APPLICATION]})
-    search.apply(phase)
+    search_function.apply(phase)
     assert privileges.check(phase.connection, phase.params).verdict is Verdict.PASS
     generous.execute("GRANT UPDATE ON shop.route TO shop_app")
     found = privileges.check(phase.connection, phase.params)

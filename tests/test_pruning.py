@@ -6,10 +6,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, extension, schema, staging
-from runbook_lib.filling import pruning, strategy, workers
-from runbook_lib.gates import Gates
-from runbook_lib.phase import Phase
+from runbook_lib.backfill import batch_strategy, pruning, workers
+from runbook_lib.core.gates import Gates
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
 
 Connection = psycopg.Connection[Any]
@@ -20,8 +20,8 @@ PART = "public.articles"
 def loaded(open_phase: Callable[..., Phase], articles: Connection) -> Phase:
     phase = open_phase("50_backfill", backfill={"strategy": "page_interleaved", "batch_rows": 20})
     extension.apply(phase)
-    schema.apply(phase)
-    staging.apply(phase)
+    expand_schema.apply(phase)
+    load_embeddings.apply(phase)
     return phase
 
 
@@ -105,7 +105,7 @@ def test_killed_half_way_undo_puts_it_back(
         seen_while_it_works(articles, patch, raises=True)
         with pytest.raises(KeyboardInterrupt):
             backfill.apply(loaded)
-    schema.undo(loaded)
+    expand_schema.undo(loaded)
     assert options(articles) is None
 
 
@@ -113,7 +113,7 @@ def test_where_somebody_holds_the_table_it_goes_on_without(
     open_phase: Callable[..., Phase], loaded: Phase, articles: Connection, database: str, capsys: Any
 ) -> None:
     phase = open_phase("50_backfill", locks={"timeout_ms": 20, "tries": 2})
-    parts = [r.part for r in strategy.relations(phase)]
+    parts = [r.part for r in batch_strategy.relations(phase)]
     with psycopg.connect(database, application_name="a vacuum by hand") as holder:
         holder.execute("LOCK TABLE articles IN SHARE UPDATE EXCLUSIVE MODE")
         pruning.apply(phase, parts)

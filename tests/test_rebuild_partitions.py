@@ -9,9 +9,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.gates import GateFailed
-from runbook_lib.operations import rebuild, rebuild_partitions
-from runbook_lib.phase import MIGRATE, Phase, open_phase
+from runbook_lib.core.gates import GateFailed
+from runbook_lib.core.phase import MIGRATE, Phase, open_phase
+from runbook_lib.operate import rebuild_index, rebuild_partitions
 from tests import partitioned
 from tests.conftest import write_params
 from tests.stepping import step, step_all
@@ -61,16 +61,16 @@ def test_stopped_between_two_partitions_it_goes_on_in_another_run_and_is_taken_b
     migrated: Callable[..., Path], articles: psycopg.Connection[Any]
 ) -> None:
     phase = _opened(migrated(storage="halfvec"), "refused")
-    refused = [g for g in rebuild.check(phase) if g.verdict != "PASS"]
+    refused = [g for g in rebuild_index.check(phase) if g.verdict != "PASS"]
     assert [g.name for g in refused] == ["index.has_the_right_operator_class"]
     assert refused[0].do == "run undo/20_remove_index, and 60_build_index again"
     _close(phase)
     path = migrated(m=8, ef_construction=32)
     phase = _opened(path, "first")
-    assert [s.name.split(".")[1] for s in rebuild.plan(phase)] == ["set_options", "reindex"] * 4
+    assert [s.name.split(".")[1] for s in rebuild_index.plan(phase)] == ["set_options", "reindex"] * 4
     with partitioned.killed_after(rebuild_partitions, builds=2):
-        rebuild.apply(phase)
-    assert str(rebuild.verify_new(phase)) == (
+        rebuild_index.apply(phase)
+    assert str(rebuild_index.verify_new(phase)) == (
         "FAIL    rebuild.every_partition_is_new   articles_embedding_hnsw\n"
         "  found   2 of 4 partitions\n"
         "  needed  all of them\n"
@@ -78,7 +78,7 @@ def test_stopped_between_two_partitions_it_goes_on_in_another_run_and_is_taken_b
         "  do      run 40_rebuild_index again with execute: true; it goes on with the partitions that are left"
     )
     with pytest.raises(GateFailed):
-        phase.prove(rebuild.verify_new)
+        phase.prove(rebuild_index.verify_new)
     _close(phase)
     # What a REINDEX CONCURRENTLY leaves when it is cancelled.
     articles.execute(
@@ -89,17 +89,17 @@ def test_stopped_between_two_partitions_it_goes_on_in_another_run_and_is_taken_b
     )
 
     phase = _opened(path, "second")
-    names = [s.name.split(".")[1] for s in rebuild.plan(phase)]
+    names = [s.name.split(".")[1] for s in rebuild_index.plan(phase)]
     # The options of the third had been set when its build was stopped.
     assert names == ["drop", "reindex", "set_options", "reindex"]
-    rebuild.apply(phase)
-    gates = rebuild.verify_new(phase)
+    rebuild_index.apply(phase)
+    gates = rebuild_index.verify_new(phase)
     assert gates.passed and [g.name for g in gates][-1] == "rebuild.new_index_finds_as_much"
-    rebuild.swap(phase)
-    assert rebuild.verify(phase).passed
-    assert rebuild.plan(phase).statements == ()
-    rebuild.undo(phase)
-    assert rebuild.verify_undone(phase).passed
+    rebuild_index.swap(phase)
+    assert rebuild_index.verify(phase).passed
+    assert rebuild_index.plan(phase).statements == ()
+    rebuild_index.undo(phase)
+    assert rebuild_index.verify_undone(phase).passed
     assert _options(articles) == {leaf: ["m=16", "ef_construction=64"] for leaf in LEAVES}
-    assert rebuild.undo_plan(phase).statements == ()
+    assert rebuild_index.undo_plan(phase).statements == ()
     _close(phase)

@@ -13,12 +13,11 @@ from typing import Any
 import nbformat
 import pytest
 
-from runbook_lib import db
-from runbook_lib.phase import MIGRATE, Phase
-from runbook_lib.progress import Progress
-from runbook_lib.records import pictures, record, review, tables
-from runbook_lib.running import manifest
-from runbook_lib.running.manifest import PhaseRun
+from runbook_lib.core import db, pictures
+from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.core.progress import Progress
+from runbook_lib.runner import manifest, record, review, tables
+from runbook_lib.runner.manifest import PhaseRun
 from tests.records import RUN_ID, entry, gate, make_entries, make_manifest, statement
 
 VOID = {"meta", "br", "path", "use", "rect", "line", "circle", "img", "hr", "col", "input", "link"}

@@ -14,9 +14,9 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import redaction
-from runbook_lib.running import ending
-from runbook_lib.vectors import embed
+from runbook_lib.core import redaction
+from runbook_lib.embeddings import embedding
+from runbook_lib.runner import ending
 
 # A quote, a backslash, and what URLs, HTML and JSON write otherwise.
 SECRET = r"""pl4nted p@ss/w0rd+%'"\<ü>"""
@@ -73,7 +73,7 @@ def test_nested_data_is_redacted_and_figures_stay() -> None:
 
 
 @pytest.mark.attack
-@pytest.mark.parametrize("bounded", [ending._bounded, lambda text: embed.said(ValueError(text))])
+@pytest.mark.parametrize("bounded", [ending._bounded, lambda text: embedding.said(ValueError(text))])
 def test_no_half_of_a_secret_is_left_where_an_error_is_cut(bounded: Callable[[str], str]) -> None:
     redaction.remember("sk-4711-abcdef-planted")
     for letters in range(460, 2000):

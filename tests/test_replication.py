@@ -12,11 +12,13 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import backfill, db, extension, refresh, schema, search, staging
-from runbook_lib.checking import inputs
-from runbook_lib.ledger import Ledger
+from runbook_lib.core import db
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import backfill, expand_schema, extension, inputs, load_embeddings
+from runbook_lib.operate import refresh
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
+from runbook_lib.search import search_function
 from tests import servers, toy
 from tests.conftest import DSN_ENV
 from tests.opened import gates_passed
@@ -86,7 +88,7 @@ def test_a_subscriber_without_the_columns_stops_and_goes_on_after_the_statement_
     (refused,) = inputs.input_problems(p).failed
     assert "logical slots here: heard (pgoutput, active)" in refused.found
     phase = opened(p)
-    for module in (search, extension, schema):
+    for module in (search_function, extension, expand_schema):
         module.apply(phase)
     publisher.execute("UPDATE articles SET views = 7 WHERE id = 9")
     errors = "SELECT apply_error_count > 0 FROM pg_stat_subscription_stats"
@@ -97,7 +99,7 @@ def test_a_subscriber_without_the_columns_stops_and_goes_on_after_the_statement_
     (alter,) = re.findall(r"ALTER TABLE [^;]*;", refused.do)
     subscriber.execute(f"CREATE EXTENSION vector; {alter}")
     until(lambda: subscriber.execute(seen).fetchone() == (7,))
-    for module in (staging, backfill):
+    for module in (load_embeddings, backfill):
         module.apply(phase)
     until(lambda: subscriber.execute("SELECT count(embedding) FROM articles").fetchone() == (toy.ROWS,))
     phase.end("was ended by the test", "nothing")
@@ -110,7 +112,7 @@ def test_rows_that_arrive_by_replication_get_their_vectors(
     publisher, subscriber = pair
     monkeypatch.setenv(DSN_ENV, subscriber.info.dsn)
     phase = opened(make_params(search={"fulltext_column": None}))
-    for module in (search, extension, schema, staging, backfill):
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill):
         module.apply(phase)
     publisher.execute("UPDATE articles SET body = 'the buffer' WHERE id = 9")
     until(lambda: subscriber.execute("SELECT key FROM runbook.articles_queue").fetchall() == [(9,)])

@@ -5,11 +5,12 @@ from typing import Any
 
 import psycopg
 
-from runbook_lib import backfill, extension, preflight, row_counts, schema, staging
-from runbook_lib.operations import watch
+from runbook_lib.core import row_counts
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.row_counts import Rows
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, preflight
+from runbook_lib.operate import monitor
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
-from runbook_lib.row_counts import Rows
 
 
 def test_what_was_never_analyzed_is_counted(
@@ -33,13 +34,13 @@ def test_rows_without_text_count_nowhere(open_phase: Callable[..., Phase]) -> No
     assert facts["rows"] == "201, estimated by the last ANALYZE"
     assert facts["rows with text"] == "200, by 201 rows sampled; they get a vector"
     assert preflight.plan_body(phase)["rows_with_text"] == 200
-    for module in (extension, schema, staging, backfill):
+    for module in (extension, expand_schema, load_embeddings, backfill):
         module.apply(phase)
-    assert [next(iter(gates)).found for gates in (staging.verify(phase), backfill.verify(phase))] == [
+    assert [next(iter(gates)).found for gates in (load_embeddings.verify(phase), backfill.verify(phase))] == [
         "200 of 200 rows with text have its vector, 0 changed since and are queued, 0 have none",
         "0 of 200 rows with text lack a vector",
     ]
-    assert [gate.found for gate in watch._rows_are_fresh(phase, captured=True)] == [
+    assert [gate.found for gate in monitor._rows_are_fresh(phase, captured=True)] == [
         "0 of 200 rows with text lack a vector and are not queued",
         "0 of 200 rows with a vector have that of an older text and are not queued",
     ]

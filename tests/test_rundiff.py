@@ -10,10 +10,9 @@ import nbformat
 import pytest
 from click.testing import CliRunner, Result
 
-from runbook_lib.commands.cli import main
-from runbook_lib.gates import BadInput
-from runbook_lib.records import rundiff
-from runbook_lib.running import manifest
+from runbook_lib.cli.main import main
+from runbook_lib.core.gates import BadInput
+from runbook_lib.runner import manifest, rundiff
 from tests.records import RUN_ID, make_entries, make_manifest
 
 

@@ -22,12 +22,12 @@ import psycopg
 import pytest
 
 from runbook_lib import params
-from runbook_lib.commands import cli
-from runbook_lib.gates import BadInput
+from runbook_lib.cli import main
+from runbook_lib.core import plans
+from runbook_lib.core.gates import BadInput
+from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
-from runbook_lib.records import verify
-from runbook_lib.running import folders, manifest, plans, runner
+from runbook_lib.runner import folders, manifest, runner, verify
 from tests import small_notebooks
 from tests.conftest import write_params
 from tests.records import make_manifest
@@ -91,7 +91,7 @@ def test_a_gate_that_does_not_pass_ends_the_run(run: Callable[..., Any]) -> None
         ("import os; os.kill(os.getpid(), 9)", "crashed", 4, "the kernel died"),
         ("raise KeyboardInterrupt", "interrupted", 4, ""),
         (
-            "from runbook_lib.gates import NotApproved; raise NotApproved('f', 'n', 'd', 'do')",
+            "from runbook_lib.core.gates import NotApproved; raise NotApproved('f', 'n', 'd', 'do')",
             "waiting",
             3,
             "found   f",
@@ -129,7 +129,7 @@ def test_a_statement_does_not_outlive_its_kernel(run: Callable[..., Any], databa
 
 
 def test_another_run_at_work_is_named_and_nothing_is_started(run: Callable[..., Any], tmp_path: Path) -> None:
-    from runbook_lib.phase import open_phase
+    from runbook_lib.core.phase import open_phase
 
     first = open_phase(FIRST, str(write_params(tmp_path)), "the-other", True)
     try:
@@ -147,7 +147,7 @@ def test_a_signal_cancels_the_statement_within_two_seconds_and_leaves_a_record(
 ) -> None:
     small_notebooks.write(tmp_path / "nb", **{f"p{FIRST}": "phase.connection.execute('SELECT pg_sleep(60)')"})
     environment = os.environ | {runner.NOTEBOOKS_ENV: str(tmp_path / "nb")}
-    command = [sys.executable, "-c", "from runbook_lib.commands.cli import main; main()", "run", "--execute"]
+    command = [sys.executable, "-c", "from runbook_lib.cli.main import main; main()", "run", "--execute"]
     process = subprocess.Popen(
         [*command, str(write_params(tmp_path))], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -382,9 +382,9 @@ def test_a_quiet_run_says_nothing_where_all_is_well(
     result, _ = run()
     for quiet, said in ((True, ""), (False, f"✔ passed: {result.folder / 'index.html'}\n")):
         with pytest.raises(SystemExit) as ended:
-            cli._end(result, quiet)
+            main._end(result, quiet)
         assert (ended.value.code, capsys.readouterr().out) == (0, said)
     with pytest.raises(SystemExit):
-        cli._end(replace(result, status="failed", exit_code=1, error="why"), True)
+        main._end(replace(result, status="failed", exit_code=1, error="why"), True)
     both = capsys.readouterr()
     assert both.err == "why\n" and "failed" in both.out

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib.running import runner
+from runbook_lib.runner import runner
 from tests import small_notebooks
 from tests.conftest import DSN_ENV, write_params
 from tests.endpoints import Answer, serving
@@ -66,7 +66,7 @@ everything"""
 RAISED = """import os
 raise RuntimeError("x" * 1980 + os.environ["OPENAI_API_KEY"]) from ValueError(dict(os.environ))"""
 GATE = """import os
-from runbook_lib.gates import gate, collect
+from runbook_lib.core.gates import gate, collect
 figures = dict(os.environ)
 said = str(figures)
 phase._judge(collect([gate("toy.fact_holds", False, said, found=said, needed=said, do=said, figures=figures)]))"""
@@ -156,7 +156,7 @@ def test_no_secret_is_left_behind(end: str, tmp_path: Path, database: str) -> No
     command = [
         sys.executable,
         "-c",
-        "from runbook_lib.commands.cli import main; main()",
+        "from runbook_lib.cli.main import main; main()",
         "run",
         "--execute",
         "--verbose",

@@ -1,4 +1,4 @@
-"""The whole way there and back on servers of another age; what they lack is switched in runbook_lib.versions."""
+"""The whole way there and back on servers of another age; what they lack is switched in runbook_lib.core.versions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import psycopg
 import pytest
 
 import runbook_lib
-from runbook_lib import compare, versions
-from runbook_lib.phase import MIGRATE, UNDO
+from runbook_lib.benchmark import comparison
+from runbook_lib.core import versions
+from runbook_lib.core.phase import MIGRATE, UNDO
 from runbook_lib.sql import load
 from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params
@@ -42,7 +43,7 @@ NEWER = {
     r"\bpg_stat_checkpointer\b|\bjson_(table|query|value|exists)\b|\bMERGE_ACTION\b|\bON_ERROR\b|\bpg_maintain\b": 17,
     r"\bNOT ENFORCED\b|\bVIRTUAL\b|\buuidv7\b|\barray_(sort|reverse)\b|\bpg_get_loaded_modules\b": 18,
 }
-# Blocks that runbook_lib.versions sends to newer servers only.
+# Blocks that runbook_lib.core.versions sends to newer servers only.
 SWITCHED = {"health.requested_checkpoints": 17, "retire.last_scans": 16, "upgrade.loaded": 18}
 
 
@@ -59,7 +60,7 @@ def aged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def test_there_and_back_on_every_server(aged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two hundred rows are searched within milliseconds by any way: what is faster is chance here.
-    monkeypatch.setattr(compare, "FAST_ENOUGH_MS", 1000)
+    monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000)
     with psycopg.connect(aged, autocommit=True) as connection:
         toy.create_articles(connection, trigram=False)
         before = dump(aged)
@@ -80,7 +81,7 @@ def test_sql_says_nothing_that_the_oldest_server_does_not_know() -> None:
         for pattern, version in NEWER.items()
         if re.search(pattern, block.text, re.I)
     }
-    assert found.items() <= SWITCHED.items(), "put a switch into runbook_lib.versions, and name the block here"
+    assert found.items() <= SWITCHED.items(), "put a switch into runbook_lib.core.versions, and name the block here"
 
 
 @pytest.mark.parametrize(

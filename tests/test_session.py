@@ -8,25 +8,24 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from runbook_lib import (
+from runbook_lib.benchmark import comparison
+from runbook_lib.core import conninfo_masking, db, session
+from runbook_lib.core.gates import BadInput, Gate
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import (
+    application_settings,
     backfill,
-    compare,
-    conninfo_masking,
-    cutover,
-    db,
+    cut_over,
+    expand_schema,
     extension,
-    index,
-    refresh,
-    schema,
-    search,
-    session,
-    staging,
+    inputs,
+    load_embeddings,
     tune,
 )
-from runbook_lib.checking import application_settings, inputs
-from runbook_lib.gates import BadInput, Gate
+from runbook_lib.operate import refresh
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
+from runbook_lib.search import search_function
 from tests import toy
 
 HOSTILE = {
@@ -106,12 +105,12 @@ def test_a_whole_migration_under_hostile_settings(
         phase = open_phase(
             "90_cut_over", legacy={"query": query}, cut_over={"share_steps_percent": [100], "calls_per_step": 20}
         )
-        for module in (search, extension, schema, staging, backfill, index, tune):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index, tune):
             module.apply(phase)
-        compare.baseline(phase)
-        compare.shadow(phase)
-        cutover.apply(phase)
-        for module in (schema, backfill, cutover):
+        comparison.baseline(phase)
+        comparison.shadow(phase)
+        cut_over.apply(phase)
+        for module in (expand_schema, backfill, cut_over):
             gates = module.verify(phase)
             # Without 00_preflight there is no catalogue of the start to compare with.
             assert [g.name for g in gates.failed if "catalogue from the start" not in g.found] == []
@@ -122,8 +121,8 @@ def test_a_whole_migration_under_hostile_settings(
         assert articles.execute(refused).fetchone() == (toy.ROWS,)
         others = "SELECT relname FROM pg_class c JOIN pg_am a ON a.oid = c.relam WHERE a.amname = 'heap_of_others'"
         assert articles.execute(others).fetchall() == []
-        cutover.undo(phase)
-        for back in (index, schema, search):
+        cut_over.undo(phase)
+        for back in (vector_index, expand_schema, search_function):
             back.undo(phase)
         there = (
             "SELECT count(*) FROM pg_attribute WHERE attrelid = 'articles'::regclass AND attname LIKE 'embedding%'"
@@ -208,7 +207,7 @@ def test_pgvector_is_found_in_a_schema_that_others_may_create_in(
             articles.execute("CREATE FUNCTION public.slug(t text) RETURNS text LANGUAGE sql AS 'SELECT lower(t)'")
             articles.execute(sql.SQL("ALTER FUNCTION public.slug(text) OWNER TO {}").format(role))
         phase = open_phase("60_build_index")
-        for module in (search, extension, schema, staging, backfill, index):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
             module.apply(phase)
         assert backfill.verify(phase).passed
     finally:
@@ -262,9 +261,9 @@ def test_settings_that_the_applications_own_query_would_have_are_found(
             "to be known: 70_tune will say with which settings it measured",
         )
         phase = open_phase("70_tune")
-        search.apply(phase)
+        search_function.apply(phase)
         extension.apply(phase)
-        for statement in search.set_search_setting(phase, 80):
+        for statement in search_function.set_search_setting(phase, 80):
             articles.execute(statement.query, statement.values)
         after = told()
         assert (after.verdict, after.found, after.do) == (

@@ -17,12 +17,12 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from runbook_lib import extension, schema, staging
-from runbook_lib.gates import BadInput
-from runbook_lib.measuring.evaluate import Query
+from runbook_lib.benchmark.relevance_measures import Query
+from runbook_lib.core.gates import BadInput
+from runbook_lib.core.phase import Phase
+from runbook_lib.embeddings import embedding, memory, sources
+from runbook_lib.migrate import expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
-from runbook_lib.vectors import embed, memory, sources
 from tests import toy
 
 MakeParams = Callable[..., Params]
@@ -78,7 +78,7 @@ def nothing_kept() -> Iterator[None]:
 
 def read(make_params: MakeParams, given: dict[str, Any], **sections: Any) -> list[sources.Rows]:
     p = make_params(embeddings={"batch_rows": 2} | given, **({"vector": {"dimension": 3}} | sections))
-    return list(embed.stored(p))
+    return list(embedding.stored(p))
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -342,11 +342,11 @@ def test_queries_find_their_vectors_in_their_own_file(make_params: MakeParams, t
     )
     p = make_params(embeddings=given, vector={"dimension": 3}, queries={"embeddings": "asked.jsonl"})
     queries = [Query("q1", "a"), Query("q2", "b")]
-    assert embed.query_vectors(p, queries).tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert embedding.query_vectors(p, queries).tolist() == [[1, 2, 3], [4, 5, 6]]
     with pytest.raises(BadInput, match="no vector for 1 queries: q3"):
-        embed.query_vectors(p, [*queries, Query("q3", "c")])
+        embedding.query_vectors(p, [*queries, Query("q3", "c")])
     with pytest.raises(BadInput, match=r"or give queries\.embeddings for the queries"):
-        embed.query_vectors(make_params(embeddings=given, vector={"dimension": 3}), queries)
+        embedding.query_vectors(make_params(embeddings=given, vector={"dimension": 3}), queries)
 
 
 def corpus(articles: psycopg.Connection[Any]) -> dict[str, list[Any]]:
@@ -363,7 +363,7 @@ def ready(open_phase: Callable[..., Phase]) -> Callable[..., Phase]:
     def make(given: dict[str, Any], **more: Any) -> Phase:
         phase = open_phase("40_load_embeddings", embeddings={"batch_rows": 30} | given | more)
         extension.apply(phase)
-        schema.apply(phase)
+        expand_schema.apply(phase)
         return phase
 
     return make
@@ -374,9 +374,9 @@ def test_every_format_is_staged_and_a_second_load_stages_nothing(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any], tmp_path: Path, kind: str
 ) -> None:
     phase = ready(write(tmp_path, kind, corpus(articles)))
-    assert staging.apply(phase).rows[0][:2] == (toy.ROWS, 0)
-    assert staging.verify(phase).passed
-    assert staging.apply(phase).rows[0][:2] == (0, 0)
+    assert load_embeddings.apply(phase).rows[0][:2] == (toy.ROWS, 0)
+    assert load_embeddings.verify(phase).passed
+    assert load_embeddings.apply(phase).rows[0][:2] == (0, 0)
     wrong = articles.execute(
         "SELECT count(*) FROM articles a JOIN runbook.articles_staging s ON s.key = a.id"
         " WHERE s.text_hash <> substring(sha256(convert_to(concat_ws(E'\\n', title, body), 'UTF8')) for 16)"
@@ -391,7 +391,7 @@ def test_a_file_load_that_is_stopped_goes_on_where_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     phase = ready(write(tmp_path, "parquet", corpus(articles)))
-    check, seen = embed.check, list[int]()
+    check, seen = embedding.check, list[int]()
 
     def stopping(vectors: np.ndarray, params: Params) -> dict[int, str]:
         if len(seen) == 3:
@@ -400,12 +400,12 @@ def test_a_file_load_that_is_stopped_goes_on_where_it_was(
         return check(vectors, params)
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "check", stopping)
+        patch.setattr(embedding, "check", stopping)
         with pytest.raises(KeyboardInterrupt):
-            staging.apply(phase)
+            load_embeddings.apply(phase)
     assert seen == [30, 30, 30]
-    assert staging.apply(phase).rows[0][:2] == (toy.ROWS - 90, 0)
-    assert staging.verify(phase).passed
+    assert load_embeddings.apply(phase).rows[0][:2] == (toy.ROWS - 90, 0)
+    assert load_embeddings.verify(phase).passed
 
 
 def test_every_row_that_goes_nowhere_is_kept_with_its_reason(
@@ -424,8 +424,8 @@ def test_every_row_that_goes_nowhere_is_kept_with_its_reason(
         columns["embedding"].append([1.0] * toy.DIMENSION)
         columns["text"].append(texts.get(int(key) if key.isdigit() else 0, ""))
     phase = ready(write(tmp_path, "parquet", columns))
-    staging.apply(phase)
-    found = staging.verify(phase).failed
+    load_embeddings.apply(phase)
+    found = load_embeddings.verify(phase).failed
     assert [g.name for g in found] == ["staging.every_row_with_text_is_ready", "staging.no_vector_was_refused"]
     assert str(found[1]) == (
         'FAIL    staging.no_vector_was_refused   "runbook"."articles_rejected"\n'
@@ -452,8 +452,8 @@ def test_refused_rows_that_were_accepted_do_not_stop_a_load_that_lacks_nothing(
     columns["id"].append(9999)
     columns["embedding"].append([1.0] * toy.DIMENSION)
     phase = ready(write(tmp_path, "jsonl", columns), accept_refused_rows=1)
-    staging.apply(phase)
-    gates = staging.verify(phase)
+    load_embeddings.apply(phase)
+    gates = load_embeddings.verify(phase)
     assert gates.passed
     assert (gates.gates[2].figures, gates.gates[2].needed) == (
         {"refused": 1, "accepted": 1},
@@ -473,12 +473,12 @@ def test_vectors_of_another_table_are_staged(
     with articles.cursor() as cursor:
         values = [*zip(columns["id"], columns["embedding"], strict=True), (None, [1.0] * 8), (3, [1.0] * 8)]
         cursor.executemany(f"INSERT INTO made_elsewhere VALUES (%s, (%s{cast}{type_}))", values)
-    assert staging.apply(phase).rows[0][:2] == (toy.ROWS, 2)
+    assert load_embeddings.apply(phase).rows[0][:2] == (toy.ROWS, 2)
     assert {r["reason"] for r in phase.connection.execute("SELECT reason FROM runbook.articles_rejected")} == {
         "its key comes again",
         "its key is no bigint",
     }
-    assert staging.apply(phase).rows[0][:2] == (0, 2)
+    assert load_embeddings.apply(phase).rows[0][:2] == (0, 2)
 
 
 def test_a_table_of_vectors_that_cannot_be_read_is_bad_input(
@@ -486,10 +486,10 @@ def test_a_table_of_vectors_that_cannot_be_read_is_bad_input(
 ) -> None:
     phase = ready({"source": "table", "callable": None, "table": "public.made_elsewhere"})
     with pytest.raises(BadInput, match="found   no such table"):
-        staging.apply(phase)
+        load_embeddings.apply(phase)
     articles.execute("CREATE TABLE made_elsewhere (id bigint, embedding real[])")
     with pytest.raises(BadInput, match="found   no index on id"):
-        staging.apply(phase)
+        load_embeddings.apply(phase)
 
 
 @pytest.mark.parametrize("kind", ["smallint", "integer", "uuid", "text"])
@@ -502,8 +502,8 @@ def test_keys_of_every_type_are_packed_or_written_as_they_are(
     articles.execute(f"ALTER TABLE articles ALTER id TYPE {kind} USING {using}")
     phase = open_phase("40_load_embeddings", vector={"type": vector_type})
     extension.apply(phase)
-    schema.apply(phase)
-    staging.apply(phase)
+    expand_schema.apply(phase)
+    load_embeddings.apply(phase)
     rows = articles.execute(
         "SELECT concat_ws(E'\\n', a.title, a.body), s.embedding::vector::real[]"
         " FROM articles a JOIN runbook.articles_staging s ON s.key = a.id"

@@ -10,8 +10,8 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
-from runbook_lib import sqlmagic
-from runbook_lib.phase import Phase
+from runbook_lib.core import sqlmagic
+from runbook_lib.core.phase import Phase
 from tests.small_runs import wait_until
 
 DISPLAYS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'runbook test-run display'"

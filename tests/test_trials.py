@@ -8,11 +8,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import db, extension, preflight, schema
-from runbook_lib.checking import inputs, trials
-from runbook_lib.gates import Gate, Gates
+from runbook_lib.core import db
+from runbook_lib.core.gates import Gate, Gates
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import expand_schema, extension, inputs, preflight, trials
 from runbook_lib.params import Params
-from runbook_lib.phase import Phase
 
 Connection = psycopg.Connection[Any]
 MakeParams = Callable[..., Params]
@@ -153,7 +153,7 @@ def test_after_the_columns_only_rows_without_a_vector_are_tried(articles: Connec
     phase = open_phase("30_expand_schema")
     extension.apply(phase)
     db.use_search_path(phase.connection)
-    schema.apply(phase)
+    expand_schema.apply(phase)
     articles.execute("UPDATE articles SET embedding = '[1,1,1,1,1,1,1,1]', embedding_hash = 'x' WHERE id > 3")
     gates = {g.name: g for g in trials.gates(phase.connection, phase.params)}
     assert gates["trial.update_takes_every_row"].found == "3 rows tried, each took it; rolled back"

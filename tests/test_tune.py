@@ -9,9 +9,12 @@ import psycopg
 import pytest
 from IPython.lib.pretty import RepresentationPrinter
 
-from runbook_lib import backfill, db, extension, index, schema, search, staging, tune
-from runbook_lib.measuring import choose, classes, diagnose, exact, found, sweep
-from runbook_lib.phase import Phase
+from runbook_lib.benchmark import cheapest_way, exact, filter_classes, plan_diagnosis, recall_at_k, sweep
+from runbook_lib.core import db
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
+from runbook_lib.search import search_function
 from tests.opened import gates_passed
 from tests.test_search import FILTERED, call
 
@@ -28,8 +31,8 @@ def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
     def make(**sections: dict[str, Any]) -> Phase:
         target = FILTERED | {"target": {"filters": ["status"]}, "legacy": {}}
         phase = open_phase("70_tune", **(target | {"tune": FEW} | sections))
-        search.apply(phase)
-        for module in (extension, schema, staging, backfill, index):
+        search_function.apply(phase)
+        for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
             module.apply(phase)
         db.use_search_path(phase.connection)
         return phase
@@ -48,7 +51,7 @@ def measured(
 
 
 def test_values_fall_into_classes_by_the_rows_that_they_let_through(ready: Callable[..., Phase]) -> None:
-    found = classes.find(ready())
+    found = filter_classes.find(ready())
     assert [(str(c), c.values, list(c.shares)) for c in found] == [
         ("unfiltered", (), []),
         ("status, below 1 %", ("Rare",), []),
@@ -63,20 +66,20 @@ def test_many_rare_values_are_measured_by_a_few_and_not_listed(
 ) -> None:
     phase = ready()
     articles.execute("UPDATE articles SET status = 'tenant ' || id WHERE id <= 100")
-    rare = classes.find(phase)[1]
-    assert (rare.bucket, len(rare.values), rare.shares) == ("below 1 %", classes.MEASURED_VALUES, {})
+    rare = filter_classes.find(phase)[1]
+    assert (rare.bucket, len(rare.values), rare.shares) == ("below 1 %", filter_classes.MEASURED_VALUES, {})
 
 
 def test_rows_stand_in_for_missing_queries_and_never_count_themselves(ready: Callable[..., Phase]) -> None:
     phase = ready()
-    asked, agrees, seconds = classes.questions(phase, [classes.UNFILTERED])
-    questions = asked[classes.UNFILTERED]
+    asked, agrees, seconds = filter_classes.questions(phase, [filter_classes.UNFILTERED])
+    questions = asked[filter_classes.UNFILTERED]
     assert agrees.verdict == "PASS" and len(seconds) == exact.CHECKED
     assert len(questions) == FEW["queries"]
     own = [q for q in questions if q.own_key]
     assert len(own) == 40, "the toy has forty queries"
     row = own[0]
-    assert found.share(row.exact, [(str(row.own_key), 0.0)], row.own_key) == 0.0
+    assert recall_at_k.share(row.exact, [(str(row.own_key), 0.0)], row.own_key) == 0.0
 
 
 def test_the_interval_is_never_certain_and_knows_that_misses_come_together() -> None:
@@ -128,7 +131,7 @@ def test_tuning_is_measured_written_down_and_carried_into_the_function(ready: Ca
         "tune.function_carries_the_setting",
         "tune.function_searches_by_filter_as_chosen",
     ]
-    search.move_route(phase, "vector", 100, "test")
+    search_function.move_route(phase, "vector", 100, "test")
     assert {row["id"] for row in call(phase.connection, "cookie leaks", status="Rare")} == {7}
     assert "<svg" in found._repr_html_()
     shown = StringIO()
@@ -170,7 +173,7 @@ def test_where_nothing_was_chosen_no_setting_is_asked_for(ready: Callable[..., P
 def test_an_index_that_is_not_used_on_a_table_that_is_not_small_is_not_measured(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnose, "SMALL_TABLE_ROWS", 1)
+    monkeypatch.setattr(plan_diagnosis, "SMALL_TABLE_ROWS", 1)
     articles.execute("DELETE FROM articles WHERE id > 4")
     phase = ready()
     tune.apply(phase)
@@ -188,7 +191,7 @@ def test_a_target_out_of_reach_fails_and_says_what_to_build(ready: Callable[...,
     failed = next(g for g in tune.verify(phase) if g.name == "tune.target_recall_is_reached")
     assert failed.verdict == "FAIL"
     assert failed.do.endswith("Build again with index.m: 32 and index.ef_construction: 128")
-    assert search.function_state(phase)["settings"] == ["search_path=pg_catalog, pg_temp"]  # type: ignore[index]
+    assert search_function.function_state(phase)["settings"] == ["search_path=pg_catalog, pg_temp"]  # type: ignore[index]
 
 
 def test_a_strategy_that_was_changed_by_hand_fails_the_gate(
@@ -236,7 +239,7 @@ def test_undo_takes_strategies_first_and_settings_after_and_twice_does_nothing(
     tune.undo(phase)
     assert tune.undo_plan(phase).statements == ()
     assert articles.execute("SELECT count(*) FROM runbook.strategy").fetchone() == (0,)
-    assert search.function_state(phase)["settings"] == ["search_path=pg_catalog, pg_temp"]  # type: ignore[index]
+    assert search_function.function_state(phase)["settings"] == ["search_path=pg_catalog, pg_temp"]  # type: ignore[index]
 
 
 def test_a_plan_measures_and_changes_nothing(ready: Callable[..., Phase]) -> None:
@@ -253,7 +256,7 @@ def test_ivfflat_is_tuned_by_its_probes(ready: Callable[..., Phase]) -> None:
     )
     found = tune.apply(phase)
     assert isinstance(found, tune.Tuning) and found.chosen == 4, "all lists"
-    state = search.function_state(phase)
+    state = search_function.function_state(phase)
     assert state is not None and "ivfflat.max_probes=32768" in state["settings"]
 
 
@@ -261,17 +264,17 @@ DEAR = sweep.Way("exact", 20, "off", 20_000)
 INDEX = sweep.Way("relaxed", 60, "relaxed_order", 100_000)
 
 
-def advice(phase: Phase, bucket: classes.FilterClass) -> str:
+def advice(phase: Phase, bucket: filter_classes.FilterClass) -> str:
     points = [measured(DEAR, p50_ms=40), measured(INDEX, recall=0.74, p50_ms=28)]
-    return choose._advice(phase, bucket, points, points[0])
+    return cheapest_way._advice(phase, bucket, points, points[0])
 
 
 def test_a_dear_class_is_told_what_to_build_and_why(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     phase = ready()
-    few = classes.FilterClass(("status",), "10 to 50 %", ("a", "b's"), {"a": 0.2, "b's": 0.2}, 0.2)
-    many = classes.FilterClass(("status",), "1 to 10 %", ("a",), {f"v{i}": 0.02 for i in range(40)}, 0.02)
+    few = filter_classes.FilterClass(("status",), "10 to 50 %", ("a", "b's"), {"a": 0.2, "b's": 0.2}, 0.2)
+    many = filter_classes.FilterClass(("status",), "1 to 10 %", ("a",), {f"v{i}": 0.02 for i in range(40)}, 0.02)
     reason = "exact takes 40.0 ms and 10 pages; the index, at 60, relaxed, 100,000, finds 0.740 in 28.0 ms. "
     assert advice(phase, few) == (
         f'{reason}Find its rows by an index: CREATE INDEX CONCURRENTLY ON "public"."articles" ("status");'
@@ -283,14 +286,14 @@ def test_a_dear_class_is_told_what_to_build_and_why(
     )
     assert advice(phase, few) == (f"{reason}Give each value an index of its own: {create} = 'a'; {create} = 'b''s';")
     assert advice(phase, many) == (f"{reason}Partition the table by status, with a vector index on each partition")
-    assert choose._advice(phase, few, [], measured(DEAR, p50_ms=4)) == "", "fast enough as it is"
+    assert cheapest_way._advice(phase, few, [], measured(DEAR, p50_ms=4)) == "", "fast enough as it is"
 
 
 def test_filters_given_together_are_told_an_index_on_all_of_them(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     phase = ready()
-    both = classes.FilterClass(("status", "views"), "1 to 10 %", ('["a","1"]',), {'["a","1"]': 0.02}, 0.02)
+    both = filter_classes.FilterClass(("status", "views"), "1 to 10 %", ('["a","1"]',), {'["a","1"]': 0.02}, 0.02)
     articles.execute("CREATE INDEX ON articles (status)")
     assert advice(phase, both).endswith(
         'Find its rows by an index: CREATE INDEX CONCURRENTLY ON "public"."articles" ("status", "views");'
@@ -304,7 +307,7 @@ def test_vectors_beside_the_table_are_told_why_no_index_of_their_own_helps(
 ) -> None:
     phase = ready(vector={"layout": "side_table"})
     articles.execute("CREATE INDEX ON articles (status)")
-    few = classes.FilterClass(("status",), "10 to 50 %", ("a",), {"a": 0.2}, 0.2)
+    few = filter_classes.FilterClass(("status",), "10 to 50 %", ("a",), {"a": 0.2}, 0.2)
     assert advice(phase, few).endswith(
         'The vectors stand in "public"."articles_embedding", which lacks status: an index for these rows alone needs'
         " vector.layout: column"
@@ -337,7 +340,7 @@ def test_a_way_that_the_held_out_questions_do_not_confirm_gives_way_to_the_next(
 
     monkeypatch.setattr(sweep, "measure", answer)
     reached = [measured(way) for way in ways]
-    choice = choose._choice(phase, phase.connection, classes.UNFILTERED, reached, reached, ["held out"])  # type: ignore[list-item]
+    choice = cheapest_way._choice(phase, phase.connection, filter_classes.UNFILTERED, reached, reached, ["held out"])  # type: ignore[list-item]
     assert choice.chosen and (choice.chosen.way.candidates, choice.chosen.recall) == chosen
     assert set(asked) == {"held out"}
 
@@ -346,7 +349,7 @@ def test_a_long_sweep_says_how_far_it_has_come(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tune, "SECONDS_BETWEEN_LINES", -1.0)
-    found = {classes.FilterClass(("status",), bucket, (), {}, 0.1): [] for bucket in ("rare", "usual")}
+    found = {filter_classes.FilterClass(("status",), bucket, (), {}, 0.1): [] for bucket in ("rare", "usual")}
     assert list(tune._in_turn(found)) == list(found.items())
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("  1 of 2 filter classes measured, about ") and line.endswith("left; now status, usual")

@@ -15,10 +15,13 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import compare, cutover, db, index
-from runbook_lib.filling import workers
-from runbook_lib.gates import GateFailed
-from runbook_lib.phase import MIGRATE, UNDO
+from runbook_lib.backfill import workers
+from runbook_lib.benchmark import comparison
+from runbook_lib.core import db
+from runbook_lib.core.gates import GateFailed
+from runbook_lib.core.phase import MIGRATE, UNDO
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import cut_over
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.servers import dump
@@ -69,12 +72,12 @@ def patched(module: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def a_build_that_times_out(dsn: str) -> Iterator[None]:
     """A writer that does not end, and a build that gives up waiting for it: what is left is an invalid index."""
-    real = index.SQL["settings"]
+    real = vector_index.SQL["settings"]
     text = real.text.replace("('statement_timeout', '0', false)", "('statement_timeout', '500', false)")
     assert text != real.text
     with psycopg.connect(dsn) as writer, pytest.MonkeyPatch.context() as patch:
         writer.execute("UPDATE articles SET views = views WHERE id = 1")
-        patch.setitem(index.SQL, "settings", replace(real, text=text))
+        patch.setitem(vector_index.SQL, "settings", replace(real, text=text))
         yield
         writer.rollback()
 
@@ -111,7 +114,7 @@ FAILURES = {
         "SELECT NOT indisvalid FROM pg_index WHERE indexrelid = to_regclass('articles_embedding_hnsw')",
     ),
     "90_cut_over": Failure(
-        lambda _: patched(cutover, "_call", stop_at(2, cutover._call)),
+        lambda _: patched(cut_over, "_call", stop_at(2, cut_over._call)),
         Stopped,
         "SELECT (route, share_percent) = ('vector', 100) FROM runbook.route",
     ),
@@ -153,7 +156,7 @@ def points(server: str, tmp_path_factory: pytest.TempPathFactory) -> Points:
         found = Points({}, {}, dump(chain), checksum(chain))
         patch.setenv(DSN_ENV, chain)
         # A busy machine says nothing of the search: differences below this count as noise.
-        patch.setattr(compare, "FAST_ENOUGH_MS", 1000.0)
+        patch.setattr(comparison, "FAST_ENOUGH_MS", 1000.0)
         for name in MIGRATE:
             if name in FAILURES:
                 found.before[name] = copied(f"before_{name}")

@@ -14,13 +14,14 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import index
-from runbook_lib.commands.cli import main
-from runbook_lib.gates import BadInput, GateFailed
-from runbook_lib.operations import partitioning, rebuild
-from runbook_lib.phase import Phase, following, open_phase
-from runbook_lib.phases import MIGRATE, OPERATE, STANDS_ON, UNDO_OPERATION, relied_on, taken_back, waits
-from runbook_lib.running import approval, manifest, selection, window
+from runbook_lib.cli.main import main
+from runbook_lib.core import approval, maintenance_window
+from runbook_lib.core.gates import BadInput, GateFailed
+from runbook_lib.core.phase import Phase, following, open_phase
+from runbook_lib.core.registry import MIGRATE, OPERATE, STANDS_ON, UNDO_OPERATION, relied_on, taken_back, waits
+from runbook_lib.indexes import vector_index
+from runbook_lib.operate import partition_by_filter, rebuild_index
+from runbook_lib.runner import manifest, selection
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.servers import dump
@@ -153,7 +154,7 @@ def test_a_way_back_that_is_stopped_goes_on_and_never_forth(
         return act
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(index, "concurrently", stopping(index.concurrently))
+        patch.setattr(vector_index, "concurrently", stopping(vector_index.concurrently))
         patch.setattr(Phase, "do", stopping(Phase.do))
         step(f"undo_operation/undo_{REBUILD}", path)
     assert done[-1] == stopped_after and seen(copied) != before
@@ -176,8 +177,8 @@ def test_a_rebuild_that_was_not_swapped_in_is_taken_back_alone(copied: str, tmp_
     here = seen(copied)
     path = write_params(tmp_path, **WAY | {"index": {"m": 8, "ef_construction": 96}})
     phase = open_phase(REBUILD, str(path), "half", True)
-    phase.require(rebuild.check)
-    rebuild.apply(phase)
+    phase.require(rebuild_index.check)
+    rebuild_index.apply(phase)
     phase.end("was ended by the test", "nothing")
     assert seen(copied) != here
     for _ in range(2):
@@ -190,7 +191,7 @@ def test_once_the_ordinary_table_is_retired_nothing_is_taken_back(copied: str, t
     step(f"operate/{DIVIDE}", path)
     phase = open_phase(DIVIDE, str(path), "retiring", True)
     phase.require()
-    partitioning.retire(phase)
+    partition_by_filter.retire(phase)
     phase.end("was ended by the test", "nothing")
     here = seen(copied)
     with pytest.raises(GateFailed) as refused:
@@ -259,7 +260,7 @@ def test_it_claims_the_target_and_keeps_the_hours(
     other.end("was ended by the test", "nothing")
     assert refused.exit_code == 2 and "the-other" in refused.error
     entered: list[str] = []
-    monkeypatch.setattr(window, "enter", lambda params, **_: entered.append("window"))
+    monkeypatch.setattr(maintenance_window, "enter", lambda params, **_: entered.append("window"))
     result, said = take_back(run)
     assert (result.exit_code, entered) == (0, ["window"])
     assert said[0].startswith(f"run {record_of(result).run_id}: undo_operation public.articles, carried out")

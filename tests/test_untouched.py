@@ -7,11 +7,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, extension, schema, staging
-from runbook_lib.checking import trials
-from runbook_lib.filling import refused_rows, untouched
-from runbook_lib.gates import Gate, GateFailed
-from runbook_lib.phase import Phase
+from runbook_lib.backfill import refused_rows, untouched
+from runbook_lib.core.gates import Gate, GateFailed
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, trials
 from tests import toy
 
 Connection = psycopg.Connection[Any]
@@ -26,7 +25,7 @@ def loaded(open_phase: Callable[..., Phase]) -> Callable[..., Phase]:
     def make(**sections: dict[str, Any]) -> Phase:
         sections["backfill"] = {"batch_rows": 10, "most_batch_rows": 10} | sections.get("backfill", {})
         phase = open_phase("50_backfill", **sections)
-        for module in (extension, schema, staging):
+        for module in (extension, expand_schema, load_embeddings):
             module.apply(phase)
         return phase
 

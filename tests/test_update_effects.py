@@ -6,8 +6,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.checking import inputs, update_effects
-from runbook_lib.gates import Gate
+from runbook_lib.backfill import update_effects
+from runbook_lib.core.gates import Gate
+from runbook_lib.migrate import inputs
 from runbook_lib.params import Params
 
 Connection = psycopg.Connection[Any]

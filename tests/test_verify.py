@@ -11,9 +11,8 @@ import psycopg
 import pytest
 
 from runbook_lib import params
-from runbook_lib.gates import Gate
-from runbook_lib.records import verify
-from runbook_lib.running import manifest
+from runbook_lib.core.gates import Gate
+from runbook_lib.runner import manifest, verify
 from tests.small_runs import FIRST, SECOND
 from tests.small_runs import run as run  # a fixture
 

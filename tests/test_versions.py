@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from runbook_lib import versions
+from runbook_lib.core import versions
 from runbook_lib.params import Params
 
 

@@ -14,11 +14,12 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import compare, db, predecessors
-from runbook_lib.gates import BadInput, GateFailed, RunbookError, collect, gate
-from runbook_lib.order import CLOSE, OPEN, PLAN, PROVE, REQUIRE, OutOfOrder
-from runbook_lib.phase import following
-from runbook_lib.phases import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
+from runbook_lib.benchmark import comparison
+from runbook_lib.core import db, predecessors
+from runbook_lib.core.cell_order import CLOSE, OPEN, PLAN, PROVE, REQUIRE, OutOfOrder
+from runbook_lib.core.gates import BadInput, GateFailed, RunbookError, collect, gate
+from runbook_lib.core.phase import following
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.servers import dump
@@ -117,7 +118,7 @@ def points(server: str, tmp_path_factory: pytest.TempPathFactory) -> Points:
         found.home = dump(dsn)
         patch.setenv(DSN_ENV, dsn)
         # A busy machine says nothing of the search: differences below this count as noise.
-        patch.setattr(compare, "FAST_ENOUGH_MS", 1000.0)
+        patch.setattr(comparison, "FAST_ENOUGH_MS", 1000.0)
         for name in MIGRATE:
             every_cell_twice(f"migrate/{name}", found.path)
     return found
@@ -437,7 +438,7 @@ OPERATIONS: dict[str, dict[str, Any]] = {
 
 def test_every_cell_twice(points: Points, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(DSN_ENV, points.copied("order_twice"))
-    monkeypatch.setattr(compare, "FAST_ENOUGH_MS", 1000.0)
+    monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000.0)
     for name, sections in OPERATIONS.items():
         every_cell_twice(f"operate/{name}", write_params(tmp_path, **WAY | sections))
     every_cell_twice("undo_operation/undo_40_rebuild_index", tmp_path / "toy.yaml")

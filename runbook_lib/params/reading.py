@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from runbook_lib import redaction
-from runbook_lib.gates import BadInput, Gate, Verdict
+from runbook_lib.core import redaction
+from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.params import url_credentials
 from runbook_lib.params.model import Params
 from runbook_lib.params.section import unsound

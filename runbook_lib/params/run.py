@@ -10,8 +10,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION, waits
 from runbook_lib.params.section import AnyPath, Minutes, Section, ShortName
-from runbook_lib.phases import MIGRATE, OPERATE, UNDO, UNDO_OPERATION, waits
 
 # In run.phase_timeout_minutes: the phases that are not named.
 EVERY_PHASE = "every_phase"

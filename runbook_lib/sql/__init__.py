@@ -1,8 +1,8 @@
 """Reads the named blocks of ``runbook_lib/sql/*.sql``.
 
 A block starts with ``-- name:`` and says its purpose, the lock it takes and how it is undone; what follows is
-the statement. ``{name}`` is an identifier or expression from :mod:`runbook_lib.names`, ``%(name)s`` a bound value;
-a per cent sign of SQL is therefore written twice, and so is a brace.
+the statement. ``{name}`` is an identifier or expression from :mod:`runbook_lib.core.names`, ``%(name)s`` a bound
+value; a per cent sign of SQL is therefore written twice, and so is a brace.
 """
 
 from __future__ import annotations

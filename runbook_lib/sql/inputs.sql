@@ -4,7 +4,7 @@
 -- purpose: Role, and whether this server takes writes at all.
 SELECT current_user AS role, current_database() AS database, quote_ident(current_database()) AS quoted_database,
     quote_ident(current_user) AS quoted_role, pg_is_in_recovery() AS in_recovery,
-    -- As the session began: its own setting is the fence of runbook_lib/order.py.
+    -- As the session began: its own setting is the fence of runbook_lib/core/cell_order.py.
     (SELECT reset_val::boolean FROM pg_settings WHERE name = 'default_transaction_read_only') AS read_only,
     (SELECT r.rolsuper FROM pg_roles r WHERE r.rolname = current_user) AS superuser,
     ARRAY(SELECT r.rolname::text FROM pg_roles r

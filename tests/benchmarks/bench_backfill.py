@@ -36,11 +36,13 @@ import yaml
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import backfill, db, extension, params, schema
-from runbook_lib.commands import demo, embedded
-from runbook_lib.ledger import Ledger
-from runbook_lib.names import names
-from runbook_lib.phase import Phase
+from runbook_lib import params
+from runbook_lib.cli import demo, embedded
+from runbook_lib.core import db
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.names import names
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import backfill, expand_schema, extension
 from tests.opened import gates_passed, write
 
 DSN_ENV = "RUNBOOK_BENCH_DSN"
@@ -110,7 +112,7 @@ def prepare(dsn: str, p: params.Params) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         with opened(p) as phase:
             extension.apply(phase)
-            schema.apply(phase)
+            expand_schema.apply(phase)
             db.use_search_path(phase.connection)
             stage = sql.SQL(STAGE).format(**names(p))
             write(phase, stage, {"dimension": DIMENSION})

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from runbook_lib import db
-from runbook_lib.measuring import exact
-from runbook_lib.phase import Phase
-from runbook_lib.vectors import embed
+from runbook_lib.benchmark import exact
+from runbook_lib.core import db
+from runbook_lib.core.phase import Phase
+from runbook_lib.embeddings import embedding
 from tests.benchmarks import dictionaries
 
 QUERIES, K, BY_SQL = 1000, 10, 10
@@ -25,7 +25,7 @@ MOST_MEGABYTES = 400
 @pytest.mark.timeout(1800)
 def test_the_stream_is_faster_than_sql_and_bounded_in_memory(dictionary: Callable[..., Phase]) -> None:
     phase = dictionary()
-    vectors = np.asarray(embed.model(phase.params)(dictionaries.definitions(QUERIES)), np.float32)
+    vectors = np.asarray(embedding.model(phase.params)(dictionaries.definitions(QUERIES)), np.float32)
     questions = [exact.Question(i) for i in range(len(vectors))]
     with db.connect(phase.params, "benchmark") as connection:
         streamed = []

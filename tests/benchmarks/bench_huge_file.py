@@ -23,8 +23,8 @@ import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from runbook_lib import extension, schema
-from runbook_lib.commands import embedded
+from runbook_lib.cli import embedded
+from runbook_lib.migrate import expand_schema, extension
 from tests.benchmarks import bench_load
 
 DIMENSION = 1024
@@ -108,7 +108,7 @@ def main() -> int:
             with bench_load.opened(folder) as phase:
                 phase.ledger.create()
                 extension.apply(phase)
-                schema.apply(phase)
+                expand_schema.apply(phase)
             most, seconds, ended = load(folder, options.most_minutes * 60)
             done = staged(dsn)
     print(f"{size:.1f} GB of Parquet, {rows} rows of {DIMENSION} dimensions in groups of {ROWS_A_GROUP}")

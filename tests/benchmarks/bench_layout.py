@@ -26,10 +26,14 @@ import psycopg
 import yaml
 from pgvector.psycopg import register_vector
 
-from runbook_lib import backfill, db, extension, index, params, schema, search, staging
-from runbook_lib.commands import embedded
-from runbook_lib.ledger import Ledger
-from runbook_lib.phase import Phase
+from runbook_lib import params
+from runbook_lib.cli import embedded
+from runbook_lib.core import db
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.search import search_function
 from tests.benchmarks import bench_load
 from tests.opened import gates_passed
 
@@ -79,7 +83,7 @@ def prepare(dsn: str, folder: Path, layout: str, rows: int) -> None:
         phase.ledger.create()
         extension.apply(phase)
         db.use_search_path(phase.connection)
-        for module in (schema, staging, backfill, index):
+        for module in (expand_schema, load_embeddings, backfill, vector_index):
             module.apply(phase)
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(f"VACUUM ANALYZE {TABLES[layout]}")
@@ -91,7 +95,7 @@ def ask(folder: Path, layout: str, vectors: np.ndarray) -> Iterator[float]:
         register_vector(connection)
         connection.execute("SELECT set_config('hnsw.ef_search', %s, false)", [str(EF_SEARCH)])
         connection.execute("SET hnsw.iterative_scan = strict_order")
-        statement = search.route_statement(phase.connection, phase.params, "vector")
+        statement = search_function.route_statement(phase.connection, phase.params, "vector")
         values: dict[str, Any] = {"query": "", "k": K}
         plan = connection.execute(
             b"EXPLAIN " + statement.as_bytes(connection), values | {"embedding": vectors[0]}, prepare=False

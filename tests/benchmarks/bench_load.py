@@ -39,12 +39,14 @@ import pyarrow.parquet as pq
 import yaml
 from pgvector.psycopg import register_vector
 
-from runbook_lib import db, extension, params, schema, staging
-from runbook_lib.commands import embedded
-from runbook_lib.ledger import Ledger
-from runbook_lib.phase import Phase
-from runbook_lib.progress import Progress
-from runbook_lib.vectors import packing
+from runbook_lib import params
+from runbook_lib.cli import embedded
+from runbook_lib.core import db
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.progress import Progress
+from runbook_lib.embeddings import packing
+from runbook_lib.migrate import expand_schema, extension, load_embeddings
 from tests.opened import gates_passed
 
 DSN_ENV = "RUNBOOK_BENCH_DSN"
@@ -120,8 +122,8 @@ def prepare(dsn: str, folder: Path, n: int, sources: list[str]) -> Rows:
     with opened(folder) as phase:
         phase.ledger.create()
         extension.apply(phase)
-        schema.undo(phase)
-        schema.apply(phase)
+        expand_schema.undo(phase)
+        expand_schema.apply(phase)
     rows = Rows(list(range(1, n + 1)), [bytes(r[0]) for r in hashes], write_npy(folder, n), sources)
     write_ready(folder, rows)
     for source in sources:
@@ -195,19 +197,19 @@ def from_arrays(folder: Path, rows: Rows, *, packed: bool) -> None:
         register_vector(phase.connection)
         step = 5000
         parts = (slice(i, i + step) for i in range(0, len(rows.keys), step))
-        batches = (staging.Batch(rows.keys[s], rows.hashes[s], rows.vectors[s]) for s in parts)
+        batches = (load_embeddings.Batch(rows.keys[s], rows.hashes[s], rows.vectors[s]) for s in parts)
         can_pack = packing.can_pack
         packing.can_pack = can_pack if packed else lambda kind: False
         try:
             with Progress("staged", len(rows.keys)) as progress:
-                staging.copy_all(phase, batches, progress)
+                load_embeddings.copy_all(phase, batches, progress)
         finally:
             packing.can_pack = can_pack
 
 
 def from_source(folder: Path, kind: str) -> None:
     with opened(folder, kind) as phase:
-        staging.apply(phase)
+        load_embeddings.apply(phase)
 
 
 @dataclass(frozen=True)

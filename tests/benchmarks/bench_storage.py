@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from runbook_lib.measuring.advice import Comparison
-from runbook_lib.operations import storage
-from runbook_lib.phase import Phase
-from runbook_lib.records import pictures
+from runbook_lib.benchmark.storage_advice import Comparison
+from runbook_lib.core import pictures
+from runbook_lib.core.phase import Phase
+from runbook_lib.operate import compare_storage
 from tests.benchmarks import dictionaries
 
 JUDGED = 1000
@@ -70,11 +70,11 @@ def test_the_table_before_the_choice(dictionary: Callable[..., Phase], tmp_path:
         },
         storage={"sample_rows": 1_000_000},
     )
-    found = storage.apply(phase)
+    found = compare_storage.apply(phase)
     assert isinstance(found, Comparison)
     print(f"\n{found}\n{json.dumps(found.as_data())}")
     Path(tmp_path, "storage.svg").write_text(pictures.bytes_against_recall(found.as_data()))
-    assert [str(g) for g in storage.verify(phase) if g.verdict != "PASS"] == []
+    assert [str(g) for g in compare_storage.verify(phase) if g.verdict != "PASS"] == []
     by_title = {r["title"]: r for r in found.found}
     today, half = by_title["vector, as it is"], by_title["halfvec"]
     bits = sorted((r for r in found.found if r["held"] == "bit"), key=lambda r: r["rerank"])

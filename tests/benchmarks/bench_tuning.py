@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 from pgvector.psycopg import register_vector
 
-from runbook_lib import db, index, search, tune
-from runbook_lib.measuring import choose, classes, evaluate, sweep
-from runbook_lib.measuring.choose import Choice
-from runbook_lib.measuring.classes import Asked
-from runbook_lib.measuring.sweep import Measured
-from runbook_lib.phase import Phase
-from runbook_lib.vectors import embed
+from runbook_lib.benchmark import cheapest_way, filter_classes, relevance_measures, sweep
+from runbook_lib.benchmark.cheapest_way import Choice
+from runbook_lib.benchmark.filter_classes import Asked
+from runbook_lib.benchmark.sweep import Measured
+from runbook_lib.core import db
+from runbook_lib.core.phase import Phase
+from runbook_lib.embeddings import embedding
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import tune
+from runbook_lib.search import search_function
 from tests.benchmarks import dictionaries
 from tests.opened import write
 
@@ -79,11 +82,11 @@ def test_every_class_reaches_the_target_at_the_price_of_the_best_way(
     phase = dictionary(tune={"target_recall": target}, target={"filters": FILTERS})
     found = tune.apply(phase)
     assert isinstance(found, tune.Tuning)
-    asked = {str(c): q for c, q in classes.questions(phase, [c.of for c in found.choices])[0].items()}
+    asked = {str(c): q for c, q in filter_classes.questions(phase, [c.of for c in found.choices])[0].items()}
     ratios = show(phase, found, asked, target)
     for choice in found.choices[1:]:
         assert choice.chosen is not None and choice.chosen.recall >= target, str(choice.of)
-        slow = choice.chosen.way.scan == "exact" and choice.chosen.p50_ms > choose.SLOW_MS
+        slow = choice.chosen.way.scan == "exact" and choice.chosen.p50_ms > cheapest_way.SLOW_MS
         assert not slow or choice.advice, f"{choice.of}: nothing is said of what would make it fast"
     if found.chosen is None:
         phase = follow_the_advice(phase, dictionary, found, target)
@@ -98,16 +101,16 @@ def follow_the_advice(phase: Phase, dictionary: Callable[..., Phase], found: tun
     denser = re.search(r"index\.m: (\d+) and index\.ef_construction: (\d+)", failed.do)
     assert denser, failed.do
     m, ef_construction = int(denser[1]), int(denser[2])
-    index.undo(phase)
+    vector_index.undo(phase)
     phase = dictionary(
         tune={"target_recall": target},
         target={"filters": FILTERS},
         index={"maintenance_work_mem_mb": 512, "m": m, "ef_construction": ef_construction},
     )
-    index.apply(phase)
+    vector_index.apply(phase)
     again = tune.apply(phase)
     assert isinstance(again, tune.Tuning)
-    asked = {str(c): q for c, q in classes.questions(phase, [c.of for c in again.choices])[0].items()}
+    asked = {str(c): q for c, q in filter_classes.questions(phase, [c.of for c in again.choices])[0].items()}
     show(phase, again, asked, target)
     assert again.choices[0].chosen is not None and again.choices[0].chosen.recall >= target
     return phase
@@ -118,10 +121,10 @@ def compare_latency(phase: Phase) -> None:
     p = phase.params
     found = {w for text in dictionaries.definitions(WORDS * 4) for w in re.findall(r"\b[a-z]{5,12}\b", text)[3:4]}
     words = sorted(found)[:: max(1, len(found) // WORDS)][:WORDS]
-    vectors = np.asarray(embed.model(p)(words), np.float32)
+    vectors = np.asarray(embedding.model(p)(words), np.float32)
     write(phase, "CREATE INDEX IF NOT EXISTS glosses_trgm ON glosses USING gin (gloss gin_trgm_ops)")
-    called = search.filtered_call_statement(phase.connection, p)
-    exact = search.route_statement(phase.connection, p, "vector", scan="exact")
+    called = search_function.filtered_call_statement(phase.connection, p)
+    exact = search_function.route_statement(phase.connection, p, "vector", scan="exact")
     whole = "SET LOCAL enable_indexscan = off; SET LOCAL enable_bitmapscan = off"
     searches: dict[str, tuple[Any, str]] = {
         "the function, as tuned": (called, ""),
@@ -136,7 +139,7 @@ def compare_latency(phase: Phase) -> None:
         for word, vector in zip(words, vectors, strict=True):
             for name, (statement, setting) in searches.items():
                 with connection.transaction():
-                    search.force_route(connection, p, "vector")
+                    search_function.force_route(connection, p, "vector")
                     if setting:
                         connection.execute(setting)  # type: ignore[call-overload]
                     values = empty | {"query": word, "embedding": vector, "k": K}
@@ -147,5 +150,5 @@ def compare_latency(phase: Phase) -> None:
                             seconds[name].append(time.perf_counter() - started)
     print(f"\nlatency of {len(words)} words without a filter, the second of two calls each")
     for name, found_s in seconds.items():
-        print(f"  {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in evaluate.latency(found_s).items()))
+        print(f"  {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in relevance_measures.latency(found_s).items()))
     write(phase, "DROP INDEX glosses_trgm")

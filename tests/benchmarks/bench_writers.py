@@ -33,8 +33,8 @@ import numpy as np
 import psycopg
 import yaml
 
-from runbook_lib.commands import demo, embedded
-from runbook_lib.running import manifest
+from runbook_lib.cli import demo, embedded
+from runbook_lib.runner import manifest
 from tests.benchmarks.bench_backfill import rows_of_text
 
 DSN_ENV = "RUNBOOK_BENCH_DSN"
@@ -136,9 +136,7 @@ def write_params(folder: Path, layout: str) -> Path:
 
 def runbook(*arguments: str) -> None:
     """One command of the runbook, in a process of its own. Raises CalledProcessError where it did not pass."""
-    subprocess.run(
-        [sys.executable, "-c", "from runbook_lib.commands.cli import main; main()", *arguments], check=True
-    )
+    subprocess.run([sys.executable, "-c", "from runbook_lib.cli.main import main; main()", *arguments], check=True)
 
 
 def times_of(folder: Path) -> list[tuple[str, float, float]]:

@@ -12,10 +12,13 @@ import pytest
 import yaml
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import backfill, db, extension, index, schema, search, staging
 from runbook_lib import params as params_module
-from runbook_lib.ledger import Ledger
-from runbook_lib.phase import Phase
+from runbook_lib.core import db
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.search import search_function
 from tests.benchmarks import dictionaries
 from tests.opened import gates_passed
 
@@ -40,8 +43,8 @@ def dictionary(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         ledger = Ledger(db.connect(p, "benchmark ledger"), p, "benchmark", "70_tune")
         ledger.create()
         phase = gates_passed(Phase("70_tune", "benchmark", True, p, db.connect(p, "benchmark"), ledger))
-        search.apply(phase)
-        for module in (extension, schema, staging, backfill, index) if not opened else ():
+        search_function.apply(phase)
+        for module in (extension, expand_schema, load_embeddings, backfill, vector_index) if not opened else ():
             module.apply(phase)
         phase.connection.execute("VACUUM ANALYZE glosses")
         db.use_search_path(phase.connection)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runbook_lib.commands import embedded
+from runbook_lib.cli import embedded
 from tests.conftest import DSN_ENV
 from tests.drills import kit, real_runs
 

@@ -16,10 +16,13 @@ from typing import Any
 
 import psycopg
 
-from runbook_lib import backfill, db, extension, params, refresh, schema, staging
-from runbook_lib.gates import LockNotObtained
-from runbook_lib.ledger import Ledger
-from runbook_lib.phase import Phase
+from runbook_lib import params
+from runbook_lib.core import db
+from runbook_lib.core.gates import LockNotObtained
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.operate import refresh
 from tests import evidence, toy
 from tests.conftest import write_params
 from tests.opened import gates_passed
@@ -34,7 +37,7 @@ SLOW: dict[str, dict[str, Any]] = {
     "embeddings": {"batch_rows": 10},
 }
 STEPS: dict[str, Callable[[Phase], Any]] = {
-    "load": staging.apply,
+    "load": load_embeddings.apply,
     "backfill": backfill.apply,
     "refresh": refresh.drain,
 }
@@ -68,7 +71,7 @@ def prepared(folder: Path, up_to: str, **sections: dict[str, Any]) -> Path:
     params_file = write_params(folder, **{k: SLOW.get(k, {}) | sections.get(k, {}) for k in {*SLOW, *sections}})
     with opened(params_file) as phase:
         extension.apply(phase)
-        schema.apply(phase)
+        expand_schema.apply(phase)
         for step in ("load", "backfill")[: ("schema", "load", "backfill").index(up_to)]:
             STEPS[step](phase)
     return params_file
@@ -92,7 +95,7 @@ def finish(params_file: Path) -> None:
     """Goes on to the end, with nobody writing, and asks the gates."""
     go_on(params_file)
     with opened(params_file) as phase:
-        gates = staging.verify(phase) + backfill.verify(phase)
+        gates = load_embeddings.verify(phase) + backfill.verify(phase)
         assert gates.passed, str(gates)
 
 

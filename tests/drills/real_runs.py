@@ -17,13 +17,13 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib.phases import MIGRATE
-from runbook_lib.running import manifest
+from runbook_lib.core.registry import MIGRATE
+from runbook_lib.runner import manifest
 from tests import stepping, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.drills import kit
 
-COMMAND = [sys.executable, "-c", "from runbook_lib.commands.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from runbook_lib.cli.main import main; main()"]
 # How each step is run, and how far the migration is when it begins.
 RUNS = {
     "load": ["run", "--execute", "--from", "40_load_embeddings", "--to", "40_load_embeddings"],

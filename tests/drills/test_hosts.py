@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib.running import manifest, runner
+from runbook_lib.runner import manifest, runner
 from tests import servers, small_notebooks, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.drills import kit, real_runs

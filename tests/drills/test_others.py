@@ -10,8 +10,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backfill, extension, refresh, schema
-from runbook_lib.gates import PausedTooLong
+from runbook_lib.core.gates import PausedTooLong
+from runbook_lib.migrate import backfill, expand_schema, extension
+from runbook_lib.operate import refresh
 from tests.conftest import write_params
 from tests.drills import kit
 
@@ -122,11 +123,11 @@ def test_a_session_that_holds_the_table_against_the_ddl(
         reader = threading.Thread(target=read)
         ended.start()
         reader.start()
-        schema.apply(phase)
+        expand_schema.apply(phase)
         stop.set()
         reader.join()
         ended.join()
-        assert schema.plan(phase).statements == ()
+        assert expand_schema.plan(phase).statements == ()
     assert max(waits) < 1.0
     kit.finish(params_file)
     kit.nothing_is_lost(database, f"ACCESS SHARE held for {HELD_S:.0f} s against the DDL")

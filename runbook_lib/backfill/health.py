@@ -1,0 +1,200 @@
+"""What the server can bear just now: each indicator answers normal, stop, unknown or not available, with a reason.
+
+After GitLab's health status of batched migrations (lib/gitlab/database/background_migration/health_status/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import psycopg
+
+from runbook_lib.core import db, versions
+from runbook_lib.core.display import Table, duration, number, size
+from runbook_lib.core.names import spelled
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("health")
+WINDOWS = load("windows")
+
+MB = 1024 * 1024
+# Two looks nearer than this say nothing about a rate.
+SHORTEST_INTERVAL_S = 0.2
+
+
+class State(StrEnum):
+    """stop: the backfill waits. unknown: could not be told now. not available: this server or role never tells."""
+
+    NORMAL = "normal"
+    STOP = "stop"
+    UNKNOWN = "unknown"
+    NOT_AVAILABLE = "not available"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One indicator's answer."""
+
+    indicator: str
+    state: State
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.indicator}: {self.reason}"
+
+
+@dataclass
+class Watch:
+    """What two looks have to share: where the WAL stood at the last one, and checkpoints counted at the first."""
+
+    wal: tuple[float, float] | None = None
+    requested: int | None = None
+    pids: list[int] = field(default_factory=list)
+
+
+def _stop_if(indicator: str, stop: bool, reason: str) -> Answer:
+    return Answer(indicator, State.STOP if stop else State.NORMAL, reason)
+
+
+def look(connection: db.Connection, params: Params, watch: Watch) -> list[Answer]:
+    """Asks every indicator. One that the role may not ask, or the server does not know, is not available."""
+    return [_ask(name, ask, connection, params, watch) for name, ask in INDICATORS]
+
+
+Ask = Callable[[db.Connection, Params, Watch], Answer]
+
+
+def _ask(name: str, ask: Ask, connection: db.Connection, params: Params, watch: Watch) -> Answer:
+    try:
+        return ask(connection, params, watch)
+    except psycopg.errors.InsufficientPrivilege as error:
+        way_out = "GRANT pg_monitor to the runbook's role to have it"
+        return Answer(name, State.NOT_AVAILABLE, f"{error.diag.message_primary}; {way_out}")
+    except (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable, psycopg.errors.FeatureNotSupported) as e:
+        return Answer(name, State.NOT_AVAILABLE, str(e.diag.message_primary))
+    except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled) as error:
+        return Answer(name, State.UNKNOWN, str(error.diag.message_primary))
+
+
+def stops(answers: list[Answer]) -> list[Answer]:
+    """The answers that say stop."""
+    return [a for a in answers if a.state is State.STOP]
+
+
+def show(answers: list[Answer]) -> Table:
+    """One row an indicator."""
+    return Table(("indicator", "state", "reason"), [(a.indicator, str(a.state), a.reason) for a in answers])
+
+
+def _control(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+    found = db.rows(connection, WINDOWS["control"], params)
+    if not found or not found[0]["pause"]:
+        return Answer("control row", State.NORMAL, "pause is false")
+    return Answer("control row", State.STOP, f"pause is true; {found[0]['reason'] or 'no reason given'}")
+
+
+def _stop_file(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+    path = params.health.stop_file
+    if path is None:
+        return Answer("stop file", State.NORMAL, "none is named in health.stop_file")
+    there = Path(path).exists()
+    return _stop_if("stop file", there, f"{path.name} is {'there' if there else 'not there'}")
+
+
+def _replicas(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+    name, limits = "replica lag", params.health
+    found = db.rows(connection, SQL["replicas"], params)
+    if not found:
+        return Answer(name, State.NORMAL, "no standby is connected")
+    r = found[0]
+    if r["lag_bytes"] is None:
+        why = "this role may not see it; GRANT pg_monitor" if r["hidden"] else f"{r['name']} is {r['state']}"
+        return Answer(name, State.UNKNOWN, why)
+    behind = r["lag_bytes"] > limits.replica_lag_mb * MB or (r["lag_s"] or 0) > limits.replica_lag_s
+    seconds = f" and {duration(r['lag_s'])}" if r["lag_s"] else ""
+    allowed = f"{size(limits.replica_lag_mb * MB)} or {limits.replica_lag_s} s"
+    return _stop_if(name, behind, f"{r['name']} is {size(r['lag_bytes'])}{seconds} behind, {allowed} are allowed")
+
+
+def _wal(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+    limits = params.health
+    w = db.one(connection, SQL["wal"], params)
+    before, watch.wal = watch.wal, (w["at_s"], w["position"])
+    elapsed = w["at_s"] - before[0] if before else 0.0
+    rate = (w["position"] - before[1]) / elapsed / MB if before and elapsed >= SHORTEST_INTERVAL_S else 0.0
+    filled = 100 * w["since_checkpoint"] / w["max_wal_size"]
+    too_fast = limits.wal_mb_per_s is not None and rate > limits.wal_mb_per_s
+    reason = f"{rate:.1f} MB/s, {filled:.0f} % of max_wal_size since the last checkpoint"
+    full = filled > limits.wal_since_checkpoint_percent
+    allowed = f"; {limits.wal_since_checkpoint_percent} % are allowed" if full else ""
+    allowed += f"; {limits.wal_mb_per_s} MB/s are allowed" if too_fast else ""
+    return _stop_if("WAL", full or too_fast, f"{reason}, {_checkpoints(connection, params, watch)}{allowed}")
+
+
+def _checkpoints(connection: db.Connection, params: Params, watch: Watch) -> str:
+    newer = versions.has_checkpointer_view(connection.info.server_version)
+    block = SQL["requested_checkpoints" if newer else "requested_checkpoints_before_17"]
+    requested = int(db.one(connection, block, params)["requested"])
+    if watch.requested is None:
+        watch.requested = requested
+    return f"{requested - watch.requested} checkpoints came early"
+
+
+def _archiver(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+    name, most = "archiver", params.health.archiver_backlog_files
+    a = db.one(connection, SQL["archiver"], params)
+    if a["mode"] == "off":
+        return Answer(name, State.NORMAL, "archive_mode is off")
+    if a["failing"]:
+        return Answer(name, State.STOP, f"archiving {a['last_failed_wal']} failed")
+    files = db.one(connection, SQL["archiver_backlog"], params)["files"]
+    return _stop_if(name, files > most, f"{number(files)} files wait, {number(most)} are allowed")
+
+
+def _autovacuum(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+    found = db.rows(connection, SQL["autovacuum"], params, table=spelled(params, "table"))
+    if not found:
+        return Answer("autovacuum", State.NORMAL, "not at work on the table")
+    reason = f"at work on {found[0]['relation']}, {found[0]['phase']}"
+    return _stop_if("autovacuum", params.health.pause_for_autovacuum, reason)
+
+
+def _blocked(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+    most = params.health.blocked_session_ms
+    found = db.rows(connection, SQL["blocked"], params, pids=watch.pids)
+    if not found:
+        return Answer("blocked sessions", State.NORMAL, "nobody waits for the backfill")
+    b = found[0]
+    who = f"pid {b['pid']} ({b['role']}, {b['application'] or 'no name'}) waits for us since {number(b['ms'])} ms"
+    return _stop_if("blocked sessions", b["ms"] > most, f"{who}, {number(most)} ms are allowed")
+
+
+def _snapshot(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+    most = params.health.oldest_snapshot_s
+    found = db.rows(connection, SQL["snapshot"], params, pids=watch.pids)
+    if not found or found[0]["age_s"] is None:
+        return Answer("oldest snapshot", State.NORMAL, "no other transaction holds one")
+    s = found[0]
+    reason = f"{s['who']} is open since {duration(s['age_s'])}, {duration(most)} are allowed"
+    return _stop_if("oldest snapshot", s["age_s"] > most, reason)
+
+
+INDICATORS: tuple[tuple[str, Ask], ...] = (
+    ("control row", _control),
+    ("stop file", _stop_file),
+    ("replica lag", _replicas),
+    ("WAL", _wal),
+    ("archiver", _archiver),
+    ("autovacuum", _autovacuum),
+    ("blocked sessions", _blocked),
+    ("oldest snapshot", _snapshot),
+)
+
+
+def reasons(answers: list[Answer]) -> Iterator[str]:
+    """What says stop, a line each."""
+    return (str(a) for a in stops(answers))

@@ -1,0 +1,223 @@
+"""Rows moved from a table in use into another: copied by key, kept level by a queue, swapped in one transaction.
+
+Copying comes first and catching up after it, never both at once: a row that is copied late is then never older than
+one that was caught up. A key in the queue stands for the row as it is when the key is taken, so taking it twice, or
+after another change, does no harm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from runbook_lib.backfill import health
+from runbook_lib.backfill.batch_size import Pace, first_pace
+from runbook_lib.backfill.throttle import Pause
+from runbook_lib.core import db
+from runbook_lib.core.display import duration, number
+from runbook_lib.core.gates import RunbookError
+from runbook_lib.core.names import names
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.progress import Progress
+from runbook_lib.sql import Block, load
+
+SQL = load("partitioning")
+
+SECONDS_BETWEEN_LOOKS = 1.0
+# Changes of one transaction of the catch-up at most: their keys are held in memory.
+MOST_KEYS = 5_000
+# Changes that wait are counted up to here, for the time left.
+MOST_COUNTED = 1_000_000
+
+
+class TooManyChanges(Exception):
+    """More changes than may be left for the moment when everybody waits; the try is given up."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """Which table the rows go to, and how SQL spells what they are made of.
+
+    extra: the names that the blocks of partitioning.sql need beside the common ones.
+    """
+
+    phase: Phase
+    extra: dict[str, sql.Composable]
+
+    def run(self, connection: db.Connection, block: Block, **values: Any) -> psycopg.Cursor[db.Row]:
+        """Carries out one block."""
+        return connection.execute(block.compose(names(self.phase.params) | self.extra), values)
+
+    def row(self, connection: db.Connection, block: Block, **values: Any) -> db.Row:
+        """The single row of a block."""
+        row = self.run(connection, block, **values).fetchone()
+        if row is None:
+            raise LookupError(f"{block.name} returned no row")
+        return row
+
+
+@dataclass
+class Swapped:
+    """The moment when everybody waited: seconds from the lock to the commit, changes applied meanwhile, tries."""
+
+    seconds: float
+    drained: int
+    tries: int
+
+
+@contextmanager
+def session(phase: Phase) -> Iterator[db.Connection]:
+    """A connection from which no policy hides a row."""
+    with phase.another("move") as connection:
+        connection.execute(SQL["session"].compose({}))
+        yield connection
+
+
+@dataclass
+class Guard:
+    """Lets the work go on while the server is well; looks once a second."""
+
+    phase: Phase
+    connection: db.Connection
+    watch: health.Watch
+    pause: Pause
+    looked: float = 0.0
+
+    def wait(self) -> None:
+        """Returns once the server is well and the window open. Raises PausedTooLong and OutsideWindow."""
+        if time.monotonic() - self.looked < SECONDS_BETWEEN_LOOKS:
+            return
+        self.phase.ask()
+        self.pause.keep_hours()
+        try:
+            while stops := health.stops(health.look(self.connection, self.phase.params, self.watch)):
+                self.pause.go_by(stops)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        finally:
+            self.pause.end()
+        self.looked = time.monotonic()
+
+
+@contextmanager
+def _guard(phase: Phase, pids: Sequence[int]) -> Iterator[Guard]:
+    with phase.another("health") as connection:
+        yield Guard(phase, connection, health.Watch(pids=list(pids)), Pause(phase))
+
+
+def copy(move: Move, total: int) -> int:
+    """Copies every row that is left, by key, each batch with its checkpoint; returns the rows that are there."""
+    phase, b = move.phase, move.phase.params.backfill
+    with session(phase) as connection, Progress("copied", total) as progress:
+        pace = first_pace(phase.params)
+        found = move.row(connection, SQL["copying"])
+        done = int(found["rows"])
+        progress.add(done)
+        with _guard(phase, [db.server_pid(connection)]) as guard:
+            while not found["copied"]:
+                guard.wait()
+                started = time.perf_counter()
+                found = move.row(connection, SQL["copy_batch"], rows=pace.rows)
+                rows, done = int(found["rows"]) - done, int(found["rows"])
+                pace = pace.after(rows, time.perf_counter() - started)
+                progress.add(rows)
+                time.sleep(b.pause_between_batches_ms / 1000)
+    return done
+
+
+def queued(move: Move, connection: db.Connection, most: int) -> int:
+    """Changes that wait, counted up to a bound."""
+    return int(move.row(connection, SQL["queued"], most=most)["rows"])
+
+
+def apply_changes(move: Move, connection: db.Connection, rows: int) -> int:
+    """Takes so many of the oldest changes and makes them true in the other table, in one transaction."""
+    with connection.transaction():
+        taken = move.row(connection, SQL["take"], rows=rows)
+        if taken["truncated"]:
+            move.run(connection, SQL["empty_beside"])
+        if taken["keys"]:
+            move.run(connection, SQL["take_away"], keys=taken["keys"])
+            move.run(connection, SQL["put_back"], keys=taken["keys"])
+    return int(taken["rows"])
+
+
+def catch_up(move: Move, few: int | None = None) -> int:
+    """Rounds until at most so many changes wait; returns the changes that were applied.
+
+    few: half of what the swap may take, if not given. Raises RunbookError where changes come faster than that.
+    """
+    phase, p = move.phase, move.phase.params.partitioning
+    enough = p.most_rows_in_swap // 2 if few is None else few
+    until = time.monotonic() + p.longest_catch_up_minutes * 60
+    b = phase.params.backfill
+    with ExitStack() as stack:
+        connection = stack.enter_context(session(phase))
+        if queued(move, connection, enough + 1) <= enough:
+            return 0
+        guard = stack.enter_context(_guard(phase, [db.server_pid(connection)]))
+        progress = stack.enter_context(Progress("caught up", queued(move, connection, MOST_COUNTED)))
+        pace = Pace(min(b.batch_rows, MOST_KEYS), b.batch_ms / 1000, min(b.most_batch_rows, MOST_KEYS))
+        while queued(move, connection, enough + 1) > enough:
+            guard.wait()
+            started = time.perf_counter()
+            rows = apply_changes(move, connection, pace.rows)
+            # Those that came meanwhile are part of the work.
+            progress.total = max(progress.total, progress.done + rows)
+            progress.add(rows)
+            pace = pace.after(rows, time.perf_counter() - started)
+            if time.monotonic() > until:
+                waiting = queued(move, connection, MOST_KEYS)
+                raise RunbookError(
+                    found=f"{number(progress.done)} changes applied, {number(waiting)} or more still wait",
+                    needed=f"{number(enough)} at most, within {p.longest_catch_up_minutes:g} minutes",
+                    danger="the swap would make everybody wait for all of them",
+                    do="run this again at a quieter time; it goes on where it was",
+                )
+    return progress.done
+
+
+def swap(move: Move, statement: db.Statement) -> Swapped:
+    """The last changes and the change of names in one transaction, which waits for its lock in short tries.
+
+    Where too many changes have come before the lock was there, the try is given up and they are applied first.
+    """
+    params = move.phase.params
+    most = params.partitioning.most_rows_in_swap
+    locked = [0.0]
+
+    def work(connection: db.Connection) -> int:
+        move.run(connection, SQL["lock"])
+        locked[0] = time.perf_counter()
+        waiting = queued(move, connection, most + 1)
+        if waiting > most:
+            raise TooManyChanges
+        drained = apply_changes(move, connection, waiting) if waiting else 0
+        connection.execute(statement.query, statement.values)
+        return drained
+
+    for tries in range(1, params.locks.tries + 1):
+        catch_up(move)
+        with session(move.phase) as connection:
+            try:
+                drained, lock_tries = db.in_short_tries(
+                    connection, params, statement.name, statement.lock, lambda: work(connection)
+                )
+            except TooManyChanges:
+                print(f"  {statement.name}: try {tries}, more than {number(most)} changes came; catching up first")
+                continue
+        swapped = Swapped(time.perf_counter() - locked[0], drained, tries + lock_tries - 1)
+        move.phase.note_statement(db.Done(statement, -1, swapped.seconds, swapped.tries))
+        print(f"  {statement.name}: done, {duration(swapped.seconds)} under the lock, {drained} changes in it")
+        return swapped
+    raise RunbookError(
+        found=f"more than {number(most)} changes came before the lock, {params.locks.tries} times",
+        needed=f"{number(most)} at most (partitioning.most_rows_in_swap)",
+        danger="everybody would wait for all of them",
+        do="run this again at a quieter time; nothing was swapped",
+    )

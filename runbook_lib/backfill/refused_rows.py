@@ -1,0 +1,83 @@
+"""Rows that refuse the UPDATE: told from an outage, named with the server's own words, and bounded in number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psycopg
+
+from runbook_lib.backfill import update_effects
+from runbook_lib.core import db
+from runbook_lib.core.display import number
+from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.names import changing, names, spelled
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate.expand_schema import added_columns
+from runbook_lib.sql import load
+
+SQL = load("backfill")
+
+# Classes of SQLSTATE by which the server, or a trigger, refuses a row: data, integrity, triggered change, routines,
+# WITH CHECK OPTION, PL/pgSQL; and a state that is needed first, such as a replica identity.
+CLASSES = ("22", "23", "27", "38", "39", "44", "P0")
+STATES = ("55000",)
+# More, and it is no odd row but the table that refuses: going on would try each row on its own.
+MOST_REFUSED = 20
+SHOWN = 5
+
+
+def is_refusal(error: psycopg.Error) -> bool:
+    """Did the server refuse what was written, rather than fail to work?"""
+    state = error.sqlstate or ""
+    return state[:2] in CLASSES or state in STATES
+
+
+def too_many(phase: Phase, refused: Mapping[Any, str]) -> Gate:
+    """The gate of a backfill that stops since row after row is refused."""
+    key, words = next(iter(refused.items()))
+    return _gate(
+        phase, f"{len(refused)} rows refused, and the backfill stopped; {phase.params.target.key} {key}: {words}"
+    )
+
+
+def gate_of_left(phase: Phase) -> Gate:
+    """Did every staged row whose text is still the same take its vector? Those that did not are tried once more, in a
+    transaction that is rolled back, for the reason."""
+    p, connection = phase.params, phase.connection
+    rows = connection.execute(SQL["refusing"].compose(names(p) | changing(p)), {"most": MOST_REFUSED}).fetchall()
+    keys = [r["key"] for r in rows]
+    if not keys:
+        return _gate(phase, "", len(keys))
+    some = ", ".join(str(k) for k in keys[:SHOWN]) + (" and more" if keys[SHOWN:] else "")
+    return _gate(phase, f"not {p.target.key} {some}: {_reason(phase, keys)}", len(keys))
+
+
+def _reason(phase: Phase, keys: Sequence[Any]) -> str:
+    bench = update_effects.bench(phase.connection, phase.params, added_columns(phase.params))
+    try:
+        with db.rolled_back(phase.connection):
+            effects = update_effects.measure(bench, keys)
+    except psycopg.Error as error:
+        db.raise_if_lost(phase.connection, error)
+        return f"PostgreSQL says: {update_effects.said(error)}"
+    if effects.error:
+        return f"PostgreSQL says: {effects.error}"
+    if not effects.kept:
+        return "they take it now; run this phase again"
+    by = ", ".join(sorted(effects.fired)) or "a rule of the table"
+    return f"the UPDATE leaves {number(len(effects.kept))} of {number(effects.rows)} as they are; fired: {by}"
+
+
+def _gate(phase: Phase, found: str, rows: int | None = None) -> Gate:
+    return gate(
+        "backfill.every_staged_row_took_its_vector",
+        not found,
+        spelled(phase.params, "table"),
+        found=found or "every staged row whose text is still the same has its vector",
+        needed="every such row takes its vector",
+        danger="the new search never finds these rows, and no rerun changes that by itself",
+        do="settle it with the owner of the trigger, rule or constraint, then run 50_backfill again; or"
+        f" {update_effects.SIDE_TABLE}",
+        figures={} if rows is None else {"rows": rows},
+    )

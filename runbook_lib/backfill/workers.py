@@ -1,0 +1,282 @@
+"""The workers of a backfill: claim a window, update it batch by batch, rest while the server's health asks for it.
+
+Workers are threads with a connection each; the server does the work. The thread that started them looks at the
+server's health, counts, and writes the ledger.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import psycopg
+
+from runbook_lib.backfill import batch_ranges, health, refused_rows, untouched
+from runbook_lib.backfill.batch_ranges import Window
+from runbook_lib.backfill.batch_size import Pace, first_pace
+from runbook_lib.backfill.batch_strategy import LEAST_HOT_SHARE, Choice
+from runbook_lib.backfill.throttle import Pause
+from runbook_lib.backfill.update_effects import said
+from runbook_lib.core import db
+from runbook_lib.core.gates import GateFailed, Gates
+from runbook_lib.core.names import changing, names, verbatim
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.progress import Progress
+from runbook_lib.sql import load
+
+SQL = load("backfill")
+WINDOWS = load("windows")
+
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_CLAIMS = 0.2
+# After so many updates the forecast of the HOT share is held against what was measured.
+UPDATES_OF_THE_PROBE = 2000
+# A worker says that it is alive so often within its lease.
+SIGNS_A_LEASE = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One transaction: rows updated, of them HOT; rows put off to the end because somebody held one of them.
+
+    at: when it ended, by ``time.perf_counter``.
+    """
+
+    rows: int
+    hot: int
+    seconds: float
+    put_off: int = 0
+    at: float = field(default_factory=time.perf_counter)
+
+
+@dataclass
+class Board:
+    """What the workers and the thread that watches them tell each other."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    hold: threading.Event = field(default_factory=threading.Event)
+    batches: queue.SimpleQueue[Batch] = field(default_factory=queue.SimpleQueue)
+    whole_windows: bool = False
+    most_batch_rows: int | None = None
+    rest_ms: int = 0
+    refused: dict[Any, str] = field(default_factory=dict)
+    seen: untouched.Seen = field(default_factory=untouched.Seen)
+
+
+@dataclass
+class Outcome:
+    """What the workers of this run did. pauses: [reason, seconds]; refused: the server's words, by key; seen: of
+    rows that were compared."""
+
+    rows: int = 0
+    hot: int = 0
+    put_off: int = 0
+    seconds: list[float] = field(default_factory=list)
+    pauses: list[tuple[str, float]] = field(default_factory=list)
+    samples: list[list[float]] = field(default_factory=list)
+    remark: str = ""
+    refused: dict[Any, str] = field(default_factory=dict)
+    seen: untouched.Seen = field(default_factory=untouched.Seen)
+
+    @property
+    def hot_share(self) -> float:
+        return self.hot / self.rows if self.rows else 0.0
+
+
+def run(phase: Phase, choice: Choice, total: int) -> Outcome:
+    """Works until no window is left, here or elsewhere. total: rows to be done, for the time left.
+
+    Raises what stopped a worker, and PausedTooLong; the work goes on from there when it is run again.
+    """
+    board, outcome = Board(rest_ms=phase.params.backfill.pause_between_batches_ms), Outcome()
+    workers = phase.params.backfill.workers
+    with (
+        phase.another("health") as connection,
+        Progress("backfilled", total) as progress,
+        ThreadPoolExecutor(workers, "backfill") as pool,
+    ):
+        outcome.refused, outcome.seen = board.refused, board.seen
+        watch = health.Watch()
+        pause = Pause(phase, outcome.pauses)
+        try:
+            pause.keep_hours(board.hold.set)
+            _steer(connection, phase, board, watch, pause)
+            futures = [pool.submit(work, phase, board, worker_name(n)) for n in range(workers)]
+            while not _ended(futures):
+                phase.ask(SECONDS_BETWEEN_LOOKS)
+                _count(board, outcome, progress, choice)
+                pause.keep_hours(board.hold.set)
+                _steer(connection, phase, board, watch, pause)
+        finally:
+            board.stop.set()
+            pause.end()
+        for future in futures:
+            future.result()
+        _count(board, outcome, progress, choice)
+    outcome.samples = progress.samples
+    return outcome
+
+
+def worker_name(n: int) -> str:
+    """A name that no other worker has, on any machine, in any run."""
+    return f"{socket.gethostname()} {os.getpid()}.{n} {uuid.uuid4().hex[:8]}"
+
+
+def _ended(futures: Sequence[Future[None]]) -> bool:
+    done, waiting = wait(futures, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_EXCEPTION)
+    return not waiting or any(f.exception() for f in done)
+
+
+def _count(board: Board, outcome: Outcome, progress: Progress, choice: Choice) -> None:
+    while not board.batches.empty():
+        batch = board.batches.get()
+        outcome.rows += batch.rows
+        outcome.hot += batch.hot
+        outcome.put_off += batch.put_off
+        outcome.seconds.append(batch.seconds)
+        progress.add(batch.rows, f"{outcome.hot_share:.0%} of the updates touched no index", batch.at)
+    if choice.strategy == "page_interleaved" and not board.whole_windows and outcome.rows >= UPDATES_OF_THE_PROBE:
+        board.whole_windows = outcome.hot_share < min(LEAST_HOT_SHARE, choice.hot_share)
+        if board.whole_windows:
+            outcome.remark = (
+                f"only {outcome.hot_share:.0%} of the first updates stayed on their page, {choice.hot_share:.0%} were"
+                " forecast: an old snapshot, or a replica's, may hold dead rows; from here window by window"
+            )
+            print(f"  {outcome.remark}")
+
+
+def _steer(connection: db.Connection, phase: Phase, board: Board, watch: health.Watch, pause: Pause) -> None:
+    """Looks at the server's health and at the DBA's row, and holds the workers or lets them go."""
+    watch.pids = [r["pid"] for r in db.rows(connection, WINDOWS["workers"], phase.params)]
+    stops = health.stops(health.look(connection, phase.params, watch))
+    (board.hold.set if stops else board.hold.clear)()
+    wishes = db.rows(connection, WINDOWS["control"], phase.params)
+    if wishes:
+        board.most_batch_rows = wishes[0]["most_batch_rows"]
+        rest_ms = wishes[0]["pause_between_batches_ms"]
+        board.rest_ms = phase.params.backfill.pause_between_batches_ms if rest_ms is None else rest_ms
+    pause.go_by(stops)
+
+
+def work(phase: Phase, board: Board, worker: str) -> None:
+    """One worker: window after window, until none is left or the board says stop."""
+    pace = first_pace(phase.params)
+    paces = {True: pace, False: pace}
+    with phase.another("worker") as connection:
+        connection.execute(SQL["session"].compose({}), {"frozen_ms": f"{db.FROZEN_MS}ms"})
+        witness = untouched.witness(connection, phase, board.seen)
+        while not board.stop.is_set():
+            window = batch_ranges.claim(connection, phase, worker)
+            if window is not None:
+                _work_on(_Desk(connection, phase, board, worker, window, witness), paces)
+            elif batch_ranges.state(replace(phase, connection=connection)).left:
+                # Somebody else has them; should that worker die, its windows come free.
+                board.stop.wait(SECONDS_BETWEEN_CLAIMS)
+            else:
+                return
+
+
+@dataclass
+class _Desk:
+    """A worker at one window, and when it last told the others that it is alive."""
+
+    connection: db.Connection
+    phase: Phase
+    board: Board
+    worker: str
+    window: Window
+    witness: untouched.Witness | None
+    rows: int = 0
+    seen: float = field(default_factory=time.monotonic)
+
+    def may_go_on(self) -> bool:
+        """Waits while the backfill is held; False if it is stopped, or the window was taken over."""
+        every = self.phase.params.backfill.lease_s / SIGNS_A_LEASE
+        while not self.board.stop.is_set():
+            if time.monotonic() - self.seen >= every:
+                if not batch_ranges.still_ours(self.connection, self.phase, self.worker, self.window, self.rows):
+                    return False
+                self.rows, self.seen = 0, time.monotonic()
+            if not self.board.hold.is_set():
+                return True
+            self.board.stop.wait(min(every, SECONDS_BETWEEN_CLAIMS))
+        return False
+
+
+def _work_on(desk: _Desk, paces: dict[bool, Pace]) -> None:
+    """Every pass of a window, in batches; the first pass, whose rows leave their page, has a pace of its own."""
+    for n, keys in enumerate(_passes(desk)):
+        first, done = n == 0, 0
+        while done < len(keys):
+            if not desk.may_go_on():
+                return
+            rows = min(paces[first].rows, desk.board.most_batch_rows or paces[first].rows)
+            batch = _update(desk, keys[done : done + rows])
+            done += rows
+            desk.rows += batch.rows
+            desk.board.batches.put(batch)
+            paces[first] = paces[first].after(batch.rows, batch.seconds)
+            if desk.board.rest_ms:
+                desk.board.stop.wait(desk.board.rest_ms / 1000)
+    batch_ranges.close(desk.connection, desk.phase, desk.worker, desk.window, desk.rows)
+
+
+def _passes(desk: _Desk) -> Iterator[Sequence[Any]]:
+    passes = batch_ranges.passes(desk.connection, desk.phase, desk.window)
+    if not desk.board.whole_windows:
+        return passes
+    return iter([[key for keys in passes for key in keys]])
+
+
+def _update(desk: _Desk, keys: Sequence[Any]) -> Batch:
+    """One transaction. A batch of which somebody holds a row is put off to the end instead of waiting longer; one of
+    which a row is refused is halved, until that row stands alone and can be named.
+
+    Raises GateFailed where row after row is refused.
+    """
+    started = time.perf_counter()
+    try:
+        return _transaction(desk, keys, started)
+    except db.NOT_NOW:
+        return Batch(0, 0, time.perf_counter() - started, put_off=len(keys))
+    except psycopg.Error as error:
+        if not refused_rows.is_refusal(error):
+            raise
+        if len(keys) == 1:
+            _refuse(desk, keys[0], said(error))
+            return Batch(0, 0, time.perf_counter() - started)
+    parts = [_update(desk, part) for part in (keys[: len(keys) // 2], keys[len(keys) // 2 :])]
+    return Batch(
+        sum(b.rows for b in parts),
+        sum(b.hot for b in parts),
+        time.perf_counter() - started,
+        sum(b.put_off for b in parts),
+    )
+
+
+def _refuse(desk: _Desk, key: Any, words: str) -> None:
+    desk.board.refused[key] = words
+    if len(desk.board.refused) > refused_rows.MOST_REFUSED:
+        raise GateFailed(Gates((refused_rows.too_many(desk.phase, dict(desk.board.refused)),)))
+
+
+def _transaction(desk: _Desk, keys: Sequence[Any], started: float) -> Batch:
+    p, part = desk.phase.params, desk.window.part
+    update = SQL["update"].compose(names(p) | changing(p) | {"part": verbatim(part)})
+    with desk.connection.transaction():
+        before = db.one(desk.connection, SQL["hot"], p, part=part)
+        if desk.witness:
+            desk.witness.before(keys)
+        rows = desk.connection.execute(update, {"keys": list(keys)}).rowcount
+        if desk.witness:
+            desk.witness.after()
+        after = db.one(desk.connection, SQL["hot"], p, part=part)
+    return Batch(rows, after["hot"] - before["hot"], time.perf_counter() - started)

@@ -1,0 +1,216 @@
+"""The cheapest way to search that reaches the target recall, per filter class; and advice where every way is dear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import sql
+
+from runbook_lib.benchmark import filter_classes, sweep
+from runbook_lib.benchmark.filter_classes import Asked, FilterClass
+from runbook_lib.benchmark.sweep import Measured, Way
+from runbook_lib.core import db
+from runbook_lib.core.names import identifier, names, spelled, vectors_stand_beside
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.thresholds import apart, score
+from runbook_lib.search import search_function
+
+# Questions that say whether a way is worth measuring in full.
+SCREENED = 40
+# A way that takes this much longer than the cheapest that reaches the target, on the first questions, is left.
+HOPELESS = 1.2
+# Of ways that take no longer than this many times the cheapest, the one that finds most is chosen.
+AS_CHEAP = 1.1
+# An exact search slower than this is worth an index of its own.
+SLOW_MS = 5.0
+# More values than this call for partitions, not for an index each.
+MOST_PARTIAL_INDEXES = 4
+SO_SMALL = (
+    "PostgreSQL reads the whole table, which is cheaper than the index while it is so small. Run 70_tune again when"
+    " it has grown"
+)
+# What most guides recommend: pgvector's README, "Filtering" and "Iterative Index Scans".
+PRACTICE = {
+    "hnsw": Way("index", 100, "strict_order", search_function.MOST_SCANNED_DEFAULT["hnsw"]),
+    "ivfflat": Way("relaxed", 10, "relaxed_order", search_function.MOST_SCANNED_DEFAULT["ivfflat"]),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One filter class: what was measured on the tuning half of the questions, and the choice on the other half.
+
+    chosen: None where no way reaches the target. practice: common practice on the same held-out questions.
+    """
+
+    of: FilterClass
+    points: tuple[Measured, ...]
+    chosen: Measured | None
+    practice: Measured
+    advice: str
+
+    def as_data(self) -> dict[str, Any]:
+        """For the ledger."""
+        return {
+            "column": self.of.filter,
+            "bucket": self.of.bucket,
+            "values": self.of.shown(),
+            "shares": self.of.shares,
+            "share": self.of.share,
+            "chosen": _data(self.chosen) if self.chosen else None,
+            "practice": _data(self.practice),
+            "points": [_data(p) for p in self.points],
+            "advice": self.advice,
+        }
+
+
+def _data(m: Measured) -> dict[str, Any]:
+    figures = {name: round(v, 4) if isinstance(v, float) else v for name, v in vars(m).items() if name != "way"}
+    return {**vars(m.way), **figures}
+
+
+def unfiltered(phase: Phase, connection: db.Connection, ways: Sequence[Way], asked: Sequence[Asked]) -> Choice:
+    """Every way in full, since the picture shows them all; the cheapest setting that reaches the target."""
+    tuning, held_out = asked[::2], asked[1::2]
+    # Once unseen, so that the first is not the one that reads the index from disk.
+    for way in ways[-1:]:
+        sweep.measure(phase, connection, way, tuning)
+    points = [sweep.measure(phase, connection, way, tuning) for way in ways]
+    reached = [p for p in points if p.reaches(phase.params.tune.target_recall)]
+    return _choice(phase, connection, filter_classes.UNFILTERED, points, reached, held_out)
+
+
+def filtered(phase: Phase, connection: db.Connection, of: FilterClass, asked: Sequence[Asked], rows: int) -> Choice:
+    """Every row that the filter lets through, then the index in each of its ways, as long as they can still win.
+
+    rows: of the table; an iterative scan cannot scan more. A way that PostgreSQL answers without the vector index,
+    because it finds the filter's rows sooner, is not chosen: which plan it takes may change with the statistics,
+    and ``exact`` says the same for good.
+    """
+    tuning, held_out = asked[::2], asked[1::2]
+    target = phase.params.tune.target_recall
+    points = [sweep.measure(phase, connection, sweep.exact_way(phase), tuning[: 2 * SCREENED])]
+    reached = [points[0]]
+    for family in _families(phase, rows):
+        for way in family:
+            screened = sweep.measure(phase, connection, way, tuning[:SCREENED])
+            dear = screened.p50_ms > HOPELESS * min(m.p50_ms for m in reached)
+            if dear or not screened.uses_the_index:
+                points.append(screened)
+                break
+            if screened.high < target or screened.rows_short:
+                points.append(screened)
+                continue
+            points.append(sweep.measure(phase, connection, way, tuning))
+            if points[-1].reaches(target):
+                reached.append(points[-1])
+                break
+    return _choice(phase, connection, of, points, _best_first(reached), held_out)
+
+
+def _best_first(reached: Sequence[Measured]) -> list[Measured]:
+    cheapest = min(m.p50_ms for m in reached)
+    best = max((m for m in reached if m.p50_ms <= AS_CHEAP * cheapest), key=lambda m: (m.recall, -m.p50_ms))
+    return [best, *sorted((m for m in reached if m is not best), key=lambda m: m.p50_ms)]
+
+
+def _families(phase: Phase, rows: int) -> Iterator[list[Way]]:
+    """Ways through the index, in lists that grow dearer and better."""
+    method = phase.params.index.method
+    t = phase.params.tune
+    candidates = sorted(set(t.ef_search if method == "hnsw" else t.probes))
+    default = search_function.MOST_SCANNED_DEFAULT[method]
+    yield [Way("index", n, "off", default) for n in candidates]
+    limits = sorted(set(t.max_scan_tuples)) if method == "hnsw" else [default]
+    # Past the whole table a higher limit changes nothing.
+    whole = next((i for i, limit in enumerate(limits) if limit >= rows), len(limits))
+    for limit in limits[: whole + 1]:
+        if method == "hnsw":
+            yield [Way("index", n, "strict_order", limit) for n in candidates]
+        yield [Way("relaxed", n, "relaxed_order", limit) for n in candidates]
+
+
+def _choice(
+    phase: Phase,
+    connection: db.Connection,
+    of: FilterClass,
+    points: Sequence[Measured],
+    reached: Sequence[Measured],
+    held_out: Sequence[Asked],
+) -> Choice:
+    """The first of ``reached``, best first, that the held-out questions confirm; the first of all where none is."""
+    target = phase.params.tune.target_recall
+    practice = sweep.measure(phase, connection, PRACTICE[phase.params.index.method], held_out)
+    confirmed: list[Measured] = []
+    for candidate in reached:
+        confirmed.append(sweep.measure(phase, connection, candidate.way, held_out))
+        if confirmed[-1].recall >= target and not confirmed[-1].rows_short:
+            break
+    else:
+        confirmed = confirmed[:1]
+    chosen = confirmed[-1] if confirmed else None
+    return Choice(of, tuple(points), chosen, practice, _advice(phase, of, points, chosen))
+
+
+def _advice(phase: Phase, of: FilterClass, points: Sequence[Measured], chosen: Measured | None) -> str:
+    """What would make this class fast, with the measured reason and the statement; empty where nothing is needed."""
+    if chosen is None:
+        return _denser_index(phase, points)
+    if not of.columns and chosen.reads_every_row:
+        return SO_SMALL
+    if not of.columns or chosen.way.scan != "exact" or chosen.p50_ms <= SLOW_MS:
+        return ""
+    through = [p for p in points if p.way.scan != "exact"]
+    best = max(through, key=lambda p: p.recall, default=None)
+    reason = f"exact takes {chosen.p50_ms:.1f} ms and {chosen.buffers:,} pages"
+    if best:
+        reason += f"; the index, at {best.way}, finds {best.recall:.3f} in {best.p50_ms:.1f} ms"
+    if not filter_classes.has_btree(phase.connection, phase.params, of.columns):
+        return f"{reason}. Find its rows by an index: {_btree(phase, of.columns)}"
+    if vectors_stand_beside(phase.params):
+        # Neither a partial index nor a partition of the vectors can know a column of the other table.
+        beside = f"{spelled(phase.params, 'vectors')}, which lacks {', '.join(of.columns)}"
+        return f"{reason}. The vectors stand in {beside}: an index for these rows alone needs vector.layout: column"
+    if not of.shares or len(of.shares) > MOST_PARTIAL_INDEXES:
+        return f"{reason}. Partition the table by {', '.join(of.columns)}, with a vector index on each partition"
+    return f"{reason}. Give each value an index of its own: {' '.join(_partial(phase, of))}"
+
+
+def _denser_index(phase: Phase, points: Sequence[Measured]) -> str:
+    best = max(points, key=lambda p: p.recall, default=None)
+    recall, _ = apart(best.recall if best else 0.0, phase.params.tune.target_recall, score)
+    found = f"the best setting, {best.way}, finds {recall} in {best.p50_ms:.1f} ms. " if best else ""
+    i = phase.params.index
+    if i.storage == "bit":
+        return f"{found}Sort more rows again, index.rerank: {2 * i.rerank}, or go over to index.storage: halfvec"
+    if i.method == "ivfflat":
+        return f"{found}Try higher tune.probes, or index.method: hnsw"
+    return f"{found}Build again with index.m: {2 * i.m} and index.ef_construction: {2 * i.ef_construction}"
+
+
+def _btree(phase: Phase, columns: Sequence[str]) -> str:
+    statement = sql.SQL("CREATE INDEX CONCURRENTLY ON {table} ({columns});")
+    listed = sql.SQL(", ").join(map(identifier, columns))
+    return _pasted(statement.format(table=names(phase.params)["table"], columns=listed))
+
+
+def _partial(phase: Phase, of: FilterClass) -> Iterator[str]:
+    n = names(phase.params)
+    statement = sql.SQL("CREATE INDEX CONCURRENTLY ON {table} USING {method} ({indexed} {ops}) WHERE {condition};")
+    for value in of.shares:
+        wanted = [sql.SQL("{} = {}").format(identifier(c), sql.Literal(v)) for c, v in of.allowed(value)]
+        yield _pasted(
+            statement.format(
+                table=n["table"],
+                method=sql.SQL(phase.params.index.method),
+                indexed=n["indexed"],
+                ops=n["operator_class"],
+                condition=sql.SQL(" AND ").join(wanted),
+            )
+        )
+
+
+def _pasted(statement: sql.Composed) -> str:
+    return statement.as_string().replace("%%", "%")

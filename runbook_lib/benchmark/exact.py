@@ -1,0 +1,368 @@
+"""Exact answers for many queries at once: the vectors are streamed out once and multiplied block by block.
+
+PostgreSQL reads the whole table for every exact query; here it is read once for all of them, in memory that depends
+on the number of queries and not on the table.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from psycopg import sql
+
+from runbook_lib.benchmark.recall_at_k import SAME_DISTANCE, Nearest
+from runbook_lib.core import db
+from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.names import identifier, names, spelled
+from runbook_lib.core.session import register_vector
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("exact")
+
+BLOCK_BYTES = 8 * 1024 * 1024
+DISTANCE_BYTES = 64 * 1024 * 1024
+# COPY's binary format: signature, flags, extension length; the trailer is a field count of -1.
+HEADER = b"PGCOPY\n\xff\r\n\0"
+HEADER_BYTES = len(HEADER) + 8
+# Distances nearer than this are ties, which the key decides; single precision does not tell them apart. For vectors
+# at length 1: those of a longer question are rounded by its length.
+DECIMALS = 6
+# How far two may differ that sum the same products in another order, relative to a distance.
+RELATIVE_TOLERANCE = 1e-4
+CHECKED = 5
+COMPONENT = {"vector": ">f4", "halfvec": ">f2"}
+KEY_TYPES = {"smallint": ">i2", "integer": ">i4", "bigint": ">i8"}
+FLOAT = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which rows a query may be answered with.
+
+    query: number of its vector. allowed: by filter column, the value that a row must have, as PostgreSQL writes it;
+    empty for every row.
+    """
+
+    query: int
+    allowed: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the table: vectors, shape (rows, dimension); codes, shape (rows, filters); keys."""
+
+    vectors: FLOAT
+    codes: NDArray[np.int32]
+    keys: NDArray[Any]
+
+
+def nearest(
+    connection: db.Connection, params: Params, vectors: FLOAT, questions: Sequence[Question], k: int
+) -> list[Nearest]:
+    """The k nearest rows of every question, in the order of the questions.
+
+    vectors: shape (queries, dimension). connection: in a transaction, where the answers must fit those of other
+    statements. Memory: a few times BLOCK_BYTES and DISTANCE_BYTES, and k rows a question.
+    """
+    listed = {c: _values(questions, c) for c in params.target.filters}
+    tops = [_Top(group, k) for group in _groups(questions, listed)]
+    if params.vector.type == "halfvec":
+        # The server casts the query to the column's type.
+        vectors = vectors.astype(np.float16).astype(np.float32)
+    numbers = _distances(params.vector.distance, vectors)
+    longest = 0.0
+    for block in _small_enough(blocks(connection, params, listed), len(vectors)):
+        distances = numbers(block.vectors)
+        longest = max(longest, _longest(block.vectors))
+        for top in tops:
+            top.add(distances, block)
+    answers: dict[int, Nearest] = {}
+    for top in tops:
+        answers |= top.answers()
+    lengths = [float(np.linalg.norm(vectors[q.query])) for q in questions]
+    return [_with_tolerance(params, answers[i], lengths[i], longest) for i in range(len(questions))]
+
+
+def _longest(vectors: FLOAT) -> float:
+    return math.sqrt(float(np.einsum("ij,ij->i", vectors, vectors).max(initial=0.0)))
+
+
+def _with_tolerance(params: Params, found: Nearest, length: float, longest: float) -> Nearest:
+    """By what the arithmetic loses. length: of the question's vector. longest: the longest row's."""
+    if params.vector.distance == "cosine" or not found.distances:
+        return found
+    lost = 10**-DECIMALS * length * (longest if params.vector.distance == "inner_product" else 1.0)
+    return replace(found, same=max(SAME_DISTANCE * max(map(abs, found.distances)), lost))
+
+
+def _small_enough(whole: Iterator[Block], queries: int) -> Iterator[Block]:
+    """The blocks, cut so that their distances to so many queries take at most DISTANCE_BYTES."""
+    rows = max(1, DISTANCE_BYTES // (np.dtype(np.float64).itemsize * max(queries, 1)))
+    for block in whole:
+        for i in range(0, len(block.keys), rows):
+            part = slice(i, i + rows)
+            yield Block(block.vectors[part], block.codes[part], block.keys[part])
+
+
+def _values(questions: Sequence[Question], column: str) -> list[str]:
+    return sorted({value for q in questions for name, value in q.allowed if name == column})
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Questions with the same filters: their places, the numbers of their vectors, and the code of each filter."""
+
+    places: NDArray[np.intp]
+    queries: NDArray[np.intp]
+    wanted: tuple[tuple[int, int], ...]
+
+
+def _groups(questions: Sequence[Question], listed: dict[str, list[str]]) -> Iterator[_Group]:
+    columns = list(listed)
+    for allowed in dict.fromkeys(q.allowed for q in questions):
+        places = [i for i, q in enumerate(questions) if q.allowed == allowed]
+        # array_position counts from one; zero is any value that no question asks for.
+        wanted = tuple((columns.index(c), listed[c].index(value) + 1) for c, value in allowed)
+        yield _Group(np.array(places), np.array([questions[i].query for i in places]), wanted)
+
+
+class _Top:
+    """The nearest rows of a group of questions so far."""
+
+    def __init__(self, group: _Group, k: int) -> None:
+        self.group, self.k, self.matching = group, k, 0
+        self.limit = np.full(len(group.places), np.inf)
+        self.owner: NDArray[Any] = np.empty(0, np.intp)
+        self.distance: NDArray[Any] = np.empty(0)
+        self.key: NDArray[Any] | None = None
+
+    def add(self, distances: FLOAT, block: Block) -> None:
+        """Takes in the rows of a block that are no farther than the k-th found so far."""
+        rows = np.arange(len(block.keys))
+        for column, code in self.group.wanted:
+            rows = rows[block.codes[rows, column] == code]
+        self.matching += len(rows)
+        if not len(rows):
+            return
+        whole = not self.group.wanted and len(self.group.queries) == len(distances)
+        near = distances if whole else distances[np.ix_(self.group.queries, rows)]
+        limit = self.limit
+        if len(rows) > self.k and np.isinf(limit).any():
+            limit = np.minimum(limit, np.partition(near, self.k - 1, axis=1)[:, self.k - 1])
+        owner, place = np.nonzero(near <= limit[:, None])
+        self._merge(owner, near[owner, place], block.keys[rows[place]])
+
+    def _merge(self, owner: NDArray[Any], distance: NDArray[Any], key: NDArray[Any]) -> None:
+        owner, distance = np.concatenate([self.owner, owner]), np.concatenate([self.distance, distance])
+        key = key if self.key is None else np.concatenate([self.key, key])
+        order = np.lexsort((key, distance, owner))
+        owner, distance, key = owner[order], distance[order], key[order]
+        first = np.searchsorted(owner, owner, side="left")
+        kept = np.arange(len(owner)) - first < self.k
+        self.owner, self.distance, self.key = owner[kept], distance[kept], key[kept]
+        full = np.flatnonzero(np.bincount(self.owner, minlength=len(self.limit)) == self.k)
+        self.limit[full] = self.distance[np.searchsorted(self.owner, full, side="right") - 1]
+
+    def answers(self) -> dict[int, Nearest]:
+        """By place of the question."""
+        found = {}
+        for i, place in enumerate(self.group.places):
+            first, end = np.searchsorted(self.owner, [i, i + 1])
+            # Those without a distance come last.
+            mine = slice(first, first + np.isfinite(self.distance[first:end]).sum())
+            keys = () if self.key is None else tuple(str(x) for x in self.key[mine])
+            found[int(place)] = Nearest(keys, tuple(float(x) for x in self.distance[mine]), self.matching)
+        return found
+
+
+def _distances(distance: str, queries: FLOAT) -> Callable[[FLOAT], FLOAT]:
+    """A function from a block of vectors to their distances, shape (queries, rows), as pgvector's operator has them.
+
+    A row without a distance (a zero vector under cosine) is infinitely far.
+    """
+    if distance == "cosine":
+        own = _at_length_one(np.asarray(queries, np.float32))
+        return lambda block: _rounded(1 - own @ _at_length_one(block).T)
+    lengths = np.linalg.norm(np.asarray(queries, np.float64), axis=1, keepdims=True)
+    unit = np.where(lengths > 0, lengths, 1.0)
+    if distance == "inner_product":
+        own, unit = (queries / unit).astype(np.float32), unit.astype(np.float32)
+        return lambda block: _rounded(-(own @ block.T)) * unit
+    # In double precision: the difference of large squares leaves nothing of a small distance in single.
+    wide = np.asarray(queries, np.float64)
+    squares = (wide**2).sum(axis=1)[:, None]
+
+    def l2(block: FLOAT) -> FLOAT:
+        b = block.astype(np.float64)
+        return _rounded(np.sqrt(np.maximum(squares + (b**2).sum(axis=1) - 2 * wide @ b.T, 0)) / unit) * unit
+
+    return l2
+
+
+def _at_length_one(vectors: FLOAT) -> FLOAT:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: FLOAT = vectors / lengths
+    return result
+
+
+def _rounded(distances: FLOAT) -> FLOAT:
+    np.round(distances, DECIMALS, out=distances)
+    distances[np.isnan(distances)] = np.inf
+    return distances
+
+
+def blocks(connection: db.Connection, params: Params, listed: Mapping[str, Sequence[str]]) -> Iterator[Block]:
+    """The rows that have a vector, a block at a time.
+
+    listed: the values of each filter column that matter; a row's code is the place of its value, from one.
+    """
+    key = params.target.key
+    key_type = db.one(connection, SQL["key_type"], params, table=spelled(params, "table"), key=key)["type"]
+    layout = _Layout(params.vector.type, params.vector.dimension, len(listed), key_type)
+    held: list[bytes] = []
+    size = 0
+    with connection.cursor() as cursor, cursor.copy(_copy_out(params, listed)) as copy:
+        for data in copy:
+            held.append(bytes(data))
+            size += len(data)
+            if size >= BLOCK_BYTES:
+                block, rest = layout.read(b"".join(held))
+                held, size = [rest], len(rest)
+                yield block
+    block, _ = layout.read(b"".join(held))
+    yield block
+
+
+def _copy_out(params: Params, listed: Mapping[str, Sequence[str]]) -> sql.Composed:
+    code = "coalesce(array_position({}::text[], {}::text), 0), "
+    codes = [sql.SQL(code).format(sql.Literal(list(v)), sql.Identifier("t", c)) for c, v in listed.items()]
+    # COPY takes no bound values, so nothing here is read for placeholders; the block has no literal per cent sign.
+    plain = {name: sql.SQL(spelled(params, name)) for name in ("row_embedding", "from_vectors")}
+    key = sql.Identifier("t", params.target.key)
+    return SQL["copy_out"].compose(plain | {"key": key, "codes": sql.Composed(codes)})
+
+
+class _Layout:
+    """How a row of COPY's binary format is laid out: field count, codes, vector, key; each after its length."""
+
+    def __init__(self, kind: str, dimension: int, codes: int, key_type: str) -> None:
+        component = np.dtype(COMPONENT[kind])
+        fields: list[Any] = [("fields", ">i2")]
+        fields += [("codes", [("length", ">i4"), ("code", ">i4")], (codes,))] if codes else []
+        fields += [("vector_length", ">i4"), ("header", ">i4"), ("vector", component, (dimension,))]
+        fields += [("key_length", ">i4")]
+        self.head = np.dtype(fields)
+        self.codes = codes
+        self.vector_length = 4 + component.itemsize * dimension
+        self.number = np.dtype(KEY_TYPES[key_type]) if key_type in KEY_TYPES else None
+        self.spell: Callable[[bytes], str] = _uuid if key_type == "uuid" else bytes.decode
+        self.started = False
+
+    def read(self, data: bytes) -> tuple[Block, bytes]:
+        """The whole rows in it, and the beginning of one that is not whole yet."""
+        at = 0 if self.started else HEADER_BYTES
+        self.started = True
+        if self.number is not None:
+            row = np.dtype([*self.head.descr, ("key", self.number)])
+            rows = np.frombuffer(data, row, (len(data) - at) // row.itemsize, at)
+            keys = rows["key"].astype(np.int64)
+            rest = data[at + rows.nbytes :]
+        else:
+            rows, keys, rest = self._of_any_length(data, at)
+        if len(rows) and not (rows["vector_length"] == self.vector_length).all():
+            raise ValueError("COPY sent rows of another layout than the vector column's type and dimension")
+        codes = rows["codes"]["code"] if self.codes else np.empty((len(rows), 0))
+        return Block(rows["vector"].astype(np.float32), codes.astype(np.int32), keys), rest
+
+    def _of_any_length(self, data: bytes, at: int) -> tuple[NDArray[Any], NDArray[Any], bytes]:
+        head, heads, keys = self.head.itemsize, [], []
+        while len(data) - at >= head:
+            end = at + head + int.from_bytes(data[at + head - 4 : at + head], "big")
+            if end > len(data):
+                break
+            heads.append(data[at : at + head])
+            keys.append(self.spell(data[at + head : end]))
+            at = end
+        return np.frombuffer(b"".join(heads), self.head), np.array(keys, dtype=str), data[at:]
+
+
+def _uuid(data: bytes) -> str:
+    return str(uuid.UUID(bytes=data))
+
+
+def stream_agrees_with_sql(
+    connection: db.Connection,
+    params: Params,
+    vectors: FLOAT,
+    questions: Sequence[Question],
+    found: Sequence[Nearest],
+    k: int,
+) -> Gate:
+    """Gate: plain SQL gives the same distances, in order, to a few of the questions, spread over them."""
+    register_vector(connection)
+    n = min(CHECKED, len(questions))
+    chosen = [i * (len(questions) - 1) // max(n - 1, 1) for i in range(n)]
+    alike = sum(_alike(by_sql(connection, params, vectors, questions[i], k), found[i]) for i in chosen)
+    return agreement(params, alike, n)
+
+
+def agreement(params: Params, alike: int, n: int) -> Gate:
+    """The gate, from how many questions were answered alike."""
+    return gate(
+        "exact.stream_agrees_with_sql",
+        alike == n if n else None,
+        f"{params.target.schema_}.{params.target.table}",
+        found=f"{alike} of {n} questions answered alike, each to the last distance",
+        needed="all of them",
+        danger="recall would be measured against answers that are not exact",
+        do="run 70_tune again when nobody writes to the table; if it stays, report this with the versions of"
+        " pgvector and numpy",
+        figures={"asked": n, "alike": alike},
+    )
+
+
+def by_sql(connection: db.Connection, params: Params, vectors: FLOAT, question: Question, k: int) -> list[db.Row]:
+    """The same by plain SQL: key (as text) and distance of the k nearest rows."""
+    conditions = [
+        sql.SQL("t.{c}::text = {v}").format(c=identifier(c), v=sql.Placeholder(f"allowed_{i}"))
+        for i, (c, _) in enumerate(question.allowed)
+    ]
+    n = names(params)
+    query = SQL["nearest"].compose(
+        n
+        | {
+            "query_vector": sql.SQL("%(vector)s::{}").format(n["vector_type"]),
+            "filters": sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true"),
+        }
+    )
+    allowed = {f"allowed_{i}": value for i, (_, value) in enumerate(question.allowed)}
+    values = {"vector": vectors[question.query], "k": k, **allowed}
+    return connection.execute(query, values, prepare=False).fetchall()
+
+
+def seconds_by_sql(connection: db.Connection, params: Params, vectors: FLOAT, k: int) -> list[float]:
+    """Seconds of a few exact queries by plain SQL, without a filter; one before them warms the cache."""
+    register_vector(connection)
+    seconds = []
+    for i in range(min(CHECKED, len(vectors)) + 1):
+        started = time.perf_counter()
+        by_sql(connection, params, vectors, Question(i % len(vectors)), k)
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
+
+
+def _alike(rows: Sequence[db.Row], found: Nearest) -> bool:
+    """Keys may differ where distances do not: single precision sums in another order."""
+    expected = np.array([row["distance"] for row in rows if not np.isnan(row["distance"])])
+    return len(expected) == len(found.keys) and bool(
+        np.allclose(expected, found.distances, RELATIVE_TOLERANCE, found.same)
+    )

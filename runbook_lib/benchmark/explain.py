@@ -1,0 +1,214 @@
+"""Does the query that the application really sends use the index? Asked of the server, as the application asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from runbook_lib.benchmark import plan_diagnosis, relevance_measures, replica
+from runbook_lib.benchmark.prepared import CALLS, Sent, call_prepared, plan_of, scans, vector_indexes
+from runbook_lib.benchmark.vector_statement import bound
+from runbook_lib.core import db
+from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.names import identifier, index_name, names, spelled
+from runbook_lib.core.phase import Phase
+from runbook_lib.embeddings import embedding
+from runbook_lib.indexes import partitions
+from runbook_lib.search import combined_filters, search_function
+from runbook_lib.sql import load
+
+SQL = load("explain")
+
+DANGER = "every search would read the whole table"
+NEVER_ARISES = ", and the server keeps to custom plans, which are cheaper"
+
+
+def gates(phase: Phase) -> list[Gate]:
+    """The function searches by the index, and so does each statement, by the plans that really arise: the function
+    plans each call by itself (EXECUTE), what an application prepares may turn to a generic plan.
+    """
+    p = phase.params
+    routes = list(dict.fromkeys(["vector", p.cut_over.route]))
+    found = [_function_searches_by_index(phase, route) for route in routes]
+    sent: list[tuple[Sent, Exactly | None]] = [(function_query(phase), None)]
+    if p.search.application_query:
+        own = application_query(phase)
+        sent.append((own, _chosen_exact(phase, own)))
+    with as_the_application(phase) as connection:
+        for s, exact in sent:
+            kinds = ("custom",) if s is sent[0][0] else ("custom", "generic")
+            found += [judge(phase, connection, s, kind, exact) for kind in kinds]
+    return found
+
+
+@dataclass(frozen=True)
+class Exactly:
+    """Filters that 70_tune chose to search exactly.
+
+    where: the filters with their values. missed: why the vector index will not do for them; empty where it was
+    measured to reach the target with the settings of the function.
+    """
+
+    where: str
+    missed: str
+
+
+def function_query(phase: Phase) -> Sent:
+    """The vector query of the search function, with its LIMIT bound."""
+    p = phase.params
+    text = search_function.route_statement(phase.connection, p, "vector", in_function=True)
+    types = search_function.column_types(phase.connection, p)
+    return Sent(
+        f"the vector query of {p.function_name}",
+        text.as_string(phase.connection).replace("%%", "%"),
+        ("query", "embedding", "k", *p.target.filters),
+        (*_values(phase), *[None] * len(p.target.filters)),
+        ("text", "real[]", "integer", *(types[c] for c in p.target.filters)),
+    )
+
+
+def application_query(phase: Phase) -> Sent:
+    """The statement of ``search.application_query``, each filter with the value that its column holds most often."""
+    p = phase.params
+    text, used = bound(str(p.search.application_query), ["query", "embedding", "k", *p.target.filters])
+    known = dict(zip(("query", "embedding", "k"), _values(phase), strict=True))
+    known |= {c: _usual_value(phase, c) for c in p.target.filters if c in used}
+    return Sent("the application's query", text, tuple(used), tuple(known[name] for name in used))
+
+
+def _values(phase: Phase) -> tuple[str, list[float], int]:
+    p = phase.params
+    query = relevance_measures.sample(relevance_measures.read_queries(p), 1)[0]
+    return query.text, [float(x) for x in embedding.query_vectors(p, [query])[0]], p.queries.k
+
+
+def _chosen_exact(phase: Phase, sent: Sent) -> Exactly | None:
+    """The filters of the statement with their values, where 70_tune chose to search these exactly."""
+    p = phase.params
+    given = {c: v for c, v in zip(sent.names, sent.values, strict=True) if c in p.target.filters and v is not None}
+    columns = [c for c in p.target.filters if c in given]
+    if not columns:
+        return None
+    value = combined_filters.given_value([sql.Placeholder(c) for c in columns])
+    query = SQL["way_of"].compose(names(p) | {"value": value})
+    row = phase.connection.execute(query, given | {"filter": combined_filters.name(columns)}).fetchone()
+    if row is None or row["scan"] != "exact":
+        return None
+    return Exactly(
+        combined_filters.AND.join(f"{c} = {given[c]}" for c in columns), _missed(phase, columns, row["value"])
+    )
+
+
+def _missed(phase: Phase, columns: list[str], value: str) -> str:
+    """What 70_tune found of these filters through the index, set as the function sets it for no filter at all."""
+    tuning = phase.ledger.latest("tuning") or {"chosen": None, "classes": []}
+    limit = search_function.MOST_SCANNED_DEFAULT[phase.params.index.method]
+    way = ("index", tuning["chosen"], search_function.ITERATIVE[phase.params.index.method][1], limit)
+    own = [
+        c
+        for c in tuning["classes"]
+        if c["column"] == combined_filters.name(columns) and value in (c["shares"] or [value])
+    ]
+    for point in (p for c in own for p in c["points"]):
+        if (point["scan"], point["candidates"], point["iterative_scan"], point["most_scanned"]) == way:
+            target = phase.params.tune.target_recall
+            reached = min(point["low"], point["worst"]) >= target and not point["rows_short"]
+            return "" if reached else f"the index finds {point['recall']:.3f} of their answers"
+    return "what the index finds of their answers was not measured"
+
+
+def _usual_value(phase: Phase, column: str) -> str | None:
+    query = SQL["usual_value"].compose(names(phase.params) | {"column": identifier(column)})
+    row = phase.connection.execute(query, {}).fetchone()
+    return row["value"] if row else None
+
+
+@contextmanager
+def as_the_application(phase: Phase) -> Iterator[db.Connection]:
+    """A fresh connection with the settings that the search function carries, which sway the planner."""
+    state = search_function.function_state(phase)
+    with replica.connect(phase, "plans") as connection:
+        for setting in (state["settings"] or []) if state else []:
+            name, _, value = setting.partition("=")
+            if name != "search_path":
+                connection.execute(SQL["set"].compose({}), {"name": name, "value": value, "local": False})
+        yield connection
+
+
+def judge(phase: Phase, connection: db.Connection, sent: Sent, kind: str, exact: Exactly | None = None) -> Gate:
+    """Gate: the plan of this statement reads a vector index below a LIMIT; otherwise it names the cause.
+
+    exact: filters of the statement that are to be searched exactly; their own index will do then, and the vector
+    index only where it was measured to find enough.
+    """
+    indexes = {row["name"] for row in vector_indexes(connection, phase.params)}
+    found = plan_of(connection, sent, kind)
+    lacking = partitions.without_index(connection, phase.params, spelled(phase.params, "vectors"))
+    through = found.by_index in indexes and found.limited and not (found.sorted_whole and lacking)
+    danger, cause = DANGER, None
+    own = f"an index of the filter, for 70_tune chose exact where {exact.where}" if exact else ""
+    vector = f"Index Scan {index_name(phase.params)}" if exact is None or not exact.missed else ""
+    if through and exact and exact.missed:
+        cause, danger = (
+            plan_diagnosis.through_the_index(sent, exact.missed),
+            "the index hides rows that exact search finds",
+        )
+    elif not through and not (exact and found.by_another_index):
+        cause = plan_diagnosis.diagnose(phase, connection, sent, kind)
+        if found.by_index in indexes and not found.limited:
+            danger = "the index ends after some rows; the rest is never returned"
+    holds = cause is None or cause.name == plan_diagnosis.TOO_SMALL or _never_arises(connection, cause, indexes, sent)
+    return gate(
+        f"explain.{kind}_plan_uses_the_index",
+        holds,
+        sent.subject,
+        found=found.scan
+        if cause is None
+        else f"{found.scan}; {cause.found}"
+        + (NEVER_ARISES if holds and cause.name == plan_diagnosis.GENERIC else ""),
+        needed=", or ".join(filter(None, (vector, own))),
+        danger=danger,
+        do=cause.do if cause else "",
+        figures={"cause": cause.name if cause else None, "cost": found.cost},
+    )
+
+
+def _never_arises(connection: db.Connection, cause: plan_diagnosis.Cause, indexes: set[str], sent: Sent) -> bool:
+    """Does the server keep to custom plans where it chooses by itself? Not where it is told to take generic ones."""
+    if cause.name != plan_diagnosis.GENERIC:
+        return False
+    told = connection.execute("SELECT current_setting('plan_cache_mode') AS mode").fetchone()
+    if told is None or told["mode"] == "force_generic_plan":
+        return False
+    return plan_of(connection, sent, "auto").by_index in indexes
+
+
+def _function_searches_by_index(phase: Phase, route: str) -> Gate:
+    """Calls the function by a route, prepared, wherever reads go now, and counts the index scans."""
+    p = phase.params
+    call = sql.SQL("SELECT * FROM {}($1, $2, $3)").format(names(p)["function"])
+    with replica.connect(phase, "calls") as connection:
+        oids = [row["oid"] for row in vector_indexes(connection, p)]
+        with connection.transaction(force_rollback=True):
+            search_function.force_route(connection, p, route)
+            call_prepared(connection, ("text", "real[]", "integer"), call, _values(phase))
+            found = scans(connection, p, oids)
+    cause = None if found >= CALLS else _cause_in_the_function(phase)
+    return gate(
+        "explain.function_searches_by_the_index",
+        cause is None or cause.name == plan_diagnosis.TOO_SMALL,
+        f"{p.function_name}, route {route}",
+        found=f"{found} index scans in {CALLS} calls" + (f"; {cause.found}" if cause else ""),
+        needed=f"one in each of {CALLS} calls, prepared, six with a custom and six with a generic plan",
+        danger=DANGER,
+        do=cause.do if cause else "",
+        figures={"cause": cause.name if cause else None, "scans": found, "calls": CALLS},
+    )
+
+
+def _cause_in_the_function(phase: Phase) -> plan_diagnosis.Cause:
+    with as_the_application(phase) as connection:
+        return plan_diagnosis.diagnose(phase, connection, function_query(phase), "custom")

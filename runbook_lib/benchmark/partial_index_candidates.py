@@ -1,0 +1,217 @@
+"""Filter values that deserve a vector index of their own, and what such an index does for them, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import sql
+
+from runbook_lib.benchmark import cheapest_way, explain, filter_classes, sweep
+from runbook_lib.benchmark.filter_classes import Asked, FilterClass
+from runbook_lib.benchmark.prepared import call_prepared, scans
+from runbook_lib.benchmark.sweep import Measured, Way
+from runbook_lib.core import db, row_counts, thresholds
+from runbook_lib.core.display import Table, number, size
+from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.names import identifier, names
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.thresholds import apart, at_least, plain, score
+from runbook_lib.indexes import forecast
+from runbook_lib.search import search_function
+from runbook_lib.sql import load
+
+SQL = load("filters")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of a filter column, as text, and why it is to have an index of its own."""
+
+    column: str
+    value: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.column} = {self.value}"
+
+
+def called_for(phase: Phase) -> list[Value]:
+    """The values that the parameters name; where they name none, those of the classes that 70_tune found wanting."""
+    named = phase.params.filters.partial_indexes
+    if named:
+        return [Value(c, v, "named in the parameters") for c, values in named.items() for v in dict.fromkeys(values)]
+    return list(_found_wanting(phase))
+
+
+def _found_wanting(phase: Phase) -> Iterator[Value]:
+    """At most as many as the parameters allow; those first whose searches would save most time, by rows and p50."""
+    f, target = phase.params.filters, phase.params.tune.target_recall
+    tuning = phase.ledger.latest("tuning") or {"classes": []}
+    found: list[tuple[float, Value]] = []
+    for c in tuning["classes"]:
+        chosen = c["chosen"]
+        if c["column"] not in phase.params.target.filters or chosen is None:
+            continue
+        missed = not at_least(chosen["recall"], target) or bool(chosen["rows_short"])
+        if not missed and chosen["p50_ms"] <= f.slow_ms:
+            continue
+        recall, needed = apart(chosen["recall"], target, score)
+        p50, slow = apart(chosen["p50_ms"], f.slow_ms, plain)
+        why = f"recall {recall}, below {needed}" if missed else f"p50 {p50} ms, above {slow} ms"
+        found += [
+            (share * chosen["p50_ms"], Value(c["column"], value, why))
+            for value, share in c["shares"].items()
+            if share >= f.smallest_share
+        ]
+    most_first = sorted(found, key=lambda pair: (-pair[0], pair[1].column, pair[1].value))
+    yield from (value for _, value in most_first[: f.most_indexes])
+
+
+def rows_of(phase: Phase, values: Sequence[Value]) -> dict[Value, int]:
+    """Rows with a vector that each value lets through, counted."""
+    found: dict[Value, int] = {}
+    for column in dict.fromkeys(v.column for v in values):
+        own = [v for v in values if v.column == column]
+        query = SQL["rows_of_values"].compose(names(phase.params) | {"column": identifier(column)})
+        rows = phase.connection.execute(query, {"values": [v.value for v in own]}).fetchall()
+        counted = {row["value"]: int(row["rows"]) for row in rows}
+        found |= {v: counted.get(v.value, 0) for v in own}
+    return found
+
+
+def questions(phase: Phase, values: Mapping[Value, float]) -> dict[Value, list[Asked]]:
+    """The queries of 70_tune put to each value, with exact answers. values: with the share of rows of each."""
+    keyed = {
+        v: FilterClass((v.column,), f"= {v.value}", (v.value,), {v.value: share}, share)
+        for v, share in values.items()
+    }
+    asked, _, _ = filter_classes.questions(phase, list(keyed.values()))
+    return {v: asked[of] for v, of in keyed.items()}
+
+
+def strategy_of(phase: Phase, value: Value) -> dict[str, Any] | None:
+    """The row by which the function searches this value now; None where it searches it as without a filter."""
+    found = db.rows(phase.connection, SQL["strategy_of"], phase.params, filter=value.column, value=value.value)
+    return dict(found[0]) if found else None
+
+
+def way_of(phase: Phase, strategy: Mapping[str, Any] | None) -> Way:
+    """A strategy as a way to search; without one, every row that the filter lets through."""
+    if strategy is None:
+        return sweep.exact_way(phase)
+    return Way(*(strategy[name] for name in ("scan", "candidates", "iterative_scan", "most_scanned")))
+
+
+def measure_now(phase: Phase, value: Value, asked: Sequence[Asked]) -> Measured:
+    """The value as the function searches it now, on the held-out half of the questions."""
+    with sweep.session(phase) as connection:
+        return sweep.measure(phase, connection, way_of(phase, strategy_of(phase, value)), asked[1::2])
+
+
+def cheapest_through_the_index(phase: Phase, asked: Sequence[Asked]) -> Measured:
+    """The cheapest way through the index that reaches the target on one half of the questions, measured on the other.
+
+    Where none does, the way that finds most. An iterative scan in every way: it ends early where the index alone
+    fills the page, and goes on where a second filter or dead rows take answers away.
+    """
+    method, t = phase.params.index.method, phase.params.tune
+    scan: search_function.Scan = "index" if method == "hnsw" else "relaxed"
+    tried: list[Measured] = []
+    with sweep.session(phase) as connection:
+        for n in sorted(set(t.ef_search if method == "hnsw" else t.probes)):
+            way = Way(scan, n, search_function.ITERATIVE[method][1], search_function.MOST_SCANNED_DEFAULT[method])
+            screened = sweep.measure(phase, connection, way, asked[::2][: cheapest_way.SCREENED])
+            if screened.high < t.target_recall or screened.rows_short:
+                tried.append(screened)
+                continue
+            tried.append(sweep.measure(phase, connection, way, asked[::2]))
+            if tried[-1].reaches(t.target_recall):
+                return sweep.measure(phase, connection, way, asked[1::2])
+        best = max(tried, key=lambda m: m.recall)
+        return sweep.measure(phase, connection, best.way, asked[1::2])
+
+
+def scans_by_the_function(phase: Phase, value: Value, oid: int, change: Sequence[db.Statement] = ()) -> int:
+    """Scans of one index in :data:`CALLS` calls of the function with this value, prepared, by the server's own count.
+
+    change: statements that the transaction starts with; it is rolled back.
+    """
+    p = phase.params
+    with phase.another("calls") as connection, db.rolled_back(connection):
+        for statement in change:
+            connection.execute(statement.query, statement.values)
+        call_with_value(phase, connection, value)
+        return scans(connection, p, [oid])
+
+
+def call_with_value(phase: Phase, connection: db.Connection, value: Value) -> None:
+    """Calls the function by the vector route, the value bound: a generic plan of the caller does not know it."""
+    p = phase.params
+    types = ("text", "real[]", "integer", search_function.column_types(phase.connection, p)[value.column])
+    argument = identifier(f"filter_{value.column}")
+    call = sql.SQL("SELECT * FROM {}($1, $2, $3, {} => $4)").format(names(p)["function"], argument)
+    search_function.force_route(connection, p, "vector")
+    call_prepared(connection, types, call, [*explain.function_query(phase).values[:3], value.value])
+
+
+def rows_of_table(phase: Phase) -> int:
+    """Rows of the table, as the planner estimates them."""
+    return row_counts.of(phase.connection, phase.params).n
+
+
+def fits_in_memory(phase: Phase, values: Sequence[Value]) -> list[Gate]:
+    """A gate for the largest build; the others take less, one after the other."""
+    rows = rows_of(phase, values)
+    if not rows:
+        return []
+    largest = max(rows, key=lambda v: rows[v])
+    cost = forecast.forecast(rows[largest], phase.params)
+    wanted, allowed = apart(cost.build_memory_bytes, cost.build_budget_bytes, thresholds.size)
+    return [
+        gate(
+            "filters.largest_build_fits_in_memory",
+            cost.build_memory_bytes <= cost.build_budget_bytes,
+            str(largest),
+            found=f"{number(rows[largest])} rows want {wanted}",
+            needed=f"{allowed}, what index.maintenance_work_mem_mb allows",
+            danger="past it the build slows down tenfold",
+            do="raise index.maintenance_work_mem_mb",
+            figures={"rows": rows[largest], "build_memory_bytes": cost.build_memory_bytes},
+        )
+    ]
+
+
+def cost_table(phase: Phase, values: Sequence[Value]) -> Table:
+    """What each index will cost: rows, bytes, memory; and the share of the writes that will pay for it."""
+    rows = rows_of(phase, values)
+    whole = rows_of_table(phase)
+    shown = []
+    for value, n in rows.items():
+        cost = forecast.forecast(n, phase.params)
+        memory = size(cost.build_memory_bytes)
+        shown.append((str(value), value.why, number(n), size(cost.index_bytes), memory, f"{n / max(whole, 1):.1%}"))
+    titles = ("value", "why", "rows", "index", "memory of its build", "share of inserts that insert twice")
+    return Table(titles, shown, "forecast; a row of another value costs nothing more than today")
+
+
+def as_data(m: Measured) -> dict[str, Any]:
+    return {
+        **vars(m.way),
+        **{k: round(v, 4) if isinstance(v, float) else v for k, v in vars(m).items() if k != "way"},
+    }
+
+
+def figures(m: Mapping[str, Any]) -> tuple[str, ...]:
+    """Way, recall with its interval, rows returned, p50, p95, pages; from what :func:`as_data` wrote."""
+    way = "exact" if m["scan"] == "exact" else f"{m['candidates']}, {m['iterative_scan'].removesuffix('_order')}"
+    recall = f"{m['recall']:.3f} ({m['low']:.3f} to {m['high']:.3f})"
+    return (
+        way,
+        recall,
+        f"{m['returned']:.0%}",
+        f"{m['p50_ms']:.2f} ms",
+        f"{m['p95_ms']:.2f} ms",
+        f"{m['buffers']:,}",
+    )

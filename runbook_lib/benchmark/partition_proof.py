@@ -1,0 +1,118 @@
+"""What partitions do for a filtered search: measured before and after, and which of them a call touches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from runbook_lib.benchmark import filter_classes, partial_index_candidates
+from runbook_lib.benchmark.partial_index_candidates import Value
+from runbook_lib.benchmark.prepared import CALLS
+from runbook_lib.core import db
+from runbook_lib.core.display import Table
+from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.names import spelled
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.thresholds import apart, at_least, score
+from runbook_lib.sql import load
+
+SQL = load("partition_proof")
+
+# Values that are measured: few, since each is asked every question.
+MEASURED_VALUES = 4
+KIND = "partitioned"
+
+
+def values(phase: Phase) -> dict[Value, float]:
+    """A few values of the column, from the commonest down, with the share of the rows of each."""
+    column = phase.params.partitioning.column or ""
+    shares = filter_classes.shares(phase, (column,))
+    most_first = sorted(shares, key=lambda v: (-shares[v], v))[:MEASURED_VALUES]
+    return {Value(column, v, ""): shares[v] for v in most_first}
+
+
+def measure(phase: Phase, when: str) -> None:
+    """Puts the questions of 70_tune to each value as the function searches it now, and writes down what came."""
+    found = values(phase)
+    asked = partial_index_candidates.questions(phase, found)
+    known = remembered(phase)
+    for value in found:
+        measured = partial_index_candidates.as_data(partial_index_candidates.measure_now(phase, value, asked[value]))
+        known[value.value] = known.get(value.value, {"share": found[value]}) | {when: measured}
+    phase.note(KIND, {"column": phase.params.partitioning.column, "values": known})
+
+
+def remembered(phase: Phase) -> dict[str, dict[str, Any]]:
+    """What the ledger knows by value, of this column."""
+    body = phase.ledger.latest(KIND)
+    same = body is not None and body["column"] == phase.params.partitioning.column
+    return dict(body["values"]) if body and same else {}
+
+
+def shown(phase: Phase) -> Table:
+    """Before and after, a row a value."""
+    column, k = phase.params.partitioning.column, phase.params.queries.k
+    rows = [
+        (f"{column} = {value}", f"{m['share']:.1%}", when, *partial_index_candidates.figures(m[when]))
+        for value, m in remembered(phase).items()
+        for when in ("before", "after")
+        if when in m
+    ]
+    titles = ("value", "rows", "", "way", f"recall@{k}", "rows returned", "p50", "p95", "pages")
+    return Table(titles, rows, "The same held-out questions before and after, warm")
+
+
+def finds_as_much(phase: Phase) -> list[Gate]:
+    """A gate a value: recall reaches the target, or what it was before where that was less."""
+    return [_value_gate(phase, value, m) for value, m in remembered(phase).items() if "after" in m]
+
+
+def _value_gate(phase: Phase, value: str, m: Mapping[str, Any]) -> Gate:
+    after, before = m["after"], m.get("before")
+    needed = min(phase.params.tune.target_recall, before["recall"]) if before else phase.params.tune.target_recall
+    was = f"; before recall {before['recall']:.3f}, p50 {before['p50_ms']:.2f} ms" if before else ""
+    short = before["rows_short"] if before else 0
+    shown, least = apart(after["recall"], needed, score)
+    return gate(
+        "partitioning.search_finds_as_much",
+        at_least(after["recall"], needed) and after["rows_short"] <= short,
+        f"{phase.params.partitioning.column} = {value}",
+        found=f"recall {shown}, p50 {after['p50_ms']:.2f} ms, {after['rows_short']} short of rows{was}",
+        needed=f"recall {least}, no more questions short of rows than before",
+        danger="searches with this value would hide answers that they gave before",
+        do="run 70_tune again: the partitions have indexes of their own size; or take the partitions back",
+        figures={when: m[when] for when in ("before", "after") if when in m},
+    )
+
+
+def touched(phase: Phase, value: Value, others: Sequence[str]) -> list[str]:
+    """Partitions, and those of the other relations, on which calls of the function with this value take a lock.
+
+    PostgreSQL locks no partition that it has pruned.
+    """
+    p = phase.params
+    with phase.another("calls") as connection, connection.transaction(force_rollback=True):
+        partial_index_candidates.call_with_value(phase, connection, value)
+        found = db.rows(connection, SQL["touched"], p, table=spelled(p, "table"), others=list(others))
+    return [row["name"] for row in found]
+
+
+def function_reads_one_partition(phase: Phase, others: Sequence[str]) -> Gate:
+    """The search function, called with a value, looks at its partition and at nothing else."""
+    p = phase.params
+    found = {v: touched(phase, v, others) for v in values(phase)}
+    wrong = [
+        f"{v}: {', '.join(names_) or 'none'}"
+        for v, names_ in found.items()
+        if len(names_) != 1 or names_[0] in others
+    ]
+    return gate(
+        "partitioning.function_reads_one_partition",
+        bool(found) and not wrong,
+        p.function_name,
+        found="; ".join(wrong) or f"one partition for each of {len(found)} values, in {CALLS} calls, prepared",
+        needed="one partition a value",
+        danger="a search with a filter would read the rows of other values, or of the table that serves no more",
+        do="make the function again (10_baseline), or take the partitions back (75_partition_by_filter --undo)",
+        figures={str(v): names_ for v, names_ in found.items()},
+    )

@@ -1,0 +1,207 @@
+"""A statement as the application prepares it, and the plan that the server makes for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from psycopg import sql
+
+from runbook_lib.core import db, session, versions
+from runbook_lib.core.names import index_name, spelled
+from runbook_lib.indexes import partitions
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("explain")
+
+# A prepared statement may turn to a generic plan after its fifth execution; PostgreSQL manual, PREPARE.
+EXECUTIONS_TO_A_GENERIC_PLAN = 6
+# Calls that prove how a statement is planned: so many with a custom plan, and as many with a generic one.
+CALLS = 2 * EXECUTIONS_TO_A_GENERIC_PLAN
+# So few rows are read sooner than an index is entered, so the planner is right to.
+SMALL_PARTITION_ROWS = 1000
+PARAMETER = re.compile(r"\$(\d+)\b")
+_probes = count(1)
+
+
+def fresh_name() -> sql.Identifier:
+    """A name that no other prepared statement of this session has: PREPARE outlives a rollback."""
+    return sql.Identifier(f"runbook_probe_{next(_probes)}")
+
+
+def call_prepared(
+    connection: db.Connection, types: Sequence[str], statement: sql.Composable, values: Sequence[object]
+) -> None:
+    """:data:`CALLS` executions of one prepared statement, as a driver makes them: half with a custom plan.
+
+    statement: with $1, $2, …, one of ``types`` each. Sets plan_cache_mode for the caller's transaction.
+    """
+    name = fresh_name()
+    declared = sql.SQL(", ").join(map(sql.SQL, types))
+    connection.execute(sql.SQL("PREPARE {} ({}) AS {}").format(name, declared, statement))
+    execute = sql.SQL("EXECUTE {} ({})").format(name, sql.SQL(", ").join(map(sql.Literal, values)))
+    # On PostgreSQL 13 a forced generic plan reaches the EXECUTE of a function, where none ever arises by itself.
+    reaches_in = not versions.spares_execute_of_generic_plans(connection.info.server_version)
+    for kind in ("force_custom_plan", "auto" if reaches_in else "force_generic_plan"):
+        mode = {"name": "plan_cache_mode", "value": kind, "local": True}
+        connection.execute(SQL["set"].compose({}), mode)
+        for _ in range(EXECUTIONS_TO_A_GENERIC_PLAN):
+            connection.execute(execute)
+
+
+def scans(connection: db.Connection, params: Params, oids: Sequence[int]) -> int:
+    """Scans of these indexes that this transaction has begun, by the server's own count."""
+    return int(db.one(connection, SQL["scans"], params, oids=list(oids))["scans"])
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A statement as the application sends it.
+
+    text: with $1, $2, …. names: what they stand for, as the parameters call them. values: one for each. types: of
+    the search function's query; of the application's own the server infers them.
+    """
+
+    subject: str
+    text: str
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    types: tuple[str, ...] = ()
+
+    @property
+    def is_the_applications(self) -> bool:
+        """Is it the application's own, whose names resolve on its search path? The function's are all qualified."""
+        return not self.types
+
+    def with_text(self, text: str) -> Sent:
+        """Another text with the same values; those that it no longer mentions are left out, the rest renumbered."""
+        used = sorted({int(n) - 1 for n in PARAMETER.findall(text)})
+
+        def pick(given: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(given[i] for i in used) if given else ()
+
+        renumbered = PARAMETER.sub(lambda m: f"${used.index(int(m[1]) - 1) + 1}", text)
+        return Sent(self.subject, renumbered, pick(self.names), pick(self.values), pick(self.types))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the server means to do: the node that reads the table, the index it reads by, and the price.
+
+    sorted_whole: partitions, with their rows, that are read whole and sorted beside others that are read by an index.
+    """
+
+    scan: str
+    index: str
+    limited: bool
+    cost: float
+    sorted_whole: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def by_index(self) -> str:
+        """The index, unless a partition that is not small is read without it."""
+        large = any(rows > SMALL_PARTITION_ROWS for _, rows in self.sorted_whole)
+        return "" if large else self.index
+
+    @property
+    def by_another_index(self) -> bool:
+        """Are the rows found by an index that knows nothing of their distance, and sorted afterwards?"""
+        return not self.index and "Index" in self.scan
+
+
+def plan_of(
+    connection: db.Connection, sent: Sent, kind: str = "custom", settings: Mapping[str, str] | None = None
+) -> Planned:
+    """The plan of a prepared statement, ``custom``, ``generic``, or ``auto``, which the server chooses: after six
+    executions, or under other settings.
+
+    settings: last for this look only; with them the statement is planned and not carried out. Raises psycopg.Error
+    where the server refuses it.
+    """
+    name = fresh_name()
+    declared = sql.SQL(" ({})").format(sql.SQL(", ").join(map(sql.SQL, sent.types))) if sent.types else sql.SQL("")
+    path = session.users_path(connection) if sent.is_the_applications else nullcontext()
+    with connection.transaction(force_rollback=True), path:
+        mode = "auto" if kind == "auto" else f"force_{kind}_plan"
+        for setting, value in {**(settings or {}), "plan_cache_mode": mode}.items():
+            connection.execute(SQL["set"].compose({}), {"name": setting, "value": value, "local": True})
+        connection.execute(sql.SQL("PREPARE {}{} AS {}").format(name, declared, sql.SQL(sent.text)))
+        execute = sql.SQL("EXECUTE {}").format(name)
+        if sent.values:
+            execute += sql.SQL(" ({})").format(sql.SQL(", ").join(map(sql.Literal, sent.values)))
+        for _ in range(EXECUTIONS_TO_A_GENERIC_PLAN if settings is None else 0):
+            connection.execute(execute)
+        row = connection.execute(sql.SQL("EXPLAIN (FORMAT JSON) {}").format(execute)).fetchone()
+    return _planned(row["QUERY PLAN"][0]["Plan"] if row else {})
+
+
+def _planned(top: dict[str, Any]) -> Planned:
+    """The scan that orders by distance, else the first that reads a relation."""
+    nodes = list(_nodes(top))
+    ordered = [n for n, _ in nodes if "Order By" in n]
+    scan = next(iter(ordered), next((n for n, _ in nodes if "Relation Name" in n), {}))
+    # A bitmap's heap scan does not say by which index it finds its rows; the scan below it does.
+    reads = next((n for n, _ in _nodes(scan) if "Index Name" in n), scan)
+    described = f"{reads.get('Node Type', 'no scan')} {reads.get('Index Name') or reads.get('Relation Name', '')}"
+    whole = tuple(_sorted_whole(nodes))
+    if len(ordered) > 1:
+        described = f"Merge Append of {len(ordered)} index scans, {described} the first"
+    if whole:
+        described += "; read whole: " + ", ".join(f"{name} ({rows} rows)" for name, rows in whole)
+    return Planned(
+        scan=described.strip(),
+        sorted_whole=whole,
+        index=scan.get("Index Name", "") if ordered else "",
+        limited=any(limited for n, limited in nodes if n is scan),
+        cost=float(top.get("Total Cost", 0)),
+    )
+
+
+def _sorted_whole(nodes: list[tuple[dict[str, Any], bool]]) -> Iterator[tuple[str, int]]:
+    """Relations that a Merge Append reads whole and sorts, beside others that an index gives in order."""
+    for node, _ in nodes:
+        branches = [[n for n, _ in _nodes(child)] for child in node.get("Plans", [])]
+        if node.get("Node Type") == "Merge Append" and any("Order By" in n for branch in branches for n in branch):
+            for branch in branches:
+                if not any("Order By" in n for n in branch):
+                    yield from ((n["Relation Name"], n["Plan Rows"]) for n in branch if "Relation Name" in n)
+
+
+def _nodes(node: dict[str, Any], limited: bool = False) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Every node, and whether a LIMIT stands above it."""
+    yield node, limited
+    for child in node.get("Plans", []):
+        yield from _nodes(child, limited or node.get("Node Type") == "Limit")
+
+
+def reads_index(connection: db.Connection, params: Params, top: dict[str, Any]) -> bool:
+    """Does this plan read the runbook's index, or that of a partition which is part of it? top: the plan's root."""
+    found = partitions.with_their_parents(connection, params, indexes_in(top))
+    return any(index_name(params) in name for name in found)
+
+
+def indexes_in(top: dict[str, Any]) -> list[str]:
+    """The names of the indexes that a plan reads."""
+    return list(dict.fromkeys(n["Index Name"] for n, _ in _nodes(top) if "Index Name" in n))
+
+
+def read_whole(top: dict[str, Any]) -> list[str]:
+    """The relations of which a plan reads every row, however it comes to them."""
+    nodes = [n for n, _ in _nodes(top)]
+    return [n["Relation Name"] for n in nodes if "Relation Name" in n and not _is_looked_up(n)]
+
+
+def _is_looked_up(node: dict[str, Any]) -> bool:
+    # The condition of a bitmap's heap scan is that of the index scan below it.
+    return any("Index Cond" in n for n, _ in _nodes(node))
+
+
+def vector_indexes(connection: db.Connection, params: Params) -> list[db.Row]:
+    """The vector indexes that a search could use, as the catalogue has them."""
+    values = {"table": spelled(params, "vectors"), "column": params.vector.column}
+    return db.rows(connection, SQL["vector_indexes"], params, **values)

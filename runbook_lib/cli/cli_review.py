@@ -1,0 +1,100 @@
+"""The commands of the second person: approve a phase, check that a record is whole, compare two runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from runbook_lib import params as params_module
+from runbook_lib.cli.console import GATE_DID_NOT_PASS, PARAMS, echo_styled, plain_errors
+from runbook_lib.core import approval, db
+from runbook_lib.core.gates import Verdict
+from runbook_lib.runner.manifest import BAD_INPUT, SYMBOLS, Status
+
+
+@click.command()
+@PARAMS
+@click.argument("phase", metavar="PHASE")
+@click.option("--reason", default="", help="Stands in the ledger and in the record.")
+@click.option("--yes", is_flag=True, help="Do not ask; for those who have read what is approved.")
+def approve(params_file: Path, phase: str, reason: str, yes: bool) -> None:
+    """Approve a phase that waits: shows its plan and its evidence, and asks.
+
+    \b
+    By another database user than the one that ran it. The approver needs, on the ledger's schema:
+      GRANT USAGE ON SCHEMA runbook TO approver;
+      GRANT SELECT ON runbook.entry TO approver;
+      GRANT EXECUTE ON FUNCTION runbook.sign_off TO approver;
+    They let it sign, and write nothing else.
+    """
+    with plain_errors():
+        params = params_module.load(params_file)
+        with db.connect(params, "runbook approve") as connection:
+            shown = approval.pending(connection, params, phase)
+            click.echo(str(shown))
+            if not yes:
+                if not sys.stdin.isatty():
+                    click.echo("nobody is there to ask: read the above, then say --yes", err=True)
+                    sys.exit(BAD_INPUT)
+                if not click.confirm(f"\nApprove {phase}?", err=True):
+                    click.echo("not approved", err=True)
+                    sys.exit(GATE_DID_NOT_PASS)
+            approval.approve(connection, params, shown, reason)
+        click.echo(f"{SYMBOLS[Status.PASSED]} {phase} is approved; the next run carries it out")
+
+
+@click.command()
+@PARAMS
+@click.argument("run_id", metavar="RUN_ID")
+@click.option("--head", default="", metavar="SHA256", help="The ledger's end as a run said it, kept elsewhere.")
+def verify(params_file: Path, run_id: str, head: str) -> None:
+    """Check that nobody changed the record: the ledger's chain, and each file of the record against it."""
+    from runbook_lib.runner import verify as verification
+
+    with plain_errors():
+        gates = verification.check(params_module.load(params_file), run_id, head)
+        click.echo(str(gates))
+        if any(g.verdict is not Verdict.PASS for g in gates):
+            sys.exit(GATE_DID_NOT_PASS)
+
+
+@click.command()
+@PARAMS
+@click.argument("run_id", metavar="RUN_ID")
+def record(params_file: Path, run_id: str) -> None:
+    """Write a record that is missing, from ledger and notebooks, and seal it: of a run whose disk was full, or
+    of work by hand whose JupyterLab was killed.
+    """
+    from runbook_lib.runner import by_hand, runner
+
+    with plain_errors():
+        params = params_module.load(params_file)
+        settled = run_id in by_hand.settle(params)
+        page = params.record.runs_dir / run_id / "index.html"
+        click.echo(str(page if settled else runner.write_again(params_file, run_id)))
+
+
+@click.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--runs-dir", default="runs", type=click.Path(path_type=Path), help="Where run ids are looked up.")
+@click.option("--notebooks/--no-notebooks", default=True, help="Compare the executed notebooks too.")
+def diff(a: str, b: str, runs_dir: Path, notebooks: bool) -> None:
+    """Compare two runs, by id or folder: figures first, then the notebooks.
+
+    \b
+    Exit codes, as of diff(1):
+      0  the same figures, gates and statements; times are shown and do not count, nor do the notebooks
+      1  they differ
+      2  one of them cannot be read
+    """
+    from runbook_lib.runner import rundiff
+
+    with plain_errors():
+        found = rundiff.compare(rundiff.find(a, runs_dir), rundiff.find(b, runs_dir))
+        click.echo(str(found))
+        if notebooks:
+            echo_styled(rundiff.notebooks(found, colour=sys.stdout.isatty()), sys.stdout)
+        sys.exit(GATE_DID_NOT_PASS if found.differ else 0)

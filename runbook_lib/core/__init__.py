@@ -1,0 +1,1 @@
+"""The small library that notebooks call: connection, gates, ledger, steps, display."""

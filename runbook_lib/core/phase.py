@@ -1,0 +1,420 @@
+"""One phase of one run: what every notebook opens first, and closes last."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import psycopg
+
+from runbook_lib import params as params_module
+from runbook_lib.core import (
+    approval,
+    cell_order,
+    claim,
+    db,
+    kernel,
+    maintenance_window,
+    plans,
+    predecessors,
+    sqlmagic,
+)
+from runbook_lib.core.cell_order import Order, OutOfOrder, WhileOpen, cell
+from runbook_lib.core.display import Table
+from runbook_lib.core.gates import (
+    BadInput,
+    Gate,
+    GateFailed,
+    Gates,
+    NotApproved,
+    OutsideWindow,
+    Verdict,
+    collect,
+    not_run,
+)
+from runbook_lib.core.ledger import Ledger, as_data
+from runbook_lib.core.registry import MIGRATE as MIGRATE
+from runbook_lib.core.registry import OPERATE, RUNS_BESIDE, UNDO_OPERATION, taken_back, waits
+from runbook_lib.core.registry import UNDO as UNDO
+from runbook_lib.params import Params
+
+NEEDED = "the phase carried out"
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Phase:
+    """What a notebook works with.
+
+    connection: for the work, in autocommit; read-only in the server but inside :meth:`opened`. ledger: on a
+    connection of its own. execute: False only prints. order: how far this session has come.
+    """
+
+    name: str
+    run_id: str
+    execute: bool
+    params: Params
+    connection: WhileOpen[db.Connection] = WhileOpen()  # noqa: RUF009 - a descriptor, which a dataclass knows
+    ledger: WhileOpen[Ledger] = WhileOpen()  # noqa: RUF009
+    order: Order = field(default_factory=lambda: Order(""))
+
+    def __post_init__(self) -> None:
+        self.order.name = self.order.name or self.name
+
+    def __repr__(self) -> str:
+        return f"<{self.name} of run {self.run_id}, {self.order.ended or 'open'}>"
+
+    def where_am_i(self) -> Table:
+        """Target, server, phase, and where the migration stands by the ledger."""
+        server = self.connection.execute(
+            "SELECT current_database() AS database, current_user AS role,"
+            " coalesce(host(inet_server_addr()), 'local socket') AS address,"
+            " current_setting('server_version') AS version"
+        ).fetchone()
+        assert server is not None
+        done = [p for p in MIGRATE if self.ledger.phase_verdict(p) == Verdict.PASS]
+        following = next((p for p in MIGRATE if p not in done), "nothing: the reads have moved")
+        return Table(
+            ("", ""),
+            [
+                ("target", f"{self.params.target.schema_}.{self.params.target.table}"),
+                ("database", f"{server['database']} at {server['address']}, PostgreSQL {server['version']}"),
+                ("role", server["role"]),
+                ("phase", self.name),
+                ("run", self.run_id),
+                (
+                    "mode",
+                    "execute: statements are carried out" if self.execute else "plan only: nothing is changed",
+                ),
+                ("proved so far", ", ".join(done) or "nothing"),
+                ("next by the ledger", following),
+            ],
+        )
+
+    def require(self, *looks: Callable[[Phase], Gates]) -> Gates:
+        """The gates of the way here: every phase before this one has passed in this database, on this target; then
+        the maintenance window, which it waits for, the sign-off, where the parameters ask for one, and the looks that
+        this notebook takes before it changes anything.
+
+        Only when all of them have passed may this session change anything. Raises GateFailed, OutsideWindow,
+        NotApproved. A run that carries nothing out says where things stand, and takes the looks.
+        """
+        self._must_be_connected()
+        self.order.required = False
+        since = predecessors.newest_row(self.ledger)
+        try:
+            gates = self._way_here()
+            for look in looks:
+                with self.order.look(_name(look)):
+                    found = look(self) if self.execute else look(self).without_pass()
+                gates += self._judge(found)
+        except (GateFailed, NotApproved, OutsideWindow) as error:
+            self.order.unproved[cell_order.REQUIRE] = _why(error)
+            raise
+        if self.execute:
+            self.order.unproved.clear()
+            self.order.recheck = partial(predecessors.gone, self.name, self.ledger, self.params, since)
+            self.order.required = True
+        return gates
+
+    def _way_here(self) -> Gates:
+        gates = collect(predecessors.gates(self.name, self.ledger, self.params))
+        if not self.execute:
+            return gates.without_pass() + self._judge(approval.check(self))
+        gates = self._judge(gates)
+        if waits(self.name):
+            gates += self._judge(maintenance_window.clocks_agree(self.ledger.connection, self.params))
+            maintenance_window.enter(self.params)
+        return gates + self._judge(approval.check(self))
+
+    def join(self) -> None:
+        """Takes part in a step that another session has opened, and which that session proves and closes.
+
+        Raises OutOfOrder where what the step rests on does not hold.
+        """
+        since = predecessors.newest_row(self.ledger)
+        if why := predecessors.gone(self.name, self.ledger, self.params, since):
+            raise OutOfOrder(f"{self.name} cannot be helped: {why}", "the phase before it")
+        self.order.recheck = partial(predecessors.gone, self.name, self.ledger, self.params, since)
+        self.order.required = True
+
+    def ask(self, every_s: float = 0.0) -> None:
+        """May this session change anything now? Raises OutOfOrder where a gate has not passed in it, or where what
+        it rests on has been undone since. every_s: for long work, which asks often; the ledger is asked less so.
+        """
+        self._must_be_connected()
+        self.order.must_have_passed()
+        self._must_still_rest(every_s)
+
+    def _must_still_rest(self, every_s: float = 0.0) -> None:
+        if self.order.recheck is None or not self.order.asks_now(every_s):
+            return
+        try:
+            why = self.order.recheck()
+        except psycopg.OperationalError:
+            self._must_be_connected()
+            raise
+        if why:
+            raise OutOfOrder(f"{self.name} is open, and since its gates passed {why}", cell(cell_order.REQUIRE))
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Opens the session for a change, and closes it again. Asks first, except where nothing is carried out: then
+        the session stays read-only. Raises OutOfOrder.
+        """
+        self._must_be_connected()
+        if not self.execute:
+            yield
+            return
+        self.ask()
+        self.order.proved = False
+        with self.order.lifted(self.connection):
+            yield
+        self.order.proved = False
+
+    def another(self, purpose: str, *, conninfo: str | None = None, trial: bool = False) -> db.Connection:
+        """A further session for this phase, read-only in the server unless it is opened for a change just now.
+
+        trial: one that rolls back everything it does. conninfo: of another server than the target's.
+        """
+        connection = db.connect(self.params, f"runbook {self.run_id} {purpose}", conninfo=conninfo)
+        if self.order.fenced and not self.order.depth and not trial:
+            connection.execute(cell_order.READ_ONLY, ["on"])
+        return connection
+
+    def _must_be_connected(self) -> None:
+        """Raises OutOfOrder for a phase that was closed, or whose sessions have ended, and with them its claim."""
+        _ = self.connection, self.ledger
+
+    def carry_out(self, plan: db.Plan) -> Table:
+        """Carries out the plan, statement by statement, each with a bound wait and a row in the ledger."""
+        self.order.must_be_open()
+        if not self.execute:
+            return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan])
+        with self.opened():
+            done = [self.do(s) for s in plan]
+        return Table(
+            ("what", "lock", "rows", "seconds", "tries"),
+            [
+                (
+                    d.statement.purpose,
+                    d.statement.lock or "none",
+                    None if d.rows < 0 else d.rows,
+                    d.seconds,
+                    d.tries,
+                )
+                for d in done
+            ],
+        )
+
+    def do(self, statement: db.Statement) -> db.Done:
+        """Carries out one statement and writes it into the ledger."""
+        with self.opened():
+            done = db.carry_out(self.connection, self.params, statement)
+        self.note_statement(done)
+        return done
+
+    def note_statement(self, done: db.Done) -> None:
+        """A ledger row for a statement that was carried out."""
+        s = done.statement
+        self.ledger.append(
+            "statement",
+            {
+                "name": s.name,
+                "purpose": s.purpose,
+                "lock": s.lock,
+                "blocks": s.blocks,
+                "undo": s.undo,
+                "sql": s.text(self.connection),
+                "rows": done.rows,
+                "seconds": round(done.seconds, 6),
+                "tries": done.tries,
+            },
+        )
+
+    def note(self, kind: str, body: dict[str, Any]) -> None:
+        """A ledger row of figures that a later phase or the record needs; nothing where nothing is carried out."""
+        self.order.must_be_open()
+        if not self.execute:
+            return
+        if not self.order.looking:
+            self.ask(cell_order.SECONDS_BETWEEN_QUESTIONS)
+        self.ledger.append(kind, body)
+
+    def prove(self, look: Callable[[Phase], Gates], *, ahead: bool = False, midway: bool = False) -> Gates:
+        """Looks at the database and judges; raises GateFailed, after showing the gates.
+
+        A run that carries nothing out says NOT RUN without looking, except ``ahead`` of any change: then it looks,
+        and what would pass says NOT RUN. midway: the step goes on after these gates, so they do not close it.
+        """
+        self._must_be_connected()
+        name = _name(look)
+        if not self.execute:
+            return self._judge(look(self).without_pass() if ahead else Gates((not_run(name, self.name, NEEDED),)))
+        self.order.must_be_required()
+        self._must_still_rest()
+        with self.order.look(name):
+            try:
+                gates = self._judge(look(self))
+            except GateFailed as error:
+                self.order.unproved[name] = _why(error)
+                raise
+        del self.order.unproved[name]
+        self.order.proved = not midway
+        return gates
+
+    def _judge(self, gates: Gates) -> Gates:
+        """Writes the gates down; shows the table first and raises after it, so that the record holds both.
+
+        A run that carries nothing out leaves the ledger as it is: what was proved there stays proved.
+        """
+        if not self.execute:
+            for g in gates:
+                plans.note(self, "gate", as_data(g))
+        elif self.ledger.exists():
+            self.ledger.append_gates(gates)
+        if gates.failed:
+            from IPython.display import display
+
+            display(gates)  # type: ignore[no-untyped-call]
+            if self.execute and self.ledger.exists():
+                self.ledger.append("phase", {"verdict": "FAIL"})
+            raise GateFailed(gates)
+        return gates
+
+    def _append_verdicts(self, verdict: str) -> None:
+        """This phase's verdict; a way back also says UNDONE for each phase, or the operation, that it took back."""
+        if not self.ledger.exists():
+            return
+        self.ledger.append("phase", {"verdict": verdict})
+        for name in taken_back(self.name):
+            # An operation that was killed has no verdict, and is taken back all the same.
+            if self.ledger.last_row(name) if name in OPERATE else self.ledger.phase_verdict(name) != "NOT RUN":
+                replace(self.ledger, phase=name).append("phase", {"verdict": "UNDONE", "by": self.name})
+
+    def close(self, gates: Gates | None = None, verdict: str = "PASS") -> Table:
+        """Ends the phase, and gives back the claim on the target. PASS only if the way here and what was done are
+        proved in this session, and still hold by the ledger; otherwise raises OutOfOrder. gates: shown before; they
+        are judged as well.
+        """
+        self._must_be_connected()
+        if self.execute:
+            if gates is not None and gates.failed:
+                raise GateFailed(gates)
+            self.ask()
+            if not self.order.proved or not (gates is None or gates.passed):
+                raise OutOfOrder(f"{self.name} is open, and what it did is not proved", cell(cell_order.PROVE))
+            self._append_verdicts(verdict)
+        else:
+            plans.note_statements(self)
+        self.end("is closed", _after(self.name))
+        return Table(
+            ("phase", "verdict", "next"), [(self.name, verdict if self.execute else "NOT RUN", following(self.name))]
+        )
+
+    def end(self, why: str, following: str) -> str:
+        """Ends both sessions; returns the name of what was open, empty where it had ended before."""
+        if self.order.ended:
+            return ""
+        self.order.end(f"{self.name} {why}", following)
+        # Also those that the server has ended, which are not handed out any more.
+        self.__dict__["_connection"].close()
+        self.__dict__["_ledger"].connection.close()
+        return self.name
+
+
+def changes(work: Callable[Concatenate[Phase, P], T]) -> Callable[Concatenate[Phase, P], T]:
+    """For a function that changes something: it asks before it begins, and its session may write while it runs."""
+
+    @wraps(work)
+    def asked(phase: Phase, /, *arguments: P.args, **named: P.kwargs) -> T:
+        with phase.opened():
+            return work(phase, *arguments, **named)
+
+    return asked
+
+
+def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | str = False) -> Phase:
+    """Reads the parameters, connects, and claims the target for this session.
+
+    run_id: empty when somebody steps through by hand. execute: papermill's ``-p execute true`` arrives as text.
+    Raises BadInput for parameters, server or another run at work on the same target.
+    """
+    kernel.keep_secrets()
+    # First of all: where this fails, the cells below must not work on what was open before.
+    here = f"{cell(cell_order.OPEN)} of its own notebook"
+    let_go = kernel.let_go(f"was let go when {name} was opened in this kernel", here)
+    params = params_module.load(params_file)
+    carry_out = _boolean(execute)
+    run_id = run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-by-hand-{uuid.uuid4().hex[:4]}"
+    ledger = Ledger(db.connect(params, f"runbook {run_id} {name} ledger"), params, run_id, name)
+    try:
+        if carry_out:
+            ledger.bring_up_to_date()
+        if carry_out and name not in RUNS_BESIDE:
+            claim.take_for_notebook(ledger.connection, params, run_id)
+        phase = Phase(name, run_id, carry_out, params, db.connect(params, f"runbook {run_id} {name}"), ledger)
+        phase.order.fence(phase.connection)
+    except BaseException:
+        ledger.connection.close()
+        raise
+    kernel.hold(phase.end)
+    sqlmagic.connect(phase)
+    if let_go:
+        print(
+            f"{let_go} was open in this kernel and has been let go; {name} is open. Next: {cell(cell_order.REQUIRE)}."
+        )
+    return phase
+
+
+def _name(look: Callable[[Phase], Gates]) -> str:
+    return f"{look.__module__.rsplit('.', 1)[-1]}.{look.__name__}"
+
+
+def _why(error: GateFailed | NotApproved | OutsideWindow) -> str:
+    if isinstance(error, GateFailed):
+        return cell_order.said(g.name for g in error.gates.failed)
+    if isinstance(error, NotApproved):
+        return f"it has no sign-off: {error.found}"
+    return "the maintenance window is closed"
+
+
+def _after(name: str) -> str:
+    """What a person does after closing: the next notebook, or the same again from its first cells."""
+    after = following(name)
+    again = f"{cell(cell_order.OPEN)} opens it again"
+    return again if after.startswith("nothing") else f"the notebook {after}; {again}"
+
+
+def following(name: str) -> str:
+    """What comes after a phase or a way back; an operation stands for itself."""
+    if name in OPERATE or name in UNDO_OPERATION:
+        return "nothing: an operation stands for itself"
+    order = MIGRATE if name in MIGRATE else tuple(UNDO)
+    here = order.index(name) if name in order else len(order)
+    return order[here + 1] if here + 1 < len(order) else "nothing: this was the last"
+
+
+def _boolean(value: bool | str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    problem = Gate(
+        "params.value_is_valid",
+        Verdict.FAIL,
+        "execute",
+        repr(value),
+        "true or false",
+        "a misread switch would change the table, or leave it alone, against the wish of who set it",
+        "pass execute: true or execute: false",
+    )
+    raise BadInput([problem])

@@ -1,0 +1,102 @@
+"""What a step rests on: the phases before it, asked of the ledger before it begins and again while it is at work."""
+
+from __future__ import annotations
+
+from runbook_lib.core import db
+from runbook_lib.core.gates import Gate, Verdict, gate
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.registry import MIGRATE, OPERATE, STANDS_ON, UNDO, UNDO_OPERATION, relied_on
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("predecessors")
+
+
+def gates(name: str, ledger: Ledger, params: Params) -> list[Gate]:
+    """What must hold before a phase, an operation or a rollback may change anything, by the ledger."""
+    if name in UNDO:
+        return [_nothing_stands_on_it(name, ledger)]
+    if name in UNDO_OPERATION:
+        return [_no_later_operation_stands_on_it(name, ledger), *_is_as_planned(ledger, params)]
+    if name == MIGRATE[0] or name not in (*MIGRATE, *OPERATE):
+        return [gate("phase.may_start", True, name, found="needs no phase before it", needed="none")]
+    before = OPERATE[name] if name in OPERATE else MIGRATE[MIGRATE.index(name) - 1]
+    verdict = ledger.phase_verdict(before)
+    passed = gate(
+        "phase.predecessor_passed",
+        verdict == Verdict.PASS,
+        before,
+        found=f"{verdict} in this database",
+        needed="PASS",
+        danger="what this phase relies on has not been proved here",
+        do=f"run {before} with execute: true first",
+    )
+    return [passed, *_is_as_planned(ledger, params)]
+
+
+def _is_as_planned(ledger: Ledger, params: Params) -> list[Gate]:
+    """No gate before preflight has planned."""
+    planned = ledger.latest("plan", MIGRATE[0])
+    if not planned:
+        return []
+    same = planned["fingerprint"] == params.fingerprint()
+    return [
+        gate(
+            "phase.target_is_as_planned",
+            same,
+            f"{params.target.schema_}.{params.target.table}",
+            found=f"target, vector, model and ledger {'as planned' if same else 'changed since'}",
+            needed="the parameters that preflight planned with",
+            danger="phases would work on different columns, models or tables",
+            do="put the parameters back, or undo the migration and run 00_preflight again",
+        )
+    ]
+
+
+def _no_later_operation_stands_on_it(name: str, ledger: Ledger) -> Gate:
+    """What an operation made may since have become part of what a later one made."""
+    operation = UNDO_OPERATION[name]
+    later = STANDS_ON.get(operation, "")
+    last, own = (ledger.last_row(n) for n in (later, operation))
+    stands = bool(last and own and last["seq"] > own["seq"] and ledger.phase_verdict(later) == Verdict.PASS)
+    return gate(
+        "phase.no_later_operation_stands_on_it",
+        not stands,
+        operation,
+        found=f"{later} was carried out since" if stands else "no operation since that relies on it",
+        needed=f"{later} taken back, or never carried out" if later else "none that relies on it",
+        danger="what is to be taken back has become part of what the later one made",
+        do=f"run `runbook operate PARAMS {later} --undo --execute` first, or leave both as they are",
+    )
+
+
+def _nothing_stands_on_it(name: str, ledger: Ledger) -> Gate:
+    """The ways back are taken in order: what an earlier one takes back must be gone."""
+    order = tuple(UNDO)
+    earlier = [p for way in order[: order.index(name)] for p in UNDO[way]]
+    standing = [p for p in earlier if ledger.phase_verdict(p) == Verdict.PASS]
+    ways = [way for way in order if any(p in UNDO[way] for p in standing)]
+    return gate(
+        "phase.nothing_stands_on_it",
+        not standing,
+        name,
+        found=f"{', '.join(standing)} still proved" if standing else "later phases are taken back, or never ran",
+        needed="the phases after it taken back first",
+        danger="what they made would stand on nothing",
+        do=f"run undo/{ways[0]} first" if ways else "",
+    )
+
+
+def newest_row(ledger: Ledger) -> int:
+    """The number of the newest ledger row; 0 where there is none."""
+    return int(db.one(ledger.connection, SQL["newest"], ledger.params)["seq"]) if ledger.exists() else 0
+
+
+def gone(name: str, ledger: Ledger, params: Params, since: int) -> str:
+    """Why what a step rests on no longer holds; empty where it does. since: the newest ledger row when it did."""
+    if name not in UNDO and ledger.exists():
+        phases = [*relied_on(name), name] if name in (*MIGRATE, *OPERATE, *UNDO_OPERATION) else []
+        undone = db.rows(ledger.connection, SQL["undone_since"], params, phases=phases, seq=since)
+        if undone:
+            return "; ".join(f"{row['phase']} was undone by {row['by']}" for row in undone)
+    return "; ".join(f"{g.subject}: {g.found}" for g in gates(name, ledger, params) if g.verdict != Verdict.PASS)

@@ -1,0 +1,40 @@
+"""How many rows the target has. One place for it, so that every message means the same rows.
+
+The rows that count are those with text (``{has_text}`` in :mod:`runbook_lib.core.names`): they get a vector, and
+of them none may be missing. Sizes, forecasts and samples of pages go by all rows, with text or without, as estimated
+here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runbook_lib.core import db
+from runbook_lib.core.names import names, spelled
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("row_counts")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a table. counted: one by one, since it was never analyzed; else as the last ANALYZE estimated."""
+
+    n: int
+    counted: bool
+
+
+def estimated(connection: db.Connection, params: Params, relation: str) -> int:
+    """Rows of a relation by the planner's estimate, as ``regclass`` spells it; 0 where nothing was estimated yet."""
+    return int(db.one(connection, SQL["estimated"], params, relation=relation)["rows"])
+
+
+def of(connection: db.Connection, params: Params, which: str = "table") -> Rows:
+    """All rows of the ``table``, or of the ``vectors`` where they have one of their own; 0 where it is not there."""
+    found = db.one(connection, SQL["estimated"], params, relation=spelled(params, which))
+    if found["analyzed"] or not found["there"]:
+        return Rows(int(found["rows"]), counted=False)
+    query = SQL["counted"].compose({"relation": names(params)[which]})
+    row = connection.execute(query, {}).fetchone()
+    return Rows(int(row["rows"]) if row else 0, counted=True)

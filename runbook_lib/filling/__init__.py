@@ -1,1 +1,0 @@
-"""How the backfill divides, paces and shares its work, and where the vectors stand."""

@@ -1,0 +1,1 @@
+"""The phases of a migration, a module each, and what is checked before them."""

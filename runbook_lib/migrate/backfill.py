@@ -1,0 +1,358 @@
+"""Phase 50: staging to table in short transactions, resumable, never giving a row the vector of an older text."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import psycopg
+
+from runbook_lib import params as params_module
+from runbook_lib.backfill import batch_ranges, batch_strategy, pruning, refused_rows, side_table, untouched, workers
+from runbook_lib.backfill.batch_size import first_pace, in_turn
+from runbook_lib.backfill.batch_strategy import Choice
+from runbook_lib.backfill.update_effects import said
+from runbook_lib.backfill.workers import Outcome
+from runbook_lib.core import db
+from runbook_lib.core.display import Table, number
+from runbook_lib.core.gates import BadInput, Gate, GateFailed, Gates, LockNotObtained, Verdict, collect, gate
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.names import names, spelled, vectors_stand_beside
+from runbook_lib.core.phase import Phase, changes
+from runbook_lib.migrate import trials
+from runbook_lib.operate import refresh
+from runbook_lib.sql import load
+
+SQL = load("backfill")
+PRUNING = load("pruning")
+SHOWN_KEYS = 5
+
+
+def plan(phase: Phase) -> db.Plan:
+    """The tables that steer the work, and the UPDATE of one batch, as often as there are batches.
+
+    Where the vectors stand beside the table, the staging table takes their place instead.
+    """
+    if vectors_stand_beside(phase.params):
+        return db.Plan(tuple(side_table.plan(phase)), phase.connection)
+    own = batch_ranges.plan(phase)
+    if _schema_is_there(phase) and batch_strategy.choose(phase).strategy == "page_interleaved":
+        own += pruning.plan(phase, [r.part for r in batch_strategy.relations(phase)])
+    return db.Plan((*own, _update_statement(phase)), phase.connection)
+
+
+def _schema_is_there(phase: Phase) -> bool:
+    """A plan may be made before 30_expand_schema; then nothing can be asked of its columns."""
+    staging = spelled(phase.params, "staging")
+    return db.one(phase.connection, PRUNING["exists"], phase.params, part=staging)["there"] is True
+
+
+def _update_statement(phase: Phase, keys: Sequence[Any] | None = None) -> db.Statement:
+    extra = {"part": names(phase.params)["table"]}
+    return db.statement(SQL["update"], phase.params, extra, keys=None if keys is None else list(keys))
+
+
+@changes
+def apply(phase: Phase) -> Table:
+    """Moves every staged vector into the table, then drains the queue of rows that changed meanwhile.
+
+    Windows that are done, and rows that have their vector, are passed over: a run that was stopped goes on.
+    """
+    if not phase.execute:
+        return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
+    choice, outcome = move_staged(phase)
+    _clear_textless(phase)
+    phase.do(db.statement(SQL["analyze"], phase.params))
+    # Last, so that what is judged is what was written before it; writers never stop.
+    phase.note("drain", db.one(phase.connection, SQL["drain_begins"], phase.params))
+    drained = refresh.drain(phase)
+    return _shown(choice, outcome, drained)
+
+
+def _shown(choice: Choice, outcome: Outcome, drained: refresh.Drained) -> Table:
+    p50, p95 = _percentiles(outcome)
+    return Table(
+        ("", ""),
+        [
+            ("strategy", str(choice)),
+            ("rows", outcome.rows),
+            ("of them without touching an index", f"{outcome.hot_share:.0%}"),
+            ("batches", len(outcome.seconds)),
+            ("batch p50 and p95", f"{p50} ms and {p95} ms"),
+            ("pauses", "; ".join(f"{s:.1f} s: {why}" for why, s in outcome.pauses) or "none"),
+            ("put off to the end, since somebody held a row of the batch", outcome.put_off),
+            ("changed meanwhile and embedded again", drained.updated),
+        ],
+    )
+
+
+def _percentiles(outcome: Outcome) -> tuple[float, float]:
+    p50, p95 = np.round(np.percentile(outcome.seconds or [0.0], [50, 95]) * 1000, 2).tolist()
+    return p50, p95
+
+
+def _clear_textless(phase: Phase) -> None:
+    """In batches: one UPDATE would hold the first row until it has read the last."""
+    if vectors_stand_beside(phase.params):
+        phase.do(side_table.statement(phase, "clear_textless"))
+        return
+    keys = [row["key"] for row in db.rows(phase.connection, SQL["textless"], phase.params)]
+    for batch in in_turn(keys, first_pace(phase.params)):
+        phase.do(_clear_statement(phase, batch))
+
+
+def _clear_statement(phase: Phase, keys: Sequence[Any]) -> db.Statement:
+    return db.statement(SQL["clear_textless"], phase.params, keys=list(keys))
+
+
+def move_staged(phase: Phase) -> tuple[Choice, Outcome]:
+    """The backfill itself, without the rows that changed meanwhile: staged vectors to where searches find them."""
+    return _promote(phase) if vectors_stand_beside(phase.params) else _through_windows(phase)
+
+
+def _promote(phase: Phase) -> tuple[Choice, Outcome]:
+    """The staging table becomes the table beside; what was staged after that goes over in batches."""
+    batch_ranges.create(phase)
+    choice = Choice("side_table", "vector.layout: the staging table takes its place beside the table", 0.0)
+    print(f"  {choice}")
+    before = _server_counts(phase)
+    rows, seconds = side_table.promote(phase)
+    outcome = Outcome(rows=rows, seconds=[seconds], samples=[[0.0, 0], [round(seconds, 3), rows]])
+    try:
+        _close(phase, outcome)
+    finally:
+        _note(phase, choice, outcome, before)
+    return choice, outcome
+
+
+def _through_windows(phase: Phase) -> tuple[Choice, Outcome]:
+    """Cuts windows where none are open, works them off, and closes with the rows that the windows did not reach.
+
+    Raises GateFailed, before a row is changed, where the UPDATE does more to the table than was agreed to.
+    """
+    _nothing_new_fires(phase)
+    batch_ranges.create(phase)
+    phase.connection.execute(SQL["analyze_staging"].compose(names(phase.params)))
+    choice = batch_strategy.choose(phase)
+    print(f"  {choice}")
+    to_do = db.one(phase.connection, SQL["to_do"], phase.params)["rows"]
+    if to_do and not batch_ranges.state(phase).left:
+        batch_ranges.cut(phase, choice)
+    if to_do and choice.strategy == "page_interleaved":
+        pruning.apply(phase, [r.part for r in batch_strategy.relations(phase)])
+    before = _server_counts(phase)
+    outcome = workers.run(phase, choice, to_do)
+    pruning.restore(phase)
+    try:
+        _close(phase, outcome)
+    finally:
+        # What was done stands in the record, even where somebody holds the last rows.
+        phase.note_statement(db.Done(_update_statement(phase), outcome.rows, _elapsed(outcome), 1))
+        _note(phase, choice, outcome, before)
+    return choice, outcome
+
+
+def _nothing_new_fires(phase: Phase) -> None:
+    """The trial of preflight once more: a trigger may have been made since. The rows alone are locked for it."""
+    gates, effects = trials.of_update(phase.connection, phase.params)
+    if Gates(tuple(gates)).failed:
+        raise GateFailed(Gates(tuple(gates)))
+    if effects is not None:
+        untouched.note_agreed(phase, effects)
+
+
+def _elapsed(outcome: Outcome) -> float:
+    return float(outcome.samples[-1][0]) if outcome.samples else 0.0
+
+
+def _server_counts(phase: Phase) -> db.Row:
+    return db.one(phase.connection, SQL["server_counts"], phase.params, table=spelled(phase.params, "vectors"))
+
+
+def _note(phase: Phase, choice: Choice, outcome: Outcome, before: db.Row) -> None:
+    p50, p95 = _percentiles(outcome)
+    after, state = _server_counts(phase), batch_ranges.state(phase)
+    phase.note(
+        "backfill",
+        {
+            "strategy": choice.strategy,
+            "reason": choice.reason,
+            "remark": outcome.remark,
+            "rows": outcome.rows,
+            "seconds": round(_elapsed(outcome), 3),
+            "batches": len(outcome.seconds),
+            "batch_p50_ms": p50,
+            "batch_p95_ms": p95,
+            "hot_share": round(outcome.hot_share, 3),
+            "put_off": outcome.put_off,
+            "pauses": [{"reason": why, "seconds": seconds} for why, seconds in outcome.pauses],
+            "windows": state.windows,
+            "windows_taken_over": state.taken_over,
+            "workers": state.workers,
+            "wal_bytes": int(after["wal"] - before["wal"]),
+            "table_growth_bytes": int(after["bytes"] - before["bytes"]),
+            "samples": outcome.samples,
+            "refused": len(outcome.refused),
+        },
+    )
+    untouched.note(phase, outcome.seen)
+
+
+def _close(phase: Phase, outcome: Outcome) -> None:
+    """The rows that no window reached: put off, or moved by somebody else while their window was read. First those
+    that nobody holds, then the others, in short tries.
+
+    Raises LockNotObtained, naming rows and holder, where one is held for longer; only such rows are left then.
+    """
+    found = db.rows(phase.connection, SQL["left_over"], phase.params)
+    left = [row["key"] for row in found if row["key"] not in outcome.refused]
+    held = list[Any]()
+    for keys in in_turn(left, first_pace(phase.params)):
+        free = _write_or_name(phase, outcome, keys, skip_held=True)
+        held += [key for key in keys if key not in free]
+    done = 0
+    for keys in in_turn(held, first_pace(phase.params)):
+        try:
+            _write_or_name(phase, outcome, keys)
+        except LockNotObtained as error:
+            raise _are_held(phase, held[done:]) from error
+        done += len(keys)
+
+
+def _write_or_name(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool = False) -> set[Any]:
+    """The same; rows that the server refuses are set apart, each with its words."""
+    try:
+        return _write(phase, outcome, keys, skip_held=skip_held)
+    except psycopg.Error as error:
+        if not refused_rows.is_refusal(error):
+            raise
+        if len(keys) == 1:
+            outcome.refused[keys[0]] = said(error)
+            if len(outcome.refused) > refused_rows.MOST_REFUSED:
+                raise GateFailed(Gates((refused_rows.too_many(phase, outcome.refused),))) from error
+            return set(keys)
+    half = len(keys) // 2
+    parts = [_write_or_name(phase, outcome, part, skip_held=skip_held) for part in (keys[:half], keys[half:])]
+    return set().union(*parts)
+
+
+def _write(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool = False) -> set[Any]:
+    """Gives these rows their vectors; returns the keys of those that were not skipped."""
+    p, connection, beside = phase.params, phase.connection, vectors_stand_beside(phase.params)
+    lock = refresh.SQL["lock_rows_beside" if beside else "lock_rows"].compose(names(p))
+
+    def work() -> tuple[set[Any], int]:
+        free = list(keys)
+        if skip_held:
+            free = [row["key"] for row in connection.execute(lock, {"keys": free}).fetchall()]
+        s = side_table.upsert(phase, free) if beside else _update_statement(phase, free)
+        return set(free), connection.execute(s.query, s.values).rowcount
+
+    statement = side_table.upsert(phase) if beside else _update_statement(phase)
+    (free, rows), _ = db.in_short_tries(connection, p, statement.name, statement.lock, work)
+    outcome.rows += rows
+    return free
+
+
+def _are_held(phase: Phase, keys: Sequence[Any]) -> LockNotObtained:
+    p = phase.params
+    more = f" and {number(len(keys) - SHOWN_KEYS)} more" if len(keys) > SHOWN_KEYS else ""
+    return LockNotObtained(
+        found=f"{p.target.key} {', '.join(map(str, keys[:SHOWN_KEYS]))}{more} held by somebody else;"
+        f" {db.holders(phase.connection, p)}",
+        needed=f"these rows free within {p.locks.tries} tries of {p.locks.timeout_ms} ms; the others are done",
+        danger="the new search would never find them",
+        do="end that session, or wait for it, then run 50_backfill again: only these rows are left",
+    )
+
+
+def help_out(params_file: str) -> Table:
+    """Takes part, from another session or machine, in a backfill that a run has begun; ends when no window is left.
+
+    It claims windows only; the run that began the backfill closes it and proves it. Raises BadInput where nothing
+    is under way.
+    """
+    params = params_module.load(params_file)
+    run_id = f"helper-{uuid.uuid4().hex[:8]}"
+    with (
+        db.connect(params, f"runbook {run_id}") as connection,
+        db.connect(params, f"runbook {run_id} ledger") as ledger_connection,
+    ):
+        phase = Phase(
+            "50_backfill", run_id, True, params, connection, Ledger(ledger_connection, params, run_id, "50_backfill")
+        )
+        phase.order.fence(connection)
+        if not batch_ranges.exist(phase) or not batch_ranges.state(phase).left:
+            raise BadInput([_nothing_to_help_with(params.target.name)])
+        phase.join()
+        with phase.opened():
+            outcome = workers.run(
+                phase, batch_strategy.choose(phase), db.one(connection, SQL["to_do"], params)["rows"]
+            )
+        p50, p95 = _percentiles(outcome)
+        untouched.note(phase, outcome.seen)
+        phase.note("help", {"rows": outcome.rows, "batches": len(outcome.seconds), "batch_p95_ms": p95})
+    return Table(("rows", "batches", "p50 ms", "p95 ms"), [(outcome.rows, len(outcome.seconds), p50, p95)])
+
+
+def _nothing_to_help_with(target: str) -> Gate:
+    return Gate(
+        "backfill.is_under_way",
+        Verdict.FAIL,
+        target,
+        "no open window",
+        "a run at work on 50_backfill",
+        "there is nothing to share",
+        "start 50_backfill first, then let others help",
+    )
+
+
+def verify(phase: Phase) -> Gates:
+    """missing = 0 and stale = 0, counted by the database over the texts as they are now.
+
+    What was written since the last drain began waits in the queue, and is not counted: where writers never stop there
+    is always some of it.
+    """
+    p = phase.params
+    drain = phase.ledger.latest("drain", phase.name) or {"began": None, "oldest": None}
+    left = db.one(phase.connection, SQL["left"], p, **drain)
+    queued = db.one(phase.connection, SQL["queued"], p)
+    table = f"{p.target.schema_}.{p.target.table}"
+    waiting = f"; {refresh.waiting(phase)}" if queued["rows"] else ""
+    if left["newer"]:
+        waiting = f"; {number(left['newer'])} were written since the last drain began{waiting}"
+    return collect(
+        [
+            gate(
+                "backfill.nothing_is_missing",
+                left["missing"] == 0,
+                table,
+                found=f"{number(left['missing'])} of {number(left['with_text'])} rows with text lack a vector"
+                + waiting,
+                needed="0",
+                danger="the new search never finds these rows",
+                do="run 40_load_embeddings and this phase again; both go on where they were",
+                figures={key: left[key] for key in ("missing", "with_text", "newer")} | {"queued": queued["rows"]},
+            ),
+            gate(
+                "backfill.nothing_is_stale",
+                left["stale"] == 0,
+                table,
+                found=f"{number(left['stale'])} rows have the vector of an older text{waiting}",
+                needed="0",
+                danger="the new search ranks these rows by words that they no longer hold",
+                do="run this phase again; it drains the queue of changed rows",
+                figures={"stale": left["stale"], "queued": queued["rows"]},
+            ),
+            *pruning.verify(phase),
+            *_took_and_touched(phase),
+        ]
+    )
+
+
+def _took_and_touched(phase: Phase) -> list[Gate]:
+    """Named only where rows refused their vector; and what else was touched, where rows were compared."""
+    left = refused_rows.gate_of_left(phase)
+    return [*([left] if left.verdict is Verdict.FAIL else []), *untouched.verify(phase)]

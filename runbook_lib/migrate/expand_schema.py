@@ -1,0 +1,230 @@
+"""Phase 30: the vector column beside the relational data, the staging table, and the capture of changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runbook_lib.backfill import change_capture, pruning, side_table
+from runbook_lib.core import db, free_names, session
+from runbook_lib.core.display import Table
+from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.names import spelled, trigger_name, vectors_stand_beside
+from runbook_lib.core.phase import Phase, changes
+from runbook_lib.migrate import citus, partition_checks
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("schema")
+WINDOWS = load("windows")
+# What the capture's triggers fire on, and end their names with.
+TRIGGERS = ("insert", "update")
+
+
+def added_columns(params: Params) -> list[str]:
+    """The columns that the runbook adds to the table."""
+    column = params.vector.column
+    return [column, f"{column}_updated_at", f"{column}_hash"]
+
+
+def _table(phase: Phase) -> str:
+    return spelled(phase.params, "table")
+
+
+def _what_is_there(phase: Phase) -> db.Row:
+    p = phase.params
+    made = ("vectors", "staging", "rejected", "queue", "window", "capture_function")
+    relations = {n: spelled(p, n) for n in made}
+    return db.one(
+        phase.connection,
+        SQL["what_is_there"],
+        p,
+        table=_table(phase),
+        columns=added_columns(p),
+        triggers=[trigger_name(p, event) for event in TRIGGERS],
+        **relations,
+    )
+
+
+def plan(phase: Phase) -> db.Plan:
+    """The statements that are still to be carried out; what is there already is left alone."""
+    there = _what_is_there(phase)
+    beside = vectors_stand_beside(phase.params)
+    no_vectors = there["columns"] < len(added_columns(phase.params))
+    wanted = [
+        ("add_columns", no_vectors and not beside),
+        ("create_staging", not there["staging"]),
+        ("create_rejected", not there["rejected"]),
+        ("create_queue", not there["queue"]),
+        ("create_capture_function", not there["capture_function"]),
+        ("drop_triggers", there["triggers"] > 0 and there["firing"] < len(TRIGGERS)),
+        ("create_triggers", there["firing"] < len(TRIGGERS)),
+    ]
+    own_table = (side_table.statement(phase, "create"),) if beside and no_vectors else ()
+    others = tuple(_making(phase.params, n) for n, missing in wanted if missing)
+    functions = (citus.statement(phase.params, "create_text_functions"),) if phase.params.target.distributed else ()
+    return db.Plan((*own_table, *(functions if others else ()), *others), phase.connection)
+
+
+def _making(params: Params, name: str) -> db.Statement:
+    """The statement of that name; on a distributed table the one that Citus takes."""
+    replaced = params.target.distributed and name in citus.REPLACED
+    return citus.statement(params, name) if replaced else db.statement(SQL[name], params)
+
+
+@changes
+def apply(phase: Phase) -> Table:
+    """Carries out the plan. Each statement is a transaction of its own; killed between two, a rerun goes on.
+
+    Raises BadInput where another target, or somebody else, has made the columns since preflight.
+    """
+    if phase.execute:
+        free_names.require(phase.connection, phase.params)
+        # Before the first statement: killed after it, the runbook must still know that the columns are its own.
+        owned = {"table": _table(phase), "vectors": spelled(phase.params, "vectors")}
+        phase.note("owns", owned | {"columns": added_columns(phase.params)})
+    return phase.carry_out(plan(phase))
+
+
+def verify(phase: Phase) -> Gates:
+    """The column is what was asked for, the table is otherwise unchanged, and a change of text arrives."""
+    gates = [
+        _column_has_right_type(phase),
+        _only_ours_was_added(phase),
+        change_capture.gate_of(phase.connection, phase.params),
+    ]
+    triggers = [trigger_name(phase.params, event) for event in TRIGGERS]
+    return collect([*gates, *partition_checks.captures(phase.connection, phase.params, triggers)])
+
+
+def _column_has_right_type(phase: Phase) -> Gate:
+    p = phase.params
+    vectors = spelled(p, "vectors")
+    found = db.rows(phase.connection, SQL["column_type"], p, table=vectors, column=p.vector.column)
+    kind = str(found[0]["type"]).rsplit(".", 1)[-1] if found else "no such column"
+    needed = f"{p.vector.type}({p.vector.dimension})"
+    return gate(
+        "schema.column_has_right_type",
+        kind == needed,
+        f"{p.vector.column} of {vectors}",
+        found=kind,
+        needed=needed,
+        danger="vectors of another dimension are refused row by row, or cannot be indexed",
+        do="if the column is yours, name another in vector.column; else run undo/30_remove_schema and this phase",
+    )
+
+
+def _only_ours_was_added(phase: Phase) -> Gate:
+    before = phase.ledger.latest("catalogue")
+    gone, new = difference(before["lines"], catalogue(phase)) if before else ([], [])
+    ours = [*added_columns(phase.params), "runbook_", "extension vector", f".{phase.params.function_name}("]
+    foreign = [line for line in new if not any(part in line for part in ours)]
+    return gate(
+        "schema.only_the_runbooks_objects_were_added",
+        None if before is None else not gone and not foreign,
+        _table(phase),
+        found="no catalogue from the start to compare with"
+        if before is None
+        else f"{len(new)} objects added, {len(gone)} gone" + "".join(f"; {x}" for x in [*gone, *foreign][:5]),
+        needed="the catalogue of the start and the runbook's own objects",
+        danger="somebody else is changing this table; the way back would not lead to where the migration began",
+        do="settle with whoever made the change, then run 00_preflight again so that it is part of the start",
+        figures={"added": len(new), "gone": len(gone)},
+    )
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """The statements that remove what this phase added; columns that stood there at the start are kept."""
+    there = _what_is_there(phase)
+    beside = vectors_stand_beside(phase.params)
+    start = phase.ledger.latest("catalogue")
+    own_column = start is None or not any(
+        line.startswith(f"column {phase.params.vector.column} ") for line in start["lines"]
+    )
+    columns = bool(there["columns"]) and own_column and not beside
+    drop = [db.statement(SQL["drop_columns"], phase.params)] if columns else []
+    own = [side_table.statement(phase, "drop")] if beside and there["columns"] else []
+    return db.Plan((*undo_capture_plan(phase), *drop, *own, *pruning.restore_plan(phase)), phase.connection)
+
+
+def undo_capture_plan(phase: Phase) -> list[db.Statement]:
+    """The statements that remove the capture of changes, the staging table, and what the backfill kept."""
+    there = _what_is_there(phase)
+    wanted = [
+        ("drop_capture", bool(there["triggers"]) or there["capture_function"]),
+        ("drop_staging", there["staging"] or there["rejected"]),
+        ("drop_queue", there["queue"]),
+    ]
+    windows = [db.statement(WINDOWS[n], phase.params) for n in ("drop", "drop_control") if there["window"]]
+    drops = [db.statement(SQL[n], phase.params) for n, present in wanted if present]
+    if drops and phase.params.target.distributed:
+        drops.append(citus.statement(phase.params, "drop_text_functions"))
+    return [*drops, *windows]
+
+
+@changes
+def undo(phase: Phase) -> Table:
+    """Removes what this phase added; does nothing where nothing is left."""
+    return phase.carry_out(undo_plan(phase))
+
+
+def verify_undone(phase: Phase) -> Gates:
+    """Nothing of this phase is left."""
+    there, beside = _what_is_there(phase), vectors_stand_beside(phase.params)
+    del there["firing"]
+    left = [name for name, present in there.items() if present and (name != "vectors" or beside)]
+    return collect(
+        [
+            gate(
+                "schema.nothing_is_left",
+                not left,
+                _table(phase),
+                found=", ".join(left) or "none of the runbook's columns, triggers and tables",
+                needed="none",
+                danger="writers still pay for what is left",
+                do="run undo/30_remove_schema again",
+            )
+        ]
+    )
+
+
+def catalogue(phase: Phase) -> list[str]:
+    """The table's columns, indexes, constraints, triggers, options, grants and comments, a line each."""
+    p = phase.params
+    values = {"table": _table(phase), "schema": spelled(p, "schema"), "function": p.function_name}
+    with session.fixed_path(phase.connection):
+        return [row["line"] for row in db.rows(phase.connection, SQL["catalogue"], p, **values)]
+
+
+def difference(before: Sequence[str], now: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Lines that are gone and lines that are new."""
+    return [x for x in before if x not in now], [x for x in now if x not in before]
+
+
+@changes
+def record_start(phase: Phase) -> None:
+    """Writes down the catalogue that undo must lead back to, once: not again while a migration is under way."""
+    begun = phase.ledger.latest("catalogue") is not None
+    if not begun or phase.ledger.phase_verdict("00_preflight") == "UNDONE":
+        phase.note("catalogue", {"lines": catalogue(phase)})
+
+
+def verify_as_at_start(phase: Phase) -> Gates:
+    """The catalogue equals the one that was written down before the first change."""
+    start = phase.ledger.latest("catalogue")
+    gone, new = difference(start["lines"], catalogue(phase)) if start else ([], [])
+    return collect(
+        [
+            gate(
+                "schema.table_is_as_at_the_start",
+                None if start is None else not gone and not new,
+                _table(phase),
+                found="no catalogue from the start"
+                if start is None
+                else f"{len(gone)} gone, {len(new)} new" + "".join(f"; {x}" for x in [*gone, *new][:5]),
+                needed="the same lines in both catalogues",
+                danger="something that the runbook made is still there, or something of yours is missing",
+                do="run the undo notebooks in order; compare what is named here with your own changes since",
+                figures={"lines": len(start["lines"]) if start else 0, "gone": len(gone), "new": len(new)},
+            )
+        ]
+    )

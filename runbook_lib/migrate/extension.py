@@ -1,0 +1,163 @@
+"""Phase 20: pgvector installed or updated; the way back removes it only where the runbook brought it."""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from runbook_lib.core import db, versions
+from runbook_lib.core.display import Table
+from runbook_lib.core.gates import Gate, Gates, gate
+from runbook_lib.core.names import identifier
+from runbook_lib.core.phase import Phase, changes
+from runbook_lib.sql import load
+
+SQL = load("extension")
+
+# A setting that every release since 0.8.0 defines: the catalogue may say so while an older library is loaded.
+SETTING_OF_A_NEW_LIBRARY = "hnsw.iterative_scan"
+
+
+def _state(phase: Phase) -> tuple[str | None, str | None]:
+    row = db.one(phase.connection, SQL["state"], phase.params)
+    return row["installed"], row["default_version"]
+
+
+def plan(phase: Phase) -> db.Plan:
+    """CREATE EXTENSION, ALTER EXTENSION UPDATE, or nothing where the wanted release or a newer one is installed."""
+    installed, default = _state(phase)
+    wanted = phase.params.extension.version or default
+    if installed is None:
+        statements = [_statement(phase, "create", "VERSION")]
+    elif wanted is not None and not versions.at_least(installed, wanted):
+        statements = [_statement(phase, "update", "TO")]
+    else:
+        statements = []
+    return db.Plan(tuple(statements), phase.connection)
+
+
+def _statement(phase: Phase, block: str, keyword: str) -> db.Statement:
+    version = phase.params.extension.version
+    clause = sql.SQL(" {} {}").format(sql.SQL(keyword), sql.Literal(version)) if version else sql.SQL("")
+    schema = identifier(phase.params.extension.schema_)
+    return db.statement(SQL[block], phase.params, {"extension_schema": schema, "version_clause": clause})
+
+
+@changes
+def apply(phase: Phase) -> Table:
+    """Carries out the plan and puts pgvector's schema on this session's search path."""
+    done = phase.carry_out(plan(phase))
+    db.use_search_path(phase.connection)
+    return done
+
+
+def brings(phase: Phase) -> Table:
+    """What the update brings, release by release; empty where nothing changes."""
+    installed, default = _state(phase)
+    wanted = phase.params.extension.version or default
+    releases = versions.between(installed or versions.OLDEST_PGVECTOR, wanted or versions.OLDEST_PGVECTOR)
+    return Table(
+        ("release", "date", "brings", "fixes"),
+        [(r.version, f"{r.released:%Y-%m-%d}", r.brings, "; ".join(r.fixes)) for r in releases],
+        f"from {installed or 'not installed'} to {wanted or 'not available'}",
+    )
+
+
+def verify(phase: Phase) -> Gates:
+    """Is the installed release recent enough, and is the loaded library the one that the catalogue speaks of?"""
+    installed, default = _state(phase)
+    wanted = phase.params.extension.version
+    needed = max(versions.OLDEST_PGVECTOR, wanted or "", key=versions.order)
+    recent = installed is not None and versions.at_least(installed, needed)
+    missing = versions.between(installed, needed) if installed else []
+    return Gates(
+        (
+            gate(
+                "extension.version_is_recent_enough",
+                recent,
+                "vector",
+                found=installed or "not installed",
+                needed=f"{needed} or newer",
+                danger="; ".join(fix for r in missing for fix in r.fixes) or "there is no type to store vectors in",
+                do="run 20_extension with execute: true; the server needs the package of that release first",
+                figures={"installed": installed, "default_version": default},
+            ),
+            _library_gate(phase, installed, default),
+        )
+    )
+
+
+def _library_gate(phase: Phase, installed: str | None, default: str | None) -> Gate:
+    knows = installed is not None and _library_knows(phase, SETTING_OF_A_NEW_LIBRARY)
+    agree = installed is not None and installed == default and knows
+    library = "knows" if knows else "does not know"
+    return gate(
+        "extension.library_and_catalogue_agree",
+        agree,
+        "vector",
+        found=f"catalogue {installed}, files {default}; the loaded library {library} {SETTING_OF_A_NEW_LIBRARY}"
+        if installed
+        else "not installed",
+        needed=f"one release in catalogue, files and library, which knows {SETTING_OF_A_NEW_LIBRARY}",
+        danger="fixes live in the library alone: the catalogue may name a release whose fixes are not loaded",
+        do="leave extension.version out and run 20_extension again; sessions from before a package update"
+        " keep the old library until they reconnect",
+        figures={"catalogue": installed, "files": default},
+    )
+
+
+def _library_knows(phase: Phase, setting: str) -> bool:
+    schema = db.one(phase.connection, SQL["state"], phase.params)["installed_schema"]
+    cast = identifier(schema, "vector")
+    phase.connection.execute(SQL["load_library"].compose({"vector_in_schema": cast}), {})
+    return bool(db.one(phase.connection, SQL["library_knows"], phase.params, setting=setting)["known"])
+
+
+def _users(phase: Phase) -> list[str]:
+    return [str(row["object"]) for row in db.rows(phase.connection, SQL["users"], phase.params)]
+
+
+def _is_ours(phase: Phase) -> bool:
+    if not phase.ledger.exists():
+        return False
+    return bool(db.one(phase.ledger.connection, SQL["installed_by_runbook"], phase.params)["installed"])
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """DROP EXTENSION … RESTRICT, or nothing where the runbook did not install it or something else uses it."""
+    installed, _ = _state(phase)
+    removable = installed is not None and _is_ours(phase) and not _users(phase)
+    return db.Plan((db.statement(SQL["drop"], phase.params),) if removable else (), phase.connection)
+
+
+@changes
+def undo(phase: Phase) -> Table:
+    """Removes pgvector if the runbook brought it and nothing uses it; never with CASCADE."""
+    return phase.carry_out(undo_plan(phase))
+
+
+def verify_undone(phase: Phase) -> Gates:
+    """Is pgvector gone, or does it stay for a reason that is not ours?"""
+    installed, _ = _state(phase)
+    users = _users(phase) if installed else []
+    if installed is None:
+        found = "not installed"
+    elif not _is_ours(phase):
+        found = f"{installed}, there before the runbook or installed by somebody else: it stays"
+    elif users:
+        found = f"{installed}, used by {', '.join(users[:3])}" + (f" and {len(users) - 3} more" if users[3:] else "")
+        found += ": it stays"
+    else:
+        found = f"{installed}, installed by the runbook and used by nothing"
+    return Gates(
+        (
+            gate(
+                "extension.is_as_before",
+                installed is None or not _is_ours(phase) or bool(users),
+                "vector",
+                found=found,
+                needed="removed, or kept for others",
+                danger="the database is not as it was",
+                do="run undo/50_remove_extension again with execute: true",
+            ),
+        )
+    )

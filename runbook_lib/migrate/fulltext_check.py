@@ -1,0 +1,230 @@
+"""Can hybrid find words? Its tsvector, a column or an expression, its configuration, and the index that serves it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+
+from runbook_lib.backfill import update_effects
+from runbook_lib.benchmark import prepared
+from runbook_lib.core import db
+from runbook_lib.core.display import number
+from runbook_lib.core.gates import Gate, Verdict, gate
+from runbook_lib.core.names import identifier, names, spelled, verbatim
+from runbook_lib.indexes import partitions
+from runbook_lib.params import Params
+from runbook_lib.search import search_function
+from runbook_lib.sql import load
+
+SQL = load("fulltext")
+
+TSVECTOR = "tsvector"
+NAMED = re.compile(r"\bto_tsvector\(\s*'((?:[^']|'')+)'", re.I)
+# What is planned; no row is looked for.
+WORD = {"query": "word", "k": 1}
+# A message with a statement for each of many partitions helps nobody.
+MOST_STATEMENTS = 3
+
+
+def check(connection: db.Connection, params: Params, columns: Mapping[str, db.Row]) -> Iterator[Gate]:
+    """Gates of search.fulltext_column or search.fulltext_expression; none where hybrid is not wanted."""
+    if not params.search.has_fulltext:
+        return
+    document = _expression(connection, params) if params.search.fulltext_expression else _column(params, columns)
+    config = _config(connection, params)
+    yield document
+    yield config
+    sound = document.verdict is config.verdict is Verdict.PASS
+    # Citus plans for its workers; without hybrid nobody searches a column's words but 80_shadow.
+    wanted = params.search.fulltext_expression or params.cut_over.route == "hybrid"
+    if sound and wanted and not params.target.distributed:
+        yield _index(connection, params)
+
+
+def _column(params: Params, columns: Mapping[str, db.Row]) -> Gate:
+    column = params.search.fulltext_column or ""
+    kind = columns[column]["type"] if column in columns else None
+    near = difflib.get_close_matches(column, list(columns), n=1, cutoff=0.5) if kind is None else []
+    return gate(
+        "inputs.fulltext_column_is_tsvector",
+        kind == TSVECTOR,
+        f"{column} of {spelled(params, 'table')}",
+        found=kind or "no such column",
+        needed="a tsvector column for the hybrid route",
+        danger="the hybrid route's text half would fail, or match nothing",
+        do=f"did you mean {near[0]}?"
+        if near
+        else "leave search.fulltext_column out, or give search.fulltext_expression, which adds no column",
+    )
+
+
+def _expression(connection: db.Connection, params: Params) -> Gate:
+    problem, kinds = "", list[str]()
+    try:
+        with _as_in_the_function(connection, params):
+            names_of_it = search_function.fulltext_names(connection, params)
+            cursor = connection.execute(SQL["shape"].compose(names(params) | names_of_it), {}, prepare=False)
+            kinds = [c.type_display for c in cursor.description or []]
+    except psycopg.Error as error:
+        db.raise_if_lost(connection, error)
+        problem = update_effects.said(error)
+    return gate(
+        "inputs.fulltext_expression_is_tsvector",
+        kinds == [TSVECTOR],
+        "search.fulltext_expression",
+        found=f"PostgreSQL says: {problem}" if problem else ", ".join(kinds),
+        needed=f"one expression of type tsvector over the columns of {spelled(params, 'table')}",
+        danger="the hybrid route's text half would fail, or match nothing",
+        do="write it as CREATE INDEX takes it: columns without the table's name; functions and configurations of your"
+        " own with their schema",
+    )
+
+
+def _config(connection: db.Connection, params: Params) -> Gate:
+    """Is it there; and where it was left at its default, is it the one that the tsvector is made with?"""
+    wanted = params.search.fulltext_config
+    config = search_function.text_search_config(connection, params)
+    made = _made_with(connection, params) if "fulltext_config" not in params.search.model_fields_set else {}
+    other = ", ".join(made.values()) if config and made and config["oid"] not in made else ""
+    known = [r["name"] for r in db.rows(connection, SQL["configurations"], params)]
+    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    return gate(
+        "inputs.fulltext_config_exists",
+        config is not None and not other,
+        wanted,
+        found=f"the default, but the tsvector is made with {other}"
+        if other
+        else "there"
+        if config
+        else "no such text search configuration",
+        needed="the configuration that the tsvector is made with",
+        danger="queries would be cut into other words than the rows",
+        do=f"name it in search.fulltext_config: {other}"
+        if other
+        else f"did you mean {near[0]}?"
+        if near
+        else f"this server has: {', '.join(known)}",
+    )
+
+
+def _made_with(connection: db.Connection, params: Params) -> dict[int, str]:
+    """The configurations that the expression names, or that of the generated column: by oid, their names."""
+    column, table = params.search.fulltext_column, spelled(params, "table")
+    generated = db.rows(connection, SQL["generated"], params, table=table, column=column)
+    expression = params.search.fulltext_expression or "".join(row["expression"] for row in generated)
+    named = [
+        search_function.text_search_config(connection, params, n.replace("''", "'"))
+        for n in NAMED.findall(expression)
+    ]
+    return {c["oid"]: c["spelled"] for c in named if c}
+
+
+def _index(connection: db.Connection, params: Params) -> Gate:
+    """Has the words half planned with table scans switched off: what is read whole then has no index for it."""
+    plan = _plan(connection, params)
+    whole, used = prepared.read_whole(plan), prepared.indexes_in(plan)
+    rows = _few_rows(connection, params) if whole and params.search.fulltext_column else None
+    refused = _cannot_be_indexed(connection, params) if whole and params.search.fulltext_expression else ""
+    if not whole:
+        found = f"{', '.join(used)} serves it"
+    elif rows is not None:
+        found = f"no index, and with {number(rows)} rows none is needed"
+    elif refused:
+        found = f"no index, and PostgreSQL says to one: {refused}"
+    else:
+        found = "; ".join(_why_not(connection, params)) or "no index on a tsvector"
+    return gate(
+        "inputs.fulltext_index_serves_hybrid",
+        not whole or rows is not None,
+        f"search.{'fulltext_expression' if params.search.fulltext_expression else 'fulltext_column'}"
+        f" of {spelled(params, 'table')}",
+        found=found,
+        needed="a valid GIN or GiST index on exactly this, without a condition",
+        danger="every hybrid search would read the whole table"
+        + (", and make each row's words anew" if params.search.fulltext_expression else ""),
+        do="name the configuration, as in to_tsvector('english', body), and call IMMUTABLE functions only"
+        if refused
+        else _how_to_make(connection, params, whole),
+        figures={"indexes": used, "read_whole": whole},
+    )
+
+
+def _plan(connection: db.Connection, params: Params) -> dict[str, Any]:
+    statement = search_function.fulltext_statement(connection, params)
+    with _as_in_the_function(connection, params):
+        connection.execute(SQL["without_scans"].compose({}))
+        row = connection.execute(verbatim("EXPLAIN (FORMAT JSON) ") + statement, WORD, prepare=False).fetchone()
+    return row["QUERY PLAN"][0]["Plan"] if row else {}
+
+
+@contextmanager
+def _as_in_the_function(connection: db.Connection, params: Params) -> Iterator[None]:
+    """A transaction in which names mean what they mean in the search function; rolled back."""
+    path = ", ".join(identifier(schema).as_string() for schema in search_function.function_path(connection, params))
+    with db.rolled_back(connection):
+        connection.execute(SQL["path"].compose({}), {"path": path.replace("%%", "%")})
+        yield
+
+
+def _few_rows(connection: db.Connection, params: Params) -> int | None:
+    """The number of rows, where a scan of so few is as good as an index; None where there are more."""
+    most = prepared.SMALL_PARTITION_ROWS
+    rows = int(db.one(connection, SQL["first_rows"], params, most=most + 1)["rows"])
+    return rows if rows <= most else None
+
+
+def _cannot_be_indexed(connection: db.Connection, params: Params) -> str:
+    """What PostgreSQL says to an index on the expression, tried on an empty copy; empty if it takes it."""
+    named = names(params) | search_function.fulltext_names(connection, params)
+    try:
+        with _as_in_the_function(connection, params):
+            for block in ("create_probe", "index_probe"):
+                connection.execute(SQL[block].compose(named), {}, prepare=False)
+    except psycopg.Error as error:
+        db.raise_if_lost(connection, error)
+        return update_effects.said(error)
+    return ""
+
+
+def _why_not(connection: db.Connection, params: Params) -> Iterator[str]:
+    """Of each index on a tsvector why it does not serve; those of partitions are named by their parents alone."""
+    for c in db.rows(connection, SQL["candidates"], params, table=spelled(params, "table"))[:MOST_STATEMENTS]:
+        if not c["usable"]:
+            yield f"{c['name']} is not valid (an earlier concurrent build did not finish)"
+        elif c["condition"]:
+            yield f"{c['name']} is partial, WHERE {c['condition']}, and a search asks for every row"
+        else:
+            yield f"{c['name']} is on another expression, {c['document']}"
+
+
+def _how_to_make(connection: db.Connection, params: Params, parts: list[str]) -> str:
+    """The statements that make the index, what they lock, and the one that takes it away."""
+    table, name = spelled(params, "table"), f"{params.target.name}_fulltext"
+    expression = params.search.fulltext_expression
+    document = f"({expression.strip()})" if expression else _quoted(params.search.fulltext_column or "")
+    using = f"USING gin ({document})"
+    found = db.rows(connection, SQL["candidates"], params, table=table)
+    statements = [f"DROP INDEX CONCURRENTLY {c['name']};" for c in found if not c["usable"]]
+    leaves = [p for p in partitions.tree(connection, params, table) if p.is_leaf and p.level > 0]
+    lacking = [p.shown for p in leaves if p.name in parts]
+    if leaves:
+        statements += [f"CREATE INDEX CONCURRENTLY ON {part} {using};" for part in lacking[:MOST_STATEMENTS]]
+        more = len(lacking) - MOST_STATEMENTS
+        statements += [f"the same for {more} more partitions;"] if more > 0 else []
+        statements += [f"CREATE INDEX {_quoted(name)} ON {table} {using}; which takes these over under SHARE;"]
+    else:
+        statements += [f"CREATE INDEX CONCURRENTLY {_quoted(name)} ON {table} {using};"]
+    undo = f"DROP INDEX {'' if leaves else 'CONCURRENTLY '}{_quoted(params.target.schema_, name)};"
+    return (
+        f"{' '.join(statements)} ANALYZE {table}; CONCURRENTLY takes SHARE UPDATE EXCLUSIVE, which keeps no reader"
+        f" and no writer waiting, and waits for transactions older than itself; undo: {undo}"
+    )
+
+
+def _quoted(*parts: str) -> str:
+    return identifier(*parts).as_string().replace("%%", "%")

@@ -1,0 +1,361 @@
+"""Phase 40: embeds the texts, or reads embeddings made elsewhere, and copies them into the staging table.
+
+The database is asked for the rows that still want a vector, so a load that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pgvector import HalfVector
+from psycopg import sql
+
+from runbook_lib.core import db
+from runbook_lib.core.cell_order import SECONDS_BETWEEN_QUESTIONS
+from runbook_lib.core.display import Table, number
+from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.names import names, spelled
+from runbook_lib.core.phase import Phase, changes
+from runbook_lib.core.progress import Progress
+from runbook_lib.core.session import register_vector
+from runbook_lib.embeddings import embedding, masking, packing, sources
+from runbook_lib.params.section import unsound
+from runbook_lib.sql import load
+
+SQL = load("staging")
+# A key that is none is kept this long.
+LONGEST_KEY_TEXT = 200
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A row that is not staged: its key (None where that is no key of the table), the reason and what exactly."""
+
+    key: Any
+    key_text: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to stage: keys, the hash of the text each vector was made from, vectors of shape (n, dimension).
+
+    replaced: keys that may be staged with an older text. refused: rows that are set aside instead.
+    """
+
+    keys: Sequence[Any]
+    hashes: Sequence[bytes]
+    vectors: np.ndarray
+    replaced: Sequence[Any] = ()
+    refused: Sequence[Refusal] = ()
+
+
+@dataclass
+class _Tally:
+    """What a load counts beside its rows."""
+
+    masked: Counter[str] = field(default_factory=Counter)
+    texts: int = 0
+    refused: int = 0
+
+
+def plan(phase: Phase) -> db.Plan:
+    """The COPY that fills the staging table; empty where no row wants a vector."""
+    missing = phase.execute and _counts(phase)["ready"] == _counts(phase)["with_text"]
+    return db.Plan(() if missing else (db.statement(SQL["copy"], phase.params),), phase.connection)
+
+
+def source(phase: Phase) -> Table:
+    """Where the vectors come from, how they are tied to the texts, and what is masked on the way."""
+    e, m = phase.params.embeddings, phase.params.masking
+    rules = [*m.rules, *m.patterns, *(["named_entity"] if m.named_entities else [])]
+    if e.has_model:
+        tie = "made of the text that the row has, hashed by the database with it"
+        leaves = f"with {', '.join(rules)} masked" if rules else "as it is: no masking rule is set"
+        leaves += {"http": f", to {e.url}", "callable": ", into the function", "wordllama": ", into this process"}[
+            e.source
+        ]
+    else:
+        first = next(embedding.stored(phase.params, phase.connection), None)
+        checked = first is not None and first.text_hashes is not None
+        tie = (
+            "text_hash or text beside each vector: one of an older text is refused"
+            if checked
+            else "none given: each vector is taken for that of the text as it is now"
+        )
+        leaves = "no text leaves the database"
+    return Table(
+        ("source", "vectors and texts", "text leaves", "rows a transaction"),
+        [(embedding.described(phase.params), tie, leaves, e.rows_a_batch)],
+    )
+
+
+def _counts(phase: Phase) -> db.Row:
+    return db.one(phase.connection, SQL["counts"], phase.params)
+
+
+def key_type(phase: Phase) -> str:
+    """The key's type as PostgreSQL spells it."""
+    table, key = spelled(phase.params, "table"), phase.params.target.key
+    return str(db.one(phase.connection, SQL["key_type"], phase.params, table=table, key=key)["type"])
+
+
+@changes
+def apply(phase: Phase) -> Table:
+    """Stages every row that has text and no vector of that text; shows rows, rate and time left.
+
+    Raises BadInput where the source cannot be read, and lets the errors of a model that is away rise.
+    """
+    if not phase.execute:
+        return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
+    register_vector(phase.connection)
+    phase.do(db.statement(SQL["forgive"], phase.params))
+    counts, tally = _counts(phase), _Tally()
+    started = time.perf_counter()
+    with Progress("staged", total=counts["with_text"] - counts["ready"]) as progress:
+        done = copy_all(phase, _batches(phase, tally), progress)
+    seconds = time.perf_counter() - started
+    tally.refused = done.refused
+    phase.note_statement(db.Done(db.statement(SQL["copy"], phase.params), progress.done, seconds, 1))
+    phase.note("load", {"rows": progress.done, "seconds": round(seconds, 3), "samples": progress.samples})
+    note_masking(phase, tally.masked, tally.texts)
+    masked = ", ".join(f"{n} × {rule}" for rule, n in sorted(tally.masked.items())) or "nothing"
+    return Table(
+        ("rows staged", "rows refused", "masked", "seconds"),
+        [(progress.done, tally.refused, masked, round(seconds, 2))],
+    )
+
+
+def note_masking(phase: Phase, counts: Counter[str], texts: int) -> None:
+    """A ledger row of how many values each rule replaced; of the values nothing is written down."""
+    if phase.params.masking != type(phase.params.masking)():
+        phase.note("masking", {"texts": texts, "values": dict(sorted(counts.items()))})
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Rows staged, and rows set aside."""
+
+    staged: int
+    refused: int
+
+
+def copy_all(phase: Phase, batches: Iterable[Batch], progress: Progress) -> Copied:
+    """Copies batch after batch, a transaction each."""
+    kind, refused = key_type(phase), 0
+    for batch in batches:
+        phase.ask(SECONDS_BETWEEN_QUESTIONS)
+        copied = copy(phase, batch, kind)
+        refused += copied.refused
+        progress.add(copied.staged)
+    return Copied(progress.done, refused)
+
+
+def _batches(phase: Phase, tally: _Tally) -> Iterator[Batch]:
+    return _from_model(phase, tally) if phase.params.embeddings.has_model else _from_store(phase)
+
+
+def _from_model(phase: Phase, tally: _Tally) -> Iterator[Batch]:
+    p = phase.params
+    model, rules = embedding.model(p), masking.rules(p.masking)
+    after, last = sql.SQL("true"), None
+    while True:
+        query = SQL["to_stage"].compose(names(p) | {"after": after})
+        rows = phase.connection.execute(query, {"last": last, "batch_rows": p.embeddings.rows_a_batch}).fetchall()
+        if not rows:
+            return
+        texts, counts = masking.mask([r["text"] for r in rows], rules)
+        made = embedding.embed_each(model, texts)
+        tally.masked += counts
+        tally.texts += len(texts)
+        taken = [rows[i] for i in made.places]
+        yield Batch(
+            [r["key"] for r in taken],
+            [r["text_hash"] for r in taken],
+            made.vectors,
+            [r["key"] for r in taken if r["staged_before"]],
+            [_of_model(rows[i]["key"], error) for i, error in made.errors.items()],
+        )
+        last = rows[-1]["key"]
+        after = sql.SQL("t.{} > %(last)s").format(names(p)["key"])  # type: ignore[assignment]
+
+
+def _of_model(key: Any, error: Exception) -> Refusal:
+    reason = f"the model failed on its text: {type(error).__name__}"
+    return Refusal(key, str(key), reason, embedding.said(error))
+
+
+def _from_store(phase: Phase) -> Iterator[Batch]:
+    """Vectors made elsewhere: those whose row wants them, and a refusal for each that goes nowhere."""
+    kind = key_type(phase)
+    phase.connection.execute(SQL["forget_seen"].compose(names(phase.params) | {"key_type": sql.SQL(kind)}))
+    for rows in embedding.stored(phase.params, phase.connection):
+        yield _wanted(phase, rows, kind)
+
+
+def _wanted(phase: Phase, rows: sources.Rows, kind: str) -> Batch:
+    """The rows of one batch that are to be staged; what is staged or in the table already is passed over."""
+    keys, refused = _read_keys(phase, rows, kind)
+    query = SQL["look_up"].compose(names(phase.params) | {"key_type": sql.SQL(kind)})
+    found = {r["key"]: r for r in phase.connection.execute(query, {"keys": list(keys)}).fetchall()}
+    wanted: list[int] = []
+    for key, i in keys.items():
+        row, fault = found[key], rows.faults.get(i)
+        made_from = rows.text_hashes[i] if rows.text_hashes else None
+        if row["again"]:
+            refused.append(_refusal(phase, rows, i, key, "its key comes again", "an earlier row has this key"))
+        elif not row["known"]:
+            refused.append(_refusal(phase, rows, i, key, "no row of the table has its key", ""))
+        elif row["current"] or row["staged"] or not row["has_text"]:
+            continue
+        elif fault:
+            refused.append(_refusal(phase, rows, i, key, "its vector cannot be read", fault))
+        elif made_from is not None and made_from != row["text_hash"]:
+            refused.append(_refusal(phase, rows, i, key, "made from another text than the row has now", ""))
+        else:
+            wanted.append(i)
+    back = {i: key for key, i in keys.items()}
+    taken = [back[i] for i in wanted]
+    whole = len(wanted) == len(rows.keys)
+    return Batch(
+        taken,
+        [found[key]["text_hash"] for key in taken],
+        rows.vectors if whole else rows.vectors[wanted],
+        [key for key in taken if found[key]["staged_before"]],
+        refused,
+    )
+
+
+def _read_keys(phase: Phase, rows: sources.Rows, kind: str) -> tuple[dict[Any, int], list[Refusal]]:
+    """Keys of the table's type, each with its place in the batch; what is no key, or comes again, is refused."""
+    read, keys, refused = sources.key_reader(kind), dict[Any, int](), list[Refusal]()
+    for i, raw in enumerate(rows.keys):
+        try:
+            key = read(raw)
+        except ValueError:
+            detail = rows.faults.get(i, f"{phase.params.target.key} is {kind}")
+            refused.append(_refusal(phase, rows, i, None, f"its key is no {kind}", detail))
+            continue
+        if key in keys:
+            detail = f"row {rows.places[keys[key]]} has this key"
+            refused.append(_refusal(phase, rows, i, key, "its key comes again", detail))
+        else:
+            keys[key] = i
+    return keys, refused
+
+
+def _refusal(phase: Phase, rows: sources.Rows, i: int, key: Any, reason: str, detail: str) -> Refusal:
+    e = phase.params.embeddings
+    origin = e.file.name if e.file else str(e.table)
+    where = f"{origin} row {rows.places[i]}"
+    shown = str(rows.keys[i])[:LONGEST_KEY_TEXT]
+    # What PostgreSQL cannot store is shown by its escapes.
+    return Refusal(
+        key, ascii(shown)[1:-1] if unsound(shown) else shown, reason, f"{where}: {detail}" if detail else where
+    )
+
+
+def copy(phase: Phase, batch: Batch, kind: str) -> Copied:
+    """Copies one batch in one transaction, and sets what it refuses aside.
+
+    kind: the key's type. The keys' older staged rows go in the same transaction, so a rerun never stages a row twice.
+    """
+    faults = embedding.check(batch.vectors, phase.params) if len(batch.keys) else {}
+    refused = [*batch.refused, *(Refusal(batch.keys[i], str(batch.keys[i]), why, "") for i, why in faults.items())]
+    if faults:
+        keep = [i for i in range(len(batch.keys)) if i not in faults]
+        keys, hashes = [batch.keys[i] for i in keep], [batch.hashes[i] for i in keep]
+        batch = Batch(keys, hashes, batch.vectors[keep], [k for k in batch.replaced if k in set(keys)])
+    with phase.connection.transaction(), phase.connection.cursor() as cursor:
+        if batch.replaced:
+            cursor.execute(SQL["forget"].compose(names(phase.params)), {"keys": list(batch.replaced)})
+        if len(batch.keys):
+            _copy_rows(cursor, phase, batch, kind)
+        if refused:
+            cursor.executemany(SQL["reject"].compose(names(phase.params)), [vars(r) for r in refused])
+    return Copied(len(batch.keys), len(refused))
+
+
+def _copy_rows(cursor: Any, phase: Phase, batch: Batch, kind: str) -> None:
+    vector_type = phase.params.vector.type
+    with cursor.copy(SQL["copy"].compose(names(phase.params))) as out:
+        if packing.can_pack(kind):
+            rows = packing.pack(batch.keys, batch.hashes, batch.vectors, kind, vector_type)
+            out.write(packing.HEADER)
+            out.write(rows.tobytes())
+            out.write(packing.TRAILER)
+            return
+        out.set_types([kind, "bytea", vector_type])
+        for key, text_hash, vector in zip(batch.keys, batch.hashes, batch.vectors, strict=True):
+            out.write_row((key, text_hash, HalfVector(vector) if vector_type == "halfvec" else vector))
+
+
+def verify(phase: Phase) -> Gates:
+    """Every row that has text is staged once with a sound vector, or waits in the queue with its change."""
+    counts = _counts(phase)
+    return collect(
+        [_every_row_is_ready(phase, counts), _vectors_are_sound(phase), _nothing_was_refused(phase, counts)]
+    )
+
+
+def _every_row_is_ready(phase: Phase, counts: db.Row) -> Gate:
+    p = phase.params
+    return gate(
+        "staging.every_row_with_text_is_ready",
+        counts["lost"] == 0 and counts["with_text"] > 0,
+        f"{p.target.schema_}.{p.target.table}",
+        found=f"{number(counts['ready'])} of {number(counts['with_text'])} rows with text have its vector,"
+        f" {number(counts['queued'])} changed since and are queued, {number(counts['lost'])} have none",
+        needed="every row has one or is queued",
+        danger="rows without a vector are never found by the new search",
+        do="run this phase again; it stages only what is missing"
+        if p.embeddings.has_model
+        else "add these rows to the source and run this phase again; it stages only what is missing",
+        figures=dict(counts),
+    )
+
+
+def _vectors_are_sound(phase: Phase) -> Gate:
+    p = phase.params
+    vectors = db.one(phase.connection, SQL["staged_vectors"], p, dimension=p.vector.dimension)
+    unsound = vectors["wrong_dimension"] + (vectors["zero"] if p.vector.distance == "cosine" else 0)
+    return gate(
+        "staging.vectors_are_sound",
+        unsound == 0,
+        "the staging table",
+        found=f"{number(vectors['staged'])} staged; {vectors['wrong_dimension']} of another dimension,"
+        f" {vectors['zero']} without direction",
+        needed=f"{p.vector.dimension} dimensions each"
+        + (", none all zero (cosine)" if p.vector.distance == "cosine" else ""),
+        danger="a zero vector is left out of a cosine index without a word",
+        do="look at the model's output for these rows, and run this phase again",
+        figures=dict(vectors),
+    )
+
+
+def _nothing_was_refused(phase: Phase, counts: db.Row) -> Gate:
+    """Refused rows stop the phase, unless as many were accepted beforehand and no row lacks its vector."""
+    refused = db.rows(phase.connection, SQL["rejected"], phase.params)
+    total, accepted = sum(r["rows"] for r in refused), phase.params.embeddings.accept_refused_rows
+    return gate(
+        "staging.no_vector_was_refused",
+        total <= (accepted if counts["lost"] == 0 else 0),
+        spelled(phase.params, "rejected"),
+        found="; ".join(f"{number(r['rows'])} × {r['reason']} ({_instance(phase, r)})" for r in refused) or "none",
+        needed=f"at most {number(accepted)}, as embeddings.accept_refused_rows says" if accepted else "none",
+        danger="these rows would have no vector, or that of another row's text",
+        do="mend the source of these embeddings and run this phase again; it tries them anew",
+        figures={"refused": total, "accepted": accepted},
+    )
+
+
+def _instance(phase: Phase, refused: db.Row) -> str:
+    """One row of these. What a model said of it stays in the table, since it may quote the text."""
+    shown = refused["detail"] and not phase.params.embeddings.has_model
+    return f"for instance key {refused['key_text']}" + (f", {refused['detail']}" if shown else "")

@@ -1,0 +1,76 @@
+"""Row level security of the table: refused where it would not hold, or would keep rows from the runbook itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from runbook_lib.core import db
+from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.names import spelled, vectors_stand_beside
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("policies")
+
+
+def security(connection: db.Connection, params: Params) -> db.Row:
+    """Whether the table or a partition of it has row level security, and whether it keeps rows from this role."""
+    schema, table = spelled(params, "schema"), params.target.table
+    return db.one(connection, SQL["security"], params, schema=schema, table=table)
+
+
+def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
+    """A gate for each that does not hold; none where the table has no policies, or they hold."""
+    table, found = spelled(params, "table"), security(connection, params)
+    if found["for_us"]:
+        yield gate(
+            "inputs.sees_every_row",
+            False,
+            table,
+            found=f"row security is {'forced on the owner too' if found['is_forced'] else 'on'}, and {found['role']}"
+            " does not bypass it",
+            needed="a role that sees every row",
+            danger="rows that this role does not see would get no vector, and no count would miss them",
+            do=f"have a superuser run: ALTER ROLE {found['role']} BYPASSRLS;",
+        )
+    yield from kept_table_is_as_open(connection, params)
+    if found["is_on"] and vectors_stand_beside(params):
+        yield gate(
+            "inputs.policies_hold_for_vectors",
+            False,
+            spelled(params, "vectors"),
+            found=f"{table} has row level security, and vector.layout is side_table",
+            needed="vectors in the table itself, where its policies hold for them",
+            danger="whoever may read the table would read the keys and vectors of every row in the table beside,"
+            " whatever the policies say",
+            do="set vector.layout: column; where the vectors stand beside already, undo/30_remove_schema first",
+        )
+
+
+def kept_table_is_as_open(connection: db.Connection, params: Params) -> Iterator[Gate]:
+    """After a swap by 75_partition_by_filter: whoever lost rights on the table must not read the one kept beside it,
+    nor have them back with the way back. No gate where both are alike, or there is none."""
+    # Imported here: it knows the phases, and phases know these checks.
+    from runbook_lib.backfill import partitioned_twin
+
+    table, whole = params.target.table, partitioned_twin.beside_name(params.target.table, partitioned_twin.WHOLE)
+    found = db.rows(
+        connection,
+        SQL["not_in_both"],
+        params,
+        schema=spelled(params, "schema"),
+        ledger=spelled(params, "ledger"),
+        table=table,
+        whole=whole,
+        move=f"{params.target.name}_move",
+    )
+    if found:
+        yield gate(
+            "partitioning.kept_table_is_as_open",
+            False,
+            partitioned_twin.spelled_beside(params, partitioned_twin.WHOLE),
+            found="; ".join(f"{row['relation']} alone: {row['line']}" for row in found),
+            needed=f"the privileges and policies of {spelled(params, 'table')}",
+            danger="rows can be read past what was changed on the table since the swap, and a way back undoes it",
+            do=f"make the same change on {partitioned_twin.spelled_beside(params, partitioned_twin.WHOLE)}",
+        )

@@ -1,0 +1,130 @@
+"""Who may do what to the runbook's own tables, sequences, functions and schema: only what is meant.
+
+They are closed as they are made (:mod:`runbook_lib.core.closed`); this looks at what is there now, whoever
+granted it since.
+"""
+
+from __future__ import annotations
+
+from runbook_lib.core import db
+from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.names import changing, names, side_table_name, spelled, vectors_stand_beside
+from runbook_lib.params import Params
+from runbook_lib.sql import load
+
+SQL = load("privileges")
+
+# Of the log of live calls, all but the number and the time of a row.
+WRITTEN_BY_CALLERS = (
+    *("text_hash", "filters", "live_route", "live_ms", "live_keys"),
+    *("other_route", "other_ms", "other_keys", "problem"),
+)
+# Privileges that others may be given: by what they are on, and their column where it is that column's alone.
+FOR_CALLERS = {
+    ("schema", "", "USAGE"),
+    ("route", "", "SELECT"),
+    ("way_to_search", "", "EXECUTE"),
+    ("search", "", "EXECUTE"),
+    ("log", "logged_at", "SELECT"),
+    *(("log", column, "INSERT") for column in WRITTEN_BY_CALLERS),
+}
+# Whoever signs is not the application, whose password stands in more places.
+FOR_APPROVERS = {("entry", "", "SELECT"), ("sign_off", "", "EXECUTE")}
+FOR_READERS_OF_THE_TABLE = {("vectors", "", "SELECT")}
+# Made there for every target, and named nowhere else but in the blocks that make them.
+IN_LEDGER = ("chain_entry", "sign_off")
+MOST_NAMED = 8
+
+
+def check(connection: db.Connection, params: Params) -> Gate:
+    """Nobody but the owner has a privilege on an object of the runbook's that is not meant for them."""
+    values = {
+        "ledger": spelled(params, "ledger"),
+        "schema": spelled(params, "schema"),
+        "table": params.target.table,
+        "vectors": side_table_name(params) if vectors_stand_beside(params) else None,
+    }
+    found = [row for row in _open(connection, params, values) if not _is_meant(row)]
+    said = list(dict.fromkeys(_said(row) for row in found))
+    more = [f"{len(said) - MOST_NAMED} more"] if len(said) > MOST_NAMED else []
+    return gate(
+        "privileges.only_what_is_meant",
+        not found,
+        f"schema {params.ledger.schema_}, and what the runbook made beside the table",
+        found="; ".join([*said[:MOST_NAMED], *more])
+        or "nobody else may write or read them" + _by_default(connection, params, values),
+        needed="for callers: the search function, the route, and the way to search by a value; for approvers: reads"
+        " of the ledger, and sign-offs",
+        danger="whoever may write them moves the reads, changes answers, or opens steps; whoever may read them sees"
+        " keys and vectors past the table's own privileges and policies",
+        do=" ".join(dict.fromkeys(_revoke(row) for row in found)),
+        figures={"privileges": len(found)},
+    )
+
+
+def _open(connection: db.Connection, params: Params, values: dict[str, str | None]) -> list[db.Row]:
+    # Imported here: they know the phases, and phases know these checks.
+    from runbook_lib.backfill import partitioned_twin
+    from runbook_lib.search import live_shadow
+
+    functions = [params.function_name, live_shadow.function_name(params)]
+    own = [*_in_ledger(params), *IN_LEDGER, live_shadow.log_name(params)]
+    beside = {
+        "parts": partitioned_twin.beside_name(params.target.table, partitioned_twin.PARTS),
+        "log": live_shadow.log_name(params),
+    }
+    return db.rows(
+        connection,
+        SQL["open"],
+        params,
+        own=own,
+        functions=functions,
+        callers=params.search.grant_to,
+        **values,
+        **beside,
+    )
+
+
+def _in_ledger(params: Params) -> list[str]:
+    """The names that are made for this target in the ledger's schema, which may hold others' objects too."""
+    known = names(params) | changing(params)
+    prefix = f"{spelled(params, 'ledger')}."
+    others = {known[name].as_string() for name in ("table", "vectors", "function", "qualified_index")}
+    qualified = [n.as_string().replace("%%", "%") for n in known.values() if n.as_string() not in others]
+    return [n.removeprefix(f'{prefix}"')[:-1].replace('""', '"') for n in qualified if n.startswith(f'{prefix}"')]
+
+
+def _is_meant(row: db.Row) -> bool:
+    key = (row["what"], row["of_column"], row["privilege"])
+    if row["grantee"] is None and key != ("vectors", "", "SELECT"):
+        return False
+    return (
+        key in FOR_CALLERS
+        or (key in FOR_APPROVERS and not row["is_caller"])
+        or (key in FOR_READERS_OF_THE_TABLE and row["reads_table"])
+    )
+
+
+def _said(row: db.Row) -> str:
+    grantee = row["grantee"] or "PUBLIC"
+    if row["kind"] == "ROLE":
+        return f"{grantee} is a member of {row['name']}"
+    column = f" ({row['of_column']})" if row["of_column"] else ""
+    return f"{grantee} has {row['privilege']}{column} on {row['kind'].lower()} {row['name']}"
+
+
+def _revoke(row: db.Row) -> str:
+    grantee = row["grantee"] or "PUBLIC"
+    if row["kind"] == "ROLE":
+        return f"REVOKE {row['name']} FROM {grantee};"
+    column = f" ({row['of_column']})" if row["of_column"] else ""
+    return f"REVOKE {row['privilege']}{column} ON {row['kind']} {row['name']} FROM {grantee};"
+
+
+def _by_default(connection: db.Connection, params: Params, values: dict[str, str | None]) -> str:
+    """What default privileges would give, named: it is taken back from each object as it is made."""
+    found = db.rows(connection, SQL["by_default"], params, ledger=values["ledger"], schema=values["schema"])
+    given = "; ".join(f"{row['grantee']} on {row['made']}" for row in found)
+    return (
+        f"; ALTER DEFAULT PRIVILEGES gives rights to {given}, which each object loses as it is made" if given else ""
+    )

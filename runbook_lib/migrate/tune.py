@@ -1,0 +1,396 @@
+"""Phase 70: exact answers against the index, per filter class; the cheapest way that reaches the target is kept."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import sql
+
+from runbook_lib.benchmark import (
+    cheapest_way,
+    exact,
+    explain,
+    filter_classes,
+    plan_diagnosis,
+    relevance_measures,
+    replica,
+    sweep,
+)
+from runbook_lib.benchmark.cheapest_way import Choice
+from runbook_lib.benchmark.filter_classes import Asked, FilterClass
+from runbook_lib.benchmark.prepared import reads_index
+from runbook_lib.benchmark.sweep import Measured, Way
+from runbook_lib.core import db
+from runbook_lib.core.display import Table, duration
+from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.names import index_name, spelled
+from runbook_lib.core.phase import Phase, changes
+from runbook_lib.core.progress import SECONDS_BETWEEN_LINES
+from runbook_lib.core.thresholds import apart, at_least, score
+from runbook_lib.migrate import row_security_recall
+from runbook_lib.search import combined_filters, search_function
+from runbook_lib.sql import load
+
+SQL = load("tune")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Every filter class with its choice; the first is the unfiltered one."""
+
+    k: int
+    queries: int
+    target_recall: float
+    exact_p50_ms: float
+    setting: str
+    choices: tuple[Choice, ...]
+
+    @property
+    def chosen(self) -> int | None:
+        """ef_search or probes for searches without a filter; None where no setting reaches the target."""
+        chosen = self.choices[0].chosen
+        return chosen.way.candidates if chosen else None
+
+    def as_data(self) -> dict[str, Any]:
+        """For the ledger: the unfiltered class as the picture needs it, then every class whole."""
+        kept = ("recall", "low", "high", "p50_ms", "p95_ms", "p99_ms", "rows_short", "buffers")
+        points = [
+            {"setting": self.setting, "value": p["candidates"]} | {name: p[name] for name in kept}
+            for p in self.choices[0].as_data()["points"]
+        ]
+        return {
+            "k": self.k,
+            "queries": self.queries,
+            "target_recall": self.target_recall,
+            "exact_p50_ms": round(self.exact_p50_ms, 3),
+            "chosen": self.chosen,
+            "points": points,
+            "classes": [c.as_data() for c in self.choices],
+        }
+
+    def table(self) -> Table:
+        """One row a class: the choice on the held-out questions, common practice beside it."""
+        titles = (
+            "filter",
+            "rows let through",
+            "chosen way",
+            f"recall@{self.k}",
+            "rows",
+            "p50",
+            "p95",
+            "p99",
+            "pages",
+        )
+        return Table(
+            (*titles, "common practice"),
+            [_row(c) for c in self.choices],
+            "The chosen way of each filter class, on held-out questions; a way is its candidates, its iterative scan"
+            " and how far it scans",
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.table()), *(f"{c.of}: {c.advice}" for c in self.choices if c.advice)])
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(str(self))
+
+    def _repr_html_(self) -> str:
+        # Here, because matplotlib takes longer to import than most phases take to run.
+        from runbook_lib.core import pictures
+
+        data = self.as_data()
+        advice = [f"<p>{html.escape(f'{c.of}: {c.advice}')}</p>" for c in self.choices if c.advice]
+        drawn = [pictures.recall_against_latency(data)] if data["points"] else []
+        if len(self.choices) > 1:
+            drawn.append(pictures.rows_by_selectivity(data))
+        return self.table()._repr_html_() + "".join(advice) + pictures.in_a_notebook(drawn)
+
+
+def _row(choice: Choice) -> tuple[Any, ...]:
+    m, practice = choice.chosen, choice.practice
+    beside = f"{practice.recall:.3f}, {practice.returned:.0%} of rows, {practice.p50_ms:.2f} ms"
+    if m is None:
+        return (str(choice.of), f"{choice.of.share:.2%}", "none", *[""] * 6, beside)
+    times = [f"{v:.2f} ms" for v in (m.p50_ms, m.p95_ms, m.p99_ms)]
+    recall = f"{m.recall:.3f} ({m.low:.3f} to {m.high:.3f})"
+    figures = (recall, f"{m.returned:.0%}", *times, m.buffers)
+    return (str(choice.of), f"{choice.of.share:.2%}", str(m.way), *figures, beside)
+
+
+def settings_to_try(phase: Phase) -> Sequence[int]:
+    """ef_search or probes, from the parameters, cheapest first."""
+    t = phase.params.tune
+    return sorted(set(t.ef_search if phase.params.index.method == "hnsw" else t.probes))
+
+
+def plan(phase: Phase) -> db.Plan:
+    """What is carried into the search function, with the first setting as an example; measuring only reads."""
+    return db.Plan(tuple(search_function.set_search_setting(phase, settings_to_try(phase)[0])), phase.connection)
+
+
+@contextmanager
+def exactly(phase: Phase) -> Iterator[db.Connection]:
+    """A fresh connection in a transaction that may use no index; nothing prepared earlier can slip in."""
+    with replica.connect(phase, "exact") as connection, connection.transaction():
+        connection.execute(SQL["exact_only"].compose({}))
+        yield connection
+
+
+@contextmanager
+def through_the_index(phase: Phase, value: int) -> Iterator[db.Connection]:
+    """A fresh connection in a transaction with one index setting and the iterative scan of the search function."""
+    method = phase.params.index.method
+    with replica.connect(phase, "index") as connection, connection.transaction():
+        for name, text in ((search_function.SETTING[method], str(value)), search_function.ITERATIVE[method]):
+            connection.execute(SQL["index_setting"].compose({}), {"name": name, "value": text})
+        yield connection
+
+
+def uses_index(connection: db.Connection, phase: Phase, statement: sql.Composable, values: dict[str, Any]) -> bool:
+    """Does the plan of this statement, with these values, read our index?"""
+    explained = sql.SQL("EXPLAIN (FORMAT JSON) {}").format(statement)
+    row = connection.execute(explained, values, prepare=False).fetchone()
+    return row is not None and reads_index(connection, phase.params, row["QUERY PLAN"][0]["Plan"])
+
+
+@changes
+def apply(phase: Phase) -> Tuning | Table:
+    """Measures every filter class, and gives the search function the cheapest way that reaches the target in each.
+
+    The plans of both passes are looked at before they count: exact answers never come from the index.
+    """
+    if not phase.execute:
+        return phase.carry_out(plan(phase))
+    p = phase.params
+    asked, agrees, exact_seconds = filter_classes.questions(phase, filter_classes.find(phase))
+    without = asked.pop(filter_classes.UNFILTERED)
+    with sweep.session(phase) as connection:
+        first = cheapest_way.unfiltered(phase, connection, _ways_to_try(phase, connection, without[0]), without)
+        rows = without[0].exact.matching
+        others = [cheapest_way.filtered(phase, connection, c, q, rows) for c, q in _in_turn(asked)]
+    tuning = Tuning(
+        k=p.queries.k,
+        queries=len(without),
+        target_recall=p.tune.target_recall,
+        exact_p50_ms=relevance_measures.latency(exact_seconds)["p50_ms"],
+        setting=search_function.SETTING[p.index.method],
+        choices=(first, *others),
+    )
+    phase.note("tuning", tuning.as_data() | {"exact": dict(agrees.figures)})
+    if tuning.chosen is not None:
+        _carry_into_function(phase, tuning)
+    return tuning
+
+
+def _in_turn(asked: Mapping[FilterClass, list[Asked]]) -> Iterator[tuple[FilterClass, list[Asked]]]:
+    """Each filter class with its questions; says now and then how far it has come."""
+    started = last_line = time.perf_counter()
+    for done, (of, questions) in enumerate(asked.items()):
+        now = time.perf_counter()
+        if done and now - last_line >= SECONDS_BETWEEN_LINES:
+            last_line = now
+            left = duration((now - started) / done * (len(asked) - done))
+            print(f"  {done} of {len(asked)} filter classes measured, about {left} left; now {of}")
+        yield of, questions
+
+
+def _ways_to_try(phase: Phase, connection: db.Connection, question: Asked) -> list[Way]:
+    """Ways to search without a filter; none where PostgreSQL cannot use the index for it.
+
+    On a table so small that reading it whole is cheaper there is one, the most thorough: none can be measured through
+    the index, and it is this one that serves when the table has grown.
+    """
+    method = phase.params.index.method
+    limit = search_function.MOST_SCANNED_DEFAULT[method]
+    ways = [Way("index", n, search_function.ITERATIVE[method][1], limit) for n in settings_to_try(phase)]
+    statement = search_function.route_statement(phase.connection, phase.params, "vector")
+    filters: dict[str, Any] = dict.fromkeys(phase.params.target.filters)
+    values = filters | {"query": question.text, "k": phase.params.queries.k, "embedding": question.vector}
+    if uses_index(connection, phase, statement, values):
+        return ways
+    return [way for way in ways[-1:] if _is_too_small(phase, connection, way)]
+
+
+def _is_too_small(phase: Phase, connection: db.Connection, way: Way) -> bool:
+    """Could the index serve these searches, and is a small table read sooner than the index is entered?"""
+    with connection.transaction():
+        sweep.set_way(phase, connection, way)
+        cause = plan_diagnosis.diagnose(phase, connection, explain.function_query(phase), "custom")
+    return cause.name == plan_diagnosis.TOO_SMALL
+
+
+def _carry_into_function(phase: Phase, tuning: Tuning) -> None:
+    """Settings and strategies in one transaction: a call sees all of the old or all of the new."""
+    with phase.connection.transaction():
+        db.use_search_path(phase.connection)
+        for statement in [*search_function.set_search_setting(phase, tuning.chosen or 0), *strategies(phase, tuning)]:
+            phase.do(statement)
+
+
+def strategies(phase: Phase, tuning: Tuning) -> list[db.Statement]:
+    """Statements that write down how to search by which filter value."""
+    learned = [db.statement(search_function.SQL["forget_strategies"], phase.params)]
+    for choice in tuning.choices[1:]:
+        of = choice.of
+        values: list[str | None] = list(of.shares) or [None]
+        shares = list(of.shares.values()) or [of.share]
+        learned.append(_learn(phase, str(of.filter), values, shares, choice.chosen))
+    # A value that did not exist when this was measured is rare: its few rows are read, and none is missed.
+    measured_rare = {c.of.filter for c in tuning.choices if c.of.columns and not c.of.shares}
+    unlisted = [name for name in _filters(phase) if name not in measured_rare]
+    return learned + [_learn(phase, name, [None], [0.0], None) for name in unlisted]
+
+
+def _filters(phase: Phase) -> list[str]:
+    """Each filter, and each set of filters given together that is measured, as the strategies name them."""
+    return [combined_filters.name(columns) for columns in filter_classes.measured_filters(phase.params)]
+
+
+def _learn(
+    phase: Phase, name: str, values: list[str | None], shares: list[float], measured: Measured | None
+) -> db.Statement:
+    way = measured.way if measured else sweep.exact_way(phase)
+    return db.statement(
+        search_function.SQL["learn_strategy"],
+        phase.params,
+        filter=name,
+        values=values,
+        shares=shares,
+        **vars(way),
+        recall=round(measured.recall, 4) if measured else 1.0,
+        p50_ms=round(measured.p50_ms, 3) if measured else 0.0,
+    )
+
+
+def verify(phase: Phase) -> Gates:
+    """The target is reached in every filter class, the function searches so, and its query uses the index."""
+    tuning = phase.ledger.latest("tuning", phase.name)
+    measured = [_exact_agrees(phase, tuning), _target_is_reached(phase, tuning), *_classes_reach(phase, tuning)]
+    carried = [_function_has_settings(phase, tuning), *_function_has_strategies(phase, tuning)]
+    seen = row_security_recall.gates(phase, phase.params.tune.target_recall)
+    return collect([*measured, *carried, *explain.gates(phase), *seen])
+
+
+def _exact_agrees(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
+    figures = tuning["exact"] if tuning else {"asked": 0, "alike": 0}
+    return exact.agreement(phase.params, figures["alike"], figures["asked"])
+
+
+def _target_is_reached(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
+    first: dict[str, Any] = tuning["classes"][0] if tuning else {"points": [], "chosen": None, "advice": ""}
+    shown = first["chosen"] or max(first["points"], key=lambda q: q["recall"], default=None)
+    target = phase.params.tune.target_recall
+    recall, needed = apart(shown["recall"] if shown else 0.0, target, score)
+    return gate(
+        "tune.target_recall_is_reached",
+        bool(first["chosen"]) and at_least(first["chosen"]["recall"], target) if first["points"] else None,
+        index_name(phase.params),
+        found=_said(phase, shown, recall) if shown else "PostgreSQL does not use the index, at any setting",
+        needed=f"recall {needed}, no query short of rows",
+        danger="the index would hide answers that exact search finds",
+        do=(first["advice"] if first["points"] else "see the gates of explain, which name the cause")
+        or "try higher settings in tune, or rebuild with a higher m and ef_construction",
+        figures=dict(shown) if shown else {},
+    )
+
+
+def _said(phase: Phase, m: dict[str, Any], recall: str) -> str:
+    setting = (
+        "exact" if m["scan"] == "exact" else f"{search_function.SETTING[phase.params.index.method]} {m['candidates']}"
+    )
+    whole = m["scan"] != "exact" and sweep.VECTOR_INDEX not in m["plan"]
+    return (
+        f"recall@{phase.params.queries.k} {recall} ({m['low']:.3f} to {m['high']:.3f}) at {setting},"
+        f" p50 {m['p50_ms']:.2f} ms, {m['rows_short']} of {m['questions']} queries short"
+        + (f"; {cheapest_way.SO_SMALL}" if whole else "")
+    )
+
+
+def _classes_reach(phase: Phase, tuning: dict[str, Any] | None) -> list[Gate]:
+    """A gate a filter class: its choice holds on questions that did not choose it."""
+    return [_class_reaches(phase, c) for c in (tuning["classes"][1:] if tuning else [])]
+
+
+def _class_reaches(phase: Phase, c: dict[str, Any]) -> Gate:
+    m, target = c["chosen"], phase.params.tune.target_recall
+    recall, needed = apart(m["recall"], target, score)
+    return gate(
+        "tune.filter_class_reaches_the_target",
+        at_least(m["recall"], target) and not m["rows_short"],
+        f"{c['column']}, {c['bucket']} ({', '.join(c['values'][:3])}{', …' if len(c['values']) > 3 else ''})",
+        found=_said(phase, m, recall),
+        needed=f"recall {needed}, no query short of rows",
+        danger="searches with this filter would hide answers that exact search finds",
+        do=c["advice"] or "run 70_tune again; raise tune.queries if it comes back",
+        figures=m,
+    )
+
+
+def _function_has_settings(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
+    """All of them: a strategy's settings end with the call only where the function has a SET for each."""
+    found = search_function.function_state(phase)
+    settings = [s for s in (found["settings"] or [] if found else []) if not s.startswith("search_path")]
+    chosen = tuning["chosen"] if tuning else None
+    wanted = [f"{name}={value}" for name, value in search_function.settings(phase.params, chosen or 0)]
+    return gate(
+        "tune.function_carries_the_setting",
+        sorted(settings) == sorted(wanted) if chosen else None,
+        phase.params.function_name,
+        found=", ".join(settings) or "no index setting",
+        needed=", ".join(wanted) if chosen else "the setting that was chosen; none was",
+        danger="the application would search with another setting than the one that was measured",
+        do="run 70_tune again",
+    )
+
+
+def _function_has_strategies(phase: Phase, tuning: dict[str, Any] | None) -> list[Gate]:
+    """The strategy table says what was chosen, value by value."""
+    filters = _filters(phase)
+    if not filters or not (tuning and tuning["chosen"]):
+        # Strategies are carried together with the setting, whose gate says that none was chosen.
+        return []
+    found = db.rows(phase.connection, search_function.SQL["strategies"], phase.params)
+    has = {(r["filter"], r["value"]): _way(r) for r in found}
+    classes_of_filters = tuning["classes"][1:]
+    wanted = {(c["column"], v): _way(c["chosen"]) for c in classes_of_filters for v in (list(c["shares"]) or [None])}
+    wrong = [f"{c} = {v}: not as chosen" for (c, v), way in wanted.items() if has.get((c, v)) != way]
+    wrong += [f"{c}: nothing for values that are not listed" for c in filters if (c, None) not in has]
+    return [
+        gate(
+            "tune.function_searches_by_filter_as_chosen",
+            not wrong,
+            spelled(phase.params, "strategy"),
+            found="; ".join([f"{len(has)} rows", *wrong[:3]]),
+            needed="the chosen way for every value, and one for values that are not listed",
+            danger="a search with a filter would miss answers, or read more rows than it needs",
+            do="run 70_tune again",
+        )
+    ]
+
+
+def _way(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("scan", "candidates", "iterative_scan", "most_scanned"))
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """RESET of the function's index settings, and no strategies any more, where it has them."""
+    found = search_function.function_state(phase)
+    if found is None:
+        return db.Plan((), phase.connection)
+    carried = [s.split("=")[0] for s in found["settings"] or [] if not s.startswith("search_path")]
+    statements = [search_function.reset_search_setting(phase, name) for name in carried]
+    if db.rows(phase.connection, search_function.SQL["strategies"], phase.params):
+        # First: a strategy's settings would outlive a call of the function once that has no SET for them.
+        statements.insert(0, db.statement(search_function.SQL["forget_strategies"], phase.params))
+    return db.Plan(tuple(statements), phase.connection)
+
+
+@changes
+def undo(phase: Phase) -> Table:
+    """Takes the strategies and the index settings from the function."""
+    return phase.carry_out(undo_plan(phase))

@@ -1,0 +1,1 @@
+"""The operations that a migrated table needs in the years after, a module each."""

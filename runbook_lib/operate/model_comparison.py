@@ -1,0 +1,217 @@
+"""Two models on one table, each through its own function, with the vectors that it makes of the same queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import psycopg
+
+from runbook_lib.benchmark import agreement, comparison, relevance_measures
+from runbook_lib.benchmark.relevance_measures import Query
+from runbook_lib.core.display import Table, number
+from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.names import identifier, names
+from runbook_lib.core.phase import Phase, changes
+from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, score
+from runbook_lib.embeddings import embedding
+from runbook_lib.operate import model_change
+from runbook_lib.search import search_function
+from runbook_lib.search.function_ownership import BOTH
+
+KIND = "model_comparison"
+TAKE_BACK = "take the swap back: runbook operate PARAMS 60_change_model --undo --execute"
+
+
+def _ask(one: Phase, queries: Sequence[Query], vectors: np.ndarray, k: int) -> search_function.Answers:
+    """Calls a target's function as the application would, by the route that it is to have, wherever reads go now."""
+    p = one.params
+    with one.another("models") as connection, connection.transaction():
+        search_function.force_route(connection, p, p.cut_over.route)
+        return search_function.ask(connection, p, search_function.call_statement(p), queries, vectors, k)
+
+
+@changes
+def measure(phase: Phase) -> Table:
+    """Both models answer the query set; relevance, latency and agreement go into the ledger."""
+    if not phase.execute:
+        return Table(("not carried out (execute is false)",), [("measure both models",)])
+    p, old = phase.params, model_change.replaced(phase)
+    queries, marks = relevance_measures.read_queries(p), comparison.judgements(phase)
+    judged = relevance_measures.sample([q for q in queries if q.query_id in marks], p.queries.judged_sample)
+    timed = relevance_measures.sample(queries, p.queries.sample)
+    sides = {"replaced": old, "new": phase}
+    vectors = {name: np.asarray(embedding.query_vectors(one.params, timed)) for name, one in sides.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    answers: dict[str, dict[str, list[str]]] = {}
+    for _ in range(comparison.ROUNDS):
+        for name, one in sides.items():
+            got = _ask(one, timed, vectors[name], p.queries.k)
+            answers[name], seconds[name] = got.keys, seconds[name] + got.seconds
+    figures: dict[str, dict[str, Any]] = {}
+    scores: dict[str, dict[str, float]] = {}
+    for name, one in sides.items():
+        times = {
+            key: round(v, 3) for key, v in relevance_measures.latency(seconds[name]).items() if key.endswith("_ms")
+        }
+        figures[name] = {"target": one.params.target.name, "dimension": one.params.vector.dimension, **times}
+        if judged:
+            asked = np.asarray(embedding.query_vectors(one.params, judged))
+            deep = _ask(one, judged, asked, comparison.JUDGED_DEPTH).keys
+            found = relevance_measures.relevance(
+                deep, {q.query_id: marks[q.query_id] for q in judged}, comparison.MEASURES
+            )
+            figures[name] |= {m: round(found.measures[m], 4) for m in comparison.MEASURES}
+            scores[name] = found.per_query
+    pair = relevance_measures.paired(scores["replaced"], scores["new"]) if judged else None
+    short = sum(len(answers["new"][i]) < len(keys) for i, keys in answers["replaced"].items())
+    agreed = agreement.agreement(answers["replaced"], answers["new"], p.queries.k)
+    body = {"judged": len(judged), "timed": len(timed), "short": short, "models": figures, "agreement": agreed}
+    phase.note(KIND, body | {"paired": {k: round(v, 5) for k, v in vars(pair).items()} if pair else None})
+    said = ", ".join(f"{key} {value}" for key, value in agreed.items())
+    return Table.of(figures.values(), f"the same {len(timed)} queries, {len(judged)} judged; in common: {said}")
+
+
+def verify(phase: Phase) -> Gates:
+    """The new model is no less relevant than the one that it replaces, by the agreed bound; no slower; not short."""
+    found = phase.ledger.latest(KIND, phase.name)
+    if found is None:
+        missing = gate(
+            "models.were_compared",
+            None,
+            phase.params.target.name,
+            found="no comparison",
+            needed="one",
+            danger="readers would be moved on faith",
+            do="run 60_change_model with execute: true",
+        )
+        return collect([missing])
+    return collect([_relevance_is_kept(phase, found), _is_fast_enough(found), _is_not_short(found)])
+
+
+def _relevance_is_kept(phase: Phase, found: dict[str, Any]) -> Gate:
+    c, pair, agreed = phase.params.cut_over, found["paired"], found["agreement"]
+    danger, do = "users find less than they do today", "choose another model, or another route in cut_over.route"
+    if pair is None:
+        return gate(
+            "models.relevance_is_kept",
+            True if c.accept_unjudged else None,
+            phase.params.target.name,
+            found=f"no judgements; {agreed['overlap']:.0%} of the answers in common, rbo {agreed['rbo']:.2f}"
+            + (", accepted by cut_over.accept_unjudged" if c.accept_unjudged else ""),
+            needed="judged queries, or cut_over.accept_unjudged: true",
+            danger="nobody knows whether the new answers are better or worse",
+            do="judge a hundred queries into queries.judgements, or set cut_over.accept_unjudged: true in the open",
+            figures=agreed,
+        )
+    old, new = (found["models"][name]["nDCG@10"] for name in ("replaced", "new"))
+    shown, needed = apart(new, old - c.largest_relevance_loss, score)
+    return gate(
+        "models.relevance_is_kept",
+        at_least(new, old - c.largest_relevance_loss),
+        phase.params.target.name,
+        found=f"nDCG@10 {shown} on {number(found['judged'])} judged queries, replaced {old:.3f} (difference"
+        f" {pair['low']:+.3f} to {pair['high']:+.3f}, p = {pair['p_value']:.2g})",
+        needed=f"at least {needed}",
+        danger=danger,
+        do=do,
+        figures={"new": new, "replaced": old, "judged": found["judged"], **pair},
+    )
+
+
+def _is_fast_enough(found: dict[str, Any]) -> Gate:
+    old, new = (found["models"][name]["p95_ms"] for name in ("replaced", "new"))
+    limit = max(old, comparison.FAST_ENOUGH_MS)
+    shown, most = apart(new, limit, milliseconds)
+    return gate(
+        "models.new_is_not_slower",
+        at_most(new, limit),
+        found["models"]["new"]["target"],
+        found=f"p95 {shown}, replaced {old:.2f} ms",
+        needed=f"at most {most}",
+        danger="users wait longer than today",
+        do="look at the plan and the setting in 70_tune, and at shared_buffers: both indexes want to be in memory",
+        figures={"p95_ms": new, "replaced_p95_ms": old},
+    )
+
+
+def _is_not_short(found: dict[str, Any]) -> Gate:
+    return gate(
+        "models.no_answer_is_short",
+        found["short"] == 0,
+        found["models"]["new"]["target"],
+        found=f"{found['short']} of {found['timed']} queries have fewer rows than by the replaced model",
+        needed="0",
+        danger="users see a short or an empty page",
+        do="raise tune.ef_search and run 70_tune, or VACUUM the table if many rows were deleted",
+        figures={"short": found["short"]},
+    )
+
+
+def verify_swapped(phase: Phase) -> Gates:
+    """The application's function answers either model's vectors as that model's own, and refuses all others."""
+    old = model_change.replaced(phase).params
+    swapped = gate(
+        "models.function_answers_for_both",
+        model_change.stage(phase) == BOTH,
+        old.function_name,
+        found=f"it answers for {model_change.stage(phase) or 'the replaced target alone'}",
+        needed=BOTH,
+        danger="the vectors of one of the models would be refused",
+        do="run 60_change_model again with execute: true",
+    )
+    if model_change.stage(phase) != BOTH:
+        return collect([swapped])
+    answers = [answers_as(phase, which) for which in ("new", "replaced")]
+    return collect([swapped, *answers, _others_are_refused(phase)])
+
+
+def answers_as(phase: Phase, which: str) -> Gate:
+    """Calls the application's function and the one that stands behind it, and compares key by key."""
+    p, old = phase.params, model_change.replaced(phase).params
+    one, behind = (p, p.function_name) if which == "new" else (old, model_change.before_name(old))
+    queries = relevance_measures.sample(relevance_measures.read_queries(p), p.queries.sample)
+    vectors = np.asarray(embedding.query_vectors(one, queries))
+    direct = search_function.SQL["call"].compose(names(one) | {"function": identifier(old.target.schema_, behind)})
+    with phase.another("swapped") as connection:
+        own = search_function.ask(connection, one, direct, queries, vectors, p.queries.k)
+        if which == "new":
+            model_change.say_new(connection, phase, old)
+        called = search_function.ask(
+            connection, old, search_function.call_statement(old), queries, vectors, p.queries.k
+        )
+    alike = sum(own.keys[q.query_id] == called.keys[q.query_id] for q in queries)
+    by_route = called.answered_by(one.cut_over.route)
+    answered = sum(bool(keys) for keys in called.keys.values())
+    return gate(
+        f"models.vectors_of_the_{which}_are_answered_by_it",
+        alike == len(queries) and by_route == answered > 0,
+        old.function_name,
+        found=f"{alike} of {len(queries)} queries answered as by {behind}, {by_route} by route {one.cut_over.route}",
+        needed="all, key by key",
+        danger="the application would get answers that belong to other vectors",
+        do=f"{TAKE_BACK}; then look at the route table and at both functions",
+        figures={"alike": alike, "asked": len(queries), "by_route": by_route},
+    )
+
+
+def _others_are_refused(phase: Phase) -> Gate:
+    p, old = phase.params, model_change.replaced(phase).params
+    wrong = max(p.vector.dimension, old.vector.dimension) + 1
+    said = "an answer"
+    with phase.another("wrong dimension") as connection:
+        values = {"query": "word", "embedding": [1.0] * wrong, "k": 1}
+        try:
+            connection.execute(search_function.call_statement(old), values)
+        except psycopg.errors.DataException as error:
+            said = f"{error.diag.message_primary} ({error.diag.message_hint})"
+    return gate(
+        "models.other_vectors_are_refused",
+        said != "an answer",
+        old.function_name,
+        found=said,
+        needed=f"an error for {wrong} dimensions",
+        danger="a third model's vectors would be compared with vectors that they have nothing to do with",
+        do=TAKE_BACK,
+    )

@@ -1,0 +1,425 @@
+"""Operate 20: is the search still what was proved? It only reads, so it can run every hour and before a release."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from psycopg import sql
+
+from runbook_lib.benchmark import (
+    comparison,
+    explain,
+    index_recall,
+    ivfflat_drift,
+    plan_diagnosis,
+    relevance_measures,
+    replica,
+    tuned_recall,
+)
+from runbook_lib.benchmark.prepared import vector_indexes
+from runbook_lib.benchmark.relevance_measures import Query
+from runbook_lib.core import db, row_counts, thresholds, versions
+from runbook_lib.core.display import Table, number, size
+from runbook_lib.core.gates import Gate, Gates, Verdict, collect, gate
+from runbook_lib.core.ledger import SQL as LEDGER_SQL
+from runbook_lib.core.ledger import Ledger, only_the_owner_wrote
+from runbook_lib.core.names import names, spelled
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import OPERATE
+from runbook_lib.core.session import register_vector
+from runbook_lib.core.thresholds import apart, at_least, at_most, change, plain, score
+from runbook_lib.embeddings import embedding
+from runbook_lib.embeddings.sources import as_array
+from runbook_lib.indexes import forecast, vector_index
+from runbook_lib.migrate import application_settings, policies, privileges, row_security_recall
+from runbook_lib.params import Params
+from runbook_lib.search import search_function
+from runbook_lib.sql import load
+
+SQL = load("watch")
+
+NAME = "20_watch"
+DAY_S = 86_400
+# Below these, a ratio says more about small numbers than about the table.
+FEWEST_ROWS_FOR_DEAD = 1000
+SMALLEST_FORECAST_BYTES = 1024 * 1024
+# A page holds a dozen rows or more: so many times the rows that are wanted are asked for.
+ROWS_A_SAMPLE = 20
+# What these gates of 60_build_index say stays true; the other is about the build.
+STANDING_INDEX_GATES = ("index.is_valid", "index.has_the_right_operator_class", "index.finds_known_rows")
+
+
+def look(phase: Phase) -> Gates:
+    """Every gate of the check that stays; what it saw goes into the ledger, for the next look to compare with."""
+    seen = _seen(phase)
+    if _standing(phase) is None:
+        phase.note("standing", {"settings": seen["settings"], "source": seen["source"]})
+    gates = list(_gates(phase, seen))
+    # Several gates may have one name: the one that did not pass is what the next look must know.
+    by_name = sorted(gates, key=lambda g: g.verdict != Verdict.PASS)
+    phase.note("watch", {**seen, "verdicts": {g.name: str(g.verdict) for g in by_name}})
+    return collect(gates)
+
+
+def check(params: Params) -> Gates:
+    """The same gates for a program, written down nowhere; none where no index was proved in this database yet."""
+    with db.connect(params, "runbook check") as connection:
+        ledger = Ledger(connection, params, f"check-{uuid.uuid4().hex[:8]}", NAME)
+        if ledger.phase_verdict(OPERATE[NAME]) != Verdict.PASS:
+            return Gates(())
+        phase = Phase(NAME, ledger.run_id, False, params, connection, ledger)
+        phase.order.fence(connection)
+        return look(phase)
+
+
+def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
+    yield only_the_owner_wrote(phase.ledger.connection, phase.params)
+    yield privileges.check(phase.connection, phase.params)
+    yield from policies.check(phase.connection, phase.params)
+    yield _route_is_as_set(phase)
+    yield from (g for g in vector_index.verify(phase) if g.name in STANDING_INDEX_GATES)
+    read_whole = False
+    if vector_indexes(phase.connection, phase.params):
+        planned = explain.gates(phase)
+        read_whole = any(g.figures.get("cause") == plan_diagnosis.TOO_SMALL for g in planned)
+        yield from planned
+        yield _recall_holds(phase)
+        yield from _recall_holds_by_filter(phase)
+        yield from row_security_recall.gates(
+            phase, max(0.0, phase.params.tune.target_recall - phase.params.watch.largest_recall_loss)
+        )
+        yield from ivfflat_drift.gates(phase)
+    yield from _relevance_holds(phase)
+    captured = _changes_are_captured(phase)
+    yield from _rows_are_fresh(phase, captured)
+    if captured:
+        yield _queue_is_young(phase)
+    yield _index_is_used(phase, seen, read_whole=read_whole)
+    yield _dead_rows_are_few(phase)
+    yield _index_is_lean(phase, seen)
+    yield _settings_hold(phase, seen)
+    yield _extension_is_sound(phase)
+    yield from application_settings.check(phase.connection, phase.params)
+
+
+def last_look(phase: Phase) -> Table:
+    """What the look before this one saw."""
+    last = phase.ledger.latest("watch") or {}
+    shown = [(key, value) for key, value in last.items() if key in ("at", "scans", "bytes", "route", "calls")]
+    verdicts = list(last.get("verdicts", {}).values())
+    counts = [(verdict, verdicts.count(verdict)) for verdict in sorted(set(verdicts))]
+    return Table(("last look", ""), [*shown, *counts] or [("none yet", "")])
+
+
+def _seen(phase: Phase) -> dict[str, Any]:
+    """Counters and settings as they are before this look adds to them."""
+    p = phase.params
+    oids = [row["oid"] for row in vector_indexes(phase.connection, p)]
+    asked = {"oids": oids, "schema": p.target.schema_, "function": p.function_name}
+    row = db.one(phase.connection, SQL["scans"], p, **asked)
+    if replica.is_given(p):
+        # Each server counts its own reads.
+        with replica.connect(phase, "scans") as connection:
+            there = db.one(connection, SQL["scans"], p, **asked)
+        known = [r["calls"] for r in (row, there) if r["calls"] is not None]
+        row |= {"scans": row["scans"] + there["scans"], "calls": sum(known) if known else None}
+    state = search_function.function_state(phase)
+    return {
+        **row,
+        "route": search_function.current_route(phase)[0] if state else None,
+        "settings": sorted(state["settings"] or []) if state else [],
+        "source": state["source"] if state else None,
+    }
+
+
+def _table(phase: Phase) -> str:
+    return f"{phase.params.target.schema_}.{phase.params.target.table}"
+
+
+def _route_is_as_set(phase: Phase) -> Gate:
+    """A route that somebody moved past the runbook shows here."""
+    set_to = phase.ledger.latest("route")
+    expected = (set_to["route"], set_to["share_percent"]) if set_to else ("legacy", 0)
+    found = search_function.current_route(phase) if search_function.function_state(phase) else None
+    return gate(
+        "watch.route_is_as_set",
+        found == expected,
+        phase.params.target.name,
+        found=f"{found[0]} at {found[1]} %" if found else "no search function",
+        needed=f"{expected[0]} at {expected[1]} %, as the ledger has it",
+        danger="reads go where nobody has judged them",
+        do="run 90_cut_over again, or undo/10_reads_to_legacy; both write down what they do",
+    )
+
+
+def _recall_holds(phase: Phase) -> Gate:
+    """Recall on other queries at every look, and on rows that are in the table now."""
+    p = phase.params
+    chosen = random.Random(phase.run_id)  # noqa: S311 - a sample, not a secret
+    queries = relevance_measures.read_queries(p)
+    queries = chosen.sample(queries, min(p.watch.queries, len(queries)))
+    rows = _some_rows(phase)
+    asked = [*queries, *(Query(f"row {row['key']}", "") for row in rows)]
+    vectors = np.array([*embedding.query_vectors(p, queries), *(as_array(row["embedding"]) for row in rows)])
+    found = index_recall.as_the_application(phase, asked, vectors)
+    needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
+    shown, least = apart(found, needed, score)
+    return gate(
+        "watch.recall_holds",
+        at_least(found, needed),
+        _table(phase),
+        found=f"recall@{p.queries.k} {shown} on {len(queries)} queries and {len(rows)} rows",
+        needed=f"{least}, the target less watch.largest_recall_loss",
+        danger="the index hides answers that exact search finds",
+        do="run 70_tune again; if a higher setting does not reach it, build the index anew",
+        figures={"recall": found, "queries": len(queries), "rows": len(rows)},
+    )
+
+
+def _recall_holds_by_filter(phase: Phase) -> Iterator[Gate]:
+    """The same for each class of filters that 70_tune chose a way for, values drawn anew, by the function itself."""
+    p = phase.params
+    if not p.target.filters or search_function.function_state(phase) is None:
+        return
+    chosen = random.Random(f"{phase.run_id} filters")  # noqa: S311 - a sample, not a secret
+    found = tuned_recall.strategy_classes(phase, chosen)
+    queries = relevance_measures.read_queries(p)
+    queries = chosen.sample(queries, min(p.watch.queries, len(queries)))
+    vectors = embedding.query_vectors(p, queries)
+    questions = [tuned_recall.Question(q.text, v) for q, v in zip(queries, vectors, strict=True)]
+    questions += [tuned_recall.Question("", as_array(row["embedding"]), row["key"]) for row in _some_rows(phase)]
+    needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
+    for now in tuned_recall.measure(phase, found, questions) if found else []:
+        shown, least = apart(now.recall, needed, score)
+        yield gate(
+            "watch.recall_holds_by_filter",
+            at_least(now.recall, needed),
+            f"{now.of} ({', '.join(now.of.shown())})",
+            found=f"recall@{p.queries.k} {shown} on {now.questions} questions, {now.short} short of rows",
+            needed=f"{least}, the target less watch.largest_recall_loss",
+            danger="searches with this filter hide answers that exact search finds",
+            do="run 70_tune again, which measures this filter as the table is now",
+            figures={"recall": now.recall, "questions": now.questions, "short": now.short},
+        )
+
+
+def _some_rows(phase: Phase) -> list[db.Row]:
+    wanted = phase.params.watch.queries
+    with replica.connect(phase, "rows") as connection:
+        register_vector(connection)
+        return connection.execute(
+            SQL["some_vectors"].compose(names(phase.params) | {"looked_at": _sampled(phase)}),
+            {"n": wanted, "percent": _percent(phase, wanted * ROWS_A_SAMPLE)},
+        ).fetchall()
+
+
+def _sampled(phase: Phase) -> sql.Composed:
+    return SQL["sampled"].compose(names(phase.params))
+
+
+def _percent(phase: Phase, wanted: int) -> float:
+    """The share of the pages that holds about so many rows."""
+    return min(100.0, 100.0 * wanted / max(row_counts.of(phase.connection, phase.params).n, 1))
+
+
+def _relevance_holds(phase: Phase) -> Iterator[Gate]:
+    """Relevance of the route now against what 80_shadow recorded, on the same queries; nothing without judgements."""
+    p = phase.params
+    route = p.cut_over.route
+    recorded = (phase.ledger.latest("shadow") or {}).get("per_query", {}).get(route, {})
+    marks = comparison.judgements(phase)
+    known = [q for q in relevance_measures.read_queries(p) if q.query_id in recorded and q.query_id in marks]
+    queries = relevance_measures.sample(known, p.watch.judged)
+    if not queries:
+        return
+    statement = search_function.route_statement(phase.connection, p, route)
+    with explain.as_the_application(phase) as connection:
+        vectors = embedding.query_vectors(p, queries)
+        got = search_function.ask(connection, p, statement, queries, vectors, comparison.JUDGED_DEPTH)
+    now = relevance_measures.relevance(got.keys, {q.query_id: marks[q.query_id] for q in queries}).per_query
+    pair = relevance_measures.paired({q.query_id: recorded[q.query_id] for q in queries}, now)
+    shown, least = apart(pair.difference, -p.watch.largest_relevance_loss, change)
+    yield gate(
+        "watch.relevance_holds",
+        at_least(pair.difference, -p.watch.largest_relevance_loss),
+        route,
+        found=f"nDCG@10 {shown} since 80_shadow ({pair.low:+.3f} to {pair.high:+.3f},"
+        f" p = {pair.p_value:.2g}) on {pair.queries} judged queries",
+        needed=f"at least {least}",
+        danger="users find less than on the day of the cut-over",
+        do="look for missing and stale rows above; if there are none, judge what was added since, and run 80_shadow",
+        figures=vars(pair),
+    )
+
+
+def _changes_are_captured(phase: Phase) -> bool:
+    """False once operate/80_retire_legacy has removed the capture, for texts that never change any more."""
+    p = phase.params
+    return bool(db.one(phase.connection, SQL["captured"], p, queue=spelled(p, "queue"))["there"])
+
+
+def _rows_are_fresh(phase: Phase, captured: bool) -> Iterator[Gate]:
+    """Counted over the texts as they are now; on a large table over a sample of its pages, and then it says so."""
+    p = phase.params
+    there = row_counts.of(phase.connection, p).n
+    whole = there <= p.watch.count_up_to_rows
+    looked_at = sql.SQL("true") if whole else _sampled(phase)
+    found = phase.connection.execute(
+        SQL["freshness"].compose(
+            names(p) | {"looked_at": looked_at} | ({} if captured else {"queue": SQL["no_queue"].compose(names(p))})
+        ),
+        {"percent": _percent(phase, p.watch.count_up_to_rows)},
+    ).fetchone()
+    assert found is not None
+    sample = "" if whole else f" in a sample of about {number(there)}"
+    missing = f"of {number(found['with_text'])} rows with text{sample} lack a vector"
+    stale = f"of {number(found['with_vector'])} rows with a vector{sample} have that of an older text"
+    for kind, what, danger in (
+        ("missing", missing, "the new search never finds these rows"),
+        ("stale", stale, "the new search ranks these rows by words they no longer hold"),
+    ):
+        yield gate(
+            f"watch.nothing_is_{kind}",
+            found[kind] == 0,
+            _table(phase),
+            found=f"{number(found[kind])} {what} and are not queued",
+            needed="0",
+            danger=danger,
+            do="look whether the capture triggers are enabled, then run 40_load_embeddings and 50_backfill",
+            figures={kind: found[kind], "looked_at": found["looked_at"], "whole_table": whole},
+        )
+
+
+def _queue_is_young(phase: Phase) -> Gate:
+    found = db.one(phase.connection, SQL["queue"], phase.params)
+    limit = phase.params.watch.oldest_queued_s
+    oldest, longest = apart(found["oldest_s"], limit, thresholds.duration)
+    return gate(
+        "watch.queue_is_young",
+        found["oldest_s"] <= limit,
+        spelled(phase.params, "queue"),
+        found=f"{number(found['changes'])} changes wait" + (f", the oldest for {oldest}" if found["changes"] else ""),
+        needed=f"none for longer than {longest}",
+        danger="changed rows are found by their old words, new ones not at all",
+        do="run operate/10_refresh, and see that it is scheduled",
+        figures=found,
+    )
+
+
+def _index_is_used(phase: Phase, seen: dict[str, Any], *, read_whole: bool = False) -> Gate:
+    """Fails where calls were made and no scan was, or where a day has gone by without any.
+
+    read_whole: the table is so small that PostgreSQL reads it whole, and rightly.
+    """
+    last = phase.ledger.latest("watch")
+    scans = seen["scans"] - last["scans"] if last else seen["scans"]
+    calls = (
+        seen["calls"] - last["calls"] if last and seen["calls"] is not None and last["calls"] is not None else None
+    )
+    idle = last is not None and seen["at_s"] - last["at_s"] > DAY_S
+    since = f" since {last['at'][:16]}" if last else " so far; this is the first look"
+    return gate(
+        "watch.index_is_used",
+        scans > 0 or read_whole or seen["route"] in (None, "legacy") or not (idle or calls),
+        phase.params.function_name,
+        found=f"{number(scans)} index scans{since}"
+        + (f", {number(calls)} calls" if calls is not None else "")
+        + ("; a table so small is read whole" if read_whole else ""),
+        needed="scans wherever there are calls, and some every day",
+        danger="the reads do not go where the route says: every write pays for an index that no search uses",
+        do="look at explain's gates above, and at whether the application calls the function",
+        figures={"scans": scans, "calls": calls},
+    )
+
+
+def _dead_rows_are_few(phase: Phase) -> Gate:
+    found = db.one(phase.connection, SQL["size"], phase.params, table=spelled(phase.params, "vectors"))
+    together = found["live"] + found["dead"]
+    percent = 100 * found["dead"] / together if together else 0.0
+    limit = phase.params.watch.dead_rows_percent
+    shown, most = apart(percent, limit, plain)
+    return gate(
+        "watch.dead_rows_are_few",
+        at_most(percent, limit) or together < FEWEST_ROWS_FOR_DEAD,
+        spelled(phase.params, "vectors"),
+        found=f"{number(found['dead'])} dead rows, {shown} % of all",
+        needed=f"at most {most} %",
+        danger="an index scan spends its candidates on dead rows, and returns fewer than were asked for",
+        do=f"VACUUM (ANALYZE) {spelled(phase.params, 'vectors')}, and look at what keeps autovacuum from it",
+        figures={"dead": found["dead"], "live": found["live"]},
+    )
+
+
+def _index_is_lean(phase: Phase, seen: dict[str, Any]) -> Gate:
+    there = row_counts.of(phase.connection, phase.params, "vectors").n
+    expected = max(forecast.forecast(there, phase.params).index_bytes, SMALLEST_FORECAST_BYTES)
+    limit = phase.params.watch.index_growth
+    times, most = apart(seen["bytes"] / expected, limit, plain)
+    return gate(
+        "watch.index_is_lean",
+        at_most(seen["bytes"] / expected, limit),
+        spelled(phase.params, "vectors"),
+        found=f"{size(seen['bytes'])}, {times} × the forecast of {number(there)} rows",
+        needed=f"at most {most} ×",
+        danger="searches read pages of rows that are gone, and the index no longer fits where it did",
+        do="build the index anew, concurrently: operate's rebuild, or undo/20_remove_index and 60_build_index",
+        figures={"bytes": seen["bytes"], "forecast_bytes": expected},
+    )
+
+
+def _settings_hold(phase: Phase, seen: dict[str, Any]) -> Gate:
+    """The function is as it was when the reads were moved, or at the first look after it was tuned again."""
+    before = _standing(phase)
+    was = sorted(before["settings"] or []) if before else seen["settings"]
+    changed = [s for s in seen["settings"] if s not in was] + [f"no {s}" for s in was if s not in seen["settings"]]
+    same_source = before is None or before["source"] == seen["source"]
+    return gate(
+        "watch.settings_hold",
+        not changed and same_source,
+        phase.params.function_name,
+        found=("; ".join(changed) if changed else "the settings that were chosen")
+        + ("" if same_source else "; its source was changed"),
+        needed="; ".join(s for s in was if not s.startswith("search_path")) or "no settings",
+        danger="the application searches with another setting than the one that was measured",
+        do="run 70_tune again, which measures and sets it; find out who changed it in pg_stat_statements or the log",
+        figures={"changed": len(changed)},
+    )
+
+
+def _standing(phase: Phase) -> dict[str, Any] | None:
+    """The function's settings and source as they are meant to be; None where it was tuned after they were noted."""
+    if not phase.ledger.exists():
+        return None
+    standing, tuning = (
+        next(iter(db.rows(phase.ledger.connection, LEDGER_SQL["latest"], phase.params, kind=kind, phase=None)), None)
+        for kind in ("standing", "tuning")
+    )
+    if standing is None or (tuning is not None and tuning["seq"] > standing["seq"]):
+        return None
+    return dict(standing["body"])
+
+
+def _extension_is_sound(phase: Phase) -> Gate:
+    """Judged by what is in use here: what a later release mends of the other index method is no fault of this one."""
+    rows = db.rows(phase.connection, SQL["extension"], phase.params)
+    installed = rows[0]["version"] if rows else None
+    refused, told = (
+        versions.faults_in_use(installed, phase.params.index.method, is_32_bit=rows[0]["is_32_bit"])
+        if installed
+        else ([], [])
+    )
+    return gate(
+        "watch.extension_has_no_known_fault",
+        installed is not None and not refused,
+        "vector",
+        found=(installed or "not installed")
+        + (f"; update it at a quiet time, later releases mend {'; '.join(told)}" if told else ""),
+        needed=f"a release without a security fault that matters here and {versions.RELEASES[-1].version} mends",
+        danger="; ".join(refused) or "there is nothing to search with",
+        do="install the server's package of the newer release, then ALTER EXTENSION vector UPDATE",
+        figures={"faults": len(refused), "mended_later": len(told)},
+    )

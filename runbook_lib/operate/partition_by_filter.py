@@ -1,0 +1,390 @@
+"""An ordinary table becomes a partitioned one while it is in use: made beside, filled, kept level, swapped.
+
+After the swap the queue runs the other way, so that the ordinary table can be brought level and take its place again
+without losing a row. What serves and what stands beside is read from the catalogue; run again, it goes on from there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runbook_lib.backfill import online_copy, partitioned_twin
+from runbook_lib.backfill.partitioned_twin import PARTS, WHOLE, Standing, catalogue, spelled_beside, standing
+from runbook_lib.benchmark import partition_proof
+from runbook_lib.core import db, row_counts
+from runbook_lib.core.display import Table, duration, number
+from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.names import spelled, vectors_stand_beside
+from runbook_lib.core.phase import Phase, changes
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import policies
+from runbook_lib.sql import load
+
+SQL = load("partitioning")
+
+SHOWN_NAMES = 8
+
+
+def check(phase: Phase) -> Gates:
+    """Before anything is changed: what divides the table, what cannot come along, and what its key becomes."""
+    found = standing(phase)
+    gates = [_column_is_named(phase), _table_is_ordinary(phase, found)]
+    if found.serves == "r" and phase.params.partitioning.column:
+        gates += [_nothing_in_the_way(phase), *_key_gates(phase)]
+    return collect(gates)
+
+
+def _subject(phase: Phase) -> str:
+    return f"{phase.params.target.schema_}.{phase.params.target.table}"
+
+
+def _column_is_named(phase: Phase) -> Gate:
+    column = phase.params.partitioning.column
+    return gate(
+        "partitioning.column_is_named",
+        bool(column),
+        _subject(phase),
+        found=f"{column}, by {phase.params.partitioning.method}" if column else "no column",
+        needed="one of target.filters",
+        danger="nothing says how to divide the table",
+        do="name partitioning.column",
+    )
+
+
+def _table_is_ordinary(phase: Phase, found: Standing) -> Gate:
+    beside = vectors_stand_beside(phase.params)
+    clash = found.serves == "r" and found.whole
+    foreign = found.serves == "p" and not found.begun and not phase.ledger.latest("partition swap")
+    return gate(
+        "partitioning.table_can_be_divided",
+        not beside and not clash and not foreign and found.serves in ("r", "p"),
+        _subject(phase),
+        found="the vectors stand in a table of their own"
+        if beside
+        else f"{spelled_beside(phase.params, WHOLE)} is there already"
+        if clash
+        else "partitioned, not by this operation"
+        if foreign
+        else str(found),
+        needed="an ordinary table that holds its vectors, or one that this operation works on",
+        danger="the vectors would stay undivided, or a table of somebody else's would be taken for ours",
+        do="bring the vectors into the table, or move the other table out of the way",
+    )
+
+
+def _nothing_in_the_way(phase: Phase) -> Gate:
+    found = [f"{row['what']} {row['name']}" for row in catalogue(phase, "in_the_way")]
+    more = f" and {len(found) - SHOWN_NAMES} more" if len(found) > SHOWN_NAMES else ""
+    return gate(
+        "partitioning.nothing_is_in_the_way",
+        not found,
+        _subject(phase),
+        found="; ".join(found[:SHOWN_NAMES]) + more if found else "nothing that cannot be carried over",
+        needed="nothing that holds the table by its identity, and no uniqueness that partitions cannot keep",
+        danger="it would stay with the old table, or the partitioned one cannot have it",
+        do="drop what is named and make it again after the swap, where a partitioned table can have it",
+        figures={"in_the_way": found},
+    )
+
+
+def _key_gates(phase: Phase) -> list[Gate]:
+    p = phase.params
+    column = str(p.partitioning.column)
+    key = catalogue(phase, "key", column=column)[0]
+    alone = key["primary_key"] == [p.target.key]
+    accepted = p.partitioning.accept_wider_key or column == p.target.key
+    return [
+        gate(
+            "partitioning.key_can_be_widened",
+            alone and bool(key["not_null"]),
+            _subject(phase),
+            found=f"primary key {', '.join(key['primary_key'] or ['none'])}; {column}"
+            + (" is NOT NULL" if key["not_null"] else " may be NULL"),
+            needed=f"primary key {p.target.key}, and {column} NOT NULL",
+            danger="the primary key of a partitioned table holds the column that divides it, which is never NULL",
+            do=f"make {column} NOT NULL: a CHECK ({column} IS NOT NULL) NOT VALID, then VALIDATE, then SET NOT NULL",
+        ),
+        gate(
+            "partitioning.wider_key_is_accepted",
+            accepted,
+            _subject(phase),
+            found=f"partitioning.accept_wider_key: {str(p.partitioning.accept_wider_key).lower()}",
+            needed=f"true: the primary key becomes ({p.target.key}, {column})",
+            danger=f"two rows of different {column} may then have one {p.target.key}; PostgreSQL refuses"
+            f" ON CONFLICT ({p.target.key}) and foreign keys to {p.target.key} alone",
+            do="look for both in the application, then set partitioning.accept_wider_key: true",
+        ),
+    ]
+
+
+def expected(phase: Phase) -> Table:
+    """The partitions that will be made, or that there are."""
+    return partitioned_twin.expected(phase)
+
+
+def shown(phase: Phase) -> Table:
+    """Where the move stands, and how many changes wait."""
+    found = standing(phase)
+    rows: list[tuple[str, Any]] = [("now", str(found))]
+    if found.begun:
+        copying = partitioned_twin.move(phase).row(phase.connection, SQL["copying"])
+        waiting = online_copy.queued(partitioned_twin.move(phase), phase.connection, online_copy.MOST_KEYS)
+        rows += [("rows copied", number(copying["rows"])), ("all of them", bool(copying["copied"]))]
+        rows += [("changes that wait", f"{number(waiting)}{' or more' if waiting == online_copy.MOST_KEYS else ''}")]
+    return Table(("", ""), rows)
+
+
+def _begin(phase: Phase) -> list[db.Statement]:
+    """What is left to make before the first row is copied."""
+    found, p = standing(phase), phase.params
+    extra = partitioned_twin.move(phase).extra
+    todo = [] if found.begun else [db.statement(SQL[b], p, extra) for b in ("create_queue", "create_capture")]
+    todo += [] if found.parts else [partitioned_twin.create_table(phase)]
+    triggers = db.rows(phase.connection, SQL["capturing"], p, table=spelled(p, "table"), name=_trigger(phase))
+    return todo + ([] if triggers else [db.statement(SQL["create_triggers"], p, extra)])
+
+
+def _trigger(phase: Phase) -> str:
+    return spelled(phase.params, "move_trigger").strip('"')
+
+
+def building_plan(phase: Phase) -> db.Plan:
+    """What is left to do beside the table: nothing of it keeps anybody waiting."""
+    found, p = standing(phase), phase.params
+    if found.serves == "p":
+        return db.Plan((), phase.connection)
+    extra = partitioned_twin.move(phase).extra
+    copied = found.begun and partitioned_twin.move(phase).row(phase.connection, SQL["copying"])["copied"]
+    copy = [] if copied else [db.statement(SQL["copy_batch"], p, extra, rows=p.backfill.batch_rows)]
+    return db.Plan(
+        (*_begin(phase), *copy, *partitioned_twin.missing_indexes(phase), _analyze(phase)), phase.connection
+    )
+
+
+def _analyze(phase: Phase) -> db.Statement:
+    return db.statement(SQL["analyze"], phase.params, {"parts": partitioned_twin.beside(phase.params, PARTS)})
+
+
+def swapping_plan(phase: Phase) -> db.Plan:
+    """The swap; nothing where the partitioned table serves."""
+    todo = () if standing(phase).serves == "p" else (partitioned_twin.swap_statement(phase),)
+    return db.Plan(todo, phase.connection)
+
+
+def plan(phase: Phase) -> db.Plan:
+    """All of it: the partitioned table made, filled and indexed beside, then swapped in."""
+    return db.Plan((*building_plan(phase), *swapping_plan(phase)), phase.connection)
+
+
+@changes
+def apply(phase: Phase) -> Table:
+    """Makes, fills and indexes the partitioned table beside, and brings it level; what serves stays as it is."""
+    todo = building_plan(phase)
+    if not phase.execute:
+        return phase.carry_out(todo)
+    if standing(phase).serves == "p":
+        return shown(phase)
+    if not any("before" in m for m in partition_proof.remembered(phase).values()):
+        partition_proof.measure(phase, "before")
+    rows: list[tuple[str, Any]] = []
+    for statement in _begin(phase):
+        rows.append((statement.purpose, round(phase.do(statement).seconds, 3)))
+    move = partitioned_twin.move(phase)
+    total = row_counts.of(phase.connection, phase.params).n
+    rows.append(("Rows copied", number(online_copy.copy(move, total))))
+    for statement in [*partitioned_twin.missing_indexes(phase), _analyze(phase)]:
+        # Not concurrently: nobody reads it. Its session has the memory and the workers of a build all the same.
+        rows.append(
+            (f"{statement.purpose} ({statement.name})", round(vector_index.concurrently(phase, statement).seconds, 2))
+        )
+    rows.append(("Changes applied since", number(online_copy.catch_up(move))))
+    return Table(("what", "seconds, or rows"), rows)
+
+
+def verify_copy(phase: Phase) -> Gates:
+    """Before the swap: every row is there as it is, but for those that wait in the queue, and every index is."""
+    if standing(phase).serves == "p":
+        return collect([rows_are_equal(phase)] if standing(phase).whole else [_is_divided(phase)])
+    missing = [s.text(phase.connection).split(" ON ")[0] for s in partitioned_twin.missing_indexes(phase)]
+    return collect(
+        [
+            rows_are_equal(phase),
+            gate(
+                "partitioning.indexes_are_there",
+                not missing,
+                spelled_beside(phase.params, PARTS),
+                found="; ".join(missing) or "each index of the table",
+                needed="each index of the table",
+                danger="searches would read whole partitions from the swap on",
+                do="run 75_partition_by_filter again with execute: true",
+            ),
+        ]
+    )
+
+
+def rows_are_equal(phase: Phase) -> Gate:
+    """Every row of both tables, byte by byte, in one snapshot; what waits in the queue is on its way."""
+    move = partitioned_twin.move(phase)
+    with online_copy.session(phase) as connection:
+        d = move.row(connection, SQL["differences"])
+    wrong = d["lacking"] + d["extra"] + d["different"]
+    return gate(
+        "partitioning.every_row_is_in_both",
+        d["rows"] > 0 and not wrong,
+        f"{_subject(phase)} and {move.extra['beside'].as_string()}".replace("%%", "%"),
+        found=f"{number(d['rows'])} rows compared, {d['lacking']} lacking, {d['extra']} too many,"
+        f" {d['different']} different",
+        needed="every row in both, byte by byte, but for changes that wait in the queue",
+        danger="rows would be lost, or come back, with the change of names",
+        do="take the partitioned table away (75_partition_by_filter --undo), begin anew, report what differs",
+        figures=dict(d),
+    )
+
+
+@changes
+def swap(phase: Phase) -> Table:
+    """Puts the partitioned table into the place of the ordinary one; everybody waits for the last changes."""
+    todo = swapping_plan(phase)
+    if not phase.execute or not todo.statements:
+        return phase.carry_out(todo)
+    return _swap(phase)
+
+
+def _swap(phase: Phase) -> Table:
+    statement = partitioned_twin.swap_statement(phase)
+    done = online_copy.swap(partitioned_twin.move(phase), statement)
+    figures = {
+        "name": statement.name,
+        "seconds": round(done.seconds, 4),
+        "drained": done.drained,
+        "tries": done.tries,
+    }
+    phase.note("partition swap", figures)
+    return Table(
+        ("what", "under the lock", "changes in it", "tries"),
+        [(statement.purpose, duration(done.seconds), done.drained, done.tries)],
+    )
+
+
+def verify(phase: Phase) -> Gates:
+    """The partitioned table serves with every row and index; a search reads one partition and finds as much."""
+    found = standing(phase)
+    gates = [_is_divided(phase)]
+    if found.serves != "p":
+        return collect(gates)
+    others = [spelled_beside(phase.params, WHOLE)] if found.whole else []
+    if found.whole:
+        gates.append(rows_are_equal(phase))
+    if phase.params.partitioning.method == "list":
+        gates.append(partition_proof.function_reads_one_partition(phase, others))
+    partition_proof.measure(phase, "after")
+    return collect([*gates, *partition_proof.finds_as_much(phase)])
+
+
+def _is_divided(phase: Phase) -> Gate:
+    p = phase.params
+    row = catalogue(phase, "partitioned_by", relation=spelled(p, "table"))[0]
+    wanted = f"{p.partitioning.method.upper()} ("
+    how = row["how"] or "not at all"
+    by_it = how.startswith(wanted) and str(p.partitioning.column) in how
+    return gate(
+        "partitioning.table_is_divided",
+        by_it and row["partitions"] > 1,
+        _subject(phase),
+        found=f"{how}, {row['partitions']} partitions, {row['indexes']} valid indexes",
+        needed=f"{p.partitioning.method.upper()} ({p.partitioning.column})",
+        danger="searches read the rows of every value",
+        do="run 75_partition_by_filter again with execute: true",
+        figures={"partitions": row["partitions"], "indexes": row["indexes"]},
+    )
+
+
+def keep_level(phase: Phase) -> Table:
+    """Brings the ordinary table level after the swap, so that the way back stays short."""
+    if not phase.execute or not standing(phase).swapped:
+        return shown(phase)
+    applied = online_copy.catch_up(partitioned_twin.move(phase))
+    return Table(("what", "rows"), [("Changes applied to the ordinary table", number(applied))])
+
+
+def _taking_away(phase: Phase) -> list[db.Statement]:
+    extra = partitioned_twin.move(phase).extra | {"parts": partitioned_twin.beside(phase.params, PARTS)}
+    return [db.statement(SQL[b], phase.params, extra) for b in ("drop_triggers", "drop_table", "drop_queue")]
+
+
+def check_undo(phase: Phase) -> Gates:
+    """Before the way back: the ordinary table is still there."""
+    found = standing(phase)
+    return collect(
+        [
+            gate(
+                "partitioning.ordinary_table_is_kept",
+                not found.retired,
+                _subject(phase),
+                found=str(found),
+                needed="the ordinary table, serving or kept beside",
+                danger="nothing is left to go back to: nothing was changed",
+                do="leave it partitioned; nothing but a copy by hand makes one table of it again",
+            ),
+            *policies.kept_table_is_as_open(phase.connection, phase.params),
+        ]
+    )
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """The ordinary table back in its place where it is still there, and the partitioned one dropped."""
+    found = standing(phase)
+    if found.retired or not (found.begun or found.parts or found.swapped):
+        return db.Plan((), phase.connection)
+    back = [partitioned_twin.swap_statement(phase)] if found.swapped else []
+    return db.Plan((*back, *_taking_away(phase)), phase.connection)
+
+
+@changes
+def undo(phase: Phase) -> Table:
+    """Carries out the way back: changes since the swap are applied first, and every row is compared before the drop.
+
+    Raises GateFailed where a row differs; both tables are then left as they are.
+    """
+    todo = undo_plan(phase)
+    if not phase.execute or not todo.statements:
+        return phase.carry_out(todo)
+    rows: list[tuple[Any, ...]] = []
+    if standing(phase).swapped:
+        rows += [(row[0], row[1]) for row in _swap(phase).rows]
+        phase.prove(lambda p: collect([rows_are_equal(p)]))
+    rows += [(s.purpose, duration(phase.do(s).seconds)) for s in _taking_away(phase)]
+    return Table(("what", "took"), rows)
+
+
+def verify_undone(phase: Phase) -> Gates:
+    """The ordinary table serves, and nothing of this operation stands beside it."""
+    found = standing(phase)
+    return collect(
+        [
+            gate(
+                "partitioning.is_taken_back",
+                found == Standing("r", False, False, False),
+                _subject(phase),
+                found=str(found),
+                needed="the ordinary table, and nothing beside it",
+                danger="every write would be queued for a table that nobody reads",
+                do="run `runbook operate PARAMS 75_partition_by_filter --undo --execute` again",
+            )
+        ]
+    )
+
+
+def retire_plan(phase: Phase) -> db.Plan:
+    """Capture, ordinary table and queue dropped; from here on there is no way back."""
+    if not standing(phase).swapped:
+        return db.Plan((), phase.connection)
+    extra = partitioned_twin.move(phase).extra | {"whole": partitioned_twin.beside(phase.params, WHOLE)}
+    blocks = ("drop_triggers", "drop_whole", "drop_queue")
+    return db.Plan(tuple(db.statement(SQL[b], phase.params, extra) for b in blocks), phase.connection)
+
+
+@changes
+def retire(phase: Phase) -> Table:
+    """Drops the ordinary table, once nobody wants it back."""
+    return phase.carry_out(retire_plan(phase))

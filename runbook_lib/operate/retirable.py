@@ -1,0 +1,293 @@
+"""What of the legacy search may be retired: its indexes, found and shown; and whether the time has come."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from psycopg import sql
+
+from runbook_lib.benchmark import explain, legacy_usage, relevance_measures
+from runbook_lib.benchmark.replica import is_given
+from runbook_lib.core import db, session
+from runbook_lib.core.display import Table, duration, size
+from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.names import spelled
+from runbook_lib.core.phase import Phase
+from runbook_lib.embeddings import embedding
+from runbook_lib.indexes import vector_index
+from runbook_lib.search import search_function
+from runbook_lib.sql import load
+
+SQL = load("retire")
+
+# Operator classes that serve LIKE, similarity and full text, and nothing else that an application asks of a table.
+SEARCH_CLASSES = frozenset(
+    {"gin_trgm_ops", "gist_trgm_ops", "tsvector_ops", "gin_bigm_ops"}
+    | {"text_pattern_ops", "varchar_pattern_ops", "bpchar_pattern_ops"}
+)
+# Rows on which the build of an index is timed.
+TIMED_ROWS = 20_000
+# What the ledger calls what was retired.
+KIND = "retired"
+
+
+@dataclass(frozen=True)
+class Found:
+    """An index of the table. held: why it cannot be retired, empty where it can."""
+
+    name: str
+    definition: str
+    comment: str | None
+    bytes: int
+    valid: bool
+    columns: tuple[str, ...]
+    classes: frozenset[str]
+    held: str
+
+    @property
+    def is_of_a_search(self) -> bool:
+        return bool(self.classes & SEARCH_CLASSES)
+
+    def as_data(self) -> dict[str, Any]:
+        """For the ledger: what undo needs."""
+        return {"name": self.name, "definition": self.definition, "comment": self.comment, "bytes": self.bytes}
+
+
+def table_name(phase: Phase) -> str:
+    """The table as messages name it."""
+    return f"{phase.params.target.schema_}.{phase.params.target.table}"
+
+
+def standing(phase: Phase) -> list[Found]:
+    """The table's indexes but the vector indexes, valid or not, each with its definition spelt whole."""
+    with session.fixed_path(phase.connection):
+        rows = db.rows(phase.connection, SQL["indexes"], phase.params, table=spelled(phase.params, "table"))
+    return [
+        Found(
+            r["name"],
+            r["definition"],
+            r["comment"],
+            r["bytes"],
+            r["valid"],
+            tuple(sorted(r["columns"])),
+            frozenset(r["operator_classes"]),
+            _held(r),
+        )
+        for r in rows
+    ]
+
+
+def _held(row: db.Row) -> str:
+    reasons = {
+        "is_unique": "keeps values unique",
+        "is_of_a_constraint": "carries a constraint",
+        "is_replica_identity": "is the replica identity",
+        "is_clustered": "orders CLUSTER",
+        "is_partitioned": "is on a partitioned table, and cannot be dropped concurrently",
+        "in_a_tablespace": "lies in a tablespace of its own, which its definition does not say",
+    }
+    return ", ".join(text for name, text in reasons.items() if row[name])
+
+
+def was_retired(phase: Phase) -> dict[str, Any]:
+    """What is retired by the ledger: indexes with their definitions, capture, full-text column; empty if nothing."""
+    last = phase.ledger.latest(KIND) or {}
+    return {} if last.get("undone") else last
+
+
+def chosen(phase: Phase) -> list[Found]:
+    """The indexes to retire that are there: those named, or those that only a legacy search can have read."""
+    named = set(phase.params.retire.indexes) or None
+    begun = {i["name"] for i in was_retired(phase).get("indexes", [])}
+    return [
+        f
+        for f in standing(phase)
+        if f.name in begun or (f.name in named if named else not f.held and _found(phase, f))
+    ]
+
+
+def _found(phase: Phase, f: Found) -> bool:
+    p = phase.params
+    if not f.is_of_a_search or (_is_hybrid(phase) and "tsvector_ops" in f.classes):
+        return False
+    searched = {*p.target.text_columns, p.search.fulltext_column}
+    return "tsvector_ops" in f.classes or set(f.columns) <= searched
+
+
+def _is_hybrid(phase: Phase) -> bool:
+    return search_function.function_state(phase) is not None and search_function.current_route(phase)[0] == "hybrid"
+
+
+def shown(phase: Phase) -> Table:
+    """The indexes to retire: what each is, its size, and how long it would take to build it again."""
+    rows = int(db.one(phase.connection, vector_index.SQL["rows"], phase.params)["rows"])
+    return Table.of(
+        (
+            {
+                "index": f.name,
+                "definition": f.definition,
+                "size": size(f.bytes),
+                "to build it again": f"about {duration(rebuild_seconds(phase, f, rows))}",
+            }
+            for f in chosen(phase)
+        ),
+        f"what would go, {size(sum(f.bytes for f in chosen(phase)))} in all; build times scaled from a sample",
+    )
+
+
+def rebuild_seconds(phase: Phase, found: Found, rows: int) -> float:
+    """Seconds to build an index again: timed on some rows, in a table of this session's own, and scaled to all."""
+    percent = min(100.0, 200.0 * TIMED_ROWS / max(rows, 1))
+    table = re.escape(found.definition.split(" USING ")[0].rsplit(" ON ", 1)[1])
+    of_sample = re.sub(rf" ON {table} USING ", " ON pg_temp.runbook_sample USING ", found.definition, count=1)
+    with db.rolled_back(phase.connection):
+        parts = {"percent": sql.Literal(percent), "rows": sql.Literal(TIMED_ROWS)}
+        made = db.statement(SQL["sample"], phase.params, parts)
+        sampled = phase.connection.execute(made.query, {}).rowcount
+        started = time.perf_counter()
+        phase.connection.execute(of_sample.encode())
+        seconds = time.perf_counter() - started
+    return seconds * max(rows, 1) / max(sampled, 1)
+
+
+def check(phase: Phase) -> Gates:
+    """Looks, writes the look down, and says whether the legacy search may go."""
+    now = legacy_usage.look(phase)
+    before = legacy_usage.earlier(phase, now)
+    legacy_usage.note(phase, now)
+    found = chosen(phase)
+    return collect(
+        [
+            _indexes_can_go(phase, found),
+            _reads_have_left(phase),
+            *legacy_usage.gates(phase, now, before, [f.name for f in found]),
+            _every_server_was_looked_at(phase),
+            _new_route_does_without(phase, found),
+            *_column_can_go(phase),
+        ]
+    )
+
+
+def _indexes_can_go(phase: Phase, found: Sequence[Found]) -> Gate:
+    gone = {i["name"] for i in was_retired(phase).get("indexes", [])}
+    unknown = set(phase.params.retire.indexes) - {f.name for f in found} - gone
+    held = [f"{f.name} {f.held}" for f in found if f.held]
+    wrong = [*(f"{name} is no index of this table" for name in sorted(unknown)), *held]
+    return gate(
+        "retire.indexes_can_go",
+        not wrong,
+        table_name(phase),
+        found="; ".join(wrong) or ", ".join(f.name for f in found) or "no index is left that only legacy reads",
+        needed="indexes of this table that carry no constraint, and that their definition alone brings back",
+        danger="more would go than a search, or the way back would not lead to what is there now",
+        do="mend retire.indexes; with an empty list the runbook looks for them itself",
+        figures={"indexes": [f.name for f in found], "bytes": sum(f.bytes for f in found)},
+    )
+
+
+def _reads_have_left(phase: Phase) -> Gate:
+    days = phase.params.retire.unused_days
+    row = db.one(phase.connection, search_function.SQL["current_route"], phase.params)
+    since: datetime = row["changed_at"]
+    left = row["route"] != "legacy" and row["share_percent"] == 100
+    from_then = since + timedelta(days=days)
+    return gate(
+        "retire.reads_have_left_legacy",
+        left and from_then <= row["now"],
+        phase.params.target.name,
+        found=f"{row['route']} at {row['share_percent']} % since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC",
+        needed=f"vector or hybrid at 100 % for {days:g} days",
+        danger="the reads may yet have to go back, and without its indexes legacy is no way back",
+        do=f"run this again from {from_then.astimezone(UTC):%Y-%m-%d %H:%M} UTC on"
+        if left
+        else "run 90_cut_over with execute: true first",
+    )
+
+
+def _every_server_was_looked_at(phase: Phase) -> Gate:
+    p = phase.params
+    standbys = db.one(phase.connection, SQL["standbys"], p)["standbys"]
+    unseen = max(0, standbys - is_given(p))
+    return gate(
+        "retire.every_server_was_looked_at",
+        True if not unseen or p.retire.accept_unseen_standbys else None,
+        "standbys of this server",
+        found=f"{standbys} connected, {unseen} of them not looked at"
+        + (", accepted by retire.accept_unseen_standbys" if unseen and p.retire.accept_unseen_standbys else ""),
+        needed="the counters of each server that takes reads",
+        danger="what is read on a standby is counted there alone; its searches would read the whole table",
+        do="name the standby that takes reads in search.read_dsn_env, or, where they take none, set"
+        " retire.accept_unseen_standbys: true in the open",
+        figures={"standbys": standbys, "unseen": unseen},
+    )
+
+
+def _new_route_does_without(phase: Phase, found: Sequence[Found]) -> Gate:
+    """PostgreSQL has no invisible indexes, so the plan is asked; and hybrid needs its full-text index at any size."""
+    p = phase.params
+    route = search_function.current_route(phase)[0]
+    read = _read_by(phase, route) if route != "legacy" else set[str]()
+    hybrid = [f.name for f in found if route == "hybrid" and "tsvector_ops" in f.classes]
+    needed = sorted({f.name for f in found if f.name in read} | set(hybrid))
+    wanted = p.search.fulltext_column if route == "hybrid" and p.retire.drop_fulltext_column else None
+    column = [wanted] if wanted else []
+    return gate(
+        "retire.new_route_does_without_them",
+        not needed and not column,
+        f"{p.function_name}, route {route}",
+        found=f"it needs {', '.join([*needed, *column])}" if needed or column else "its plan reads none of them",
+        needed="none of what is to go",
+        danger="every search would read the whole table",
+        do="take them out of retire.indexes" if needed else "set retire.drop_fulltext_column: false",
+        figures={"read": sorted(read)},
+    )
+
+
+def _read_by(phase: Phase, route: Any) -> set[str]:
+    """The indexes that the route's plan reads, for the first query of the sample."""
+    p = phase.params
+    queries = relevance_measures.sample(relevance_measures.read_queries(p), 1)
+    statement = search_function.route_statement(phase.connection, p, route)
+    values: dict[str, Any] = dict.fromkeys(p.target.filters) | {"query": queries[0].text, "k": p.queries.k}
+    values["embedding"] = [float(x) for x in embedding.query_vectors(p, queries)[0]]
+    with explain.as_the_application(phase) as connection:
+        explained = sql.SQL("EXPLAIN (FORMAT JSON) {}").format(statement)
+        row = connection.execute(explained, values, prepare=False).fetchone()
+    return set(re.findall(r'"Index Name": "([^"]+)"', json.dumps(row["QUERY PLAN"] if row else [])))
+
+
+def _column_can_go(phase: Phase) -> Iterator[Gate]:
+    p = phase.params
+    if not p.retire.drop_fulltext_column or not column_is_there(phase):
+        return
+    made = generated(phase)
+    yield gate(
+        "retire.column_can_be_made_again",
+        made is not None,
+        f"{p.search.fulltext_column} of {table_name(phase)}",
+        found=f"generated from {made['expression']}" if made else "written by the application or a trigger",
+        needed="a generated column, whose expression brings it back",
+        danger="its content would be lost",
+        do="set retire.drop_fulltext_column: false",
+    )
+
+
+def generated(phase: Phase) -> db.Row | None:
+    """Type and expression of the full-text column; None where PostgreSQL does not make it."""
+    p = phase.params
+    found = db.rows(phase.connection, SQL["generated"], p, table=spelled(p, "table"), column=p.search.fulltext_column)
+    return found[0] if found else None
+
+
+def column_is_there(phase: Phase) -> bool:
+    """Has the table its full-text column?"""
+    p = phase.params
+    column = p.search.fulltext_column
+    there = db.one(phase.connection, SQL["column_is_there"], p, table=spelled(p, "table"), column=column)["there"]
+    return bool(there)

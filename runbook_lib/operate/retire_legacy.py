@@ -1,0 +1,242 @@
+"""Operate 80: the legacy search retired, once nobody has used it for long enough: its indexes, its branch, its disk.
+
+Afterwards reads cannot go back to it by mistake, since without its indexes it reads the whole table: the route is
+kept from it by a constraint. The way back builds the indexes again, from the definitions in the ledger, first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from runbook_lib.benchmark import relevance_measures
+from runbook_lib.core import db
+from runbook_lib.core.display import Table, number, size
+from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.names import identifier, spelled, verbatim
+from runbook_lib.core.phase import Phase, changes
+from runbook_lib.embeddings import embedding
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import expand_schema
+from runbook_lib.operate import retirable
+from runbook_lib.operate.retirable import check as check
+from runbook_lib.operate.retirable import shown as shown
+from runbook_lib.search import search_function
+from runbook_lib.sql import load
+
+SQL = load("retire")
+
+ASKED = 10
+CREATE_INDEX = re.compile(r"^CREATE( UNIQUE)? INDEX ")
+
+
+def _named(phase: Phase, block: str, **extra: sql.Composable) -> db.Statement:
+    p = phase.params
+    fulltext = {"fulltext": identifier(p.search.fulltext_column or "")}
+    own = {"retired": identifier(search_function.retired_constraint(p))}
+    return db.statement(SQL[block], p, fulltext | own | extra)
+
+
+def _drop(phase: Phase, name: str) -> db.Statement:
+    return _named(phase, "drop_index", index_to_drop=identifier(phase.params.target.schema_, name))
+
+
+def plan(phase: Phase) -> db.Plan:
+    """The route kept from legacy, the function without it, then each index; capture and column where asked for."""
+    keep = () if search_function.legacy_is_retired(phase) else (_named(phase, "keep_reads"),)
+    function = (
+        ()
+        if not keep and search_function.is_as_planned(phase)
+        else (search_function.create_statement(phase, retired=True),)
+    )
+    drops = [_drop(phase, f.name) for f in retirable.chosen(phase)]
+    capture = expand_schema.undo_capture_plan(phase) if phase.params.retire.remove_capture else ()
+    wants_column = phase.params.retire.drop_fulltext_column and retirable.column_is_there(phase)
+    column = (_named(phase, "drop_column"),) if wants_column else ()
+    return db.Plan((*keep, *function, *drops, *capture, *column), phase.connection)
+
+
+@changes
+def apply(phase: Phase) -> Table:
+    """Retires it, statement by statement; interrupted anywhere, the next run goes on.
+
+    What is to go is written down before the first of it goes: the way back relies on that.
+    """
+    todo = plan(phase)
+    if not phase.execute:
+        return phase.carry_out(todo)
+    if todo.statements:
+        phase.note(retirable.KIND, _to_go(phase))
+    return _carried_out(phase, todo)
+
+
+def _to_go(phase: Phase) -> dict[str, Any]:
+    """All that is retired once this plan is carried out, with what an earlier run took away."""
+    was = retirable.was_retired(phase)
+    now = {f.name: f.as_data() for f in retirable.chosen(phase)}
+    # The definition that was written down first is the one of a whole index, with its size.
+    indexes = now | {i["name"]: i for i in was.get("indexes", [])}
+    made = retirable.generated(phase) if phase.params.retire.drop_fulltext_column else None
+    return {
+        "indexes": list(indexes.values()),
+        "capture": bool(was.get("capture")) or phase.params.retire.remove_capture,
+        "column": {k: made[k] for k in ("type", "expression")} if made else was.get("column"),
+    }
+
+
+def _carried_out(phase: Phase, todo: db.Plan) -> Table:
+    concurrently = (SQL["drop_index"].name, SQL["create_index"].name)
+    rows = [
+        (
+            s.purpose,
+            s.lock or "none",
+            round((vector_index.concurrently(phase, s) if s.name in concurrently else phase.do(s)).seconds, 3),
+        )
+        for s in todo
+    ]
+    return Table(("what", "lock", "seconds"), rows)
+
+
+def verify(phase: Phase) -> Gates:
+    """The indexes are gone, their disk is given back, and no call can reach the legacy search."""
+    return collect([_indexes_are_gone(phase), _route_cannot_go_back(phase), _function_answers_without(phase)])
+
+
+def _indexes_are_gone(phase: Phase) -> Gate:
+    retired = retirable.was_retired(phase).get("indexes", [])
+    there = {f.name: f.valid for f in retirable.standing(phase)}
+    left = [i["name"] + ("" if there[i["name"]] else " (invalid)") for i in retired if i["name"] in there]
+    given = sum(i["bytes"] for i in retired if i["name"] not in there)
+    return gate(
+        "retire.indexes_are_gone",
+        not left,
+        retirable.table_name(phase),
+        found=f"{', '.join(left)} still there"
+        if left
+        else f"{len(retired)} indexes gone, {size(given)} given back: {', '.join(i['name'] for i in retired)}",
+        needed="none of what was retired",
+        danger="every write still pays for it; a drop that timed out leaves an index that no search can use",
+        do="run 80_retire_legacy again with execute: true",
+        figures={"given_back_bytes": given, "left": len(left)},
+    )
+
+
+def _route_cannot_go_back(phase: Phase) -> Gate:
+    """Tries it, in a transaction that is rolled back."""
+    refused = ""
+    with db.rolled_back(phase.connection):
+        try:
+            with phase.connection.transaction():
+                moved = db.statement(search_function.SQL["move_route"], phase.params, route="legacy", share_percent=0)
+                phase.connection.execute(moved.query, moved.values)
+        except psycopg.errors.CheckViolation as error:
+            refused = error.diag.constraint_name or "a constraint"
+    return gate(
+        "retire.route_cannot_go_back_by_mistake",
+        bool(refused),
+        spelled(phase.params, "route"),
+        found=f"moving it is refused by {refused}" if refused else "the row can be set to legacy",
+        needed="refused, until the indexes are there again",
+        danger="one UPDATE would send every search through the whole table",
+        do="run 80_retire_legacy again with execute: true",
+    )
+
+
+def _function_answers_without(phase: Phase) -> Gate:
+    p = phase.params
+    queries = relevance_measures.sample(relevance_measures.read_queries(p), ASKED)
+    route = search_function.current_route(phase)[0]
+    call = search_function.call_statement(p)
+    answers = search_function.ask(
+        phase.connection, p, call, queries, embedding.query_vectors(p, queries), p.queries.k
+    )
+    by_new = answers.answered_by(route)
+    try:
+        with phase.connection.transaction(force_rollback=True):
+            search_function.ask(phase.connection, p, call, queries[:1], None, p.queries.k)
+        refused = False
+    except psycopg.errors.FeatureNotSupported:
+        refused = True
+    return gate(
+        "retire.function_answers_without_legacy",
+        by_new == len(queries) and refused,
+        p.function_name,
+        found=f"{by_new} of {len(queries)} calls answered by {route}; a call without a vector is"
+        + (" refused" if refused else " answered by legacy"),
+        needed=f"all by {route}, and a call without a vector refused",
+        danger="a call would read the whole table, unnoticed",
+        do="run 80_retire_legacy again with execute: true",
+        figures={"calls": len(queries), "by_new_route": by_new},
+    )
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """What was retired made again: column and indexes first, then the function with its legacy branch, the route."""
+    was = retirable.was_retired(phase)
+    statements: list[db.Statement] = []
+    if was.get("column") and not retirable.column_is_there(phase):
+        made = was["column"]
+        parts = {"column_type": verbatim(made["type"]), "expression": verbatim(made["expression"])}
+        statements.append(_named(phase, "add_column", **parts))
+    there = {f.name: f.valid for f in retirable.standing(phase)}
+    for retired in was.get("indexes", []):
+        if not there.get(retired["name"], False):
+            leftover = [_drop(phase, retired["name"])] if retired["name"] in there else []
+            statements += [*leftover, *_build(phase, retired)]
+    if search_function.legacy_is_retired(phase):
+        statements += [search_function.create_statement(phase, retired=False), _named(phase, "let_reads_back")]
+    if was.get("capture"):
+        statements += expand_schema.plan(phase)
+    return db.Plan(tuple(statements), phase.connection)
+
+
+def _build(phase: Phase, retired: dict[str, Any]) -> Iterator[db.Statement]:
+    definition = CREATE_INDEX.sub(r"CREATE\1 INDEX CONCURRENTLY ", retired["definition"])
+    build = _named(phase, "create_index", definition=verbatim(definition))
+    was = f"{retired['name']}, {size(retired['bytes'])} when it was dropped"
+    yield replace(build, purpose=f"{build.purpose.removesuffix('.')}: {was}.")
+    if retired["comment"]:
+        name = identifier(phase.params.target.schema_, retired["name"])
+        comment = sql.Literal(retired["comment"]).as_string()
+        yield _named(phase, "comment_on_index", commented=name, comment=verbatim(comment))
+
+
+@changes
+def undo(phase: Phase) -> Table:
+    """Carries out the way back; reads stay where they are until undo/10_reads_to_legacy moves them."""
+    todo = undo_plan(phase)
+    if not phase.execute or not todo.statements:
+        return phase.carry_out(todo)
+    was = retirable.was_retired(phase)
+    done = _carried_out(phase, todo)
+    phase.note(retirable.KIND, {**was, "undone": True})
+    return done
+
+
+def verify_undone(phase: Phase) -> Gates:
+    """Every index that was retired is there again as it was, and reads can go back."""
+    noted = phase.ledger.latest_standing(retirable.KIND, "80_retire_legacy") or {}
+    retired = noted.get("indexes", [])
+    there = {f.name: f for f in retirable.standing(phase) if f.valid}
+    right = [i["name"] for i in retired if i["name"] in there and there[i["name"]].definition == i["definition"]]
+    wrong = [f"{i['name']} is not as it was" for i in retired if i["name"] not in right]
+    if search_function.legacy_is_retired(phase):
+        wrong.append("the route is kept from it")
+    return collect(
+        [
+            gate(
+                "retire.legacy_is_back",
+                not wrong,
+                retirable.table_name(phase),
+                found="; ".join(wrong) or f"{number(len(right))} indexes as they were, and the route can go back",
+                needed="every index as its definition in the ledger says, and no constraint on the route",
+                danger="legacy would read the whole table",
+                do="run `runbook operate PARAMS 80_retire_legacy --undo --execute` again",
+            )
+        ]
+    )

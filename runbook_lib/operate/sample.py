@@ -1,0 +1,268 @@
+"""What one sample costs: loaded, moved and indexed by the runbook's own statements, and measured on the way."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+import psycopg
+from psycopg import sql
+
+from runbook_lib.core import db, versions
+from runbook_lib.core.names import identifier, names, spelled
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.session import register_vector
+from runbook_lib.embeddings.sources import Vectors, as_array
+from runbook_lib.indexes import forecast, vector_index
+from runbook_lib.migrate import backfill, expand_schema, load_embeddings
+from runbook_lib.migrate.load_embeddings import Batch
+from runbook_lib.operate.rehearsal_schema import SEED, Place, timeout
+from runbook_lib.sql import load
+
+SQL = load("rehearse")
+
+NO_LONGER_FITS = re.compile(r"no longer fits into maintenance_work_mem after (\d+) tuples")
+# The build that shows what a row takes gets this share of what the formula says, so that it runs out.
+SHORT_MEMORY = 0.7
+# WAL that others write meanwhile is estimated by a look of this length beforehand.
+LOOK_AT_OTHERS_S = 0.5
+# An IVFFlat list of fewer rows than this says little about one of the whole table.
+LEAST_ROWS_A_LIST = 10
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a sample took. rows: copied; vectors: of them with text, and so with a vector. Bytes and seconds.
+
+    vectors_from: where the vectors came from (column, staging, random) and how many. lists: None for HNSW.
+    memory_bytes_a_row: of an HNSW build, where the sample was large enough to make one run out.
+    """
+
+    rows: int
+    vectors: int
+    vectors_from: dict[str, int]
+    load_seconds: float
+    load_wal_bytes: int
+    staging_bytes: int
+    strategy: str
+    hot_share: float
+    backfill_seconds: float
+    backfill_wal_bytes: int
+    table_growth_bytes: int
+    build_seconds: float
+    build_wal_bytes: int
+    index_bytes: int
+    lists: int | None
+    memory_bytes_a_row: float | None
+    notices: tuple[str, ...]
+    others_wal_bytes_per_s: float
+    left_out: tuple[str, ...]
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for the ledger."""
+        return asdict(self)
+
+
+def measure(source: Phase, place: Place, lists: int | None, *, memory: bool) -> Sample:
+    """Carries the migration out on the sample, from the columns to the index, and says what it took.
+
+    source: the target, which is asked for vectors that it has already. lists: those of the whole table, for IVFFlat.
+    memory: build once more with too little memory first, to see what a row takes.
+    """
+    phase = place.phase
+    # The phases print a line a statement, which would tell a reader of the rehearsal nothing.
+    with redirect_stdout(io.StringIO()):
+        expand_schema.apply(phase)
+        others = _wal_of_others(phase.connection)
+        before = _wal(phase.connection)
+        seconds, came_from = _load(source, phase)
+        load_wal = _wal(phase.connection) - before
+        staged = _bytes(phase, "staging")
+        backfill.move_staged(phase)
+    moved = phase.ledger.latest("backfill") or {}
+    pauses = sum(p["seconds"] for p in moved["pauses"])
+    moving = max(moved["seconds"] - pauses, 0.0)
+    vectors = sum(came_from.values())
+    fitting = None if lists is None else max(1, min(lists, vectors // LEAST_ROWS_A_LIST))
+    a_row = _memory_a_row(phase, vectors) if memory and fitting is None else None
+    built = _build(phase, fitting)
+    return Sample(
+        rows=place.rows,
+        vectors=vectors,
+        vectors_from=dict(came_from),
+        load_seconds=seconds,
+        load_wal_bytes=_less(load_wal, others, seconds),
+        staging_bytes=staged,
+        strategy=moved["strategy"],
+        hot_share=moved["hot_share"],
+        backfill_seconds=moving,
+        backfill_wal_bytes=_less(moved["wal_bytes"], others, moved["seconds"]),
+        table_growth_bytes=moved["table_growth_bytes"],
+        build_seconds=built.seconds,
+        build_wal_bytes=_less(built.wal_bytes, others, built.seconds),
+        index_bytes=built.bytes,
+        lists=fitting,
+        memory_bytes_a_row=a_row,
+        notices=tuple(built.notices),
+        others_wal_bytes_per_s=round(others, 1),
+        left_out=tuple(place.left_out),
+    )
+
+
+def _wal(connection: db.Connection) -> int:
+    row = connection.execute(SQL["wal"].compose({})).fetchone()
+    return int(row["bytes"]) if row else 0
+
+
+def _wal_of_others(connection: db.Connection) -> float:
+    """Bytes a second that the rest of the server writes just now."""
+    before, started = _wal(connection), time.perf_counter()
+    time.sleep(LOOK_AT_OTHERS_S)
+    return (_wal(connection) - before) / (time.perf_counter() - started)
+
+
+def _less(wal_bytes: float, others: float, seconds: float) -> int:
+    return max(0, round(wal_bytes - others * seconds))
+
+
+def _bytes(phase: Phase, name: str) -> int:
+    found = db.one(phase.connection, SQL["relation_bytes"], phase.params, relation=spelled(phase.params, name))
+    return int(found["bytes"])
+
+
+def _load(source: Phase, phase: Phase) -> tuple[float, Counter[str]]:
+    """Stages a vector for each row with text, as 40_load_embeddings does; seconds of the COPY, and their origins."""
+    register_vector(phase.connection)
+    kind, seconds = load_embeddings.key_type(phase), 0.0
+    wells, came_from = _wells(source), Counter[str]()
+    numbers = np.random.default_rng(SEED)
+    for page in _pages(phase):
+        keys = [r["key"] for r in page]
+        vectors = random_vectors(numbers, len(keys), phase.params.vector.dimension)
+        left = {key: i for i, key in enumerate(keys)}
+        for name, query in wells:
+            for row in source.connection.execute(query, {"keys": list(left)}).fetchall():
+                vectors[left.pop(row["key"])] = as_array(row["embedding"])
+                came_from[name] += 1
+        came_from["random"] += len(left)
+        started = time.perf_counter()
+        load_embeddings.copy(phase, Batch(keys, [r["text_hash"] for r in page], vectors), kind)
+        seconds += time.perf_counter() - started
+    return seconds, +came_from
+
+
+def _pages(phase: Phase) -> Iterator[Sequence[db.Row]]:
+    """The sample's rows with text, in key order."""
+    after, last = sql.SQL("true"), None
+    while True:
+        query = SQL["page"].compose(names(phase.params) | {"after": after})
+        values = {"last": last, "batch_rows": phase.params.embeddings.rows_a_batch}
+        page = phase.connection.execute(query, values).fetchall()
+        if not page:
+            return
+        yield page
+        last = page[-1]["key"]
+        after = sql.SQL("t.{} > %(last)s").format(names(phase.params)["key"])  # type: ignore[assignment]
+
+
+def random_vectors(numbers: np.random.Generator, rows: int, dimension: int) -> Vectors:
+    """Unit vectors in every direction alike, shape (rows, dimension), float32.
+
+    They lie farther apart than those of texts, so a search while the graph is built goes through more of it.
+    """
+    made = numbers.standard_normal((rows, dimension), dtype=np.float32)
+    return cast(Vectors, made / np.linalg.norm(made, axis=1, keepdims=True))
+
+
+def _wells(source: Phase) -> list[tuple[str, sql.Composed]]:
+    """Queries for vectors that the target has already: in their column, or staged."""
+    p, n = source.params, names(source.params)
+    offered = (
+        ("column", "vectors", p.vector.column, n["key"], n["embedding"]),
+        ("staging", "staging", "embedding", identifier("key"), identifier("embedding")),
+    )
+    found = []
+    for name, relation, column, key, vector in offered:
+        at = {"relation": spelled(p, relation), "column": column}
+        if db.one(source.connection, SQL["has_column"], p, **at)["there"]:
+            parts = {"source": n[relation], "source_key": key, "source_vector": vector}
+            found.append((name, SQL["vectors_of"].compose(n | parts)))
+    if found:
+        register_vector(source.connection)
+    return found
+
+
+@dataclass(frozen=True)
+class _Built:
+    seconds: float
+    wal_bytes: int
+    bytes: int
+    notices: list[str]
+
+
+def _statement(phase: Phase, lists: int | None) -> sql.SQL:
+    """The runbook's own build without CONCURRENTLY: nobody else uses the sample, and it need not wait for anybody."""
+    other = {} if lists is None else {"lists": sql.Literal(lists)}
+    text = vector_index.build_statement(phase, other).query.as_string(phase.connection)
+    return sql.SQL(text.replace("INDEX CONCURRENTLY", "INDEX", 1))
+
+
+def _settings(phase: Phase, memory: str, workers: int) -> None:
+    values = {"memory": memory, "workers": str(workers), "timeout": timeout(phase.params)}
+    phase.connection.execute(SQL["build_settings"].compose({}), values)
+
+
+def _build(phase: Phase, lists: int | None) -> _Built:
+    i, notices = phase.params.index, list[str]()
+    _settings(phase, f"{i.maintenance_work_mem_mb}MB", i.parallel_workers)
+
+    def note(diagnostic: psycopg.errors.Diagnostic) -> None:
+        notices.append(diagnostic.message_primary or "")
+
+    phase.connection.add_notice_handler(note)
+    before, started = _wal(phase.connection), time.perf_counter()
+    try:
+        phase.connection.execute(_statement(phase, lists), {})
+    finally:
+        phase.connection.remove_notice_handler(note)
+    seconds = time.perf_counter() - started
+    found = vector_index.state(phase)
+    return _Built(seconds, _wal(phase.connection) - before, found["bytes"] if found else 0, notices)
+
+
+def _memory_a_row(phase: Phase, vectors: int) -> float | None:
+    """Bytes that a row takes while an HNSW index is built: a build with too little memory says after how many rows
+    it ran out, and is cancelled there. None where the sample does not fill one block of memory.
+    """
+    p = phase.params
+    a_row = forecast.hnsw_build_bytes_per_row(p.index.m, p.vector.dimension, p.indexed_type)
+    blocks = int(vectors * a_row * SHORT_MEMORY / forecast.HNSW_BLOCK)
+    if not blocks:
+        return None
+    after: list[int] = []
+
+    def end(diagnostic: psycopg.errors.Diagnostic) -> None:
+        if found := NO_LONGER_FITS.search(diagnostic.message_primary or ""):
+            after.append(int(found[1]))
+            phase.connection.cancel()
+
+    # With whole blocks, all of them are full when it runs out.
+    asked = blocks + versions.hnsw_blocks_held_back(phase.connection.info.server_version)
+    _settings(phase, f"{asked * forecast.HNSW_BLOCK // 1024}kB", 0)
+    phase.connection.add_notice_handler(end)
+    try:
+        with phase.connection.transaction(force_rollback=True):
+            phase.connection.execute(_statement(phase, None), {})
+    except psycopg.errors.QueryCanceled:
+        # By ourselves, as soon as it ran out; a timeout leaves `after` empty.
+        pass
+    finally:
+        phase.connection.remove_notice_handler(end)
+    return blocks * forecast.HNSW_BLOCK / after[0] if after else None

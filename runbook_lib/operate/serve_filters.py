@@ -1,0 +1,370 @@
+"""Vector indexes of their own for filter values that are searched badly: measured, built, used or taken back.
+
+The search function plans its inner statement anew in each call, with the value as a constant, so the planner knows
+that a partial index holds every row that is asked for. What sends a value to its index is its row in the strategy
+table; the function itself stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from psycopg import sql
+
+from runbook_lib.benchmark import filter_classes, partial_index_candidates
+from runbook_lib.benchmark.partial_index_candidates import Value
+from runbook_lib.benchmark.prepared import CALLS
+from runbook_lib.benchmark.sweep import Measured
+from runbook_lib.core import db
+from runbook_lib.core.display import Table, size
+from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.names import identifier, spelled, vectors_stand_beside, verbatim
+from runbook_lib.core.phase import Phase, changes
+from runbook_lib.core.thresholds import apart, at_least, plain, score
+from runbook_lib.indexes import forecast, vector_index
+from runbook_lib.indexes.building import none_under_way
+from runbook_lib.indexes.filter_indexes import is_searched_as, is_served, made, remember, remembered, wanted
+from runbook_lib.indexes.filter_indexes import standing as standing
+from runbook_lib.search import search_function
+from runbook_lib.sql import load
+
+SQL = load("filters")
+
+
+def check(phase: Phase) -> Gates:
+    """Before anything is changed: such an index can be made here, the function can use it, its build fits."""
+    p, values = phase.params, list(wanted(phase).values())
+    table = spelled(p, "table")
+    kind = db.one(phase.connection, SQL["table_kind"], p, table=table)
+    beside, partitioned = vectors_stand_beside(p), bool(kind["partitioned"])
+    builds = db.one(phase.connection, SQL["builds_under_way"], p, vectors=spelled(p, "vectors"))["builds"]
+    return collect(
+        [
+            gate(
+                "filters.table_takes_partial_indexes",
+                not beside and not partitioned,
+                f"{p.target.schema_}.{p.target.table}",
+                found="the vectors stand in a table of their own, without the filters"
+                if beside
+                else "partitioned"
+                if partitioned
+                else "an ordinary table that holds vectors and filters",
+                needed="an ordinary table that holds vectors and filters",
+                danger="the condition of an index may name columns of its own table only, and a concurrent build"
+                " takes no partitioned table",
+                do="partition by the filter (75_partition_by_filter), with a vector index on each partition",
+            ),
+            gate(
+                "filters.function_holds_the_query",
+                p.search.mode == "function",
+                p.function_name,
+                found=f"search.mode: {p.search.mode}",
+                needed="search.mode: function, which knows the value when it plans",
+                danger="a statement of the application that binds its filter uses no partial index once its plan is"
+                " generic: every write would pay for an index that no search uses",
+                do="move reads to the search function, or write the value into the application's statement and make"
+                " the index by hand",
+            ),
+            gate(
+                "filters.indexes_are_few",
+                len(values) <= p.filters.most_indexes,
+                ", ".join(dict.fromkeys(v.column for v in values)) or "no value",
+                found=f"{len(values)} values",
+                needed=f"{p.filters.most_indexes} at most",
+                danger="each index takes memory from the others, and planning a search looks at all of them",
+                do="name fewer values in filters.partial_indexes, or partition by it (75_partition_by_filter)",
+            ),
+            none_under_way("filters.no_build_is_under_way", spelled(p, "vectors"), builds),
+            *partial_index_candidates.fits_in_memory(phase, values),
+        ]
+    )
+
+
+def expected(phase: Phase) -> Table:
+    """What each index will cost, before it is built."""
+    return partial_index_candidates.cost_table(phase, list(wanted(phase).values()))
+
+
+def _create(phase: Phase, name: str, value: Value) -> db.Statement:
+    lists = sql.Literal(
+        phase.params.index.lists or forecast.lists_rule(partial_index_candidates.rows_of(phase, [value])[value])
+    )
+    build = vector_index.build_statement(phase, {"index": identifier(name), "lists": lists})
+    literal = verbatim(sql.Literal(value.value).as_string())
+    extra = {"build": build.query, "column": identifier(value.column), "value": literal}
+    return replace(db.statement(SQL["create"], phase.params, extra), values=build.values)
+
+
+def _drop(phase: Phase, name: str) -> db.Statement:
+    qualified = identifier(phase.params.target.schema_, name)
+    return db.statement(SQL["drop"], phase.params, {"partial_index": qualified})
+
+
+def _route(phase: Phase, value: Value, strategy: Mapping[str, Any]) -> list[db.Statement]:
+    """Statements that make the function search this value so."""
+    way = {
+        name: strategy[name] for name in ("scan", "candidates", "iterative_scan", "most_scanned", "recall", "p50_ms")
+    }
+    return [
+        _forget(phase, value),
+        db.statement(
+            search_function.SQL["learn_strategy"],
+            phase.params,
+            filter=value.column,
+            values=[value.value],
+            shares=[strategy["share"]],
+            **way,
+        ),
+    ]
+
+
+def _forget(phase: Phase, value: Value) -> db.Statement:
+    return db.statement(SQL["forget_strategy"], phase.params, filter=value.column, value=value.value)
+
+
+def plan(phase: Phase) -> db.Plan:
+    """What is left over or no longer wanted dropped, after its value is searched as before; then the builds."""
+    values, own = wanted(phase), made(phase)
+    todo: list[db.Statement] = []
+    for name, row in own.items():
+        if name not in values:
+            todo += [*_back(phase, name), _drop(phase, name)]
+        elif not row["usable"]:
+            todo.append(_drop(phase, name))
+    todo += [_create(phase, name, v) for name, v in values.items() if name not in own or not own[name]["usable"]]
+    return db.Plan(tuple(todo), phase.connection)
+
+
+@changes
+def apply(phase: Phase) -> Table:
+    """Measures each value, builds its index, measures again, and sends the function there.
+
+    An index that the function does not use, that misses the target, or that gains too little, is dropped again.
+    """
+    if not phase.execute:
+        return phase.carry_out(plan(phase))
+    values = wanted(phase)
+    for name in made(phase):
+        if name not in values:
+            _take_back(phase, name)
+    todo = {name: v for name, v in values.items() if not is_served(phase, name, v)}
+    shares = {
+        v: n / max(partial_index_candidates.rows_of_table(phase), 1)
+        for v, n in partial_index_candidates.rows_of(phase, list(todo.values())).items()
+    }
+    asked = partial_index_candidates.questions(phase, shares) if todo else {}
+    for name, value in todo.items():
+        _measure_before(phase, name, value, asked[value], shares[value])
+        _build(phase, name, value)
+        _use_or_drop(phase, name, value, partial_index_candidates.cheapest_through_the_index(phase, asked[value]))
+    return shown(phase)
+
+
+def _measure_before(phase: Phase, name: str, value: Value, asked: list[filter_classes.Asked], share: float) -> None:
+    """Written down before the build: a rerun after an interruption would measure with the new index there."""
+    if name in made(phase) and "before" in remembered(phase).get(name, {}):
+        return
+    before = partial_index_candidates.measure_now(phase, value, asked)
+    row = partial_index_candidates.strategy_of(phase, value)
+    remember(
+        phase,
+        name,
+        column=value.column,
+        value=value.value,
+        share=share,
+        strategy=row if row and row["value"] is not None else None,
+        before=partial_index_candidates.as_data(before),
+        served=False,
+    )
+
+
+def _build(phase: Phase, name: str, value: Value) -> None:
+    row = made(phase).get(name)
+    if row and row["usable"]:
+        return
+    if row:
+        vector_index.concurrently(phase, _drop(phase, name))
+    built = vector_index.concurrently(phase, _create(phase, name, value))
+    remember(phase, name, seconds=round(built.seconds, 3), notices=built.notices, bytes=made(phase)[name]["bytes"])
+
+
+def _use_or_drop(phase: Phase, name: str, value: Value, after: Measured) -> None:
+    known = remembered(phase)[name]
+    through = partial_index_candidates.as_data(after) | {"share": known["share"]}
+    change = _route(phase, value, through)
+    scans = partial_index_candidates.scans_by_the_function(phase, value, made(phase)[name]["oid"], change)
+    why_not = _why_not(phase, known["before"], after, scans)
+    if why_not:
+        remember(phase, name, after=through, scans=scans, served=False, why_not=why_not)
+        vector_index.concurrently(phase, _drop(phase, name))
+        return
+    # The ledger first: interrupted between the two, undo finds what to take back and a rerun proves it again.
+    remember(phase, name, after=through, scans=scans, served=True, why_not="")
+    with phase.connection.transaction():
+        for statement in change:
+            phase.do(statement)
+
+
+def _why_not(phase: Phase, before: Mapping[str, Any], after: Measured, scans: int) -> str:
+    """Why an index is not kept; empty where it is."""
+    target, gain = phase.params.tune.target_recall, phase.params.filters.smallest_gain
+    if scans < CALLS:
+        return f"the function uses it in {scans} of {CALLS} calls"
+    if not at_least(after.recall, target) or after.rows_short:
+        recall, _ = apart(after.recall, target, score)
+        return f"recall {recall}, {after.rows_short} questions short of rows"
+    was_good = before["recall"] >= target and not before["rows_short"]
+    times = before["p50_ms"] / max(after.p50_ms, 1e-6)
+    return f"{apart(times, gain, plain)[0]} times as fast as before" if was_good and times < gain else ""
+
+
+def shown(phase: Phase) -> Table:
+    """Before and after, a row a value: recall with its confidence, latency, rows returned, pages."""
+    rows = [
+        (
+            f"{m['column']} = {m['value']}",
+            f"{m['share']:.1%}",
+            when,
+            *partial_index_candidates.figures(m[when]),
+            _verdict(m) if i else "",
+        )
+        for m in remembered(phase).values()
+        for i, when in enumerate(("before", "after"))
+        if when in m
+    ]
+    k = phase.params.queries.k
+    titles = ("value", "rows", "", "way", f"recall@{k}", "rows returned", "p50", "p95", "pages", "")
+    return Table(titles, rows, "The same held-out questions before and after, warm")
+
+
+def _verdict(m: Mapping[str, Any]) -> str:
+    return "served by its index" if m.get("served") else f"dropped again: {m.get('why_not') or 'taken back'}"
+
+
+def verify(phase: Phase) -> Gates:
+    """Each value: its index is whole, the function searches by it, and it does what it was built for."""
+    values = wanted(phase)
+    gates = [g for name, value in values.items() for g in _value_gates(phase, name, value)]
+    return collect([*gates, _nothing_is_left(phase, values)])
+
+
+def _value_gates(phase: Phase, name: str, value: Value) -> list[Gate]:
+    known, row = remembered(phase).get(name, {}), made(phase).get(name)
+    kept = bool(known.get("served"))
+    f, target = phase.params.filters, phase.params.tune.target_recall
+    after = known.get("after")
+    recall, needed = apart(after["recall"] if after else 0.0, target, score)
+    found = f"recall {recall}, p50 {after['p50_ms']:.2f} ms" if after else ""
+    before = f"before recall {known['before']['recall']:.3f}, p50 {known['before']['p50_ms']:.2f} ms" if known else ""
+    gates = [
+        gate(
+            "filters.index_serves_its_value",
+            kept,
+            str(value),
+            found=f"{found}; {before}" + ("" if kept else f"; {_verdict(known)}") if found else "not measured",
+            needed=f"recall {needed}, used in each call, {f.smallest_gain:g} times as fast where it was good before",
+            danger="every write to rows of this value would pay for an index that gains nothing",
+            do="leave the value out of filters, or raise index.m or tune.ef_search; nothing was changed for it",
+            figures={when: known[when] for when in ("before", "after") if when in known},
+        )
+    ]
+    return gates + ([_is_valid(name, value, row), _is_used(phase, name, value, row)] if kept else [])
+
+
+def _is_valid(name: str, value: Value, row: db.Row | None) -> Gate:
+    return gate(
+        "filters.index_is_valid",
+        bool(row and row["usable"]),
+        f"{name} for {value}",
+        found="no such index" if row is None else f"valid, {size(row['bytes'])}" if row["usable"] else "invalid",
+        needed="valid",
+        danger="searches with this value read through the index of all rows, with settings made for this one",
+        do="run 70_serve_filters again with execute: true",
+        figures={"bytes": row["bytes"]} if row else {},
+    )
+
+
+def _is_used(phase: Phase, name: str, value: Value, row: db.Row | None) -> Gate:
+    scans = partial_index_candidates.scans_by_the_function(phase, value, row["oid"]) if row else 0
+    return gate(
+        "filters.function_uses_the_index",
+        scans >= CALLS,
+        f"{phase.params.function_name}, {value}",
+        found=f"{scans} scans of {name} in {CALLS} calls",
+        needed=f"one in each of {CALLS} calls, prepared, half with a custom and half with a generic plan",
+        danger="the index is paid for and not used",
+        do="run ANALYZE on the table; if it comes back: `runbook operate PARAMS 70_serve_filters --undo --execute`",
+        figures={"scans": scans, "calls": CALLS},
+    )
+
+
+def _nothing_is_left(phase: Phase, values: Mapping[str, Value]) -> Gate:
+    left = [name for name, row in made(phase).items() if name not in values or not row["usable"]]
+    return gate(
+        "filters.nothing_is_left",
+        not left,
+        spelled(phase.params, "vectors"),
+        found=", ".join(left) or f"{len(values)} values have an index" if values else "no value calls for an index",
+        needed="no index that is left over or no longer wanted",
+        danger="every write to its rows pays for it",
+        do="run 70_serve_filters again with execute: true",
+    )
+
+
+def _back(phase: Phase, name: str) -> list[db.Statement]:
+    """Statements that make the function search a value as before its index, or exactly where it was tuned since."""
+    known = remembered(phase).get(name)
+    if not known or not known.get("served"):
+        return []
+    value = Value(known["column"], known["value"], "")
+    row = partial_index_candidates.strategy_of(phase, value)
+    if row is None or row["value"] is None or row["scan"] == "exact":
+        return []  # forgotten or tuned again: it needs no index
+    if not is_searched_as(row, known):
+        # What was measured with the index says nothing without it, and exact is never wrong.
+        return _route(phase, value, row | {"scan": "exact", "iterative_scan": "off"})
+    return _route(phase, value, known["strategy"]) if known["strategy"] else [_forget(phase, value)]
+
+
+def _take_back(phase: Phase, name: str) -> list[tuple[str, float]]:
+    """The value searched as before first, its index dropped after; returns purposes and seconds."""
+    with phase.connection.transaction():
+        rows = [(s.purpose, phase.do(s).seconds) for s in _back(phase, name)]
+    if name in remembered(phase):
+        remember(phase, name, served=False)
+    drop = _drop(phase, name)
+    return [*rows, (drop.purpose, round(vector_index.concurrently(phase, drop).seconds, 3))]
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """Every value searched as before, and its index dropped."""
+    todo = [s for name in made(phase) for s in (*_back(phase, name), _drop(phase, name))]
+    return db.Plan(tuple(todo), phase.connection)
+
+
+@changes
+def undo(phase: Phase) -> Table:
+    """Carries out the way back without blocking reads or writes; does nothing where there is no such index."""
+    if not phase.execute:
+        return phase.carry_out(undo_plan(phase))
+    return Table(("what", "seconds"), [row for name in list(made(phase)) for row in _take_back(phase, name)])
+
+
+def verify_undone(phase: Phase) -> Gates:
+    """No index of this operation is left, valid or not."""
+    left = list(made(phase))
+    return collect(
+        [
+            gate(
+                "filters.indexes_are_gone",
+                not left,
+                spelled(phase.params, "vectors"),
+                found=", ".join(left) or "none",
+                needed="none",
+                danger="every write to their rows still pays for them",
+                do="run the way back again; a drop that timed out leaves an invalid index",
+            )
+        ]
+    )

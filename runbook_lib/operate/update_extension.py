@@ -1,0 +1,285 @@
+"""From one release of pgvector to a newer one: the vectors stay, the index is built anew where it must be.
+
+The package on the server is the administrator's to install; the fixes are in its library. What is done here is the
+catalogue's part, the proof that the new library is the one at work, and recall before and after.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from runbook_lib.benchmark import index_recall
+from runbook_lib.core import db, versions
+from runbook_lib.core.display import Table, number
+from runbook_lib.core.gates import BadInput, Gate, Gates, collect, gate
+from runbook_lib.core.names import index_name, spelled
+from runbook_lib.core.phase import Phase, changes
+from runbook_lib.migrate import extension
+from runbook_lib.operate import rebuild_index
+from runbook_lib.sql import load
+
+SQL = load("upgrade")
+SHOWN_SESSIONS = 5
+
+
+def _releases(phase: Phase) -> tuple[str | None, str | None]:
+    """Installed by the catalogue, and wanted: the one asked for, or the one that the server's files offer."""
+    row = db.one(phase.connection, extension.SQL["state"], phase.params)
+    return row["installed"], phase.params.extension.version or row["default_version"]
+
+
+def loaded_release(phase: Phase) -> str | None:
+    """The release of this session's library, where the server says so (PostgreSQL 18); otherwise None."""
+    if not versions.names_loaded_libraries(phase.connection.info.server_version):
+        return None
+    found = db.rows(phase.connection, SQL["loaded"], phase.params)
+    return found[0]["version"] if found else None
+
+
+def check(phase: Phase) -> Gates:
+    """Before anything is changed: both releases are known by their tags."""
+    installed, wanted = _releases(phase)
+    unknown = [v for v in (installed, wanted) if v is None or versions.release(v) is None]
+    return collect(
+        [
+            gate(
+                "upgrade.releases_are_tagged",
+                not unknown,
+                "vector",
+                found=f"from {installed or 'not installed'} to {wanted or 'not available'}"
+                + (f"; not known: {', '.join(str(v) for v in unknown)}" if unknown else ""),
+                needed="two releases whose tags are listed in versions.py",
+                danger="what lies between is not written down, nor whether indexes must be built anew",
+                do=f"install a tagged release, {versions.RELEASES[-1].version} for instance; a newer tag is added to"
+                " RELEASES in versions.py first, with what it fixes",
+            )
+        ]
+    )
+
+
+def why_rebuild(phase: Phase) -> str:
+    """Why the index must be built anew after the update; empty where it need not."""
+    installed, wanted = _releases(phase)
+    safe = versions.VACUUMS_HNSW_SAFELY
+    if phase.params.index.method != "hnsw" or installed is None or versions.at_least(installed, safe):
+        return ""
+    if wanted is None or not versions.at_least(wanted, safe):
+        return ""
+    row = db.one(phase.connection, SQL["vacuums"], phase.params, vectors=spelled(phase.params, "vectors"))
+    since = row["counted_since"]
+    if not row["vacuums"] and since is None:
+        return ""
+    times = f"{number(row['vacuums'])} vacuums counted" + (f" since {since:%Y-%m-%d}" if since else "")
+    faults = "; ".join(f for r in versions.between(installed, safe) for f in r.fixes if "vacuum" in f)
+    return f"{times} under {installed}: {faults}"
+
+
+def plan(phase: Phase) -> db.Plan:
+    """ALTER EXTENSION UPDATE where the catalogue is behind, then the index where it must be built anew.
+
+    Raises BadInput for a release that no known tag carries.
+    """
+    untagged = check(phase).failed
+    if untagged:
+        raise BadInput(untagged)
+    update = tuple(extension.plan(phase))
+    anew = tuple(rebuild_index.plan(phase)) if (update and why_rebuild(phase)) or must_rebuild(phase) else ()
+    return db.Plan((*update, *anew), phase.connection)
+
+
+def brings(phase: Phase) -> Table:
+    """What each release between fixes, and whether the index must be built anew."""
+    found = extension.brings(phase)
+    why = why_rebuild(phase) or _pending(phase)
+    last = ("index", "", "built anew, concurrently" if why else "stays as it is", why)
+    return Table(found.columns, [*found.rows, last], found.caption)
+
+
+@changes
+def measure(phase: Phase) -> Table:
+    """Recall before the update, written down once for each release that the catalogue has named.
+
+    Run this notebook before the server's package is replaced as well: the figures then are of the old library.
+    """
+    if not phase.execute:
+        return Table(("not measured (execute is false)",), [])
+    before = _recall_of(phase, _releases(phase)[0]) or _measure(phase)
+    return Table.of([before], "recall before the update")
+
+
+def _measure(phase: Phase) -> dict[str, Any]:
+    asked = index_recall.questions(phase)
+    others = [s.name for s in rebuild_index.standing(phase) if s.usable and s.role != "current"]
+    found = index_recall.through(phase, asked, index_name(phase.params), others)
+    body = {"catalogue": _releases(phase)[0], "library": loaded_release(phase), **(found.as_data() if found else {})}
+    phase.note("release_recall", body)
+    return body
+
+
+def _recall_of(phase: Phase, release: str | None) -> dict[str, Any] | None:
+    """The last recall that was measured while the catalogue named this release."""
+    bodies = [e["body"] for e in phase.ledger.entries() if e["kind"] == "release_recall"]
+    return next((b for b in reversed(bodies) if b["catalogue"] == release and "recall" in b), None)
+
+
+@changes
+def apply(phase: Phase) -> Table:
+    """Updates the catalogue. No row of the table is touched, no vector made anew."""
+    update = extension.plan(phase)
+    if phase.execute and update.statements:
+        installed, wanted = _releases(phase)
+        body = {"from": installed, "to": wanted, "why_rebuild": why_rebuild(phase), "index": _serving(phase)}
+        # Before the update: after it the catalogue no longer says where it came from.
+        phase.note("upgrade", body)
+    return phase.carry_out(update)
+
+
+def _serving(phase: Phase) -> int | None:
+    return next((s.oid for s in rebuild_index.standing(phase) if s.role == "current"), None)
+
+
+def _pending(phase: Phase) -> str:
+    """Why the last update asks for an index built anew, as long as the index of that time still serves."""
+    last = phase.ledger.latest("upgrade")
+    if not last or not last["why_rebuild"]:
+        return ""
+    return str(last["why_rebuild"]) if last["index"] == _serving(phase) else ""
+
+
+def must_rebuild(phase: Phase) -> bool:
+    """Is the index still to be built anew, or a rebuild half done?"""
+    return bool(_pending(phase)) or any(s.role in ("new", "old") for s in rebuild_index.standing(phase))
+
+
+@changes
+def build_beside(phase: Phase) -> Table:
+    """The new index beside the old one, where the update asks for it; the old one serves on."""
+    if not must_rebuild(phase) and not (not phase.execute and why_rebuild(phase)):
+        return Table(("index",), [("stays as it is",)])
+    return rebuild_index.apply(phase)
+
+
+def verify_new(phase: Phase) -> Gates:
+    """The index built anew, proved before it takes its place; one that stays as it is, present."""
+    return rebuild_index.verify_new(phase) if must_rebuild(phase) else rebuild_index.check(phase)
+
+
+@changes
+def swap(phase: Phase) -> Table:
+    """Puts the new index into its place, where there is one."""
+    if not must_rebuild(phase):
+        return Table(("index",), [("stays as it is",)])
+    return rebuild_index.swap(phase)
+
+
+def verify(phase: Phase) -> Gates:
+    """Catalogue, files and library are of one release, in every session; the index is sound and finds as much."""
+    return extension.verify(phase) + collect(
+        [*_library_is_new(phase), holders(phase), _index_is_sound(phase), _recall_is_kept(phase)]
+    )
+
+
+def _library_is_new(phase: Phase) -> list[Gate]:
+    """On servers that name the libraries that a session has loaded."""
+    loaded, (installed, _) = loaded_release(phase), _releases(phase)
+    if loaded is None:
+        return []
+    return [
+        gate(
+            "upgrade.loaded_library_is_that_release",
+            loaded == installed,
+            "vector.so of this session",
+            found=f"{loaded}, by its own word",
+            needed=str(installed),
+            danger="; ".join(f for r in versions.between(loaded, installed or loaded) for f in r.fixes)
+            or "catalogue and library are of two releases",
+            do="install the server's package of that release; restart the server where shared_preload_libraries"
+            " names vector",
+        )
+    ]
+
+
+def _changed_at(phase: Phase) -> tuple[datetime | None, str]:
+    """When the library's file changed; None, and the role, where this role may not see it."""
+    may = db.one(phase.connection, SQL["may_look_at_files"], phase.params)
+    if not may["may"]:
+        return None, may["role"]
+    found = db.rows(phase.connection, SQL["library_file"], phase.params)
+    return (found[0]["changed_at"] if found else None), may["role"]
+
+
+def holders(phase: Phase) -> Gate:
+    """Sessions that may still have the old library loaded: a process keeps the file that it opened.
+
+    What other sessions have loaded nobody can see from outside; what can be seen is that they began before the file
+    changed. Where that cannot be seen either, every session older than this one may hold it.
+    """
+    changed_at, role = _changed_at(phase)
+    older = db.rows(phase.connection, SQL["older_sessions"], phase.params, changed_at=changed_at)
+    shown = ", ".join(
+        f"pid {s['pid']} ({s['role']}, {s['application'] or 'no name'})" for s in older[:SHOWN_SESSIONS]
+    )
+    more = f" and {len(older) - SHOWN_SESSIONS} more" if older[SHOWN_SESSIONS:] else ""
+    when = f"the library's file changed, {changed_at:%Y-%m-%d %H:%M:%S}" if changed_at else "this one"
+    grants = f"GRANT EXECUTE ON FUNCTION pg_config(), pg_stat_file(text, boolean) TO {role};"
+    return gate(
+        "upgrade.no_session_holds_the_old_library",
+        not older if changed_at or not older else None,
+        "sessions of this database",
+        found=f"{number(len(older))} began before {when}: {shown}{more}" if older else f"all began after {when}",
+        needed="none that began before the library's file changed",
+        danger="they run with the faults of the old library until they reconnect, and write to the same index",
+        do="have them reconnect, or end them: SELECT pg_terminate_backend(<pid>);"
+        + ("" if changed_at else f" to see more, have a superuser run: {grants}"),
+        figures={"sessions": len(older)},
+    )
+
+
+def _index_is_sound(phase: Phase) -> Gate:
+    why = _pending(phase)
+    return gate(
+        "upgrade.index_is_not_of_a_faulty_vacuum",
+        not why,
+        index_name(phase.params),
+        found=why or "built anew since, or never at risk",
+        needed=f"an HNSW index that no release before {versions.VACUUMS_HNSW_SAFELY} has vacuumed",
+        danger="links that were lost then stay lost: the new library does not bring them back",
+        do="run operate/30_update_extension again with execute: true; it builds the index anew beside this one",
+    )
+
+
+def _recall_is_kept(phase: Phase) -> Gate:
+    last = phase.ledger.latest("upgrade")
+    before = _recall_of(phase, last["from"]) if last else None
+    was = (
+        index_recall.Measured(**{k: before[k] for k in index_recall.Measured.__dataclass_fields__})
+        if before
+        else None
+    )
+    now = _measure(phase)
+    measured = {k: now[k] for k in index_recall.Measured.__dataclass_fields__} if "recall" in now else None
+    found = index_recall.Measured(**measured) if measured else None
+    return rebuild_index.recall_gate(phase, "upgrade.recall_is_kept", index_name(phase.params), was, found)
+
+
+def undo_plan(phase: Phase) -> db.Plan:
+    """Nothing: pgvector has no script from a newer release to an older one. :func:`way_back` says what there is."""
+    return db.Plan((), phase.connection)
+
+
+def way_back(phase: Phase) -> Table:
+    """What can be taken back, and who does it."""
+    last = phase.ledger.latest("upgrade") or {"from": "the release before", "to": "this one"}
+    return Table(
+        ("what", "way back"),
+        [
+            ("library", f"the administrator installs the package of {last['from']} and restarts the server"),
+            (
+                "catalogue",
+                f"stays at {last['to']}; from 0.8.0 on the scripts change nothing, so an older library serves it",
+            ),
+            ("index", "stays: every release since 0.5.0 reads it"),
+            ("vectors", "were never touched"),
+        ],
+    )

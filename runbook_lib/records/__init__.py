@@ -1,1 +1,0 @@
-"""What a run leaves for a reviewer, and how it is checked and compared."""

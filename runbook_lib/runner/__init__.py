@@ -1,0 +1,1 @@
+"""A run of notebooks and its record: order, signals, limits, verification, comparison."""

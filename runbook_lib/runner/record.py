@@ -1,0 +1,138 @@
+"""The record of a run, for a reviewer who was not there: HTML pages that need nothing but themselves."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import nbformat
+import psycopg
+from markupsafe import Markup
+from nbconvert import HTMLExporter
+from papermill.execute import ERROR_MARKER_TAG
+from pygments.formatters import HtmlFormatter
+
+from runbook_lib.core import db, plans
+from runbook_lib.core.display import duration, number, size
+from runbook_lib.core.gates import SYMBOLS as GATE_SYMBOLS
+from runbook_lib.core.gates import BadInput
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.params import Params
+from runbook_lib.runner import manifest
+from runbook_lib.runner.manifest import SYMBOLS, Manifest, Status
+from runbook_lib.runner.review import Entry, Record, collect
+
+HEADLINES = {
+    Status.RUNNING: "still running when this page was made",
+    Status.PLANNED: "plan only: nothing was changed",
+    Status.PASSED: "every gate passed",
+    Status.FAILED: "a gate did not pass",
+    Status.WAITING: "waits for approval",
+    Status.INTERRUPTED: "interrupted",
+    Status.CRASHED: "crashed",
+}
+
+
+def write(folder: Path, params: Params, run: Manifest) -> None:
+    """Writes the run's ``ledger.json``, a page a notebook and ``index.html``, and the page of all runs.
+
+    A server that is gone costs the page its ledger, never the page.
+    """
+    notes: list[str] = []
+    entries: list[Entry] = []
+    try:
+        with db.connect(params, "runbook-runner record") as connection:
+            entries = list(Ledger(connection, params, run.run_id, "").entries())
+        content = json.dumps([e for e in entries if e["run_id"] == run.run_id], indent=1, default=str)
+        manifest.write_atomically(folder / "ledger.json", content + "\n")
+    except (BadInput, psycopg.Error) as error:
+        notes.append(f"The ledger could not be read when this page was made: {' '.join(str(error).split())}")
+    entries += plans.read(folder)
+    for phase in run.phases:
+        page = notebook_page(folder / f"{phase.name}.ipynb", run)
+        if page:
+            manifest.write_atomically(folder / f"{phase.name}.html", page)
+    done = [p.name for p in run.phases if (folder / f"{p.name}.html").is_file()]
+    manifest.write_atomically(folder / "index.html", render(collect(run, entries, done, notes)))
+    write_list(folder.parent)
+
+
+def write_list(runs_dir: Path) -> None:
+    """Writes ``index.html`` of all runs, newest first, a section a target."""
+    manifest.write_atomically(runs_dir / "index.html", list_page(runs_dir))
+
+
+def list_page(runs_dir: Path) -> str:
+    """The page of all runs that have ended, as their manifests tell them; one under way gets its page at its end."""
+    ended = (item for item in manifest.all_runs(runs_dir) if item[1].status != Status.RUNNING)
+    runs = sorted(ended, key=lambda item: item[1].table)
+    targets = [(table, list(of)) for table, of in groupby(runs, key=lambda item: item[1].table)]
+    return _templates().get_template("runs.html.j2").render(targets=targets)
+
+
+def render(record: Record) -> str:
+    """The page, self-contained: no script, no address of another server."""
+    return _templates().get_template("record.html.j2").render(r=record, run=record.manifest)
+
+
+def notebook_page(path: Path, run: Manifest) -> str:
+    """An executed notebook as a page of its own; empty where there is none, or only half of one."""
+    try:
+        notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError):
+        return ""
+    # papermill's red banner at the top says less than ours; its mark at the failing cell stays, as the link's end.
+    marked = [i for i, c in enumerate(notebook.cells) if ERROR_MARKER_TAG in c.metadata.get("tags", [])]
+    notebook.cells = [c for i, c in enumerate(notebook.cells) if i not in marked[:-1]]
+    options = {"template_name": "basic", "exclude_input_prompt": True, "exclude_output_prompt": True}
+    exporter = HTMLExporter(**options)  # type: ignore[no-untyped-call]
+    body, _resources = exporter.from_notebook_node(notebook)
+    phase = next((p for p in run.phases if p.name == path.stem), None)
+    page = _templates().get_template("notebook.html.j2")
+    return page.render(run=run, phase=phase, body=Markup(body), stopped_at=bool(marked))  # noqa: S704
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("runbook_lib.runner"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "duration": duration,
+        "number": number,
+        "size": size,
+        "when": _when,
+        "figures": _figures,
+        "json": _json,
+        "shell": shlex.quote,
+    }
+    environment.globals |= {
+        "symbols": dict(SYMBOLS),
+        "gate_symbols": dict(GATE_SYMBOLS),
+        "headlines": dict(HEADLINES),
+        "code_light": Markup(HtmlFormatter(style="default").get_style_defs(".highlight")),  # noqa: S704
+        "code_dark": Markup(HtmlFormatter(style="github-dark").get_style_defs(".highlight")),  # noqa: S704
+    }
+    return environment
+
+
+def _when(iso: str) -> str:
+    return iso.replace("T", " ").removesuffix("+00:00")[:19] + " UTC" if iso else ""
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} = {number(v) if isinstance(v, int | float) else v}" for k, v in figures.items())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)

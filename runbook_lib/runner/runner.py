@@ -1,0 +1,449 @@
+"""Runs the notebooks in order through papermill, and tells the truth about how it ended.
+
+A phase has passed here only if the ledger holds its verdict; everything else is read from what was raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import papermill
+import psycopg
+import tenacity
+
+import runbook_lib
+from runbook_lib import params as params_module
+from runbook_lib.core import claim, db, maintenance_window
+from runbook_lib.core.display import duration, plain
+from runbook_lib.core.gates import BadInput, OutsideWindow
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.redaction import redacted
+from runbook_lib.core.registry import RUNS_BESIDE, waits
+from runbook_lib.params import Params
+from runbook_lib.runner import ending, folders, notify, selection, verify
+from runbook_lib.runner import manifest as manifests
+from runbook_lib.runner.ending import Outcome
+from runbook_lib.runner.manifest import BAD_INPUT, BY_HAND, EXIT_CODES, SYMBOLS, Manifest, PhaseRun, Status
+from runbook_lib.runner.selection import NOTEBOOKS_ENV as NOTEBOOKS_ENV
+from runbook_lib.runner.selection import notebooks as notebooks
+from runbook_lib.runner.stopping import (
+    TIME_LIMIT,
+    Stop,
+    end_sessions,
+    limited_to,
+    quietly,
+    stopped_by_signals,
+    watched,
+)
+from runbook_lib.sql import load
+
+SQL = load("runner")
+
+# The kernel writes its log to our standard error, a traceback when it is interrupted among it; that is not progress.
+QUIET_KERNEL = "--log-level=CRITICAL"
+# What jupyter_client says of a kernel that died before its first cell, and how often one is started.
+NEVER_STARTED, KERNEL_STARTS = "Kernel died before replying to kernel_info", 3
+
+Say = Callable[[str], None]
+
+logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would say, the record says better
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. folder: its record; None where nothing was left to do. error: what stopped it.
+
+    head: hash of the ledger's newest row, to be kept where nobody who can write the ledger can write.
+    """
+
+    status: Status
+    exit_code: int
+    folder: Path | None
+    error: str = ""
+    head: str = ""
+
+
+def run(
+    params_file: str | Path,
+    *,
+    execute: bool,
+    first: str | None = None,
+    last: str | None = None,
+    way: str = "migrate",
+    say: Say | None = None,
+    verbose: bool = False,
+) -> RunResult:
+    """Runs phases ``first`` to ``last`` of ``migrate`` or ``undo``, stopping at the first that does not pass; or one
+    operation, which is both ``first`` and ``last`` of ``operate``, or its way back, of ``undo_operation``.
+
+    With ``execute`` and no ``first``, a migration goes on where the ledger says that it stands; phases proved
+    before are not run again. ``say`` gets the progress, a line a phase; standard error if not given. ``verbose``:
+    as log lines, with time and run id, the beginning of each phase too.
+    Raises BadInput, before anything was started and without a record, for parameters that cannot be worked with.
+    """
+    say = say or _to_standard_error
+    params = params_module.load(params_file)
+    if execute:
+        with db.connect(params, "runbook-runner") as connection:
+            Ledger(connection, params, "", "").bring_up_to_date()
+    selection.check(params, way, first, last)
+    chosen = selection.chosen(params, way, first, last, execute, say)
+    if not chosen:
+        return RunResult(Status.PASSED, EXIT_CODES[Status.PASSED], None)
+    settle_abandoned(params, execute)
+    folder = folders.new_folder(params.record, params.target.name)
+    manifest = first_manifest(folder.name, params, Path(params_file).resolve(), way, execute, chosen)
+    if verbose:
+        say = _stamped(say, folder.name)
+    with stopped_by_signals(params, folder.name) as stop:
+        _save(folder, manifest)
+        say(f"run {folder.name}: {way} {manifest.table}, " + ("carried out" if execute else "plan only"))
+        manifest = _run_claimed(folder, params, manifest, stop, say, verbose)
+        manifest = finish(folder, params, manifest, say)
+        if manifest.head:
+            say(f"the ledger ends with {manifest.head}")
+    folders.prune(params, manifest)
+    assert manifest.exit_code is not None
+    error = next((p.error for p in manifest.phases if p.error), "")
+    if manifest.status == Status.PASSED and manifest.exit_code:
+        error = manifest.notes[-1]
+    return RunResult(Status(manifest.status), manifest.exit_code, folder, error, manifest.head)
+
+
+def settle_abandoned(params: Params, execute: bool) -> None:
+    """Tells the truth about runs whose runner was killed: no one else will, and their record says running.
+
+    A manifest on disk proves nothing: sessions are ended, and rows written, only for a run of which the ledger says
+    that it began here, by that process, and did not end; and never while its runner is still connected.
+    """
+    for folder, old in manifests.abandoned(params.record.runs_dir, params.target.name):
+        settled = manifests.interrupted(old, "the runner was killed; its end was found out by a later run")
+        if not old.execute:
+            _save(folder, settled)
+        elif old.way == BY_HAND:
+            continue  # `runbook lab` and `runbook record` make its record
+        elif execute and _began_and_is_gone(params, old):
+            end_sessions(params, old.run_id)
+            finish(folder, params, settled)
+
+
+def _began_and_is_gone(params: Params, old: Manifest) -> bool:
+    with db.connect(params, "runbook-runner") as connection:
+        entries = Ledger(connection, params, old.run_id, "").entries(old.run_id)
+        noted = [e["body"] for e in entries if e["kind"] in ("run", "record")]
+        began = len(noted) == 1 and noted[0].get("status") == "started"
+        here = began and (noted[0].get("host"), noted[0].get("pid")) == (old.host, old.pid)
+        name = claim.runner_name(old.run_id)
+        return here and not db.one(connection, SQL["is_connected"], params, name=name)["connected"]
+
+
+def _note_server(params: Params, manifest: Manifest, say: Say) -> None:
+    """Says, and writes down, that the server is on another timeline than before; no statement depends on it."""
+    try:
+        with db.connect(params, "runbook-runner") as connection:
+            ledger = Ledger(connection, params, manifest.run_id, manifest.way)
+            if not ledger.exists():
+                return
+            was, now = ledger.latest("server"), db.one(connection, SQL["timeline"], params)
+            if was != now:
+                ledger.append("server", now)
+    except (BadInput, psycopg.Error):
+        return  # some managed services do not tell
+    if was and was != now:
+        say(
+            f"the server is on timeline {now['timeline']}, and was on {was['timeline']}: a standby was promoted, or a"
+            " backup recovered; what had not reached it is done again, as its ledger says"
+        )
+
+
+def _save(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest; on a full disk the end of the run says so, and the work goes on."""
+    with suppress(OSError):
+        manifests.write(folder, manifest)
+
+
+def _to_standard_error(line: str) -> None:
+    print(plain(redacted(line)), file=sys.stderr, flush=True)
+
+
+def _stamped(say: Say, run_id: str) -> Say:
+    """The same lines as a log: each with the time and the run's id."""
+
+    def stamp(text: str) -> None:
+        for line in text.splitlines():
+            say(f"{manifests.now()} {run_id} {line}")
+
+    return stamp
+
+
+def first_manifest(
+    run_id: str, params: Params, params_file: Path, way: str, execute: bool, chosen: tuple[str, ...]
+) -> Manifest:
+    """The manifest of a run that begins now."""
+    return Manifest(
+        run_id=run_id,
+        target=params.target.name,
+        table=f"{params.target.schema_}.{params.target.table}",
+        way=way,
+        execute=execute,
+        status=Status.RUNNING,
+        exit_code=None,
+        started=manifests.now(),
+        finished="",
+        params_file=str(params_file),
+        parameters=params.for_record(),
+        versions=_versions(params),
+        phases=tuple(PhaseRun(name) for name in chosen),
+    )
+
+
+def _versions(params: Params) -> dict[str, str]:
+    own = {
+        "python": platform.python_version(),
+        "runbook": runbook_lib.__version__,
+        "papermill": version("papermill"),
+        "psycopg": version("psycopg"),
+    }
+    try:
+        with db.connect(params, "runbook-runner") as connection:
+            server = db.one(connection, SQL["versions"], params)
+    except (BadInput, psycopg.Error):
+        return own
+    return own | {"PostgreSQL": str(server["postgresql"]), "pgvector": str(server["pgvector"] or "not installed")}
+
+
+def _run_claimed(folder: Path, params: Params, manifest: Manifest, stop: Stop, say: Say, verbose: bool) -> Manifest:
+    """The phases, with the target held from the first to the last.
+
+    A plan changes nothing and needs no claim, nor does what may run beside another run.
+    """
+    with ExitStack() as held:
+        claims = manifest.execute and not RUNS_BESIDE.issuperset(p.name for p in manifest.phases)
+        if claims:
+            try:
+                held.enter_context(claim.held_by_runner(params, manifest.run_id))
+            except BadInput as error:
+                refused = replace(manifest.phases[0], status=Status.FAILED, error=str(error).strip("\n"))
+                say(f"{SYMBOLS[Status.FAILED]} {refused.name:<26} {refused.status}")
+                say(refused.error)
+                return replace(
+                    manifest.with_phase(refused),
+                    status=Status.FAILED,
+                    exit_code=BAD_INPUT,
+                    finished=manifests.now(),
+                )
+        if manifest.execute:
+            held.enter_context(watched(params, manifest.run_id, stop, claimed=claims))
+            _note_server(params, manifest, say)
+        return _run_phases(folder, params, manifest, stop, say, verbose)
+
+
+def _run_phases(folder: Path, params: Params, manifest: Manifest, stop: Stop, say: Say, verbose: bool) -> Manifest:
+    """Phase after phase, up to the first that does not pass; the manifest as it stands at the end."""
+    started_noted = _note_run(params, manifest, "started")
+    exit_code = EXIT_CODES[Status.PASSED]
+    for position, pending in enumerate(manifest.phases):
+        running = replace(pending, status=Status.RUNNING, started=manifests.now())
+        manifest = manifest.with_phase(running)
+        _save(folder, manifest)
+        if verbose:
+            say(f"{SYMBOLS[Status.RUNNING]} {pending.name}")
+        clock = time.perf_counter()
+        outcome = _run_phase(folder, params, manifest, pending.name, stop, say)
+        seconds = round(time.perf_counter() - clock, 3)
+        manifest = _settle(
+            folder, params, manifest, replace(running, status=outcome.status, seconds=seconds, error=outcome.error)
+        )
+        started_noted = started_noted or _note_run(params, manifest, "started")
+        say(f"{SYMBOLS[outcome.status]} {pending.name:<26} {outcome.status:<12} {duration(seconds)}")
+        nothing_done = position == 0 and outcome.raised == BadInput.__name__
+        exit_code = BAD_INPUT if nothing_done else EXIT_CODES[outcome.status]
+        if outcome.status not in (Status.PASSED, Status.PLANNED):
+            say(outcome.error)
+            break
+    return replace(
+        manifest,
+        status=outcome.status,
+        exit_code=exit_code,
+        finished=manifests.now(),
+        versions=manifest.versions | _versions(params),
+    )
+
+
+def _run_phase(folder: Path, params: Params, manifest: Manifest, name: str, stop: Stop, say: Say) -> Outcome:
+    """One notebook, inside the maintenance window and its time limit."""
+    if stop.requested:
+        return Outcome(Status.INTERRUPTED, f"stopped by {stop.requested} before it began", "KeyboardInterrupt")
+    minutes = params.run.timeout_minutes(name)
+    try:
+        stop.raises = True
+        if manifest.execute and waits(name):
+            maintenance_window.enter(params, say=say)
+        with limited_to(minutes, stop):
+            executed = _execute(folder, manifest, name)
+    except KeyboardInterrupt:
+        # The notebook's tasks were left where they stood; asyncio would report each of them at the end.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        of = f" of {minutes:g} minutes (run.phase_timeout_minutes)" if stop.requested == TIME_LIMIT else ""
+        return Outcome(Status.INTERRUPTED, f"stopped by {stop.requested or 'SIGINT'}{of}", "KeyboardInterrupt")
+    except OutsideWindow as error:
+        return Outcome(Status.WAITING, str(error).strip("\n"), OutsideWindow.__name__)
+    except Exception as error:
+        return ending.of_error(error)
+    finally:
+        stop.raises = False
+    if manifest.execute:
+        return ending.by_the_ledger(params, manifest.run_id, name)
+    return ending.of_plan(executed)
+
+
+def _execute(folder: Path, manifest: Manifest, name: str) -> Any:
+    """One notebook through papermill.
+
+    A kernel's ports are chosen before it binds them: where several start on a machine at once, one may find its port
+    taken, and dies before its first cell. Then another is started.
+    """
+    source = notebooks() / manifest.way / f"{name}.ipynb"
+    starts = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_message(NEVER_STARTED),
+        stop=tenacity.stop_after_attempt(KERNEL_STARTS),
+        reraise=True,
+    )
+    return starts(
+        papermill.execute_notebook,
+        _not_a_format(source),
+        _not_a_format(folder / f"{name}.ipynb"),
+        {"params_file": manifest.params_file, "run_id": manifest.run_id, "execute": manifest.execute},
+        kernel_name="python3",
+        cwd=source.parent,
+        progress_bar=False,
+        log_output=False,
+        coalesce_streams=True,
+        extra_arguments=[QUIET_KERNEL],
+    )
+
+
+def _not_a_format(path: Path) -> str:
+    """papermill puts paths through str.format."""
+    return str(path.resolve()).replace("{", "{{").replace("}", "}}")
+
+
+def _settle(folder: Path, params: Params, manifest: Manifest, done: PhaseRun) -> Manifest:
+    """What follows a notebook, however it ended: no session left, a true file, its hash, the manifest."""
+    notes = list(manifest.notes)
+    if done.status not in (Status.PASSED, Status.PLANNED) and (why := quietly(end_sessions, params, manifest.run_id)):
+        notes.append(f"{done.name}: could not ask the server whether a statement still runs: {why}")
+    path, sha256 = folder / f"{done.name}.ipynb", ""
+    try:
+        sha256 = ending.tell_the_truth(path, done, manifest.run_id)
+    except OSError as error:
+        notes.append(f"{done.name}: its notebook could not be saved again: {error}")
+    done = replace(done, sha256=sha256)
+    if manifest.execute and sha256 and (why := quietly(verify.note_notebook, params, manifest.run_id, done, path)):
+        notes.append(f"{done.name}: its hash did not reach the ledger: {why}")
+    manifest = replace(manifest.with_phase(done), notes=tuple(notes))
+    _save(folder, manifest)
+    return manifest
+
+
+def _note_run(params: Params, manifest: Manifest, status: str) -> bool:
+    """The first or the last row of a run; False where nothing is carried out or there is no ledger (yet)."""
+    if not manifest.execute:
+        return False
+    try:
+        with db.connect(params, "runbook-runner") as connection:
+            ledger = Ledger(connection, params, manifest.run_id, manifest.way)
+            if not ledger.exists():
+                return False
+            ledger.append(
+                "run",
+                {
+                    "status": str(status),
+                    "execute": manifest.execute,
+                    "from": manifest.phases[0].name,
+                    "to": manifest.phases[-1].name,
+                    "started": manifest.started,
+                    "host": manifest.host,
+                    "pid": manifest.pid,
+                },
+            )
+    except (BadInput, psycopg.Error):
+        return False  # the manifest says how the run ended, and no statement depends on this row
+    return True
+
+
+def finish(folder: Path, params: Params, manifest: Manifest, say: Say | None = None) -> Manifest:
+    """The last row, the pages, who is told (if anybody is, by ``say``), and the seal on all of it.
+
+    Pages that cannot be written cost the record only those, and the run its exit code: no one may rely on a record
+    that is not there. The seal says that it is incomplete, and `runbook record` completes it. A record without a seal
+    costs the exit code too, and stays without one: `runbook verify` says so.
+    """
+    from runbook_lib.runner import record  # its pictures cost half a second that a refused run need not wait for
+
+    _note_run(params, manifest, manifest.status)
+    _save(folder, manifest)
+    complete = True
+    try:
+        record.write(folder, params, manifest)
+    except OSError as error:
+        complete = False
+        manifest = _without_page(manifest, error, say)
+    if say is not None:
+        for note in (notes := notify.of_run(params, manifest, folder)):
+            say(note)
+        manifest = replace(manifest, notes=(*notes, *manifest.notes))
+    try:
+        manifests.write(folder, manifest)
+    except OSError as error:
+        manifest, complete = (manifest if not complete else _without_page(manifest, error, say)), False
+    try:
+        manifest = replace(manifest, head=verify.seal(folder, params, manifest, complete))
+    except (OSError, BadInput, psycopg.Error) as error:
+        why = " ".join(str(error).split())
+        manifest = _lacking(manifest, f"the record could not be sealed in the ledger: {why}", say)
+    _save(folder, manifest)
+    return manifest
+
+
+def _without_page(manifest: Manifest, error: OSError, say: Say | None) -> Manifest:
+    do = f"make room, then `runbook record PARAMS {manifest.run_id}`"
+    return _lacking(manifest, f"a page of the record could not be written: {error}; {do}", say)
+
+
+def _lacking(manifest: Manifest, note: str, say: Say | None) -> Manifest:
+    """A run of which the record lacks something: it is noted, said, and costs an exit code of 0."""
+    if say is not None:
+        say(note)
+    exit_code = manifest.exit_code or EXIT_CODES[Status.CRASHED]
+    return replace(manifest, exit_code=exit_code, notes=(*manifest.notes, note))
+
+
+def write_again(params_file: str | Path, run_id: str) -> Path:
+    """Writes the record of a run that could not be written whole, from the ledger and the notebooks, and seals it.
+
+    Returns its page. Raises BadInput for a run whose record is sealed whole, or that the ledger does not know.
+    """
+    from runbook_lib.runner import record
+
+    params = params_module.load(params_file)
+    manifest = verify.incomplete(params, run_id)
+    folder = params.record.runs_dir / run_id
+    try:
+        params.record.runs_dir.mkdir(params.record.folder_mode, parents=True, exist_ok=True)
+        folder.mkdir(params.record.folder_mode, exist_ok=True)
+        record.write(folder, params, manifest)
+        manifests.write(folder, manifest)
+    except OSError as error:
+        raise BadInput([folders.no_record(params.record.runs_dir, error)]) from error
+    manifests.write(folder, replace(manifest, head=verify.seal(folder, params, manifest, True)))
+    return folder / "index.html"

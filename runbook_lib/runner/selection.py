@@ -1,0 +1,196 @@
+"""Which phases a run is made of: checked before anything is started."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+import runbook_lib
+from runbook_lib.core import db
+from runbook_lib.core.gates import BadInput, Gate, Verdict
+from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
+from runbook_lib.migrate.inputs import input_problems
+from runbook_lib.params import Params
+from runbook_lib.runner.manifest import SYMBOLS, Status
+
+UNDO_ONE = "undo_operation"
+ORDERS = {"migrate": MIGRATE, "undo": tuple(UNDO), "operate": tuple(OPERATE), UNDO_ONE: tuple(UNDO_OPERATION)}
+# Ways of which a run takes one step.
+ONE_BY_ONE = ("operate", UNDO_ONE)
+NOTEBOOKS_ENV = "RUNBOOK_NOTEBOOKS"
+# Operations without a way back: why, and what there is instead.
+NO_WAY_BACK = {
+    "00_rehearse": (
+        "it leaves nothing: its samples are dropped when it ends",
+        "after a kill run 00_rehearse again, which drops them first",
+    ),
+    "10_refresh": (
+        "each row has the vector of the text that it has now; older vectors are kept nowhere",
+        "nothing is to be done; to have no vectors, `runbook undo PARAMS --execute`",
+    ),
+    "20_watch": ("it only reads, and writes its look into the ledger", "nothing is to be done"),
+    "30_update_extension": (
+        "pgvector has no script from a newer release to an older one, and the vectors were never touched",
+        "the administrator installs the package of the older release and restarts the server; from 0.8.0 on the"
+        " catalogue of a newer one is served by it",
+    ),
+    "50_compare_storage": (
+        "it leaves nothing: its scratch table and its indexes are dropped when it ends",
+        "after a kill run 50_compare_storage again, which drops what is left",
+    ),
+    "65_retire_model": (
+        "the old vectors are gone; they can only be made anew",
+        "take the old target through its own phases again, as a target that replaces this one; before the"
+        " retirement `60_change_model --undo` is the way back",
+    ),
+}
+
+
+def notebooks() -> Path:
+    """The folder of the notebooks: beside the package, or where RUNBOOK_NOTEBOOKS points."""
+    elsewhere = os.environ.get(NOTEBOOKS_ENV)
+    return Path(elsewhere) if elsewhere else Path(runbook_lib.__file__).parent.parent / "notebooks"
+
+
+def way_back_of(operation: str) -> str:
+    """The name of the notebook that takes an operation back. Raises BadInput where there is none, saying why."""
+    if operation not in OPERATE:
+        raise BadInput([_unknown_phase(operation, tuple(OPERATE))])
+    for name, of in UNDO_OPERATION.items():
+        if of == operation:
+            return name
+    found, do = NO_WAY_BACK[operation]
+    raise BadInput(
+        [
+            Gate(
+                "runner.operation_has_a_way_back",
+                Verdict.FAIL,
+                operation,
+                found,
+                f"one of {', '.join(UNDO_OPERATION.values())}",
+                "a record would say that something was taken back; nothing was started",
+                do,
+            )
+        ]
+    )
+
+
+def check(params: Params, way: str, first: str | None, last: str | None) -> None:
+    """Raises BadInput for phases, notebooks, parameters or a server that a run cannot be made of."""
+    order = ORDERS[way]
+    problems = [_unknown_phase(p, order) for p in (first, last) if p is not None and p not in order]
+    if not problems and first and last and order.index(first) > order.index(last):
+        problems = [
+            _bad_choice("runner.range_is_in_order", f"{first} to {last}", f"{last} comes before {first}", "swap them")
+        ]
+    needed = tuple(n for n in order if n in (first, last)) if way in ONE_BY_ONE else order
+    missing = [n for n in needed if not (notebooks() / way / f"{n}.ipynb").is_file()] if not problems else []
+    if missing:
+        do = f"install with `pip install --editable .`, or set {NOTEBOOKS_ENV} to the folder that holds {way}/"
+        problems = [_bad_choice("runner.notebooks_are_there", str(notebooks() / way), f"no {missing[0]}.ipynb", do)]
+    if problems:
+        raise BadInput(problems)
+    check_stored({way: needed})
+    if way == "migrate":
+        # The way back must not depend on what only the way forward needs, a model for instance.
+        found = input_problems(params)
+        if found.failed:
+            raise BadInput(found.failed)
+    else:
+        db.connect(params, "runbook-runner").close()
+
+
+def check_stored(names: Mapping[str, Iterable[str]]) -> None:
+    """Raises BadInput for notebooks, given by way, that are stored ready to execute, as JupyterLab saves a change."""
+    paths = [notebooks() / way / f"{name}.ipynb" for way, of in names.items() for name in of]
+    if changed := [path for path in paths if path.is_file() and not _only_plans(path)]:
+        do = "put `execute = False` back (git checkout), and step through copies: `runbook lab PARAMS`"
+        raise BadInput([_stored(path, do) for path in changed])
+
+
+def _stored(path: Path, do: str) -> Gate:
+    return Gate(
+        "runner.notebook_only_plans_by_default",
+        Verdict.FAIL,
+        f"{path.parent.name}/{path.name}",
+        "its cell of parameters does not say execute = False",
+        "execute = False, as it was delivered",
+        "run by papermill or opened by a colleague, it would change the table without being told to",
+        do,
+    )
+
+
+def _only_plans(path: Path) -> bool:
+    try:
+        cell = parameters_cell(nbformat.read(path, as_version=4))  # type: ignore[no-untyped-call]
+        values = {a.targets[0].id: a.value for a in ast.parse(cell.source).body if isinstance(a, ast.Assign)}  # type: ignore[attr-defined]
+        return ast.literal_eval(values["execute"]) is False
+    except (ValueError, KeyError, SyntaxError, AttributeError, StopIteration):
+        return False
+
+
+def parameters_cell(notebook: Any) -> Any:
+    """The cell that papermill puts its parameters after. Raises StopIteration where a notebook has none."""
+    return next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+
+
+def chosen(
+    params: Params, way: str, first: str | None, last: str | None, execute: bool, say: Callable[[str], None]
+) -> tuple[str, ...]:
+    """The phases to run: from the first that is not proved yet, where a migration is carried out and names none."""
+    order = ORDERS[way]
+    if first is None and execute and way == "migrate":
+        with db.connect(params, "runbook-runner") as connection:
+            ledger = Ledger(connection, params, "", "")
+            proved = [p for p in order if ledger.phase_verdict(p) == Verdict.PASS]
+        first = next((p for p in order if p not in proved), None)
+        if first is None or (last is not None and order.index(first) > order.index(last)):
+            say(f"{SYMBOLS[Status.PASSED]} nothing left to do: {last or 'every phase'} has passed in this database")
+            return ()
+        if first != order[0]:
+            say(f"proved in this database up to {order[order.index(first) - 1]}; going on with {first}")
+    if way == UNDO_ONE and first is not None and (nothing := _nothing_to_take_back(params, UNDO_OPERATION[first])):
+        say(f"{SYMBOLS[Status.PASSED]} nothing to take back: {nothing}")
+        return ()
+    start = order.index(first) if first else 0
+    end = order.index(last) + 1 if last else len(order)
+    return order[start:end]
+
+
+def _nothing_to_take_back(params: Params, operation: str) -> str:
+    """Why there is nothing, by the ledger; empty where the operation has written anything since it was taken back.
+
+    One that was killed has left no verdict, but its gates.
+    """
+    with db.connect(params, "runbook-runner") as connection:
+        last = Ledger(connection, params, "", "").last_row(operation)
+    if last is None:
+        return f"{operation} was never carried out on this target, by its ledger"
+    if last["body"].get("verdict") != "UNDONE":
+        return ""
+    return f"{operation} was taken back at {last['written_at']:%Y-%m-%d %H:%M:%S %Z} (run {last['run_id']})"
+
+
+def _unknown_phase(name: str, order: tuple[str, ...]) -> Gate:
+    near = difflib.get_close_matches(name, order, n=1, cutoff=0.4) or [p for p in order if p.startswith(name[:2])]
+    do = f"did you mean {near[0]}?" if near else f"phases: {', '.join(order)}"
+    return _bad_choice("runner.phase_is_known", name, "no such phase", do)
+
+
+def _bad_choice(name: str, subject: str, found: str, do: str) -> Gate:
+    return Gate(
+        name,
+        Verdict.FAIL,
+        subject,
+        found,
+        "phases of this runbook, in their order",
+        "another phase than the one meant would run; nothing was started",
+        do,
+    )

@@ -1,0 +1,1 @@
+"""The search function that the application calls, and its routes."""

@@ -1,0 +1,277 @@
+"""Hybrid by an index on an expression, without a tsvector column; and what preflight says of that index."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from runbook_lib.core import db
+from runbook_lib.core.gates import BadInput, Gate
+from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import backfill, expand_schema, extension, fulltext_check, load_embeddings
+from runbook_lib.params import Params
+from runbook_lib.search import search_function
+from tests import partitioned, toy
+
+Connection = psycopg.Connection[Any]
+Open = Callable[..., Phase]
+MakeParams = Callable[..., Params]
+Judge = Callable[..., list[Gate]]
+
+EXPRESSION = "to_tsvector('english', coalesce(title, '') || ' ' || coalesce(body, ''))"
+BODY = "to_tsvector('english', body)"
+
+
+def index_on(definition: str) -> str:
+    return f"CREATE INDEX articles_words ON articles USING {definition};"
+
+
+GIN = index_on(f"gin (({EXPRESSION}))")
+
+
+def by(expression: str, **more: Any) -> dict[str, Any]:
+    """Section search, with an expression in place of the toy's column."""
+    return {"fulltext_column": None, "fulltext_expression": expression, **more}
+
+
+@pytest.fixture
+def judged(articles: Connection, open_phase: Open) -> Judge:
+    """The gates of an expression, on a table without a tsvector column, after this DDL."""
+    articles.execute("ALTER TABLE articles DROP COLUMN tsv")
+
+    def judge(expression: str, ddl: str = "", **more: Any) -> list[Gate]:
+        articles.execute(ddl)
+        phase = open_phase(search=by(expression, **more))
+        return list(fulltext_check.check(phase.connection, phase.params, {}))
+
+    return judge
+
+
+def verdicts(gates: list[Gate]) -> list[tuple[str, str]]:
+    return [(g.name.removeprefix("inputs.fulltext_"), str(g.verdict)) for g in gates]
+
+
+SERVED = [("expression_is_tsvector", "PASS"), ("config_exists", "PASS"), ("index_serves_hybrid", "PASS")]
+
+
+TITLE = "setweight(to_tsvector('english', coalesce(title, '')), 'A')"
+FUNCTIONS = """
+    CREATE SCHEMA app;
+    CREATE FUNCTION app.words(text) RETURNS tsvector IMMUTABLE LANGUAGE sql AS $$SELECT to_tsvector('english', $1)$$;
+    CREATE FUNCTION joined(text, text) RETURNS text IMMUTABLE LANGUAGE sql AS $$SELECT concat($1, ' ', $2)$$;
+"""
+
+
+def test_an_index_as_other_people_write_it_serves(judged: Judge) -> None:
+    for written, ddl in (
+        (EXPRESSION, GIN),
+        (EXPRESSION, index_on(f"gist (({EXPRESSION}))")),
+        # As pg_dump writes it, and as people do; a comment may end it.
+        ("to_tsvector('english'::regconfig, body)", index_on(f"gin ({BODY})")),
+        (BODY, index_on("gin (to_tsvector('english'::regconfig, body))")),
+        ("to_tsvector('pg_catalog.english', body) -- as in search.py", index_on(f"gin ({BODY})")),
+        (f"{TITLE} || {BODY}", index_on(f"gin (({TITLE} || {BODY}))")),
+        (BODY, index_on(f"gin (to_tsvector('simple', title), {BODY})")),
+        # A condition that every match fulfils.
+        (BODY, index_on(f"gin ({BODY}) WHERE body IS NOT NULL")),
+        ("app.words(joined(title, body))", FUNCTIONS + index_on("gin (app.words(joined(title, body)))")),
+        (BODY, "ALTER TABLE articles ALTER body TYPE varchar(200);" + index_on(f"gin ({BODY})")),
+    ):
+        gates = judged(written, "DROP INDEX IF EXISTS articles_words;" + ddl)
+        assert verdicts(gates) == SERVED, "\n".join(map(str, gates))
+        assert gates[-1].found == "articles_words serves it"
+
+
+def test_a_column_may_have_any_name(judged: Judge, articles: Connection, open_phase: Open) -> None:
+    before = "body"
+    # The last is also what the search calls the words of a query.
+    for name in ('Te "xt" %', "$runbook$", "{key}", "any_word"):
+        quoted = sql.Identifier(name).as_string()
+        expression = f"to_tsvector('english', {quoted})"
+        articles.execute(sql.SQL("ALTER TABLE articles RENAME {} TO {}").format(*map(sql.Identifier, (before, name))))
+        gates = judged(expression, "DROP INDEX IF EXISTS articles_words;" + index_on(f"gin ({expression})"))
+        assert verdicts(gates) == SERVED, "\n".join(map(str, gates))
+        phase = open_phase("10_baseline", search=by(expression), target={"text_columns": ["title"]})
+        search_function.apply(phase)
+        assert search_function.is_as_planned(phase), name
+        before = name
+
+
+def test_an_index_that_does_not_serve_is_named_with_the_reason(judged: Judge) -> None:
+    for ddl, found in (
+        (
+            GIN.replace(";", " WHERE status = 'Stable';"),
+            "public.articles_words is partial, WHERE (status = 'Stable'::text), and a search asks for every row",
+        ),
+        (
+            index_on("gin (to_tsvector('simple', body))"),
+            "public.articles_words is on another expression, to_tsvector('simple'::regconfig, body)",
+        ),
+        (
+            GIN + "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'articles_words'::regclass",
+            "public.articles_words is not valid (an earlier concurrent build did not finish)",
+        ),
+    ):
+        g = judged(EXPRESSION, "DROP INDEX IF EXISTS articles_words;" + ddl)[-1]
+        assert (g.name, str(g.verdict), g.found) == ("inputs.fulltext_index_serves_hybrid", "FAIL", found)
+    assert g.do.startswith("DROP INDEX CONCURRENTLY public.articles_words; CREATE INDEX CONCURRENTLY")
+
+
+def test_the_statement_named_makes_the_index_and_its_undo_takes_it_away(judged: Judge, articles: Connection) -> None:
+    g = judged(EXPRESSION)[-1]
+    create = f'CREATE INDEX CONCURRENTLY "articles_fulltext" ON "public"."articles" USING gin (({EXPRESSION}));'
+    drop = 'DROP INDEX CONCURRENTLY "public"."articles_fulltext";'
+    assert str(g) == (
+        'FAIL    inputs.fulltext_index_serves_hybrid   search.fulltext_expression of "public"."articles"\n'
+        "  found   no index on a tsvector\n"
+        "  needed  a valid GIN or GiST index on exactly this, without a condition\n"
+        "  danger  every hybrid search would read the whole table, and make each row's words anew\n"
+        f'  do      {create} ANALYZE "public"."articles"; CONCURRENTLY takes SHARE UPDATE EXCLUSIVE, which keeps no'
+        " reader and no writer waiting, and waits for transactions older than itself; undo: " + drop
+    )
+    for statement, verdict in ((create, "PASS"), (drop, "FAIL")):
+        articles.execute(statement)
+        assert verdicts(judged(EXPRESSION))[-1] == ("index_serves_hybrid", verdict)
+
+
+def test_what_gives_no_words_is_refused(judged: Judge) -> None:
+    for expression, found in (
+        ("to_tsvector('english', bodi)", 'PostgreSQL says: column "bodi" does not exist'),
+        ("to_tsvector('englisch', body)", 'PostgreSQL says: text search configuration "englisch" does not exist'),
+        ("body", "text"),
+        ("ARRAY[to_tsvector('english', title), to_tsvector('english', body)]", "tsvector[]"),
+    ):
+        g = judged(expression)[0]
+        assert (g.name, str(g.verdict), g.found) == ("inputs.fulltext_expression_is_tsvector", "FAIL", found)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "",
+        "title, body",
+        "to_tsvector('english', body); DROP TABLE articles",
+        "to_tsvector('english', body)) FROM articles t WHERE (true",
+        "to_tsvector('english', 'it)",
+        "to_tsvector('english', \"body)",
+        "to_tsvector('english', body) /* as in search.py",
+        "to_tsvector('english', $x$it)",
+    ],
+)
+def test_what_would_end_its_brackets_is_refused_by_the_params_file(make_params: MakeParams, expression: str) -> None:
+    with pytest.raises(BadInput) as error:
+        make_params(search=by(expression))
+    (problem,) = error.value.problems
+    assert problem.needed.endswith("one expression is needed, its brackets and quotes closed, without a semicolon")
+
+
+def test_a_column_and_an_expression_are_one_too_many(make_params: MakeParams) -> None:
+    with pytest.raises(BadInput, match="give fulltext_column or fulltext_expression, not both"):
+        make_params(search={"fulltext_expression": BODY})
+
+
+def test_what_no_index_can_hold_says_so_in_the_servers_words(judged: Judge) -> None:
+    g = judged("to_tsvector(body)")[-1]
+    said = "no index, and PostgreSQL says to one: functions in index expression must be marked IMMUTABLE"
+    assert (str(g.verdict), g.found) == ("FAIL", said)
+    assert g.do == "name the configuration, as in to_tsvector('english', body), and call IMMUTABLE functions only"
+
+
+def test_the_configuration_is_that_of_the_expression_and_may_be_off_the_path(judged: Judge) -> None:
+    expression = "to_tsvector('app.\"My German\"', body)"
+    made = 'CREATE SCHEMA app; CREATE TEXT SEARCH CONFIGURATION app."My German" (COPY = german);'
+    left_out = judged(expression, made + index_on(f"gin ({expression})"))
+    assert str(left_out[1]) == (
+        "FAIL    inputs.fulltext_config_exists   english\n"
+        '  found   the default, but the tsvector is made with app."My German"\n'
+        "  needed  the configuration that the tsvector is made with\n"
+        "  danger  queries would be cut into other words than the rows\n"
+        '  do      name it in search.fulltext_config: app."My German"'
+    )
+    for config in ("My German", "app.My German", 'app."My German"'):
+        gates = judged(expression, fulltext_config=config)
+        assert verdicts(gates) == SERVED, "\n".join(map(str, gates))
+
+
+def test_a_column_needs_an_index_for_hybrid_once_a_scan_is_dear(articles: Connection, open_phase: Open) -> None:
+    phase = open_phase(cut_over={"route": "hybrid"})
+    columns = {"tsv": {"type": "tsvector"}}
+
+    def found() -> tuple[str, str]:
+        g = list(fulltext_check.check(phase.connection, phase.params, columns))[-1]
+        return str(g.verdict), g.found
+
+    assert found() == ("PASS", "articles_tsv serves it")
+    articles.execute("DROP INDEX articles_tsv")
+    assert found() == ("PASS", f"no index, and with {toy.ROWS + 1} rows none is needed")
+    articles.execute("INSERT INTO articles (body) SELECT 'filler' FROM generate_series(1, 1000)")
+    assert found() == ("FAIL", "no index on a tsvector")
+
+
+def test_every_partition_needs_one_and_the_statements_make_it(database: str, make_params: MakeParams) -> None:
+    p = make_params(search=by(EXPRESSION), target={"key_from_one_source": True})
+    with psycopg.connect(database, autocommit=True) as connection, db.connect(p, "test") as own:
+        partitioned.create_articles(connection, "range", trigram=False)
+
+        def found() -> Gate:
+            return list(fulltext_check.check(own, p, {}))[-1]
+
+        connection.execute(f'CREATE INDEX ON "Articles High %" USING gin (({EXPRESSION}))')
+        before = found()
+        statements = re.findall(r"(?:CREATE|DROP) INDEX [^;]*;", before.do)
+        assert statements == [
+            f"CREATE INDEX CONCURRENTLY ON public.articles_low USING gin (({EXPRESSION}));",
+            f'CREATE INDEX "articles_fulltext" ON "public"."articles" USING gin (({EXPRESSION}));',
+            'DROP INDEX "public"."articles_fulltext";',
+        ]
+        assert (str(before.verdict), before.figures["read_whole"]) == ("FAIL", ["articles_low"])
+        for statement, verdict in zip(statements, ("PASS", "PASS", "FAIL"), strict=True):
+            connection.execute(statement.encode())
+            assert found().verdict == verdict
+        assert len(found().figures["read_whole"]) == 2
+
+
+def test_hybrid_answers_as_with_a_stored_column_and_through_the_index(articles: Connection, open_phase: Open) -> None:
+    phase = open_phase("70_tune")
+    search_function.apply(phase)
+    for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
+        module.apply(phase)
+    search_function.move_route(phase, "hybrid", 100, "test")
+    asked = [f"{s} {v}" for s in toy.SUBJECTS for v in toy.VERBS]
+    by_column = [answers(articles, text) for text in asked]
+    assert all(by_column)
+
+    articles.execute(GIN + "ALTER TABLE articles DROP COLUMN tsv; ANALYZE articles")
+    own = open_phase("70_tune", search=by(EXPRESSION))
+    assert not search_function.is_as_planned(own)
+    search_function.apply(own)
+    assert search_function.is_as_planned(own) and search_function.current_route(own) == ("hybrid", 100)
+    assert [answers(articles, text) for text in asked] == by_column
+
+    # Where a scan of the table is dear enough, the planner takes the index by itself.
+    articles.execute(
+        "INSERT INTO articles (title, body) SELECT 'filler', repeat('of no use ', 50) FROM generate_series(1, 3000);"
+        " ANALYZE articles"
+    )
+    with articles.transaction():
+        assert answers(articles, "cookie leaks") == by_column[0]
+        row = articles.execute("SELECT pg_stat_get_xact_numscans('articles_words'::regclass)").fetchone()
+    assert row == (1,)
+
+    search_function.undo(own)
+    assert search_function.verify_undone(own).passed
+    assert articles.execute("SELECT to_regclass('articles_words') IS NOT NULL").fetchone() == (True,), "it is theirs"
+
+
+def answers(connection: Connection, text: str) -> list[Any]:
+    """What the application gets: keys with their scores."""
+    vector = [float(x) for x in toy.embed([text])[0]]
+    found = connection.execute("SELECT * FROM search_articles(%s, %s::real[], 10)", [text, vector]).fetchall()
+    assert {row[2] for row in found} == {"hybrid"}
+    return found

@@ -1,0 +1,76 @@
+"""What can be told of a statement that pg_stat_statements has stripped of its constants, and what cannot."""
+
+from __future__ import annotations
+
+import pytest
+
+from runbook_lib.cli.legacy_statement import LegacyQuery, of_statement
+
+FILTERS = {"status": "text", "lang id": "integer"}
+
+
+def told(text: str) -> LegacyQuery:
+    return of_statement(text, FILTERS, "english")
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        (
+            "SELECT id FROM a WHERE t LIKE $1 LIMIT $2",
+            "SELECT id\nFROM a\nWHERE t LIKE '%' || :query || '%'\nLIMIT :k",
+        ),
+        (
+            "SELECT id FROM a WHERE lower(t) LIKE lower($2 || $1 || $3) ORDER BY id\nFETCH FIRST $4 ROWS ONLY",
+            "SELECT id FROM a WHERE lower(t) LIKE lower('%' || :query || '%') ORDER BY id\nLIMIT :k",
+        ),
+        (
+            "SELECT id FROM a WHERE t ILIKE $1::text || $2\nLIMIT $3 OFFSET $4",
+            "SELECT id FROM a WHERE t ILIKE :query || '%'\nLIMIT :k",
+        ),
+        (
+            "SELECT id FROM a WHERE v @@ websearch_to_tsquery($1, $2)\n"
+            "ORDER BY ts_rank(v, plainto_tsquery($3)) LIMIT $4",
+            "SELECT id FROM a WHERE v @@ websearch_to_tsquery('english', :query)\n"
+            "ORDER BY ts_rank(v, plainto_tsquery(:query)) LIMIT :k",
+        ),
+        (
+            "SELECT id FROM a WHERE t % $1\nORDER BY similarity(t, $2) DESC LIMIT 20",
+            "SELECT id FROM a WHERE t % :query\nORDER BY similarity(t, :query) DESC LIMIT :k",
+        ),
+        (
+            'SELECT id FROM a WHERE t ILIKE $1 AND a.status = $2 AND "lang id" = $3::int\nLIMIT $4',
+            "SELECT id FROM a WHERE t ILIKE '%' || :query || '%' AND (:status::text IS NULL OR a.status = :status)"
+            ' AND (:"lang id"::integer IS NULL OR "lang id" = :"lang id")\nLIMIT :k',
+        ),
+        ("SELECT id FROM a\nWHERE t ~* $1", "SELECT id FROM a\nWHERE t ~* :query\nLIMIT :k"),
+    ],
+)
+def test_placeholders_are_told_by_what_stands_around_them(text: str, query: str) -> None:
+    found = told(text)
+    assert (found.query, found.complete) == (query, True)
+
+
+def test_every_assumption_is_said() -> None:
+    assert told("SELECT id FROM a WHERE t ILIKE $1 AND status = $2").assumed == (
+        "the application puts % around the user's text for LIKE",
+        "an equality is a filter that may be absent: status",
+        "the statement had no LIMIT; the application took the first rows",
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT id FROM a WHERE t ILIKE $1 ORDER BY CASE WHEN t ILIKE $2 THEN $3 ELSE $4 END LIMIT $5",
+        "SELECT id FROM a WHERE t ILIKE ANY ($1) LIMIT $2",
+        "SELECT id FROM a WHERE t ILIKE $1 AND made_at > $2 LIMIT $3",
+    ],
+)
+def test_a_statement_whose_constants_are_lost_is_not_taken_for_complete(text: str) -> None:
+    found = told(text)
+    assert found.unknown and not found.complete
+
+
+def test_a_statement_without_the_users_text_is_not_taken_for_a_search() -> None:
+    assert not told("SELECT id FROM a WHERE status = $1 LIMIT $2").complete
