@@ -418,6 +418,9 @@ CREDENTIALS = [
     "https://api.example.com/v1?a=1;token=planted",
     "https://api.example.com/v1?api%5Fkey=planted",
     "https://api.example.com/v1?code=planted",
+    "https://api.example.com/v1?pass=planted",
+    "https://api.example.com/v1?x-functions-key=planted",
+    "https://api.example.com/v1?SharedAccessKey=planted",
     "https://api.example.com/v1?X-Amz-Signature=planted",
     "https://api.example.com/v1;key=planted",
     "https://api.example.com/v1#access_token=planted",
@@ -441,6 +444,8 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path, url: 
         "https://[::1]:8080/v1",
         "https://me.openai.azure.com/openai/deployments/x/embeddings?api-version=2024-02-01",
         "https://h:443/v1/@me/embeddings?max_tokens=5&postcode=1&key=",
+        "https://h/v1?country_code=de&primary_key=id&sort-key=title&by_pass=1",
+        "https://h/country/code=de/embeddings",
     ],
 )
 def test_a_url_without_credentials_is_taken(make_params: Callable[..., Params], url: str) -> None:

@@ -105,3 +105,8 @@ def test_every_secret_that_the_parameters_name_is_known(
     for secret in (*secrets, "pg-4711-pw"):
         assert redaction.redacted(f"x {secret} y") == "x *** y"
     assert redaction.redacted("services at hooks.example.com") == "services at hooks.example.com"
+
+
+def test_a_field_of_the_library_keeps_its_name_where_a_password_is_the_same_word() -> None:
+    redaction.remember("started_at", "Started-At")
+    assert redaction.redacted({"started_at": "by started_at", "Started-At": 1}) == {"started_at": "by ***", "***": 1}

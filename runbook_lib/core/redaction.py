@@ -35,6 +35,9 @@ SHORTEST_TOKEN = 16
 # Shorter runs of Base64 turn up in any picture.
 SHORTEST_BASE64 = 8
 
+# The names of fields in what the library writes.
+FIELD = re.compile("[a-z_]+")
+
 # What may stand between two letters of a secret: line ends and blanks, backslashes of any depth of quoting, colours,
 # marks where a line may break.
 _MARKS = r"(?:\x1b|\\u001b|\\x1b)\[[0-9;]*m|<wbr>|</?span[^<>]*>"
@@ -99,8 +102,13 @@ def redacted(value: Any) -> Any:
     if isinstance(value, str):
         return _masked(value)
     if isinstance(value, Mapping):
-        return {redacted(key): redacted(inner) for key, inner in value.items()}
+        # A field's name is ours, not data; masked because a password is the same word, nothing would find the field.
+        return {key if _is_field(key) else redacted(key): redacted(inner) for key, inner in value.items()}
     return [redacted(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _is_field(key: Any) -> bool:
+    return isinstance(key, str) and FIELD.fullmatch(key) is not None
 
 
 def _masked(text: str) -> str:

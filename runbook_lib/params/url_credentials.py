@@ -11,8 +11,11 @@ URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", re.I)
 UNENCODED = re.compile(r"[^/:@]*:(?!\d+/)[^@]*@")
 # As endpoints, gateways, signed URLs and connection strings call what only their user may know.
 SECRET = re.compile(
-    r"(.*[-_.]|x)?(key|apikey|token|auth|authorization|bearer|secret|password|passwd|passphrase|pwd|pass|pw|sig|signature"
-    r"|credentials?|jwt|sas|code|sslpassword|accesstoken|authtoken|clientsecret|subscriptionkey|secretkey|accesskey)",
+    r"(.*[-_.]|x)?(token|auth|authorization|bearer|secret|password|passwd|passphrase|pwd|sig|signature|credentials?|jwt"
+    r"|sslpassword|accesstoken|authtoken|clientsecret"
+    r"|(api|access|account|auth|client|functions?|private|secret|sharedaccess|subscription)[-_.]?key)"
+    # As a part of a name they are harmless: country_code, primary_key.
+    r"|x?key|code|pass|pw|sas",
     re.I,
 )
 # How keys of well-known services begin, wherever in the URL they stand.
@@ -30,7 +33,7 @@ def _in_url(url: str) -> Iterator[str]:
     # Of other schemes, a user alone is no secret: postgresql://reader@replica.
     if (at and (":" in user or scheme.lower() in ("http", "https"))) or UNENCODED.match(rest):
         yield "user or password in front of the @"
-    for part in re.split(r"[?&;#/]", rest)[1:]:
+    for part in re.split(r"[?&;#]", rest)[1:]:
         name, equals, value = part.partition("=")
         if equals and value and SECRET.fullmatch(unquote_plus(name)):
             yield f"a value of {unquote_plus(name)}"
