@@ -20,7 +20,7 @@ from runbook_lib.operate import monitor
 from runbook_lib.runner import target_status
 from runbook_lib.search import live_shadow, search_function
 from tests import toy
-from tests.test_search import FILTERED
+from tests.test_search_function import FILTERED
 
 Open = Callable[..., Phase]
 SUBJECTS = [f"{s} {v}" for s in toy.SUBJECTS for v in toy.VERBS]

@@ -17,7 +17,7 @@ from runbook_lib.indexes import vector_index
 from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
 from runbook_lib.operate import rebuild_index
 from runbook_lib.search import search_function
-from tests.test_search import FILTERED
+from tests.test_search_function import FILTERED
 
 Open = Callable[..., Phase]
 

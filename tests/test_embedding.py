@@ -134,13 +134,13 @@ def test_a_callable_that_cannot_be_loaded_is_bad_input(make_params: MakeParams, 
 )
 def test_a_model_that_fails_on_two_texts_is_bad_input(make_params: MakeParams, name: str, found: str) -> None:
     with pytest.raises(BadInput) as error:
-        embedding.check_dimension(make_params(embeddings=source(f"tests.test_embed:{name}")))
+        embedding.check_dimension(make_params(embeddings=source(f"tests.test_embedding:{name}")))
     assert error.value.found == found
 
 
 @pytest.mark.attack
 def test_vectors_of_two_dimensions_are_bad_input(make_params: MakeParams) -> None:
-    model = embedding.model(make_params(embeddings=source("tests.test_embed:of_two_dimensions")))
+    model = embedding.model(make_params(embeddings=source("tests.test_embedding:of_two_dimensions")))
     model(["one"])
     with pytest.raises(BadInput) as error:
         model(["one", "two"])
@@ -153,7 +153,9 @@ def test_what_a_model_prints_and_does_to_the_list_stays_with_it(
 ) -> None:
     """Nor does what a C library or a child of its writes; what comes after is heard again."""
     for name in ("talks", "none_left", "closes"):
-        assert embedding.model(make_params(embeddings=source(f"tests.test_embed:{name}")))(["a secret"]).shape == (
+        assert embedding.model(make_params(embeddings=source(f"tests.test_embedding:{name}")))(
+            ["a secret"]
+        ).shape == (
             1,
             8,
         )
@@ -167,7 +169,7 @@ def test_what_a_model_prints_and_does_to_the_list_stays_with_it(
 def test_a_child_that_a_model_forks_and_lets_come_back_works_on_nothing(make_params: MakeParams) -> None:
     read_end, write_end = os.pipe()
     here = os.getpid()
-    embedding.model(make_params(embeddings=source("tests.test_embed:forks")))(["a text"])
+    embedding.model(make_params(embeddings=source("tests.test_embedding:forks")))(["a text"])
     os.write(write_end, b"x")
     if os.getpid() != here:
         os._exit(0)
@@ -206,10 +208,10 @@ def test_a_model_of_another_dimension_does_not_fit(make_params: MakeParams) -> N
 
 @pytest.mark.parametrize("distance", ["l2", "inner_product"])
 def test_vectors_of_other_lengths_fit_cosine_alone(make_params: MakeParams, distance: str) -> None:
-    unfit = source("tests.test_embed:long_vectors")
+    unfit = source("tests.test_embedding:long_vectors")
     gate = embedding.check_distance(make_params(embeddings=unfit, vector={"distance": distance}))
     assert str(gate) == (
-        "FAIL    embed.model_and_distance_fit   source: callable (tests.test_embed:long_vectors)\n"
+        "FAIL    embed.model_and_distance_fit   source: callable (tests.test_embedding:long_vectors)\n"
         f"  found   distance {distance}, vectors of length 1.000 to 2.000\n"
         "  needed  distance cosine, or vectors of length 1\n"
         f"  danger  {distance} would rank by the length of the vectors too, so that long or short texts win unasked\n"

@@ -19,7 +19,7 @@ from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddi
 from runbook_lib.search import search_function
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
-from tests.test_search import FILTERED, learn
+from tests.test_search_function import FILTERED, learn
 
 VECTOR = "[1,2,3,4,5,6,7,8]"
 NEAREST = "SELECT id FROM articles ORDER BY embedding <=> $1 LIMIT $2"

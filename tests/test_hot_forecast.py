@@ -145,7 +145,7 @@ def test_the_longest_value_leaves_the_row_first(make_params: Callable[..., Param
 
 
 def _loaded(open_phase: Open, dimension: int, **how: Any) -> Phase:
-    source = {"source": "callable", "callable": f"tests.test_staying:embed_{dimension}"}
+    source = {"source": "callable", "callable": f"tests.test_hot_forecast:embed_{dimension}"}
     phase = open_phase("50_backfill", vector={"dimension": dimension}, embeddings=source, backfill=how)
     for module in (extension, expand_schema, load_embeddings):
         module.apply(phase)

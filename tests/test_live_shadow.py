@@ -11,7 +11,7 @@ from runbook_lib.indexes import vector_index
 from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
 from runbook_lib.search import live_shadow, search_function
 from tests import toy
-from tests.test_search import FILTERED, carry_settings, learn
+from tests.test_search_function import FILTERED, carry_settings, learn
 
 Open = Callable[..., Phase]
 VECTOR = [float(x) for x in toy.embed(["cookie leaks"])[0]]

@@ -58,7 +58,7 @@ def test_staged_vectors_are_those_of_the_model(
 def test_a_model_whose_lengths_mean_nothing_is_staged_at_length_1(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
-    given = {"source": "callable", "callable": "tests.test_embed:long_vectors", "normalise": True}
+    given = {"source": "callable", "callable": "tests.test_embedding:long_vectors", "normalise": True}
     load_embeddings.apply(ready(embeddings=given, vector={"distance": "inner_product"}))
     lengths = articles.execute("SELECT vector_norm(embedding) FROM runbook.articles_staging").fetchall()
     assert len(lengths) == toy.ROWS and all(abs(length - 1) < 1e-6 for (length,) in lengths)

@@ -16,7 +16,7 @@ from tests import toy
 from tests.conftest import write_params
 from tests.servers import dump
 from tests.stepping import step_all
-from tests.test_filters import TARGET
+from tests.test_serve_filters import TARGET
 from tests.test_server_versions import SECTIONS
 
 ROOT = Path(__file__).parent.parent

@@ -27,8 +27,8 @@ from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
 from tests.stepping import step, step_all
-from tests.test_filters import EXACT, TARGET, many_rows
-from tests.test_search import call
+from tests.test_search_function import call
+from tests.test_serve_filters import EXACT, TARGET, many_rows
 from tests.test_server_versions import SECTIONS
 
 Open = Callable[..., Phase]

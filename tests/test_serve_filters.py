@@ -21,7 +21,7 @@ from runbook_lib.search import search_function
 from tests.conftest import write_params
 from tests.opened import write
 from tests.stepping import step, step_all
-from tests.test_search import call
+from tests.test_search_function import call
 from tests.test_server_versions import SECTIONS
 
 Open = Callable[..., Phase]

@@ -16,7 +16,7 @@ from runbook_lib.indexes import vector_index
 from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
 from runbook_lib.search import search_function
 from tests.opened import gates_passed
-from tests.test_search import FILTERED, call
+from tests.test_search_function import FILTERED, call
 
 Open = Callable[..., Phase]
 FEW = {"queries": 80, "ef_search": [20, 60], "target_recall": 0.9}

@@ -15,7 +15,7 @@ from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddi
 from runbook_lib.operate import monitor
 from runbook_lib.search import search_function
 from tests import toy
-from tests.test_search import FILTERED, call, learn
+from tests.test_search_function import FILTERED, call, learn
 
 Open = Callable[..., Phase]
 ROWS = 2000

@@ -28,7 +28,7 @@ from tests.servers import dump
 from tests.small_runs import ROOT, ledger_rows, record_of
 from tests.small_runs import run as run  # a fixture
 from tests.stepping import step, step_all
-from tests.test_filters import APART, NAMED, TARGET, many_rows
+from tests.test_serve_filters import APART, NAMED, TARGET, many_rows
 from tests.test_server_versions import SECTIONS
 
 REBUILD, SERVE, DIVIDE = "40_rebuild_index", "70_serve_filters", "75_partition_by_filter"

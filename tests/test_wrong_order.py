@@ -24,7 +24,7 @@ from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.servers import dump
 from tests.stepping import NOTEBOOKS, Stepped, in_another_kernel
-from tests.test_filters import TARGET
+from tests.test_serve_filters import TARGET
 from tests.test_server_versions import SECTIONS
 
 WAY: dict[str, Any] = {**SECTIONS, **TARGET, "tune": SECTIONS["tune"], "partitioning": {"column": "status"}}
