@@ -15,8 +15,7 @@ from runbook_lib.backfill import batch_strategy
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, citus, expand_schema, extension, inputs, load_embeddings
+from runbook_lib.migrate import backfill, build_index, citus, expand_schema, extension, inputs, load_embeddings
 from runbook_lib.operate import refresh
 from runbook_lib.params import Params
 from tests import toy
@@ -218,9 +217,9 @@ def test_the_replaced_statements_do_what_the_ordinary_ones_do(
     refresh.drain(phase)
     assert articles.execute("SELECT key FROM runbook.articles_queue").fetchall() == []
     assert assert_every_row_has_the_vector_of_its_text(articles) == toy.ROWS - 1
-    vector_index.apply(phase)
-    assert vector_index.verify(phase).passed
-    for module in (vector_index, expand_schema):
+    build_index.apply(phase)
+    assert build_index.verify(phase).passed
+    for module in (build_index, expand_schema):
         module.undo(phase)
         assert module.verify_undone(phase).passed
     left = articles.execute("SELECT proname FROM pg_proc WHERE pronamespace = 'runbook'::regnamespace ORDER BY 1")

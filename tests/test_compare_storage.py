@@ -14,8 +14,7 @@ from runbook_lib.benchmark.storage_advice import Comparison
 from runbook_lib.core import pictures
 from runbook_lib.core.gates import GateFailed
 from runbook_lib.core.phase import MIGRATE, Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import compare_storage
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
@@ -154,7 +153,7 @@ def test_after_a_kill_the_next_run_clears_what_was_left(
     loaded: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     phase = loaded(storage={"sample_rows": 100, "rerank": [4], "where": "column", "ivfflat": False})
-    vector_index.apply(phase)
+    build_index.apply(phase)
     before = relations(articles)
     articles.execute("CREATE TABLE runbook.articles_storage (x int)")
     articles.execute(

@@ -12,8 +12,7 @@ from psycopg import sql
 from runbook_lib.benchmark import agreement, comparison, relevance_measures, slices
 from runbook_lib.benchmark.relevance_measures import Query
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
 from runbook_lib.search import search_function
 
 Open = Callable[..., Phase]
@@ -25,7 +24,7 @@ def tuned(open_phase: Open) -> Callable[..., Phase]:
 
     def make(**sections: dict[str, Any]) -> Phase:
         phase = open_phase("80_shadow", **sections)
-        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index, tune):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
             module.apply(phase)
         comparison.baseline(phase)
         return phase
@@ -253,7 +252,7 @@ def test_legacy_is_asked_once_a_query_and_what_the_baseline_knows_is_not_asked_a
         return real(connection, params, statement, queries, vectors, k)
 
     monkeypatch.setattr(search_function, "ask", ask)
-    for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index, tune):
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
         module.apply(phase)
     comparison.baseline(phase)
     assert comparison.verify_baseline(phase).passed

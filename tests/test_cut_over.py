@@ -14,8 +14,7 @@ import pytest
 from runbook_lib.benchmark import comparison
 from runbook_lib.core.gates import GateFailed
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, cut_over, expand_schema, extension, load_embeddings, tune
+from runbook_lib.migrate import backfill, build_index, cut_over, expand_schema, extension, load_embeddings, tune
 from runbook_lib.operate import monitor
 from runbook_lib.runner import target_status
 from runbook_lib.search import live_shadow, search_function
@@ -33,7 +32,7 @@ def ready(open_phase: Open) -> Callable[..., Phase]:
     def make(**sections: dict[str, Any]) -> Phase:
         cut_over = {"share_steps_percent": [10, 50, 100], "calls_per_step": 40} | sections.pop("cut_over", {})
         phase = open_phase("90_cut_over", cut_over=cut_over, **sections)
-        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index, tune):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
             module.apply(phase)
         comparison.baseline(phase)
         comparison.shadow(phase)
@@ -314,7 +313,7 @@ def test_legacys_empty_answers_are_no_fault_of_the_new_route(open_phase: Open) -
     phase = open_phase("90_cut_over", cut_over={"share_steps_percent": [1, 50, 100], "calls_per_step": 60})
     with phase.params.queries.file.open("a") as file:
         file.writelines(json.dumps({"query_id": f"e{i}", "text": f"where did it go {i}"}) + "\n" for i in range(40))
-    for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index, tune):
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
         module.apply(phase)
     comparison.baseline(phase)
     comparison.shadow(phase)

@@ -13,8 +13,7 @@ from runbook_lib.benchmark import relevance_measures
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings.embedding import Vectors
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
 from runbook_lib.operate import rebuild_index
 from runbook_lib.search import search_function
 from tests.test_search_function import FILTERED
@@ -89,7 +88,7 @@ def recall(phase: Phase, ef_search: int) -> float:
 def test_what_tuning_says_to_build_brings_the_recall_that_was_missing(opened: Open) -> None:
     options, highest = dict(THIN), 40
     phase = opened("70_tune", options)
-    for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
     db.use_search_path(phase.connection)
     thin = recall(phase, highest)

@@ -14,8 +14,7 @@ from runbook_lib.benchmark.prepared import Sent
 from runbook_lib.core import db
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.search import search_function
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
@@ -324,7 +323,7 @@ def test_the_function_and_the_applications_own_query_are_both_proved(open_phase:
         target={"name": "articles", "table": "articles", "key": "id", "text_columns": ["title", "body"]},
         cut_over={"route": "hybrid"},
     )
-    for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
     verdicts = [(g.name, g.subject, str(g.verdict)) for g in explain.gates(phase)]
     assert verdicts == [
@@ -444,7 +443,7 @@ def test_14_the_strategies_say_what_was_chosen_for_the_applications_filter(
         search={"mode": "application", "application_query": query},
         **{**FILTERED, "target": target | {"filters": ["status", "views"]}},
     )
-    for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
     learn(phase, "views", None, scan)
     articles.execute(f"ALTER DATABASE {articles.info.dbname} SET enable_seqscan = off")  # type: ignore[call-overload]

@@ -13,8 +13,7 @@ from psycopg import sql
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, fulltext_check, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, fulltext_check, load_embeddings
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests import partitioned, toy
@@ -240,7 +239,7 @@ def test_every_partition_needs_one_and_the_statements_make_it(database: str, mak
 def test_hybrid_answers_as_with_a_stored_column_and_through_the_index(articles: Connection, open_phase: Open) -> None:
     phase = open_phase("70_tune")
     search_function.apply(phase)
-    for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
+    for module in (extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
     search_function.move_route(phase, "hybrid", 100, "test")
     asked = [f"{s} {v}" for s in toy.SUBJECTS for v in toy.VERBS]

@@ -11,8 +11,16 @@ from runbook_lib.benchmark import comparison
 from runbook_lib.core import session
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, cut_over, expand_schema, extension, inputs, load_embeddings, tune
+from runbook_lib.migrate import (
+    backfill,
+    build_index,
+    cut_over,
+    expand_schema,
+    extension,
+    inputs,
+    load_embeddings,
+    tune,
+)
 from runbook_lib.operate import monitor, rebuild_index, refresh
 from runbook_lib.search import live_shadow, search_function
 from tests import attackers, toy
@@ -62,7 +70,7 @@ def test_a_whole_migration_calls_nothing_that_others_have_planted(
             expand_schema,
             load_embeddings,
             backfill,
-            vector_index,
+            build_index,
             tune,
             live_shadow,
         ):
@@ -70,7 +78,7 @@ def test_a_whole_migration_calls_nothing_that_others_have_planted(
         comparison.baseline(phase)
         comparison.shadow(phase)
         cut_over.apply(phase)
-        for module in (expand_schema, load_embeddings, backfill, vector_index, tune):
+        for module in (expand_schema, load_embeddings, backfill, build_index, tune):
             assert [g.name for g in module.verify(phase).failed if "catalogue from the start" not in g.found] == []
         for route in ("legacy", "hybrid", "vector"):
             search_function.move_route(phase, route, 100, "test")

@@ -20,8 +20,7 @@ from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, GateFailed
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import MIGRATE, UNDO, Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
 from runbook_lib.operate import rebuild_index
 from runbook_lib.params import load
 from runbook_lib.search import search_function
@@ -133,7 +132,7 @@ def template(server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
             add(connection, "old", ROWS)
         with opened(write_params(folder, **IVFFLAT)) as phase:
             phase.ledger.create()
-            for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index, tune):
+            for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
                 module.apply(phase)
     return name
 

@@ -7,8 +7,7 @@ import psycopg
 import pytest
 
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
 from runbook_lib.search import live_shadow, search_function
 from tests import toy
 from tests.test_search_function import FILTERED, carry_settings, learn
@@ -32,7 +31,7 @@ def shadowed(open_phase: Open) -> Callable[..., Phase]:
             expand_schema,
             load_embeddings,
             backfill,
-            vector_index,
+            build_index,
             *(() if by_hand else (tune,)),
             live_shadow,
         ):

@@ -13,8 +13,7 @@ from runbook_lib.benchmark import comparison
 from runbook_lib.cli.main import main
 from runbook_lib.core.gates import Gate
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, cut_over, expand_schema, extension, load_embeddings, tune
+from runbook_lib.migrate import backfill, build_index, cut_over, expand_schema, extension, load_embeddings, tune
 from runbook_lib.operate import monitor
 from runbook_lib.search import search_function
 
@@ -28,7 +27,7 @@ def tuned(open_phase: Open) -> Callable[..., Phase]:
     def make(**sections: dict[str, Any]) -> Phase:
         cut_over = {"share_steps_percent": [100], "calls_per_step": 20}
         phase = open_phase("20_watch", cut_over=cut_over, **sections)
-        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index, tune):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
             module.apply(phase)
         return phase
 

@@ -19,8 +19,7 @@ from runbook_lib.core import db
 from runbook_lib.core.gates import GateFailed
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import MIGRATE, Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import partition_by_filter
 from runbook_lib.search import search_function
 from tests import servers, toy
@@ -101,7 +100,7 @@ def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
         phase = open_phase(
             "75_partition_by_filter", **(TARGET | PATIENT | FEW_ASKED | {"partitioning": DIVIDE} | sections)
         )
-        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         db.use_search_path(phase.connection)
         for statement in search_function.set_search_setting(phase, 40):
@@ -296,7 +295,7 @@ def test_killed_anywhere_run_again_continues(
     kill(online_copy.Guard, "wait", 4)
     copied = articles.execute("SELECT rows, copied FROM runbook.articles_move").fetchone()
     assert copied and 0 < copied[0] < before[0] and not copied[1]
-    kill(vector_index, "concurrently", 2)
+    kill(build_index, "concurrently", 2)
     articles.execute("UPDATE articles SET views = 9 WHERE id < 50")
     kill(online_copy, "catch_up", 0)
     kill(online_copy, "apply_changes", 0)
@@ -488,7 +487,7 @@ def test_on_postgresql_16_whose_partitions_have_no_identity_of_their_own(
         ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "75_partition_by_filter")
         ledger.create()
         phase = gates_passed(Phase("75_partition_by_filter", "test-run", True, p, db.connect(p, "test"), ledger))
-        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         before = look(connection)
         monkeypatch.setattr(partition_proof, "measure", lambda *_: None)

@@ -15,7 +15,8 @@ from runbook_lib.benchmark.prepared import Sent
 from runbook_lib.core import db
 from runbook_lib.core.gates import LockNotObtained
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import partition_indexes, partitions, vector_index
+from runbook_lib.indexes import partition_indexes, partitions
+from runbook_lib.migrate import build_index
 from tests import partitioned
 
 Filled = Callable[..., Phase]
@@ -47,15 +48,15 @@ def test_each_partition_is_built_and_attached_and_the_whole_is_proved(
         *(f"{what} {leaf}" for leaf in ("articles_acme", "articles_rest") for what in ("create_hnsw", "attach")),
         *(f"{what} {leaf}" for leaf in ("articles_bolt_0", "articles_bolt_1") for what in ("create_hnsw", "attach")),
     ]
-    vector_index.apply(phase)
-    gates = {g.name: g for g in vector_index.verify(phase)}
+    build_index.apply(phase)
+    gates = {g.name: g for g in build_index.verify(phase)}
     assert all(g.verdict == "PASS" for g in gates.values())
     assert gates["index.is_valid"].found.startswith("valid, on each of 4 partitions, ")
     assert (
         gates["index.has_the_right_operator_class"].found == "hnsw with vector_cosine_ops on embedding, on each of 6"
     )
     assert gates["index.finds_known_rows"].found == "20 of 20 rows found by their own vector"
-    assert vector_index.plan(phase).statements == ()
+    assert build_index.plan(phase).statements == ()
     assert "partition 2 of 4, public.articles_rest, about 100 rows" in capsys.readouterr().out
     noted = phase.ledger.latest("index")
     assert noted is not None and (noted["name"], noted["partitions"]) == ("articles_embedding_hnsw", 4)
@@ -71,8 +72,8 @@ def test_killed_between_two_partitions_it_goes_on_with_the_next(
 ) -> None:
     phase = filled()
     with partitioned.killed_after(partition_indexes, builds=2):
-        vector_index.apply(phase)
-    assert str(vector_index.verify(phase)) == (
+        build_index.apply(phase)
+    assert str(build_index.verify(phase)) == (
         'FAIL    index.is_valid   articles_embedding_hnsw on "public"."articles"\n'
         "  found   invalid: public.articles_bolt_0 has none, public.articles_bolt_1 has none; of 4 partitions\n"
         "  needed  valid, with a valid index on every partition\n"
@@ -81,8 +82,8 @@ def test_killed_between_two_partitions_it_goes_on_with_the_next(
     )
     built = {row[0] for row in articles.execute("SELECT oid FROM pg_class WHERE relname LIKE '%_embedding_hnsw'")}
     assert _names(phase)[0] == "create_hnsw articles_bolt_0"
-    vector_index.apply(phase)
-    assert vector_index.verify(phase).passed
+    build_index.apply(phase)
+    assert build_index.verify(phase).passed
     kept = {row[0] for row in articles.execute("SELECT oid FROM pg_class WHERE relname LIKE '%_embedding_hnsw'")}
     assert built < kept, "what was built before stays as it is"
     noted = [e["body"] for e in phase.ledger.entries() if e["kind"] == "partition_index"]
@@ -98,7 +99,7 @@ def test_what_a_cancelled_build_left_on_a_partition_is_dropped_and_built_anew(
 
     def build() -> None:
         try:
-            vector_index.apply(phase)
+            build_index.apply(phase)
         except psycopg.errors.QueryCanceled as error:
             failed.append(error)
 
@@ -116,10 +117,10 @@ def test_what_a_cancelled_build_left_on_a_partition_is_dropped_and_built_anew(
         builder.join(30)
     assert failed
     assert partitioned.index_state(articles)["articles_acme_embedding_hnsw"] == (False, False)
-    assert "that of public.articles_acme is invalid" in str(vector_index.verify(phase))
+    assert "that of public.articles_acme is invalid" in str(build_index.verify(phase))
     assert _names(phase)[:3] == ["drop articles_acme", "create_hnsw articles_acme", "attach articles_acme"]
-    vector_index.apply(phase)
-    assert vector_index.verify(phase).passed
+    build_index.apply(phase)
+    assert build_index.verify(phase).passed
 
 
 def test_partitions_that_appear_or_go_while_it_is_built_are_taken_and_passed_over(
@@ -137,16 +138,16 @@ def test_partitions_that_appear_or_go_while_it_is_built_are_taken_and_passed_ove
 
     with monkeypatch.context() as patch:
         patch.setattr(partition_indexes, "concurrently", concurrently)
-        table = str(vector_index.apply(phase))
+        table = str(build_index.apply(phase))
     assert "gone meanwhile, passed over" in table
     articles.execute("CREATE TABLE articles_after PARTITION OF articles FOR VALUES IN ('after')")
     articles.execute("INSERT INTO articles (tenant, title) VALUES ('after', 'a row of a new partition')")
     now = partition_indexes.standing(phase)
     assert {p.name for p in now.leaves} == {*LEAVES, "articles_meanwhile", "articles_after"}
-    assert now.is_whole and vector_index.verify(phase).passed
+    assert now.is_whole and build_index.verify(phase).passed
     queued = articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone()
     assert queued == (1,), "the capture is on the new partition too"
-    vector_index.undo(phase)
+    build_index.undo(phase)
     assert partitioned.index_state(articles) == {}
 
 
@@ -178,8 +179,8 @@ def test_each_statement_takes_the_locks_that_its_plan_says(filled: Filled, artic
         ("articles_embedding_hnsw", "ShareUpdateExclusiveLock"),
         ("articles_acme_embedding_hnsw", "AccessExclusiveLock"),
     }
-    vector_index.apply(phase)
-    drop = vector_index.undo_plan(phase).statements
+    build_index.apply(phase)
+    drop = build_index.undo_plan(phase).statements
     assert [s.name for s in drop] == ["index_partitions.drop_bracket"]
     assert drop[0].lock == "ACCESS EXCLUSIVE on public.articles and every partition of it, for milliseconds"
     held = {lock for lock in _locks(articles, drop[0]) if lock[0] in tables}
@@ -190,17 +191,17 @@ def test_undo_waits_for_nobody_names_who_reads_a_partition_and_twice_does_nothin
     filled: Filled, database: str, articles: psycopg.Connection[Any]
 ) -> None:
     phase = filled()
-    vector_index.apply(phase)
+    build_index.apply(phase)
     with psycopg.connect(database, application_name="a long report") as reader:
         reader.execute("SELECT count(*) FROM articles_bolt_1")
         with pytest.raises(LockNotObtained) as caught:
-            vector_index.undo(phase)
+            build_index.undo(phase)
         assert "a long report" in str(caught.value) and "AccessShareLock" in str(caught.value)
-    assert vector_index.verify(phase).passed, "it serves on"
-    vector_index.undo(phase)
-    assert vector_index.verify_undone(phase).passed
+    assert build_index.verify(phase).passed, "it serves on"
+    build_index.undo(phase)
+    assert build_index.verify_undone(phase).passed
     assert partitioned.index_state(articles) == {}
-    assert vector_index.undo_plan(phase).statements == ()
+    assert build_index.undo_plan(phase).statements == ()
 
 
 def test_undo_of_a_half_built_index_takes_what_was_never_attached(
@@ -208,14 +209,14 @@ def test_undo_of_a_half_built_index_takes_what_was_never_attached(
 ) -> None:
     phase = filled()
     with partitioned.killed_after(partition_indexes, builds=2):
-        vector_index.apply(phase)
+        build_index.apply(phase)
     articles.execute(
         "CREATE INDEX articles_bolt_0_embedding_hnsw ON articles_bolt_0 USING hnsw (embedding vector_l2_ops)"
     )
-    assert "articles_bolt_0 is not attached" in str(vector_index.verify(phase))
-    assert not vector_index.verify_undone(phase).passed
-    vector_index.undo(phase)
-    assert vector_index.verify_undone(phase).passed
+    assert "articles_bolt_0 is not attached" in str(build_index.verify(phase))
+    assert not build_index.verify_undone(phase).passed
+    build_index.undo(phase)
+    assert build_index.verify_undone(phase).passed
     assert partitioned.index_state(articles) == {}
 
 
@@ -224,8 +225,8 @@ def test_ivfflat_lists_follow_the_rows_of_each_partition(
 ) -> None:
     monkeypatch.setattr("runbook_lib.indexes.forecast.ROWS_A_LIST", 10)
     phase = filled(index={"method": "ivfflat"})
-    vector_index.apply(phase)
-    found = {g.name: g for g in vector_index.verify(phase)}
+    build_index.apply(phase)
+    found = {g.name: g for g in build_index.verify(phase)}
     assert found["index.is_valid"].verdict == "PASS"
     options = dict(
         articles.execute("SELECT relname, reloptions FROM pg_class WHERE relname LIKE '%ivfflat'").fetchall()
@@ -244,15 +245,15 @@ def test_a_long_name_is_cut_and_stays_its_own(filled: Filled, articles: psycopg.
     parts = partitions.tree(phase.connection, phase.params, "articles")
     named = {partition_indexes.leaf_index_name(phase, p) for p in parts if p.name.startswith(long)}
     assert len(named) == 2 and all(len(n.encode()) <= 63 and n.endswith("_embedding_hnsw") for n in named)
-    vector_index.apply(phase)
-    assert vector_index.verify(phase).passed
+    build_index.apply(phase)
+    assert build_index.verify(phase).passed
 
 
 def test_a_plan_that_merges_every_partitions_index_is_good_and_one_that_lacks_one_is_named(
     filled: Filled, articles: psycopg.Connection[Any]
 ) -> None:
     phase = filled()
-    vector_index.apply(phase)
+    build_index.apply(phase)
     articles.execute("ANALYZE articles")
     sent = Sent("the application's query", NEAREST, ("embedding", "k"), ("[1,2,3,4,5,6,7,8]", 10))
 

@@ -18,8 +18,8 @@ from runbook_lib.benchmark import comparison
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.phase import MIGRATE, UNDO, Phase
 from runbook_lib.core.row_counts import Rows
-from runbook_lib.indexes import forecast, vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, preflight
+from runbook_lib.indexes import forecast
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, preflight
 from runbook_lib.sql import load
 from tests import partitioned, servers, toy
 from tests.conftest import DSN_ENV, write_params
@@ -202,13 +202,13 @@ def test_vectors_beside_a_partitioned_table_stand_in_one_table(
     articles.execute("DROP TABLE articles")
     partitioned.create_articles(articles, kind)
     phase = open_phase("60_build_index", vector={"layout": "side_table"})
-    for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
+    for module in (extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
         assert module.verify(phase).failed == () or module is expand_schema
     assert assert_every_row_has_the_vector_of_its_text(articles, "side_table") == toy.ROWS
     articles.execute("DELETE FROM articles WHERE id = 7")
     assert articles.execute("SELECT count(*) FROM articles_embedding WHERE id = 7").fetchone() == (0,)
     assert partitioned.index_state(articles) == {"articles_embedding_hnsw": (True, False)}
-    for module in (vector_index, expand_schema):
+    for module in (build_index, expand_schema):
         module.undo(phase)
         assert module.verify_undone(phase).passed

@@ -13,8 +13,7 @@ import pytest
 from runbook_lib.core import db, session
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests import poolers
@@ -130,7 +129,7 @@ def test_a_migration_through_pgbouncer_in_session_mode(
     with poolers.pgbouncer(database, folder, "session", 12) as dsn:
         monkeypatch.setenv(DSN_ENV, dsn)
         phase = open_phase("60_build_index")
-        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         assert backfill.verify(phase).passed
         phase.end("was ended by the test", "nothing")

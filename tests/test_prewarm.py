@@ -7,8 +7,8 @@ import psycopg
 import pytest
 
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import prewarm, vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, preflight
+from runbook_lib.indexes import prewarm
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, preflight
 
 Connection = psycopg.Connection[Any]
 Open = Callable[..., Phase]
@@ -16,7 +16,7 @@ ASKED = {"index": {"prewarm": True}}
 
 
 def _indexed(phase: Phase) -> Phase:
-    for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
+    for module in (extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
     return phase
 

@@ -11,8 +11,7 @@ import pytest
 from runbook_lib.benchmark import index_recall
 from runbook_lib.core.gates import GateFailed
 from runbook_lib.core.phase import MIGRATE, Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import rebuild_index
 from runbook_lib.search import search_function
 from tests.conftest import write_params
@@ -29,7 +28,7 @@ def built(open_phase: Open) -> Callable[..., Phase]:
 
     def make(options: dict[str, Any] | None = None, **sections: Any) -> Phase:
         first = open_phase("60_build_index", **sections)
-        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(first)
         return open_phase("40_rebuild_index", index=DENSER if options is None else options, **sections)
 
@@ -148,7 +147,7 @@ def test_killed_in_the_build_the_old_index_serves_and_the_rerun_clears(
     built: Callable[..., Phase], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     phase = built()
-    real = vector_index.SQL["settings"]
+    real = build_index.SQL["settings"]
     # A statement timeout stands for whatever ends a build half-way.
     text = real.text.replace(
         "set_config('statement_timeout', '0', false)", "set_config('statement_timeout', '1', false)"
@@ -158,7 +157,7 @@ def test_killed_in_the_build_the_old_index_serves_and_the_rerun_clears(
         "UPDATE articles SET embedding = (SELECT embedding FROM articles WHERE id = 1) WHERE embedding IS NULL"
     )
     with monkeypatch.context() as patch:
-        patch.setitem(vector_index.SQL, "settings", replace(real, text=text))
+        patch.setitem(build_index.SQL, "settings", replace(real, text=text))
         with pytest.raises(psycopg.errors.QueryCanceled):
             rebuild_index.apply(phase)
     assert indexes(articles)["articles_embedding_hnsw"] == BEFORE["articles_embedding_hnsw"]
@@ -222,7 +221,7 @@ def test_an_aged_index_of_the_same_options_is_built_anew(
 
 def test_ivfflat_lists(built: Callable[..., Phase], articles: psycopg.Connection[Any], open_phase: Open) -> None:
     first = open_phase("60_build_index", index={"method": "ivfflat", "lists": 4})
-    for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(first)
     phase = open_phase("40_rebuild_index", index={"method": "ivfflat", "lists": 8})
     rebuild_index.apply(phase)

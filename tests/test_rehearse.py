@@ -18,8 +18,7 @@ from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate, Gates
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, load_embeddings, preflight
+from runbook_lib.migrate import backfill, build_index, expand_schema, load_embeddings, preflight
 from runbook_lib.operate import extrapolate, rehearsal_schema, rehearse, sample, whole_table
 from runbook_lib.params import Params
 from runbook_lib.runner import review
@@ -99,7 +98,7 @@ def test_what_is_rehearsed_is_what_the_migration_comes_to(large: Connection, ope
     assert "vectors are random, since the target has none yet" in str(shown)
     foreseen = preflight.expected(preflight.facts(phase), phase)
 
-    for module in (expand_schema, load_embeddings, backfill, vector_index):
+    for module in (expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
     moved, built = phase.ledger.latest("backfill"), phase.ledger.latest("index")
     assert moved is not None and built is not None

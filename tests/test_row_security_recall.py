@@ -10,8 +10,7 @@ import pytest
 
 from runbook_lib.core.gates import Verdict
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import policies, row_security_recall
+from runbook_lib.migrate import build_index, policies, row_security_recall
 from runbook_lib.search import search_function
 from tests.opened import write
 
@@ -43,7 +42,7 @@ def indexed(filled: Callable[..., Phase], tenants: Connection) -> Callable[..., 
 
     def make(*callers: dict[str, Any], grant_to: tuple[str, ...] = (ROLE,)) -> Phase:
         phase = filled(search={"grant_to": list(grant_to), "seen_as": list(callers)})
-        vector_index.apply(phase)
+        build_index.apply(phase)
         search_function.apply(phase)
         for name, value in (("hnsw.ef_search", "10"), ("hnsw.iterative_scan", "off")):
             write(phase, f"ALTER FUNCTION search_articles(text, real[], integer) SET {name} = {value}")

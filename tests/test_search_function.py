@@ -11,8 +11,7 @@ from psycopg.rows import dict_row
 
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests import toy
@@ -37,7 +36,7 @@ def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
     def make(**sections: dict[str, Any]) -> Phase:
         phase = open_phase("70_tune", **(FILTERED | sections))
         search_function.apply(phase)
-        for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
+        for module in (extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         db.use_search_path(phase.connection)
         return phase
@@ -203,7 +202,7 @@ def test_every_way_gives_filtered_answers_best_first(ready: Callable[..., Phase]
 
 def strategy_used(phase: Phase, **filters: Any) -> tuple[str, str]:
     """Whether the vector index was read, by its counter, and how."""
-    name = sql.Literal(f"public.{vector_index.index_name(phase.params)}")
+    name = sql.Literal(f"public.{build_index.index_name(phase.params)}")
     counter = sql.SQL("SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelid = {}::regclass").format(name)
 
     def scans() -> int:
@@ -323,7 +322,7 @@ def test_names_of_columns_end_no_function_and_are_no_placeholder(
     }
     phase = open_phase("70_tune", **sections)
     search_function.apply(phase)
-    for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
+    for module in (extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
     db.use_search_path(phase.connection)
     assert search_function.is_as_planned(phase)
@@ -504,7 +503,7 @@ def test_names_that_need_quoting(open_phase: Open, articles: psycopg.Connection[
         },
     )
     search_function.apply(phase)
-    for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
+    for module in (extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
     carry_settings(phase)
     learn(phase, 'Sta"tus', "Stable", "relaxed")

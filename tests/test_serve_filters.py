@@ -14,8 +14,8 @@ from runbook_lib.benchmark.prepared import CALLS
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, GateFailed
 from runbook_lib.core.phase import MIGRATE, Phase
-from runbook_lib.indexes import filter_indexes, vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.indexes import filter_indexes
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import serve_filters
 from runbook_lib.search import search_function
 from tests.conftest import write_params
@@ -63,7 +63,7 @@ def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
 
     def make(**sections: Any) -> Phase:
         phase = open_phase("70_serve_filters", **(TARGET | APART | {"filters": NAMED} | sections))
-        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         db.use_search_path(phase.connection)
         for statement in search_function.set_search_setting(phase, 40):

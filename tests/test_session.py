@@ -12,10 +12,10 @@ from runbook_lib.benchmark import comparison
 from runbook_lib.core import conninfo_masking, db, session
 from runbook_lib.core.gates import BadInput, Gate
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
 from runbook_lib.migrate import (
     application_settings,
     backfill,
+    build_index,
     cut_over,
     expand_schema,
     extension,
@@ -105,7 +105,7 @@ def test_a_whole_migration_under_hostile_settings(
         phase = open_phase(
             "90_cut_over", legacy={"query": query}, cut_over={"share_steps_percent": [100], "calls_per_step": 20}
         )
-        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index, tune):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
             module.apply(phase)
         comparison.baseline(phase)
         comparison.shadow(phase)
@@ -122,7 +122,7 @@ def test_a_whole_migration_under_hostile_settings(
         others = "SELECT relname FROM pg_class c JOIN pg_am a ON a.oid = c.relam WHERE a.amname = 'heap_of_others'"
         assert articles.execute(others).fetchall() == []
         cut_over.undo(phase)
-        for back in (vector_index, expand_schema, search_function):
+        for back in (build_index, expand_schema, search_function):
             back.undo(phase)
         there = (
             "SELECT count(*) FROM pg_attribute WHERE attrelid = 'articles'::regclass AND attname LIKE 'embedding%'"
@@ -207,7 +207,7 @@ def test_pgvector_is_found_in_a_schema_that_others_may_create_in(
             articles.execute("CREATE FUNCTION public.slug(t text) RETURNS text LANGUAGE sql AS 'SELECT lower(t)'")
             articles.execute(sql.SQL("ALTER FUNCTION public.slug(text) OWNER TO {}").format(role))
         phase = open_phase("60_build_index")
-        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         assert backfill.verify(phase).passed
     finally:

@@ -7,8 +7,7 @@ import psycopg
 import pytest
 
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.search import search_function
 from tests import toy
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
@@ -121,8 +120,8 @@ def test_the_index_is_built_and_a_search_uses_it(
 ) -> None:
     phase = staged()
     backfill.apply(phase)
-    vector_index.apply(phase)
-    assert vector_index.verify(phase).passed
+    build_index.apply(phase)
+    assert build_index.verify(phase).passed
     statement = search_function.route_statement(phase.connection, phase.params, "vector")
     values = {"query": "cookie leaks", "embedding": list(map(float, toy.embed(["cookie leaks"])[0])), "k": 3}
     with phase.connection.transaction():
@@ -138,9 +137,9 @@ def test_undo_leads_back_to_the_catalogue_of_the_start(
 ) -> None:
     phase = staged()
     backfill.apply(phase)
-    vector_index.apply(phase)
+    build_index.apply(phase)
     assert not expand_schema.verify_as_at_start(phase).passed
-    vector_index.undo(phase)
+    build_index.undo(phase)
     expand_schema.undo(phase)
     extension.undo(phase)
     assert expand_schema.verify_undone(phase).passed

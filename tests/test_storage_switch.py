@@ -12,8 +12,7 @@ import pytest
 from runbook_lib.benchmark import explain, plan_diagnosis
 from runbook_lib.core.names import operator_class
 from runbook_lib.core.phase import MIGRATE, UNDO, Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import rebuild_index, storage_switch
 from runbook_lib.search import search_function
 from tests import shapes
@@ -116,7 +115,7 @@ def built(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
     def make(name: str = "60_build_index", **sections: Any) -> Phase:
         articles.execute("ALTER TABLE articles SET (autovacuum_enabled = off)")
         phase = open_phase(name, **SECTIONS | sections)
-        for module in (search_function, extension, expand_schema, load_embeddings, backfill, vector_index):
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         return phase
 
@@ -140,7 +139,7 @@ def test_every_distance_has_its_operator_class_and_every_plan_reads_the_index(
         vector={"dimension": shapes.DIMENSION, "distance": distance}, index={"storage": storage, "rerank": 8}
     )
     assert operator_class(phase.params) == wanted
-    assert [str(g) for g in vector_index.verify(phase) if g.verdict != "PASS"] == []
+    assert [str(g) for g in build_index.verify(phase) if g.verdict != "PASS"] == []
     phase.connection.execute("SELECT '[1]'::vector")
     for statement in search_function.set_search_setting(phase, 100):
         phase.do(statement)
@@ -153,7 +152,7 @@ def test_ivfflat_and_a_side_table_take_every_storage(built: Callable[..., Phase]
         vector={"dimension": shapes.DIMENSION, "layout": "side_table"},
         index={"method": "ivfflat", "lists": 4, "storage": storage, "rerank": 8},
     )
-    assert [str(g) for g in vector_index.verify(phase) if g.verdict != "PASS"] == []
+    assert [str(g) for g in build_index.verify(phase) if g.verdict != "PASS"] == []
     for statement in search_function.set_search_setting(phase, 4):
         phase.do(statement)
     assert [str(g) for g in explain.gates(phase) if g.verdict != "PASS"] == []
@@ -168,15 +167,15 @@ def test_a_column_of_more_than_2000_dimensions_is_indexed_as_halfvec(
     articles.execute(
         "UPDATE articles SET embedding = (SELECT array_agg(sin(id * d)) FROM generate_series(1, 3000) d)::real[]"
     )
-    vector_index.apply(phase)
-    assert [str(g) for g in vector_index.verify(phase) if g.verdict != "PASS"] == []
+    build_index.apply(phase)
+    assert [str(g) for g in build_index.verify(phase) if g.verdict != "PASS"] == []
 
 
 def test_an_index_of_another_storage_does_not_pass_for_this_one(
     built: Callable[..., Phase], open_phase: Open
 ) -> None:
     built()
-    gates = vector_index.verify(open_phase("60_build_index", **SECTIONS, index={"storage": "halfvec"}))
+    gates = build_index.verify(open_phase("60_build_index", **SECTIONS, index={"storage": "halfvec"}))
     assert str(gates.failed[0]) == (
         "FAIL    index.has_the_right_operator_class   articles_embedding_hnsw on public.articles\n"
         "  found   hnsw with vector_cosine_ops on embedding\n"
@@ -240,7 +239,7 @@ def test_interrupted_between_swap_and_drop_the_way_back_brings_index_and_functio
     rebuild_index.apply(phase)
     assert rebuild_index.verify_new(phase).passed
     with monkeypatch.context() as patch:
-        patch.setattr(vector_index, "concurrently", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(build_index, "concurrently", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rebuild_index.swap(phase)
     assert set(held(articles)) == {"articles_embedding_hnsw", "articles_embedding_hnsw_old"}

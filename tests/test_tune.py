@@ -12,8 +12,7 @@ from IPython.lib.pretty import RepresentationPrinter
 from runbook_lib.benchmark import cheapest_way, exact, filter_classes, plan_diagnosis, recall_at_k, sweep
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
 from runbook_lib.search import search_function
 from tests.opened import gates_passed
 from tests.test_search_function import FILTERED, call
@@ -32,7 +31,7 @@ def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
         target = FILTERED | {"target": {"filters": ["status"]}, "legacy": {}}
         phase = open_phase("70_tune", **(target | {"tune": FEW} | sections))
         search_function.apply(phase)
-        for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
+        for module in (extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         db.use_search_path(phase.connection)
         return phase

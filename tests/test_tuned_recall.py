@@ -10,8 +10,7 @@ import pytest
 from runbook_lib.benchmark import filter_classes, relevance_measures, sweep, tuned_recall
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings, tune
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
 from runbook_lib.operate import monitor
 from runbook_lib.search import search_function
 from tests import toy
@@ -44,7 +43,7 @@ def tuned(open_phase: Open, articles: psycopg.Connection[Any]) -> Iterator[Phase
         articles.execute(f"ALTER DATABASE {database} SET {setting} = off")  # type: ignore[call-overload]
     phase = open_phase("70_tune", **(FILTERED | {"tune": TUNE, "watch": {"queries": 20}}))
     search_function.apply(phase)
-    for module in (extension, expand_schema, load_embeddings, backfill, vector_index):
+    for module in (extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
     db.use_search_path(phase.connection)
     tune.apply(phase)

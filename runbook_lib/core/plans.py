@@ -28,7 +28,7 @@ PLANS = {
     "30_expand_schema": ("migrate.expand_schema.plan",),
     "40_load_embeddings": ("migrate.load_embeddings.plan",),
     "50_backfill": ("migrate.backfill.plan",),
-    "60_build_index": ("indexes.vector_index.plan",),
+    "60_build_index": ("migrate.build_index.plan",),
     "70_tune": ("migrate.tune.plan",),
     "80_shadow": ("search.live_shadow.plan",),
     "90_cut_over": ("migrate.cut_over.plan",),
@@ -46,7 +46,7 @@ PLANS = {
     "20_remove_index": (
         "migrate.tune.undo_plan",
         "operate.serve_filters.undo_plan",
-        "indexes.vector_index.undo_plan",
+        "migrate.build_index.undo_plan",
     ),
     "30_remove_schema": ("migrate.expand_schema.undo_plan",),
     "40_remove_search_function": ("search.live_shadow.undo_plan", "search.search_function.undo_plan"),

@@ -25,7 +25,8 @@ from runbook_lib.core.names import index_name as serving_name
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import embedding
-from runbook_lib.indexes import forecast, partition_indexes, vector_index
+from runbook_lib.indexes import forecast, partition_indexes
+from runbook_lib.migrate import build_index
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -129,7 +130,7 @@ def _build(phase: Phase, shape: Shape) -> db.Statement:
     p = measured_params(phase.params)
     here = replace(phase, params=_with_lists(phase, shape.storage_params(p)))
     names = {"index": identifier(index_name(phase.params, shape))} | shape.index_names(p)
-    return vector_index.build_statement(here, names)
+    return build_index.build_statement(here, names)
 
 
 def _with_lists(phase: Phase, params: Params) -> Params:
@@ -153,7 +154,7 @@ def _stands(phase: Phase, shape: Shape) -> bool:
     return (
         on_column(phase.params)
         and storage_variants.is_todays(phase.params, shape)
-        and vector_index.state(phase) is not None
+        and build_index.state(phase) is not None
     )
 
 
@@ -261,15 +262,15 @@ def _standing(phase: Phase, shape: Shape) -> Iterator[tuple[str, dict[str, Any]]
     """One index, for as long as it is measured: its name, and bytes and seconds (None where it stood already)."""
     p = measured_params(phase.params)
     if _stands(phase, shape):
-        found = vector_index.state(phase)
+        found = build_index.state(phase)
         assert found is not None
         yield serving_name(phase.params), {"bytes": found["bytes"], "build_s": None}
         return
-    took = vector_index.concurrently(phase, _build(phase, shape))
+    took = build_index.concurrently(phase, _build(phase, shape))
     name = index_name(phase.params, shape)
     found = db.one(phase.connection, SQL["bytes"], p, index=identifier(p.target.schema_, name).as_string())
     yield name, {"bytes": found["bytes"], "build_s": round(took.seconds, 2), "notices": took.notices}
-    vector_index.concurrently(phase, _drop_index(phase, shape))
+    build_index.concurrently(phase, _drop_index(phase, shape))
 
 
 def _row(p: Params, found: Found, built: dict[str, Any], rows: int, whole: int) -> dict[str, Any]:
@@ -373,7 +374,7 @@ def undo(phase: Phase) -> Table:
         return phase.carry_out(todo)
     for statement in todo:
         if statement.name == SQL["drop_index"].name:
-            vector_index.concurrently(phase, statement)
+            build_index.concurrently(phase, statement)
         else:
             phase.do(statement)
     return Table(("what",), [(s.purpose,) for s in todo])

@@ -20,8 +20,7 @@ from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, Gate, GateFailed, Gates, RunbookError, Verdict, collect, gate
 from runbook_lib.core.names import identifier, names, shortened, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill
+from runbook_lib.migrate import backfill, build_index
 from runbook_lib.params import Params
 from runbook_lib.search import function_ownership, search_function
 from runbook_lib.search.function_ownership import BOTH, NEW_ONLY
@@ -111,7 +110,7 @@ def check(phase: Phase) -> Gates:
     fit = _targets_fit(phase, old.params)
     if fit.verdict is not Verdict.PASS:
         return collect([fit])
-    complete = backfill.verify(phase).gates + tuple(g for g in vector_index.verify(phase) if g.name in INDEX_GATES)
+    complete = backfill.verify(phase).gates + tuple(g for g in build_index.verify(phase) if g.name in INDEX_GATES)
     return collect([fit, _old_serves(old), _told_apart(phase, old.params), *complete, _callers_may(phase, old)])
 
 

@@ -34,8 +34,8 @@ from runbook_lib.core.session import register_vector
 from runbook_lib.core.thresholds import apart, at_least, at_most, change, plain, score
 from runbook_lib.embeddings import embedding
 from runbook_lib.embeddings.sources import as_array
-from runbook_lib.indexes import forecast, vector_index
-from runbook_lib.migrate import application_settings, policies, privileges, row_security_recall
+from runbook_lib.indexes import forecast
+from runbook_lib.migrate import application_settings, build_index, policies, privileges, row_security_recall
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from runbook_lib.sql import load
@@ -81,7 +81,7 @@ def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
     yield privileges.check(phase.connection, phase.params)
     yield from policies.check(phase.connection, phase.params)
     yield _route_is_as_set(phase)
-    yield from (g for g in vector_index.verify(phase) if g.name in STANDING_INDEX_GATES)
+    yield from (g for g in build_index.verify(phase) if g.name in STANDING_INDEX_GATES)
     read_whole = False
     if vector_indexes(phase.connection, phase.params):
         planned = explain.gates(phase)

@@ -17,12 +17,13 @@ from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import identifier, index_name, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, score
-from runbook_lib.indexes import partition_indexes, vector_index
+from runbook_lib.indexes import partition_indexes
 from runbook_lib.indexes.building import none_under_way
 from runbook_lib.indexes.index_roles import Standing, new_name, old_name, one
 from runbook_lib.indexes.index_roles import shown as shown
 from runbook_lib.indexes.index_roles import standing as standing
 from runbook_lib.indexes.options import Options, asked_for, listed
+from runbook_lib.migrate import build_index
 from runbook_lib.operate import rebuild_partitions, storage_switch
 from runbook_lib.search import search_function
 from runbook_lib.sql import load
@@ -56,7 +57,7 @@ def _named(phase: Phase, block: str) -> db.Statement:
 
 def _build(phase: Phase, options: Options | None) -> db.Statement:
     other: dict[str, sql.Composable] = {name: sql.Literal(value) for name, value in (options or {}).items()}
-    return vector_index.build_statement(phase, {"index": identifier(new_name(phase.params))} | other)
+    return build_index.build_statement(phase, {"index": identifier(new_name(phase.params))} | other)
 
 
 def is_done(phase: Phase) -> bool:
@@ -121,11 +122,11 @@ def apply(phase: Phase, options: Options | None = None) -> Table:
         return phase.carry_out(todo)
     rows = []
     for statement in todo:
-        built = vector_index.concurrently(phase, statement)
+        built = build_index.concurrently(phase, statement)
         rows.append((statement.purpose, statement.lock, round(built.seconds, 2)))
         new = one(standing(phase), "new")
         if statement.name != SQL["drop"].name and new:
-            vector_index.note_built(phase, built, new.bytes)
+            build_index.note_built(phase, built, new.bytes)
     return Table(("what", "lock", "seconds"), rows)
 
 
@@ -144,7 +145,7 @@ def swap(phase: Phase) -> Table:
             _note_before(phase)
             seconds = phase.do(statement).seconds
         else:
-            seconds = vector_index.concurrently(phase, statement).seconds
+            seconds = build_index.concurrently(phase, statement).seconds
         rows.append((statement.purpose, statement.lock, round(seconds, 3)))
     return Table(("what", "lock", "seconds"), rows)
 
@@ -267,11 +268,11 @@ def verify(phase: Phase) -> Gates:
     """The index has the options that were asked for, is whole, finds known rows, and nothing is left beside it."""
     if partition_indexes.is_needed(phase):
         of_parts = [rebuild_partitions.has_options(phase), rebuild_partitions.nothing_is_left(phase)]
-        return vector_index.verify(phase) + collect(of_parts)
+        return build_index.verify(phase) + collect(of_parts)
     gates = [_has_options(phase, asked_for(phase.params)), _nothing_is_left(phase)]
     if search_function.function_state(phase):
         gates.append(storage_switch.function_fits(phase))
-    return vector_index.verify(phase) + collect(gates)
+    return build_index.verify(phase) + collect(gates)
 
 
 def _has_options(phase: Phase, needed: Options) -> Gate:
@@ -355,7 +356,7 @@ def undo(phase: Phase) -> Table:
     _note_the_way_back(phase)
     in_a_transaction = (SQL["swap"].name, SQL["swap_back"].name)
     rows = [
-        (s.purpose, (phase.do(s) if s.name in in_a_transaction else vector_index.concurrently(phase, s)).seconds)
+        (s.purpose, (phase.do(s) if s.name in in_a_transaction else build_index.concurrently(phase, s)).seconds)
         for s in todo
     ]
     return Table(("what", "seconds"), rows)

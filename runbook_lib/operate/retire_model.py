@@ -16,8 +16,7 @@ from runbook_lib.core.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.registry import MIGRATE
 from runbook_lib.core.thresholds import apart, plain
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema
+from runbook_lib.migrate import backfill, build_index, expand_schema
 from runbook_lib.operate import model_change, model_comparison
 from runbook_lib.search import live_shadow, search_function
 from runbook_lib.search.function_ownership import BOTH, NEW_ONLY
@@ -92,7 +91,7 @@ def plan(phase: Phase) -> db.Plan:
         (
             *_forward(phase),
             *_forget(phase, old),
-            *vector_index.undo_plan(old),
+            *build_index.undo_plan(old),
             *live_shadow.undo_plan(old),
             *expand_schema.undo_plan(old),
         ),
@@ -128,7 +127,7 @@ def apply(phase: Phase) -> Table:
     if forget := _forget(phase, old):
         model_change.let_calls_end(phase)
         rows += [(s.purpose, round(phase.do(s).seconds, 3)) for s in forget]
-    rows += [tuple(row) for row in vector_index.undo(old).rows]
+    rows += [tuple(row) for row in build_index.undo(old).rows]
     # Under the old target's name, as its own ways back write them down.
     rows += [
         (s.purpose, round(old.do(s).seconds, 3)) for s in (*live_shadow.undo_plan(old), *expand_schema.undo_plan(old))
@@ -157,5 +156,5 @@ def verify(phase: Phase) -> Gates:
         danger="calls would reach a column that is not there",
         do="run 65_retire_model again with execute: true",
     )
-    left = [*vector_index.verify_undone(old), *live_shadow.verify_undone(old), *expand_schema.verify_undone(old)]
+    left = [*build_index.verify_undone(old), *live_shadow.verify_undone(old), *expand_schema.verify_undone(old)]
     return collect([alone, model_comparison.answers_as(phase, "new"), *left])

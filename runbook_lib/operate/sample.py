@@ -20,8 +20,8 @@ from runbook_lib.core.names import identifier, names, spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings.sources import Vectors, as_array
-from runbook_lib.indexes import forecast, vector_index
-from runbook_lib.migrate import backfill, expand_schema, load_embeddings
+from runbook_lib.indexes import forecast
+from runbook_lib.migrate import backfill, build_index, expand_schema, load_embeddings
 from runbook_lib.migrate.load_embeddings import Batch
 from runbook_lib.operate.rehearsal_schema import SEED, Place, timeout
 from runbook_lib.sql import load
@@ -210,7 +210,7 @@ class _Built:
 def _statement(phase: Phase, lists: int | None) -> sql.SQL:
     """The runbook's own build without CONCURRENTLY: nobody else uses the sample, and it need not wait for anybody."""
     other = {} if lists is None else {"lists": sql.Literal(lists)}
-    text = vector_index.build_statement(phase, other).query.as_string(phase.connection)
+    text = build_index.build_statement(phase, other).query.as_string(phase.connection)
     return sql.SQL(text.replace("INDEX CONCURRENTLY", "INDEX", 1))
 
 
@@ -233,7 +233,7 @@ def _build(phase: Phase, lists: int | None) -> _Built:
     finally:
         phase.connection.remove_notice_handler(note)
     seconds = time.perf_counter() - started
-    found = vector_index.state(phase)
+    found = build_index.state(phase)
     return _Built(seconds, _wal(phase.connection) - before, found["bytes"] if found else 0, notices)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
+from runbook_lib.migrate import build_index
 from tests.benchmarks import dictionaries
 
 ROUNDS = 3
@@ -39,7 +39,7 @@ def bare(phase: Phase) -> float:
 def by_phase_60(phase: Phase) -> float:
     """Seconds of the phase's own work."""
     started = time.perf_counter()
-    vector_index.apply(phase)
+    build_index.apply(phase)
     return time.perf_counter() - started
 
 
@@ -50,9 +50,9 @@ def test_the_build_costs_no_more_than_its_statement(dictionary: Callable[..., Ph
     seconds: dict[str, list[float]] = {"bare": [], "phase 60": []}
     for _ in range(ROUNDS):
         for name, build in (("bare", bare), ("phase 60", by_phase_60)):
-            vector_index.undo(phase)
+            build_index.undo(phase)
             seconds[name].append(build(phase))
-    assert vector_index.verify(phase).passed
+    assert build_index.verify(phase).passed
     alone, ours = (float(np.median(seconds[name])) for name in ("bare", "phase 60"))
     print(f"\nbare {seconds['bare']}, phase 60 {seconds['phase 60']}: medians {alone:.1f} and {ours:.1f} s,"
           f" {ours / alone:.3f} times")  # fmt: skip

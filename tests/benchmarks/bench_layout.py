@@ -31,8 +31,7 @@ from runbook_lib.cli import embedded
 from runbook_lib.core import db
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.search import search_function
 from tests.benchmarks import bench_load
 from tests.opened import gates_passed
@@ -83,7 +82,7 @@ def prepare(dsn: str, folder: Path, layout: str, rows: int) -> None:
         phase.ledger.create()
         extension.apply(phase)
         db.use_search_path(phase.connection)
-        for module in (expand_schema, load_embeddings, backfill, vector_index):
+        for module in (expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(f"VACUUM ANALYZE {TABLES[layout]}")

@@ -21,8 +21,7 @@ from runbook_lib.benchmark.sweep import Measured
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings import embedding
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import tune
+from runbook_lib.migrate import build_index, tune
 from runbook_lib.search import search_function
 from tests.benchmarks import dictionaries
 from tests.opened import write
@@ -101,13 +100,13 @@ def follow_the_advice(phase: Phase, dictionary: Callable[..., Phase], found: tun
     denser = re.search(r"index\.m: (\d+) and index\.ef_construction: (\d+)", failed.do)
     assert denser, failed.do
     m, ef_construction = int(denser[1]), int(denser[2])
-    vector_index.undo(phase)
+    build_index.undo(phase)
     phase = dictionary(
         tune={"target_recall": target},
         target={"filters": FILTERS},
         index={"maintenance_work_mem_mb": 512, "m": m, "ef_construction": ef_construction},
     )
-    vector_index.apply(phase)
+    build_index.apply(phase)
     again = tune.apply(phase)
     assert isinstance(again, tune.Tuning)
     asked = {str(c): q for c, q in filter_classes.questions(phase, [c.of for c in again.choices])[0].items()}

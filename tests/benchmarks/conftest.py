@@ -16,8 +16,7 @@ from runbook_lib import params as params_module
 from runbook_lib.core import db
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.search import search_function
 from tests.benchmarks import dictionaries
 from tests.opened import gates_passed
@@ -44,7 +43,7 @@ def dictionary(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         ledger.create()
         phase = gates_passed(Phase("70_tune", "benchmark", True, p, db.connect(p, "benchmark"), ledger))
         search_function.apply(phase)
-        for module in (extension, expand_schema, load_embeddings, backfill, vector_index) if not opened else ():
+        for module in (extension, expand_schema, load_embeddings, backfill, build_index) if not opened else ():
             module.apply(phase)
         phase.connection.execute("VACUUM ANALYZE glosses")
         db.use_search_path(phase.connection)

@@ -19,8 +19,7 @@ from runbook_lib.benchmark import comparison
 from runbook_lib.cli import embedded
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import open_phase
-from runbook_lib.indexes import vector_index
-from runbook_lib.migrate import backfill, cut_over, tune
+from runbook_lib.migrate import backfill, build_index, cut_over, tune
 from runbook_lib.operate import monitor
 from runbook_lib.search import search_function
 from tests import toy
@@ -221,7 +220,7 @@ def before_cut_over(folder: Path) -> Path:
     steps = {"share_steps_percent": [100], "calls_per_step": 10}
     params_file = kit.prepared(folder, "backfill", cut_over=steps, queries={"sample": 10})
     with kit.opened(params_file, "80_shadow") as phase:
-        for module in (search_function, vector_index, tune):
+        for module in (search_function, build_index, tune):
             module.apply(phase)
         comparison.baseline(phase)
         comparison.shadow(phase)
