@@ -370,13 +370,13 @@ def test_verbose_lines_carry_time_and_run(run: Run) -> None:
 
 @pytest.mark.usefixtures("articles")
 def test_a_plan_shows_each_statement_with_its_lock_and_no_gate_as_passed(run: Run) -> None:
-    prove = "from runbook_lib import schema; phase.prove(schema.verify)"
+    prove = "from runbook_lib.migrate import expand_schema; phase.prove(expand_schema.verify)"
     result, _ = run({f"p{EXPAND}": prove}, execute=False, first=EXPAND, last=EXPAND)
     assert (result.status, result.exit_code) == ("planned", 0)
     page = (result.folder / "index.html").read_text()
     assert "Statements that would be carried out" in page and "ACCESS EXCLUSIVE" in page
     assert "every read and write" in page and "ADD COLUMN" in page
-    assert "NOT RUN · schema.verify" in page and "PASS ·" not in page
+    assert "NOT RUN · expand_schema.verify" in page and "PASS ·" not in page
 
 
 def test_a_plan_leaves_a_proved_ledger_as_it_is(run: Run, articles: psycopg.Connection[Any]) -> None:

@@ -22,11 +22,11 @@ MOST_GROWTH_MB = 20
 LOAD = """
 import sys
 from pathlib import Path
-from runbook_lib import staging
+from runbook_lib.migrate import load_embeddings
 from tests.drills import kit
 
 with kit.opened(Path(sys.argv[1]), "40_load_embeddings") as phase:
-    staging.apply(phase)
+    load_embeddings.apply(phase)
 print(next(x.split()[1] for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")))
 """
 

@@ -143,9 +143,9 @@ def test_demo_stop_without_a_server(
 def test_sigterm_stops_the_embedded_server(tmp_path: Path) -> None:
     """The command is stopped while it loads; --stop afterwards finds nothing left."""
     code = (
-        "import time; from runbook_lib.commands import cli, demo\n"
+        "import time; from runbook_lib.cli import demo, main\n"
         "def load(*a, **k): print('loading', flush=True); time.sleep(60)\n"
-        "demo.load = load; cli.main(['demo'])"
+        "demo.load = load; main.main(['demo'])"
     )
     said = tmp_path / "said"
     with said.open("w") as stderr:

@@ -302,9 +302,10 @@ def test_what_a_killed_rehearsal_left_is_dropped_by_the_next(
 ) -> None:
     phase = open_phase("00_rehearse")
     program = (
-        "import time; from runbook_lib.operations import rehearse; from runbook_lib.core.phase import open_phase;"
+        "import time; from runbook_lib.operate import rehearse, sample;"
+        "from runbook_lib.core.phase import open_phase;"
         "from tests.opened import gates_passed;"
-        "from runbook_lib.measuring import sample; sample._build = lambda *_: time.sleep(600);"
+        "sample._build = lambda *_: time.sleep(600);"
         f"rehearse.apply(gates_passed(open_phase('00_rehearse', {str(tmp_path / 'toy.yaml')!r}, 'killed', True)))"
     )
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL) as killed:

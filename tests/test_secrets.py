@@ -43,7 +43,7 @@ open_phase('00_preflight', params_file, run_id, False)"""
 
 # A cell with a typing error, mended; then the server is restarted, and the notebook's first cell is run again.
 DISPLAY_LOST = """import psycopg, pytest, sqlalchemy
-from runbook_lib import sqlmagic
+from runbook_lib.core import sqlmagic
 with pytest.raises(sqlalchemy.exc.ProgrammingError):
     get_ipython().run_line_magic("sql", "SELECT no_such_column")
 %sql SELECT 1 AS one
@@ -71,7 +71,7 @@ figures = dict(os.environ)
 said = str(figures)
 phase._judge(collect([gate("toy.fact_holds", False, said, found=said, needed=said, do=said, figures=figures)]))"""
 # The endpoint says the key that it was sent.
-REFUSED = """from runbook_lib.vectors import endpoint
+REFUSED = """from runbook_lib.embeddings import endpoint
 endpoint.model(phase.params)(["a text"])"""
 
 # What happens in the first phase, and the exit code; the second one always waits for its sign-off.
