@@ -9,7 +9,7 @@ from psycopg import sql
 
 from runbook_lib.backfill import hot_forecast
 from runbook_lib.backfill.hot_forecast import TOAST_POINTER, Sampled
-from runbook_lib.core import db, versions
+from runbook_lib.core import db, query_plan, versions
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.names import identifier, names, spelled, verbatim
@@ -136,12 +136,11 @@ def expected_hot_share(phase: Phase) -> float:
 
 
 def _reads_ranges(phase: Phase, part: str) -> bool:
-    query = sql.SQL("EXPLAIN {}").format(ranked(phase.connection, phase.params, part))
     with phase.connection.transaction():
         phase.connection.execute("SET LOCAL enable_seqscan = off")
         values = {"from_tid": "(0,0)", "to_tid": "(1,0)"}
-        lines = phase.connection.execute(query, values, prepare=False).fetchall()
-    return any("Tid Range Scan" in str(line) for line in lines)
+        plan = query_plan.explain(phase.connection, ranked(phase.connection, phase.params, part), values)
+    return plan.has("Tid Range Scan")
 
 
 def ranked(connection: db.Connection, params: Params, part: str) -> sql.Composed:

@@ -18,7 +18,7 @@ from psycopg import sql
 
 from runbook_lib.backfill import hooks as hooks_module
 from runbook_lib.backfill.hooks import Hook
-from runbook_lib.core import db, row_counts
+from runbook_lib.core import db, query_plan, row_counts
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import changing, identifier, names, spelled
@@ -273,12 +273,8 @@ def _update(bench: Bench, keys: Sequence[Any], effects: Effects) -> None:
     n = names(bench.params) | changing(bench.params)
     staged = SQL["staged"].compose(n | {"dimension": sql.Literal(bench.params.vector.dimension)})
     update = BACKFILL["update"].compose(n | {"part": n["table"], "staging": staged})
-    explain = sql.SQL("EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, FORMAT JSON) {}").format(update)
-    row = bench.connection.execute(explain, {"keys": list(keys)}, prepare=False).fetchone()
-    plans = next(iter(row.values())) if row else []
-    for plan in plans if isinstance(plans, list) else ():
-        called = plan.get("Triggers", ()) if isinstance(plan, dict) else ()
-        effects.fired |= {trigger["Trigger Name"] for trigger in called}
+    plan = query_plan.explain(bench.connection, update, {"keys": list(keys)}, query_plan.CARRIED_OUT)
+    effects.fired |= plan.triggers
 
 
 def look_at(bench: Bench, keys: Sequence[Any]) -> Looked:

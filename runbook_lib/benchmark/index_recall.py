@@ -15,13 +15,13 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.benchmark import explain, recall_at_k, relevance_measures, replica
-from runbook_lib.benchmark.prepared import indexes_in
 from runbook_lib.benchmark.recall_at_k import Nearest
 from runbook_lib.benchmark.relevance_measures import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import RunbookError
 from runbook_lib.core.names import identifier
 from runbook_lib.core.phase import Phase
+from runbook_lib.core.query_plan import explain as plan_of
 from runbook_lib.core.session import register_vector
 from runbook_lib.core.thresholds import score
 from runbook_lib.embeddings import embedding
@@ -156,9 +156,7 @@ def _indexes_used(
     connection: db.Connection, phase: Phase, statement: sql.Composed, query: Query, vector: np.ndarray
 ) -> list[str]:
     values = dict.fromkeys(phase.params.target.filters) | {"query": query.text, "k": phase.params.queries.k}
-    explained = sql.SQL("EXPLAIN (FORMAT JSON) {}").format(statement)
-    row = connection.execute(explained, values | {"embedding": vector}, prepare=False).fetchone()
-    return indexes_in(row["QUERY PLAN"][0]["Plan"]) if row else []
+    return plan_of(connection, statement, values | {"embedding": vector}).indexes
 
 
 def _ask_without(

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import sql
 
-from runbook_lib.benchmark.prepared import SQL, Planned, Sent, plan_of, vector_indexes
+from runbook_lib.benchmark.prepared import SQL, Sent, plan_of, vector_indexes
 from runbook_lib.benchmark.vector_statement import VectorSearch, casts_without_dimension, find, named
 from runbook_lib.core import db, names, row_counts
 from runbook_lib.core.display import number
 from runbook_lib.core.names import OPERATORS, spelled
 from runbook_lib.core.phase import Phase
+from runbook_lib.core.query_plan import QueryPlan
 from runbook_lib.indexes import forecast, partitions
 from runbook_lib.params import Params
 
@@ -57,7 +58,7 @@ class _Case:
     kind: str
     index: db.Row
 
-    def plan(self, text: str, settings: dict[str, str], kind: str = "custom") -> Planned | None:
+    def plan(self, text: str, settings: dict[str, str], kind: str = "custom") -> QueryPlan | None:
         """The plan of another text under other settings; None where the server refuses it."""
         try:
             return plan_of(self.connection, self.sent.with_text(text), kind, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -13,6 +13,7 @@ from psycopg import sql
 
 from runbook_lib.core import db, session, versions
 from runbook_lib.core.names import index_name, spelled
+from runbook_lib.core.query_plan import QueryPlan, explain
 from runbook_lib.indexes import partitions
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -23,8 +24,6 @@ SQL = load("explain")
 EXECUTIONS_TO_A_GENERIC_PLAN = 6
 # Calls that prove how a statement is planned: so many with a custom plan, and as many with a generic one.
 CALLS = 2 * EXECUTIONS_TO_A_GENERIC_PLAN
-# So few rows are read sooner than an index is entered, so the planner is right to.
-SMALL_PARTITION_ROWS = 1000
 PARAMETER = re.compile(r"\$(\d+)\b")
 _probes = count(1)
 
@@ -89,34 +88,9 @@ class Sent:
         return Sent(self.subject, renumbered, pick(self.names), pick(self.values), pick(self.types))
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What the server means to do: the node that reads the table, the index it reads by, and the price.
-
-    sorted_whole: partitions, with their rows, that are read whole and sorted beside others that are read by an index.
-    """
-
-    scan: str
-    index: str
-    limited: bool
-    cost: float
-    sorted_whole: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def by_index(self) -> str:
-        """The index, unless a partition that is not small is read without it."""
-        large = any(rows > SMALL_PARTITION_ROWS for _, rows in self.sorted_whole)
-        return "" if large else self.index
-
-    @property
-    def by_another_index(self) -> bool:
-        """Are the rows found by an index that knows nothing of their distance, and sorted afterwards?"""
-        return not self.index and "Index" in self.scan
-
-
 def plan_of(
     connection: db.Connection, sent: Sent, kind: str = "custom", settings: Mapping[str, str] | None = None
-) -> Planned:
+) -> QueryPlan:
     """The plan of a prepared statement, ``custom``, ``generic``, or ``auto``, which the server chooses: after six
     executions, or under other settings.
 
@@ -136,69 +110,13 @@ def plan_of(
             execute += sql.SQL(" ({})").format(sql.SQL(", ").join(map(sql.Literal, sent.values)))
         for _ in range(EXECUTIONS_TO_A_GENERIC_PLAN if settings is None else 0):
             connection.execute(execute)
-        row = connection.execute(sql.SQL("EXPLAIN (FORMAT JSON) {}").format(execute)).fetchone()
-    return _planned(row["QUERY PLAN"][0]["Plan"] if row else {})
+        return explain(connection, execute)
 
 
-def _planned(top: dict[str, Any]) -> Planned:
-    """The scan that orders by distance, else the first that reads a relation."""
-    nodes = list(_nodes(top))
-    ordered = [n for n, _ in nodes if "Order By" in n]
-    scan = next(iter(ordered), next((n for n, _ in nodes if "Relation Name" in n), {}))
-    # A bitmap's heap scan does not say by which index it finds its rows; the scan below it does.
-    reads = next((n for n, _ in _nodes(scan) if "Index Name" in n), scan)
-    described = f"{reads.get('Node Type', 'no scan')} {reads.get('Index Name') or reads.get('Relation Name', '')}"
-    whole = tuple(_sorted_whole(nodes))
-    if len(ordered) > 1:
-        described = f"Merge Append of {len(ordered)} index scans, {described} the first"
-    if whole:
-        described += "; read whole: " + ", ".join(f"{name} ({rows} rows)" for name, rows in whole)
-    return Planned(
-        scan=described.strip(),
-        sorted_whole=whole,
-        index=scan.get("Index Name", "") if ordered else "",
-        limited=any(limited for n, limited in nodes if n is scan),
-        cost=float(top.get("Total Cost", 0)),
-    )
-
-
-def _sorted_whole(nodes: list[tuple[dict[str, Any], bool]]) -> Iterator[tuple[str, int]]:
-    """Relations that a Merge Append reads whole and sorts, beside others that an index gives in order."""
-    for node, _ in nodes:
-        branches = [[n for n, _ in _nodes(child)] for child in node.get("Plans", [])]
-        if node.get("Node Type") == "Merge Append" and any("Order By" in n for branch in branches for n in branch):
-            for branch in branches:
-                if not any("Order By" in n for n in branch):
-                    yield from ((n["Relation Name"], n["Plan Rows"]) for n in branch if "Relation Name" in n)
-
-
-def _nodes(node: dict[str, Any], limited: bool = False) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Every node, and whether a LIMIT stands above it."""
-    yield node, limited
-    for child in node.get("Plans", []):
-        yield from _nodes(child, limited or node.get("Node Type") == "Limit")
-
-
-def reads_index(connection: db.Connection, params: Params, top: dict[str, Any]) -> bool:
-    """Does this plan read the runbook's index, or that of a partition which is part of it? top: the plan's root."""
-    found = partitions.with_their_parents(connection, params, indexes_in(top))
+def reads_index(connection: db.Connection, params: Params, plan: QueryPlan) -> bool:
+    """Does this plan read the runbook's index, or that of a partition which is part of it?"""
+    found = partitions.with_their_parents(connection, params, plan.indexes)
     return any(index_name(params) in name for name in found)
-
-
-def indexes_in(top: dict[str, Any]) -> list[str]:
-    """The names of the indexes that a plan reads."""
-    return list(dict.fromkeys(n["Index Name"] for n, _ in _nodes(top) if "Index Name" in n))
-
-
-def read_whole(top: dict[str, Any]) -> list[str]:
-    """The relations of which a plan reads every row, however it comes to them."""
-    nodes = [n for n, _ in _nodes(top)]
-    return [n["Relation Name"] for n in nodes if "Relation Name" in n and not _is_looked_up(n)]
-
-
-def _is_looked_up(node: dict[str, Any]) -> bool:
-    # The condition of a bitmap's heap scan is that of the index scan below it.
-    return any("Index Cond" in n for n, _ in _nodes(node))
 
 
 def vector_indexes(connection: db.Connection, params: Params) -> list[db.Row]:

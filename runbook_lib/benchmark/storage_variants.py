@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from runbook_lib.benchmark.recall_at_k import Nearest
 from runbook_lib.benchmark.relevance_measures import Query
 from runbook_lib.core import db
 from runbook_lib.core.names import identifier, indexed, names, of_pgvector
+from runbook_lib.core.query_plan import explain
 from runbook_lib.core.session import register_vector
 from runbook_lib.params import Params
 from runbook_lib.params.data import MAX_INDEXED_DIMENSION
@@ -239,6 +239,4 @@ def _relevance(
 
 def _uses(connection: db.Connection, statement: sql.Composed, asked: Asked, k: int, index: str) -> bool:
     values: dict[str, Any] = {"query": asked.queries[0].text, "k": k, "embedding": asked.vectors[0]}
-    explained = sql.SQL("EXPLAIN (FORMAT JSON) {}").format(statement)
-    row = connection.execute(explained, values, prepare=False).fetchone()
-    return row is not None and f'"{index}"' in json.dumps(row)
+    return index in explain(connection, statement, values).indexes

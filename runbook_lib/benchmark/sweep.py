@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from psycopg import sql
@@ -19,6 +17,7 @@ from runbook_lib.benchmark.prepared import reads_index
 from runbook_lib.benchmark.recall_at_k import mean, share
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
+from runbook_lib.core.query_plan import CARRIED_OUT, QueryPlan, explain
 from runbook_lib.core.session import register_vector
 from runbook_lib.search import search_function
 from runbook_lib.sql import load
@@ -194,18 +193,12 @@ def _explain(
     phase: Phase, connection: db.Connection, statement: sql.Composed, asked: Sequence[Asked]
 ) -> tuple[int, str]:
     """Pages touched by a question, a median, and how their rows were found."""
-    explained = sql.SQL("EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) {}").format(statement)
-    pages: list[int] = []
-    plans: list[str] = []
-    for question in asked:
-        row = connection.execute(explained, _values(phase, question), prepare=False).fetchone()
-        root = row["QUERY PLAN"][0]["Plan"] if row else {}
-        pages.append(root.get("Shared Hit Blocks", 0) + root.get("Shared Read Blocks", 0))
-        plans.append(_plan(phase, root))
-    return int(np.median(pages)) if pages else 0, ", ".join(dict.fromkeys(plans))
+    plans = [explain(connection, statement, _values(phase, question), CARRIED_OUT) for question in asked]
+    pages = int(np.median([plan.pages for plan in plans])) if plans else 0
+    return pages, ", ".join(dict.fromkeys(_found_by(phase, plan) for plan in plans))
 
 
-def _plan(phase: Phase, root: dict[str, Any]) -> str:
-    if reads_index(phase.connection, phase.params, root):
+def _found_by(phase: Phase, plan: QueryPlan) -> str:
+    if reads_index(phase.connection, phase.params, plan):
         return VECTOR_INDEX
-    return "whole table" if "Seq Scan" in json.dumps(root) else "filter's index"
+    return "whole table" if plan.has("Seq Scan") else "filter's index"

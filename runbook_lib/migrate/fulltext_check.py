@@ -6,16 +6,15 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import psycopg
 
 from runbook_lib.backfill import update_effects
-from runbook_lib.benchmark import prepared
 from runbook_lib.core import db
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, Verdict, gate
-from runbook_lib.core.names import identifier, names, spelled, verbatim
+from runbook_lib.core.names import identifier, names, spelled
+from runbook_lib.core.query_plan import SMALL_PARTITION_ROWS, QueryPlan, explain
 from runbook_lib.indexes import partitions
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
@@ -127,7 +126,7 @@ def _made_with(connection: db.Connection, params: Params) -> dict[int, str]:
 def _index(connection: db.Connection, params: Params) -> Gate:
     """Has the words half planned with table scans switched off: what is read whole then has no index for it."""
     plan = _plan(connection, params)
-    whole, used = prepared.read_whole(plan), prepared.indexes_in(plan)
+    whole, used = plan.read_whole, plan.indexes
     rows = _few_rows(connection, params) if whole and params.search.fulltext_column else None
     refused = _cannot_be_indexed(connection, params) if whole and params.search.fulltext_expression else ""
     if not whole:
@@ -154,12 +153,11 @@ def _index(connection: db.Connection, params: Params) -> Gate:
     )
 
 
-def _plan(connection: db.Connection, params: Params) -> dict[str, Any]:
+def _plan(connection: db.Connection, params: Params) -> QueryPlan:
     statement = search_function.fulltext_statement(connection, params)
     with _as_in_the_function(connection, params):
         connection.execute(SQL["without_scans"].compose({}))
-        row = connection.execute(verbatim("EXPLAIN (FORMAT JSON) ") + statement, WORD, prepare=False).fetchone()
-    return row["QUERY PLAN"][0]["Plan"] if row else {}
+        return explain(connection, statement, WORD)
 
 
 @contextmanager
@@ -173,7 +171,7 @@ def _as_in_the_function(connection: db.Connection, params: Params) -> Iterator[N
 
 def _few_rows(connection: db.Connection, params: Params) -> int | None:
     """The number of rows, where a scan of so few is as good as an index; None where there are more."""
-    most = prepared.SMALL_PARTITION_ROWS
+    most = SMALL_PARTITION_ROWS
     rows = int(db.one(connection, SQL["first_rows"], params, most=most + 1)["rows"])
     return rows if rows <= most else None
 

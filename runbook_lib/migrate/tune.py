@@ -25,7 +25,7 @@ from runbook_lib.benchmark.cheapest_way import Choice
 from runbook_lib.benchmark.filter_classes import Asked, FilterClass
 from runbook_lib.benchmark.prepared import reads_index
 from runbook_lib.benchmark.sweep import Measured, Way
-from runbook_lib.core import db
+from runbook_lib.core import db, query_plan
 from runbook_lib.core.display import Table, duration
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import index_name, spelled
@@ -153,9 +153,7 @@ def through_the_index(phase: Phase, value: int) -> Iterator[db.Connection]:
 
 def uses_index(connection: db.Connection, phase: Phase, statement: sql.Composable, values: dict[str, Any]) -> bool:
     """Does the plan of this statement, with these values, read our index?"""
-    explained = sql.SQL("EXPLAIN (FORMAT JSON) {}").format(statement)
-    row = connection.execute(explained, values, prepare=False).fetchone()
-    return row is not None and reads_index(connection, phase.params, row["QUERY PLAN"][0]["Plan"])
+    return reads_index(connection, phase.params, query_plan.explain(connection, statement, values))
 
 
 @changes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from psycopg import sql
 
 from runbook_lib.benchmark import explain, legacy_usage, relevance_measures
 from runbook_lib.benchmark.replica import is_given
-from runbook_lib.core import db, session
+from runbook_lib.core import db, query_plan, session
 from runbook_lib.core.display import Table, duration, size
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import spelled
@@ -257,9 +256,7 @@ def _read_by(phase: Phase, route: Any) -> set[str]:
     values: dict[str, Any] = dict.fromkeys(p.target.filters) | {"query": queries[0].text, "k": p.queries.k}
     values["embedding"] = [float(x) for x in embedding.query_vectors(p, queries)[0]]
     with explain.as_the_application(phase) as connection:
-        explained = sql.SQL("EXPLAIN (FORMAT JSON) {}").format(statement)
-        row = connection.execute(explained, values, prepare=False).fetchone()
-    return set(re.findall(r'"Index Name": "([^"]+)"', json.dumps(row["QUERY PLAN"] if row else [])))
+        return set(query_plan.explain(connection, statement, values).indexes)
 
 
 def _column_can_go(phase: Phase) -> Iterator[Gate]:
