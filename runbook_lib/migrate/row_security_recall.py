@@ -15,6 +15,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.benchmark import recall_at_k, relevance_measures, replica
+from runbook_lib.benchmark.prepared import use_setting
 from runbook_lib.benchmark.relevance_measures import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
@@ -136,5 +137,5 @@ def _as(connection: db.Connection, caller: SeenAs) -> Iterator[None]:
     """A transaction in which the session is that caller, with the caller's settings."""
     with connection.transaction(force_rollback=True):
         for name, value in {**caller.settings, "role": caller.role}.items():
-            connection.execute(SQL["set"].compose({}), {"name": name, "value": value})
+            use_setting(connection, name, value, local=True)
         yield

@@ -20,10 +20,6 @@ WHERE c.relnamespace = to_regnamespace(%(schema)s) AND c.relname = %(table)s AND
   AND (c.relforcerowsecurity OR NOT pg_has_role(r.oid, c.relowner, 'USAGE'))
 ORDER BY 1;
 
--- name: set
--- purpose: A setting that the policies read, or the role itself, for this transaction.
-SELECT set_config(%(name)s, %(value)s, true);
-
 -- name: not_in_both
 -- purpose: Privileges and policies that the table or the ordinary one kept beside it has, and the other lacks.
 WITH relation AS (
