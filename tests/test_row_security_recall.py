@@ -149,12 +149,14 @@ def test_what_two_grantors_gave_on_one_table_alone_is_found_and_so_is_the_right_
         CREATE POLICY of_tenant ON articles_whole USING (views = current_setting('app.tenant')::int);
         GRANT INSERT ON articles TO {ROLE}_other WITH GRANT OPTION; GRANT INSERT ON articles TO {ROLE};
         SET ROLE {ROLE}_other; GRANT INSERT ON articles TO {ROLE}; RESET ROLE;
-        GRANT UPDATE (id) ON articles, articles_whole TO {ROLE}; GRANT UPDATE (id) ON articles TO {ROLE} WITH GRANT OPTION"""
+        GRANT UPDATE (id) ON articles, articles_whole TO {ROLE};
+        GRANT UPDATE (id) ON articles TO {ROLE} WITH GRANT OPTION"""
     )
     (gate,) = policies.check(phase.connection, phase.params)
     assert gate.found == (
         "articles alone: INSERT to one_tenant; articles alone: INSERT to one_tenant_other WITH GRANT OPTION;"
-        " articles alone: UPDATE (id) to one_tenant WITH GRANT OPTION; articles_whole alone: UPDATE (id) to one_tenant"
+        " articles alone: UPDATE (id) to one_tenant WITH GRANT OPTION;"
+        " articles_whole alone: UPDATE (id) to one_tenant"
     )
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import dict_row
 
 from runbook_lib.benchmark import comparison
 from runbook_lib.core import conninfo_masking, db, session
-from runbook_lib.core.gates import BadInput, Gate
+from runbook_lib.core.gates import BadInput, Gate, RunbookError
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import (
     application_settings,
@@ -212,6 +214,34 @@ def test_pgvector_is_found_in_a_schema_that_others_may_create_in(
         assert backfill.verify(phase).passed
     finally:
         articles.execute(sql.SQL("DROP OWNED BY {r}; DROP ROLE {r}").format(r=role))
+
+
+def test_who_may_not_use_the_schema_of_pgvector_is_told_which_grant_is_missing(
+    articles: psycopg.Connection[Any], database: str
+) -> None:
+    role = f"poor_{articles.info.dbname}"
+    articles.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        own = make_conninfo(database, user=role)
+        with psycopg.connect(own, autocommit=True, row_factory=dict_row) as connection:
+            session.begin(connection, "public", "articles", lock_timeout_ms=1000)
+            with pytest.raises(RunbookError) as error:
+                session.register_vector(connection)
+            assert error.value.found == f"database {articles.info.dbname} has no pgvector"
+            articles.execute('CREATE SCHEMA "of others"; CREATE EXTENSION vector SCHEMA "of others"')
+            with pytest.raises(RunbookError) as error:
+                session.register_vector(connection)
+            grant = f'GRANT USAGE ON SCHEMA "of others" TO {role};'
+            assert str(error.value) == (
+                f"\n  found   {role} lacks USAGE on schema of others, which pgvector is installed in\n"
+                "  needed  USAGE, for its types and operators\n"
+                "  danger  no vector can be sent or read; nothing was changed\n"
+                f"  do      have its owner or a superuser run: {grant}"
+            )
+            articles.execute(grant)
+            session.register_vector(connection)
+    finally:
+        articles.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 def test_a_setting_that_keeps_the_application_from_the_index_is_found_by_check(

@@ -27,9 +27,9 @@ def check(connection: db.Connection, params: Params) -> Gate:
         found="; ".join(map(_described, open_now))
         or ("others may create in none" + (f", but for {', '.join(agreed)}: agreed to" if agreed else "")),
         needed="CREATE held by superusers, this role, and the owners of database and table alone",
-        danger=f"what is made in {', '.join(row['schema'] for row in open_now)} and fits a call of legacy.query better"
-        f" than PostgreSQL's own function or operator runs as {connection.info.user}, and in the search function as"
-        " its caller",
+        danger=f"what is made in {', '.join(row['schema'] for row in open_now)} and fits a call of legacy.query"
+        f" better than PostgreSQL's own function or operator runs as {connection.info.user}, and in the search"
+        " function as its caller",
         do=" ".join([*filter(None, map(_remedy, open_now)), f"or agree to it: accept.open_schemas: [{names}]"]),
     )
 
