@@ -281,13 +281,13 @@ def test_settings_that_the_applications_own_query_would_have_are_found(
         assert told().found == "none of pgvector's, and no switch of the planner"
         for owner, setting in (
             (f"DATABASE {database}", "hnsw.ef_search = 10"),
-            (f"ROLE {reader}", "enable_seqscan = off"),
+            (f"ROLE {reader}", "enable_seqscan = no"),
         ):
             articles.execute(f"ALTER {owner} SET {setting}")
         before = told()
         assert (before.verdict, before.found, before.needed) == (
             "PASS",
-            f"ALTER ROLE {reader} SET enable_seqscan = off; ALTER DATABASE {database} SET hnsw.ef_search = 10",
+            f"ALTER ROLE {reader} SET enable_seqscan = no; ALTER DATABASE {database} SET hnsw.ef_search = 10",
             "to be known: 70_tune will say with which settings it measured",
         )
         phase = open_phase("70_tune")
@@ -295,12 +295,21 @@ def test_settings_that_the_applications_own_query_would_have_are_found(
         extension.apply(phase)
         for statement in search_function.set_search_setting(phase, 80):
             articles.execute(statement.query, statement.values)
-        after = told()
-        assert (after.verdict, after.found, after.do) == (
-            "FAIL",
-            f"ALTER DATABASE {database} SET hnsw.ef_search = 10",
-            f"let their owner run: ALTER DATABASE {database} SET hnsw.ef_search = 80",
+        assert str(told()) == (
+            "FAIL    inputs.application_searches_as_measured   settings of the database and of the application's"
+            " roles\n"
+            f"  found   ALTER ROLE {reader} SET enable_seqscan = no;"
+            f" ALTER DATABASE {database} SET hnsw.ef_search = 10\n"
+            "  needed  hnsw.ef_search = 80; hnsw.iterative_scan = strict_order; hnsw.max_scan_tuples = 20000;"
+            " enable_seqscan = on\n"
+            "  danger  the application's own query has these settings, and with them another recall and another time"
+            " than those that were measured\n"
+            f"  do      let their owner run: ALTER ROLE {reader} SET enable_seqscan = on;"
+            f" ALTER DATABASE {database} SET hnsw.ef_search = 80"
         )
+        articles.execute(f"ALTER ROLE {reader} SET enable_seqscan = 'yes'; ALTER ROLE {reader} SET enable_sort = 1")
+        after = told()
+        assert (after.verdict, after.found) == ("FAIL", f"ALTER DATABASE {database} SET hnsw.ef_search = 10")
         articles.execute(f"ALTER ROLE {reader} IN DATABASE {database} SET hnsw.ef_search = 80")
         assert told(grant_to=[reader]).verdict == "PASS", "a role's own setting is stronger than the database's"
         assert told().verdict == "FAIL", "for another role the database's still holds"

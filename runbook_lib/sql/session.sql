@@ -125,6 +125,10 @@ FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extnam
 -- purpose: Load pgvector's library: before that its settings are unknown, and only a superuser may write an unknown one.
 SELECT '[1]'::{vector_in_schema};
 
+-- name: settings
+-- purpose: Settings as this session has them.
+SELECT name, setting FROM pg_settings WHERE name = ANY (%(names)s) ORDER BY name;
+
 -- name: application_settings
 -- purpose: Settings that sessions of the application begin with: of its roles, where they are named; else of this role,
 -- of every other that reads the table where its own query is searched with, and of the database for all the rest.
