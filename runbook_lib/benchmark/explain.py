@@ -197,7 +197,7 @@ def _function_searches_by_index(phase: Phase, route: str) -> Gate:
             search_function.force_route(connection, p, route)
             call_prepared(connection, ("text", "real[]", "integer"), call, _values(phase))
             found = scans(connection, p, oids)
-    cause = None if found >= CALLS else _cause_in_the_function(phase)
+    cause = None if found >= CALLS else cause_in_the_function(phase)
     return gate(
         "explain.function_searches_by_the_index",
         cause is None or cause.name == plan_diagnosis.TOO_SMALL,
@@ -210,6 +210,7 @@ def _function_searches_by_index(phase: Phase, route: str) -> Gate:
     )
 
 
-def _cause_in_the_function(phase: Phase) -> plan_diagnosis.Cause:
+def cause_in_the_function(phase: Phase) -> plan_diagnosis.Cause:
+    """Why the vector query of the search function does not read the index, with the settings that it carries."""
     with as_the_application(phase) as connection:
         return plan_diagnosis.diagnose(phase, connection, function_query(phase), "custom")
