@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 
-from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
+from runbook_lib.core.registry import STEPS, UNDO, notebook
 
 OPEN = """from runbook_lib.core.phase import open_phase
 phase = open_phase("{name}", params_file, run_id, execute)
@@ -18,24 +18,17 @@ phase.close(phase.prove(lambda p: collect([gate("toy.is_done", True, p.name, fou
 
 def write(folder: Path, **bodies: str) -> Path:
     """Writes every notebook; ``p50_backfill="…"`` puts code between opening and closing."""
-    ways = (
-        ("migrate", MIGRATE),
-        ("operate", tuple(OPERATE)),
-        ("undo", tuple(UNDO)),
-        ("undo_operation", tuple(UNDO_OPERATION)),
-    )
-    for way, names in ways:
-        (folder / way).mkdir(parents=True, exist_ok=True)
-        for name in names:
-            body = bodies.get(f"p{name}", "'nothing special'") if way != "undo" else "'back'"
-            parameters = nbformat.v4.new_code_cell("params_file = ''\nrun_id = ''\nexecute = False")
-            parameters.metadata["tags"] = ["parameters"]
-            cells = [
-                nbformat.v4.new_markdown_cell(f"# {name}"),
-                parameters,
-                *(nbformat.v4.new_code_cell(c) for c in (OPEN.format(name=name), body, CLOSE)),
-            ]
-            notebook = nbformat.v4.new_notebook(cells=cells)
-            notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-            nbformat.write(notebook, folder / way / f"{name}.ipynb")
+    for name in STEPS:
+        body = bodies.get(f"p{name}", "'nothing special'") if name not in UNDO else "'back'"
+        parameters = nbformat.v4.new_code_cell("params_file = ''\nrun_id = ''\nexecute = False")
+        parameters.metadata["tags"] = ["parameters"]
+        cells = [
+            nbformat.v4.new_markdown_cell(f"# {name}"),
+            parameters,
+            *(nbformat.v4.new_code_cell(c) for c in (OPEN.format(name=name), body, CLOSE)),
+        ]
+        made = nbformat.v4.new_notebook(cells=cells)
+        made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        (folder / notebook(name)).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(made, folder / notebook(name))
     return folder

@@ -85,7 +85,7 @@ def step(notebook: str, params_file: Path, *, execute: bool = True, times: int =
 def step_all(way: str, names: Iterable[str], params_file: Path, *, execute: bool = True, times: int = 1) -> None:
     """Carries out notebooks of one folder in order; stops at the first that raises."""
     for name in names:
-        step(f"{way}/{name}", params_file, execute=execute, times=times)
+        step(name if "/" in name else f"{way}/{name}", params_file, execute=execute, times=times)
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from runbook_lib import params
 from runbook_lib.cli.main import main
 from runbook_lib.core import approval, ledger, plans
 from runbook_lib.core.gates import BadInput, GateFailed, NotApproved
-from runbook_lib.core.phase import MIGRATE, UNDO, Phase
-from runbook_lib.core.registry import OPERATE, UNDO_OPERATION
+from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.core.registry import STEPS, notebook
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import write
 
@@ -86,13 +86,11 @@ def asked(phase: Phase) -> approval.Asked:
 
 def test_the_plans_are_those_that_the_notebooks_show() -> None:
     root = Path(__file__).parent.parent / "notebooks"
-    forth, back = (("migrate", MIGRATE), ("operate", OPERATE)), (("undo", UNDO), ("undo_operation", UNDO_OPERATION))
-    for way, names in (*forth, *back):
-        for name in names:
-            cells = nbformat.read(root / way / f"{name}.ipynb", as_version=4).cells
-            code = "\n".join(c.source for c in cells if c.cell_type == "code")
-            shown = tuple(re.findall(r"(\w+\.(?:undo_)?plan)\(phase\)", code))
-            assert tuple(p.removeprefix("operations.") for p in plans.PLANS.get(name, ())) == shown, name
+    for name in STEPS:
+        cells = nbformat.read(root / notebook(name), as_version=4).cells
+        code = "\n".join(c.source for c in cells if c.cell_type == "code")
+        shown = tuple(re.findall(r"(\w+\.(?:undo_)?plan)\(phase\)", code))
+        assert tuple(p.partition(".")[2] for p in plans.PLANS.get(name, ())) == shown, name
 
 
 def test_a_phase_that_waits_says_what_for_and_asks_once(waiting: Phase) -> None:
@@ -317,7 +315,7 @@ def test_a_phase_that_waits_for_nothing_cannot_be_approved(approve: Callable[...
     assert (absent.exit_code, "found   there is no ledger in schema runbook" in absent.stderr) == (1, True)
 
 
-@pytest.mark.parametrize("name", ["00_preflight", "90_cut_ovre", "10_reads_to_legacy"])
+@pytest.mark.parametrize("name", ["00_preflight", "90_cut_ovre", "undo/reads"])
 def test_only_phases_that_change_something_can_wait(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadInput) as error:
         params.load(write_params(tmp_path, approval={"phases": [name]}))

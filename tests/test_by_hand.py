@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 from runbook_lib import params
 from runbook_lib.cli import lab
 from runbook_lib.core.gates import BadInput
+from runbook_lib.core.registry import UNDO, UNDO_OPERATION
 from runbook_lib.runner import by_hand, manifest, runner, selection, target_status, verify
 from tests import small_notebooks
 from tests.conftest import write_params
@@ -70,7 +71,7 @@ def test_where_nothing_was_carried_out_only_its_own_copies_are_removed(tmp_path:
         file.write_text("mine")
     assert by_hand.finish(folder, params.load(path), manifest.read(folder)) is None
     assert sorted(p for p in folder.rglob("*") if p.is_file()) == sorted(kept)
-    assert len(list((tmp_path / "elsewhere").iterdir())) == len(selection.ORDERS["undo"])
+    assert len(list((tmp_path / "elsewhere").iterdir())) == len({*UNDO, *UNDO_OPERATION})
 
 
 def test_what_was_carried_out_becomes_a_record_that_verifies(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def loaded(open_phase: Open) -> Callable[..., Phase]:
     """Opens the operation on a table with vectors, and no index."""
 
     def make(**sections: Any) -> Phase:
-        phase = open_phase("50_compare_storage", **SECTIONS | sections)
+        phase = open_phase("operate/compare_storage", **SECTIONS | sections)
         for module in (search_function, extension, expand_schema, load_embeddings, backfill):
             module.apply(phase)
         phase.connection.execute("ANALYZE articles")
@@ -165,7 +165,7 @@ def test_after_a_kill_the_next_run_clears_what_was_left(
         "  found   articles_storage, runbook_articles_compared_bit_64_hnsw\n"
         "  needed  nothing\n"
         "  danger  disk is taken, and where an index is left, every write pays for it\n"
-        "  do      run storage.undo(phase), or 50_compare_storage again"
+        "  do      run storage.undo(phase), or operate/compare_storage again"
     )
     found = compare_storage.apply(phase)
     assert isinstance(found, Comparison)
@@ -256,12 +256,12 @@ def test_the_notebook_compares_and_plans_without_changing_anything(
 ) -> None:
     path = write_params(tmp_path, **SECTIONS | {"storage": {"rerank": [8], "sample_rows": 200, "ivfflat": False}})
     with pytest.raises(GateFailed) as raised:
-        step("operate/50_compare_storage", path)
+        step("operate/compare_storage", path)
     assert [g.name for g in raised.value.gates.failed] == ["phase.predecessor_passed"]
     step_all("migrate", MIGRATE[:6], path)
     before = relations(articles)
-    step("operate/50_compare_storage", path, execute=False)
+    step("operate/compare_storage", path, execute=False)
     assert relations(articles) == before
-    left = step("operate/50_compare_storage", path, times=2)
+    left = step("operate/compare_storage", path, times=2)
     assert relations(articles) == before
     assert isinstance(left["compared"], Comparison)

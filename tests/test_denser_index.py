@@ -104,7 +104,7 @@ def test_what_tuning_says_to_build_brings_the_recall_that_was_missing(opened: Op
         )
         assert told, judged.do
         options = {"m": int(told[1]), "ef_construction": int(told[2])}
-        again = opened("40_rebuild_index", options)
+        again = opened("operate/rebuild_index", options)
         rebuild_index.apply(again)
         proved = {g.name: g for g in rebuild_index.verify_new(again)}
         assert "rebuild.new_index_finds_as_much" in proved, proved

@@ -142,7 +142,7 @@ def test_capture_that_does_not_work_is_found(
         " once when its text changed, and not when written again\n"
         "  danger  rows that are written from now on would keep no vector or an old one\n"
         "  do      run 30_expand_schema again with execute: true, which makes triggers that are missing or switched"
-        " off again; where a definition differs, run undo/30_remove_schema first"
+        " off again; where a definition differs, run undo/schema first"
     )
     if "runbook_articles" in harm or "TRIGGER USER" in harm:
         articles.execute("DROP RULE IF EXISTS quiet ON runbook.articles_queue")

@@ -84,14 +84,14 @@ def test_there_through_age_and_a_rebuild_and_back(
     answer = articles.execute(f"SELECT id, answered_by FROM search_articles('x', {vector}, 3)").fetchall()
     assert len(answer) == 3 and toy.as_near_as_row_3(answer[0])
     articles.execute("VACUUM ANALYZE articles")
-    young = step("operate/20_watch", path)["gates"]
+    young = step("operate/monitor", path)["gates"]
     assert {g.name: str(g.verdict) for g in young if g.name.startswith("drift.")} == {"drift.lists_are_even": "PASS"}
 
     add(articles, "new", ROWS)
-    step("operate/10_refresh", path)
+    step("operate/refresh", path)
     articles.execute("VACUUM ANALYZE articles")
     with pytest.raises(GateFailed) as raised:
-        step("operate/20_watch", path)
+        step("operate/monitor", path)
     aged = {g.name: g for g in raised.value.gates.failed}
     found = aged["drift.new_rows_are_found"]
     assert found.figures["newer"] < 0.85 < 0.88 < found.figures["older"]
@@ -99,13 +99,13 @@ def test_there_through_age_and_a_rebuild_and_back(
         f"{ROWS:,} of {2 * ROWS + toy.ROWS:,} rows are newer than the index, and the table holds 1.8 × the rows"
         in (found.found)
     )
-    assert found.do.startswith("run operate/40_rebuild_index")
+    assert found.do.startswith("run operate/rebuild_index")
 
     was = lists_of(articles)
-    step("operate/40_rebuild_index", path)
+    step("operate/rebuild_index", path)
     now = lists_of(articles)
     assert was and now and (was[0], was[1] != now[1]) == (now[0], True)
-    again = step("operate/20_watch", path)["gates"]
+    again = step("operate/monitor", path)["gates"]
     assert again.passed, str(again)
     by_name = {g.name: g for g in again}
     assert "drift.new_rows_are_found" not in by_name
@@ -138,7 +138,7 @@ def template(server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @contextmanager
-def opened(path: Path, name: str = "20_watch") -> Iterator[Phase]:
+def opened(path: Path, name: str = "operate/monitor") -> Iterator[Phase]:
     p = load(path)
     with db.connect(p, "test ledger") as ledger, db.connect(p, "test work") as work:
         yield gates_passed(Phase(name, "test-run", True, p, work, Ledger(ledger, p, "test-run", name)))
@@ -164,7 +164,7 @@ def watching(copied: psycopg.Connection[Any], tmp_path: Path) -> Iterator[Phase]
 
 
 def insert(connection: psycopg.Connection[Any], kind: str, how_many: int) -> None:
-    """Rows that have their vectors already, as 10_refresh leaves them."""
+    """Rows that have their vectors already, as operate/refresh leaves them."""
     vectors = embed([f"{kind} {i}" for i in range(how_many)])
     with connection.cursor() as cursor:
         cursor.executemany(
@@ -191,7 +191,7 @@ def test_rows_that_fill_one_list_make_the_lists_uneven(watching: Phase, copied: 
     assert str(uneven).endswith(
         "  needed  at most 4 × (watch.list_unevenness)\n"
         "  danger  a probe of a crowded list reads much of the table, and the others find little\n"
-        "  do      run operate/40_rebuild_index, which makes the lists of the rows of today; then 70_tune"
+        "  do      run operate/rebuild_index, which makes the lists of the rows of today; then 70_tune"
     )
 
 
@@ -237,7 +237,7 @@ def test_lists_made_of_too_little_data_stop_the_way_until_they_are_made_anew(
         ), "run again, it does not forget"
     with pytest.raises(GateFailed, match="60_build_index"):
         step("migrate/70_tune", path)
-    step("undo/20_remove_index", path)
+    step("undo/index", path)
     path = write_params(tmp_path, **IVFFLAT | {"index": {"method": "ivfflat"}})
     step_all("migrate", MIGRATE[6:8], path)
     found = lists_of(articles)
@@ -246,7 +246,7 @@ def test_lists_made_of_too_little_data_stop_the_way_until_they_are_made_anew(
 
 def test_the_rebuilt_index_is_measured_against_the_aged_one(copied: psycopg.Connection[Any], tmp_path: Path) -> None:
     insert(copied, "new", ROWS)
-    with opened(write_params(tmp_path, **IVFFLAT), "40_rebuild_index") as phase:
+    with opened(write_params(tmp_path, **IVFFLAT), "operate/rebuild_index") as phase:
         rebuild_index.apply(phase)
         gates = rebuild_index.verify_new(phase)
         assert gates.passed, str(gates)

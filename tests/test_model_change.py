@@ -46,7 +46,7 @@ FINER: dict[str, Any] = {
     "embeddings": {"callable": "tests.toy:embed_finer"},
     "model_change": {"replaces_params": "../toy.yaml"},
 }
-OPERATION = "operate/60_change_model"
+OPERATION = "operate/change_model"
 CALL = "SELECT id, score, answered_by FROM search_articles(%s, %s::real[], 3)"
 
 
@@ -114,7 +114,7 @@ def opened(copied: str, new: Path) -> Iterator[Callable[..., Phase]]:
     """Opens the operation on the second target, or another phase on any params file."""
     phases: list[Phase] = []
 
-    def make(name: str = "60_change_model", path: Path = new, execute: bool = True) -> Phase:
+    def make(name: str = "operate/change_model", path: Path = new, execute: bool = True) -> Phase:
         p = params.load(path)
         phase = gates_passed(
             Phase(name, "r", execute, p, db.connect(p, "t"), Ledger(db.connect(p, "t"), p, "r", name))
@@ -168,7 +168,7 @@ def test_both_are_searchable_and_two_targets_on_one_table_do_not_meet(
         queue = sql.Identifier("runbook", f"{name}_queue")
         assert articles.execute(sql.SQL("SELECT key FROM {}").format(queue)).fetchall() == [(7,)]
     for path, index in ((folder / "toy.yaml", "articles_embedding_hnsw"), (None, "articles_embedding_v2_hnsw")):
-        phase = opened("20_watch", path) if path else opened("20_watch")
+        phase = opened("operate/monitor", path) if path else opened("operate/monitor")
         assert [row["name"] for row in vector_indexes(phase.connection, phase.params)] == [index]
 
 
@@ -198,11 +198,12 @@ def test_the_notebook_swaps_and_both_models_are_answered_by_their_own_column(
     step("migrate/90_cut_over", new)
     step(OPERATION, new)
     for path in (folder / "toy.yaml", new):
-        seen = {g.name: str(g.verdict) for g in monitor.look(opened("20_watch", path))}
+        seen = {g.name: str(g.verdict) for g in monitor.look(opened("operate/monitor", path))}
         wanted = ("watch.settings_hold", "watch.route_is_as_set", "explain.function_searches_by_the_index")
         assert [seen[name] for name in wanted] == ["PASS"] * 3, path
     verdicts = articles.execute(
-        "SELECT body->>'verdict' FROM runbook.entry WHERE kind = 'phase' AND phase = '60_change_model' ORDER BY seq"
+        "SELECT body->>'verdict' FROM runbook.entry"
+        " WHERE kind = 'phase' AND phase = 'operate/change_model' ORDER BY seq"
     ).fetchall()
     assert verdicts == [("PASS",), ("PASS",)]
 
@@ -352,25 +353,27 @@ def test_the_command_takes_it_back_with_a_record_and_not_after_the_retirement(
     before, text = definition(articles), dump(copied)
 
     def operate(*arguments: str, path: Path = new) -> Result:
-        return CliRunner().invoke(main, ["operate", str(path), "60_change_model", *arguments])
+        return CliRunner().invoke(main, ["operate", str(path), "operate/change_model", *arguments])
 
     # Not by the command: its kernel would take a busy machine's milliseconds for a slower model.
     assert step(OPERATION, new)["gates"].passed
     assert definition(articles) != before
-    step("undo_operation/undo_60_change_model", new, execute=False)
+    step("undo/change_model", new, execute=False)
     assert definition(articles) != before, "a plan"
     undone = operate("--undo", "--execute")
     assert undone.exit_code == 0, undone.output
     assert (definition(articles), dump(copied)) == (before, text)
-    (record,) = [r for _, r in manifest.all_runs(folder / "v2" / "runs") if r.way == "undo_operation" and r.execute]
-    assert [(p.name, p.status) for p in record.phases] == [("undo_60_change_model", "passed")]
+    (record,) = [
+        r for _, r in manifest.all_runs(folder / "v2" / "runs") if r.operation and r.way == "undo" and r.execute
+    ]
+    assert [(p.name, p.status) for p in record.phases] == [("undo/change_model", "passed")]
     again = operate("--undo", "--execute")
     assert (again.exit_code, f"(run {record.run_id})" in again.output) == (0, True)
 
     step(OPERATION, new)
-    step("operate/65_retire_model", retire(folder, 0))
+    step("operate/retire_model", retire(folder, 0))
     with pytest.raises(GateFailed) as refused:
-        step("undo_operation/undo_60_change_model", new)
+        step("undo/change_model", new)
     assert str(refused.value.gates.failed[0]) == (
         "FAIL    model_change.former_function_is_kept   search_articles\n"
         "  found   it answers by articles_v2, and search_articles_before is gone\n"
@@ -457,7 +460,7 @@ def test_without_judgements_it_wants_to_be_told(opened: Callable[..., Phase], fo
         assert kept.found.endswith(", accepted by cut_over.accept_unjudged") == accepted
 
 
-@pytest.mark.parametrize("name", ["10_baseline", "70_tune", "20_remove_index"])
+@pytest.mark.parametrize("name", ["10_baseline", "70_tune", "undo/index"])
 def test_the_replaced_target_does_not_break_the_function_while_both_answer(
     articles: psycopg.Connection[Any], opened: Callable[..., Phase], folder: Path, new: Path, name: str
 ) -> None:
@@ -467,7 +470,7 @@ def test_the_replaced_target_does_not_break_the_function_while_both_answer(
     swapped = definition(articles)
     way = "migrate" if name in MIGRATE else "undo"
     if way == "undo":
-        step("undo/10_reads_to_legacy", folder / "toy.yaml")
+        step("undo/reads", folder / "toy.yaml")
     with pytest.raises(GateFailed) as raised:
         step(f"{way}/{name}", folder / "toy.yaml")
     assert str(raised.value.gates.failed[0]) == (
@@ -475,13 +478,13 @@ def test_the_replaced_target_does_not_break_the_function_while_both_answer(
         "  found   search_articles was handed over from articles to articles_v2; both answer\n"
         "  needed  no function handed over from or to this target\n"
         "  danger  calls of the application would fail, or be answered by the other model's vectors\n"
-        "  do      take it back first: `runbook operate PARAMS 60_change_model --undo --execute`"
+        "  do      take it back first: `runbook operate PARAMS change_model --undo --execute`"
         " with articles_v2's PARAMS;"
-        " or run operate/65_retire_model there"
+        " or run operate/retire_model there"
     )
     with pytest.raises(GateFailed):
         search_function.plan(opened("10_baseline", folder / "toy.yaml"))
-    for later in ("30_remove_schema", "40_remove_search_function"):
+    for later in ("undo/schema", "undo/search_function"):
         assert function_ownership.check(opened(later, folder / "toy.yaml")).failed
     assert definition(articles) == swapped
 
@@ -492,12 +495,12 @@ def test_the_whole_way_back_of_the_new_target_leaves_the_old_one_as_it_was(
     phase = opened()
     model_change.apply(phase)
     close(phase)
-    step("undo/10_reads_to_legacy", new)
+    step("undo/reads", new)
     text = "cookie leaks on logout"
     assert {r[2] for r in articles.execute(CALL, ["cookie leaks", new_vector(text)])} == {"legacy"}
     with pytest.raises(GateFailed) as raised:
-        step("undo/20_remove_index", new)
-    assert "60_change_model --undo --execute` with articles_v2's PARAMS" in str(raised.value)
+        step("undo/index", new)
+    assert "change_model --undo --execute` with articles_v2's PARAMS" in str(raised.value)
     phase = opened()
     model_change.undo(phase)
     close(phase)
@@ -601,13 +604,13 @@ def test_retired_the_name_answers_by_the_new_model_and_nothing_of_the_old_is_lef
     copied: str, articles: psycopg.Connection[Any], new: Path, folder: Path, opened: Callable[..., Phase]
 ) -> None:
     with pytest.raises(GateFailed) as raised:
-        step("operate/65_retire_model", retire(folder, 0))
+        step("operate/retire_model", retire(folder, 0))
     assert [g.name for g in raised.value.gates.failed] == ["retire_model.new_target_answers"]
     step(OPERATION, new)
     swapped = dump(copied)
-    step("operate/65_retire_model", retire(folder, 0), execute=False)
+    step("operate/retire_model", retire(folder, 0), execute=False)
     assert dump(copied) == swapped
-    step("operate/65_retire_model", retire(folder, 0), times=2)
+    step("operate/retire_model", retire(folder, 0), times=2)
     left = dump(copied)
     for gone in ("search_articles_before", "runbook_articles_insert", "articles_embedding_hnsw", " embedding "):
         assert gone not in left
@@ -616,13 +619,13 @@ def test_retired_the_name_answers_by_the_new_model_and_nothing_of_the_old_is_lef
     assert {r[2] for r in articles.execute(CALL, ["cookie leaks", None])} == {"legacy"}
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="has 8 dimensions, the vectors searched have 16"):
         articles.execute(CALL, [text, old_vector(text)])
-    step("operate/65_retire_model", retire(folder, 0))
+    step("operate/retire_model", retire(folder, 0))
     assert dump(copied) == left, "twice does nothing"
     # The old target's own ways back find nothing to do, and leave the function that is the new one's now.
     with pytest.raises(RunbookError, match="search_articles_before is gone"):
         model_change.undo(opened())
     with pytest.raises(GateFailed, match="nothing is left to do here: the function is part of articles_v2"):
-        step("undo/40_remove_search_function", folder / "toy.yaml")
+        step("undo/search_function", folder / "toy.yaml")
     assert dump(copied) == left
 
 

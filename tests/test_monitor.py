@@ -26,7 +26,7 @@ def tuned(open_phase: Open) -> Callable[..., Phase]:
 
     def make(**sections: dict[str, Any]) -> Phase:
         cut_over = {"share_steps_percent": [100], "calls_per_step": 20}
-        phase = open_phase("20_watch", cut_over=cut_over, **sections)
+        phase = open_phase("operate/monitor", cut_over=cut_over, **sections)
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
             module.apply(phase)
         return phase
@@ -79,7 +79,7 @@ def test_a_run_that_carries_nothing_out_looks_and_writes_nothing(
     standing: Callable[..., Phase], open_phase: Open
 ) -> None:
     standing()
-    phase = open_phase("20_watch", execute=False)
+    phase = open_phase("operate/monitor", execute=False)
     gates = phase.prove(monitor.look, ahead=True)
     assert {str(g.verdict) for g in gates} == {"NOT RUN"}
     assert phase.ledger.latest("watch") is None
@@ -136,9 +136,7 @@ def test_a_large_table_is_sampled_and_says_so(tuned: Callable[..., Phase], artic
     )
     articles.execute("ANALYZE articles")
     gate = next(monitor._rows_are_fresh(phase, True))
-    assert gate.found.endswith(
-        "rows with text in a sample of the table's about 3,201 rows lack a vector and are not queued"
-    )
+    assert gate.found.endswith("rows with text in a sample of about 3,201 lack a vector and are not queued")
     assert 0 < gate.figures["looked_at"] < 3201 and gate.figures["whole_table"] is False
 
 
@@ -205,14 +203,14 @@ def test_an_old_release_is_named_with_its_faults(
     [({"scans": 10, "calls": 5}, False), ({"scans": 9, "calls": 5}, True), ({"scans": 10, "calls": 8}, True)],
 )
 def test_calls_without_scans_are_found(open_phase: Open, last: dict[str, int], holds: bool) -> None:
-    phase = open_phase("20_watch")
+    phase = open_phase("operate/monitor")
     seen = {"scans": 10, "calls": 8, "at": "2026-01-02 00:00", "at_s": 1000.0, "route": "vector"}
     phase.note("watch", seen | last)
     assert (monitor._index_is_used(phase, seen).verdict == "PASS") is holds
 
 
 def test_a_day_without_any_scan_is_found(open_phase: Open) -> None:
-    phase = open_phase("20_watch")
+    phase = open_phase("operate/monitor")
     seen = {"scans": 10, "calls": None, "at": "2026-01-02 00:00", "at_s": 1000.0, "route": "vector"}
     phase.note("watch", seen)
     assert monitor._index_is_used(phase, seen | {"at_s": 5000.0}).verdict == "PASS"

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
+from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, UNDO_OPERATION, notebook
 
 ROOT = Path(__file__).parent.parent / "notebooks"
 PATHS = sorted(ROOT.glob("*/*.ipynb"))
@@ -23,10 +23,10 @@ def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
 
 
 def test_every_phase_and_every_way_back_has_its_notebook() -> None:
-    assert [p.stem for p in PATHS if p.parent.name == "migrate"] == list(MIGRATE)
-    assert [p.stem for p in PATHS if p.parent.name == "undo"] == list(UNDO)
-    assert [p.stem for p in PATHS if p.parent.name == "operate"] == list(OPERATE)
-    assert [p.stem for p in PATHS if p.parent.name == "undo_operation"] == list(UNDO_OPERATION)
+    assert sorted(ROOT / notebook(name) for name in STEPS) == PATHS
+    assert {notebook(name).partition("/")[0] for name in MIGRATE} == {"migrate"}
+    assert {notebook(name).partition("/")[0] for name in OPERATE} == {"operate"}
+    assert {notebook(name).partition("/")[0] for name in (*UNDO, *UNDO_OPERATION)} == {"undo"}
 
 
 def test_every_phase_is_taken_back_by_exactly_one_undo() -> None:
@@ -86,5 +86,5 @@ def test_it_takes_three_parameters_and_changes_nothing_by_default(path: Path) ->
 def test_it_opens_the_phase_of_its_own_name_and_closes_it_last(path: Path) -> None:
     code = [c.source for c in cells(path, "code")]
     opened = re.findall(r'open_phase\("([^"]+)"', "\n".join(code))
-    assert opened == [path.stem]
+    assert [ROOT / notebook(name) for name in opened] == [path]
     assert code[-1] == "phase.close()"

@@ -13,14 +13,14 @@ from runbook_lib.cli.main import main
 from runbook_lib.core import approval, maintenance_window
 from runbook_lib.core.gates import BadInput, NotApproved
 from runbook_lib.core.phase import Phase, following, open_phase
-from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, relied_on, waits
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, relied_on, short, waits
 from tests.conftest import write_params
 from tests.small_runs import ledger_rows, record_of
 from tests.small_runs import run as run  # a fixture
 
 pytestmark = pytest.mark.usefixtures("articles")
 
-REFRESH, REBUILD = "10_refresh", "40_rebuild_index"
+REFRESH, REBUILD = "operate/refresh", "operate/rebuild_index"
 
 
 @pytest.fixture
@@ -124,9 +124,11 @@ def test_names_are_told_apart() -> None:
 def test_a_mistyped_operation_starts_nothing(tmp_path: Path) -> None:
     path = str(write_params(tmp_path))
     result = CliRunner().invoke(main, ["operate", path, "20_wacht", "--execute"])
-    assert (result.exit_code, "did you mean 20_watch?" in result.output) == (2, True)
-    with pytest.raises(BadInput, match="40_rebuild_index"):
-        write = write_params(tmp_path, approval={"phases": ["40_rebuild"]})
+    assert (result.exit_code, "did you mean operate/monitor?" in result.output) == (2, True)
+    result = CliRunner().invoke(main, ["operate", path, "montor", "--execute"])
+    assert (result.exit_code, "did you mean operate/monitor?" in result.output) == (2, True)
+    with pytest.raises(BadInput, match="operate/rebuild_index"):
+        write = write_params(tmp_path, approval={"phases": ["operate/rebuild"]})
         from runbook_lib import params
 
         params.load(write)
@@ -134,5 +136,5 @@ def test_a_mistyped_operation_starts_nothing(tmp_path: Path) -> None:
 
 def test_help_names_the_operations() -> None:
     said = CliRunner().invoke(main, ["operate", "--help"]).output
-    assert all(name in said for name in OPERATE)
+    assert all(short(name) in said for name in OPERATE)
     assert "backfill" in CliRunner().invoke(main, ["help-out", "--help"]).output

@@ -98,7 +98,7 @@ def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
 
     def make(**sections: Any) -> Phase:
         phase = open_phase(
-            "75_partition_by_filter", **(TARGET | PATIENT | FEW_ASKED | {"partitioning": DIVIDE} | sections)
+            "operate/partition_by_filter", **(TARGET | PATIENT | FEW_ASKED | {"partitioning": DIVIDE} | sections)
         )
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
@@ -358,7 +358,7 @@ def test_a_lost_row_is_found_and_named_and_undo_stops(
         f"  found   {rows[0] + 1:,} rows compared, 1 lacking, 1 too many, 2 different\n"
         "  needed  every row in both, byte by byte, but for changes that wait in the queue\n"
         "  danger  rows would be lost, or come back, with the change of names\n"
-        "  do      take the partitioned table away (75_partition_by_filter --undo), begin anew, report what differs"
+        "  do      take the partitioned table away (partition_by_filter --undo), begin anew, report what differs"
     )
     partition_by_filter.undo(phase)
     partition_by_filter.apply(phase)
@@ -419,7 +419,7 @@ def test_what_cannot_come_along_is_refused_by_name(
     ]
     assert failed["partitioning.nothing_is_in_the_way"].found == (
         "foreign key of_article on notes; function bound to the table function bound();"
-        " partial vector index (undo operate/70_serve_filters) of_drafts; publication told;"
+        " partial vector index (undo operate/serve_filters) of_drafts; publication told;"
         " trigger that is not enabled in the usual way noted; unique index one_title; view or rule _RETURN of drafts"
     )
     assert str(failed["partitioning.wider_key_is_accepted"]) == (
@@ -460,14 +460,14 @@ def test_the_notebook_does_it(articles: psycopg.Connection[Any], tmp_path: Path)
     kept = {k: v for k, v in TARGET.items() if k != "tune"}
     path = write_params(tmp_path, **(SECTIONS | kept | {"partitioning": DIVIDE}))
     with pytest.raises(GateFailed) as raised:
-        step("operate/75_partition_by_filter", path)
+        step("operate/partition_by_filter", path)
     assert [g.name for g in raised.value.gates.failed] == ["phase.predecessor_passed"]
     step_all("migrate", MIGRATE[:8], path)
-    step("operate/75_partition_by_filter", path, execute=False)
+    step("operate/partition_by_filter", path, execute=False)
     assert articles.execute("SELECT relkind FROM pg_class WHERE oid = 'articles'::regclass").fetchone() == ("r",)
-    step("operate/75_partition_by_filter", path, times=2)
+    step("operate/partition_by_filter", path, times=2)
     assert articles.execute("SELECT relkind FROM pg_class WHERE oid = 'articles'::regclass").fetchone() == ("p",)
-    step("operate/75_partition_by_filter", path)
+    step("operate/partition_by_filter", path)
 
 
 def test_on_postgresql_16_whose_partitions_have_no_identity_of_their_own(
@@ -484,9 +484,9 @@ def test_on_postgresql_16_whose_partitions_have_no_identity_of_their_own(
         dressed(connection)
         sections = SECTIONS | {k: v for k, v in TARGET.items() if k != "tune"} | {"partitioning": DIVIDE}
         p = params.load(write_params(tmp_path, **sections))
-        ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "75_partition_by_filter")
+        ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "operate/partition_by_filter")
         ledger.create()
-        phase = gates_passed(Phase("75_partition_by_filter", "test-run", True, p, db.connect(p, "test"), ledger))
+        phase = gates_passed(Phase("operate/partition_by_filter", "test-run", True, p, db.connect(p, "test"), ledger))
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         before = look(connection)

@@ -30,7 +30,7 @@ def built(open_phase: Open) -> Callable[..., Phase]:
         first = open_phase("60_build_index", **sections)
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(first)
-        return open_phase("40_rebuild_index", index=DENSER if options is None else options, **sections)
+        return open_phase("operate/rebuild_index", index=DENSER if options is None else options, **sections)
 
     return make
 
@@ -223,7 +223,7 @@ def test_ivfflat_lists(built: Callable[..., Phase], articles: psycopg.Connection
     first = open_phase("60_build_index", index={"method": "ivfflat", "lists": 4})
     for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(first)
-    phase = open_phase("40_rebuild_index", index={"method": "ivfflat", "lists": 8})
+    phase = open_phase("operate/rebuild_index", index={"method": "ivfflat", "lists": 8})
     rebuild_index.apply(phase)
     assert rebuild_index.verify_new(phase).gates[0].verdict == "PASS"
     rebuild_index.swap(phase)
@@ -241,15 +241,16 @@ def test_the_notebook_does_it_and_refuses_before_there_is_an_index(
     articles: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
     with pytest.raises(GateFailed) as raised:
-        step("operate/40_rebuild_index", write_params(tmp_path, **SECTIONS))
+        step("operate/rebuild_index", write_params(tmp_path, **SECTIONS))
     assert [g.name for g in raised.value.gates.failed] == ["phase.predecessor_passed"]
     step_all("migrate", MIGRATE[:8], write_params(tmp_path, **SECTIONS))
     path = write_params(tmp_path, **SECTIONS, index=DENSER)
-    step("operate/40_rebuild_index", path, execute=False)
+    step("operate/rebuild_index", path, execute=False)
     assert indexes(articles) == BEFORE
-    step("operate/40_rebuild_index", path)
+    step("operate/rebuild_index", path)
     assert indexes(articles) == NEW
     verdicts = articles.execute(
-        "SELECT body->>'verdict' FROM runbook.entry WHERE kind = 'phase' AND phase = '40_rebuild_index' ORDER BY seq"
+        "SELECT body->>'verdict' FROM runbook.entry"
+        " WHERE kind = 'phase' AND phase = 'operate/rebuild_index' ORDER BY seq"
     ).fetchall()
     assert verdicts == [("PASS",)]

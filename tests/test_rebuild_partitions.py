@@ -30,7 +30,7 @@ def migrated(articles: psycopg.Connection[Any], tmp_path: Path) -> Callable[...,
 
 
 def _opened(path: Path, run_id: str) -> Phase:
-    phase = open_phase("40_rebuild_index", str(path), run_id, True)
+    phase = open_phase("operate/rebuild_index", str(path), run_id, True)
     phase.require()
     return phase
 
@@ -48,7 +48,7 @@ def test_the_notebook_builds_each_partition_anew_with_other_options(
     migrated: Callable[..., Path], articles: psycopg.Connection[Any]
 ) -> None:
     before = dict(articles.execute("SELECT relname, oid FROM pg_class WHERE relname LIKE '%hnsw'").fetchall())
-    step("operate/40_rebuild_index", migrated(m=8, ef_construction=32))
+    step("operate/rebuild_index", migrated(m=8, ef_construction=32))
     after = dict(articles.execute("SELECT relname, oid FROM pg_class WHERE relname LIKE '%hnsw'").fetchall())
     assert before.keys() == after.keys()
     assert _options(articles) == {leaf: ["m=8", "ef_construction=32"] for leaf in LEAVES}
@@ -63,7 +63,7 @@ def test_stopped_between_two_partitions_it_goes_on_in_another_run_and_is_taken_b
     phase = _opened(migrated(storage="halfvec"), "refused")
     refused = [g for g in rebuild_index.check(phase) if g.verdict != "PASS"]
     assert [g.name for g in refused] == ["index.has_the_right_operator_class"]
-    assert refused[0].do == "run undo/20_remove_index, and 60_build_index again"
+    assert refused[0].do == "run undo/index, and 60_build_index again"
     _close(phase)
     path = migrated(m=8, ef_construction=32)
     phase = _opened(path, "first")
@@ -75,7 +75,7 @@ def test_stopped_between_two_partitions_it_goes_on_in_another_run_and_is_taken_b
         "  found   2 of 4 partitions\n"
         "  needed  all of them\n"
         "  danger  partitions whose index is from before keep its options and its faults\n"
-        "  do      run 40_rebuild_index again with execute: true; it goes on with the partitions that are left"
+        "  do      run operate/rebuild_index again with execute: true; it goes on with the partitions that are left"
     )
     with pytest.raises(GateFailed):
         phase.prove(rebuild_index.verify_new)

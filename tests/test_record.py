@@ -86,10 +86,10 @@ def test_a_reviewer_reads_what_changed_under_which_locks_and_what_was_proved() -
 
 
 def test_the_record_of_an_operation_says_which_and_its_own_locks() -> None:
-    run = make_manifest(way="operate", phases=(PhaseRun("40_rebuild_index", "passed"),))
+    run = make_manifest(way="operate", phases=(PhaseRun("operate/rebuild_index", "passed"),))
     held = statement("Build the index beside", "SHARE UPDATE EXCLUSIVE on public.articles", 7.5)
-    page, text = page_of(run, [entry("40_rebuild_index", "statement", held)])
-    assert "<h1>40_rebuild_index on public.articles</h1>" in page
+    page, text = page_of(run, [entry("operate/rebuild_index", "statement", held)])
+    assert "<h1>operate/rebuild_index on public.articles</h1>" in page
     assert "The strongest lock was SHARE UPDATE EXCLUSIVE (1 statement, the longest 7.5 s)" in text
 
 
@@ -117,7 +117,7 @@ def test_the_page_stands_alone_and_shows_every_part() -> None:
     assert page.count('role="img" aria-label="') == page.count("<svg") == 4
     assert "prefers-color-scheme: dark" in page and "@media print" in page and 'name="viewport"' in page
     assert "size of the index 1.5 MB 1.5 MB 0.95 ×" in text
-    assert "--to 10_reads_to_legacy --execute # nothing: reads go back to legacy" in text
+    assert "--to reads --execute # nothing: reads go back to legacy" in text
 
 
 @pytest.mark.attack
@@ -310,12 +310,12 @@ def test_a_backfill_in_several_attempts_is_told_as_one() -> None:
 
 def test_the_rollback_shown_is_that_of_the_state_reached_and_says_what_it_removes() -> None:
     _, text = page_of(make_manifest(), make_entries())
-    assert "--to 10_reads_to_legacy --execute # nothing: reads go back to legacy" in text
+    assert "--to reads --execute # nothing: reads go back to legacy" in text
     phases = [p if p.name < "60" else dataclasses.replace(p, status="pending") for p in make_manifest().phases]
     half = dataclasses.replace(make_manifest(), phases=tuple(phases))
     _, text = page_of(half, make_entries())
     removes = "the vectors: columns or side table, staging, queue and triggers"
-    assert f"--to 30_remove_schema --execute # {removes}" in text
+    assert f"--to schema --execute # {removes}" in text
     assert "reads only" not in text and "backfilling again took" in text
 
 

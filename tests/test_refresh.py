@@ -31,7 +31,7 @@ def filled(open_phase: Open, articles: Articles) -> Callable[..., Phase]:
     """Opens the refresh on a table whose rows all have their vectors and whose queue is empty."""
 
     def make(**sections: Any) -> Phase:
-        phase = open_phase("10_refresh", **sections)
+        phase = open_phase("operate/refresh", **sections)
         extension.apply(phase)
         expand_schema.apply(phase)
         load_embeddings.apply(phase)
@@ -282,8 +282,8 @@ def test_a_source_without_a_model_says_what_waits_and_settles_what_does_not(
     articles.execute("DELETE FROM articles WHERE id = 6")
     stored = phase.params.embeddings.model_copy(update={"source": "table", "table": "a.b", "callable": None})
     without = params.Params.model_copy(phase.params, update={"embeddings": stored})
-    ledger = Ledger(phase.ledger.connection, without, "test-run", "10_refresh")
-    other = gates_passed(Phase("10_refresh", "test-run", True, without, phase.connection, ledger))
+    ledger = Ledger(phase.ledger.connection, without, "test-run", "operate/refresh")
+    other = gates_passed(Phase("operate/refresh", "test-run", True, without, phase.connection, ledger))
     assert refresh.apply(other).rows == [[1, 0, 0, 0]]
     gate = refresh.verify(other).failed[0]
     assert gate.found.startswith("1 rows wait since before this drain, the oldest for ")
@@ -309,7 +309,7 @@ def test_the_refresh_needs_a_backfill_that_has_passed(filled: Callable[..., Phas
 
 
 def test_without_execute_nothing_is_taken(open_phase: Open) -> None:
-    phase = open_phase("10_refresh", execute=False)
+    phase = open_phase("operate/refresh", execute=False)
     assert "not carried out" in str(refresh.apply(phase))
     assert [s.name for s in refresh.plan(phase)] == ["refresh.update"]
 
@@ -324,7 +324,7 @@ def test_without_a_queue_it_says_so_and_changes_nothing(filled: Callable[..., Ph
         '  found   no queue "runbook"."articles_queue"\n'
         "  needed  the queue that the triggers on the table fill\n"
         "  danger  texts that changed since the capture was removed keep the vector of their former text\n"
-        "  do      if operate/80_retire_legacy removed the capture on purpose, take 10_refresh off the schedule;"
+        "  do      if operate/retire_legacy removed the capture on purpose, take operate/refresh off the schedule;"
         " retire.undo brings the capture back"
     )
 

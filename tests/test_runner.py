@@ -202,7 +202,7 @@ def test_a_full_disk_while_saving_is_a_crash_that_says_so(
     [
         ({"first": "50_backfil"}, "no such phase", "did you mean 50_backfill?"),
         ({"first": "50_backfill", "last": "10_baseline"}, "10_baseline comes before 50_backfill", "swap them"),
-        ({"way": "undo", "last": "30_schema"}, "no such phase", "did you mean 30_remove_schema?"),
+        ({"way": "undo", "last": "30_schema"}, "no such phase", "did you mean undo/schema?"),
     ],
 )
 def test_a_wrong_phase_starts_nothing(
@@ -223,8 +223,8 @@ def test_unusable_inputs_start_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_way_back_starts_at_its_first_step_and_needs_no_model(run: Callable[..., Any], tmp_path: Path) -> None:
     run()
-    result, _ = run(way="undo", last="10_reads_to_legacy")
-    assert [(p.name, p.status) for p in record_of(result).phases] == [("10_reads_to_legacy", "passed")]
+    result, _ = run(way="undo", last="undo/reads")
+    assert [(p.name, p.status) for p in record_of(result).phases] == [("undo/reads", "passed")]
 
 
 def test_two_runs_in_one_second_keep_apart(make_params: Callable[..., Params]) -> None:
@@ -366,9 +366,9 @@ def test_older_records_of_what_a_schedule_repeats_are_removed_where_the_paramete
         manifest.write(tmp_path / "runs" / made.run_id, made)
         return made
 
-    recorded(1, "10_refresh", "failed")
-    recorded(2, "40_rebuild_index")
-    made = [recorded(n, "10_refresh") for n in range(3, 7)]
+    recorded(1, "operate/refresh", "failed")
+    recorded(2, "operate/rebuild_index")
+    made = [recorded(n, "operate/refresh") for n in range(3, 7)]
     (tmp_path / "runs" / "run-9").symlink_to(tmp_path / "runs" / "run-1")
     folders.prune(p, made[-1])
     left = sorted(f.name for f in (tmp_path / "runs").iterdir() if f.is_dir())

@@ -478,7 +478,7 @@ def test_a_function_that_is_left_says_so(ready: Callable[..., Phase]) -> None:
         "  found   search_articles(text,real[],integer,text,integer)\n"
         "  needed  no such function\n"
         "  danger  the table is not as it was\n"
-        "  do      run undo/40_remove_search_function again"
+        "  do      run undo/search_function again"
     )
 
 

@@ -62,7 +62,7 @@ def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
     many_rows(articles)
 
     def make(**sections: Any) -> Phase:
-        phase = open_phase("70_serve_filters", **(TARGET | APART | {"filters": NAMED} | sections))
+        phase = open_phase("operate/serve_filters", **(TARGET | APART | {"filters": NAMED} | sections))
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         db.use_search_path(phase.connection)
@@ -329,7 +329,7 @@ def test_what_cannot_be_served_is_refused_first(
         "  found   2 values\n"
         "  needed  1 at most\n"
         "  danger  each index takes memory from the others, and planning a search looks at all of them\n"
-        "  do      name fewer values in filters.partial_indexes, or partition by it (75_partition_by_filter)"
+        "  do      name fewer values in filters.partial_indexes, or partition by it (operate/partition_by_filter)"
     )
     tight = phase.params.model_copy(
         update={"index": phase.params.index.model_copy(update={"maintenance_work_mem_mb": 0})}
@@ -339,7 +339,7 @@ def test_what_cannot_be_served_is_refused_first(
 
 
 def test_a_table_beside_or_a_partitioned_one_takes_no_partial_index(open_phase: Open) -> None:
-    phase = open_phase("70_serve_filters", **TARGET, vector={"layout": "side_table"})
+    phase = open_phase("operate/serve_filters", **TARGET, vector={"layout": "side_table"})
     (failed,) = (g for g in serve_filters.check(phase).failed if g.name == "filters.table_takes_partial_indexes")
     assert failed.found == "the vectors stand in a table of their own, without the filters"
     write(phase, "DROP TABLE articles; CREATE TABLE public.articles (id bigint) PARTITION BY HASH (id)")
@@ -370,12 +370,12 @@ def test_the_notebook_does_it_and_undo_of_the_index_takes_it_away(
     sections = SECTIONS | {k: v for k, v in TARGET.items() if k != "tune"} | APART | {"filters": NAMED}
     path = write_params(tmp_path, **sections)
     with pytest.raises(GateFailed) as raised:
-        step("operate/70_serve_filters", path)
+        step("operate/serve_filters", path)
     assert [g.name for g in raised.value.gates.failed] == ["phase.predecessor_passed"]
     step_all("migrate", MIGRATE[:8], path)
-    step("operate/70_serve_filters", path, execute=False)
+    step("operate/serve_filters", path, execute=False)
     assert partial_indexes(articles) == {}
-    step("operate/70_serve_filters", path, times=2)
+    step("operate/serve_filters", path, times=2)
     assert partial_indexes(articles) == BOTH
-    step("undo/20_remove_index", path)
+    step("undo/index", path)
     assert partial_indexes(articles) == {}

@@ -92,16 +92,16 @@ def test_bits_through_the_whole_migration_then_over_to_halfvec_and_all_the_way_b
     step_all("migrate", MIGRATE, path)
     assert held(articles) == OF_BIT
     assert recall_of_the_function(articles, tmp_path) >= 0.9
-    step("operate/20_watch", path)
+    step("operate/monitor", path)
 
     path = write_params(tmp_path, **SECTIONS, index={"storage": "halfvec"})
-    step("operate/40_rebuild_index", path)
+    step("operate/rebuild_index", path)
     assert held(articles) == OF_HALFVEC
     assert "halfvec" in function(articles) and "binary_quantize" not in function(articles)
     assert "hnsw.ef_search" in function(articles), "the function goes over with a setting that was proved"
     assert recall_of_the_function(articles, tmp_path) >= 0.99
     step("migrate/70_tune", path)
-    step("operate/20_watch", path)
+    step("operate/monitor", path)
 
     step_all("undo", UNDO, path)
     assert held(articles) == {} and function(articles) == ""
@@ -181,7 +181,7 @@ def test_an_index_of_another_storage_does_not_pass_for_this_one(
         "  found   hnsw with vector_cosine_ops on embedding\n"
         "  needed  hnsw with halfvec_cosine_ops on (embedding::halfvec(64))\n"
         "  danger  queries with the distance that was asked for cannot use it\n"
-        "  do      put index.storage back, or go over to another one with operate/40_rebuild_index"
+        "  do      put index.storage back, or go over to another one with operate/rebuild_index"
     )
 
 
@@ -209,7 +209,7 @@ def test_the_function_goes_over_with_the_index_and_comes_back_with_it(
     for statement in search_function.set_search_setting(first, 40):
         first.do(statement)
     was, indexes = function(articles), held(articles)
-    phase = open_phase("40_rebuild_index", **SECTIONS, index=BIT)
+    phase = open_phase("operate/rebuild_index", **SECTIONS, index=BIT)
     assert [s.name for s in rebuild_index.plan(phase)] == ["index.create_hnsw", "rebuild.swap", "rebuild.drop"]
     assert str(rebuild_index.verify(phase).failed[-1]) == (
         "FAIL    rebuild.function_searches_the_index   search_articles\n"
@@ -235,7 +235,7 @@ def test_interrupted_between_swap_and_drop_the_way_back_brings_index_and_functio
 ) -> None:
     built()
     was, indexes = function(articles), held(articles)
-    phase = open_phase("40_rebuild_index", **SECTIONS, index={"storage": "halfvec"})
+    phase = open_phase("operate/rebuild_index", **SECTIONS, index={"storage": "halfvec"})
     rebuild_index.apply(phase)
     assert rebuild_index.verify_new(phase).passed
     with monkeypatch.context() as patch:
@@ -251,7 +251,7 @@ def test_interrupted_between_swap_and_drop_the_way_back_brings_index_and_functio
 
 def test_another_rerank_alone_makes_the_function_anew(built: Callable[..., Phase], open_phase: Open) -> None:
     built(index=BIT)
-    phase = open_phase("40_rebuild_index", **SECTIONS, index=BIT | {"rerank": 12})
+    phase = open_phase("operate/rebuild_index", **SECTIONS, index=BIT | {"rerank": 12})
     assert storage_switch.changes_function(phase, "bit")
     statements = search_function.set_search_setting(phase, 40)
     assert [s.name for s in statements][:2] == ["search.create_function", "search.set_search_settings"]

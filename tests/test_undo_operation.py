@@ -18,7 +18,7 @@ from runbook_lib.cli.main import main
 from runbook_lib.core import approval, maintenance_window
 from runbook_lib.core.gates import BadInput, GateFailed
 from runbook_lib.core.phase import Phase, following, open_phase
-from runbook_lib.core.registry import MIGRATE, OPERATE, STANDS_ON, UNDO_OPERATION, relied_on, taken_back, waits
+from runbook_lib.core.registry import MIGRATE, OPERATE, STANDS_ON, UNDO_OPERATION, relied_on, short, taken_back, waits
 from runbook_lib.migrate import build_index
 from runbook_lib.operate import partition_by_filter, rebuild_index
 from runbook_lib.runner import manifest, selection
@@ -31,7 +31,8 @@ from tests.stepping import step, step_all
 from tests.test_serve_filters import APART, NAMED, TARGET, many_rows
 from tests.test_server_versions import SECTIONS
 
-REBUILD, SERVE, DIVIDE = "40_rebuild_index", "70_serve_filters", "75_partition_by_filter"
+REBUILD, SERVE, DIVIDE = "operate/rebuild_index", "operate/serve_filters", "operate/partition_by_filter"
+UNDO_OF = {operation: name for name, operation in UNDO_OPERATION.items()}
 TIMES = 4
 WAY: dict[str, Any] = SECTIONS | {k: v for k, v in TARGET.items() if k != "tune"} | APART
 OPERATIONS: dict[str, dict[str, Any]] = {
@@ -106,7 +107,7 @@ def test_there_and_back_by_the_command(copied: str, tmp_path: Path, name: str) -
     if name == REBUILD:
         planned = operate(path, name, "--undo")
         assert (planned.exit_code, newest(tmp_path).status) == (0, "planned"), planned.output
-    step(f"undo_operation/undo_{name}", path, execute=False)
+    step(UNDO_OF[name], path, execute=False)
     assert seen(copied) == after, "a plan changes nothing"
     assert ledger_rows(copied, "phase")[-1] == (name, {"verdict": "PASS"})
 
@@ -115,15 +116,15 @@ def test_there_and_back_by_the_command(copied: str, tmp_path: Path, name: str) -
     assert seen(copied) == before
     record = newest(tmp_path)
     assert (record.way, [(p.name, p.status) for p in record.phases]) == (
-        "undo_operation",
-        [(f"undo_{name}", "passed")],
+        "undo",
+        [(UNDO_OF[name], "passed")],
     )
     page = (tmp_path / "runs" / record.run_id / "index.html").read_text()
     assert f"Taken back on public.articles: {name}." in page
     assert CliRunner().invoke(main, ["verify", str(path), record.run_id]).exit_code == 0
     assert ledger_rows(copied, "phase")[-2:] == [
-        (f"undo_{name}", {"verdict": "PASS"}),
-        (name, {"verdict": "UNDONE", "by": f"undo_{name}"}),
+        (UNDO_OF[name], {"verdict": "PASS"}),
+        (name, {"verdict": "UNDONE", "by": UNDO_OF[name]}),
     ]
 
     runs = len(list((tmp_path / "runs").glob("2*")))
@@ -132,7 +133,7 @@ def test_there_and_back_by_the_command(copied: str, tmp_path: Path, name: str) -
     assert again.output.startswith(f"✔ nothing to take back: {name} was taken back at 2")
     assert f"(run {record.run_id})" in again.output
     assert (seen(copied), len(list((tmp_path / "runs").glob("2*")))) == (before, runs)
-    step(f"undo_operation/undo_{name}", path)
+    step(UNDO_OF[name], path)
     assert seen(copied) == before, "nor does the notebook by hand"
 
 
@@ -141,7 +142,7 @@ def test_a_way_back_that_is_stopped_goes_on_and_never_forth(
     copied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_after: str
 ) -> None:
     path, before = write_params(tmp_path, **WAY | OPERATIONS[REBUILD]), seen(copied)
-    step(f"operate/{REBUILD}", path)
+    step(REBUILD, path)
     done: list[str] = []
 
     def stopping(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -156,24 +157,24 @@ def test_a_way_back_that_is_stopped_goes_on_and_never_forth(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(build_index, "concurrently", stopping(build_index.concurrently))
         patch.setattr(Phase, "do", stopping(Phase.do))
-        step(f"undo_operation/undo_{REBUILD}", path)
+        step(UNDO_OF[REBUILD], path)
     assert done[-1] == stopped_after and seen(copied) != before
-    step(f"undo_operation/undo_{REBUILD}", path)
+    step(UNDO_OF[REBUILD], path)
     assert seen(copied) == before
 
 
 def test_an_index_that_was_made_anew_since_is_not_taken_back(copied: str, tmp_path: Path) -> None:
     path = write_params(tmp_path, **WAY | OPERATIONS[REBUILD])
-    step(f"operate/{REBUILD}", path)
-    step("undo/20_remove_index", path)
+    step(REBUILD, path)
+    step("undo/index", path)
     step("migrate/60_build_index", path)
     here = seen(copied)
-    step(f"undo_operation/undo_{REBUILD}", path)
+    step(UNDO_OF[REBUILD], path)
     assert seen(copied) == here
 
 
 def test_a_rebuild_that_was_not_swapped_in_is_taken_back_alone(copied: str, tmp_path: Path) -> None:
-    step(f"operate/{REBUILD}", write_params(tmp_path, **WAY | OPERATIONS[REBUILD]))
+    step(REBUILD, write_params(tmp_path, **WAY | OPERATIONS[REBUILD]))
     here = seen(copied)
     path = write_params(tmp_path, **WAY | {"index": {"m": 8, "ef_construction": 96}})
     phase = open_phase(REBUILD, str(path), "half", True)
@@ -182,20 +183,20 @@ def test_a_rebuild_that_was_not_swapped_in_is_taken_back_alone(copied: str, tmp_
     phase.end("was ended by the test", "nothing")
     assert seen(copied) != here
     for _ in range(2):
-        step(f"undo_operation/undo_{REBUILD}", path)
+        step(UNDO_OF[REBUILD], path)
         assert seen(copied) == here, "the rebuild before it stays"
 
 
 def test_once_the_ordinary_table_is_retired_nothing_is_taken_back(copied: str, tmp_path: Path) -> None:
     path = write_params(tmp_path, **WAY | OPERATIONS[DIVIDE])
-    step(f"operate/{DIVIDE}", path)
+    step(DIVIDE, path)
     phase = open_phase(DIVIDE, str(path), "retiring", True)
     phase.require()
     partition_by_filter.retire(phase)
     phase.end("was ended by the test", "nothing")
     here = seen(copied)
     with pytest.raises(GateFailed) as refused:
-        step(f"undo_operation/undo_{DIVIDE}", path)
+        step(UNDO_OF[DIVIDE], path)
     assert str(refused.value.gates.failed[0]) == (
         "FAIL    partitioning.ordinary_table_is_kept   public.articles\n"
         "  found   the partitioned table serves alone\n"
@@ -224,8 +225,8 @@ def test_what_has_no_way_back_says_why_and_starts_nothing(tmp_path: Path, name: 
 def test_every_operation_has_a_way_back_or_a_reason() -> None:
     assert sorted([*UNDO_OPERATION.values(), *selection.NO_WAY_BACK]) == sorted(OPERATE)
     assert set(STANDS_ON) <= set(UNDO_OPERATION.values())
-    with pytest.raises(BadInput, match="did you mean 40_rebuild_index"):
-        selection.way_back_of("40_rebuild")
+    with pytest.raises(BadInput, match="did you mean operate/rebuild_index"):
+        selection.way_back_of("rebuild")
 
 
 @pytest.mark.parametrize("name", UNDO_OPERATION)
@@ -249,7 +250,7 @@ def rebuilt(articles: psycopg.Connection[Any], tmp_path: Path) -> Iterator[Phase
 
 
 def take_back(run: Callable[..., Any], **options: Any) -> Any:
-    return run(first=f"undo_{REBUILD}", last=f"undo_{REBUILD}", way="undo_operation", **options)
+    return run(first=UNDO_OF[REBUILD], last=UNDO_OF[REBUILD], way="undo", **options)
 
 
 def test_it_claims_the_target_and_keeps_the_hours(
@@ -263,7 +264,7 @@ def test_it_claims_the_target_and_keeps_the_hours(
     monkeypatch.setattr(maintenance_window, "enter", lambda params, **_: entered.append("window"))
     result, said = take_back(run)
     assert (result.exit_code, entered) == (0, ["window"])
-    assert said[0].startswith(f"run {record_of(result).run_id}: undo_operation public.articles, carried out")
+    assert said[0].startswith(f"run {record_of(result).run_id}: undo public.articles, carried out")
 
 
 def test_it_waits_for_a_sign_off_of_its_own(
@@ -277,16 +278,16 @@ def test_it_waits_for_a_sign_off_of_its_own(
     wanted = {"approval": {"phases": [REBUILD]}}
     result, _ = take_back(run, sections=wanted)
     assert (result.exit_code, result.status) == (3, "waiting")
-    assert f"let another person run `runbook approve PARAMS undo_{REBUILD}`" in result.error
-    assert [phase for phase, _ in ledger_rows(database, "request")] == [f"undo_{REBUILD}"]
-    refused = str(approval._refused(f"undo_{REBUILD}", "found", "needed"))
-    assert f"runbook operate PARAMS {REBUILD} --undo --execute" in refused
+    assert f"let another person run `runbook approve PARAMS {UNDO_OF[REBUILD]}`" in result.error
+    assert [phase for phase, _ in ledger_rows(database, "request")] == [UNDO_OF[REBUILD]]
+    refused = str(approval._refused(UNDO_OF[REBUILD], "found", "needed"))
+    assert f"runbook operate PARAMS {short(REBUILD)} --undo --execute" in refused
 
     articles.execute("CREATE ROLE second_of_undo LOGIN SUPERUSER")
     try:
         with monkeypatch.context() as patch:
             patch.setenv(DSN_ENV, make_conninfo(database, user="second_of_undo"))
-            signed = CliRunner().invoke(main, ["approve", str(tmp_path / "toy.yaml"), f"undo_{REBUILD}", "--yes"])
+            signed = CliRunner().invoke(main, ["approve", str(tmp_path / "toy.yaml"), UNDO_OF[REBUILD], "--yes"])
         assert signed.exit_code == 0, signed.output
         assert take_back(run, sections=wanted)[0].exit_code == 0
         replace(rebuilt.ledger, phase=REBUILD).append("phase", {"verdict": "PASS"})
@@ -304,7 +305,7 @@ def test_what_a_later_operation_stands_on_stays(rebuilt: Phase, run: Callable[..
         f"  found   {DIVIDE} was carried out since\n"
         f"  needed  {DIVIDE} taken back, or never carried out\n"
         "  danger  what is to be taken back has become part of what the later one made\n"
-        f"  do      run `runbook operate PARAMS {DIVIDE} --undo --execute` first, or leave both as they are"
+        f"  do      run `runbook operate PARAMS {short(DIVIDE)} --undo --execute` first, or leave both as they are"
     )
     replace(rebuilt.ledger, phase=DIVIDE).append("phase", {"verdict": "UNDONE"})
     assert take_back(run)[0].exit_code == 0
@@ -312,7 +313,7 @@ def test_what_a_later_operation_stands_on_stays(rebuilt: Phase, run: Callable[..
 
 def test_other_parameters_take_nothing_back(rebuilt: Phase, tmp_path: Path) -> None:
     replace(rebuilt.ledger, phase=MIGRATE[0]).append("plan", {"fingerprint": "another"})
-    phase = open_phase(f"undo_{REBUILD}", str(write_params(tmp_path)), "other", True)
+    phase = open_phase(UNDO_OF[REBUILD], str(write_params(tmp_path)), "other", True)
     with pytest.raises(GateFailed, match="target_is_as_planned"):
         phase.require()
     phase.end("was ended by the test", "nothing")

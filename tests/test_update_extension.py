@@ -51,14 +51,14 @@ def gates_of(connection: psycopg.Connection[Any]) -> dict[str, tuple[str, str]]:
     """Verdict and finding of the last gate of each name of this operation."""
     found = connection.execute(
         "SELECT body->>'name', body->>'verdict', body->>'found' FROM runbook.entry"
-        " WHERE kind = 'gate' AND phase = '30_update_extension' ORDER BY seq"
+        " WHERE kind = 'gate' AND phase = 'operate/update_extension' ORDER BY seq"
     ).fetchall()
     return {name: (verdict, text) for name, verdict, text in found}
 
 
 def notebook(path: Path, **how: Any) -> dict[str, Any]:
     """Steps through the operation's notebook."""
-    return step("operate/30_update_extension", path, **how)
+    return step("operate/update_extension", path, **how)
 
 
 def test_rehearsal_data_of_an_older_release_is_taken_to_a_newer_one_without_new_embeddings(
@@ -101,7 +101,7 @@ def test_rehearsal_data_of_an_older_release_is_taken_to_a_newer_one_without_new_
         notebook(path)
         made = connection.execute(
             "SELECT body->>'name' FROM runbook.entry"
-            " WHERE kind = 'statement' AND phase = '30_update_extension' ORDER BY seq"
+            " WHERE kind = 'statement' AND phase = 'operate/update_extension' ORDER BY seq"
         ).fetchall()
         assert [name for (name,) in made] == ["extension.update", "index.create_hnsw", "rebuild.swap", "rebuild.drop"]
 
@@ -182,8 +182,8 @@ def indexed(articles: psycopg.Connection[Any], tmp_path: Path) -> Path:
 def operation(indexed: Path) -> Iterator[Phase]:
     """The operation on that table, its release set back in the catalogue."""
     p = params.load(indexed)
-    ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "30_update_extension")
-    phase = gates_passed(Phase("30_update_extension", "test-run", True, p, db.connect(p, "test"), ledger))
+    ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "operate/update_extension")
+    phase = gates_passed(Phase("operate/update_extension", "test-run", True, p, db.connect(p, "test"), ledger))
     yield phase
     phase.connection.close()
     ledger.connection.close()
@@ -236,7 +236,7 @@ def test_interrupted_after_the_update_the_rerun_still_builds_the_index_anew(
     update_extension.apply(operation)
     failed = {g.name: g for g in update_extension.verify(operation).failed}["upgrade.index_is_not_of_a_faulty_vacuum"]
     assert failed.do == (
-        "run operate/30_update_extension again with execute: true; it builds the index anew beside this one"
+        "run operate/update_extension again with execute: true; it builds the index anew beside this one"
     )
     assert [s.name for s in update_extension.plan(operation)] == ["index.create_hnsw", "rebuild.swap", "rebuild.drop"]
     update_extension.build_beside(operation)

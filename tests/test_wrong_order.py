@@ -30,7 +30,7 @@ from tests.test_server_versions import SECTIONS
 WAY: dict[str, Any] = {**SECTIONS, **TARGET, "tune": SECTIONS["tune"], "partitioning": {"column": "status"}}
 PARAMETERS = "Parameters"
 ALL = [f"{p.parent.name}/{p.stem}" for p in sorted(NOTEBOOKS.glob("*/*.ipynb"))]
-# Where the first cell that changes anything is; of 20_watch, which only looks, the one that writes its look down.
+# Where the first cell that changes anything is; of operate/monitor, which only looks, the one that writes it down.
 ACTS = "Do it"
 SECTIONS_OF = ("Parameters", OPEN, REQUIRE, PLAN, ACTS, PROVE, CLOSE)
 
@@ -302,11 +302,12 @@ def looks_in_vain(_: Any) -> Any:
 
 
 def test_only_what_is_proved_since_its_last_change_is_closed(opened: Callable[..., Stepped], there: str) -> None:
-    phase = opened("operate/40_rebuild_index").phase
+    phase = opened("operate/rebuild_index").phase
     for name in MIGRATE:
         says(phase, name, "PASS")
     phase.require()
-    not_proved = f"40_rebuild_index is open, and what it did is not proved; nothing was changed. Next: {cell(PROVE)}."
+    name = "operate/rebuild_index"
+    not_proved = f"{name} is open, and what it did is not proved; nothing was changed. Next: {cell(PROVE)}."
 
     def is_not_closed(line: str = not_proved) -> None:
         told = fingerprint(there)
@@ -329,7 +330,7 @@ def test_only_what_is_proved_since_its_last_change_is_closed(opened: Callable[..
         phase.prove(holds)
         with pytest.raises(error):
             phase.prove(look)
-        line = f"40_rebuild_index is open, and {why}; nothing was changed. Next: put that right, then run"
+        line = f"operate/rebuild_index is open, and {why}; nothing was changed. Next: put that right, then run"
         is_not_closed(f"{line} {cell(REQUIRE)}.")
         with pytest.raises(OutOfOrder, match=why):
             phase.ask()
@@ -337,7 +338,7 @@ def test_only_what_is_proved_since_its_last_change_is_closed(opened: Callable[..
     with pytest.raises(GateFailed):
         phase.require(holds, holds_no_more)
     is_not_closed(
-        "40_rebuild_index is open, and toy.fact_holds did not pass; nothing was changed."
+        "operate/rebuild_index is open, and toy.fact_holds did not pass; nothing was changed."
         f" Next: put that right, then run {cell(REQUIRE)}."
     )
     with pytest.raises(KeyboardInterrupt):
@@ -355,7 +356,7 @@ def test_only_what_is_proved_since_its_last_change_is_closed(opened: Callable[..
 def test_proved_before_it_is_done_it_fails_by_its_gates_if_at_all(
     opened: Callable[..., Stepped], there: str, name: str
 ) -> None:
-    stepped = opened(f"operate/{name}")
+    stepped = opened(name)
     stepped.phase.order.required = True
     before = fingerprint(there, but="runbook.entry")
     try:
@@ -392,10 +393,10 @@ def test_a_second_notebook_in_a_kernel_ends_the_first(
 
 def test_a_kernel_that_was_restarted_goes_on(opened: Callable[..., Stepped], there: str) -> None:
     with in_another_kernel():
-        gone = opened("operate/40_rebuild_index")
+        gone = opened("operate/rebuild_index")
         gone.phase.ledger.connection.close()
         gone.phase.order.end("", "")
-    again = opened("operate/40_rebuild_index")
+    again = opened("operate/rebuild_index")
     again.phase.require()
     again.phase.ask()
 
@@ -404,7 +405,7 @@ def test_a_kernel_that_was_restarted_goes_on(opened: Callable[..., Stepped], the
 def test_a_session_that_the_server_ended_is_told_of_in_one_line(
     opened: Callable[..., Stepped], there: str, which: str
 ) -> None:
-    stepped = opened("operate/40_rebuild_index")
+    stepped = opened("operate/rebuild_index")
     stepped.phase.require()
     lost = stepped.phase.connection if which == "work" else stepped.phase.ledger.connection
     with psycopg.connect(there, autocommit=True) as admin:
@@ -414,7 +415,7 @@ def test_a_session_that_the_server_ended_is_told_of_in_one_line(
         stepped.section(ACTS)
     assert_refused(
         stepped,
-        "40_rebuild_index has lost its connection to the server; what was committed before stays."
+        "operate/rebuild_index has lost its connection to the server; what was committed before stays."
         " Next: the cell below “Where am I”.",
     )
     assert fingerprint(there) == before
@@ -424,15 +425,15 @@ def test_a_session_that_the_server_ended_is_told_of_in_one_line(
 def test_its_sections_are_those_that_the_lines_name(notebook: str) -> None:
     titles = [t for t in dict.fromkeys(c.section for c in Stepped(notebook, Path()).cells) if t != "What is there"]
     wanted = [PARAMETERS, OPEN, REQUIRE, PLAN, ACTS, PROVE, CLOSE]
-    acts = [w for w in wanted if w != ACTS or name_of(notebook) not in ("00_preflight", "20_watch")]
+    acts = [w for w in wanted if w != ACTS or name_of(notebook) not in ("00_preflight", "operate/monitor")]
     assert [title[: len(w)] for title, w in zip(titles, acts, strict=True)] == acts
 
 
 OPERATIONS: dict[str, dict[str, Any]] = {
-    "10_refresh": {},
-    "20_watch": {},
-    "30_update_extension": {},
-    "40_rebuild_index": {"index": {"m": 24, "ef_construction": 96}},
+    "operate/refresh": {},
+    "operate/monitor": {},
+    "operate/update_extension": {},
+    "operate/rebuild_index": {"index": {"m": 24, "ef_construction": 96}},
 }
 
 
@@ -440,8 +441,8 @@ def test_every_cell_twice(points: Points, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv(DSN_ENV, points.copied("order_twice"))
     monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000.0)
     for name, sections in OPERATIONS.items():
-        every_cell_twice(f"operate/{name}", write_params(tmp_path, **WAY | sections))
-    every_cell_twice("undo_operation/undo_40_rebuild_index", tmp_path / "toy.yaml")
+        every_cell_twice(name, write_params(tmp_path, **WAY | sections))
+    every_cell_twice("undo/rebuild_index", tmp_path / "toy.yaml")
     for name in UNDO:
-        every_cell_twice(f"undo/{name}", points.path)
+        every_cell_twice(name, points.path)
     assert dump(os.environ[DSN_ENV]) == points.home

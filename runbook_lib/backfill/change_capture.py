@@ -50,7 +50,7 @@ def gate_of(connection: db.Connection, params: Params) -> Gate:
         " once when its text changed, and not when written again",
         danger="rows that are written from now on would keep no vector or an old one",
         do="run 30_expand_schema again with execute: true, which makes triggers that are missing or switched off"
-        " again; where a definition differs, run undo/30_remove_schema first",
+        " again; where a definition differs, run undo/schema first",
     )
 
 

@@ -35,7 +35,7 @@ FEWEST_ROWS = 10
 LISTS_LOOKED_AT = 20
 # lists where the index was built without them.
 DEFAULT_LISTS = 100
-REBUILD = "run operate/40_rebuild_index, which makes the lists of the rows of today; then 70_tune"
+REBUILD = "run operate/rebuild_index, which makes the lists of the rows of today; then 70_tune"
 
 
 def gates(phase: Phase) -> Iterator[Gate]:

@@ -113,6 +113,6 @@ def function_reads_one_partition(phase: Phase, others: Sequence[str]) -> Gate:
         found="; ".join(wrong) or f"one partition for each of {len(found)} values, in {CALLS} calls, prepared",
         needed="one partition a value",
         danger="a search with a filter would read the rows of other values, or of the table that serves no more",
-        do="make the function again (10_baseline), or take the partitions back (75_partition_by_filter --undo)",
+        do="make the function again (10_baseline), or take the partitions back (partition_by_filter --undo)",
         figures={str(v): names_ for v, names_ in found.items()},
     )

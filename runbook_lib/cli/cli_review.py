@@ -11,6 +11,7 @@ from runbook_lib import params as params_module
 from runbook_lib.cli.console import GATE_DID_NOT_PASS, PARAMS, echo_styled, plain_errors
 from runbook_lib.core import approval, db
 from runbook_lib.core.gates import Verdict
+from runbook_lib.core.registry import current
 from runbook_lib.runner.manifest import BAD_INPUT, SYMBOLS, Status
 
 
@@ -30,6 +31,7 @@ def approve(params_file: Path, phase: str, reason: str, yes: bool) -> None:
     They let it sign, and write nothing else.
     """
     with plain_errors():
+        phase = current(phase)
         params = params_module.load(params_file)
         with db.connect(params, "runbook approve") as connection:
             shown = approval.pending(connection, params, phase)

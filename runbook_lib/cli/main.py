@@ -30,7 +30,7 @@ from runbook_lib.cli.console import (
 from runbook_lib.cli.lab import lab, open_lab
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, GateFailed
-from runbook_lib.core.registry import OPERATE, UNDO_OPERATION
+from runbook_lib.core.registry import OPERATE, UNDO_OPERATION, short
 from runbook_lib.migrate import inputs
 from runbook_lib.params import Params
 from runbook_lib.runner import runner, selection, target_status
@@ -81,8 +81,8 @@ def main() -> None:
       runbook status params/articles.yaml
       runbook lab params/articles.yaml              # step through the notebooks, on copies
       runbook approve params/articles.yaml 90_cut_over
-      runbook operate params/articles.yaml 10_refresh --execute
-      runbook undo params/articles.yaml --execute --to 10_reads_to_legacy
+      runbook operate params/articles.yaml refresh --execute
+      runbook undo params/articles.yaml --execute --to reads
     """
 
 
@@ -124,7 +124,8 @@ def undo(params_file: Path, execute: bool, last: str | None, quiet: bool, verbos
 
 
 @main.command(
-    epilog=f"Operations: {', '.join(OPERATE)}.\n\nWith a way back: {', '.join(UNDO_OPERATION.values())}.\n\n"
+    epilog=f"Operations: {', '.join(map(short, OPERATE))}.\n\n"
+    f"With a rollback: {', '.join(map(short, UNDO_OPERATION))}.\n\n"
     f"{EXIT_CODES_HELP}"
 )
 @PARAMS
@@ -138,12 +139,12 @@ def operate(params_file: Path, name: str, execute: bool, take_back: bool, quiet:
 
     \b
     Examples:
-      runbook operate params/articles.yaml 10_refresh --execute --quiet          # from cron
-      runbook operate params/articles.yaml 40_rebuild_index                      # the plan
-      runbook operate params/articles.yaml 40_rebuild_index --undo --execute     # its way back
+      runbook operate params/articles.yaml refresh --execute --quiet          # from cron
+      runbook operate params/articles.yaml rebuild_index                      # the plan
+      runbook operate params/articles.yaml rebuild_index --undo --execute     # its rollback
     """
     with plain_errors():
-        way, chosen = (selection.UNDO_ONE, selection.way_back_of(name)) if take_back else ("operate", name)
+        way, chosen = ("undo", selection.way_back_of(name)) if take_back else ("operate", name)
         _end(
             runner.run(
                 params_file,
@@ -207,7 +208,7 @@ def check(params_file: Path, quiet: bool) -> None:
 
 
 def _check_search(params: Params) -> int:
-    """The gates of operate/20_watch, where there is something to watch; how many passed."""
+    """The gates of operate/monitor, where there is something to watch; how many passed."""
     # Here, because it needs what takes longer to import than the other commands take to run.
     from runbook_lib.operate import monitor
 

@@ -20,7 +20,15 @@ from runbook_lib.core import bound_inputs, db, plans
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, Gate, Gates, NotApproved, RunbookError, Verdict, gate, not_run
 from runbook_lib.core.ledger import Ledger, storable_in
-from runbook_lib.core.registry import OPERATE, UNDO_OPERATION, operation_of, relied_on
+from runbook_lib.core.registry import (
+    OPERATE,
+    UNDO_OPERATION,
+    current,
+    names_in_the_ledger,
+    operation_of,
+    relied_on,
+    short,
+)
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -125,7 +133,7 @@ def _waiting(ledger: Ledger, note: bool = False) -> set[str]:
 
     note: writes them down. Who takes one out of the file does not take it out of here.
     """
-    noted = set((ledger.latest("waits") or {"phases": []})["phases"])
+    noted = {current(name) for name in (ledger.latest("waits") or {"phases": []})["phases"]}
     waiting = noted.union(ledger.params.approval.phases)
     if note and waiting != noted and ledger.exists():
         replace(ledger, phase="approval").append("waits", {"phases": sorted(waiting)})
@@ -273,7 +281,7 @@ def _refused(phase: str, found: str, needed: str) -> NotApproved:
 def _command(phase: str) -> str:
     if operation_of(phase) in OPERATE:
         undo = " --undo" if phase in UNDO_OPERATION else ""
-        return f"runbook operate PARAMS {operation_of(phase)}{undo} --execute"
+        return f"runbook operate PARAMS {short(phase)}{undo} --execute"
     return "runbook run PARAMS --execute" + (f" --to {phase}" if phase else "")
 
 
@@ -305,7 +313,7 @@ def _evidence(connection: db.Connection, params: Params, phase: str) -> tuple[in
 
 
 def _before(phase: str) -> list[str]:
-    return list(relied_on(phase))
+    return [called for name in relied_on(phase) for called in names_in_the_ledger(name)]
 
 
 def _evidence_of(phase: str) -> dict[str, Any]:
@@ -315,11 +323,11 @@ def _evidence_of(phase: str) -> dict[str, Any]:
     """
     one_time = phase in OPERATE or phase in UNDO_OPERATION
     used_up = ["UNDONE", str(Verdict.PASS)] if one_time else ["UNDONE"]
-    return {"phase": phase, "before": _before(phase), "used_up": used_up}
+    return {"phases": names_in_the_ledger(phase), "before": _before(phase), "used_up": used_up}
 
 
 def _newest(connection: db.Connection, params: Params, phase: str, kind: str) -> db.Row | None:
-    found = db.rows(connection, SQL["newest"], params, phase=phase, kind=kind)
+    found = db.rows(connection, SQL["newest"], params, phases=names_in_the_ledger(phase), kind=kind)
     return found[0] if found else None
 
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import runbook_lib
-from runbook_lib.core.registry import OPERATE, UNDO_OPERATION
+from runbook_lib.core.registry import notebook
 from runbook_lib.params import Params
 
 MISSING = "not there"
@@ -26,8 +26,7 @@ def of(params: Params, phase: str) -> dict[str, str]:
 def _files(params: Params, phase: str) -> Iterator[tuple[str, Path | None]]:
     from runbook_lib.runner import selection  # it needs the checks, which need what a phase needs
 
-    way = "operate" if phase in OPERATE else "undo_operation" if phase in UNDO_OPERATION else "migrate"
-    yield f"notebook {phase}", selection.notebooks() / way / f"{phase}.ipynb"
+    yield f"notebook {phase}", selection.notebooks() / notebook(phase)
     e, q = params.embeddings, params.queries
     yield "embeddings.file", e.file
     yield "embeddings.ids_file", e.ids_file

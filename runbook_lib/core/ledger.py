@@ -16,6 +16,7 @@ from runbook_lib.core import closed, db
 from runbook_lib.core.gates import BadInput, Gate, Gates, LockNotObtained, Verdict, gate
 from runbook_lib.core.names import names, spelled
 from runbook_lib.core.redaction import redacted
+from runbook_lib.core.registry import names_in_the_ledger
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -118,19 +119,23 @@ class Ledger:
         """The body of the newest row of this kind, in one phase or in any; None if there is none."""
         if not self.exists():
             return None
-        found = db.rows(self.connection, SQL["latest"], self.params, kind=kind, phase=phase)
+        phases = names_in_the_ledger(phase) if phase else None
+        found = db.rows(self.connection, SQL["latest"], self.params, kind=kind, phases=phases)
         return dict(found[0]["body"]) if found else None
 
     def latest_standing(self, kind: str, *phases: str) -> dict[str, Any] | None:
         """The body of the newest row of this kind; None where one of these phases was taken back after it."""
         if not self.exists():
             return None
-        found = db.rows(self.connection, SQL["latest_standing"], self.params, kind=kind, phases=list(phases))
+        called = [name for phase in phases for name in names_in_the_ledger(phase)]
+        found = db.rows(self.connection, SQL["latest_standing"], self.params, kind=kind, phases=called)
         return dict(found[0]["body"]) if found else None
 
     def last_row(self, phase: str) -> DictRow | None:
         """The newest row of a phase or an operation, whatever its kind; None if there is none."""
-        found = db.rows(self.connection, SQL["last_row"], self.params, phase=phase) if self.exists() else []
+        if not self.exists():
+            return None
+        found = db.rows(self.connection, SQL["last_row"], self.params, phases=names_in_the_ledger(phase))
         return found[0] if found else None
 
     def phase_verdict(self, phase: str) -> str:

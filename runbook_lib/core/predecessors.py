@@ -5,7 +5,16 @@ from __future__ import annotations
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, Verdict, gate
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.registry import MIGRATE, OPERATE, STANDS_ON, UNDO, UNDO_OPERATION, relied_on
+from runbook_lib.core.registry import (
+    MIGRATE,
+    OPERATE,
+    STANDS_ON,
+    UNDO,
+    UNDO_OPERATION,
+    names_in_the_ledger,
+    relied_on,
+    short,
+)
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -66,7 +75,7 @@ def _no_later_operation_stands_on_it(name: str, ledger: Ledger) -> Gate:
         found=f"{later} was carried out since" if stands else "no operation since that relies on it",
         needed=f"{later} taken back, or never carried out" if later else "none that relies on it",
         danger="what is to be taken back has become part of what the later one made",
-        do=f"run `runbook operate PARAMS {later} --undo --execute` first, or leave both as they are",
+        do=f"run `runbook operate PARAMS {short(later)} --undo --execute` first, or leave both as they are",
     )
 
 
@@ -83,7 +92,7 @@ def _nothing_stands_on_it(name: str, ledger: Ledger) -> Gate:
         found=f"{', '.join(standing)} still proved" if standing else "later phases are taken back, or never ran",
         needed="the phases after it taken back first",
         danger="what they made would stand on nothing",
-        do=f"run undo/{ways[0]} first" if ways else "",
+        do=f"run {ways[0]} first" if ways else "",
     )
 
 
@@ -96,7 +105,8 @@ def gone(name: str, ledger: Ledger, params: Params, since: int) -> str:
     """Why what a step rests on no longer holds; empty where it does. since: the newest ledger row when it did."""
     if name not in UNDO and ledger.exists():
         phases = [*relied_on(name), name] if name in (*MIGRATE, *OPERATE, *UNDO_OPERATION) else []
-        undone = db.rows(ledger.connection, SQL["undone_since"], params, phases=phases, seq=since)
+        called = [known for phase in phases for known in names_in_the_ledger(phase)]
+        undone = db.rows(ledger.connection, SQL["undone_since"], params, phases=called, seq=since)
         if undone:
             return "; ".join(f"{row['phase']} was undone by {row['by']}" for row in undone)
     return "; ".join(f"{g.subject}: {g.found}" for g in gates(name, ledger, params) if g.verdict != Verdict.PASS)

@@ -53,7 +53,7 @@ STAGING_WAL_A_ROW = 60
 TIMESTAMP_AND_HASH = 8 + 17
 
 # Measured: 100 k rows of 1 kB, 384 dimensions, PostgreSQL 18.6, pgvector 0.8.6, 2 cores, all in shared_buffers. Times
-# of another machine and table differ; operate/00_rehearse measures them there.
+# of another machine and table differ; operate/rehearse measures them there.
 LOAD_US_A_ROW, LOAD_NS_A_BYTE = 4, 2
 BACKFILL_US_A_ROW = 33
 # Of one entry into a trigram index, by the bytes of the text: it has about a trigram for each.
@@ -308,7 +308,7 @@ class Forecast:
             ("growth of the table until the next vacuum, at most", size(self.table_growth_bytes)),
             ("staging table", size(self.staging_bytes)),
             ("free disk for all of these", size(self.disk_bytes)),
-            ("WAL, if every update enters every index; checkpoints add to it", size(self.wal_bytes)),
+            ("WAL, at least", size(self.wal_bytes)),
             ("loading, without the model; backfill; build: as measured elsewhere", self._times()),
             ("parallel workers of the build", number(self.workers)),
         ]

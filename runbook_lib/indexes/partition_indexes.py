@@ -352,7 +352,7 @@ def has_right_class(phase: Phase, now: Standing) -> Gate:
         else f"{wanted}, on each of {len(by_part)}",
         needed=wanted,
         danger="queries with the distance that was asked for cannot use it",
-        do="run undo/20_remove_index, and 60_build_index again",
+        do="run undo/index, and 60_build_index again",
     )
 
 
@@ -401,5 +401,5 @@ def is_gone(phase: Phase, now: Standing) -> Gate:
         found=f"still there: {_listed(left)}" if left else "no such index, on no partition",
         needed="no such index",
         danger="every write still pays for it",
-        do="run undo/20_remove_index again",
+        do="run undo/index again",
     )

@@ -179,7 +179,7 @@ def _has_right_class(phase: Phase, found: db.Row) -> Gate:
         danger="queries with the distance that was asked for cannot use it",
         do="drop the index of this name, or name another column, and run 60_build_index again"
         if indexed == wanted
-        else "put index.storage back, or go over to another one with operate/40_rebuild_index",
+        else "put index.storage back, or go over to another one with operate/rebuild_index",
     )
 
 
@@ -194,7 +194,7 @@ def _was_built_in_memory(phase: Phase) -> Gate:
         needed="none",
         danger="past maintenance_work_mem a build slows down tenfold; lists made of too little data lose recall",
         do="raise index.maintenance_work_mem_mb to the forecast (or load more rows first), drop the index with"
-        " undo/20_remove_index, and build again",
+        " undo/index, and build again",
         figures={"warnings": len(warned)},
     )
 
@@ -226,7 +226,7 @@ def _finds_known_rows(phase: Phase, relations: Sequence[sql.Composable] = ()) ->
         + (f"; not {lost[:3]}" if lost else ""),
         needed=f"all of them, {min(KNOWN_ROWS, len(known)) or 1} at least",
         danger="rows that are in the table are not in the index",
-        do="drop the index with undo/20_remove_index and build it again",
+        do="drop the index with undo/index and build it again",
         figures={"asked": len(known), "lost": len(lost)},
     )
 
@@ -290,7 +290,7 @@ def verify_undone(phase: Phase) -> Gates:
                 found="no such index" if found is None else "still there" + ("" if found["valid"] else ", invalid"),
                 needed="no such index",
                 danger="every write still pays for it",
-                do="run undo/20_remove_index again; a drop that timed out leaves an invalid index",
+                do="run undo/index again; a drop that timed out leaves an invalid index",
             )
         ]
     )

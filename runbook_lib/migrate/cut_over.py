@@ -321,7 +321,7 @@ def _route_is(phase: Phase, route: str, share: int) -> Gate:
         found=f"{found} at {found_share} %",
         needed=f"{route} at {share} %",
         danger="some reads go where they should not",
-        do="run 90_cut_over again, or undo/10_reads_to_legacy to send them all back",
+        do="run 90_cut_over again, or undo/reads to send them all back",
     )
 
 

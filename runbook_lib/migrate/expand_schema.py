@@ -8,7 +8,7 @@ from runbook_lib.backfill import change_capture, pruning, side_table
 from runbook_lib.core import db, free_names, session
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, Gates, collect, gate
-from runbook_lib.core.names import added_columns, spelled, trigger_name, vectors_stand_beside
+from runbook_lib.core.names import spelled, trigger_name, vectors_stand_beside
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import citus, partition_checks
 from runbook_lib.params import Params
@@ -18,6 +18,12 @@ SQL = load("schema")
 WINDOWS = load("windows")
 # What the capture's triggers fire on, and end their names with.
 TRIGGERS = ("insert", "update")
+
+
+def added_columns(params: Params) -> list[str]:
+    """The columns that the runbook adds to the table."""
+    column = params.vector.column
+    return [column, f"{column}_updated_at", f"{column}_hash"]
 
 
 def _table(phase: Phase) -> str:
@@ -103,7 +109,7 @@ def _column_has_right_type(phase: Phase) -> Gate:
         found=kind,
         needed=needed,
         danger="vectors of another dimension are refused row by row, or cannot be indexed",
-        do="if the column is yours, name another in vector.column; else run undo/30_remove_schema and this phase",
+        do="if the column is yours, name another in vector.column; else run undo/schema and this phase",
     )
 
 
@@ -175,7 +181,7 @@ def verify_undone(phase: Phase) -> Gates:
                 found=", ".join(left) or "none of the runbook's columns, triggers and tables",
                 needed="none",
                 danger="writers still pay for what is left",
-                do="run undo/30_remove_schema again",
+                do="run undo/schema again",
             )
         ]
     )

@@ -157,7 +157,7 @@ def verify_undone(phase: Phase) -> Gates:
                 found=found,
                 needed="removed, or kept for others",
                 danger="the database is not as it was",
-                do="run undo/50_remove_extension again with execute: true",
+                do="run undo/extension again with execute: true",
             ),
         )
     )

@@ -1,6 +1,4 @@
-"""Row level security of the table: refused where it would not hold for the vectors, or would keep rows from the
-runbook itself. And after a swap for partitions, the privileges and policies of both tables, which must be the same.
-"""
+"""Row level security of the table: refused where it would not hold, or would keep rows from the runbook itself."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ def security(connection: db.Connection, params: Params) -> db.Row:
 
 
 def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
-    """A gate for each fault: policies that keep rows from this role, or do not hold for vectors in a table of their
-    own, and a kept table that is more open or more closed. None where nothing is wrong.
-    """
+    """A gate for each that does not hold; none where the table has no policies, or they hold."""
     table, found = spelled(params, "table"), security(connection, params)
     if found["for_us"]:
         yield gate(
@@ -47,13 +43,13 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
             needed="vectors in the table itself, where its policies hold for them",
             danger="whoever may read the table would read the keys and vectors of every row in the table beside,"
             " whatever the policies say",
-            do="set vector.layout: column; where the vectors stand beside already, undo/30_remove_schema first",
+            do="set vector.layout: column; where the vectors stand beside already, undo/schema first",
         )
 
 
 def kept_table_is_as_open(connection: db.Connection, params: Params) -> Iterator[Gate]:
-    """After a swap by 75_partition_by_filter: whoever lost rights on the table must not read the one kept beside it,
-    nor have them back with the way back. No gate where both are alike, or there is none."""
+    """After a swap by operate/partition_by_filter: whoever lost rights on the table must not read the one kept
+    beside it, nor have them back with the rollback. No gate where both are alike, or there is none."""
     # Imported here: it knows the phases, and phases know these checks.
     from runbook_lib.backfill import partitioned_twin
 

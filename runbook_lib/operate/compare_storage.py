@@ -326,7 +326,7 @@ def _measured(last: dict[str, Any] | None) -> list[Gate]:
             danger="there is nothing to choose among",
             do="add higher settings to tune.ef_search, or more to storage.rerank"
             if rows
-            else "run 50_compare_storage with execute: true",
+            else "run operate/compare_storage with execute: true",
             figures={"reached": len(reached)},
         ),
     ]
@@ -352,7 +352,7 @@ def _is_gone(phase: Phase) -> Gate:
         found=", ".join(found) or "nothing",
         needed="nothing",
         danger="disk is taken, and where an index is left, every write pays for it",
-        do="run storage.undo(phase), or 50_compare_storage again",
+        do="run storage.undo(phase), or operate/compare_storage again",
     )
 
 

@@ -15,11 +15,10 @@ from typing import Any
 from psycopg import sql
 
 from runbook_lib import params as params_module
-from runbook_lib.benchmark.prepared import use_setting
 from runbook_lib.core import claim, db, free_names
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, Gate, GateFailed, Gates, RunbookError, Verdict, collect, gate
-from runbook_lib.core.names import identifier, shortened, spelled, verbatim
+from runbook_lib.core.names import identifier, names, shortened, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import backfill, build_index
 from runbook_lib.params import Params
@@ -387,7 +386,8 @@ def let_calls_end(phase: Phase) -> None:
 def say_new(connection: db.Connection, phase: Phase, old: Params) -> None:
     """Lets a session say that its vectors are the new model's, where the parameters tell models apart by that."""
     if phase.params.model_change.tell_apart == "setting":
-        use_setting(connection, setting_name(old), phase.params.target.name, local=False)
+        values = {"name": setting_name(old), "value": phase.params.target.name}
+        connection.execute(SQL["ask_the_new"].compose(names(phase.params)), values)
 
 
 def verify_undone(phase: Phase) -> Gates:
@@ -397,7 +397,7 @@ def verify_undone(phase: Phase) -> Gates:
     for the replaced target alone.
     """
     old, who = replaced(phase).params, stage(phase)
-    noted, now = phase.ledger.latest_standing("model_change", "60_change_model"), facts(phase, old.function_name)
+    noted, now = phase.ledger.latest_standing("model_change", "operate/change_model"), facts(phase, old.function_name)
     left = facts(phase, before_name(old)) is not None and (noted is not None or not _somebodys_copy(phase, old, now))
     if now is None:
         same, found = False, "no such function"

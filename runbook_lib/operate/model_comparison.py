@@ -21,7 +21,7 @@ from runbook_lib.search import search_function
 from runbook_lib.search.function_ownership import BOTH
 
 KIND = "model_comparison"
-TAKE_BACK = "take the swap back: runbook operate PARAMS 60_change_model --undo --execute"
+TAKE_BACK = "take the swap back: runbook operate PARAMS change_model --undo --execute"
 
 
 def _ask(one: Phase, queries: Sequence[Query], vectors: np.ndarray, k: int) -> search_function.Answers:
@@ -84,7 +84,7 @@ def verify(phase: Phase) -> Gates:
             found="no comparison",
             needed="one",
             danger="readers would be moved on faith",
-            do="run 60_change_model with execute: true",
+            do="run operate/change_model with execute: true",
         )
         return collect([missing])
     return collect([_relevance_is_kept(phase, found), _is_fast_enough(found), _is_not_short(found)])
@@ -159,7 +159,7 @@ def verify_swapped(phase: Phase) -> Gates:
         found=f"it answers for {model_change.stage(phase) or 'the replaced target alone'}",
         needed=BOTH,
         danger="the vectors of one of the models would be refused",
-        do="run 60_change_model again with execute: true",
+        do="run operate/change_model again with execute: true",
     )
     if model_change.stage(phase) != BOTH:
         return collect([swapped])

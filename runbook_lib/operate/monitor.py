@@ -42,7 +42,7 @@ from runbook_lib.sql import load
 
 SQL = load("watch")
 
-NAME = "20_watch"
+NAME = "operate/monitor"
 DAY_S = 86_400
 # Below these, a ratio says more about small numbers than about the table.
 FEWEST_ROWS_FOR_DEAD = 1000
@@ -152,7 +152,7 @@ def _route_is_as_set(phase: Phase) -> Gate:
         found=f"{found[0]} at {found[1]} %" if found else "no search function",
         needed=f"{expected[0]} at {expected[1]} %, as the ledger has it",
         danger="reads go where nobody has judged them",
-        do="run 90_cut_over again, or undo/10_reads_to_legacy; both write down what they do",
+        do="run 90_cut_over again, or undo/reads; both write down what they do",
     )
 
 
@@ -257,7 +257,7 @@ def _relevance_holds(phase: Phase) -> Iterator[Gate]:
 
 
 def _changes_are_captured(phase: Phase) -> bool:
-    """False once operate/80_retire_legacy has removed the capture, for texts that never change any more."""
+    """False once operate/retire_legacy has removed the capture, for texts that never change any more."""
     p = phase.params
     return bool(db.one(phase.connection, SQL["captured"], p, queue=spelled(p, "queue"))["there"])
 
@@ -275,7 +275,7 @@ def _rows_are_fresh(phase: Phase, captured: bool) -> Iterator[Gate]:
         {"percent": _percent(phase, p.watch.count_up_to_rows)},
     ).fetchone()
     assert found is not None
-    sample = "" if whole else f" in a sample of the table's about {number(there)} rows"
+    sample = "" if whole else f" in a sample of about {number(there)}"
     missing = f"of {number(found['with_text'])} rows with text{sample} lack a vector"
     stale = f"of {number(found['with_vector'])} rows with a vector{sample} have that of an older text"
     for kind, what, danger in (
@@ -305,7 +305,7 @@ def _queue_is_young(phase: Phase) -> Gate:
         found=f"{number(found['changes'])} changes wait" + (f", the oldest for {oldest}" if found["changes"] else ""),
         needed=f"none for longer than {longest}",
         danger="changed rows are found by their old words, new ones not at all",
-        do="run operate/10_refresh, and see that it is scheduled",
+        do="run operate/refresh, and see that it is scheduled",
         figures=found,
     )
 
@@ -366,7 +366,7 @@ def _index_is_lean(phase: Phase, seen: dict[str, Any]) -> Gate:
         found=f"{size(seen['bytes'])}, {times} × the forecast of {number(there)} rows",
         needed=f"at most {most} ×",
         danger="searches read pages of rows that are gone, and the index no longer fits where it did",
-        do="build the index anew, concurrently: operate's rebuild, or undo/20_remove_index and 60_build_index",
+        do="build the index anew, concurrently: operate's rebuild, or undo/index and 60_build_index",
         figures={"bytes": seen["bytes"], "forecast_bytes": expected},
     )
 

@@ -215,7 +215,7 @@ def verify_copy(phase: Phase) -> Gates:
                 found="; ".join(missing) or "each index of the table",
                 needed="each index of the table",
                 danger="searches would read whole partitions from the swap on",
-                do="run 75_partition_by_filter again with execute: true",
+                do="run operate/partition_by_filter again with execute: true",
             ),
         ]
     )
@@ -235,7 +235,7 @@ def rows_are_equal(phase: Phase) -> Gate:
         f" {d['different']} different",
         needed="every row in both, byte by byte, but for changes that wait in the queue",
         danger="rows would be lost, or come back, with the change of names",
-        do="take the partitioned table away (75_partition_by_filter --undo), begin anew, report what differs",
+        do="take the partitioned table away (partition_by_filter --undo), begin anew, report what differs",
         figures=dict(d),
     )
 
@@ -293,7 +293,7 @@ def _is_divided(phase: Phase) -> Gate:
         found=f"{how}, {row['partitions']} partitions, {row['indexes']} valid indexes",
         needed=f"{p.partitioning.method.upper()} ({p.partitioning.column})",
         danger="searches read the rows of every value",
-        do="run 75_partition_by_filter again with execute: true",
+        do="run operate/partition_by_filter again with execute: true",
         figures={"partitions": row["partitions"], "indexes": row["indexes"]},
     )
 
@@ -368,7 +368,7 @@ def verify_undone(phase: Phase) -> Gates:
                 found=str(found),
                 needed="the ordinary table, and nothing beside it",
                 danger="every write would be queued for a table that nobody reads",
-                do="run `runbook operate PARAMS 75_partition_by_filter --undo --execute` again",
+                do="run `runbook operate PARAMS partition_by_filter --undo --execute` again",
             )
         ]
     )

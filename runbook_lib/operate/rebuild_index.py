@@ -247,7 +247,7 @@ def _is_whole(phase: Phase, new: Standing | None) -> Gate:
         found="no such index" if new is None else f"valid, {size(new.bytes)}" if new.usable else "invalid",
         needed="valid",
         danger="nothing can take the place of the index that serves, yet every write pays for what is there",
-        do="run 40_rebuild_index again with execute: true; it drops what is left and builds anew",
+        do="run operate/rebuild_index again with execute: true; it drops what is left and builds anew",
         figures={"bytes": new.bytes} if new else {},
     )
 
@@ -285,7 +285,7 @@ def _has_options(phase: Phase, needed: Options) -> Gate:
         found=listed(options) or "none of its own",
         needed=listed(needed) or "any",
         danger="recall and speed are those of another index than the one that was asked for",
-        do="run 40_rebuild_index again with execute: true",
+        do="run operate/rebuild_index again with execute: true",
     )
 
 
@@ -298,7 +298,7 @@ def _nothing_is_left(phase: Phase) -> Gate:
         found=", ".join(left) or "one index",
         needed="one index",
         danger="every write pays for each index that is left",
-        do="run 40_rebuild_index again with execute: true",
+        do="run operate/rebuild_index again with execute: true",
     )
 
 

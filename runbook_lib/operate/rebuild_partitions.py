@@ -153,7 +153,7 @@ def verify_new(phase: Phase) -> Gates:
         found=f"{len(now.leaves) - len(left)} of {len(now.leaves)} partitions",
         needed="all of them",
         danger="partitions whose index is from before keep its options and its faults",
-        do="run 40_rebuild_index again with execute: true; it goes on with the partitions that are left",
+        do="run operate/rebuild_index again with execute: true; it goes on with the partitions that are left",
         figures={"partitions": len(now.leaves), "left": len(left)},
     )
     last = _round(phase)
@@ -177,7 +177,7 @@ def verify_new(phase: Phase) -> Gates:
                 else "the planner does not use it",
                 needed=f"recall {least}",
                 danger="the index hides answers that exact search finds, and that the one before found",
-                do="40_rebuild_index --undo builds it again as it was; or build with a higher ef_construction or m",
+                do="rebuild_index --undo builds it again as it was; or build with a higher ef_construction or m",
                 figures={"before": was, "after": measured.recall if measured else None},
             ),
         ]
@@ -207,7 +207,7 @@ def has_options(phase: Phase) -> Gate:
         or "on every partition",
         needed="those from before" if undone else "those of index in the parameters",
         danger="recall and speed are those of another index than the one that was asked for",
-        do="run 40_rebuild_index again with execute: true",
+        do="run operate/rebuild_index again with execute: true",
         figures={"partitions": len(now.leaves), "other": len(other)},
     )
 
@@ -223,7 +223,7 @@ def nothing_is_left(phase: Phase) -> Gate:
         found=f"left on {', '.join(left[:3])}" if left else "one index a partition",
         needed="one index a partition",
         danger="every write pays for each index that is left",
-        do="run 40_rebuild_index again with execute: true",
+        do="run operate/rebuild_index again with execute: true",
     )
 
 

@@ -311,7 +311,7 @@ def _require_queue(phase: Phase) -> None:
                     f"no queue {queue}",
                     "the queue that the triggers on the table fill",
                     "texts that changed since the capture was removed keep the vector of their former text",
-                    "if operate/80_retire_legacy removed the capture on purpose, take 10_refresh off the schedule;"
+                    "if operate/retire_legacy removed the capture on purpose, take operate/refresh off the schedule;"
                     " retire.undo brings the capture back",
                 )
             ]

@@ -215,7 +215,7 @@ def _was_measured(phase: Phase, noted: dict[str, Any] | None) -> Gate:
         found=f"samples of {', '.join(number(s['vectors']) for s in found)} vectors" if found else "no sample",
         needed="one sample at least, taken in this run",
         danger="the figures are of another day, or there are none",
-        do="run 00_rehearse with execute: true",
+        do="run operate/rehearse with execute: true",
         figures={"samples": len(found)},
     )
 
@@ -254,7 +254,7 @@ def _is_gone(phase: Phase) -> Gate:
         found="still there" if left["ours"] else "no schema of a rehearsal",
         needed="none",
         danger="copies of rows take room, and nobody keeps them up to date",
-        do="rehearse.undo(phase) in a cell of this notebook, or run 00_rehearse again: it drops the schema first",
+        do="rehearse.undo(phase) in a cell of this notebook, or run operate/rehearse again, which drops the schema",
     )
 
 

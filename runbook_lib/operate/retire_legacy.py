@@ -120,7 +120,7 @@ def _indexes_are_gone(phase: Phase) -> Gate:
         else f"{len(retired)} indexes gone, {size(given)} given back: {', '.join(i['name'] for i in retired)}",
         needed="none of what was retired",
         danger="every write still pays for it; a drop that timed out leaves an index that no search can use",
-        do="run 80_retire_legacy again with execute: true",
+        do="run operate/retire_legacy again with execute: true",
         figures={"given_back_bytes": given, "left": len(left)},
     )
 
@@ -142,7 +142,7 @@ def _route_cannot_go_back(phase: Phase) -> Gate:
         found=f"moving it is refused by {refused}" if refused else "the row can be set to legacy",
         needed="refused, until the indexes are there again",
         danger="one UPDATE would send every search through the whole table",
-        do="run 80_retire_legacy again with execute: true",
+        do="run operate/retire_legacy again with execute: true",
     )
 
 
@@ -169,7 +169,7 @@ def _function_answers_without(phase: Phase) -> Gate:
         + (" refused" if refused else " answered by legacy"),
         needed=f"all by {route}, and a call without a vector refused",
         danger="a call would read the whole table, unnoticed",
-        do="run 80_retire_legacy again with execute: true",
+        do="run operate/retire_legacy again with execute: true",
         figures={"calls": len(queries), "by_new_route": by_new},
     )
 
@@ -207,7 +207,7 @@ def _build(phase: Phase, retired: dict[str, Any]) -> Iterator[db.Statement]:
 
 @changes
 def undo(phase: Phase) -> Table:
-    """Carries out the way back; reads stay where they are until undo/10_reads_to_legacy moves them."""
+    """Carries out the way back; reads stay where they are until undo/reads moves them."""
     todo = undo_plan(phase)
     if not phase.execute or not todo.statements:
         return phase.carry_out(todo)
@@ -219,7 +219,7 @@ def undo(phase: Phase) -> Table:
 
 def verify_undone(phase: Phase) -> Gates:
     """Every index that was retired is there again as it was, and reads can go back."""
-    noted = phase.ledger.latest_standing(retirable.KIND, "80_retire_legacy") or {}
+    noted = phase.ledger.latest_standing(retirable.KIND, "operate/retire_legacy") or {}
     retired = noted.get("indexes", [])
     there = {f.name: f for f in retirable.standing(phase) if f.valid}
     right = [i["name"] for i in retired if i["name"] in there and there[i["name"]].definition == i["definition"]]
@@ -235,7 +235,7 @@ def verify_undone(phase: Phase) -> Gates:
                 found="; ".join(wrong) or f"{number(len(right))} indexes as they were, and the route can go back",
                 needed="every index as its definition in the ledger says, and no constraint on the route",
                 danger="legacy would read the whole table",
-                do="run `runbook operate PARAMS 80_retire_legacy --undo --execute` again",
+                do="run `runbook operate PARAMS retire_legacy --undo --execute` again",
             )
         ]
     )

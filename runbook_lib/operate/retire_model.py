@@ -24,7 +24,7 @@ from runbook_lib.sql import load
 
 SQL = load("retire_model")
 
-NAME = "65_retire_model"
+NAME = "operate/retire_model"
 KIND = "old_searches"
 HOUR_S = 3600
 # The extension serves the new target too.
@@ -54,7 +54,7 @@ def check(phase: Phase) -> Gates:
         found=f"{stage or 'the replaced target alone'}; route {route} at {share} %",
         needed=f"{BOTH}; route {phase.params.cut_over.route} at 100 %",
         danger="the application would lose the search that it has",
-        do="run 60_change_model with execute: true first",
+        do="run operate/change_model with execute: true first",
     )
     quiet = [_is_quiet(phase, old)] if stage == BOTH else []
     return collect([swapped, *backfill.verify(phase), *quiet])
@@ -79,7 +79,7 @@ def _is_quiet(phase: Phase, old: Phase) -> Gate:
         needed=f"no search for {quiet} hours",
         danger="a server that still sends the old model's vectors would get an error for each of them",
         do=f"find who still sends {old.params.vector.dimension} dimensions, and stop {old.params.target.name}'s own"
-        f" 20_watch; then run this again after {wanted:g} hours",
+        f" operate/monitor; then run this again after {wanted:g} hours",
         figures={"scans": now["scans"], "hours": round(hours, 2)},
     )
 
@@ -154,7 +154,7 @@ def verify(phase: Phase) -> Gates:
         found=model_change.stage(phase) or "the replaced target alone",
         needed=f"{NEW_ONLY}, and no copy of the former function",
         danger="calls would reach a column that is not there",
-        do="run 65_retire_model again with execute: true",
+        do="run operate/retire_model again with execute: true",
     )
     left = [*build_index.verify_undone(old), *live_shadow.verify_undone(old), *expand_schema.verify_undone(old)]
     return collect([alone, model_comparison.answers_as(phase, "new"), *left])

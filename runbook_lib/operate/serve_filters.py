@@ -55,7 +55,7 @@ def check(phase: Phase) -> Gates:
                 needed="an ordinary table that holds vectors and filters",
                 danger="the condition of an index may name columns of its own table only, and a concurrent build"
                 " takes no partitioned table",
-                do="partition by the filter (75_partition_by_filter), with a vector index on each partition",
+                do="partition by the filter (operate/partition_by_filter), with a vector index on each partition",
             ),
             gate(
                 "filters.function_holds_the_query",
@@ -75,7 +75,7 @@ def check(phase: Phase) -> Gates:
                 found=f"{len(values)} values",
                 needed=f"{p.filters.most_indexes} at most",
                 danger="each index takes memory from the others, and planning a search looks at all of them",
-                do="name fewer values in filters.partial_indexes, or partition by it (75_partition_by_filter)",
+                do="name fewer values in filters.partial_indexes, or partition by it (operate/partition_by_filter)",
             ),
             none_under_way("filters.no_build_is_under_way", spelled(p, "vectors"), builds),
             *partial_index_candidates.fits_in_memory(phase, values),
@@ -216,9 +216,9 @@ def _why_not(phase: Phase, before: Mapping[str, Any], after: Measured, scans: in
     if not at_least(after.recall, target) or after.rows_short:
         recall, _ = apart(after.recall, target, score)
         return f"recall {recall}, {after.rows_short} questions short of rows"
-    was_good = at_least(before["recall"], target) and not before["rows_short"]
+    was_good = before["recall"] >= target and not before["rows_short"]
     times = before["p50_ms"] / max(after.p50_ms, 1e-6)
-    return f"{apart(times, gain, plain)[0]} times as fast as before" if was_good and not at_least(times, gain) else ""
+    return f"{apart(times, gain, plain)[0]} times as fast as before" if was_good and times < gain else ""
 
 
 def shown(phase: Phase) -> Table:
@@ -282,7 +282,7 @@ def _is_valid(name: str, value: Value, row: db.Row | None) -> Gate:
         found="no such index" if row is None else f"valid, {size(row['bytes'])}" if row["usable"] else "invalid",
         needed="valid",
         danger="searches with this value read through the index of all rows, with settings made for this one",
-        do="run 70_serve_filters again with execute: true",
+        do="run operate/serve_filters again with execute: true",
         figures={"bytes": row["bytes"]} if row else {},
     )
 
@@ -296,7 +296,7 @@ def _is_used(phase: Phase, name: str, value: Value, row: db.Row | None) -> Gate:
         found=f"{scans} scans of {name} in {CALLS} calls",
         needed=f"one in each of {CALLS} calls, prepared, half with a custom and half with a generic plan",
         danger="the index is paid for and not used",
-        do="run ANALYZE on the table; if it comes back: `runbook operate PARAMS 70_serve_filters --undo --execute`",
+        do="run ANALYZE on the table; if it comes back: `runbook operate PARAMS serve_filters --undo --execute`",
         figures={"scans": scans, "calls": CALLS},
     )
 
@@ -310,7 +310,7 @@ def _nothing_is_left(phase: Phase, values: Mapping[str, Value]) -> Gate:
         found=", ".join(left) or f"{len(values)} values have an index" if values else "no value calls for an index",
         needed="no index that is left over or no longer wanted",
         danger="every write to its rows pays for it",
-        do="run 70_serve_filters again with execute: true",
+        do="run operate/serve_filters again with execute: true",
     )
 
 

@@ -136,7 +136,7 @@ def last_swap(phase: Phase) -> dict[str, Any]:
     """What the ledger knows of the last swap, or round of a partitioned table; empty where there was none, or it, or
     the index itself, was taken back since.
     """
-    return phase.ledger.latest_standing("rebuild", "40_rebuild_index", "60_build_index") or {}
+    return phase.ledger.latest_standing("rebuild", "operate/rebuild_index", "60_build_index") or {}
 
 
 def holds_again(phase: Phase, found: Sequence[str]) -> Gate:
@@ -149,5 +149,5 @@ def holds_again(phase: Phase, found: Sequence[str]) -> Gate:
         found=", ".join(found) or "no such index",
         needed=needed,
         danger="the search function that was brought back would read the whole table",
-        do="run `runbook operate PARAMS 40_rebuild_index --undo --execute` again",
+        do="run `runbook operate PARAMS rebuild_index --undo --execute` again",
     )

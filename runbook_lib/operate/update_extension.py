@@ -245,7 +245,7 @@ def _index_is_sound(phase: Phase) -> Gate:
         found=why or "built anew since, or never at risk",
         needed=f"an HNSW index that no release before {versions.VACUUMS_HNSW_SAFELY} has vacuumed",
         danger="links that were lost then stay lost: the new library does not bring them back",
-        do="run operate/30_update_extension again with execute: true; it builds the index anew beside this one",
+        do="run operate/update_extension again with execute: true; it builds the index anew beside this one",
     )
 
 

@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION, waits
+from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, current, waits
 from runbook_lib.params.section import AnyPath, Minutes, Section, ShortName
 
 # In run.phase_timeout_minutes: the phases that are not named.
@@ -25,6 +25,7 @@ class Approval(Section):
     @field_validator("phases")
     @classmethod
     def can_wait(cls, value: list[str]) -> list[str]:
+        value = [current(name, "operate") for name in value]
         _require_known(value, [p for p in (*MIGRATE, *OPERATE) if waits(p)])
         return value
 
@@ -60,7 +61,8 @@ class Run(Section):
     @field_validator("phase_timeout_minutes")
     @classmethod
     def names_phases(cls, value: dict[str, float]) -> dict[str, float]:
-        _require_known(value, [EVERY_PHASE, *MIGRATE, *OPERATE, *UNDO, *UNDO_OPERATION])
+        value = {current(name): minutes for name, minutes in value.items()}
+        _require_known(value, [EVERY_PHASE, *STEPS])
         return value
 
     @field_validator("time_zone")

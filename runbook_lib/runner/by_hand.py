@@ -20,6 +20,7 @@ from runbook_lib import params as params_module
 from runbook_lib.core import db
 from runbook_lib.core.gates import Verdict
 from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.registry import STEPS, current, notebook
 from runbook_lib.params import Params
 from runbook_lib.runner import ending, folders, runner, selection, verify
 from runbook_lib.runner import manifest as manifests
@@ -40,15 +41,15 @@ def begin(params_file: str | Path) -> Path:
     """
     params = params_module.load(params_file)
     db.connect(params, "runbook lab").close()
-    selection.check_stored(selection.ORDERS)
+    selection.check_stored(STEPS)
     folder = folders.new_folder(params.record, params.target.name, "by-hand")
     path = Path(params_file).resolve()
     manifests.write(folder, runner.first_manifest(folder.name, params, path, BY_HAND, True, ()))
     _copy(selection.notebooks() / f"{START}.ipynb", folder, path)
-    for way, names in selection.ORDERS.items():
-        (folder / way).mkdir()
-        for name in names:
-            _copy(selection.notebooks() / way / f"{name}.ipynb", folder / way, path, folder.name)
+    for name in STEPS:
+        copy = folder / notebook(name)
+        copy.parent.mkdir(exist_ok=True)
+        _copy(selection.notebooks() / notebook(name), copy.parent, path, folder.name)
     return folder
 
 
@@ -70,9 +71,8 @@ def finish(folder: Path, params: Params, run: Manifest, why: str = "") -> Manife
     """
     with db.connect(params, "runbook lab") as connection:
         entries = Ledger(connection, params, run.run_id, "").entries(run.run_id)
-    known = [name for names in selection.ORDERS.values() for name in names]
     # A way back writes UNDONE in the name of the phases that it takes back.
-    rows = [e for e in entries if e["phase"] in known and e["body"].get("verdict") != "UNDONE"]
+    rows = [e for e in entries if current(e["phase"]) in STEPS and e["body"].get("verdict") != "UNDONE"]
     if not rows:
         _remove_copies(folder)
         (folder / manifests.FILE).unlink(missing_ok=True)
@@ -91,22 +91,24 @@ def finish(folder: Path, params: Params, run: Manifest, why: str = "") -> Manife
         notes=(*run.notes, *([why] if why else [])),
     )
     for phase in done:
-        verify.note_notebook(params, run.run_id, phase, folder / f"{phase.name}.ipynb")
+        verify.note_notebook(params, run.run_id, phase, folder / f"{phase.file}.ipynb")
     return runner.finish(folder, params, run)
 
 
 def _remove_copies(folder: Path) -> None:
     """What ``begin`` and JupyterLab have put there, and no file of anybody else."""
     shutil.rmtree(folder / CONFIG, ignore_errors=True)
-    for way, names in (("", (START,)), *selection.ORDERS.items()):
+    copies = [folder / f"{START}.ipynb", *(folder / notebook(name) for name in STEPS)]
+    for within in dict.fromkeys(copy.parent for copy in copies):
         # Through a link, files somewhere else would be removed.
-        if (folder / way).is_symlink():
+        if within.is_symlink():
             continue
-        for name in names:
-            (folder / way / f"{name}.ipynb").unlink(missing_ok=True)
-        shutil.rmtree(folder / way / CHECKPOINTS, ignore_errors=True)
-        if way:
-            _remove_if_empty(folder / way)
+        for copy in copies:
+            if copy.parent == within:
+                copy.unlink(missing_ok=True)
+        shutil.rmtree(within / CHECKPOINTS, ignore_errors=True)
+        if within != folder:
+            _remove_if_empty(within)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -145,11 +147,10 @@ def _done(folder: Path, run_id: str, name: str, rows: list[dict[str, Any]]) -> P
     }
     status, error = ends.get(verdicts[-1] if verdicts else "", (Status.INTERRUPTED, "it was not closed"))
     phase = PhaseRun(name, status, _second(began), round((ended - began).total_seconds(), 3), error)
-    for way, names in selection.ORDERS.items():
-        copy = folder / way / f"{name}.ipynb"
-        if name in names and copy.is_file() and not copy.is_symlink():
-            copy.replace(folder / copy.name)
-    return replace(phase, sha256=ending.tell_the_truth(folder / f"{name}.ipynb", phase, run_id))
+    copy, kept = folder / notebook(name), folder / f"{phase.file}.ipynb"
+    if copy.is_file() and not copy.is_symlink():
+        copy.replace(kept)
+    return replace(phase, sha256=ending.tell_the_truth(kept, phase, run_id))
 
 
 def _second(at: datetime) -> str:

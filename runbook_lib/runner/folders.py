@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from runbook_lib.core.gates import BadInput, Gate, Verdict
+from runbook_lib.core.registry import current
 from runbook_lib.params import Params
 from runbook_lib.params.run import Record
 from runbook_lib.runner import manifest as manifests
 from runbook_lib.runner.manifest import Manifest, Status
 
 # What a schedule repeats; its records may be pruned.
-REPEATED = ("10_refresh", "20_watch")
+REPEATED = ("operate/refresh", "operate/monitor")
 
 
 def new_folder(record: Record, target: str, kind: str = "") -> Path:
@@ -61,7 +62,7 @@ def prune(params: Params, run: Manifest) -> None:
     from runbook_lib.runner import record
 
     runs = manifests.all_runs(params.record.runs_dir)
-    mine = ((f, m) for f, m in runs if m.target == run.target and [p.name for p in m.phases] == [name])
+    mine = ((f, m) for f, m in runs if m.target == run.target and [current(p.name) for p in m.phases] == [name])
     passed = [folder for folder, m in mine if m.status == Status.PASSED]
     for folder in passed[keep:]:
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from runbook_lib.core.redaction import redacted
+from runbook_lib.core.registry import UNDO_OPERATION
 
 FILE = "manifest.json"
 # The way of a run that somebody steps through.
 BY_HAND = "by hand"
 # Names become files of the run's folder, and of no other.
-PHASE_NAME = re.compile(r"\w+")
+PHASE_NAME = re.compile(r"((operate|undo)/)?\w+")
 
 
 class Status(StrEnum):
@@ -69,6 +70,11 @@ class PhaseRun:
     error: str = ""
     sha256: str = ""
 
+    @property
+    def file(self) -> str:
+        """The name of its files in the run's folder, without what they end with."""
+        return self.name.replace("/", "-")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -94,6 +100,13 @@ class Manifest:
     head: str = ""
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
+
+    @property
+    def operation(self) -> str:
+        """The operation, or the rollback of one, that this run was made for; empty for any other run."""
+        name = self.phases[0].name if self.phases else ""
+        alone = self.way in ("operate", "undo_operation") or (self.way == "undo" and name in UNDO_OPERATION)
+        return name if alone else ""
 
     @property
     def seconds(self) -> float | None:

@@ -23,6 +23,7 @@ from runbook_lib.core.display import duration, number, size
 from runbook_lib.core.gates import SYMBOLS as GATE_SYMBOLS
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.registry import short
 from runbook_lib.params import Params
 from runbook_lib.runner import manifest
 from runbook_lib.runner.manifest import SYMBOLS, Manifest, Status
@@ -55,10 +56,10 @@ def write(folder: Path, params: Params, run: Manifest) -> None:
         notes.append(f"The ledger could not be read when this page was made: {' '.join(str(error).split())}")
     entries += plans.read(folder)
     for phase in run.phases:
-        page = notebook_page(folder / f"{phase.name}.ipynb", run)
+        page = notebook_page(folder / f"{phase.file}.ipynb", run)
         if page:
-            manifest.write_atomically(folder / f"{phase.name}.html", page)
-    done = [p.name for p in run.phases if (folder / f"{p.name}.html").is_file()]
+            manifest.write_atomically(folder / f"{phase.file}.html", page)
+    done = [p.name for p in run.phases if (folder / f"{p.file}.html").is_file()]
     manifest.write_atomically(folder / "index.html", render(collect(run, entries, done, notes)))
     write_list(folder.parent)
 
@@ -93,7 +94,7 @@ def notebook_page(path: Path, run: Manifest) -> str:
     options = {"template_name": "basic", "exclude_input_prompt": True, "exclude_output_prompt": True}
     exporter = HTMLExporter(**options)  # type: ignore[no-untyped-call]
     body, _resources = exporter.from_notebook_node(notebook)
-    phase = next((p for p in run.phases if p.name == path.stem), None)
+    phase = next((p for p in run.phases if p.file == path.stem), None)
     page = _templates().get_template("notebook.html.j2")
     return page.render(run=run, phase=phase, body=Markup(body), stopped_at=bool(marked))  # noqa: S704
 
@@ -115,6 +116,7 @@ def _templates() -> jinja2.Environment:
         "figures": _figures,
         "json": _json,
         "shell": shlex.quote,
+        "short": short,
     }
     environment.globals |= {
         "symbols": dict(SYMBOLS),

@@ -12,7 +12,7 @@ from runbook_lib.core import pictures
 from runbook_lib.core.db import BLOCKED_BY, lock_level
 from runbook_lib.core.display import duration, number, size
 from runbook_lib.core.gates import Verdict
-from runbook_lib.core.registry import UNDO, taken_back
+from runbook_lib.core.registry import UNDO, current, taken_back
 from runbook_lib.runner import tables
 from runbook_lib.runner.manifest import BY_HAND, Manifest, Status
 
@@ -45,18 +45,18 @@ ADDED_UP = ("rows", "seconds", "batches", "wal_bytes", "table_growth_bytes", "pu
 
 # What each rollback removes, and how long that takes whatever the size of the table.
 REMOVES = {
-    "10_reads_to_legacy": "nothing: reads go back to legacy",
-    "20_remove_index": "the vector index and the tuned settings",
-    "30_remove_schema": "the vectors: columns or side table, staging, queue and triggers",
-    "40_remove_search_function": "the search function, which the application must no longer call",
-    "50_remove_extension": "pgvector, if this runbook installed it and nothing else uses it",
+    "undo/reads": "nothing: reads go back to legacy",
+    "undo/index": "the vector index and the tuned settings",
+    "undo/schema": "the vectors: columns or side table, staging, queue and triggers",
+    "undo/search_function": "the search function, which the application must no longer call",
+    "undo/extension": "pgvector, if this runbook installed it and nothing else uses it",
 }
 AT_ONCE = {
-    "10_reads_to_legacy": "one row, one transaction: milliseconds",
-    "20_remove_index": "seconds, after transactions that were open before it",
-    "30_remove_schema": "milliseconds once it has its lock",
-    "40_remove_search_function": "milliseconds",
-    "50_remove_extension": "milliseconds",
+    "undo/reads": "one row, one transaction: milliseconds",
+    "undo/index": "seconds, after transactions that were open before it",
+    "undo/schema": "milliseconds once it has its lock",
+    "undo/search_function": "milliseconds",
+    "undo/extension": "milliseconds",
 }
 
 
@@ -139,12 +139,12 @@ class _Newest:
         undone: dict[str, int] = {}
         for i, e in enumerate(entries):
             if e["kind"] == "phase" and e["body"].get("verdict") == "UNDONE":
-                undone[e["phase"]] = i
+                undone[current(e["phase"])] = i
         self._found: dict[str, _Found] = {}
         self._backfills: list[_Found] = []
         for i, e in enumerate(entries):
             own = e["run_id"] == run.run_id
-            if own or i > undone.get(e["phase"], -1):
+            if own or i > undone.get(current(e["phase"]), -1):
                 if e["kind"] == "backfill":
                     self._backfills.append(_Found(e["body"], "" if own else e["run_id"]))
                 earlier = self._found.get(e["kind"])
@@ -195,7 +195,7 @@ def _phases(run: Manifest, gates: Sequence[Mapping[str, Any]], pages: set[str]) 
             "error": p.error,
             "sha256": p.sha256,
             "gates": "{} of {}".format(*count[p.name]) if p.name in count else "",
-            "page": f"{p.name}.html" if p.name in pages else "",
+            "page": f"{p.file}.html" if p.name in pages else "",
         }
         for p in run.phases
     ]
@@ -517,8 +517,8 @@ def _takes(name: str, found: _Newest) -> str:
     """How long a rollback takes, and what would have to be done again afterwards, by the times of this migration."""
     index, backfill, load = found("index"), found.backfill(), found("load")
     again = {
-        "20_remove_index": [("building it again", index)],
-        "30_remove_schema": [("embedding and loading again", load), ("backfilling again", backfill)],
+        "undo/index": [("building it again", index)],
+        "undo/schema": [("embedding and loading again", load), ("backfilling again", backfill)],
     }
     known = [f"{what} took {duration(e.body['seconds'])}" for what, e in again.get(name, ()) if e]
     return "; ".join([AT_ONCE[name], *known])

@@ -27,7 +27,7 @@ from runbook_lib.core.display import duration, plain
 from runbook_lib.core.gates import BadInput, OutsideWindow
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.redaction import redacted
-from runbook_lib.core.registry import RUNS_BESIDE, waits
+from runbook_lib.core.registry import RUNS_BESIDE, current, notebook, waits
 from runbook_lib.params import Params
 from runbook_lib.runner import ending, folders, notify, selection, verify
 from runbook_lib.runner import manifest as manifests
@@ -83,7 +83,7 @@ def run(
     verbose: bool = False,
 ) -> RunResult:
     """Runs phases ``first`` to ``last`` of ``migrate`` or ``undo``, stopping at the first that does not pass; or one
-    operation, which is both ``first`` and ``last`` of ``operate``, or its way back, of ``undo_operation``.
+    operation, which is both ``first`` and ``last`` of ``operate``, or its rollback, of ``undo``.
 
     With ``execute`` and no ``first``, a migration goes on where the ledger says that it stands; phases proved
     before are not run again. ``say`` gets the progress, a line a phase; standard error if not given. ``verbose``:
@@ -91,6 +91,7 @@ def run(
     Raises BadInput, before anything was started and without a record, for parameters that cannot be worked with.
     """
     say = say or _to_standard_error
+    first, last = (name and current(name, way) for name in (first, last))
     params = params_module.load(params_file)
     if execute:
         with db.connect(params, "runbook-runner") as connection:
@@ -312,7 +313,7 @@ def _execute(folder: Path, manifest: Manifest, name: str) -> Any:
     A kernel's ports are chosen before it binds them: where several start on a machine at once, one may find its port
     taken, and dies before its first cell. Then another is started.
     """
-    source = notebooks() / manifest.way / f"{name}.ipynb"
+    source = notebooks() / notebook(name)
     starts = tenacity.Retrying(
         retry=tenacity.retry_if_exception_message(NEVER_STARTED),
         stop=tenacity.stop_after_attempt(KERNEL_STARTS),
@@ -321,7 +322,7 @@ def _execute(folder: Path, manifest: Manifest, name: str) -> Any:
     return starts(
         papermill.execute_notebook,
         _not_a_format(source),
-        _not_a_format(folder / f"{name}.ipynb"),
+        _not_a_format(folder / f"{PhaseRun(name).file}.ipynb"),
         {"params_file": manifest.params_file, "run_id": manifest.run_id, "execute": manifest.execute},
         kernel_name="python3",
         cwd=source.parent,
@@ -342,7 +343,7 @@ def _settle(folder: Path, params: Params, manifest: Manifest, done: PhaseRun) ->
     notes = list(manifest.notes)
     if done.status not in (Status.PASSED, Status.PLANNED) and (why := quietly(end_sessions, params, manifest.run_id)):
         notes.append(f"{done.name}: could not ask the server whether a statement still runs: {why}")
-    path, sha256 = folder / f"{done.name}.ipynb", ""
+    path, sha256 = folder / f"{done.file}.ipynb", ""
     try:
         sha256 = ending.tell_the_truth(path, done, manifest.run_id)
     except OSError as error:

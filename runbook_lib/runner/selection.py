@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +15,37 @@ import runbook_lib
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
+from runbook_lib.core.registry import MIGRATE, OLD_NAMES, OPERATE, UNDO, UNDO_OPERATION, current, notebook, short
 from runbook_lib.migrate.inputs import input_problems
 from runbook_lib.params import Params
 from runbook_lib.runner.manifest import SYMBOLS, Status
 
-UNDO_ONE = "undo_operation"
-ORDERS = {"migrate": MIGRATE, "undo": tuple(UNDO), "operate": tuple(OPERATE), UNDO_ONE: tuple(UNDO_OPERATION)}
-# Ways of which a run takes one step.
-ONE_BY_ONE = ("operate", UNDO_ONE)
+ORDERS = {"migrate": MIGRATE, "undo": tuple(UNDO), "operate": tuple(OPERATE)}
 NOTEBOOKS_ENV = "RUNBOOK_NOTEBOOKS"
 # Operations without a way back: why, and what there is instead.
 NO_WAY_BACK = {
-    "00_rehearse": (
+    "operate/rehearse": (
         "it leaves nothing: its samples are dropped when it ends",
-        "after a kill run 00_rehearse again, which drops them first",
+        "after a kill run operate/rehearse again, which drops them first",
     ),
-    "10_refresh": (
+    "operate/refresh": (
         "each row has the vector of the text that it has now; older vectors are kept nowhere",
         "nothing is to be done; to have no vectors, `runbook undo PARAMS --execute`",
     ),
-    "20_watch": ("it only reads, and writes its look into the ledger", "nothing is to be done"),
-    "30_update_extension": (
+    "operate/monitor": ("it only reads, and writes its look into the ledger", "nothing is to be done"),
+    "operate/update_extension": (
         "pgvector has no script from a newer release to an older one, and the vectors were never touched",
         "the administrator installs the package of the older release and restarts the server; from 0.8.0 on the"
         " catalogue of a newer one is served by it",
     ),
-    "50_compare_storage": (
+    "operate/compare_storage": (
         "it leaves nothing: its scratch table and its indexes are dropped when it ends",
-        "after a kill run 50_compare_storage again, which drops what is left",
+        "after a kill run operate/compare_storage again, which drops what is left",
     ),
-    "65_retire_model": (
+    "operate/retire_model": (
         "the old vectors are gone; they can only be made anew",
         "take the old target through its own phases again, as a target that replaces this one; before the"
-        " retirement `60_change_model --undo` is the way back",
+        " retirement `change_model --undo` is the way back",
     ),
 }
 
@@ -61,6 +58,7 @@ def notebooks() -> Path:
 
 def way_back_of(operation: str) -> str:
     """The name of the notebook that takes an operation back. Raises BadInput where there is none, saying why."""
+    operation = current(operation, "operate")
     if operation not in OPERATE:
         raise BadInput([_unknown_phase(operation, tuple(OPERATE))])
     for name, of in UNDO_OPERATION.items():
@@ -84,20 +82,20 @@ def way_back_of(operation: str) -> str:
 
 def check(params: Params, way: str, first: str | None, last: str | None) -> None:
     """Raises BadInput for phases, notebooks, parameters or a server that a run cannot be made of."""
-    order = ORDERS[way]
+    order = _order(way, first)
     problems = [_unknown_phase(p, order) for p in (first, last) if p is not None and p not in order]
     if not problems and first and last and order.index(first) > order.index(last):
         problems = [
             _bad_choice("runner.range_is_in_order", f"{first} to {last}", f"{last} comes before {first}", "swap them")
         ]
-    needed = tuple(n for n in order if n in (first, last)) if way in ONE_BY_ONE else order
-    missing = [n for n in needed if not (notebooks() / way / f"{n}.ipynb").is_file()] if not problems else []
+    missing = [n for n in order if not (notebooks() / notebook(n)).is_file()] if not problems else []
     if missing:
         do = f"install with `pip install --editable .`, or set {NOTEBOOKS_ENV} to the folder that holds {way}/"
-        problems = [_bad_choice("runner.notebooks_are_there", str(notebooks() / way), f"no {missing[0]}.ipynb", do)]
+        said = f"no {Path(notebook(missing[0])).name}"
+        problems = [_bad_choice("runner.notebooks_are_there", str(notebooks() / way), said, do)]
     if problems:
         raise BadInput(problems)
-    check_stored({way: needed})
+    check_stored(order)
     if way == "migrate":
         # The way back must not depend on what only the way forward needs, a model for instance.
         found = input_problems(params)
@@ -107,9 +105,15 @@ def check(params: Params, way: str, first: str | None, last: str | None) -> None
         db.connect(params, "runbook-runner").close()
 
 
-def check_stored(names: Mapping[str, Iterable[str]]) -> None:
-    """Raises BadInput for notebooks, given by way, that are stored ready to execute, as JupyterLab saves a change."""
-    paths = [notebooks() / way / f"{name}.ipynb" for way, of in names.items() for name in of]
+def _order(way: str, first: str | None) -> tuple[str, ...]:
+    """The steps that a run may take, in their order; an operation, and the rollback of one, is alone."""
+    alone = {"operate": OPERATE, "undo": UNDO_OPERATION}.get(way, {})
+    return (first,) if first and first in alone else ORDERS[way]
+
+
+def check_stored(names: Iterable[str]) -> None:
+    """Raises BadInput for notebooks that are stored ready to execute, as JupyterLab saves a change."""
+    paths = [notebooks() / notebook(name) for name in names]
     if changed := [path for path in paths if path.is_file() and not _only_plans(path)]:
         do = "put `execute = False` back (git checkout), and step through copies: `runbook lab PARAMS`"
         raise BadInput([_stored(path, do) for path in changed])
@@ -145,7 +149,7 @@ def chosen(
     params: Params, way: str, first: str | None, last: str | None, execute: bool, say: Callable[[str], None]
 ) -> tuple[str, ...]:
     """The phases to run: from the first that is not proved yet, where a migration is carried out and names none."""
-    order = ORDERS[way]
+    order = _order(way, first)
     if first is None and execute and way == "migrate":
         with db.connect(params, "runbook-runner") as connection:
             ledger = Ledger(connection, params, "", "")
@@ -156,7 +160,8 @@ def chosen(
             return ()
         if first != order[0]:
             say(f"proved in this database up to {order[order.index(first) - 1]}; going on with {first}")
-    if way == UNDO_ONE and first is not None and (nothing := _nothing_to_take_back(params, UNDO_OPERATION[first])):
+    operation = UNDO_OPERATION.get(first or "") if way == "undo" else None
+    if operation and (nothing := _nothing_to_take_back(params, operation)):
         say(f"{SYMBOLS[Status.PASSED]} nothing to take back: {nothing}")
         return ()
     start = order.index(first) if first else 0
@@ -179,7 +184,10 @@ def _nothing_to_take_back(params: Params, operation: str) -> str:
 
 
 def _unknown_phase(name: str, order: tuple[str, ...]) -> Gate:
-    near = difflib.get_close_matches(name, order, n=1, cutoff=0.4) or [p for p in order if p.startswith(name[:2])]
+    names = {old: new for old, new in OLD_NAMES.items() if new in order}
+    names |= {short(p): p for p in order} | {p: p for p in order}
+    near = [names[n] for n in difflib.get_close_matches(name, names, n=1, cutoff=0.4)]
+    near += [p for p in order if p.startswith(name[:2])]
     do = f"did you mean {near[0]}?" if near else f"phases: {', '.join(order)}"
     return _bad_choice("runner.phase_is_known", name, "no such phase", do)
 

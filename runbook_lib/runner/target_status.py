@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from runbook_lib import params as params_module
 from runbook_lib.core import db
 from runbook_lib.core.gates import SYMBOLS, Verdict
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION, notebook
 from runbook_lib.params import Params
 from runbook_lib.runner import manifest, selection
 
@@ -74,11 +75,11 @@ def overview(params_file: str | Path) -> Markdown:
         "|---|---|---|---|",
         *phases,
         "",
-        f"**Rolling back**, in this order: {_links('undo', UNDO)}",
+        f"**Rolling back**, in this order: {_links(UNDO)}",
         "",
-        f"**After the migration**: {_links('operate', OPERATE)}",
+        f"**After the migration**: {_links(OPERATE)}",
         "",
-        f"**Rolling an operation back**: {_links('undo_operation', UNDO_OPERATION)}",
+        f"**Rolling an operation back**: {_links(UNDO_OPERATION)}",
         *_documents(),
         *_records(params),
     ]
@@ -92,8 +93,8 @@ def _phase(phase: dict[str, Any], is_next: bool) -> str:
     return f"| {name} | {symbol} {phase['verdict']} | {phase['at'] or ''} | {_plain(phase['run_id'] or '')} |"
 
 
-def _links(way: str, names: Any) -> str:
-    return " · ".join(f"[{name}]({way}/{name}.ipynb)" for name in names)
+def _links(names: Iterable[str]) -> str:
+    return " · ".join(f"[{name}]({notebook(name)})" for name in names)
 
 
 def _documents() -> list[str]:

@@ -111,7 +111,7 @@ def check(params: Params, run_id: str, head: str = "") -> Gates:
     gates = [chain, owner, *_heads(folder, {e["hash"] for e in rows}, head)]
     sealed = _seal(entries)
     before = [e for e in entries if sealed is None or e["seq"] < sealed["seq"]]
-    noted = {e["phase"]: e["body"] for e in before if e["kind"] == "notebook"}
+    noted = {PhaseRun(e["phase"]).file: e["body"] for e in before if e["kind"] == "notebook"}
     names = noted.keys() | {p.stem for p in folder.glob("*.ipynb")}
     gates += [_notebook(folder / f"{name}.ipynb", run_id, noted.get(name)) for name in sorted(names)]
     if sealed:

@@ -20,7 +20,7 @@ SQL = load("handover")
 BOTH = "both answer"
 NEW_ONLY = "the new one answers"
 # Ways back that take away what a function reads, and not the function itself.
-OF_THE_COLUMN = ("20_remove_index", "30_remove_schema")
+OF_THE_COLUMN = ("undo/index", "undo/schema")
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,14 @@ def _in_the_way(found: Handover, target: str, phase: str) -> bool:
     if target == found.old:
         return found.who == BOTH or phase not in OF_THE_COLUMN
     if target == found.new:
-        return (phase in OF_THE_COLUMN and found.who == BOTH) or phase == "40_remove_search_function"
+        return (phase in OF_THE_COLUMN and found.who == BOTH) or phase == "undo/search_function"
     return False
 
 
 def _way_out(found: Handover, target: str) -> str:
     if found.who == BOTH:
-        back = (
-            f"take it back first: `runbook operate PARAMS 60_change_model --undo --execute` with {found.new}'s PARAMS"
-        )
-        return back + ("; or run operate/65_retire_model there" if target == found.old else "")
+        back = f"take it back first: `runbook operate PARAMS change_model --undo --execute` with {found.new}'s PARAMS"
+        return back + ("; or run operate/retire_model there" if target == found.old else "")
     if target == found.old:
         return f"nothing is left to do here: the function is part of {found.new}, and the rest was retired"
     return f"once the application calls it no longer, drop {found.function} by hand, then run this again"

@@ -278,6 +278,6 @@ def verify_undone(phase: Phase) -> Gates:
         found=", ".join(left) or "neither function nor log",
         needed="neither function nor log",
         danger="the database is not as it was",
-        do="run undo/40_remove_search_function again",
+        do="run undo/search_function again",
     )
     return collect([gone])

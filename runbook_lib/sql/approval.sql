@@ -19,7 +19,7 @@ SELECT session_user::text AS name;
 -- name: newest
 -- purpose: The newest request for a phase's sign-off by the ledger's owner, or the newest sign-off by anybody.
 SELECT seq, run_id, written_by, written_at, body FROM {entry} e
-WHERE target = {target_name} AND phase = %(phase)s AND kind = %(kind)s
+WHERE target = {target_name} AND phase = ANY (%(phases)s) AND kind = %(kind)s
   AND (kind = 'approval' AND by_owner IS NOT NULL OR by_owner)
 ORDER BY seq DESC LIMIT 1;
 
@@ -28,7 +28,7 @@ ORDER BY seq DESC LIMIT 1;
 SELECT seq, hash, phase, kind FROM {counted} e
 WHERE target = {target_name}
   AND (phase = ANY (%(before)s) AND kind <> 'notebook'
-       OR phase = %(phase)s AND kind = 'phase' AND body ->> 'verdict' = ANY (%(used_up)s))
+       OR phase = ANY (%(phases)s) AND kind = 'phase' AND body ->> 'verdict' = ANY (%(used_up)s))
 ORDER BY seq DESC LIMIT 1;
 
 -- name: proved_by

@@ -198,7 +198,7 @@ WHERE e.kind <> 'approval' AND e.seq NOT IN (SELECT c.seq FROM {counted} c) ORDE
 -- name: latest
 -- purpose: The newest row of a kind for this target, in one phase or (NULL) in any.
 SELECT e.* FROM {counted} e
-WHERE e.target = {target_name} AND e.kind = %(kind)s AND (%(phase)s::text IS NULL OR e.phase = %(phase)s)
+WHERE e.target = {target_name} AND e.kind = %(kind)s AND (%(phases)s::text[] IS NULL OR e.phase = ANY (%(phases)s))
 ORDER BY e.seq DESC LIMIT 1;
 
 -- name: latest_standing
@@ -213,7 +213,7 @@ ORDER BY e.seq DESC LIMIT 1;
 -- name: last_row
 -- purpose: The newest row that a phase or an operation has written for this target, whatever its kind.
 SELECT e.* FROM {counted} e
-WHERE e.target = {target_name} AND e.phase = %(phase)s
+WHERE e.target = {target_name} AND e.phase = ANY (%(phases)s)
 ORDER BY e.seq DESC LIMIT 1;
 
 -- name: entries

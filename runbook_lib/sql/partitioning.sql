@@ -57,7 +57,7 @@ SELECT CASE WHEN NOT i.indisvalid THEN 'invalid index' WHEN i.indisexclusion THE
 FROM pg_index i, t WHERE i.indrelid = t.oid AND NOT i.indisprimary
   AND (i.indisunique OR i.indisexclusion OR NOT i.indisvalid)
 UNION ALL
-SELECT 'partial vector index (undo operate/70_serve_filters)', i.indexrelid::regclass::text
+SELECT 'partial vector index (undo operate/serve_filters)', i.indexrelid::regclass::text
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam, t
 WHERE i.indrelid = t.oid AND i.indpred IS NOT NULL AND am.amname IN ('hnsw', 'ivfflat')
 UNION ALL

@@ -187,7 +187,7 @@ IF pg_catalog.cardinality(query_embedding) <> {dimension} THEN
 -- name: refuse_legacy
 -- purpose: Part of the function once legacy is retired: without its indexes it would read the whole table.
 RAISE EXCEPTION USING ERRCODE = 'feature_not_supported', MESSAGE = {retired_message},
-            HINT = 'Pass query_embedding. undo/10_reads_to_legacy brings the legacy search back, with its indexes.';
+            HINT = 'Pass query_embedding. undo/reads brings the legacy search back, with its indexes.';
 
 -- name: legacy_is_retired
 -- purpose: Is the route kept from going back to legacy?

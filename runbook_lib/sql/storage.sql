@@ -25,13 +25,13 @@ ON CONFLICT DO NOTHING;
 -- name: drop_scratch
 -- purpose: Drop the scratch table and the indexes on it.
 -- lock: none on the target
--- undo: run 50_compare_storage again
+-- undo: run operate/compare_storage again
 DROP TABLE IF EXISTS {scratch};
 
 -- name: drop_index
 -- purpose: Drop an index that was built to be measured.
 -- lock: SHARE UPDATE EXCLUSIVE on {vectors}; it waits for older transactions that use the index
--- undo: run 50_compare_storage again
+-- undo: run operate/compare_storage again
 DROP INDEX CONCURRENTLY IF EXISTS {measured_index};
 
 -- name: analyze
@@ -63,3 +63,7 @@ WITH nearest AS MATERIALIZED (
     LIMIT {nearest_rows}
 )
 SELECT key, -distance AS score FROM nearest ORDER BY distance + 0 LIMIT %(k)s;
+
+-- name: set
+-- purpose: One setting, for this session.
+SELECT set_config(%(name)s, %(value)s, false);

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_writers [--rows 100000] [--layout column] [--rate 10] [--refresh-rows 2000]
 
 The demo's table, grown with real text to so many rows, with its trigram and tsvector indexes, is taken through
-``runbook run --execute`` and then ``runbook operate 10_refresh``, each in a process of its own, while five neighbours
+``runbook run --execute`` and then ``runbook operate refresh``, each in a process of its own, while five neighbours
 work at a fixed rate: inserts, updates of the text, updates of another column, deletes, reads by key. What they waited
 with nobody beside them is measured first. Before the refresh many texts change at once, so that it has work to do.
 Prints a table; ends with status 1 where a writer waited for longer than LONGEST_WAIT_MS in a phase that changes
@@ -43,7 +43,7 @@ LONGEST_WAIT_MS = 500.0
 ALONE_S = 30.0
 FIRST_ID = 2_000_000
 # The phases that change the table or what hangs on it.
-CHANGING = ("30_", "40_", "50_", "60_", "70_", "80_", "90_", "10_refresh")
+CHANGING = ("30_", "40_", "50_", "60_", "70_", "80_", "90_", "operate/refresh")
 STATEMENTS = {
     "insert": "INSERT INTO demo.articles (id, title, body, status, category, created_at)"
     " SELECT %(new)s, title, body || %(word)s, status, category, now() FROM demo.articles WHERE id = %(key)s",
@@ -193,7 +193,7 @@ def main() -> int:
             with psycopg.connect(dsn, autocommit=True) as connection:
                 changed = "UPDATE demo.articles SET body = body || ' once more' WHERE id BETWEEN %s AND %s"
                 connection.execute(changed, [FIRST_ID, FIRST_ID + options.refresh_rows - 1])
-            runbook("operate", str(params), "10_refresh", "--execute", "--quiet")
+            runbook("operate", str(params), "refresh", "--execute", "--quiet")
         print(f"{options.rows} rows, {options.layout}, {len(STATEMENTS)} neighbours of {options.rate:g} a second")
         return 1 if report(waits, [("(nobody beside them)", alone, began), *times_of(folder)]) else 0
 

@@ -28,9 +28,9 @@ COMMAND = [sys.executable, "-c", "from runbook_lib.cli.main import main; main()"
 RUNS = {
     "load": ["run", "--execute", "--from", "40_load_embeddings", "--to", "40_load_embeddings"],
     "backfill": ["run", "--execute", "--from", "50_backfill", "--to", "50_backfill"],
-    "refresh": ["operate", "10_refresh", "--execute"],
+    "refresh": ["operate", "refresh", "--execute"],
 }
-NOTEBOOKS = {"load": "40_load_embeddings", "backfill": "50_backfill", "refresh": "10_refresh"}
+NOTEBOOKS = {"load": "40_load_embeddings", "backfill": "50_backfill", "refresh": "operate/refresh"}
 PROVED = {"load": 4, "backfill": 5, "refresh": 6}
 # What a step takes on an idle machine, from the opening of its notebook's connection to the end of its notebook.
 SECONDS = {"load": 2.0, "backfill": 2.5, "refresh": 2.0}

@@ -137,7 +137,7 @@ def test_the_primary_is_lost_and_its_standby_promoted(
     params_file = kit.prepared(tmp_path, kit.BEFORE[step])
     monkeypatch.setenv(DSN_ENV, standby)
     with pytest.raises(BadInput, match=r"ledger.server_takes_writes(.|\n)* promote the standby first"):
-        open_phase("10_refresh", str(params_file), "x", execute=True)
+        open_phase("operate/refresh", str(params_file), "x", execute=True)
     monkeypatch.setenv(DSN_ENV, either)
     with kit.writers(either) as written:
         if step == "refresh":
@@ -177,10 +177,10 @@ def test_a_standby_promoted_after_the_cut_over_serves_and_is_watched_and_leads_b
         lose(own_server[1], standby)
     assert answers(either) == {"vector"}
     kit.finish(params_file)
-    with kit.opened(params_file, "20_watch") as phase:
+    with kit.opened(params_file, "operate/monitor") as phase:
         found = cut_over.verify(phase) + monitor.look(phase)
         assert found.passed, str(found)
-    with kit.opened(params_file, "10_reads_to_legacy") as phase:
+    with kit.opened(params_file, "undo/reads") as phase:
         cut_over.undo(phase)
         assert cut_over.verify_undone(phase).passed
     assert answers(either) == {"legacy"}
