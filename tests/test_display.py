@@ -4,7 +4,7 @@ import re
 
 from IPython.core.formatters import PlainTextFormatter
 
-from runbook_lib.core.display import Table, sql_html, statement_html
+from runbook_lib.core.display import Table, some, sql_html, statement_html
 from runbook_lib.core.gates import collect, gate
 
 
@@ -34,3 +34,10 @@ def test_sql_is_coloured_and_no_letter_of_it_is_lost() -> None:
     assert '<pre class="mathjax_ignore"' in shown and "<code>" in shown
     assert re.sub(r"<[^>]+>", "", shown).replace("&lt;", "<").replace("&gt;", ">").replace("&#x27;", "'") == text
     assert "keyword" in shown and "comment" in shown
+
+
+def test_of_many_the_first_are_named_and_the_others_counted() -> None:
+    assert some(["a", "b", "c"], 3) == "a, b, c"
+    assert some(range(7), 3) == "0, 1, 2 and 4 more"
+    assert some(["a"] * 1235, 1, "; ") == "a and 1,234 more"
+    assert some([], 3) == ""

@@ -141,7 +141,8 @@ def test_a_function_that_others_have_made_under_our_name_is_neither_replaced_nor
             f"  found   public.search_articles(text, real[], integer) of {mallory}\n"
             "  needed  no function of that name whose owner could not change the table\n"
             "  danger  its owner can change what the application calls by that name\n"
-            "  do      DROP FUNCTION public.search_articles(text, real[], integer);"
+            "  do      name another in search.function; or, if nobody calls it:"
+            " DROP ROUTINE public.search_articles(text, real[], integer);"
         )
         with pytest.raises(BadInput, match="its owner can change what the application calls"):
             search_function.apply(phase)

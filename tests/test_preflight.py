@@ -11,6 +11,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate, Gates
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings import masking
@@ -71,6 +72,20 @@ def test_a_table_without_any_text_is_refused_before_anything_starts(
         "  needed  a row with text in title, body\n"
         "  danger  there would be nothing to embed, and nothing to measure a search by\n"
         f"  do      {do}"
+    )
+
+
+def test_a_table_that_cannot_be_read_is_not_taken_for_one_without_text(
+    articles: Connection, make_params: MakeParams, database: str
+) -> None:
+    with psycopg.connect(database) as holder, db.connect(make_params(), "test") as connection:
+        holder.execute("LOCK TABLE articles")
+        connection.execute("SET lock_timeout = '10ms'")
+        unread = inputs._some_row_has_text(inputs._Look(connection, make_params(), {}, {}, {}))
+    assert (unread.verdict, unread.found, unread.do) == (
+        "UNKNOWN",
+        "could not be read: canceling statement due to lock timeout",
+        "see to what the server says, then run the same command again",
     )
 
 

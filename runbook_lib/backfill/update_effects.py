@@ -19,7 +19,7 @@ from psycopg import sql
 from runbook_lib.backfill import hooks as hooks_module
 from runbook_lib.backfill.hooks import Hook
 from runbook_lib.core import db, query_plan, row_counts
-from runbook_lib.core.display import number
+from runbook_lib.core.display import number, some
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import changing, identifier, names, spelled
 from runbook_lib.params import Params
@@ -374,8 +374,7 @@ def _taken(params: Params, trial: Trial) -> str:
     if not effects.kept:
         return f"{number(effects.rows)} rows tried, each took it; rolled back"
     by = " and ".join(str(h) for h, what in trial.alone if KEEPS in what)
-    kept = ", ".join(str(k) for k in effects.kept[:SHOWN])
-    kept += f" and {len(effects.kept) - SHOWN} more" if effects.kept[SHOWN:] else ""
+    kept = some(effects.kept, SHOWN)
     found = f"{len(effects.kept)} of {effects.rows} rows tried did not take the vector: {params.target.key} {kept}"
     return found + (f"; {by} keeps them" if by else "")
 

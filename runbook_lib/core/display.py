@@ -67,6 +67,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def some(names: Sequence[object], most: int, between: str = ", ") -> str:
+    """The first of many, and how many more there are: ``a, b, c and 4 more``."""
+    more = f" and {number(len(names) - most)} more" if len(names) > most else ""
+    return between.join(map(str, names[:most])) + more
+
+
 def plain(text: str) -> str:
     """A text from data as a terminal may get it: what it would obey is spelt out, ``\\x1b`` for an escape."""
     return OBEYED.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 0x80 else f"\\u{ord(m[0]):04x}", text)

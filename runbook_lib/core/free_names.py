@@ -60,7 +60,8 @@ def _function(connection: db.Connection, params: Params, name: str) -> Gate:
         found="; ".join(f"{row['function']} of {row['owner']}" for row in found) or "no function of anybody else",
         needed="no function of that name whose owner could not change the table",
         danger="its owner can change what the application calls by that name",
-        do=" ".join(f"DROP FUNCTION {row['function']};" for row in found),
+        do="name another in search.function; or, if nobody calls it: "
+        + " ".join(f"DROP ROUTINE {row['function']};" for row in found),
     )
 
 

@@ -13,6 +13,7 @@ from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
 from runbook_lib.core import closed, db
+from runbook_lib.core.display import some
 from runbook_lib.core.gates import BadInput, Gate, Gates, LockNotObtained, Verdict, gate
 from runbook_lib.core.names import names, spelled
 from runbook_lib.core.redaction import redacted
@@ -264,13 +265,13 @@ def _of_an_earlier_release(params: Params) -> Gate:
 def only_the_owner_wrote(connection: db.Connection, params: Params) -> Gate:
     """Names the rows that somebody else has written; they open no phase, but who wrote them wanted them to."""
     found = db.rows(connection, SQL["rows_of_others"], params)
-    said = [f"row {r['seq']} ({r['kind']} of {r['phase']}) by {r['written_by']}" for r in found[:MOST_NAMED]]
-    more = [f"{len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else []
+    said = [f"row {r['seq']} ({r['kind']} of {r['phase']}) by {r['written_by']}" for r in found]
     return gate(
         "ledger.only_its_owner_wrote",
         not found,
         f"{params.ledger.schema_}.entry",
-        found="; ".join([*said, *more]) or "every row but sign-offs is by the ledger's owner, or by a member of it",
+        found=some(said, MOST_NAMED, "; ")
+        or "every row but sign-offs is by the ledger's owner, or by a member of it",
         needed="rows of the role that owns the ledger alone",
         danger="somebody tried to open a phase or to forge a record; these rows count for nothing",
         do=f"ask who wrote them; REVOKE INSERT ON {spelled(params, 'entry')} from everybody but its owner",

@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.core import db
-from runbook_lib.core.display import Table, number, size
+from runbook_lib.core.display import Table, number, size, some
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import identifier, index_name, names, operator_class, shortened, spelled, unquoted
 from runbook_lib.core.phase import Phase, changes
@@ -332,8 +332,7 @@ def _why(now: Standing, part: Part) -> str:
 
 
 def _listed(what: Sequence[str]) -> str:
-    more = len(what) - SHOWN_PARTITIONS
-    return ", ".join(what[:SHOWN_PARTITIONS]) + (f" and {more} more" if more > 0 else "") or "the index of the parent"
+    return some(what, SHOWN_PARTITIONS) or "the index of the parent"
 
 
 def has_right_class(phase: Phase, now: Standing) -> Gate:

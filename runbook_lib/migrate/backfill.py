@@ -16,7 +16,7 @@ from runbook_lib.backfill.batch_strategy import Choice
 from runbook_lib.backfill.update_effects import said
 from runbook_lib.backfill.workers import Outcome
 from runbook_lib.core import db
-from runbook_lib.core.display import Table, number
+from runbook_lib.core.display import Table, number, some
 from runbook_lib.core.gates import BadInput, Gate, GateFailed, Gates, LockNotObtained, Verdict, collect, gate
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import names, spelled, vectors_stand_beside
@@ -258,10 +258,8 @@ def _write(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bo
 
 def _are_held(phase: Phase, keys: Sequence[Any]) -> LockNotObtained:
     p = phase.params
-    more = f" and {number(len(keys) - SHOWN_KEYS)} more" if len(keys) > SHOWN_KEYS else ""
     return LockNotObtained(
-        found=f"{p.target.key} {', '.join(map(str, keys[:SHOWN_KEYS]))}{more} held by somebody else;"
-        f" {db.holders(phase.connection, p)}",
+        found=f"{p.target.key} {some(keys, SHOWN_KEYS)} held by somebody else; {db.holders(phase.connection, p)}",
         needed=f"these rows free within {p.locks.tries} tries of {p.locks.timeout_ms} ms; the others are done",
         danger="the new search would never find them",
         do="end that session, or wait for it, then run 50_backfill again: only these rows are left",

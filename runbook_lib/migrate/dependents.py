@@ -13,6 +13,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.core import db, versions
+from runbook_lib.core.display import some
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import identifier, names, spelled, vectors_stand_beside, verbatim
 from runbook_lib.params import Params
@@ -42,7 +43,7 @@ def _kind_of_table(params: Params, facts: db.Row, columns: Mapping[str, db.Row])
             "dependents.table_has_no_children",
             False,
             table,
-            found=f"{_some(facts['children'])} inherit from it",
+            found=f"{some(facts['children'], SHOWN)} inherit from it",
             needed="a table of its own, or a partitioned one",
             danger="triggers and indexes do not reach children made by INHERITS: their rows would keep no vector, and"
             " be searched without an index",
@@ -223,7 +224,7 @@ def _feeds(connection: db.Connection, params: Params, facts: db.Row) -> Iterator
         "dependents.subscription_finds_its_rows",
         holds,
         spelled(params, "table"),
-        found=f"fed by subscription {_some(found)}; "
+        found=f"fed by subscription {some(found, SHOWN)}; "
         + ("rows that it brings are captured" if holds else "no primary key and no replica identity here"),
         needed="a primary key or replica identity on this table, or the vectors in a table of their own",
         danger="with REPLICA IDENTITY FULL a row is found by all its columns: one with a vector no longer equals the"
@@ -243,7 +244,3 @@ def validations(connection: db.Connection, params: Params) -> list[db.Statement]
         replace(db.statement(SQL["validate"], params, oid=row["oid"]), name=f"function {row['name']}")
         for row in found
     ]
-
-
-def _some(found: Sequence[str]) -> str:
-    return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from runbook_lib.benchmark import relevance_measures
 from runbook_lib.core import db
+from runbook_lib.core.display import some
 from runbook_lib.core.gates import BadInput, Gate, gate
 from runbook_lib.params import Params
 
@@ -43,12 +44,11 @@ def _queries(connection: db.Connection, params: Params, encoding: str, database:
     queries = relevance_measures.read_queries(params)
     missing = db.missing_characters(connection, "".join(q.text for q in queries))
     refused = [q.query_id for q in queries if missing & set(q.text)]
-    shown = ", ".join(refused[:SHOWN]) + (f" and {len(refused) - SHOWN} more" if refused[SHOWN:] else "")
     return gate(
         "encoding.queries_can_be_asked",
         not refused,
         database,
-        found=f"{encoding} has no {' '.join(sorted(missing))}, asked for by {shown}"
+        found=f"{encoding} has no {' '.join(sorted(missing))}, asked for by {some(refused, SHOWN)}"
         if refused
         else f"{encoding} has every character of the queries",
         needed=f"queries with characters of {encoding} only, here and from the application",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from psycopg import sql
 
 from runbook_lib.core import db, versions
-from runbook_lib.core.display import Table
+from runbook_lib.core.display import Table, some
 from runbook_lib.core.gates import Gate, Gates, gate
 from runbook_lib.core.names import identifier
 from runbook_lib.core.phase import Phase, changes
@@ -15,6 +15,7 @@ SQL = load("extension")
 
 # A setting that every release since 0.8.0 defines: the catalogue may say so while an older library is loaded.
 SETTING_OF_A_NEW_LIBRARY = "hnsw.iterative_scan"
+SHOWN = 3
 
 
 def _state(phase: Phase) -> tuple[str | None, str | None]:
@@ -144,8 +145,7 @@ def verify_undone(phase: Phase) -> Gates:
     elif not _is_ours(phase):
         found = f"{installed}, there before the runbook or installed by somebody else: it stays"
     elif users:
-        found = f"{installed}, used by {', '.join(users[:3])}" + (f" and {len(users) - 3} more" if users[3:] else "")
-        found += ": it stays"
+        found = f"{installed}, used by {some(users, SHOWN)}: it stays"
     else:
         found = f"{installed}, installed by the runbook and used by nothing"
     return Gates(

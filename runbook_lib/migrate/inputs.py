@@ -11,6 +11,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.core import db, free_names, row_counts, session, versions
+from runbook_lib.core.display import some
 from runbook_lib.core.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.migrate import (
@@ -38,6 +39,7 @@ ADMINISTRATORS = ["rds_superuser", "cloudsqlsuperuser", "azure_pg_admin"]
 LEGACY_TIMEOUT = "10s"
 # Rows are deleted while a migration is under way; more than this and the judgements are of another table.
 MOST_JUDGED_ROWS_GONE = 0.05
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def _pgvector(connection: db.Connection, params: Params, server: db.Row) -> Iter
             v["installed_schema"] == params.extension.schema_,
             "vector",
             found=f"in schema {v['installed_schema']}",
-            needed=f"extension.schema: the schema that it is in, not {params.extension.schema_}",
+            needed=f"in schema {params.extension.schema_}, as extension.schema says",
             danger="every statement names pgvector's type and operators with their schema, and would not find them",
             do=f"extension: {{schema: {v['installed_schema']}}} in the params file",
         )
@@ -346,7 +348,7 @@ def _some_row_has_text(look: _Look) -> Gate:
         there = db.one(look.connection, row_counts.SQL["texts"], look.params)
     except psycopg.Error as error:
         db.raise_if_lost(look.connection, error)
-        holds, found = None, f"could not be read: {str(error).splitlines()[0]}"
+        holds, there, found = None, {}, f"could not be read: {str(error).splitlines()[0]}"
     else:
         holds = there["texts"]
         found = "rows with text" if holds else f"rows, and no text in {columns}" if there["rows"] else "no row"
@@ -357,7 +359,11 @@ def _some_row_has_text(look: _Look) -> Gate:
         found=found,
         needed=f"a row with text in {columns}",
         danger="there would be nothing to embed, and nothing to measure a search by",
-        do="load the rows first" if found == "no row" else "name the columns that hold text in target.text_columns",
+        do="see to what the server says, then run the same command again"
+        if holds is None
+        else "name the columns that hold text in target.text_columns"
+        if there["rows"]
+        else "load the rows first",
     )
 
 
@@ -427,10 +433,11 @@ def _judged_keys(look: _Look) -> Gate:
     except psycopg.Error as error:
         db.raise_if_lost(look.connection, error)
         return _judgement_gate(look, None, f"could not be compared: {str(error).splitlines()[0]}")
-    shown = ", ".join(str(k) for k in unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else "")
     judged = len({key for of_query in judgements.values() for key in of_query})
     holds = len(unknown) <= MOST_JUDGED_ROWS_GONE * judged
-    return _judgement_gate(look, holds, f"not in the table: {shown}" if unknown else "all in the table")
+    return _judgement_gate(
+        look, holds, f"not in the table: {some(unknown, SHOWN)}" if unknown else "all in the table"
+    )
 
 
 def _judgement_gate(look: _Look, holds: bool | None, found: str) -> Gate:

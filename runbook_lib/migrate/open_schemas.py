@@ -6,6 +6,7 @@ The runbook's own SQL finds nothing there. What is left are the application's st
 from __future__ import annotations
 
 from runbook_lib.core import db, session
+from runbook_lib.core.display import some
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.params import Params
 
@@ -35,17 +36,12 @@ def check(connection: db.Connection, params: Params) -> Gate:
 def _described(row: db.Row) -> str:
     facts = []
     if row["creators"]:
-        facts.append(f"{_some(row['creators'])} may create in {row['schema']}")
+        facts.append(f"{some(row['creators'], SHOWN)} may create in {row['schema']}")
     if row["planted"]:
-        facts.append(f"in {row['schema']} is {_some(row['planted'])}")
+        facts.append(f"in {row['schema']} is {some(row['planted'], SHOWN)}")
     return ", ".join(facts)
 
 
 def _remedy(row: db.Row) -> str:
     revoke = f"REVOKE CREATE ON SCHEMA {row['quoted']} FROM {', '.join(row['grantees'])};" if row["grantees"] else ""
     return " ".join(filter(None, [revoke, "look at what was made there, and drop it;" if row["planted"] else ""]))
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

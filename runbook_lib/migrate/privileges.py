@@ -7,6 +7,7 @@ granted it since.
 from __future__ import annotations
 
 from runbook_lib.core import db
+from runbook_lib.core.display import some
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import changing, names, side_table_name, spelled, vectors_stand_beside
 from runbook_lib.params import Params
@@ -45,19 +46,18 @@ def check(connection: db.Connection, params: Params) -> Gate:
         "vectors": side_table_name(params) if vectors_stand_beside(params) else None,
     }
     found = [row for row in _open(connection, params, values) if not _is_meant(row)]
-    said = list(dict.fromkeys(_said(row) for row in found))
-    more = [f"{len(said) - MOST_NAMED} more"] if len(said) > MOST_NAMED else []
+    revokes = dict(_said_and_revoke(row) for row in found)
     return gate(
         "privileges.only_what_is_meant",
         not found,
         f"schema {params.ledger.schema_}, and what the runbook made beside the table",
-        found="; ".join([*said[:MOST_NAMED], *more])
+        found=some(list(revokes), MOST_NAMED, "; ")
         or "nobody else may write or read them" + _by_default(connection, params, values),
         needed="for callers: the search function, the route, and the way to search by a value; for approvers: reads"
         " of the ledger, and sign-offs",
         danger="whoever may write them moves the reads, changes answers, or opens steps; whoever may read them sees"
         " keys and vectors past the table's own privileges and policies",
-        do=" ".join(dict.fromkeys(_revoke(row) for row in found)),
+        do=" ".join(revokes.values()),
         figures={"privileges": len(found)},
     )
 
@@ -105,20 +105,16 @@ def _is_meant(row: db.Row) -> bool:
     )
 
 
-def _said(row: db.Row) -> str:
-    grantee = row["grantee"] or "PUBLIC"
-    if row["kind"] == "ROLE":
-        return f"{grantee} is a member of {row['name']}"
-    column = f" ({row['of_column']})" if row["of_column"] else ""
-    return f"{grantee} has {row['privilege']}{column} on {row['kind'].lower()} {row['name']}"
-
-
-def _revoke(row: db.Row) -> str:
-    grantee = row["grantee"] or "PUBLIC"
-    if row["kind"] == "ROLE":
-        return f"REVOKE {row['name']} FROM {grantee};"
-    column = f" ({row['of_column']})" if row["of_column"] else ""
-    return f"REVOKE {row['privilege']}{column} ON {row['kind']} {row['name']} FROM {grantee};"
+def _said_and_revoke(row: db.Row) -> tuple[str, str]:
+    """What somebody has, in words, and the statement that takes it away."""
+    grantee, name, kind = row["grantee"] or "PUBLIC", row["name"], row["kind"]
+    if kind == "ROLE":
+        return f"{grantee} is a member of {name}", f"REVOKE {name} FROM {grantee};"
+    privilege = row["privilege"] + (f" ({row['of_column']})" if row["of_column"] else "")
+    return (
+        f"{grantee} has {privilege} on {kind.lower()} {name}",
+        f"REVOKE {privilege} ON {kind} {name} FROM {grantee};",
+    )
 
 
 def _by_default(connection: db.Connection, params: Params, values: dict[str, str | None]) -> str:

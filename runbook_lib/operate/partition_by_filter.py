@@ -12,7 +12,7 @@ from runbook_lib.backfill import online_copy, partitioned_twin
 from runbook_lib.backfill.partitioned_twin import PARTS, WHOLE, Standing, catalogue, spelled_beside, standing
 from runbook_lib.benchmark import partition_proof
 from runbook_lib.core import db, row_counts
-from runbook_lib.core.display import Table, duration, number
+from runbook_lib.core.display import Table, duration, number, some
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import spelled, vectors_stand_beside
 from runbook_lib.core.phase import Phase, changes
@@ -73,12 +73,11 @@ def _table_is_ordinary(phase: Phase, found: Standing) -> Gate:
 
 def _nothing_in_the_way(phase: Phase) -> Gate:
     found = [f"{row['what']} {row['name']}" for row in catalogue(phase, "in_the_way")]
-    more = f" and {len(found) - SHOWN_NAMES} more" if len(found) > SHOWN_NAMES else ""
     return gate(
         "partitioning.nothing_is_in_the_way",
         not found,
         _subject(phase),
-        found="; ".join(found[:SHOWN_NAMES]) + more if found else "nothing that cannot be carried over",
+        found=some(found, SHOWN_NAMES, "; ") if found else "nothing that cannot be carried over",
         needed="nothing that holds the table by its identity, and no uniqueness that partitions cannot keep",
         danger="it would stay with the old table, or the partitioned one cannot have it",
         do="drop what is named and make it again after the swap, where a partitioned table can have it",

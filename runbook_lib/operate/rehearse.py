@@ -61,7 +61,7 @@ def samples(phase: Phase) -> Table:
 def check(phase: Phase) -> Gates:
     """Before a sample is taken: where it is to stand, and that nobody else is at it."""
     gates = _embedded_gates() if phase.params.rehearse.server == "embedded" else _target_gates(phase)
-    return collect([*gates, _nobody_else(phase)])
+    return collect([*gates, _nobody_else(phase, claim.holders(phase.connection, phase.params, _subject(phase)))])
 
 
 def _embedded_gates() -> Iterator[Gate]:
@@ -117,13 +117,14 @@ def _subject(phase: Phase) -> str:
     return f"runbook rehearsal {phase.params.target.name}"
 
 
-def _nobody_else(phase: Phase) -> Gate:
-    at_it = claim.holders(phase.connection, phase.params, _subject(phase))
+def _nobody_else(phase: Phase, at_it: list[db.Row]) -> Gate:
+    """at_it: the sessions that have claimed it; an empty row for one that has ended since."""
+    named = [f"pid {r['pid']}, {r['application_name']}, {r['usename']}" for r in at_it if r]
     return gate(
         "rehearse.nobody_else_is_at_it",
         not at_it,
         phase.params.target.name,
-        found="; ".join(f"pid {r['pid']}, {r['application_name']}, {r['usename']}" for r in at_it) or "nobody",
+        found="; ".join(named) or ("one that has ended since" if at_it else "nobody"),
         needed="one rehearsal of a target at a time",
         danger="two would measure each other",
         do="wait for it, or end it: SELECT pg_cancel_backend(<pid>);",
@@ -171,8 +172,8 @@ def _line(s: Sample) -> str:
 def _claimed(phase: Phase) -> Iterator[None]:
     """One rehearsal of a target at a time; its statements on the target are bounded for as long."""
     with phase.another("rehearses") as holder:
-        if claim.take(holder, phase.params, _subject(phase)):
-            raise BadInput([_nobody_else(phase)])
+        if at_it := claim.take(holder, phase.params, _subject(phase)):
+            raise BadInput([_nobody_else(phase, at_it)])
         before = phase.connection.execute("SELECT current_setting('statement_timeout') AS value").fetchone()
         rehearsal_schema.limit(phase.connection, phase.params)
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from runbook_lib.benchmark import index_recall
 from runbook_lib.core import db, versions
-from runbook_lib.core.display import Table, number
+from runbook_lib.core.display import Table, number, some
 from runbook_lib.core.gates import BadInput, Gate, Gates, collect, gate
 from runbook_lib.core.names import index_name, spelled
 from runbook_lib.core.phase import Phase, changes
@@ -217,17 +217,14 @@ def holders(phase: Phase) -> Gate:
     """
     changed_at, role = _changed_at(phase)
     older = db.rows(phase.connection, SQL["older_sessions"], phase.params, changed_at=changed_at)
-    shown = ", ".join(
-        f"pid {s['pid']} ({s['role']}, {s['application'] or 'no name'})" for s in older[:SHOWN_SESSIONS]
-    )
-    more = f" and {len(older) - SHOWN_SESSIONS} more" if older[SHOWN_SESSIONS:] else ""
+    shown = some([f"pid {s['pid']} ({s['role']}, {s['application'] or 'no name'})" for s in older], SHOWN_SESSIONS)
     when = f"the library's file changed, {changed_at:%Y-%m-%d %H:%M:%S}" if changed_at else "this one"
     grants = f"GRANT EXECUTE ON FUNCTION pg_config(), pg_stat_file(text, boolean) TO {role};"
     return gate(
         "upgrade.no_session_holds_the_old_library",
         not older if changed_at or not older else None,
         "sessions of this database",
-        found=f"{number(len(older))} began before {when}: {shown}{more}" if older else f"all began after {when}",
+        found=f"{number(len(older))} began before {when}: {shown}" if older else f"all began after {when}",
         needed="none that began before the library's file changed",
         danger="they run with the faults of the old library until they reconnect, and write to the same index",
         do="have them reconnect, or end them: SELECT pg_terminate_backend(<pid>);"
