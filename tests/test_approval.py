@@ -109,7 +109,7 @@ def test_an_approval_is_shown_given_and_stands_in_the_record(
     waiting: Phase, approve: Callable[..., Result], approver: str
 ) -> None:
     unread = approve(approver)
-    assert (unread.exit_code, unread.stderr) == (2, "nobody is there to ask: read the above, then say --yes\n")
+    assert (unread.exit_code, unread.stderr) == (2, "no terminal to ask at: read the above, then rerun with --yes\n")
     assert "lock: ACCESS EXCLUSIVE" in unread.stdout and "ADD COLUMN" in unread.stdout
     assert all(name in unread.stdout for name in BEFORE)
     refusal(waiting)

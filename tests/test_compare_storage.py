@@ -165,7 +165,7 @@ def test_after_a_kill_the_next_run_clears_what_was_left(
         "  found   articles_storage, runbook_articles_compared_bit_64_hnsw\n"
         "  needed  nothing\n"
         "  danger  disk is taken, and where an index is left, every write pays for it\n"
-        "  do      run storage.undo(phase), or operate/compare_storage again"
+        "  do      run compare_storage.undo(phase), or operate/compare_storage again"
     )
     found = compare_storage.apply(phase)
     assert isinstance(found, Comparison)

@@ -1,4 +1,4 @@
-"""The documents: made ones are current, recipes can be parsed, and what they name exists."""
+"""The documents: parts made from the code are current, recipes can be parsed, and what they name exists."""
 
 from __future__ import annotations
 
@@ -6,29 +6,69 @@ import ast
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from runbook_lib.cli import documents
-from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, short
+from runbook_lib.params import reference
+from runbook_lib.runner.manifest import BAD_INPUT, EXIT_CODES, MEANINGS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SETTINGS_OF = ("citus.", "hnsw.", "ivfflat.")
 GATE = re.compile(r"`([a-z]+\.[a-z_]+)`")
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+MOST_WORDS, MOST_WORDS_IN_README, MOST_PAGES = 11_000, 900, 7
+
+every_page = pytest.mark.parametrize("page", documents.pages(), ids=lambda p: p.name)
 
 
 def recipes(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (DOCS / "unattended.md").read_text("utf-8"), re.S)
 
 
-@pytest.mark.parametrize("name", documents.DOCUMENTS)
-def test_a_document_made_from_the_code_is_current(name: str) -> None:
-    made = documents.DOCUMENTS[name]()
-    assert (DOCS / name).read_text("utf-8") == made, "run: python -m runbook_lib.cli.documents"
+@every_page
+def test_what_a_page_takes_from_the_code_is_current(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert text == documents.filled(text), "run: python -m runbook_lib.cli.documents"
+
+
+def test_every_part_made_from_the_code_is_on_exactly_one_page() -> None:
+    marks = [name for page in documents.pages() for name, _ in documents.MADE.findall(page.read_text("utf-8"))]
+    assert sorted(marks) == sorted(documents.PARTS)
+
+
+def words(page: Path) -> int:
+    """Words of a page, without the borders of tables and the marks of lists."""
+    return sum(1 for word in page.read_text("utf-8").split() if re.search(r"\w", word))
+
+
+def test_the_documents_stay_short() -> None:
+    pages = sorted(DOCS.glob("*.md"))
+    assert len(pages) <= MOST_PAGES
+    assert sum(map(words, pages)) <= MOST_WORDS
+    assert words(ROOT / "README.md") <= MOST_WORDS_IN_README
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*documents.pages(), ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for path, anchor in LINK.findall(page.read_text("utf-8")):
+        target = page if not path else (page.parent / path)
+        assert target.is_file(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_every_exit_code_has_a_meaning() -> None:
+    assert set(MEANINGS) == {*EXIT_CODES.values(), BAD_INPUT}
 
 
 def test_crontab_lines_have_five_fields_and_a_command_that_a_shell_can_parse() -> None:
@@ -72,31 +112,33 @@ def gates_of_the_library() -> set[str]:
     return named | {f"{module}.{fact}" for module in halves for fact in facts}
 
 
-@pytest.mark.parametrize("name", ["troubleshooting.md", "dba.md", "reviewers.md"])
-def test_every_gate_that_a_document_names_exists(name: str) -> None:
-    known = gates_of_the_library()
+@pytest.mark.parametrize("name", ["guide.md", "operations.md", "security.md", "reviewers.md", "unattended.md"])
+def test_every_gate_and_parameter_that_a_document_names_exists(name: str) -> None:
     suffixes = (".md", ".yaml", ".json", ".html", ".py", ".ipynb", ".jsonl", ".sql")
-    text = (DOCS / name).read_text("utf-8")
-    headings = re.findall(r"^### `([a-z]+\.[a-z_]+)`", text, re.M)
-    named = (g for g in GATE.findall(text) if not g.endswith(suffixes) and not g.startswith(SETTINGS_OF))
-    gates = [g for g in named if g.split(".")[1].count("_")]
-    parameters = {f"{line}" for line in re.findall(r"`([a-z_]+\.[a-z_]+)`", (DOCS / "parameters.md").read_text())}
-    unknown = [g for g in [*headings, *gates] if g not in known | parameters | set(own_parameters())]
-    assert unknown == []
+    named = GATE.findall((DOCS / name).read_text("utf-8"))
+    checked = [g for g in named if not g.endswith(suffixes) and not g.startswith(SETTINGS_OF) and "_" in g]
+    known = gates_of_the_library() | {key for key, *_ in reference.rows()}
+    assert [g for g in checked if g not in known and not g.startswith("runbook.")] == []
 
 
-def own_parameters() -> Iterator[str]:
-    from runbook_lib.params import reference
-
-    for key, *_ in reference.rows():
-        yield key
+def test_the_guide_has_every_phase_and_every_rollback() -> None:
+    text = (DOCS / "guide.md").read_text("utf-8")
+    assert [name for name in (*MIGRATE, *UNDO) if f"`{name}`" not in text] == []
 
 
-def test_the_dbas_page_has_every_phase_and_every_way_back() -> None:
-    text = (DOCS / "dba.md").read_text("utf-8")
-    assert [name for name in (*MIGRATE, *UNDO) if f"`{name}`" not in text and f"`undo/{name}`" not in text] == []
+def test_the_readme_names_the_rollback_of_every_phase() -> None:
+    rows = dict(re.findall(r"^\| (\d\d_\w+) \|.*\| ([^|]+) \|$", (ROOT / "README.md").read_text("utf-8"), re.M))
+    assert list(rows) == list(MIGRATE)
+    taken_back = {phase: name for name, phases in UNDO.items() for phase in phases}
+    assert {p: name for p, name in rows.items() if name != "–"} == {p: taken_back[p] for p in rows if rows[p] != "–"}
 
 
 @pytest.mark.parametrize("name", list(OPERATE))
 def test_the_table_of_operations_names_each(name: str) -> None:
-    assert f"| `{name}` |" in (DOCS / "operations.md").read_text("utf-8")
+    assert f"| `{short(name)}` |" in (DOCS / "operations.md").read_text("utf-8")
+
+
+def test_contributing_names_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    paths = re.findall(r"`((?:runbook_lib|notebooks|tests|docs)/[\w./]+)`", text)
+    assert paths and [path for path in paths if not (ROOT / path).exists()] == []

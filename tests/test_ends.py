@@ -1,4 +1,4 @@
-"""The rarer ends of a run: what docs/ends-of-a-run.md says of them. The commoner ones stand in test_runner.py."""
+"""The rarer ends of a run: what docs/unattended.md says of them. The commoner ones stand in test_runner.py."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tests.test_migration import rows
 from tests.test_server_versions import SECTIONS
 
 ROLE, APPLICATION = "migrator", "the application"
-# What docs/dba.md lists: the least that a role needs, beside pgvector installed by somebody who may.
+# What docs/guide.md lists: the least that a role needs, beside pgvector installed by somebody who may.
 GRANTS = """
     ALTER TABLE articles OWNER TO migrator;
     GRANT CREATE ON SCHEMA public TO migrator;
@@ -127,7 +127,7 @@ def missing(make_params: Callable[..., Params], **sections: dict[str, Any]) -> l
 def test_each_missing_right_is_named_with_its_grant(
     migrator: psycopg.Connection[Any], make_params: Callable[..., Params], take: str, gate: str, do: str
 ) -> None:
-    assert missing(make_params) == [], "with the rights of docs/dba.md nothing is missing"
+    assert missing(make_params) == [], "with the rights of docs/guide.md nothing is missing"
     database = migrator.info.dbname
     for statement in take.format(database=database).split(";"):
         migrator.execute(statement)  # type: ignore[call-overload]

@@ -63,7 +63,7 @@ def test_a_mistyped_phase_is_answered_with_the_nearest(runbook: Callable[..., Re
 def test_check_starts_nothing(runbook: Callable[..., Result], tmp_path: Path) -> None:
     result = runbook("check", write_params(tmp_path))
     assert result.exit_code == 0, result.stderr
-    assert "nothing stands against a run" in result.stdout
+    assert "no obstacle to a run" in result.stdout
     assert "tried and rolled back: 10 kinds of statement; the table was locked for" in result.stdout
     assert "(SHARE ROW EXCLUSIVE, ACCESS EXCLUSIVE, SHARE UPDATE EXCLUSIVE)" in result.stdout
     unjudged = runbook("check", write_params(tmp_path, queries={"judgements": None}))

@@ -121,7 +121,7 @@ def test_a_missing_key_says_what_it_is_for(tmp_path: Path) -> None:
     assert str(problem) == (
         f"FAIL    params.key_is_given   {path}: target.key\n"
         "  found   not given\n"
-        "  needed  Primary key or NOT NULL unique column; bigint, integer, uuid or text.\n"
+        "  needed  Primary key, or a NOT NULL unique column: bigint, integer, uuid or text.\n"
         f"  danger  {DANGER}\n"
         f"  do      {MEND}"
     )
@@ -300,10 +300,10 @@ def test_the_fingerprint_changes_with_what_must_not_change(make_params: Callable
 def test_the_reference_describes_every_key() -> None:
     rows = {key: (kind, default, text) for key, kind, default, text in reference.rows()}
     assert all(text for _, _, text in rows.values())
-    assert rows["vector.distance"][:2] == ("cosine | l2 | inner_product", '"cosine"')
+    assert rows["vector.distance"][:2] == ("cosine|l2|inner_product", '"cosine"')
     assert rows["target.schema"][:2] == ("text", '"public"')
-    assert rows["vector.dimension"][:2] == ("whole number", "required")
-    assert rows["tune.ef_search"][0] == "list of whole number"
+    assert rows["vector.dimension"][:2] == ("integer", "required")
+    assert rows["tune.ef_search"][0] == "list of integer"
     assert rows["queries.judgements"][0] == "path"
     assert rows["masking.patterns"][0] == "name: text"
     assert rows["run.phase_timeout_minutes"][0] == "number, or phase: number"

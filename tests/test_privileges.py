@@ -32,7 +32,7 @@ GENEROUS = "".join(
     for place in ("", "IN SCHEMA public")
     if place == "" or kind != "SCHEMAS"
 )
-# As docs/dba.md asks for.
+# As docs/security.md asks for.
 APPROVERS = """
     GRANT USAGE ON SCHEMA runbook TO shop_approver;
     GRANT SELECT ON runbook.entry TO shop_approver;
@@ -98,10 +98,10 @@ def known(connection: Connection) -> set[int]:
 
 
 def documented() -> dict[str, dict[str, set[str]]]:
-    """The table of docs/dba.md, for the target of these tests."""
-    text = (Path(__file__).parent.parent / "docs" / "dba.md").read_text()
+    """The table of docs/security.md, for the target of these tests."""
+    text = (Path(__file__).parent.parent / "docs" / "security.md").read_text()
     found = {}
-    for line in text.split("## Who may do what")[1].split("\n## ")[0].splitlines():
+    for line in text.split("## Privileges")[1].split("\n## ")[0].splitlines():
         if named := re.match(r"\| (?:schema )?`([^`]+)` \|(.*)\|$", line):
             name = named[1].replace("<target>", "articles").removesuffix("()")
             name = f"public.{name}" if name.startswith("search_") else name

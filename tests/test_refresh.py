@@ -325,7 +325,7 @@ def test_without_a_queue_it_says_so_and_changes_nothing(filled: Callable[..., Ph
         "  needed  the queue that the triggers on the table fill\n"
         "  danger  texts that changed since the capture was removed keep the vector of their former text\n"
         "  do      if operate/retire_legacy removed the capture on purpose, take operate/refresh off the schedule;"
-        " retire.undo brings the capture back"
+        " undo/retire_legacy brings the capture back"
     )
 
 

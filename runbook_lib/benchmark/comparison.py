@@ -411,7 +411,7 @@ def sheet(phase: Phase, old: agreement.Answers, new: agreement.Answers) -> Table
     ]
     columns = ("query_id", "query", "answered by", "place", "key", "row", "relevance")
     return Table(
-        columns, rows, "the most different answers; compare.judge(phase, query_id, key, relevance) marks one"
+        columns, rows, "the most different answers; comparison.judge(phase, query_id, key, relevance) marks one"
     )
 
 

@@ -18,17 +18,17 @@ from runbook_lib.runner.manifest import BAD_INPUT, SYMBOLS, Status
 @click.command()
 @PARAMS
 @click.argument("phase", metavar="PHASE")
-@click.option("--reason", default="", help="Stands in the ledger and in the record.")
+@click.option("--reason", default="", help="Goes into the ledger and the record.")
 @click.option("--yes", is_flag=True, help="Do not ask; for those who have read what is approved.")
 def approve(params_file: Path, phase: str, reason: str, yes: bool) -> None:
-    """Approve a phase that waits: shows its plan and its evidence, and asks.
+    """Approve a phase that waits: shows its plan and evidence, and asks.
 
     \b
-    By another database user than the one that ran it. The approver needs, on the ledger's schema:
+    Run it as a different database user from the one that ran the phase. The approver needs, on the ledger's schema:
       GRANT USAGE ON SCHEMA runbook TO approver;
       GRANT SELECT ON runbook.entry TO approver;
       GRANT EXECUTE ON FUNCTION runbook.sign_off TO approver;
-    They let it sign, and write nothing else.
+    They allow sign-offs and nothing else.
     """
     with plain_errors():
         phase = current(phase)
@@ -38,7 +38,7 @@ def approve(params_file: Path, phase: str, reason: str, yes: bool) -> None:
             click.echo(str(shown))
             if not yes:
                 if not sys.stdin.isatty():
-                    click.echo("nobody is there to ask: read the above, then say --yes", err=True)
+                    click.echo("no terminal to ask at: read the above, then rerun with --yes", err=True)
                     sys.exit(BAD_INPUT)
                 if not click.confirm(f"\nApprove {phase}?", err=True):
                     click.echo("not approved", err=True)
@@ -50,9 +50,11 @@ def approve(params_file: Path, phase: str, reason: str, yes: bool) -> None:
 @click.command()
 @PARAMS
 @click.argument("run_id", metavar="RUN_ID")
-@click.option("--head", default="", metavar="SHA256", help="The ledger's end as a run said it, kept elsewhere.")
+@click.option(
+    "--head", default="", metavar="SHA256", help="The head of the ledger that a run printed, kept elsewhere."
+)
 def verify(params_file: Path, run_id: str, head: str) -> None:
-    """Check that nobody changed the record: the ledger's chain, and each file of the record against it."""
+    """Check that the record is unchanged: the ledger's chain, and each file against it."""
     from runbook_lib.runner import verify as verification
 
     with plain_errors():
@@ -66,8 +68,8 @@ def verify(params_file: Path, run_id: str, head: str) -> None:
 @PARAMS
 @click.argument("run_id", metavar="RUN_ID")
 def record(params_file: Path, run_id: str) -> None:
-    """Write a record that is missing, from ledger and notebooks, and seal it: of a run whose disk was full, or
-    of work by hand whose JupyterLab was killed.
+    """Write and seal a missing record from ledger and notebooks: of a run whose disk was full, or of work in
+    JupyterLab that was killed.
     """
     from runbook_lib.runner import by_hand, runner
 

@@ -18,7 +18,7 @@ import psycopg
 from runbook_lib.core.display import plain
 from runbook_lib.core.gates import BadInput, GateFailed, RunbookError
 from runbook_lib.core.redaction import redacted
-from runbook_lib.runner.manifest import BAD_INPUT, EXIT_CODES, Status
+from runbook_lib.runner.manifest import BAD_INPUT, EXIT_CODES, MEANINGS, Status
 
 GATE_DID_NOT_PASS = EXIT_CODES[Status.FAILED]
 CRASHED = EXIT_CODES[Status.CRASHED]
@@ -26,14 +26,7 @@ COLOURS = {"✔": "green", "✘": "red", "■": "yellow", "⏸": "yellow"}
 
 PARAMS = click.argument("params_file", metavar="PARAMS", type=click.Path(path_type=Path))
 
-EXIT_CODES_HELP = """\b
-Exit codes:
-  0  every gate passed (or the plan was made)
-  1  a gate did not pass
-  2  bad parameters; nothing was started
-  3  waits for approval, or for the maintenance window
-  4  interrupted or crashed
-"""
+EXIT_CODES_HELP = "\b\nExit codes:\n" + "".join(f"  {code}  {meaning}\n" for code, (meaning, _) in MEANINGS.items())
 
 COMPLETION_HELP = """\b
 Tab completion, for bash (or zsh_source, fish_source):

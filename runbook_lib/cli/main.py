@@ -57,8 +57,10 @@ class _Suggesting(click.Group):
 
 
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-QUIET = click.option("--quiet", "-q", is_flag=True, help="Nothing where all is well; else the reason and the record.")
-VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Progress as log lines, with time and run id.")
+QUIET = click.option(
+    "--quiet", "-q", is_flag=True, help="Print nothing if all is well; otherwise the reason and the record."
+)
+VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Progress as log lines with time and run id.")
 EXECUTE = click.option("--execute", is_flag=True, help="Carry it out. Without it, only the plan is made.")
 
 
@@ -70,14 +72,14 @@ EXECUTE = click.option("--execute", is_flag=True, help="Carry it out. Without it
 )
 @click.version_option(runbook_lib.__version__, prog_name="runbook")
 def main() -> None:
-    """Moves the search of a PostgreSQL table to pgvector: proved step by step, with a way back at each.
+    """Moves the search of a PostgreSQL table to pgvector, step by step: each is proved and can be rolled back.
 
     \b
     Examples:
       runbook init --dsn-env ARTICLES_DSN           # write a params file from a live table
       runbook check params/articles.yaml            # would it work?
       runbook run params/articles.yaml              # the plan; changes nothing
-      runbook run params/articles.yaml --execute    # carry it out, go on where it stopped
+      runbook run params/articles.yaml --execute    # carry it out; rerun to resume
       runbook status params/articles.yaml
       runbook lab params/articles.yaml              # step through the notebooks, on copies
       runbook approve params/articles.yaml 90_cut_over
@@ -94,7 +96,7 @@ for command in (lab, cli_review.approve, cli_review.record, cli_review.verify, c
 @PARAMS
 @EXECUTE
 @click.option(
-    "--from", "first", metavar="PHASE", help="First phase; with --execute, the first not proved if not given."
+    "--from", "first", metavar="PHASE", help="First phase; with --execute, by default the first that has not passed."
 )
 @click.option("--to", "last", metavar="PHASE", help="Last phase.")
 @QUIET
@@ -111,11 +113,11 @@ def run(params_file: Path, execute: bool, first: str | None, last: str | None, q
 @main.command(epilog=EXIT_CODES_HELP)
 @PARAMS
 @EXECUTE
-@click.option("--to", "last", metavar="PHASE", help="Last way back; all if not given.")
+@click.option("--to", "last", metavar="NAME", help="Last rollback; all by default.")
 @QUIET
 @VERBOSE
 def undo(params_file: Path, execute: bool, last: str | None, quiet: bool, verbose: bool) -> None:
-    """Go back: reads first, then, step by step, every object the runbook made."""
+    """Roll back: reads first, then every object the runbook created, step by step."""
     with plain_errors():
         _end(
             runner.run(params_file, execute=execute, last=last, way="undo", say=_progress(quiet), verbose=verbose),
@@ -131,11 +133,11 @@ def undo(params_file: Path, execute: bool, last: str | None, quiet: bool, verbos
 @PARAMS
 @click.argument("name", metavar="OPERATION")
 @EXECUTE
-@click.option("--undo", "take_back", is_flag=True, help="Take back what the operation did.")
+@click.option("--undo", "take_back", is_flag=True, help="Roll the operation back.")
 @QUIET
 @VERBOSE
 def operate(params_file: Path, name: str, execute: bool, take_back: bool, quiet: bool, verbose: bool) -> None:
-    """Carry out one operation on a table that was migrated: refresh, watch, update, rebuild and the others.
+    """Run one operation on a table that was migrated: refresh, monitor, update, rebuild and others.
 
     \b
     Examples:
@@ -162,10 +164,9 @@ def operate(params_file: Path, name: str, execute: bool, take_back: bool, quiet:
 @main.command(name="help-out", epilog=EXIT_CODES_HELP)
 @PARAMS
 def help_out(params_file: Path) -> None:
-    """Take part in a backfill that a run has begun, from this machine; ends when no window is left.
+    """Help with a backfill that a run has begun, from this machine; ends when no range of rows is left.
 
-    The run that began it closes it and proves it. A helper that is stopped or lost costs nothing: its window is
-    taken over.
+    The run that began it finishes and proves it. A helper that stops costs nothing: its range is taken over.
     """
     # Here, because it needs what takes longer to import than the other commands take to run.
     from runbook_lib.migrate import backfill
@@ -178,12 +179,12 @@ def help_out(params_file: Path) -> None:
 @PARAMS
 @QUIET
 def check(params_file: Path, quiet: bool) -> None:
-    """Check parameters and inputs; after a migration, that the search is still what was proved. Starts nothing.
+    """Check parameters and inputs; after a migration, that the search still meets the baseline. Starts nothing.
 
-    What can only be tried is tried, and rolled back: it locks the table for a few tenths of a second at most, with
-    every wait bounded.
+    What can only be tried is tried and rolled back: this locks the table for a few tenths of a second at most, and
+    every wait is bounded.
 
-    Exit code 2 and every problem where a run would not start; 1 and every failed gate where the search regressed.
+    Exits with 2 and every problem if a run would not start, with 1 and every failed gate if the search regressed.
     """
     with plain_errors():
         # Here, because it needs what takes longer to import than the other commands take to run.
@@ -193,11 +194,11 @@ def check(params_file: Path, quiet: bool) -> None:
         gates = inputs.input_problems(params)
         if gates.failed:
             raise BadInput(gates.failed)
-        holds = [f"{params_file}: nothing stands against a run ({len(gates)} inputs checked)"]
+        holds = [f"{params_file}: no obstacle to a run ({len(gates)} inputs checked)"]
         if tried := trials.summary(gates):
             holds.append(tried)
         if seen := _check_search(params):
-            holds.append(f"the search is what was proved ({seen} gates passed)")
+            holds.append(f"the search meets the accepted baseline ({seen} gates passed)")
         if not quiet:
             click.echo("\n".join(f"{SYMBOLS[Status.PASSED]} {line}" for line in holds))
         if params.queries.judgements is None and not params.cut_over.accept_unjudged:
@@ -237,7 +238,7 @@ def _names(value: str) -> tuple[str, ...]:
 @click.option("--output", type=click.Path(path_type=Path), help="The file to write; params/TABLE.yaml if not given.")
 @click.option("--force", is_flag=True, help="Overwrite files that are there.")
 def init_(output: Path | None, force: bool, **wishes: Any) -> None:
-    """Write a params file from the live table: asks at a terminal, takes what it finds elsewhere.
+    """Write a params file from the live table: asks at a terminal, otherwise takes what it finds.
 
     \b
     Examples:
@@ -262,7 +263,7 @@ def init_(output: Path | None, force: bool, **wishes: Any) -> None:
 @PARAMS
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(params_file: Path, as_json: bool) -> None:
-    """Say where the target stands, by the ledger in its database."""
+    """Show the state of the target, from the ledger in its database."""
     with plain_errors():
         params = params_module.load(params_file)
         found = target_status.where_it_stands(params)
@@ -281,7 +282,7 @@ def status(params_file: Path, as_json: bool) -> None:
 @click.option("--stop", is_flag=True, help="Only stop a server that was left over.")
 @click.option("--rows", default=0, show_default=True, help="Grow the table with real passages to so many rows.")
 def demo(lab: bool, stop: bool, rows: int) -> None:
-    """Carry out the whole migration on real data, on a PostgreSQL of our own below runs/."""
+    """Run the whole migration on real data, on an embedded PostgreSQL below runs/."""
     try:
         with warnings.catch_warnings():
             # The package warns about a runtime folder that it does not use here, and logs each of its steps.

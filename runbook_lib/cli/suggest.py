@@ -261,7 +261,7 @@ def render(found: Found, settings: Sequence[Setting]) -> str:
     """The params file: sections in the order given, the reason above each line."""
     lines = [
         f"# {found.name}, {number(found.rows)} rows. Written by `runbook init` from what the server says.",
-        "# Check every line; the reason stands above it. What is not given has its default: docs/parameters.md.",
+        "# Check every line; the reason is above it. Anything left out has its default: docs/reference.md.",
     ]
     section = ""
     for s in settings:

@@ -352,7 +352,7 @@ def _is_gone(phase: Phase) -> Gate:
         found=", ".join(found) or "nothing",
         needed="nothing",
         danger="disk is taken, and where an index is left, every write pays for it",
-        do="run storage.undo(phase), or operate/compare_storage again",
+        do="run compare_storage.undo(phase), or operate/compare_storage again",
     )
 
 

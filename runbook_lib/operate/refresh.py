@@ -312,7 +312,7 @@ def _require_queue(phase: Phase) -> None:
                     "the queue that the triggers on the table fill",
                     "texts that changed since the capture was removed keep the vector of their former text",
                     "if operate/retire_legacy removed the capture on purpose, take operate/refresh off the schedule;"
-                    " retire.undo brings the capture back",
+                    " undo/retire_legacy brings the capture back",
                 )
             ]
         )

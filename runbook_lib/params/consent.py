@@ -10,19 +10,16 @@ from runbook_lib.params.section import Name, Section
 
 
 class Accept(Section):
-    """Consent, by name, to what the migration does to this table beyond its own columns; nothing is agreed to unless
-    it is named here."""
+    """Side effects beyond our own columns that you agree to, by name."""
 
-    triggers: list[Name] = Field(
-        [], description="Triggers of the table that may fire for every row that the backfill updates."
-    )
-    rules: list[Name] = Field([], description="Rules of the table that may apply to every UPDATE of the backfill.")
+    triggers: list[Name] = Field([], description="Triggers that may fire for every updated row.")
+    rules: list[Name] = Field([], description="Rules that may apply to every update.")
     publications: list[Name] = Field(
-        [], description="Publications whose subscribers have, or will get, the new columns before they are written."
+        [], description="Publications whose subscribers have the new columns, or get them before they are written."
     )
     open_schemas: list[Name] = Field(
         [],
-        description="Schemas that legacy.query finds its names in, though other roles may create there.",
+        description="Schemas on legacy.query's path in which other roles may create objects.",
     )
 
     @model_validator(mode="after")

@@ -32,11 +32,11 @@ FORMATS = {
 
 
 class Connection(Section):
-    """Where the server is. Holds names only: a secret written here would reach every record."""
+    """The server. Names secrets, never holds them: everything here goes into every record."""
 
-    dsn_env: str | None = Field(None, description="Name of the environment variable that holds the DSN.")
-    service: str | None = Field(None, description="Name of a service in pg_service.conf.")
-    passfile: str | None = Field(None, description="Path of a password file, used beside service or dsn_env.")
+    dsn_env: str | None = Field(None, description="Environment variable that holds the DSN; this or `service`.")
+    service: str | None = Field(None, description="Service in pg_service.conf.")
+    passfile: str | None = Field(None, description="Password file to use with either.")
 
     @model_validator(mode="after")
     def one_way_in(self) -> Self:
@@ -53,21 +53,23 @@ class Connection(Section):
 
 
 class Target(Section):
-    """The table being migrated."""
+    """The table to migrate."""
 
-    name: ShortName = Field(description="Names the ledger's rows, the staging table and, by default, the function.")
-    schema_: Name = Field("public", alias="schema", description="Schema of the table.")
-    table: Name = Field(description="The table as PostgreSQL spells it, without quotes.")
-    key: Name = Field(description="Primary key or NOT NULL unique column; bigint, integer, uuid or text.")
+    name: ShortName = Field(
+        description="Short name: used in the ledger, the staging table and the function's default name."
+    )
+    schema_: Name = Field("public", alias="schema", description="Its schema.")
+    table: Name = Field(description="Table name as PostgreSQL spells it, unquoted.")
+    key: Name = Field(description="Primary key, or a NOT NULL unique column: bigint, integer, uuid or text.")
     key_from_one_source: bool = Field(
         False,
-        description="Of a partitioned table whose key PostgreSQL cannot keep unique: no key is ever given twice.",
+        description="Partitioned table without a unique index on its key: you state that no key is issued twice.",
     )
     distributed: Literal["accept_untested"] | None = Field(
-        None, description="Of a table that Citus has distributed: go on with statements that have run on no cluster."
+        None, description="Table distributed by Citus: proceed with statements never run on a cluster."
     )
-    text_columns: list[Name] = Field(min_length=1, description="Columns whose text is embedded, in this order.")
-    filters: list[Name] = Field([], description="Columns that the application filters by, with equality.")
+    text_columns: list[Name] = Field(min_length=1, description="Columns to embed, in this order.")
+    filters: list[Name] = Field([], description="Columns that the application filters by equality.")
 
     @field_validator("key")
     @classmethod
@@ -99,73 +101,77 @@ class Target(Section):
 
 
 class Vector(Section):
-    """The column to add."""
+    """The vector column."""
 
-    column: NewColumn = Field("embedding", description="Name of the new column, 40 bytes at most.")
+    column: NewColumn = Field("embedding", description="Its name, up to 40 bytes.")
     type: Literal["vector", "halfvec"] = Field("vector", description="pgvector type: 4 or 2 bytes a dimension.")
     dimension: int = Field(ge=1, le=MAX_DIMENSION, description="Dimensions of every vector.")
-    distance: Literal["cosine", "l2", "inner_product"] = Field("cosine", description="What the model was made for.")
+    distance: Literal["cosine", "l2", "inner_product"] = Field(
+        "cosine", description="The distance the model was trained for."
+    )
     layout: Literal["column", "side_table"] = Field(
-        "column", description="A column of the table, or a table of its own with one row a key, beside it."
+        "column", description="Store vectors in the table, or in a side table with one row per key."
     )
 
 
 class Embeddings(Section):
-    """Where the vectors come from."""
+    """Where vectors come from."""
 
     source: Literal["wordllama", "callable", "http", "file", "table"] = Field(
-        description="A packaged model, module:function, an HTTP endpoint, or vectors in a file or table."
+        description="Packaged model, Python function, HTTP endpoint, file or table."
     )
-    callable: str | None = Field(None, pattern=r"^[\w.]+:\w+$", description="module:function from texts to vectors.")
+    callable: str | None = Field(
+        None, pattern=r"^[\w.]+:\w+$", description="Function from a list of texts to vectors, as module:function."
+    )
     file: AnyPath | None = Field(
         None,
-        description="File with the key column under its own name, and `embedding`; `text_hash` (hex of the first 16"
-        " bytes of the text's SHA-256) or `text`, if there, keeps its vectors from texts changed since.",
+        description="File with the key column (same name) and `embedding`. Add `text_hash` (hex, first 16 bytes of"
+        " the text's SHA-256) or `text` to reject vectors of texts that have changed since.",
     )
     format: Literal["parquet", "arrow", "npy", "jsonl", "csv"] | None = Field(
-        None, description="Format of the file; by its suffix if not given."
+        None, description="File format, if the suffix does not tell."
     )
     ids_file: AnyPath | None = Field(
-        None, description="For an .npy file: the keys of its rows, an .npy file too or text with a key a line."
+        None, description="Keys for an .npy file: another .npy file, or text with one key a line."
     )
     table: str | None = Field(
         None,
         pattern=r"^[^.]+\.[^.]+$",
-        description="schema.table with the key column, indexed, and `embedding`: vector, halfvec or an array;"
+        description="schema.table with the key column (indexed) and `embedding` (vector, halfvec or array);"
         " `text_hash` or `text` as in a file.",
     )
     url: str | None = Field(
-        None, pattern=r"^https?://\S+$", description="Address of an OpenAI-compatible endpoint, …/v1/embeddings."
+        None, pattern=r"^https?://\S+$", description="OpenAI-compatible endpoint, …/v1/embeddings."
     )
-    model: str | None = Field(None, description="Name of the endpoint's model.")
+    model: str | None = Field(None, description="The endpoint's model.")
     api_key_env: str | None = Field(
         None,
         pattern=r"^\w+$",
-        description="Environment variable that holds the endpoint's key; the key never stands here.",
+        description="Environment variable that holds the endpoint's key.",
     )
     send_dimensions: bool = Field(False, description="Ask the endpoint for vector.dimension dimensions.")
-    request_texts: int = Field(64, ge=1, le=2048, description="Texts of one request.")
-    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="Longest wait for one answer.")
+    request_texts: int = Field(64, ge=1, le=2048, description="Texts per request.")
+    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="Timeout of one request.")
     request_tries: int = Field(
-        6, ge=1, le=100, description="Tries of one request, after 429, 5xx, a timeout or a lost connection."
+        6, ge=1, le=100, description="Tries per request after 429, 5xx, a timeout or a lost connection."
     )
-    parallel_requests: int = Field(4, ge=1, le=64, description="Requests under way at once.")
+    parallel_requests: int = Field(4, ge=1, le=64, description="Concurrent requests.")
     batch_rows: int | None = Field(
         None,
         ge=1,
         le=50_000,
-        description="Rows embedded and copied in one transaction; 1000 from a model, 5000 from a file or table.",
+        description="Rows per COPY transaction; by default 1000 from a model, 5000 from a file or table.",
     )
     normalise: bool = Field(
         False,
-        description="Bring every vector, of rows and of queries, to length 1: for inner_product and l2 with a model"
-        " whose lengths mean nothing. Cosine leaves lengths out by itself.",
+        description="Scale all vectors, also of queries, to length 1; for l2 and inner_product when the model's"
+        " lengths carry no meaning.",
     )
     accept_refused_rows: int = Field(
         0,
         ge=0,
-        description="Rows of a file or table that may be refused (key unknown or twice, older text, unsound vector)"
-        " without failing the gate, where every row with text has its vector all the same.",
+        description="Rows of a file or table that may be rejected (unknown or duplicate key, older text, unsound"
+        " vector), provided every row with text still gets a vector.",
     )
     refresh_tries: int = Field(
         3, ge=1, le=100, description="Tries to embed a changed row before it is set aside with its error."
@@ -202,19 +208,19 @@ class Embeddings(Section):
 
 
 class Masking(Section):
-    """What is taken out of a text before it leaves for the model."""
+    """What is removed from a text before it leaves for the model."""
 
     rules: list[Literal["email", "phone", "card", "iban", "ip", "token"]] = Field(
-        [], description="Shapes replaced by placeholders such as <email>."
+        [], description="Patterns replaced by placeholders such as <email>."
     )
-    patterns: dict[ShortName, str] = Field(
-        {}, description="Own rules: a name, which becomes the placeholder, and a regular expression."
-    )
+    patterns: dict[ShortName, str] = Field({}, description="Your own: placeholder name and regular expression.")
     named_entities: bool = Field(
-        False, description="Names of people and places too, through presidio-analyzer (extra `masking`)."
+        False, description="Also mask names of people and places; needs presidio-analyzer (extra `masking`)."
     )
     phone_region: str | None = Field(
-        None, pattern=r"^[A-Z]{2}$", description="Country of phone numbers without +; only those with + if not given."
+        None,
+        pattern=r"^[A-Z]{2}$",
+        description="Country for phone numbers without +; unset, only numbers with + are masked.",
     )
 
     @field_validator("patterns")
@@ -231,11 +237,11 @@ class Masking(Section):
 
 
 class Legacy(Section):
-    """The search of today."""
+    """Today's search."""
 
     query: str = Field(
-        description="The statement of today, best answer first; :query and :k stand for the text and the number"
-        ' of rows wanted, :<filter> or :"<filter>" for the value of a filter or NULL. It must return the key column.'
+        description="Today's statement, best answer first, returning the key column. :query and :k are the text and"
+        ' row limit; :<filter> or :"<filter>" is a filter\'s value or NULL.'
     )
 
     @field_validator("query")
@@ -251,9 +257,9 @@ class Legacy(Section):
 class SeenAs(Section):
     """A caller from whom the table's row level security keeps rows."""
 
-    role: Name = Field(description="The role; the runbook's own must be a member of it.")
-    settings: dict[str, str] = Field({}, description="Settings that the policies read, as the application sets them.")
-    filters: dict[str, str] = Field({}, description="Filters that it passes, with their values.")
+    role: Name = Field(description="The role; the runbook's role must be a member.")
+    settings: dict[str, str] = Field({}, description="Settings that its policies read.")
+    filters: dict[str, str] = Field({}, description="Filters it passes, with values.")
 
     def __str__(self) -> str:
         given = [f"{name} = {value}" for name, value in {**self.settings, **self.filters}.items()]
@@ -263,36 +269,31 @@ class SeenAs(Section):
 class Search(Section):
     """The function that the application calls."""
 
-    function: Name | None = Field(None, description="Its name, in the table's schema; search_<target> if not given.")
-    grant_to: list[Name] = Field([], description="Roles that may call the function.")
+    function: Name | None = Field(None, description="Its name; search_<target> by default.")
+    grant_to: list[Name] = Field([], description="Roles that may call it.")
     seen_as: list[SeenAs] = Field(
         [],
-        description="Callers as whom recall is measured where the table has row level security: role, settings that"
-        " its policies read, filters. Roles of grant_to that are not named here are measured without either.",
+        description="With row level security: callers to measure recall as. Roles in grant_to that are not listed are"
+        " measured without settings or filters.",
     )
-    fulltext_column: Name | None = Field(
-        None, description="A tsvector column; the hybrid route needs one, or fulltext_expression."
-    )
+    fulltext_column: Name | None = Field(None, description="A tsvector column, for the hybrid route.")
     fulltext_expression: str | None = Field(
         None,
-        description="In place of a column: the tsvector as an expression over the row, as a GIN or GiST index on the"
-        " table has it, such as to_tsvector('english', body).",
+        description="Instead of a column: the tsvector expression of a GIN or GiST index, such as"
+        " to_tsvector('english', body).",
     )
-    fulltext_config: Name = Field("english", description="Text search configuration of that column or expression.")
+    fulltext_config: Name = Field("english", description="Its text search configuration.")
     hybrid_candidates: int = Field(100, ge=10, le=1000, description="Rows that each half of hybrid contributes.")
     read_dsn_env: str | None = Field(
-        None, description="Environment variable with the DSN of a streaming replica, where searches are measured."
+        None, description="Environment variable with the DSN of a streaming replica to measure on."
     )
-    read_wait_s: float = Field(
-        60.0, gt=0, le=86_400, description="Longest wait until that replica has replayed what the primary wrote."
-    )
+    read_wait_s: float = Field(60.0, gt=0, le=86_400, description="Longest wait for that replica to catch up.")
     mode: Literal["function", "application"] = Field(
-        "function", description="Who holds the new query: the search function, or the application in its own SQL."
+        "function", description="Who holds the new query: the search function, or the application's own SQL."
     )
     application_query: str | None = Field(
         None,
-        description="mode application: the statement that the application will send, whose plan is proved; :query,"
-        " :embedding, :k and :<filter> stand for its values.",
+        description="For mode application: its statement, with :query, :embedding, :k and :<filter>.",
     )
 
     @field_validator("read_dsn_env")
@@ -328,24 +329,24 @@ class Search(Section):
 
 
 class Queries(Section):
-    """Representative queries, and judgements where there are any."""
+    """Representative queries, and judgements if you have them."""
 
     file: AnyPath = Field(description='JSON lines: {"query_id": …, "text": …}.')
     judgements: AnyPath | None = Field(None, description='JSON lines: {"query_id": …, "key": …, "relevance": …}.')
     embeddings: AnyPath | None = Field(
         None,
-        description="Vectors of these queries, made by the model that made the file or table: Parquet, Arrow, JSON"
+        description="Vectors of these queries, if the rows' vectors come from a file or table: Parquet, Arrow, JSON"
         " lines or CSV with `query_id` and `embedding`.",
     )
     k: int = Field(10, ge=1, le=100, description="Answers that the application shows.")
-    sample: int = Field(200, ge=10, le=10_000, description="Queries that are timed and compared, chosen by hash.")
+    sample: int = Field(200, ge=10, le=10_000, description="Queries to time and compare, picked by hash.")
     judged_sample: int = Field(
-        1000, ge=10, le=100_000, description="Judged queries that measure relevance, likewise."
+        1000, ge=10, le=100_000, description="Judged queries that measure relevance, picked likewise."
     )
     baseline_minutes: float = Field(
         10,
         gt=0,
         le=10_080,
-        description="Time that the legacy search may be asked for in 10_baseline, and again in 80_shadow; queries"
-        " that do not fit into it are left out of every comparison.",
+        description="Time limit for asking the legacy search in 10_baseline, and again in 80_shadow; queries beyond"
+        " it are left out of every comparison.",
     )

@@ -13,7 +13,7 @@ from runbook_lib.params.model import Params
 
 
 def rows() -> list[tuple[str, str, str, str]]:
-    """Every parameter as (key, type, default, description), in the order of the model; for the documents."""
+    """Every parameter as (key, type, default as JSON or ``required``, description), in the order of the model."""
     found: list[tuple[str, str, str, str]] = []
     for section_name, section in Params.model_fields.items():
         model = typing.cast(type[BaseModel], section.annotation)
@@ -27,7 +27,7 @@ def rows() -> list[tuple[str, str, str, str]]:
 def _type_name(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
-        return " | ".join(map(str, args))
+        return "|".join(map(str, args))
     if origin is Annotated:
         return _type_name(args[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -39,11 +39,11 @@ def _type_name(annotation: Any) -> str:
     if origin is dict:
         return f"{_type_name(args[1])}, or phase: {_type_name(args[1])}"
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(_type_name(a) for a in args if a is not type(None))
+        return "|".join(_type_name(a) for a in args if a is not type(None))
     return {
         "str": "text",
-        "int": "whole number",
+        "int": "integer",
         "float": "number",
         "Path": "path",
-        "bool": "true | false",
+        "bool": "true|false",
     }.get(getattr(annotation, "__name__", ""), str(annotation))

@@ -18,9 +18,9 @@ EVERY_PHASE = "every_phase"
 
 
 class Approval(Section):
-    """Phases and operations that wait for a second person."""
+    """Steps that need a second person."""
 
-    phases: list[str] = Field([], description="Those that wait for `runbook approve` by another database user.")
+    phases: list[str] = Field([], description="They wait for `runbook approve` by another database user.")
 
     @field_validator("phases")
     @classmethod
@@ -43,19 +43,19 @@ def _for_every_phase(value: Any) -> Any:
 
 
 class Run(Section):
-    """When phases may run, and for how long."""
+    """When steps may run, and for how long."""
 
     phase_timeout_minutes: Annotated[dict[str, Minutes], BeforeValidator(_for_every_phase)] = Field(
-        {}, description="A phase that takes longer is interrupted: one number for every phase, or phase: number."
+        {}, description="Interrupt a step that takes longer: one number for all, or one each."
     )
     window: str | None = Field(
         None,
         pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$",
-        description='Phases that change something start, and long ones go on, only in these hours: "22:00-05:00".',
+        description='Hours in which steps that change something may start and continue, such as "22:00-05:00".',
     )
-    time_zone: str = Field("UTC", description="Time zone of the window, for instance Europe/Berlin.")
+    time_zone: str = Field("UTC", description="Of the window, such as Europe/Berlin.")
     outside_window: Literal["wait", "stop"] = Field(
-        "wait", description="Outside the window, wait until it opens, or stop with exit code 3."
+        "wait", description="Outside these hours, wait or stop with exit code 3."
     )
 
     @field_validator("phase_timeout_minutes")
@@ -86,13 +86,13 @@ class Run(Section):
 
 
 class Notify(Section):
-    """Who hears of a gate that did not pass, a sign-off that is wanted, and the end of a run."""
+    """Who is told that a gate did not pass, a sign-off is needed or a run has ended."""
 
-    command: list[str] = Field([], description="Program and arguments; gets the event as JSON on standard input.")
+    command: list[str] = Field([], description="Program and arguments; receives the event as JSON on standard input.")
     webhook_env: str | None = Field(
-        None, description="Name of the environment variable that holds a URL; the event is sent there by POST."
+        None, description="Environment variable that holds a URL; the event is sent by POST."
     )
-    timeout_s: float = Field(10.0, gt=0, le=120, description="How long either may take.")
+    timeout_s: float = Field(10.0, gt=0, le=120, description="Timeout of either.")
 
     @field_validator("webhook_env")
     @classmethod
@@ -108,15 +108,14 @@ class Record(Section):
     runs_dir: AnyPath = Field(Path("runs"), description="Folder of the runs, relative to the params file.")
     readable_by: Literal["owner", "group", "everyone"] = Field(
         "owner",
-        description="Who may read the record, which quotes rows: the user who runs it, the group too, or everybody on"
-        " the machine; never more than the umask allows.",
+        description="Who may read records, which quote rows: you, your group, or everyone, within the umask.",
     )
 
     keep: int | None = Field(
         None,
         ge=1,
-        description="Records of passed refreshes, and of passed watches, that are kept; older folders are removed,"
-        " their rows stay in the ledger. All if not given.",
+        description="Records of passed refreshes and checks to keep; older folders are removed, their ledger rows"
+        " stay. All if unset.",
     )
 
     @property

@@ -46,6 +46,14 @@ EXIT_CODES = {
     Status.CRASHED: 4,
 }
 BAD_INPUT = 2
+# What each exit code means, and what a scheduler does about it; help and documents read it here.
+MEANINGS = {
+    0: ("every gate passed (or the plan was made)", "nothing"),
+    1: ("a gate did not pass", "alerts someone; rerunning is safe"),
+    2: ("bad parameters, or another run holds the target; nothing was started", "alerts someone"),
+    3: ("waits for approval, or for the maintenance window", "alerts the approver, reruns later"),
+    4: ("interrupted, crashed, or the record is incomplete", "reruns the same command to resume"),
+}
 
 SYMBOLS = {
     Status.PENDING: "·",

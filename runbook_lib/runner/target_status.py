@@ -17,7 +17,7 @@ from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION, no
 from runbook_lib.params import Params
 from runbook_lib.runner import manifest, selection
 
-DOCUMENTS = {"dba": "For DBAs", "parameters": "Parameters", "locks": "Locks", "troubleshooting": "Troubleshooting"}
+DOCUMENTS = {"guide": "Guide and messages", "operations": "Operations", "reference": "Parameters and locks"}
 MOST_RECORDS = 10
 
 
