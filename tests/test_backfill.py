@@ -220,7 +220,7 @@ def _closes_after(monkeypatch: pytest.MonkeyPatch, looks: int, answers: int) -> 
     """The maintenance window is open for so many looks, then shut for so many."""
     asked = iter(range(1000))
     shut = range(looks, looks + answers)
-    monkeypatch.setattr(throttle.window, "is_open", lambda params, now=None: next(asked) not in shut)
+    monkeypatch.setattr(throttle.maintenance_window, "is_open", lambda params, now=None: next(asked) not in shut)
 
 
 def test_the_window_that_closes_ends_the_backfill_where_the_run_is_to_stop(
@@ -232,7 +232,7 @@ def test_the_window_that_closes_ends_the_backfill_where_the_run_is_to_stop(
         _closes_after(patch, 1, 2)
         with pytest.raises(OutsideWindow, match="22:00-05:00"):
             backfill.apply(phase)
-        patch.setattr(throttle.window, "is_open", lambda params, now=None: True)
+        patch.setattr(throttle.maintenance_window, "is_open", lambda params, now=None: True)
         backfill.apply(phase)
     assert assert_every_row_has_the_vector_of_its_text(articles) == toy.ROWS
 
@@ -242,7 +242,7 @@ def test_the_wait_for_the_window_is_no_pause_that_is_too_long(
 ) -> None:
     phase = loaded(run={"window": "22:00-05:00"}, health={"longest_pause_minutes": 1})
     monkeypatch.setattr(workers, "SECONDS_BETWEEN_LOOKS", 0.01)
-    monkeypatch.setattr(throttle.window, "enter", lambda params: 3600.0)
+    monkeypatch.setattr(throttle.maintenance_window, "enter", lambda params: 3600.0)
     _closes_after(monkeypatch, 0, 1)
     backfill.apply(phase)
     recorded = phase.ledger.latest("backfill")

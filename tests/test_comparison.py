@@ -83,6 +83,25 @@ def test_searches_that_both_read_a_small_table_whole_are_not_told_apart_by_chanc
     assert comparison._index_pays({"systems": slower}).verdict == "FAIL"
 
 
+def test_a_table_read_whole_for_another_cause_is_no_excuse(
+    tuned: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = tuned()
+    articles.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'articles_embedding_hnsw'::regclass")
+    comparison.shadow(phase)
+    recorded = phase.ledger.latest("shadow")
+    assert recorded is not None and recorded["vector_reads_the_index"] is False
+    slower = {"vector": {"p50_ms": 28.0}, "exact": {"p50_ms": 26.66}}
+    assert str(comparison._index_pays(recorded | {"systems": slower})) == (
+        "FAIL    compare.vector_is_not_slower_than_exact   vector\n"
+        "  found   p50 28.00 ms, exact 26.66 ms; vector does not read the index: articles_embedding_hnsw is invalid:"
+        " a build did not finish\n"
+        "  needed  at most 26.66 ms\n"
+        "  danger  the index costs writes and gains nothing\n"
+        "  do      DROP INDEX CONCURRENTLY articles_embedding_hnsw; then run 60_build_index with execute: true"
+    )
+
+
 def test_without_judgements_agreement_and_a_sheet_stand_in_their_place(
     tuned: Callable[..., Phase], tmp_path: Path
 ) -> None:

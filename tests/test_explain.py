@@ -113,6 +113,24 @@ def test_3_the_operator_of_another_class(ask: Callable[..., str]) -> None:
     )
 
 
+@pytest.mark.parametrize("operator", ['OPERATOR("public".<->)', "operator ( public . <-> )"])
+def test_3_an_operator_is_written_with_its_schema_again(ask: Callable[..., str], operator: str) -> None:
+    served = operator.replace("<->", "<=>")
+    assert ask(f"SELECT id FROM articles ORDER BY embedding {operator} $1 LIMIT $2") == message(
+        f"Seq Scan articles; sorted by {operator}; vector_cosine_ops serves <=>",
+        f"send instead: SELECT id FROM articles ORDER BY embedding {served} :embedding LIMIT :k",
+    )
+
+
+def test_3_an_operator_of_a_schema_off_the_path_keeps_it(ask: Callable[..., str]) -> None:
+    moved = ('CREATE SCHEMA "50% off"', 'ALTER EXTENSION vector SET SCHEMA "50% off"')
+    keys = 'embedding OPERATOR("50% off".<=>) $1'
+    assert ask(f"SELECT id FROM articles ORDER BY 1 - ({keys}) DESC LIMIT $2", *moved) == message(
+        f"Seq Scan articles; the distance stands inside an expression, 1 - ({keys}) DESC",
+        'send instead: SELECT id FROM articles ORDER BY embedding OPERATOR("50% off".<=>) :embedding LIMIT :k',
+    )
+
+
 @pytest.mark.parametrize(
     ("keys", "shown"),
     [

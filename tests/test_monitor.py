@@ -136,7 +136,9 @@ def test_a_large_table_is_sampled_and_says_so(tuned: Callable[..., Phase], artic
     )
     articles.execute("ANALYZE articles")
     gate = next(monitor._rows_are_fresh(phase, True))
-    assert gate.found.endswith("rows with text in a sample of about 3,201 lack a vector and are not queued")
+    assert gate.found.endswith(
+        "rows with text in a sample of the table's about 3,201 rows lack a vector and are not queued"
+    )
     assert 0 < gate.figures["looked_at"] < 3201 and gate.figures["whole_table"] is False
 
 

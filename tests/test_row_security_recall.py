@@ -10,7 +10,7 @@ import pytest
 
 from runbook_lib.core.gates import Verdict
 from runbook_lib.core.phase import Phase
-from runbook_lib.migrate import build_index, policies, row_security_recall
+from runbook_lib.migrate import build_index, inputs, policies, row_security_recall
 from runbook_lib.search import search_function
 from tests.opened import write
 
@@ -26,14 +26,14 @@ def tenants(articles: Connection) -> Iterator[Connection]:
     """Forty tenants of five rows; a role sees those of the tenant that it says it is."""
     articles.execute(
         f"""UPDATE articles SET views = id % 40;
-        CREATE ROLE {ROLE} LOGIN; GRANT SELECT ON articles TO {ROLE};
+        CREATE ROLE {ROLE} LOGIN; CREATE ROLE {ROLE}_other; GRANT SELECT ON articles TO {ROLE};
         CREATE POLICY of_tenant ON articles USING (views = current_setting('app.tenant')::int);
         ALTER TABLE articles ENABLE ROW LEVEL SECURITY"""
     )
     try:
         yield articles
     finally:
-        articles.execute(f"DROP OWNED BY {ROLE}; DROP ROLE {ROLE}")
+        articles.execute(f"DROP OWNED BY {ROLE}, {ROLE}_other CASCADE; DROP ROLE {ROLE}, {ROLE}_other")
 
 
 @pytest.fixture
@@ -94,6 +94,26 @@ def test_without_a_role_it_is_unknown_and_without_policies_there_is_no_gate(
     assert list(row_security_recall.gates(phase, 0.9)) == []
 
 
+def test_a_role_that_is_not_there_is_unknown_and_named_before_the_start(indexed: Callable[..., Phase]) -> None:
+    phase = indexed({"role": "gone", "settings": {"app.tenant": "7"}}, grant_to=())
+    (gate,) = row_security_recall.gates(phase, 0.9)
+    assert str(gate) == (
+        "UNKNOWN policies.recall_holds_for_callers   gone (app.tenant = 7)\n"
+        "  found   not measured: there is no such role\n"
+        "  needed  0.900, measured as a role on which the table's policies hold\n"
+        "  danger  whoever sees few rows would miss answers that an exact search of those rows finds\n"
+        "  do      correct its name in search.grant_to or search.seen_as, or CREATE ROLE first"
+    )
+    (gate,) = (g for g in inputs.check(phase.connection, phase.params).failed if "roles_exist" in g.name)
+    assert str(gate) == (
+        "FAIL    inputs.granted_roles_exist   search.grant_to and search.seen_as\n"
+        "  found   no such role: gone\n"
+        "  needed  roles of this server\n"
+        "  danger  the application could not call the function, nor could recall be measured as it sees the table\n"
+        "  do      correct their names, or CREATE ROLE first"
+    )
+
+
 @pytest.mark.attack
 def test_the_table_kept_after_a_swap_must_be_as_closed_as_the_one_that_serves(
     open_phase: Callable[..., Phase], tenants: Connection
@@ -115,6 +135,28 @@ def test_the_table_kept_after_a_swap_must_be_as_closed_as_the_one_that_serves(
         "articles alone: SELECT (id) to one_tenant; articles alone: policy of_tenant TO PUBLIC USING (views = 0);"
         " articles_whole alone: SELECT to one_tenant; articles_whole alone: policy of_tenant TO PUBLIC USING"
         " (views = (current_setting('app.tenant'::text))::integer)"
+    )
+
+
+@pytest.mark.attack
+def test_what_two_grantors_gave_on_one_table_alone_is_found_and_so_is_the_right_to_grant_a_column(
+    open_phase: Callable[..., Phase], tenants: Connection
+) -> None:
+    phase = open_phase()
+    tenants.execute(
+        f"""CREATE TABLE runbook.articles_move (); CREATE TABLE articles_whole (LIKE articles);
+        GRANT SELECT ON articles_whole TO {ROLE}; ALTER TABLE articles_whole ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY of_tenant ON articles_whole USING (views = current_setting('app.tenant')::int);
+        GRANT INSERT ON articles TO {ROLE}_other WITH GRANT OPTION; GRANT INSERT ON articles TO {ROLE};
+        SET ROLE {ROLE}_other; GRANT INSERT ON articles TO {ROLE}; RESET ROLE;
+        GRANT UPDATE (id) ON articles, articles_whole TO {ROLE};
+        GRANT UPDATE (id) ON articles TO {ROLE} WITH GRANT OPTION"""
+    )
+    (gate,) = policies.check(phase.connection, phase.params)
+    assert gate.found == (
+        "articles alone: INSERT to one_tenant; articles alone: INSERT to one_tenant_other WITH GRANT OPTION;"
+        " articles alone: UPDATE (id) to one_tenant WITH GRANT OPTION;"
+        " articles_whole alone: UPDATE (id) to one_tenant"
     )
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import dict_row
 
 from runbook_lib.benchmark import comparison
 from runbook_lib.core import conninfo_masking, db, session
-from runbook_lib.core.gates import BadInput, Gate
+from runbook_lib.core.gates import BadInput, Gate, RunbookError
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import (
     application_settings,
@@ -214,6 +216,34 @@ def test_pgvector_is_found_in_a_schema_that_others_may_create_in(
         articles.execute(sql.SQL("DROP OWNED BY {r}; DROP ROLE {r}").format(r=role))
 
 
+def test_who_may_not_use_the_schema_of_pgvector_is_told_which_grant_is_missing(
+    articles: psycopg.Connection[Any], database: str
+) -> None:
+    role = f"poor_{articles.info.dbname}"
+    articles.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        own = make_conninfo(database, user=role)
+        with psycopg.connect(own, autocommit=True, row_factory=dict_row) as connection:
+            session.begin(connection, "public", "articles", lock_timeout_ms=1000)
+            with pytest.raises(RunbookError) as error:
+                session.register_vector(connection)
+            assert error.value.found == f"database {articles.info.dbname} has no pgvector"
+            articles.execute('CREATE SCHEMA "of others"; CREATE EXTENSION vector SCHEMA "of others"')
+            with pytest.raises(RunbookError) as error:
+                session.register_vector(connection)
+            grant = f'GRANT USAGE ON SCHEMA "of others" TO {role};'
+            assert str(error.value) == (
+                f"\n  found   {role} lacks USAGE on schema of others, which pgvector is installed in\n"
+                "  needed  USAGE, for its types and operators\n"
+                "  danger  no vector can be sent or read; nothing was changed\n"
+                f"  do      have its owner or a superuser run: {grant}"
+            )
+            articles.execute(grant)
+            session.register_vector(connection)
+    finally:
+        articles.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
 def test_a_setting_that_keeps_the_application_from_the_index_is_found_by_check(
     articles: psycopg.Connection[Any], make_params: Callable[..., Any]
 ) -> None:
@@ -251,13 +281,13 @@ def test_settings_that_the_applications_own_query_would_have_are_found(
         assert told().found == "none of pgvector's, and no switch of the planner"
         for owner, setting in (
             (f"DATABASE {database}", "hnsw.ef_search = 10"),
-            (f"ROLE {reader}", "enable_seqscan = off"),
+            (f"ROLE {reader}", "enable_seqscan = no"),
         ):
             articles.execute(f"ALTER {owner} SET {setting}")
         before = told()
         assert (before.verdict, before.found, before.needed) == (
             "PASS",
-            f"ALTER ROLE {reader} SET enable_seqscan = off; ALTER DATABASE {database} SET hnsw.ef_search = 10",
+            f"ALTER ROLE {reader} SET enable_seqscan = no; ALTER DATABASE {database} SET hnsw.ef_search = 10",
             "to be known: 70_tune will say with which settings it measured",
         )
         phase = open_phase("70_tune")
@@ -265,12 +295,21 @@ def test_settings_that_the_applications_own_query_would_have_are_found(
         extension.apply(phase)
         for statement in search_function.set_search_setting(phase, 80):
             articles.execute(statement.query, statement.values)
-        after = told()
-        assert (after.verdict, after.found, after.do) == (
-            "FAIL",
-            f"ALTER DATABASE {database} SET hnsw.ef_search = 10",
-            f"let their owner run: ALTER DATABASE {database} SET hnsw.ef_search = 80",
+        assert str(told()) == (
+            "FAIL    inputs.application_searches_as_measured   settings of the database and of the application's"
+            " roles\n"
+            f"  found   ALTER ROLE {reader} SET enable_seqscan = no;"
+            f" ALTER DATABASE {database} SET hnsw.ef_search = 10\n"
+            "  needed  hnsw.ef_search = 80; hnsw.iterative_scan = strict_order; hnsw.max_scan_tuples = 20000;"
+            " enable_seqscan = on\n"
+            "  danger  the application's own query has these settings, and with them another recall and another time"
+            " than those that were measured\n"
+            f"  do      let their owner run: ALTER ROLE {reader} SET enable_seqscan = on;"
+            f" ALTER DATABASE {database} SET hnsw.ef_search = 80"
         )
+        articles.execute(f"ALTER ROLE {reader} SET enable_seqscan = 'yes'; ALTER ROLE {reader} SET enable_sort = 1")
+        after = told()
+        assert (after.verdict, after.found) == ("FAIL", f"ALTER DATABASE {database} SET hnsw.ef_search = 10")
         articles.execute(f"ALTER ROLE {reader} IN DATABASE {database} SET hnsw.ef_search = 80")
         assert told(grant_to=[reader]).verdict == "PASS", "a role's own setting is stronger than the database's"
         assert told().verdict == "FAIL", "for another role the database's still holds"

@@ -97,6 +97,8 @@ def test_the_interval_is_never_certain_and_knows_that_misses_come_together() -> 
         ({}, True),
         ({"low": 0.94}, False),
         ({"worst": 0.9}, False),
+        # Equal but for what floating point makes of it.
+        ({"low": 0.97 - 0.02, "worst": 0.97 - 0.02}, True),
         ({"rows_short": 1}, False),
         ({"low": 0.94, "plan": "whole table"}, True),
         ({"low": 0.94, "plan": "vector index, whole table"}, False),

@@ -7,15 +7,12 @@ from typing import Literal
 
 from psycopg import sql
 
-from runbook_lib.backfill import hot_forecast
-from runbook_lib.backfill.hot_forecast import TOAST_POINTER, Sampled
+from runbook_lib.backfill.update_effects import Effects, found_room
 from runbook_lib.core import db, query_plan, versions
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import BadInput, Gate, Verdict
-from runbook_lib.core.names import identifier, names, spelled, verbatim
+from runbook_lib.core.names import added_columns, identifier, names, spelled, verbatim
 from runbook_lib.core.phase import Phase
-from runbook_lib.indexes.forecast import TOAST_THRESHOLD
-from runbook_lib.migrate.expand_schema import added_columns
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -26,6 +23,8 @@ Strategy = Literal["page_interleaved", "key_ranges", "side_table"]
 
 # Below this share of updates that stay on their page, ranking the rows of a page costs more than it saves.
 LEAST_HOT_SHARE = 0.3
+# PostgreSQL's TOAST_TUPLE_THRESHOLD with pages of eight kilobytes, and what stays in the row of a value beyond it.
+TOAST_THRESHOLD, TOAST_POINTER = 2032, 18
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,10 @@ class Relation:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was picked and why. hot_share: forecast share of updates that stay on their page, 0 to 1."""
+    """What was picked and why."""
 
     strategy: Strategy
     reason: str
-    hot_share: float
 
     def __str__(self) -> str:
         return f"{self.strategy}: {self.reason}"
@@ -57,45 +55,32 @@ def relations(phase: Phase) -> list[Relation]:
     return [Relation(**{**r, "slow_indexes": tuple(r["slow_indexes"])}) for r in found]
 
 
-def pick(params: Params, server_version: int, found: list[Relation], sampled: Sampled | None) -> Choice:
-    """The strategy for these relations; ``sampled``: what blocks of the largest told, None where the planner does not
-    read a range of blocks as such.
+def pick(
+    params: Params, server_version: int, found: list[Relation], *, reads_ranges: bool, tried: Effects | None = None
+) -> Choice:
+    """The strategy for these relations. reads_ranges: the planner reads a range of blocks as such. tried: the trial
+    of the UPDATE; it only informs, since the first windows show what stays on its page.
 
     Raises BadInput where the parameters ask for what the server cannot do.
     """
-    largest = _largest(found)
     if params.target.distributed:
-        return Choice("key_ranges", "the table is distributed: its pages lie on other servers", 0.0)
-    if largest is None or sampled is None:
+        return Choice("key_ranges", "the table is distributed: its pages lie on other servers")
+    largest = max(found, key=lambda r: r.blocks, default=None)
+    if largest is None or not reads_ranges:
         why = _why_no_ranges(server_version, largest)
         if params.backfill.strategy == "page_interleaved":
             raise BadInput([_impossible(why)])
-        return Choice("key_ranges", why, 0.0)
-    share = sampled.hot_share
-    forecast = f"{share:.0%} of the updates are forecast to stay on their page and touch no index"
+        return Choice("key_ranges", why)
+    forecast = f"; {number(tried.rows)} rows tried, {found_room(tried)}" if tried and tried.rows else ""
     if params.backfill.strategy != "auto":
-        return Choice(params.backfill.strategy, f"asked for by backfill.strategy; {forecast}", share)
-    if sampled.rows == 0:
-        return Choice("key_ranges", "no row that wants a vector was found in the blocks looked at", share)
+        return Choice(params.backfill.strategy, f"asked for by backfill.strategy{forecast}")
     if largest.indexes <= 1:
-        return Choice("key_ranges", "the table has no index but its key's, so a row that moves costs little", share)
-    if share < LEAST_HOT_SHARE:
-        return Choice(
-            "key_ranges", f"rows of {number(sampled.row_bytes)} bytes leave no room: only {forecast}", share
-        )
+        return Choice("key_ranges", "the table has no index but its key's, so a row that moves costs little")
     slow = f", {' and '.join(sorted(set(largest.slow_indexes)))} among them" if largest.slow_indexes else ""
-    return Choice("page_interleaved", f"{forecast}, and the table has {largest.indexes} indexes{slow}", share)
-
-
-def _largest(found: list[Relation]) -> Relation | None:
-    return max(found, key=lambda r: r.blocks) if found else None
-
-
-def _sampled(phase: Phase, found: list[Relation], *, reads_ranges: bool) -> Sampled | None:
-    largest = _largest(found)
-    if largest is None or not reads_ranges or phase.params.target.distributed:
-        return None
-    return hot_forecast.look(phase, largest.part, largest.blocks)
+    return Choice(
+        "page_interleaved",
+        f"the table has {largest.indexes} indexes{slow}{forecast}; the first windows show how many stay",
+    )
 
 
 def _why_no_ranges(server_version: int, largest: Relation | None) -> str:
@@ -118,21 +103,12 @@ def _impossible(why: str) -> Gate:
     )
 
 
-def choose(phase: Phase) -> Choice:
+def choose(phase: Phase, tried: Effects | None = None) -> Choice:
     """Looks at the table, asks the planner, and picks."""
     found = relations(phase)
     version = phase.connection.info.server_version
     ranges = versions.scans_ranges_of_blocks(version) and all(_reads_ranges(phase, r.part) for r in found)
-    return pick(phase.params, version, found, _sampled(phase, found, reads_ranges=ranges))
-
-
-def expected_hot_share(phase: Phase) -> float:
-    """The forecast share of updates that touch no index, before the columns are there to ask the planner about."""
-    found = relations(phase)
-    version = phase.connection.info.server_version
-    ranges = versions.scans_ranges_of_blocks(version) and all(r.access_method == "heap" for r in found)
-    choice = pick(phase.params, version, found, _sampled(phase, found, reads_ranges=ranges))
-    return choice.hot_share if choice.strategy == "page_interleaved" else 0.0
+    return pick(phase.params, version, found, reads_ranges=ranges, tried=tried)
 
 
 def _reads_ranges(phase: Phase, part: str) -> bool:

@@ -104,7 +104,7 @@ def move(phase: Phase) -> Move:
 
     other = beside(p, WHOLE if standing(phase).serves == "p" else PARTS)
     extra = {"beside": other, "columns": listed("t"), "columns_beside": listed("b"), "written": listed()}
-    return Move(phase, extra | {"key_type": sql.SQL(key_type)})
+    return Move(phase, extra | {"key_type": verbatim(key_type)})
 
 
 @dataclass(frozen=True)

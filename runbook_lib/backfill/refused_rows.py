@@ -11,9 +11,8 @@ from runbook_lib.backfill import update_effects
 from runbook_lib.core import db
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import changing, names, spelled
+from runbook_lib.core.names import added_columns, changing, names, spelled
 from runbook_lib.core.phase import Phase
-from runbook_lib.migrate.expand_schema import added_columns
 from runbook_lib.sql import load
 
 SQL = load("backfill")

@@ -15,9 +15,8 @@ from runbook_lib.backfill import hooks, update_effects
 from runbook_lib.core import db
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import spelled, vectors_stand_beside
+from runbook_lib.core.names import added_columns, spelled, vectors_stand_beside
 from runbook_lib.core.phase import Phase
-from runbook_lib.migrate.expand_schema import added_columns
 
 KIND = "untouched"
 AGREED = "agreed_effects"

@@ -52,10 +52,12 @@ SIDE_TABLE = "set vector.layout: side_table, which updates no row of this table"
 
 @dataclass
 class Effects:
-    """What one UPDATE did. columns: rows changed, by column; written: what else, in words; opened: sequences and
-    foreign tables; fired: names of triggers; error: the server's own words, and the row that they were about."""
+    """What one UPDATE did. hot: rows whose new version found room on their page, and so touched no index; columns:
+    rows changed, by column; written: what else, in words; opened: sequences and foreign tables; fired: names of
+    triggers; error: the server's own words, and the row that they were about."""
 
     rows: int = 0
+    hot: int = 0
     kept: list[Any] = field(default_factory=list)
     columns: Counter[str] = field(default_factory=Counter)
     written: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -70,6 +72,7 @@ class Effects:
     def add(self, other: Effects) -> None:
         """Another sample's effects on top of these."""
         self.rows += other.rows
+        self.hot += other.hot
         self.kept += other.kept
         self.columns += other.columns
         self.written += other.written
@@ -203,7 +206,7 @@ def _more_and_more(bench: Bench, keys: Sequence[Any], hooks: Sequence[Hook]) -> 
             return effects, part.kept[:FIRST_ROWS]
         if part.touches and not touched:
             telling = keys[place - size : place]
-        if not hooks and not _tells_on_its_own(bench):
+        if place >= LEAST_ROWS and not hooks and not _tells_on_its_own(bench):
             break
         now = time.perf_counter()
         size = min(size * GROWTH, int((until - now) / max((now - started) / size, 1e-6)))
@@ -298,9 +301,11 @@ def count_written(bench: Bench, effects: Effects, expected: int) -> None:
     for row in bench.written():
         before = bench.counted.get(row["oid"], {})
         bench.counted[row["oid"]] = row
-        change = {verb: row[verb] - before.get(verb, 0) for verb in ("inserted", "updated", "deleted")}
+        change = {verb: row[verb] - before.get(verb, 0) for verb in ("inserted", "updated", "deleted", "hot")}
+        hot = change.pop("hot")
         if row["own"]:
             again += change.pop("updated")
+            effects.hot += hot
         for verb, n in change.items():
             if n:
                 effects.written[verb, f"in {row['relation']}"] += n
@@ -361,8 +366,14 @@ def _takes_every_row(params: Params, trial: Trial) -> Gate:
         needed="the UPDATE of the backfill gives each row its vector",
         danger="the backfill would stop at such a row, or never give it its vector",
         do=_instead(params, effects.error),
-        figures={"rows": effects.rows, "kept": len(effects.kept)},
+        figures={"rows": effects.rows, "kept": len(effects.kept), "hot": effects.hot},
     )
+
+
+def found_room(effects: Effects) -> str:
+    """How many of the rows tried stayed on their page. That is how the pages are before the backfill: going page by
+    page, each row that leaves makes room for the next, which a transaction that is rolled back cannot show."""
+    return f"{number(effects.hot)} of them without leaving their page (HOT), as the pages are now"
 
 
 def _taken(params: Params, trial: Trial) -> str:
@@ -372,7 +383,7 @@ def _taken(params: Params, trial: Trial) -> str:
     if not effects.rows:
         return "no row to try it on"
     if not effects.kept:
-        return f"{number(effects.rows)} rows tried, each took it; rolled back"
+        return f"{number(effects.rows)} rows tried, each took it, {found_room(effects)}; rolled back"
     by = " and ".join(str(h) for h, what in trial.alone if KEEPS in what)
     kept = some(effects.kept, SHOWN)
     found = f"{len(effects.kept)} of {effects.rows} rows tried did not take the vector: {params.target.key} {kept}"

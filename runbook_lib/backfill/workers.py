@@ -37,7 +37,8 @@ WINDOWS = load("windows")
 
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_CLAIMS = 0.2
-# After so many updates the forecast of the HOT share is held against what was measured.
+# After so many updates in windows that are done it is judged whether enough of them stay on their page. Within a
+# window the first pass, of rows that leave, would tell too little.
 UPDATES_OF_THE_PROBE = 2000
 # A worker says that it is alive so often within its lease.
 SIGNS_A_LEASE = 4
@@ -58,12 +59,21 @@ class Batch:
 
 
 @dataclass
+class Probe:
+    """Updates in windows that are done, and how many of them stayed on their page."""
+
+    rows: int = 0
+    hot: int = 0
+
+
+@dataclass
 class Board:
     """What the workers and the thread that watches them tell each other."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     hold: threading.Event = field(default_factory=threading.Event)
     batches: queue.SimpleQueue[Batch] = field(default_factory=queue.SimpleQueue)
+    windows: queue.SimpleQueue[Probe] = field(default_factory=queue.SimpleQueue)
     whole_windows: bool = False
     most_batch_rows: int | None = None
     rest_ms: int = 0
@@ -82,6 +92,7 @@ class Outcome:
     seconds: list[float] = field(default_factory=list)
     pauses: list[tuple[str, float]] = field(default_factory=list)
     samples: list[list[float]] = field(default_factory=list)
+    probe: Probe = field(default_factory=Probe)
     remark: str = ""
     refused: dict[Any, str] = field(default_factory=dict)
     seen: untouched.Seen = field(default_factory=untouched.Seen)
@@ -143,14 +154,26 @@ def _count(board: Board, outcome: Outcome, progress: Progress, choice: Choice) -
         outcome.put_off += batch.put_off
         outcome.seconds.append(batch.seconds)
         progress.add(batch.rows, f"{outcome.hot_share:.0%} of the updates touched no index", batch.at)
-    if choice.strategy == "page_interleaved" and not board.whole_windows and outcome.rows >= UPDATES_OF_THE_PROBE:
-        board.whole_windows = outcome.hot_share < min(LEAST_HOT_SHARE, choice.hot_share)
-        if board.whole_windows:
-            outcome.remark = (
-                f"only {outcome.hot_share:.0%} of the first updates stayed on their page, {choice.hot_share:.0%} were"
-                " forecast: an old snapshot, or a replica's, may hold dead rows; from here window by window"
-            )
-            print(f"  {outcome.remark}")
+    while not board.windows.empty():
+        window = board.windows.get()
+        outcome.probe.rows += window.rows
+        outcome.probe.hot += window.hot
+    if choice.strategy == "page_interleaved" and not board.whole_windows:
+        _judge(board, outcome)
+
+
+def _judge(board: Board, outcome: Outcome) -> None:
+    """Page by page is given up where too few rows stay on their page."""
+    probe = outcome.probe
+    if probe.rows < UPDATES_OF_THE_PROBE or probe.hot >= LEAST_HOT_SHARE * probe.rows:
+        return
+    board.whole_windows = True
+    outcome.remark = (
+        f"only {probe.hot / probe.rows:.0%} of the updates in the first windows stayed on their page: rows too long"
+        " for the room that others leave, or an old snapshot, or a replica's, holds dead rows; from here window by"
+        " window"
+    )
+    print(f"  {outcome.remark}")
 
 
 def _steer(connection: db.Connection, phase: Phase, board: Board, watch: health.Watch, pause: Pause) -> None:
@@ -195,6 +218,7 @@ class _Desk:
     window: Window
     witness: untouched.Witness | None
     rows: int = 0
+    probe: Probe = field(default_factory=Probe)
     seen: float = field(default_factory=time.monotonic)
 
     def may_go_on(self) -> bool:
@@ -222,10 +246,13 @@ def _work_on(desk: _Desk, paces: dict[bool, Pace]) -> None:
             batch = _update(desk, keys[done : done + rows])
             done += rows
             desk.rows += batch.rows
+            desk.probe.rows += batch.rows
+            desk.probe.hot += batch.hot
             desk.board.batches.put(batch)
             paces[first] = paces[first].after(batch.rows, batch.seconds)
             if desk.board.rest_ms:
                 desk.board.stop.wait(desk.board.rest_ms / 1000)
+    desk.board.windows.put(desk.probe)
     batch_ranges.close(desk.connection, desk.phase, desk.worker, desk.window, desk.rows)
 
 

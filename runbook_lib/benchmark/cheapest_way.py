@@ -14,7 +14,7 @@ from runbook_lib.benchmark.sweep import Measured, Way
 from runbook_lib.core import db
 from runbook_lib.core.names import identifier, names, spelled, vectors_stand_beside
 from runbook_lib.core.phase import Phase
-from runbook_lib.core.thresholds import apart, score
+from runbook_lib.core.thresholds import apart, at_least, score
 from runbook_lib.search import search_function
 
 # Questions that say whether a way is worth measuring in full.
@@ -146,7 +146,7 @@ def _choice(
     confirmed: list[Measured] = []
     for candidate in reached:
         confirmed.append(sweep.measure(phase, connection, candidate.way, held_out))
-        if confirmed[-1].recall >= target and not confirmed[-1].rows_short:
+        if at_least(confirmed[-1].recall, target) and not confirmed[-1].rows_short:
             break
     else:
         confirmed = confirmed[:1]

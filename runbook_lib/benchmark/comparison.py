@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from runbook_lib.benchmark import agreement, legacy_calls, relevance_measures, replica, slices
+from runbook_lib.benchmark import (
+    agreement,
+    explain,
+    legacy_calls,
+    plan_diagnosis,
+    relevance_measures,
+    replica,
+    slices,
+)
 from runbook_lib.benchmark.relevance_measures import Query
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, number
@@ -349,6 +357,7 @@ def shadow(phase: Phase) -> Comparison | Table:
     }
     answers = {name: figures["answers"] for name, figures in result.items()}
     found = _slices(phase, result) if judged else []
+    reads_index = _reads_the_index(phase)
     agreed = {name: agreement.agreement(answers["legacy"], answers[name], k) for name in result if name != "legacy"}
     phase.note(
         "shadow",
@@ -358,7 +367,8 @@ def shadow(phase: Phase) -> Comparison | Table:
             "timed": result["legacy"]["timed"],
             "winner": winner,
             "short": short,
-            "vector_reads_the_index": _reads_the_index(phase),
+            "vector_reads_the_index": reads_index,
+            "vector_cause": None if reads_index else asdict(explain.cause_in_the_function(phase)),
             "paired": _paired(result, route) if judged else None,
             "pairs": {name: _paired(result, name) for name in agreed} if judged else {},
             "slices": found,
@@ -521,21 +531,28 @@ def _scored(recorded: dict[str, Any], name: str) -> str:
 def _index_pays(recorded: dict[str, Any]) -> Gate:
     """That the index pays shows best in the median.
 
-    Where PostgreSQL answers both by reading a small table as a whole, which is faster is chance. Whether it should
-    read it so is judged in 70_tune.
+    Where the table is so small that PostgreSQL rightly answers both by reading it whole, which is faster is chance.
+    Where it reads a larger one whole, the cause is named.
     """
     new, exact = (recorded["systems"][name]["p50_ms"] for name in ("vector", "exact"))
-    alike = not recorded.get("vector_reads_the_index", True)
+    cause = recorded.get("vector_cause") or {}
+    alike = cause.get("name") == plan_diagnosis.TOO_SMALL
     shown, most = apart(new, max(exact, FAST_ENOUGH_MS), milliseconds)
     return gate(
         "compare.vector_is_not_slower_than_exact",
         alike or at_most(new, max(exact, FAST_ENOUGH_MS)),
         "vector",
         found=f"p50 {shown}, exact {exact:.2f} ms"
-        + ("; neither reads the index: so few rows are cheaper to read as a whole" if alike else ""),
+        + (
+            "; neither reads the index: so few rows are cheaper to read as a whole"
+            if alike
+            else f"; vector does not read the index: {cause['found']}"
+            if cause
+            else ""
+        ),
         needed=f"at most {most}"
         + (f" (below {FAST_ENOUGH_MS:g} ms the difference is noise)" if exact < FAST_ENOUGH_MS else ""),
         danger="the index costs writes and gains nothing",
-        do="look at the plan in 70_tune, at shared_buffers, and at the setting that was chosen",
+        do=cause.get("do") or "look at the plan in 70_tune, at shared_buffers, and at the setting that was chosen",
         figures={"p50_ms": new, "exact_p50_ms": exact},
     )

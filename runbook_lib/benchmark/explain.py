@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from runbook_lib.benchmark import plan_diagnosis, relevance_measures, replica
-from runbook_lib.benchmark.prepared import CALLS, Sent, call_prepared, plan_of, scans, vector_indexes
+from runbook_lib.benchmark.prepared import CALLS, Sent, call_prepared, plan_of, scans, use_setting, vector_indexes
 from runbook_lib.benchmark.vector_statement import bound
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import identifier, index_name, names, spelled
 from runbook_lib.core.phase import Phase
+from runbook_lib.core.thresholds import at_least
 from runbook_lib.embeddings import embedding
 from runbook_lib.indexes import partitions
 from runbook_lib.search import combined_filters, search_function
@@ -115,7 +116,7 @@ def _missed(phase: Phase, columns: list[str], value: str) -> str:
     for point in (p for c in own for p in c["points"]):
         if (point["scan"], point["candidates"], point["iterative_scan"], point["most_scanned"]) == way:
             target = phase.params.tune.target_recall
-            reached = min(point["low"], point["worst"]) >= target and not point["rows_short"]
+            reached = at_least(min(point["low"], point["worst"]), target) and not point["rows_short"]
             return "" if reached else f"the index finds {point['recall']:.3f} of their answers"
     return "what the index finds of their answers was not measured"
 
@@ -134,7 +135,7 @@ def as_the_application(phase: Phase) -> Iterator[db.Connection]:
         for setting in (state["settings"] or []) if state else []:
             name, _, value = setting.partition("=")
             if name != "search_path":
-                connection.execute(SQL["set"].compose({}), {"name": name, "value": value, "local": False})
+                use_setting(connection, name, value, local=False)
         yield connection
 
 
@@ -196,7 +197,7 @@ def _function_searches_by_index(phase: Phase, route: str) -> Gate:
             search_function.force_route(connection, p, route)
             call_prepared(connection, ("text", "real[]", "integer"), call, _values(phase))
             found = scans(connection, p, oids)
-    cause = None if found >= CALLS else _cause_in_the_function(phase)
+    cause = None if found >= CALLS else cause_in_the_function(phase)
     return gate(
         "explain.function_searches_by_the_index",
         cause is None or cause.name == plan_diagnosis.TOO_SMALL,
@@ -209,6 +210,7 @@ def _function_searches_by_index(phase: Phase, route: str) -> Gate:
     )
 
 
-def _cause_in_the_function(phase: Phase) -> plan_diagnosis.Cause:
+def cause_in_the_function(phase: Phase) -> plan_diagnosis.Cause:
+    """Why the vector query of the search function does not read the index, with the settings that it carries."""
     with as_the_application(phase) as connection:
         return plan_diagnosis.diagnose(phase, connection, function_query(phase), "custom")

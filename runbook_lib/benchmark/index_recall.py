@@ -15,6 +15,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.benchmark import explain, recall_at_k, relevance_measures, replica
+from runbook_lib.benchmark.prepared import use_setting
 from runbook_lib.benchmark.recall_at_k import Nearest
 from runbook_lib.benchmark.relevance_measures import Query
 from runbook_lib.core import db
@@ -105,7 +106,7 @@ def through(
         register_vector(connection)
         own = search_function.carried_settings(phase) if settings is None else settings
         for name, value in {**own, "enable_seqscan": "off", "enable_sort": "off", "jit": "off"}.items():
-            connection.execute(SQL["set"].compose({}), {"name": name, "value": value})
+            use_setting(connection, name, value, local=False)
         hidden = [] if _uses(connection, phase, asked, index) else others
         if hidden:
             answers = _ask_without(phase, connection, asked, index, hidden)

@@ -123,7 +123,7 @@ def cheapest_through_the_index(phase: Phase, asked: Sequence[Asked]) -> Measured
         for n in sorted(set(t.ef_search if method == "hnsw" else t.probes)):
             way = Way(scan, n, search_function.ITERATIVE[method][1], search_function.MOST_SCANNED_DEFAULT[method])
             screened = sweep.measure(phase, connection, way, asked[::2][: cheapest_way.SCREENED])
-            if screened.high < t.target_recall or screened.rows_short:
+            if not at_least(screened.high, t.target_recall) or screened.rows_short:
                 tried.append(screened)
                 continue
             tried.append(sweep.measure(phase, connection, way, asked[::2]))

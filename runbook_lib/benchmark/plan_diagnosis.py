@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import psycopg
-from psycopg import sql
 
 from runbook_lib.benchmark.prepared import SQL, Sent, plan_of, vector_indexes
 from runbook_lib.benchmark.vector_statement import VectorSearch, casts_without_dimension, find, named
@@ -149,15 +148,15 @@ def _changes(case: _Case) -> Iterator[Change]:
     p, index = case.params, case.index
     column, vector_type = p.vector.column, f"{p.vector.type}({p.vector.dimension})"
     distance = OPERATORS[p.vector.distance]
-    operator = index["operator"] or distance
+    served = index["operator"] or distance
     if not case.sent.is_the_applications:
-        vector_type, operator = spelled(p, "vector_type"), names.operator(p, operator).as_string()
+        vector_type = spelled(p, "vector_type")
 
     def changed(change: Callable[[VectorSearch], str]) -> Callable[[str], str | None]:
         def apply(text: str) -> str | None:
             now = find(text)
             result = change(now) if now else text
-            return result if result != text else None
+            return result if result.split() != text.split() else None
 
         return apply
 
@@ -174,7 +173,7 @@ def _changes(case: _Case) -> Iterator[Change]:
     yield (
         "wrong_operator",
         f"sorted by {search.operator}; {index['operator_class']} serves {index['operator']}",
-        changed(lambda s: s.with_operator(operator)),
+        changed(lambda s: s.with_distance(served)),
     )
     yield (
         "partial_predicate",
@@ -190,15 +189,16 @@ def _changes(case: _Case) -> Iterator[Change]:
         f"{column} is cast to halfvec without a dimension; the index is on {index['indexed']}",
         changed(lambda s: s.bare(left=indexed, right=other) if lacks_dimension else s.text),
     )
-    held = names.as_indexed(p, sql.SQL("{}::{}").format(sql.SQL(uncast), sql.SQL(vector_type))).as_string()
+    held = names.as_indexed(p, names.verbatim(f"{uncast}::{vector_type}")).as_string()
     if case.sent.is_the_applications:
         for name in ("halfvec", "binary_quantize"):
             held = held.replace(names.of_pgvector(p, name).as_string(), name)
+    held = held.replace("%%", "%")
     yield (
         "not_as_indexed",
         f"sorted by {' '.join(search.keys.split())}; the index holds {index['indexed']}"
         + (f", whose first rows must be sorted again by {distance}" if p.index.storage == "bit" else ""),
-        changed(lambda s: s.bare(indexed, operator, held)) if p.index.storage != "vector" else lambda _: None,
+        changed(lambda s: s.bare(indexed, served, held)) if p.index.storage != "vector" else lambda _: None,
     )
     yield (
         "type_mismatch",

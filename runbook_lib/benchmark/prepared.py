@@ -33,6 +33,15 @@ def fresh_name() -> sql.Identifier:
     return sql.Identifier(f"runbook_probe_{next(_probes)}")
 
 
+def use_setting(connection: db.Connection, name: str, value: str, *, local: bool) -> str:
+    """Gives a setting a value, for this transaction (``local``) or this session; returns it as the server writes it.
+
+    Raises psycopg.Error where the server refuses it.
+    """
+    row = connection.execute(SQL["set"].compose({}), {"name": name, "value": value, "local": local}).fetchone()
+    return str(row["value"]) if row else value
+
+
 def call_prepared(
     connection: db.Connection, types: Sequence[str], statement: sql.Composable, values: Sequence[object]
 ) -> None:
@@ -47,8 +56,7 @@ def call_prepared(
     # On PostgreSQL 13 a forced generic plan reaches the EXECUTE of a function, where none ever arises by itself.
     reaches_in = not versions.spares_execute_of_generic_plans(connection.info.server_version)
     for kind in ("force_custom_plan", "auto" if reaches_in else "force_generic_plan"):
-        mode = {"name": "plan_cache_mode", "value": kind, "local": True}
-        connection.execute(SQL["set"].compose({}), mode)
+        use_setting(connection, "plan_cache_mode", kind, local=True)
         for _ in range(EXECUTIONS_TO_A_GENERIC_PLAN):
             connection.execute(execute)
 
@@ -103,7 +111,7 @@ def plan_of(
     with connection.transaction(force_rollback=True), path:
         mode = "auto" if kind == "auto" else f"force_{kind}_plan"
         for setting, value in {**(settings or {}), "plan_cache_mode": mode}.items():
-            connection.execute(SQL["set"].compose({}), {"name": setting, "value": value, "local": True})
+            use_setting(connection, setting, value, local=True)
         connection.execute(sql.SQL("PREPARE {}{} AS {}").format(name, declared, sql.SQL(sent.text)))
         execute = sql.SQL("EXECUTE {}").format(name)
         if sent.values:

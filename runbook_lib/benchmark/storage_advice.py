@@ -9,7 +9,7 @@ from typing import Any
 
 from runbook_lib.benchmark import relevance_measures
 from runbook_lib.core.display import Table, duration, number, size
-from runbook_lib.core.thresholds import apart, score
+from runbook_lib.core.thresholds import apart, at_least, score
 from runbook_lib.params import Params
 
 # To go over to another storage is worth a build where it saves this share of the bytes, at least.
@@ -36,7 +36,7 @@ class Comparison:
     def of(cls, params: Params, found: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Comparison:
         """Judges the rows and chooses among them."""
         target = params.tune.target_recall
-        rows = [r | {"reaches": r["recall"] >= target and not r["short"]} for r in found]
+        rows = [r | {"reaches": at_least(r["recall"], target) and not r["short"]} for r in found]
         today = next((r for r in rows if r["todays"]), None)
         rows = [r | {"worse": _loses_relevance(params, today, r)} for r in rows]
         chosen = _choose([r for r in rows if r["method"] == params.index.method], today)

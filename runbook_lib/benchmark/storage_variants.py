@@ -11,12 +11,14 @@ import numpy as np
 from psycopg import sql
 
 from runbook_lib.benchmark import recall_at_k, relevance_measures
+from runbook_lib.benchmark.prepared import use_setting
 from runbook_lib.benchmark.recall_at_k import Nearest
 from runbook_lib.benchmark.relevance_measures import Query
 from runbook_lib.core import db
 from runbook_lib.core.names import identifier, indexed, names, of_pgvector
 from runbook_lib.core.query_plan import explain
 from runbook_lib.core.session import register_vector
+from runbook_lib.core.thresholds import at_least
 from runbook_lib.params import Params
 from runbook_lib.params.data import MAX_INDEXED_DIMENSION
 from runbook_lib.search import search_function
@@ -160,15 +162,15 @@ def measure(
     _prepare(connection, shape.method)
     best: tuple[float, int, int] | None = None
     for value in _settings(params, shape, rerank * k):
-        _set(connection, search_function.SETTING[shape.method], str(value))
+        use_setting(connection, search_function.SETTING[shape.method], str(value), local=False)
         answers, _ = _ask(connection, statement, asked, k)
         recall, short = recall_at_k.recall(asked.exact, answers), recall_at_k.short(asked.exact, answers)
         if best is None or recall > best[0]:
             best = (recall, short, value)
-        if recall >= target and not short:
+        if at_least(recall, target) and not short:
             break
     assert best is not None
-    _set(connection, search_function.SETTING[shape.method], str(best[2]))
+    use_setting(connection, search_function.SETTING[shape.method], str(best[2]), local=False)
     seconds = [s for _ in range(TIMED_PASSES) for s in _ask(connection, statement, asked, k)[1]]
     times = relevance_measures.latency(seconds)
     relevance = _relevance(connection, shape, params, rerank, judged)
@@ -199,11 +201,7 @@ def _prepare(connection: db.Connection, method: str) -> None:
     # The question is what the index finds, whatever the planner thinks of so few rows. Before PostgreSQL 18 the price
     # of what is forbidden would call for a compiler.
     for setting, to in ((name, value), ("enable_seqscan", "off"), ("enable_sort", "off"), ("jit", "off")):
-        _set(connection, setting, to)
-
-
-def _set(connection: db.Connection, name: str, value: str) -> None:
-    connection.execute(SQL["set"].compose({}), {"name": name, "value": value})
+        use_setting(connection, setting, to, local=False)
 
 
 Answers = list[recall_at_k.Rows]

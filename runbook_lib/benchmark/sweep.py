@@ -13,12 +13,13 @@ from psycopg import sql
 
 from runbook_lib.benchmark import relevance_measures, replica
 from runbook_lib.benchmark.filter_classes import Asked
-from runbook_lib.benchmark.prepared import reads_index
+from runbook_lib.benchmark.prepared import reads_index, use_setting
 from runbook_lib.benchmark.recall_at_k import mean, share
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.query_plan import CARRIED_OUT, QueryPlan, explain
 from runbook_lib.core.session import register_vector
+from runbook_lib.core.thresholds import at_least
 from runbook_lib.search import search_function
 from runbook_lib.sql import load
 
@@ -83,7 +84,7 @@ class Measured:
     def reaches(self, target: float) -> bool:
         """Is the target reached with confidence, for every value, and no question short of rows?"""
         sure = self.recall if self.reads_every_row else self.low
-        return sure >= target and self.worst >= target and not self.rows_short
+        return at_least(sure, target) and at_least(self.worst, target) and not self.rows_short
 
 
 def exact_way(phase: Phase) -> Way:
@@ -154,7 +155,7 @@ def set_way(phase: Phase, connection: db.Connection, way: Way) -> None:
         (search_function.ITERATIVE[method][0], way.iterative_scan),
         (search_function.MOST_SCANNED[method], str(way.most_scanned)),
     ):
-        connection.execute(SQL["index_setting"].compose({}), {"name": name, "value": value})
+        use_setting(connection, name, value, local=True)
 
 
 def _values(phase: Phase, question: Asked) -> dict[str, object]:

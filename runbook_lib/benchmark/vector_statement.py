@@ -10,7 +10,9 @@ from runbook_lib.params import placeholders
 
 # What must not be read as SQL: strings, quoted names, dollar quotes, comments.
 OPAQUE = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|(\$\w*\$).*?\1|--[^\n]*|/\*.*?\*/", re.S)
-DISTANCE = re.compile(r"OPERATOR\([\w\"]+\.(?:<=>|<->|<#>|<\+>|<~>)\)|<=>|<->|<#>|<\+>|<~>", re.I)
+SYMBOL = r"(?:<=>|<->|<#>|<\+>|<~>)"
+# As it is found in a masked text, where a quoted schema is a word like any other.
+DISTANCE = re.compile(rf"\bOPERATOR\s*\(\s*[\w$]+\s*\.\s*{SYMBOL}\s*\)|{SYMBOL}", re.I)
 ORDER_BY = re.compile(r"\bORDER\s+BY\b", re.I)
 END_OF_ORDER = re.compile(r"\b(?:LIMIT|OFFSET|FETCH|FOR|UNION|INTERSECT|EXCEPT)\b|;", re.I)
 DIRECTION = re.compile(r"\s+(?:ASC|DESC)\b|\s+NULLS\s+(?:FIRST|LAST)\b", re.I)
@@ -59,13 +61,17 @@ class VectorSearch:
         """The statement with a word less in its sort keys."""
         return self.ordered_by(_tidy(re.sub(pattern, "", self.text[self.start : self.end], flags=re.I)))
 
-    def bare(self, left: str = "", operator: str = "", right: str = "") -> str:
-        """The statement sorted by the distance alone, ascending, with other operands or operator where given."""
-        return self.ordered_by(f"{left or self.left} {operator or self.operator} {right or self.right}\n")
+    def bare(self, left: str = "", symbol: str = "", right: str = "") -> str:
+        """The statement sorted by the distance alone, ascending, with other operands or distance where given."""
+        return self.ordered_by(f"{left or self.left} {self._as_here(symbol)} {right or self.right}\n")
 
-    def with_operator(self, operator: str) -> str:
+    def with_distance(self, symbol: str) -> str:
         """The statement with another distance, wherever it stands in the sort keys."""
-        return self.ordered_by(_tidy(self.text[self.start : self.end].replace(self.operator, operator)))
+        return self.ordered_by(_tidy(self.text[self.start : self.end].replace(self.operator, self._as_here(symbol))))
+
+    def _as_here(self, symbol: str) -> str:
+        """The operator with another symbol, in the schema that it is written with."""
+        return re.sub(SYMBOL + r"(?=\s*\)?$)", symbol, self.operator) if symbol else self.operator
 
     def limited(self, limit: str) -> str:
         """The statement with a LIMIT behind its ORDER BY."""
@@ -89,8 +95,7 @@ def find(text: str) -> VectorSearch | None:
     for match in ORDER_BY.finditer(hidden):
         start, end = match.end(), _end_of_order(hidden, match.end(), _depth(hidden, match.start()))
         if operator := DISTANCE.search(hidden, start, end):
-            left, right = _operands(text, hidden, operator, start, end)
-            return VectorSearch(text, start, end, left, operator[0], right)
+            return VectorSearch(text, start, end, *_distance(text, hidden, operator, start, end))
         if found := _through_alias(text, hidden, start, end):
             return found
     return None
@@ -121,8 +126,10 @@ def _end_of_order(hidden: str, start: int, level: int) -> int:
     return min([*ends, next(closing, len(hidden)), len(hidden)])
 
 
-def _operands(text: str, hidden: str, operator: re.Match[str], start: int, end: int) -> tuple[str, str]:
-    """What stands on both sides of the operator, up to the bracket, comma or word that ends it."""
+def _distance(text: str, hidden: str, operator: re.Match[str], start: int, end: int) -> tuple[str, str, str]:
+    """The operator and what is on both sides of it, up to the bracket, comma or word that ends it: left, operator,
+    right. operator: as it was found in the masked text, which hides what a quoted schema is called.
+    """
     level = _depth(hidden, operator.start())
     left = operator.start()
     while left > start and not (
@@ -138,7 +145,8 @@ def _operands(text: str, hidden: str, operator: re.Match[str], start: int, end: 
         or re.match(r"\s(?:AS|FROM)\b", hidden[right:], re.I)
     ):
         right += 1
-    return text[left : operator.start()].strip(), text[operator.end() : right].strip()
+    before, after = text[left : operator.start()].strip(), text[operator.end() : right].strip()
+    return before, text[operator.start() : operator.end()], after
 
 
 def _through_alias(text: str, hidden: str, start: int, end: int) -> VectorSearch | None:
@@ -152,6 +160,5 @@ def _through_alias(text: str, hidden: str, start: int, end: int) -> VectorSearch
         heads = [m.end() for m in re.finditer(r"\bSELECT\b|,", hidden[: match.start()], re.I)]
         head = max((h for h in heads if _depth(hidden, h) == level), default=0)
         if operator := DISTANCE.search(hidden, head, match.start()):
-            left, right = _operands(text, hidden, operator, head, match.start())
-            return VectorSearch(text, start, end, left, operator[0], right)
+            return VectorSearch(text, start, end, *_distance(text, hidden, operator, head, match.start()))
     return None

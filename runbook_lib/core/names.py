@@ -68,6 +68,12 @@ def side_table_name(params: Params) -> str:
     return shortened(params.target.table, f"_{params.vector.column}")
 
 
+def added_columns(params: Params) -> list[str]:
+    """The columns that the runbook adds: to the table, or to the one that it makes for the vectors."""
+    column = params.vector.column
+    return [column, f"{column}_updated_at", f"{column}_hash"]
+
+
 def vectors_stand_beside(params: Params) -> bool:
     """Are the vectors in a table of their own?"""
     return params.vector.layout == "side_table"

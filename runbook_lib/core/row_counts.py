@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from psycopg import sql
+
 from runbook_lib.core import db
-from runbook_lib.core.names import names, spelled
+from runbook_lib.core.names import names, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -19,7 +21,9 @@ SQL = load("row_counts")
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of a table. counted: one by one, since it was never analyzed; else as the last ANALYZE estimated."""
+    """All rows of a table. counted: one by one, since it was never analyzed; else as the last ANALYZE estimated, but
+    for partitions that were never analyzed, or were emptied, whose rows are counted.
+    """
 
     n: int
     counted: bool
@@ -33,8 +37,14 @@ def estimated(connection: db.Connection, params: Params, relation: str) -> int:
 def of(connection: db.Connection, params: Params, which: str = "table") -> Rows:
     """All rows of the ``table``, or of the ``vectors`` where they have one of their own; 0 where it is not there."""
     found = db.one(connection, SQL["estimated"], params, relation=spelled(params, which))
-    if found["analyzed"] or not found["there"]:
-        return Rows(int(found["rows"]), counted=False)
-    query = SQL["counted"].compose({"relation": names(params)[which]})
-    row = connection.execute(query, {}).fetchone()
-    return Rows(int(row["rows"]) if row else 0, counted=True)
+    if not found["there"]:
+        return Rows(0, counted=False)
+    if not found["analyzed"]:
+        return Rows(_counted(connection, names(params)[which]), counted=True)
+    others = sum(_counted(connection, verbatim(part)) for part in found["not_estimated"])
+    return Rows(int(found["rows"]) + others, counted=False)
+
+
+def _counted(connection: db.Connection, relation: sql.Composable) -> int:
+    row = connection.execute(SQL["counted"].compose({"relation": relation}), {}).fetchone()
+    return int(row["rows"]) if row else 0

@@ -22,7 +22,7 @@ from psycopg.sql import Identifier
 from psycopg.types import TypeInfo
 
 from runbook_lib.core import conninfo_masking, versions
-from runbook_lib.core.gates import BadInput, Gate, Verdict
+from runbook_lib.core.gates import BadInput, Gate, RunbookError, Verdict
 from runbook_lib.core.names import identifier
 from runbook_lib.sql import load
 
@@ -118,12 +118,18 @@ def use_search_path(connection: Connection) -> None:
 def pgvectors_schema(connection: Connection) -> str:
     """The schema that pgvector is in, if it is there and may be used; empty otherwise."""
     found = connection.execute(SQL["library"].compose({})).fetchone()
-    return str(found["schema"]) if found else ""
+    return str(found["schema"]) if found and found["usable"] else ""
 
 
 def register_vector(connection: Connection) -> None:
-    """Teaches this connection pgvector's types by the schema that they are in; pgvector-python looks on the path."""
-    schema = pgvectors_schema(connection)
+    """Teaches this connection pgvector's types by the schema that they are in; pgvector-python looks on the path.
+
+    Raises RunbookError where pgvector is not installed, or this role may not use its schema.
+    """
+    found = connection.execute(SQL["library"].compose({})).fetchone()
+    if not found or not found["usable"]:
+        raise _no_types(connection, found)
+    schema = str(found["schema"])
     for name, register in (
         ("vector", register_vector_info),
         ("halfvec", register_halfvec_info),
@@ -131,6 +137,21 @@ def register_vector(connection: Connection) -> None:
     ):
         register(connection, _type(connection, Identifier(schema, name)))
     register_bit_info(connection, _type(connection, Identifier("pg_catalog", "bit")))
+
+
+def _no_types(connection: Connection, found: DictRow | None) -> RunbookError:
+    danger = "no vector can be sent or read; nothing was changed"
+    if found is None:
+        where = f"database {connection.info.dbname}"
+        return RunbookError(
+            f"{where} has no pgvector", "the extension", danger, "run 20_extension with execute: true"
+        )
+    return RunbookError(
+        f"{found['role']} lacks USAGE on schema {found['schema']}, which pgvector is installed in",
+        "USAGE, for its types and operators",
+        danger,
+        f"have its owner or a superuser run: GRANT USAGE ON SCHEMA {found['quoted']} TO {found['role']};",
+    )
 
 
 def _type(connection: Connection, name: Identifier) -> TypeInfo:

@@ -308,7 +308,7 @@ class Forecast:
             ("growth of the table until the next vacuum, at most", size(self.table_growth_bytes)),
             ("staging table", size(self.staging_bytes)),
             ("free disk for all of these", size(self.disk_bytes)),
-            ("WAL, at least", size(self.wal_bytes)),
+            ("WAL, if every update enters every index; checkpoints add to it", size(self.wal_bytes)),
             ("loading, without the model; backfill; build: as measured elsewhere", self._times()),
             ("parallel workers of the build", number(self.workers)),
         ]

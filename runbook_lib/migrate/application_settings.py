@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import psycopg
+
+from runbook_lib.benchmark import prepared
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import spelled
@@ -16,8 +19,8 @@ SEARCH = load("search")
 SUBJECT = "settings of the database and of the application's roles"
 # What no search by a vector index survives, and what it must be.
 NEEDED = {"enable_indexscan": "on"}
-ON = {"on", "true", "yes", "1"}
 OF_PGVECTOR = ("hnsw.", "ivfflat.")
+SWITCHES = "enable_"
 
 
 def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
@@ -27,7 +30,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
     own_query = params.search.mode == "application"
     asked = {"roles": params.search.grant_to, "readers": own_query, "table": spelled(params, "table")}
     found = db.rows(connection, SQL["application_settings"], params, **asked)
-    off = [row for row in found if row["name"] in NEEDED and row["value"].lower() not in ON]
+    off = [row for row in found if row["name"] in NEEDED and _written_out(connection, row) != NEEDED[row["name"]]]
     remedy = "; ".join(f"ALTER {row['owner']} RESET {row['name']}" for row in off)
     yield gate(
         "inputs.application_uses_the_index",
@@ -44,9 +47,9 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
 
 def _as_measured(connection: db.Connection, params: Params, found: Sequence[db.Row]) -> Gate:
     """The search function carries its settings; a query of the application has those of its session."""
-    measured = _measured(connection, params)
-    told = [row for row in found if row["name"].startswith((*OF_PGVECTOR, "enable_"))]
-    other = [row for row in told if row["value"] != measured.get(str(row["name"]), row["value"])]
+    told = [r for r in found if r["name"].startswith((*OF_PGVECTOR, SWITCHES)) and r["name"] not in NEEDED]
+    measured = _measured(connection, params, [r["name"] for r in told if r["name"].startswith(SWITCHES)])
+    other = [r for r in told if r["name"] in measured and _written_out(connection, r) != measured[r["name"]]]
     wanted = [f"ALTER {row['owner']} SET {row['name']} = {measured[row['name']]}" for row in other]
     return gate(
         "inputs.application_searches_as_measured",
@@ -61,15 +64,29 @@ def _as_measured(connection: db.Connection, params: Params, found: Sequence[db.R
     )
 
 
-def _measured(connection: db.Connection, params: Params) -> dict[str, str]:
-    """pgvector's settings as 70_tune gave them to the search function; empty before that."""
+def _measured(connection: db.Connection, params: Params, switches: Sequence[str]) -> dict[str, str]:
+    """pgvector's settings as 70_tune gave them to the search function, and these switches of the planner as the
+    runbook's own session has them; empty before 70_tune.
+    """
     asked = {"schema": spelled(params, "schema"), "function": params.function_name}
     lines = [
         line
         for row in db.rows(connection, SEARCH["function_state"], params, **asked)
         for line in row["settings"] or []
     ]
-    return dict(line.split("=", 1) for line in lines if line.startswith(OF_PGVECTOR))
+    given = dict(line.split("=", 1) for line in lines if line.startswith(OF_PGVECTOR))
+    own = {row["name"]: row["setting"] for row in db.rows(connection, SQL["settings"], params, names=list(switches))}
+    return given | own if given else {}
+
+
+def _written_out(connection: db.Connection, row: db.Row) -> str:
+    """The value as the server writes it, ``off`` for ``no``; as it is told where the server refuses it."""
+    try:
+        with db.rolled_back(connection):
+            return prepared.use_setting(connection, row["name"], row["value"], local=True)
+    except psycopg.Error as error:
+        db.raise_if_lost(connection, error)
+        return str(row["value"])
 
 
 def _written(found: Sequence[db.Row]) -> str:

@@ -13,7 +13,7 @@ from runbook_lib import params as params_module
 from runbook_lib.backfill import batch_ranges, batch_strategy, pruning, refused_rows, side_table, untouched, workers
 from runbook_lib.backfill.batch_size import first_pace, in_turn
 from runbook_lib.backfill.batch_strategy import Choice
-from runbook_lib.backfill.update_effects import said
+from runbook_lib.backfill.update_effects import Effects, said
 from runbook_lib.backfill.workers import Outcome
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, number, some
@@ -38,7 +38,7 @@ def plan(phase: Phase) -> db.Plan:
     if vectors_stand_beside(phase.params):
         return db.Plan(tuple(side_table.plan(phase)), phase.connection)
     own = batch_ranges.plan(phase)
-    if _schema_is_there(phase) and batch_strategy.choose(phase).strategy == "page_interleaved":
+    if _schema_is_there(phase) and _to_do(phase) and batch_strategy.choose(phase).strategy == "page_interleaved":
         own += pruning.plan(phase, [r.part for r in batch_strategy.relations(phase)])
     return db.Plan((*own, _update_statement(phase)), phase.connection)
 
@@ -47,6 +47,10 @@ def _schema_is_there(phase: Phase) -> bool:
     """A plan may be made before 30_expand_schema; then nothing can be asked of its columns."""
     staging = spelled(phase.params, "staging")
     return db.one(phase.connection, PRUNING["exists"], phase.params, part=staging)["there"] is True
+
+
+def _to_do(phase: Phase) -> int:
+    return int(db.one(phase.connection, SQL["to_do"], phase.params)["rows"])
 
 
 def _update_statement(phase: Phase, keys: Sequence[Any] | None = None) -> db.Statement:
@@ -115,7 +119,7 @@ def move_staged(phase: Phase) -> tuple[Choice, Outcome]:
 def _promote(phase: Phase) -> tuple[Choice, Outcome]:
     """The staging table becomes the table beside; what was staged after that goes over in batches."""
     batch_ranges.create(phase)
-    choice = Choice("side_table", "vector.layout: the staging table takes its place beside the table", 0.0)
+    choice = Choice("side_table", "vector.layout: the staging table takes its place beside the table")
     print(f"  {choice}")
     before = _server_counts(phase)
     rows, seconds = side_table.promote(phase)
@@ -132,12 +136,12 @@ def _through_windows(phase: Phase) -> tuple[Choice, Outcome]:
 
     Raises GateFailed, before a row is changed, where the UPDATE does more to the table than was agreed to.
     """
-    _nothing_new_fires(phase)
+    tried = _nothing_new_fires(phase)
     batch_ranges.create(phase)
     phase.connection.execute(SQL["analyze_staging"].compose(names(phase.params)))
-    choice = batch_strategy.choose(phase)
+    choice = batch_strategy.choose(phase, tried)
     print(f"  {choice}")
-    to_do = db.one(phase.connection, SQL["to_do"], phase.params)["rows"]
+    to_do = _to_do(phase)
     if to_do and not batch_ranges.state(phase).left:
         batch_ranges.cut(phase, choice)
     if to_do and choice.strategy == "page_interleaved":
@@ -154,13 +158,14 @@ def _through_windows(phase: Phase) -> tuple[Choice, Outcome]:
     return choice, outcome
 
 
-def _nothing_new_fires(phase: Phase) -> None:
+def _nothing_new_fires(phase: Phase) -> Effects | None:
     """The trial of preflight once more: a trigger may have been made since. The rows alone are locked for it."""
     gates, effects = trials.of_update(phase.connection, phase.params)
     if Gates(tuple(gates)).failed:
         raise GateFailed(Gates(tuple(gates)))
     if effects is not None:
         untouched.note_agreed(phase, effects)
+    return effects
 
 
 def _elapsed(outcome: Outcome) -> float:
@@ -286,9 +291,7 @@ def help_out(params_file: str) -> Table:
             raise BadInput([_nothing_to_help_with(params.target.name)])
         phase.join()
         with phase.opened():
-            outcome = workers.run(
-                phase, batch_strategy.choose(phase), db.one(connection, SQL["to_do"], params)["rows"]
-            )
+            outcome = workers.run(phase, batch_strategy.choose(phase), _to_do(phase))
         p50, p95 = _percentiles(outcome)
         untouched.note(phase, outcome.seen)
         phase.note("help", {"rows": outcome.rows, "batches": len(outcome.seconds), "batch_p95_ms": p95})

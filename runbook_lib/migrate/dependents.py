@@ -15,7 +15,7 @@ from psycopg import sql
 from runbook_lib.core import db, versions
 from runbook_lib.core.display import some
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import identifier, names, spelled, vectors_stand_beside, verbatim
+from runbook_lib.core.names import added_columns, identifier, names, spelled, vectors_stand_beside, verbatim
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -74,7 +74,7 @@ def _kind_of_table(params: Params, facts: db.Row, columns: Mapping[str, db.Row])
             danger="PostgreSQL adds no column to a typed table",
             do=f"ALTER TABLE {table} NOT OF; or set {SIDE_TABLE}",
         )
-    missing = [c for c in _added(params) if c not in columns]
+    missing = [c for c in added_columns(params) if c not in columns]
     if not beside and facts["columns"] + len(missing) > MOST_COLUMNS:
         yield gate(
             "dependents.columns_can_be_added",
@@ -95,13 +95,6 @@ def _kind_of_table(params: Params, facts: db.Row, columns: Mapping[str, db.Row])
             danger="vectors, judgements and answers are matched by the bytes of the key, and would miss their rows",
             do="name another unique column in target.key, for instance a bigint GENERATED ALWAYS AS IDENTITY",
         )
-
-
-def _added(params: Params) -> list[str]:
-    # Imported here: phases know these checks.
-    from runbook_lib.migrate.expand_schema import added_columns
-
-    return added_columns(params)
 
 
 def _filters(connection: db.Connection, params: Params, columns: Mapping[str, db.Row]) -> Iterator[Gate]:

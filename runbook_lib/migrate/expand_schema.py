@@ -8,7 +8,7 @@ from runbook_lib.backfill import change_capture, pruning, side_table
 from runbook_lib.core import db, free_names, session
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, Gates, collect, gate
-from runbook_lib.core.names import spelled, trigger_name, vectors_stand_beside
+from runbook_lib.core.names import added_columns, spelled, trigger_name, vectors_stand_beside
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import citus, partition_checks
 from runbook_lib.params import Params
@@ -18,12 +18,6 @@ SQL = load("schema")
 WINDOWS = load("windows")
 # What the capture's triggers fire on, and end their names with.
 TRIGGERS = ("insert", "update")
-
-
-def added_columns(params: Params) -> list[str]:
-    """The columns that the runbook adds to the table."""
-    column = params.vector.column
-    return [column, f"{column}_updated_at", f"{column}_hash"]
 
 
 def _table(phase: Phase) -> str:

@@ -380,16 +380,17 @@ def _search(look: _Look) -> Iterator[Gate]:
 
     s = look.params.search
     yield from fulltext_check.check(look.connection, look.params, look.columns)
-    unknown = [r["role"] for r in db.rows(look.connection, SQL["unknown_roles"], look.params, roles=s.grant_to)]
-    if s.grant_to:
+    roles = list(dict.fromkeys([*s.grant_to, *(caller.role for caller in s.seen_as)]))
+    unknown = [r["role"] for r in db.rows(look.connection, SQL["unknown_roles"], look.params, roles=roles)]
+    if roles:
         yield gate(
             "inputs.granted_roles_exist",
             not unknown,
-            "search.grant_to",
-            found=f"no such role: {', '.join(unknown)}" if unknown else f"{len(s.grant_to)} roles",
+            "search.grant_to and search.seen_as",
+            found=f"no such role: {', '.join(unknown)}" if unknown else f"{len(roles)} roles",
             needed="roles of this server",
-            danger="the application could not call the function",
-            do="mend search.grant_to, or CREATE ROLE first",
+            danger="the application could not call the function, nor could recall be measured as it sees the table",
+            do="correct their names, or CREATE ROLE first",
         )
 
 

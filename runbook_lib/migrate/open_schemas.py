@@ -19,7 +19,8 @@ def check(connection: db.Connection, params: Params) -> Gate:
     found = [row for row in session.open_schemas(connection) if row["schema"] in in_path]
     open_now = [row for row in found if row["schema"] not in params.accept.open_schemas]
     agreed = [row["schema"] for row in found if row["schema"] in params.accept.open_schemas]
-    names = ", ".join(row["schema"] for row in open_now)
+    # The list takes the place of the one in the file, so that it holds what was agreed to before.
+    names = ", ".join(dict.fromkeys([*params.accept.open_schemas, *(row["schema"] for row in open_now)]))
     return gate(
         "inputs.only_the_trusted_create_on_the_path",
         not open_now,
@@ -27,8 +28,9 @@ def check(connection: db.Connection, params: Params) -> Gate:
         found="; ".join(map(_described, open_now))
         or ("others may create in none" + (f", but for {', '.join(agreed)}: agreed to" if agreed else "")),
         needed="CREATE held by superusers, this role, and the owners of database and table alone",
-        danger=f"what fits a call of legacy.query better than PostgreSQL's own function or operator runs as"
-        f" {connection.info.user}, and in the function as its caller",
+        danger=f"what is made in {', '.join(row['schema'] for row in open_now)} and fits a call of legacy.query"
+        f" better than PostgreSQL's own function or operator runs as {connection.info.user}, and in the search"
+        " function as its caller",
         do=" ".join([*filter(None, map(_remedy, open_now)), f"or agree to it: accept.open_schemas: [{names}]"]),
     )
 

@@ -1,4 +1,6 @@
-"""Row level security of the table: refused where it would not hold, or would keep rows from the runbook itself."""
+"""Row level security of the table: refused where it would not hold for the vectors, or would keep rows from the
+runbook itself. And after a swap for partitions, the privileges and policies of both tables, which must be the same.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def security(connection: db.Connection, params: Params) -> db.Row:
 
 
 def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
-    """A gate for each that does not hold; none where the table has no policies, or they hold."""
+    """A gate for each fault: policies that keep rows from this role, or do not hold for vectors in a table of their
+    own, and a kept table that is more open or more closed. None where nothing is wrong.
+    """
     table, found = spelled(params, "table"), security(connection, params)
     if found["for_us"]:
         yield gate(

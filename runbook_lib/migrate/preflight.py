@@ -9,7 +9,6 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib.backfill import batch_strategy
 from runbook_lib.benchmark import replica, statement_statistics
 from runbook_lib.core import db, row_counts, versions
 from runbook_lib.core.display import Table, duration, number, size
@@ -266,7 +265,6 @@ def expected(found: Facts, phase: Phase, rows: int | None = None) -> Forecast:
         table_bytes=round(found.heap_bytes * n / max(found.rows, 1)),
         indexes=len(found.indexes),
         trigram_bytes=_trigram_bytes(found, phase),
-        hot_share=batch_strategy.expected_hot_share(phase),
         largest_partition=found.largest_partition if phase.params.vector.layout == "column" else 1.0,
         max_wal_bytes=found.room.max_wal_bytes,
     )

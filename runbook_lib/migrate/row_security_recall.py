@@ -15,6 +15,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.benchmark import recall_at_k, relevance_measures, replica
+from runbook_lib.benchmark.prepared import use_setting
 from runbook_lib.benchmark.relevance_measures import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
@@ -33,6 +34,7 @@ EXACT_ONLY = load("tune")["exact_only"]
 
 QUESTIONS = 50
 NAME_SETTINGS = "name in search.seen_as the settings that the policies read, as the application sets them"
+NAME_ROLE = "correct its name in search.grant_to or search.seen_as, or CREATE ROLE first"
 DANGER = "whoever sees few rows would miss answers that an exact search of those rows finds"
 
 
@@ -45,21 +47,17 @@ def gates(phase: Phase, needed: float) -> Iterator[Gate]:
     if not policies.security(phase.connection, p)["is_on"]:
         return
     named = [caller.role for caller in p.search.seen_as]
-    subject = {
-        r["role"]
-        for r in db.rows(
-            phase.connection,
-            SQL["subject_to_them"],
-            p,
-            schema=spelled(p, "schema"),
-            table=p.target.table,
-            roles=[*p.search.grant_to, *named],
-        )
-    }
     callers = [*p.search.seen_as, *(SeenAs(role=role) for role in p.search.grant_to if role not in named)]
-    asked = [caller for caller in callers if caller.role in subject]
     if not callers:
         yield _unknown(p.function_name, "no role is named", "name the application's role in search.grant_to", needed)
+    where = {"schema": spelled(p, "schema"), "table": p.target.table}
+    roles = db.rows(phase.connection, SQL["subject_to_them"], p, roles=[c.role for c in callers], **where)
+    gone = {r["role"] for r in roles if not r["exists"]}
+    for caller in callers:
+        if caller.role in gone:
+            yield _unknown(str(caller), "there is no such role", NAME_ROLE, needed)
+    subject = {r["role"] for r in roles if r["is_subject"]}
+    asked = [caller for caller in callers if caller.role in subject]
     queries = relevance_measures.sample(relevance_measures.read_queries(p), QUESTIONS)
     vectors = np.asarray(embedding.query_vectors(p, queries)) if asked else None
     for caller in asked:
@@ -136,5 +134,5 @@ def _as(connection: db.Connection, caller: SeenAs) -> Iterator[None]:
     """A transaction in which the session is that caller, with the caller's settings."""
     with connection.transaction(force_rollback=True):
         for name, value in {**caller.settings, "role": caller.role}.items():
-            connection.execute(SQL["set"].compose({}), {"name": name, "value": value})
+            use_setting(connection, name, value, local=True)
         yield

@@ -18,10 +18,9 @@ from runbook_lib.core import db
 from runbook_lib.core.display import duration, number
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.names import identifier, names, spelled, vectors_stand_beside, verbatim
+from runbook_lib.core.names import added_columns, identifier, names, spelled, vectors_stand_beside, verbatim
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import dependents, expand_schema, extension
-from runbook_lib.migrate.expand_schema import added_columns
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from runbook_lib.sql import load

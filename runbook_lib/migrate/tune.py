@@ -23,7 +23,7 @@ from runbook_lib.benchmark import (
 )
 from runbook_lib.benchmark.cheapest_way import Choice
 from runbook_lib.benchmark.filter_classes import Asked, FilterClass
-from runbook_lib.benchmark.prepared import reads_index
+from runbook_lib.benchmark.prepared import reads_index, use_setting
 from runbook_lib.benchmark.sweep import Measured, Way
 from runbook_lib.core import db, query_plan
 from runbook_lib.core.display import Table, duration
@@ -147,7 +147,7 @@ def through_the_index(phase: Phase, value: int) -> Iterator[db.Connection]:
     method = phase.params.index.method
     with replica.connect(phase, "index") as connection, connection.transaction():
         for name, text in ((search_function.SETTING[method], str(value)), search_function.ITERATIVE[method]):
-            connection.execute(SQL["index_setting"].compose({}), {"name": name, "value": text})
+            use_setting(connection, name, text, local=True)
         yield connection
 
 

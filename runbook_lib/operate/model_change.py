@@ -15,10 +15,11 @@ from typing import Any
 from psycopg import sql
 
 from runbook_lib import params as params_module
+from runbook_lib.benchmark.prepared import use_setting
 from runbook_lib.core import claim, db, free_names
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, Gate, GateFailed, Gates, RunbookError, Verdict, collect, gate
-from runbook_lib.core.names import identifier, names, shortened, spelled, verbatim
+from runbook_lib.core.names import identifier, shortened, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import backfill, build_index
 from runbook_lib.params import Params
@@ -386,8 +387,7 @@ def let_calls_end(phase: Phase) -> None:
 def say_new(connection: db.Connection, phase: Phase, old: Params) -> None:
     """Lets a session say that its vectors are the new model's, where the parameters tell models apart by that."""
     if phase.params.model_change.tell_apart == "setting":
-        values = {"name": setting_name(old), "value": phase.params.target.name}
-        connection.execute(SQL["ask_the_new"].compose(names(phase.params)), values)
+        use_setting(connection, setting_name(old), phase.params.target.name, local=False)
 
 
 def verify_undone(phase: Phase) -> Gates:

@@ -275,7 +275,7 @@ def _rows_are_fresh(phase: Phase, captured: bool) -> Iterator[Gate]:
         {"percent": _percent(phase, p.watch.count_up_to_rows)},
     ).fetchone()
     assert found is not None
-    sample = "" if whole else f" in a sample of about {number(there)}"
+    sample = "" if whole else f" in a sample of the table's about {number(there)} rows"
     missing = f"of {number(found['with_text'])} rows with text{sample} lack a vector"
     stale = f"of {number(found['with_vector'])} rows with a vector{sample} have that of an older text"
     for kind, what, danger in (

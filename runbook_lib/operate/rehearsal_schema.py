@@ -20,9 +20,9 @@ from psycopg.conninfo import make_conninfo
 from runbook_lib.core import db
 from runbook_lib.core.cell_order import Order
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.names import identifier, names, spelled
+from runbook_lib.core.names import added_columns, identifier, names, spelled
 from runbook_lib.core.phase import Phase
-from runbook_lib.migrate import expand_schema, preflight
+from runbook_lib.migrate import preflight
 from runbook_lib.migrate.preflight import Facts
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -94,7 +94,7 @@ def _storage(phase: Phase, facts: Facts) -> dict[str, sql.Composable]:
 
 def columns(phase: Phase) -> list[db.Row]:
     """The target's own columns."""
-    table, added = spelled(phase.params, "table"), expand_schema.added_columns(phase.params)
+    table, added = spelled(phase.params, "table"), added_columns(phase.params)
     return db.rows(phase.connection, SQL["columns"], phase.params, table=table, added=added)
 
 

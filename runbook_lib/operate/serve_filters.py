@@ -216,9 +216,9 @@ def _why_not(phase: Phase, before: Mapping[str, Any], after: Measured, scans: in
     if not at_least(after.recall, target) or after.rows_short:
         recall, _ = apart(after.recall, target, score)
         return f"recall {recall}, {after.rows_short} questions short of rows"
-    was_good = before["recall"] >= target and not before["rows_short"]
+    was_good = at_least(before["recall"], target) and not before["rows_short"]
     times = before["p50_ms"] / max(after.p50_ms, 1e-6)
-    return f"{apart(times, gain, plain)[0]} times as fast as before" if was_good and times < gain else ""
+    return f"{apart(times, gain, plain)[0]} times as fast as before" if was_good and not at_least(times, gain) else ""
 
 
 def shown(phase: Phase) -> Table:

@@ -58,7 +58,7 @@ def _filters(params: Params, places: Mapping[str, sql.Composable], types: Mappin
     parts = [
         sql.SQL("({v}::{type} IS NULL OR t.{c} = {v}::{type})").format(
             v=places[c],
-            type=sql.SQL(types[c]),
+            type=verbatim(types[c]),
             c=identifier(c),
         )
         for c in params.target.filters
@@ -169,7 +169,7 @@ def _function_names(phase: Phase, retired: bool | None = None) -> dict[str, sql.
     """
     p, connection = phase.params, phase.connection
     types = column_types(connection, p)
-    filter_types = [sql.SQL(types[c]) for c in p.target.filters]
+    filter_types = [verbatim(types[c]) for c in p.target.filters]
     arguments = [
         sql.SQL("query_text text"),
         sql.SQL("query_embedding real[] DEFAULT NULL"),
@@ -184,7 +184,7 @@ def _function_names(phase: Phase, retired: bool | None = None) -> dict[str, sql.
     return {
         "arguments": sql.SQL(", ").join(arguments),
         "signature": sql.SQL(", ").join([sql.SQL("text, real[], integer"), *filter_types]),
-        "key_type": sql.SQL(types[p.target.key]),
+        "key_type": verbatim(types[p.target.key]),
         "using": sql.SQL(", ").join(map(identifier, using)),
         "search_path": sql.SQL(", ").join(map(identifier, function_path(connection, p))),
         # Made again, the function would lose what 70_tune gave it.
@@ -529,7 +529,7 @@ def filtered_call_statement(connection: db.Connection, params: Params) -> sql.Co
     """The same with every filter bound by its column's name; NULL lets every row through."""
     types = column_types(connection, params)
     given = [
-        sql.SQL(", {} => {}::{}").format(identifier(f"filter_{c}"), sql.Placeholder(c), sql.SQL(types[c]))
+        sql.SQL(", {} => {}::{}").format(identifier(f"filter_{c}"), sql.Placeholder(c), verbatim(types[c]))
         for c in params.target.filters
     ]
     return SQL["call_filtered"].compose(names(params) | {"filters": sql.SQL("").join(given)})

@@ -28,7 +28,7 @@ SELECT parameter_types::text[] AS types FROM pg_prepared_statements WHERE name =
 
 -- name: set
 -- purpose: One setting, for this transaction or this session.
-SELECT set_config(%(name)s, %(value)s, %(local)s);
+SELECT set_config(%(name)s, %(value)s, %(local)s) AS value;
 
 -- name: setting
 -- purpose: A setting as it is, and who set it.

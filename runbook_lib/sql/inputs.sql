@@ -73,6 +73,6 @@ SELECT coalesce(max(seq) FILTER (WHERE kind = 'statement' AND body->>'name' = %(
 FROM {counted} e WHERE target = {target_name};
 
 -- name: unknown_roles
--- purpose: Roles that the function is to be granted to and that do not exist.
+-- purpose: Roles that the parameters name and that do not exist.
 SELECT wanted AS role FROM unnest(%(roles)s::text[]) wanted
 WHERE NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname = wanted);

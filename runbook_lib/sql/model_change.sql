@@ -72,7 +72,3 @@ FROM pg_locks l JOIN pg_stat_activity a USING (pid)
 WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock' AND l.pid <> pg_backend_pid()
   AND a.datname = current_database() AND coalesce(a.backend_type, 'client backend') = 'client backend'
   AND coalesce(a.state, 'active') = 'active' AND coalesce(a.query_start < %(since)s, true);
-
--- name: ask_the_new
--- purpose: Say, for this session, that its vectors are the new model's.
-SELECT set_config(%(name)s, %(value)s, false);

@@ -13,16 +13,12 @@ SELECT coalesce(bool_or(c.relrowsecurity), false) AS is_on,
 FROM part JOIN pg_class c USING (oid);
 
 -- name: subject_to_them
--- purpose: Of these roles, those from which the table's policies may keep rows.
-SELECT r.rolname::text AS role FROM pg_class c JOIN pg_roles r ON r.rolname = ANY (%(roles)s)
-WHERE c.relnamespace = to_regnamespace(%(schema)s) AND c.relname = %(table)s AND c.relrowsecurity
-  AND NOT r.rolsuper AND NOT r.rolbypassrls
-  AND (c.relforcerowsecurity OR NOT pg_has_role(r.oid, c.relowner, 'USAGE'))
-ORDER BY 1;
-
--- name: set
--- purpose: A setting that the policies read, or the role itself, for this transaction.
-SELECT set_config(%(name)s, %(value)s, true);
+-- purpose: Whether each of these roles exists, and whether the table's policies may keep rows from it.
+SELECT w.role, r.oid IS NOT NULL AS exists,
+       coalesce(c.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
+                AND (c.relforcerowsecurity OR NOT pg_has_role(r.oid, c.relowner, 'USAGE')), false) AS is_subject
+FROM unnest(%(roles)s::text[]) AS w (role) LEFT JOIN pg_roles r ON r.rolname = w.role
+JOIN pg_class c ON c.relnamespace = to_regnamespace(%(schema)s) AND c.relname = %(table)s;
 
 -- name: not_in_both
 -- purpose: Privileges and policies that the table or the ordinary one kept beside it has, and the other lacks.
@@ -34,15 +30,15 @@ WITH relation AS (
       AND EXISTS (SELECT FROM pg_class m WHERE m.relnamespace = to_regnamespace(%(ledger)s) AND m.relname = %(move)s)
       AND EXISTS (SELECT FROM pg_class w WHERE w.relnamespace = c.relnamespace AND w.relname = %(whole)s)
 ), given AS (
-    SELECT r.oid, r.relowner, a.grantee,
-           a.privilege_type || CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS privilege
+    SELECT r.oid, r.relowner, a.grantee, a.is_grantable, a.privilege_type AS privilege
     FROM relation r, aclexplode(r.relacl) a
     UNION ALL
-    SELECT r.oid, r.relowner, a.grantee, format('%%s (%%I)', a.privilege_type, c.attname)
+    SELECT r.oid, r.relowner, a.grantee, a.is_grantable, format('%%s (%%I)', a.privilege_type, c.attname)
     FROM relation r JOIN pg_attribute c ON c.attrelid = r.oid, aclexplode(c.attacl) a
 ), line AS (
     SELECT r.relname, format('%%s to %%s', g.privilege,
-        CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(g.grantee)::text END) AS line
+        CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(g.grantee)::text END)
+        || CASE WHEN g.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS line
     FROM relation r JOIN given g ON g.oid = r.oid WHERE g.grantee <> g.relowner
     UNION ALL
     SELECT r.relname, format('policy %%s', p.polname) || CASE WHEN p.polpermissive THEN '' ELSE ', restrictive' END
@@ -57,4 +53,5 @@ WITH relation AS (
     SELECT r.relname, format('row level security: %%s, forced: %%s', r.relrowsecurity, r.relforcerowsecurity)
     FROM relation r
 )
-SELECT line, min(relname)::text AS relation FROM line GROUP BY line HAVING count(*) = 1 ORDER BY 2, 1;
+-- Two grantors may have given the same: that is one line of one relation.
+SELECT line, min(relname)::text AS relation FROM line GROUP BY line HAVING count(DISTINCT relname) = 1 ORDER BY 2, 1;

@@ -1,9 +1,5 @@
 -- What an index finds, while others on the same column are there too.
 
--- name: set
--- purpose: One setting, for this session.
-SELECT set_config(%(name)s, %(value)s, false);
-
 -- name: at_most
 -- purpose: How long each statement of this transaction may take, in ms.
 SELECT set_config('statement_timeout', %(ms)s, true);

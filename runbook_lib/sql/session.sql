@@ -116,13 +116,18 @@ SELECT schema, quote_ident(schema) AS quoted, creators, grantees, planted FROM l
 WHERE cardinality(creators) > 0 OR cardinality(planted) > 0 ORDER BY schema;
 
 -- name: library
--- purpose: Where pgvector's type is, so that its library can be loaded.
-SELECT n.nspname::text AS schema FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
-WHERE e.extname = 'vector' AND has_schema_privilege(n.oid, 'USAGE');
+-- purpose: Where pgvector's types are, so that its library can be loaded, and whether this role may use that schema.
+SELECT n.nspname::text AS schema, has_schema_privilege(n.oid, 'USAGE') AS usable, quote_ident(n.nspname) AS quoted,
+       quote_ident(current_user) AS role
+FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector';
 
 -- name: load_library
 -- purpose: Load pgvector's library: before that its settings are unknown, and only a superuser may write an unknown one.
 SELECT '[1]'::{vector_in_schema};
+
+-- name: settings
+-- purpose: Settings as this session has them.
+SELECT name, setting FROM pg_settings WHERE name = ANY (%(names)s) ORDER BY name;
 
 -- name: application_settings
 -- purpose: Settings that sessions of the application begin with: of its roles, where they are named; else of this role,

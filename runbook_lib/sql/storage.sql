@@ -63,7 +63,3 @@ WITH nearest AS MATERIALIZED (
     LIMIT {nearest_rows}
 )
 SELECT key, -distance AS score FROM nearest ORDER BY distance + 0 LIMIT %(k)s;
-
--- name: set
--- purpose: One setting, for this session.
-SELECT set_config(%(name)s, %(value)s, false);

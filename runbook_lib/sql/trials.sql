@@ -115,7 +115,8 @@ WITH RECURSIVE part AS (
 )
 SELECT c.oid::bigint AS oid, format('%%I.%%I', n.nspname, c.relname) AS relation,
        pg_stat_get_xact_tuples_inserted(c.oid) AS inserted, pg_stat_get_xact_tuples_updated(c.oid) AS updated,
-       pg_stat_get_xact_tuples_deleted(c.oid) AS deleted, c.oid IN (SELECT oid FROM part) AS own
+       pg_stat_get_xact_tuples_deleted(c.oid) AS deleted, pg_stat_get_xact_tuples_hot_updated(c.oid) AS hot,
+       c.oid IN (SELECT oid FROM part) AS own
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'm') AND n.oid IS DISTINCT FROM to_regnamespace(%(ledger)s)
   AND (n.nspname <> 'pg_catalog' OR c.relname LIKE 'pg_largeobject%%')

@@ -4,7 +4,3 @@
 -- purpose: Forbid every index to this transaction, so that the answers are exact.
 SELECT set_config('enable_indexscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
        set_config('enable_indexonlyscan', 'off', true);
-
--- name: index_setting
--- purpose: One setting of the index, for this transaction.
-SELECT set_config(%(name)s, %(value)s, true);
