@@ -228,7 +228,7 @@ def test_the_window_that_closes_ends_the_backfill_where_the_run_is_to_stop(
 ) -> None:
     phase = loaded(run={"window": "22:00-05:00", "outside_window": "stop"}, backfill={"most_batch_rows": 20})
     with monkeypatch.context() as patch:
-        patch.setattr(workers, "SECONDS_BETWEEN_LOOKS", 0.01)
+        patch.setattr(throttle, "SECONDS_BETWEEN_LOOKS", 0.01)
         _closes_after(patch, 1, 2)
         with pytest.raises(OutsideWindow, match="22:00-05:00"):
             backfill.apply(phase)
@@ -241,7 +241,7 @@ def test_the_wait_for_the_window_is_no_pause_that_is_too_long(
     loaded: Callable[..., Phase], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     phase = loaded(run={"window": "22:00-05:00"}, health={"longest_pause_minutes": 1})
-    monkeypatch.setattr(workers, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(throttle, "SECONDS_BETWEEN_LOOKS", 0.01)
     monkeypatch.setattr(throttle.maintenance_window, "enter", lambda params: 3600.0)
     _closes_after(monkeypatch, 0, 1)
     backfill.apply(phase)

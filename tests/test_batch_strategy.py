@@ -10,7 +10,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib.backfill import batch_ranges, batch_strategy, workers
+from runbook_lib.backfill import batch_ranges, batch_strategy, throttle, workers
 from runbook_lib.backfill.batch_strategy import Choice, Relation
 from runbook_lib.backfill.update_effects import Effects
 from runbook_lib.cli import demo
@@ -122,7 +122,7 @@ def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows so small that a table of a few pages has several, and a probe that they suffice for."""
     monkeypatch.setattr(batch_ranges, "FEWEST_BLOCKS_A_WINDOW", 4)
     monkeypatch.setattr(workers, "UPDATES_OF_THE_PROBE", 200)
-    monkeypatch.setattr(workers, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(throttle, "SECONDS_BETWEEN_LOOKS", 0.01)
 
 
 @pytest.mark.parametrize("worker_count", [1, 2])

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from runbook_lib import params
-from runbook_lib.backfill import online_copy, partitioned_twin
+from runbook_lib.backfill import online_copy, partitioned_twin, throttle
 from runbook_lib.benchmark import partition_proof
 from runbook_lib.core import db
 from runbook_lib.core.gates import GateFailed
@@ -292,7 +292,7 @@ def test_killed_anywhere_run_again_continues(
 
     kill(partitioned_twin, "create_table", 0)
     kill(online_copy, "copy", 0)
-    kill(online_copy.Guard, "wait", 4)
+    kill(throttle.Throttle, "wait", 4)
     copied = articles.execute("SELECT rows, copied FROM runbook.articles_move").fetchone()
     assert copied and 0 < copied[0] < before[0] and not copied[1]
     kill(build_index, "concurrently", 2)

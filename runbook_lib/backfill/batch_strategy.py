@@ -7,6 +7,7 @@ from typing import Literal
 
 from psycopg import sql
 
+from runbook_lib.backfill import vector_store
 from runbook_lib.backfill.update_effects import Effects, found_room
 from runbook_lib.core import db, query_plan, versions
 from runbook_lib.core.display import number
@@ -63,6 +64,8 @@ def pick(
 
     Raises BadInput where the parameters ask for what the server cannot do.
     """
+    if not vector_store.of(params).in_the_table:
+        return Choice("side_table", "vector.layout: the staging table takes its place beside the table")
     if params.target.distributed:
         return Choice("key_ranges", "the table is distributed: its pages lie on other servers")
     largest = max(found, key=lambda r: r.blocks, default=None)
@@ -106,9 +109,10 @@ def _impossible(why: str) -> Gate:
 def choose(phase: Phase, tried: Effects | None = None) -> Choice:
     """Looks at the table, asks the planner, and picks."""
     found = relations(phase)
-    version = phase.connection.info.server_version
-    ranges = versions.scans_ranges_of_blocks(version) and all(_reads_ranges(phase, r.part) for r in found)
-    return pick(phase.params, version, found, reads_ranges=ranges, tried=tried)
+    version, p = phase.connection.info.server_version, phase.params
+    asks = vector_store.of(p).in_the_table and not p.target.distributed and versions.scans_ranges_of_blocks(version)
+    ranges = asks and all(_reads_ranges(phase, r.part) for r in found)
+    return pick(p, version, found, reads_ranges=ranges, tried=tried)
 
 
 def _reads_ranges(phase: Phase, part: str) -> bool:

@@ -8,7 +8,7 @@ after another change, does no harm.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib.backfill import health
-from runbook_lib.backfill.batch_size import Pace, first_pace
-from runbook_lib.backfill.throttle import Pause
+from runbook_lib.backfill.throttle import first_pace, throttled
 from runbook_lib.core import db
 from runbook_lib.core.display import duration, number
 from runbook_lib.core.gates import RunbookError
@@ -29,7 +27,6 @@ from runbook_lib.sql import Block, load
 
 SQL = load("partitioning")
 
-SECONDS_BETWEEN_LOOKS = 1.0
 # Changes of one transaction of the catch-up at most: their keys are held in memory.
 MOST_KEYS = 5_000
 # Changes that wait are counted up to here, for the time left.
@@ -79,37 +76,6 @@ def session(phase: Phase) -> Iterator[db.Connection]:
         yield connection
 
 
-@dataclass
-class Guard:
-    """Lets the work go on while the server is well; looks once a second."""
-
-    phase: Phase
-    connection: db.Connection
-    watch: health.Watch
-    pause: Pause
-    looked: float = 0.0
-
-    def wait(self) -> None:
-        """Returns once the server is well and the window open. Raises PausedTooLong and OutsideWindow."""
-        if time.monotonic() - self.looked < SECONDS_BETWEEN_LOOKS:
-            return
-        self.phase.ask()
-        self.pause.keep_hours()
-        try:
-            while stops := health.stops(health.look(self.connection, self.phase.params, self.watch)):
-                self.pause.go_by(stops)
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-        finally:
-            self.pause.end()
-        self.looked = time.monotonic()
-
-
-@contextmanager
-def _guard(phase: Phase, pids: Sequence[int]) -> Iterator[Guard]:
-    with phase.another("health") as connection:
-        yield Guard(phase, connection, health.Watch(pids=list(pids)), Pause(phase))
-
-
 def copy(move: Move, total: int) -> int:
     """Copies every row that is left, by key, each batch with its checkpoint; returns the rows that are there."""
     phase, b = move.phase, move.phase.params.backfill
@@ -118,9 +84,9 @@ def copy(move: Move, total: int) -> int:
         found = move.row(connection, SQL["copying"])
         done = int(found["rows"])
         progress.add(done)
-        with _guard(phase, [db.server_pid(connection)]) as guard:
+        with throttled(phase, [db.server_pid(connection)]) as throttle:
             while not found["copied"]:
-                guard.wait()
+                throttle.wait()
                 started = time.perf_counter()
                 found = move.row(connection, SQL["copy_batch"], rows=pace.rows)
                 rows, done = int(found["rows"]) - done, int(found["rows"])
@@ -155,16 +121,15 @@ def catch_up(move: Move, few: int | None = None) -> int:
     phase, p = move.phase, move.phase.params.partitioning
     enough = p.most_rows_in_swap // 2 if few is None else few
     until = time.monotonic() + p.longest_catch_up_minutes * 60
-    b = phase.params.backfill
     with ExitStack() as stack:
         connection = stack.enter_context(session(phase))
         if queued(move, connection, enough + 1) <= enough:
             return 0
-        guard = stack.enter_context(_guard(phase, [db.server_pid(connection)]))
+        throttle = stack.enter_context(throttled(phase, [db.server_pid(connection)]))
         progress = stack.enter_context(Progress("caught up", queued(move, connection, MOST_COUNTED)))
-        pace = Pace(min(b.batch_rows, MOST_KEYS), b.batch_ms / 1000, min(b.most_batch_rows, MOST_KEYS))
+        pace = first_pace(phase.params, most=MOST_KEYS)
         while queued(move, connection, enough + 1) > enough:
-            guard.wait()
+            throttle.wait()
             started = time.perf_counter()
             rows = apply_changes(move, connection, pace.rows)
             # Those that came meanwhile are part of the work.

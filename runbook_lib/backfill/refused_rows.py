@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import psycopg
 
 from runbook_lib.backfill import update_effects
 from runbook_lib.core import db
 from runbook_lib.core.display import number
-from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.gates import Gate, GateFailed, Gates, gate
 from runbook_lib.core.names import added_columns, changing, names, spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.sql import load
 
 SQL = load("backfill")
+T = TypeVar("T")
 
 # Classes of SQLSTATE by which the server, or a trigger, refuses a row: data, integrity, triggered change, routines,
 # WITH CHECK OPTION, PL/pgSQL; and a state that is needed first, such as a replica identity.
@@ -32,7 +33,29 @@ def is_refusal(error: psycopg.Error) -> bool:
     return state[:2] in CLASSES or state in STATES
 
 
-def too_many(phase: Phase, refused: Mapping[Any, str]) -> Gate:
+def in_halves(
+    phase: Phase, keys: Sequence[Any], write: Callable[[Sequence[Any]], T], refused: dict[Any, str]
+) -> list[T]:
+    """Writes these rows, a transaction for all of them; where the server refuses one, in halves until that row is
+    alone and can be named: it goes into ``refused`` with the server's words. Returns what each transaction did.
+
+    Raises GateFailed where row after row is refused.
+    """
+    try:
+        return [write(keys)]
+    except psycopg.Error as error:
+        if not is_refusal(error):
+            raise
+        if len(keys) == 1:
+            refused[keys[0]] = update_effects.said(error)
+            if len(refused) > MOST_REFUSED:
+                raise GateFailed(Gates((_too_many(phase, dict(refused)),))) from error
+            return []
+    half = len(keys) // 2
+    return [done for part in (keys[:half], keys[half:]) for done in in_halves(phase, part, write, refused)]
+
+
+def _too_many(phase: Phase, refused: Mapping[Any, str]) -> Gate:
     """The gate of a backfill that stops since row after row is refused."""
     key, words = next(iter(refused.items()))
     return _gate(

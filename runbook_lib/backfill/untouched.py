@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runbook_lib.backfill import hooks, update_effects
+from runbook_lib.backfill import hooks, update_effects, vector_store
 from runbook_lib.core import db
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import added_columns, spelled, vectors_stand_beside
+from runbook_lib.core.names import added_columns, spelled
 from runbook_lib.core.phase import Phase
 
 KIND = "untouched"
@@ -63,8 +63,8 @@ class Witness:
 
 
 def witness(connection: db.Connection, phase: Phase, seen: Seen) -> Witness | None:
-    """For one worker; None where rows cannot be looked at by one server."""
-    if phase.params.target.distributed:
+    """For one worker; None where no row of the table is updated, or rows cannot be looked at by one server."""
+    if phase.params.target.distributed or not vector_store.of(phase.params).in_the_table:
         return None
     return Witness(update_effects.bench(connection, phase.params, added_columns(phase.params)), seen)
 
@@ -94,7 +94,7 @@ def note_agreed(phase: Phase, effects: update_effects.Effects) -> None:
 def verify(phase: Phase) -> list[Gate]:
     """Nothing but the runbook's columns was changed, or the triggers and rules that do so are agreed to by name."""
     found = phase.ledger.latest_standing(KIND, "30_expand_schema")
-    if vectors_stand_beside(phase.params) or not found:
+    if not found:
         return []
     agreed = phase.ledger.latest_standing(AGREED, "30_expand_schema") or {"columns": [], "written": []}
     there = hooks.look(phase.connection, phase.params)

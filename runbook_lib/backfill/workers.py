@@ -17,17 +17,12 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import psycopg
-
-from runbook_lib.backfill import batch_ranges, health, refused_rows, untouched
+from runbook_lib.backfill import batch_ranges, refused_rows, untouched, vector_store
+from runbook_lib.backfill import throttle as throttle_module
 from runbook_lib.backfill.batch_ranges import Window
-from runbook_lib.backfill.batch_size import Pace, first_pace
 from runbook_lib.backfill.batch_strategy import LEAST_HOT_SHARE, Choice
-from runbook_lib.backfill.throttle import Pause
-from runbook_lib.backfill.update_effects import said
+from runbook_lib.backfill.throttle import Pace, Throttle, first_pace, throttled
 from runbook_lib.core import db
-from runbook_lib.core.gates import GateFailed, Gates
-from runbook_lib.core.names import changing, names, verbatim
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.progress import Progress
 from runbook_lib.sql import load
@@ -35,7 +30,6 @@ from runbook_lib.sql import load
 SQL = load("backfill")
 WINDOWS = load("windows")
 
-SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_CLAIMS = 0.2
 # After so many updates in windows that are done it is judged whether enough of them stay on their page. Within a
 # window the first pass, of rows that leave, would tell too little.
@@ -108,27 +102,21 @@ def run(phase: Phase, choice: Choice, total: int) -> Outcome:
     Raises what stopped a worker, and PausedTooLong; the work goes on from there when it is run again.
     """
     board, outcome = Board(rest_ms=phase.params.backfill.pause_between_batches_ms), Outcome()
+    outcome.refused, outcome.seen = board.refused, board.seen
     workers = phase.params.backfill.workers
     with (
-        phase.another("health") as connection,
+        throttled(phase, past=outcome.pauses) as throttle,
         Progress("backfilled", total) as progress,
         ThreadPoolExecutor(workers, "backfill") as pool,
     ):
-        outcome.refused, outcome.seen = board.refused, board.seen
-        watch = health.Watch()
-        pause = Pause(phase, outcome.pauses)
         try:
-            pause.keep_hours(board.hold.set)
-            _steer(connection, phase, board, watch, pause)
+            _steer(throttle, board)
             futures = [pool.submit(work, phase, board, worker_name(n)) for n in range(workers)]
             while not _ended(futures):
-                phase.ask(SECONDS_BETWEEN_LOOKS)
                 _count(board, outcome, progress, choice)
-                pause.keep_hours(board.hold.set)
-                _steer(connection, phase, board, watch, pause)
+                _steer(throttle, board)
         finally:
             board.stop.set()
-            pause.end()
         for future in futures:
             future.result()
         _count(board, outcome, progress, choice)
@@ -142,7 +130,7 @@ def worker_name(n: int) -> str:
 
 
 def _ended(futures: Sequence[Future[None]]) -> bool:
-    done, waiting = wait(futures, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_EXCEPTION)
+    done, waiting = wait(futures, timeout=throttle_module.SECONDS_BETWEEN_LOOKS, return_when=FIRST_EXCEPTION)
     return not waiting or any(f.exception() for f in done)
 
 
@@ -176,17 +164,16 @@ def _judge(board: Board, outcome: Outcome) -> None:
     print(f"  {outcome.remark}")
 
 
-def _steer(connection: db.Connection, phase: Phase, board: Board, watch: health.Watch, pause: Pause) -> None:
-    """Looks at the server's health and at the DBA's row, and holds the workers or lets them go."""
-    watch.pids = [r["pid"] for r in db.rows(connection, WINDOWS["workers"], phase.params)]
-    stops = health.stops(health.look(connection, phase.params, watch))
-    (board.hold.set if stops else board.hold.clear)()
-    wishes = db.rows(connection, WINDOWS["control"], phase.params)
-    if wishes:
+def _steer(throttle: Throttle, board: Board) -> None:
+    """Holds the workers or lets them go, by the server's health and the DBA's row."""
+    connection, params = throttle.connection, throttle.phase.params
+    throttle.watch.pids = [r["pid"] for r in db.rows(connection, WINDOWS["workers"], params)]
+    if throttle.look(board.hold.set):
+        board.hold.clear()
+    if wishes := db.rows(connection, WINDOWS["control"], params):
         board.most_batch_rows = wishes[0]["most_batch_rows"]
         rest_ms = wishes[0]["pause_between_batches_ms"]
-        board.rest_ms = phase.params.backfill.pause_between_batches_ms if rest_ms is None else rest_ms
-    pause.go_by(stops)
+        board.rest_ms = params.backfill.pause_between_batches_ms if rest_ms is None else rest_ms
 
 
 def work(phase: Phase, board: Board, worker: str) -> None:
@@ -264,46 +251,30 @@ def _passes(desk: _Desk) -> Iterator[Sequence[Any]]:
 
 
 def _update(desk: _Desk, keys: Sequence[Any]) -> Batch:
-    """One transaction. A batch of which somebody holds a row is put off to the end instead of waiting longer; one of
-    which a row is refused is halved, until that row stands alone and can be named.
-
-    Raises GateFailed where row after row is refused.
-    """
+    """One transaction, or as many as it takes to name a row that is refused."""
     started = time.perf_counter()
-    try:
-        return _transaction(desk, keys, started)
-    except db.NOT_NOW:
-        return Batch(0, 0, time.perf_counter() - started, put_off=len(keys))
-    except psycopg.Error as error:
-        if not refused_rows.is_refusal(error):
-            raise
-        if len(keys) == 1:
-            _refuse(desk, keys[0], said(error))
-            return Batch(0, 0, time.perf_counter() - started)
-    parts = [_update(desk, part) for part in (keys[: len(keys) // 2], keys[len(keys) // 2 :])]
+    done = refused_rows.in_halves(desk.phase, keys, lambda part: _transaction(desk, part), desk.board.refused)
     return Batch(
-        sum(b.rows for b in parts),
-        sum(b.hot for b in parts),
+        sum(b.rows for b in done),
+        sum(b.hot for b in done),
         time.perf_counter() - started,
-        sum(b.put_off for b in parts),
+        sum(b.put_off for b in done),
     )
 
 
-def _refuse(desk: _Desk, key: Any, words: str) -> None:
-    desk.board.refused[key] = words
-    if len(desk.board.refused) > refused_rows.MOST_REFUSED:
-        raise GateFailed(Gates((refused_rows.too_many(desk.phase, dict(desk.board.refused)),)))
-
-
-def _transaction(desk: _Desk, keys: Sequence[Any], started: float) -> Batch:
-    p, part = desk.phase.params, desk.window.part
-    update = SQL["update"].compose(names(p) | changing(p) | {"part": verbatim(part)})
-    with desk.connection.transaction():
-        before = db.one(desk.connection, SQL["hot"], p, part=part)
-        if desk.witness:
-            desk.witness.before(keys)
-        rows = desk.connection.execute(update, {"keys": list(keys)}).rowcount
-        if desk.witness:
-            desk.witness.after()
-        after = db.one(desk.connection, SQL["hot"], p, part=part)
+def _transaction(desk: _Desk, keys: Sequence[Any]) -> Batch:
+    """A batch of which somebody holds a row is put off to the end instead of waiting longer."""
+    p, part, started = desk.phase.params, desk.window.part, time.perf_counter()
+    statement = vector_store.of(p).write(p, keys, part)
+    try:
+        with desk.connection.transaction():
+            before = db.one(desk.connection, SQL["hot"], p, part=part)
+            if desk.witness:
+                desk.witness.before(keys)
+            rows = desk.connection.execute(statement.query, statement.values).rowcount
+            if desk.witness:
+                desk.witness.after()
+            after = db.one(desk.connection, SQL["hot"], p, part=part)
+    except db.NOT_NOW:
+        return Batch(0, 0, time.perf_counter() - started, put_off=len(keys))
     return Batch(rows, after["hot"] - before["hot"], time.perf_counter() - started)

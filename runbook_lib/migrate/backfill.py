@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import psycopg
 
 from runbook_lib import params as params_module
-from runbook_lib.backfill import batch_ranges, batch_strategy, pruning, refused_rows, side_table, untouched, workers
-from runbook_lib.backfill.batch_size import first_pace, in_turn
+from runbook_lib.backfill import batch_ranges, batch_strategy, pruning, refused_rows, untouched, vector_store, workers
 from runbook_lib.backfill.batch_strategy import Choice
-from runbook_lib.backfill.update_effects import Effects, said
+from runbook_lib.backfill.throttle import first_pace, in_turn
+from runbook_lib.backfill.update_effects import Effects
 from runbook_lib.backfill.workers import Outcome
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, number, some
 from runbook_lib.core.gates import BadInput, Gate, GateFailed, Gates, LockNotObtained, Verdict, collect, gate
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.names import names, spelled, vectors_stand_beside
+from runbook_lib.core.names import names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import trials
 from runbook_lib.operate import refresh
@@ -31,16 +31,15 @@ SHOWN_KEYS = 5
 
 
 def plan(phase: Phase) -> db.Plan:
-    """The tables that steer the work, and the UPDATE of one batch, as often as there are batches.
-
-    Where the vectors stand beside the table, the staging table takes their place instead.
-    """
-    if vectors_stand_beside(phase.params):
-        return db.Plan(tuple(side_table.plan(phase)), phase.connection)
+    """What moves all vectors at once, where the store has such a way; else the tables that steer the work, and the
+    statement of one batch, as often as there are batches."""
+    store = vector_store.of(phase.params)
+    if promotion := store.promotion(phase):
+        return db.Plan(tuple(promotion), phase.connection)
     own = batch_ranges.plan(phase)
     if _schema_is_there(phase) and _to_do(phase) and batch_strategy.choose(phase).strategy == "page_interleaved":
         own += pruning.plan(phase, [r.part for r in batch_strategy.relations(phase)])
-    return db.Plan((*own, _update_statement(phase)), phase.connection)
+    return db.Plan((*own, store.write(phase.params, None, None)), phase.connection)
 
 
 def _schema_is_there(phase: Phase) -> bool:
@@ -53,11 +52,6 @@ def _to_do(phase: Phase) -> int:
     return int(db.one(phase.connection, SQL["to_do"], phase.params)["rows"])
 
 
-def _update_statement(phase: Phase, keys: Sequence[Any] | None = None) -> db.Statement:
-    extra = {"part": names(phase.params)["table"]}
-    return db.statement(SQL["update"], phase.params, extra, keys=None if keys is None else list(keys))
-
-
 @changes
 def apply(phase: Phase) -> Table:
     """Moves every staged vector into the table, then drains the queue of rows that changed meanwhile.
@@ -67,7 +61,8 @@ def apply(phase: Phase) -> Table:
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
     choice, outcome = move_staged(phase)
-    _clear_textless(phase)
+    for statement in vector_store.of(phase.params).clear_textless(phase.connection, phase.params):
+        phase.do(statement)
     phase.do(db.statement(SQL["analyze"], phase.params))
     # Last, so that what is judged is what was written before it; writers never stop.
     phase.note("drain", db.one(phase.connection, SQL["drain_begins"], phase.params))
@@ -97,65 +92,54 @@ def _percentiles(outcome: Outcome) -> tuple[float, float]:
     return p50, p95
 
 
-def _clear_textless(phase: Phase) -> None:
-    """In batches: one UPDATE would hold the first row until it has read the last."""
-    if vectors_stand_beside(phase.params):
-        phase.do(side_table.statement(phase, "clear_textless"))
-        return
-    keys = [row["key"] for row in db.rows(phase.connection, SQL["textless"], phase.params)]
-    for batch in in_turn(keys, first_pace(phase.params)):
-        phase.do(_clear_statement(phase, batch))
-
-
-def _clear_statement(phase: Phase, keys: Sequence[Any]) -> db.Statement:
-    return db.statement(SQL["clear_textless"], phase.params, keys=list(keys))
-
-
 def move_staged(phase: Phase) -> tuple[Choice, Outcome]:
-    """The backfill itself, without the rows that changed meanwhile: staged vectors to where searches find them."""
-    return _promote(phase) if vectors_stand_beside(phase.params) else _through_windows(phase)
-
-
-def _promote(phase: Phase) -> tuple[Choice, Outcome]:
-    """The staging table becomes the table beside; what was staged after that goes over in batches."""
-    batch_ranges.create(phase)
-    choice = Choice("side_table", "vector.layout: the staging table takes its place beside the table")
-    print(f"  {choice}")
-    before = _server_counts(phase)
-    rows, seconds = side_table.promote(phase)
-    outcome = Outcome(rows=rows, seconds=[seconds], samples=[[0.0, 0], [round(seconds, 3), rows]])
-    try:
-        _close(phase, outcome)
-    finally:
-        _note(phase, choice, outcome, before)
-    return choice, outcome
-
-
-def _through_windows(phase: Phase) -> tuple[Choice, Outcome]:
-    """Cuts windows where none are open, works them off, and closes with the rows that the windows did not reach.
+    """The backfill itself, without the rows that changed meanwhile: staged vectors to where searches find them. All
+    at once where the store can, then what is left in windows, and last the rows that the windows did not reach.
 
     Raises GateFailed, before a row is changed, where the UPDATE does more to the table than was agreed to.
     """
     tried = _nothing_new_fires(phase)
     batch_ranges.create(phase)
+    before = _server_counts(phase)
+    promoted, seconds = _promote(phase)
     phase.connection.execute(SQL["analyze_staging"].compose(names(phase.params)))
     choice = batch_strategy.choose(phase, tried)
     print(f"  {choice}")
+    outcome = _through_windows(phase, choice)
+    if promoted:
+        outcome.rows += promoted
+        outcome.seconds.append(seconds)
+        outcome.samples = [[0.0, 0], [round(seconds, 3), promoted]]
+    try:
+        _close(phase, outcome)
+    finally:
+        # What was done stands in the record, even where somebody holds the last rows.
+        statement = vector_store.of(phase.params).write(phase.params, None, None)
+        phase.note_statement(db.Done(statement, outcome.rows - promoted, _elapsed(outcome), 1))
+        _note(phase, choice, outcome, before)
+    return choice, outcome
+
+
+def _promote(phase: Phase) -> tuple[int, float]:
+    """Carries out what moves all vectors at once; returns the rows that it moved, and the seconds."""
+    started = time.perf_counter()
+    statements = vector_store.of(phase.params).promotion(phase)
+    rows = int(db.one(phase.connection, SQL["staged_rows"], phase.params)["rows"]) if statements else 0
+    for statement in statements:
+        phase.do(statement)
+    return rows, time.perf_counter() - started
+
+
+def _through_windows(phase: Phase, choice: Choice) -> Outcome:
+    """Cuts windows where none are open, and works them off."""
     to_do = _to_do(phase)
     if to_do and not batch_ranges.state(phase).left:
         batch_ranges.cut(phase, choice)
     if to_do and choice.strategy == "page_interleaved":
         pruning.apply(phase, [r.part for r in batch_strategy.relations(phase)])
-    before = _server_counts(phase)
     outcome = workers.run(phase, choice, to_do)
     pruning.restore(phase)
-    try:
-        _close(phase, outcome)
-    finally:
-        # What was done stands in the record, even where somebody holds the last rows.
-        phase.note_statement(db.Done(_update_statement(phase), outcome.rows, _elapsed(outcome), 1))
-        _note(phase, choice, outcome, before)
-    return choice, outcome
+    return outcome
 
 
 def _nothing_new_fires(phase: Phase) -> Effects | None:
@@ -215,48 +199,41 @@ def _close(phase: Phase, outcome: Outcome) -> None:
     left = [row["key"] for row in found if row["key"] not in outcome.refused]
     held = list[Any]()
     for keys in in_turn(left, first_pace(phase.params)):
-        free = _write_or_name(phase, outcome, keys, skip_held=True)
+        free = _write(phase, outcome, keys, skip_held=True)
         held += [key for key in keys if key not in free]
     done = 0
     for keys in in_turn(held, first_pace(phase.params)):
         try:
-            _write_or_name(phase, outcome, keys)
+            _write(phase, outcome, keys)
         except LockNotObtained as error:
             raise _are_held(phase, held[done:]) from error
         done += len(keys)
 
 
-def _write_or_name(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool = False) -> set[Any]:
-    """The same; rows that the server refuses are set apart, each with its words."""
-    try:
-        return _write(phase, outcome, keys, skip_held=skip_held)
-    except psycopg.Error as error:
-        if not refused_rows.is_refusal(error):
-            raise
-        if len(keys) == 1:
-            outcome.refused[keys[0]] = said(error)
-            if len(outcome.refused) > refused_rows.MOST_REFUSED:
-                raise GateFailed(Gates((refused_rows.too_many(phase, outcome.refused),))) from error
-            return set(keys)
-    half = len(keys) // 2
-    parts = [_write_or_name(phase, outcome, part, skip_held=skip_held) for part in (keys[:half], keys[half:])]
-    return set().union(*parts)
-
-
 def _write(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool = False) -> set[Any]:
-    """Gives these rows their vectors; returns the keys of those that were not skipped."""
-    p, connection, beside = phase.params, phase.connection, vectors_stand_beside(phase.params)
-    lock = refresh.SQL["lock_rows_beside" if beside else "lock_rows"].compose(names(p))
+    """Gives these rows their vectors; returns the keys of those that were not skipped. Rows that the server refuses
+    are set apart, each with its words."""
+
+    def write(part: Sequence[Any]) -> set[Any]:
+        return _transaction(phase, outcome, part, skip_held=skip_held)
+
+    done = refused_rows.in_halves(phase, keys, write, outcome.refused)
+    return set().union(*done) | (outcome.refused.keys() & set(keys))
+
+
+def _transaction(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool) -> set[Any]:
+    p, connection, store = phase.params, phase.connection, vector_store.of(phase.params)
+    lock = refresh.SQL[store.lock_rows].compose(names(p))
 
     def work() -> tuple[set[Any], int]:
         free = list(keys)
         if skip_held:
             free = [row["key"] for row in connection.execute(lock, {"keys": free}).fetchall()]
-        s = side_table.upsert(phase, free) if beside else _update_statement(phase, free)
+        s = store.write(p, free, None)
         return set(free), connection.execute(s.query, s.values).rowcount
 
-    statement = side_table.upsert(phase) if beside else _update_statement(phase)
-    (free, rows), _ = db.in_short_tries(connection, p, statement.name, statement.lock, work)
+    shown = store.write(p, None, None)
+    (free, rows), _ = db.in_short_tries(connection, p, shown.name, shown.lock, work)
     outcome.rows += rows
     return free
 

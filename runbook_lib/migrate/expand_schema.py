@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runbook_lib.backfill import change_capture, pruning, side_table
+from runbook_lib.backfill import change_capture, pruning, vector_store
 from runbook_lib.core import db, free_names, session
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, Gates, collect, gate
-from runbook_lib.core.names import added_columns, spelled, trigger_name, vectors_stand_beside
+from runbook_lib.core.names import added_columns, spelled, trigger_name
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import citus, partition_checks
 from runbook_lib.params import Params
@@ -41,11 +41,8 @@ def _what_is_there(phase: Phase) -> db.Row:
 
 def plan(phase: Phase) -> db.Plan:
     """The statements that are still to be carried out; what is there already is left alone."""
-    there = _what_is_there(phase)
-    beside = vectors_stand_beside(phase.params)
-    no_vectors = there["columns"] < len(added_columns(phase.params))
+    there, p = _what_is_there(phase), phase.params
     wanted = [
-        ("add_columns", no_vectors and not beside),
         ("create_staging", not there["staging"]),
         ("create_rejected", not there["rejected"]),
         ("create_queue", not there["queue"]),
@@ -53,10 +50,12 @@ def plan(phase: Phase) -> db.Plan:
         ("drop_triggers", there["triggers"] > 0 and there["firing"] < len(TRIGGERS)),
         ("create_triggers", there["firing"] < len(TRIGGERS)),
     ]
-    own_table = (side_table.statement(phase, "create"),) if beside and no_vectors else ()
-    others = tuple(_making(phase.params, n) for n, missing in wanted if missing)
-    functions = (citus.statement(phase.params, "create_text_functions"),) if phase.params.target.distributed else ()
-    return db.Plan((*own_table, *(functions if others else ()), *others), phase.connection)
+    made = there["columns"] == len(added_columns(p))
+    todo = [] if made else [vector_store.of(p).create(phase.connection, p)]
+    todo += [_making(p, n) for n, missing in wanted if missing]
+    if todo and p.target.distributed:
+        todo.insert(0, citus.statement(p, "create_text_functions"))
+    return db.Plan(tuple(todo), phase.connection)
 
 
 def _making(params: Params, name: str) -> db.Statement:
@@ -127,17 +126,12 @@ def _only_ours_was_added(phase: Phase) -> Gate:
 
 
 def undo_plan(phase: Phase) -> db.Plan:
-    """The statements that remove what this phase added; columns that stood there at the start are kept."""
-    there = _what_is_there(phase)
-    beside = vectors_stand_beside(phase.params)
-    start = phase.ledger.latest("catalogue")
-    own_column = start is None or not any(
-        line.startswith(f"column {phase.params.vector.column} ") for line in start["lines"]
-    )
-    columns = bool(there["columns"]) and own_column and not beside
-    drop = [db.statement(SQL["drop_columns"], phase.params)] if columns else []
-    own = [side_table.statement(phase, "drop")] if beside and there["columns"] else []
-    return db.Plan((*undo_capture_plan(phase), *drop, *own, *pruning.restore_plan(phase)), phase.connection)
+    """The statements that remove what this phase added; columns that were there at the start are kept."""
+    store = vector_store.of(phase.params)
+    start = (phase.ledger.latest("catalogue") or {"lines": []})["lines"]
+    theirs = store.in_the_table and any(x.startswith(f"column {phase.params.vector.column} ") for x in start)
+    drop = [store.drop(phase.connection, phase.params)] if _what_is_there(phase)["columns"] and not theirs else []
+    return db.Plan((*undo_capture_plan(phase), *drop, *pruning.restore_plan(phase)), phase.connection)
 
 
 def undo_capture_plan(phase: Phase) -> list[db.Statement]:
@@ -163,9 +157,7 @@ def undo(phase: Phase) -> Table:
 
 def verify_undone(phase: Phase) -> Gates:
     """Nothing of this phase is left."""
-    there, beside = _what_is_there(phase), vectors_stand_beside(phase.params)
-    del there["firing"]
-    left = [name for name, present in there.items() if present and (name != "vectors" or beside)]
+    left = [name for name, present in _what_is_there(phase).items() if present and name != "firing"]
     return collect(
         [
             gate(

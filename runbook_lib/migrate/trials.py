@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 import psycopg
 from psycopg import sql
 
-from runbook_lib.backfill import batch_ranges, pruning, update_effects
+from runbook_lib.backfill import batch_ranges, pruning, update_effects, vector_store
 from runbook_lib.core import db
 from runbook_lib.core.display import duration, number
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.names import added_columns, identifier, names, spelled, vectors_stand_beside, verbatim
+from runbook_lib.core.names import added_columns, identifier, names, spelled, verbatim
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import dependents, expand_schema, extension
 from runbook_lib.params import Params
@@ -191,12 +191,17 @@ def _with_time(g: Gate, held_s: float) -> Gate:
 def _prepared(connection: db.Connection, params: Params) -> update_effects.Prepared | None:
     """For the trial of the UPDATE, read before anything is locked; None where it is not to be tried: vectors
     beside the table, or a vector index that would keep what was rolled back, or no row left to fill."""
-    if vectors_stand_beside(params) or _there(connection, params, "qualified_index"):
+    if not _updates_rows(connection, params):
         return None
     added = added_columns(params)
     prepared = update_effects.prepare(connection, params, added)
     columns = {c["name"] for c in db.rows(connection, SQL["columns"], params, table=spelled(params, "table"))}
     return None if set(added) <= columns and not prepared.keys else prepared
+
+
+def _updates_rows(connection: db.Connection, params: Params) -> bool:
+    """Will the backfill still update rows of the table itself?"""
+    return vector_store.of(params).in_the_table and not _there(connection, params, "qualified_index")
 
 
 def _there(connection: db.Connection, params: Params, name: str) -> bool:
@@ -262,11 +267,7 @@ def _index(phase: Phase) -> list[db.Statement]:
 def _fillfactor(phase: Phase) -> list[db.Statement]:
     """Set to what the backfill would set it to, where it may go page by page."""
     p = phase.params
-    if (
-        vectors_stand_beside(p)
-        or p.backfill.strategy == "key_ranges"
-        or _there(phase.connection, p, "qualified_index")
-    ):
+    if p.backfill.strategy == "key_ranges" or not _updates_rows(phase.connection, p):
         return []
     parts = db.rows(phase.connection, WINDOWS["relations"], p, table=spelled(p, "table"))
     heaps = [r for r in parts if r["access_method"] == "heap"]
@@ -303,7 +304,7 @@ def _not_now(params: Params, name: str, found: str) -> Gate:
 
 def _unchecked_constraints(connection: db.Connection, params: Params) -> Iterator[Gate]:
     """An UPDATE checks a NOT VALID constraint on the row that it writes, however old the row is."""
-    if vectors_stand_beside(params) or _there(connection, params, "qualified_index"):
+    if not _updates_rows(connection, params):
         return
     for k in db.rows(connection, SQL["unchecked"], params, table=spelled(params, "table")):
         extra = {"relation": verbatim(k["relation"]), "condition": verbatim(k["condition"])}

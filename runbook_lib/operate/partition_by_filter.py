@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from runbook_lib.backfill import online_copy, partitioned_twin
+from runbook_lib.backfill import online_copy, partitioned_twin, vector_store
 from runbook_lib.backfill.partitioned_twin import PARTS, WHOLE, Standing, catalogue, spelled_beside, standing
 from runbook_lib.benchmark import partition_proof
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import Table, duration, number, some
 from runbook_lib.core.gates import Gate, Gates, collect, gate
-from runbook_lib.core.names import spelled, vectors_stand_beside
+from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import build_index, policies
 from runbook_lib.sql import load
@@ -51,15 +51,15 @@ def _column_is_named(phase: Phase) -> Gate:
 
 
 def _table_is_ordinary(phase: Phase, found: Standing) -> Gate:
-    beside = vectors_stand_beside(phase.params)
+    divisible = vector_store.of(phase.params).in_the_table
     clash = found.serves == "r" and found.whole
     foreign = found.serves == "p" and not found.begun and not phase.ledger.latest("partition swap")
     return gate(
         "partitioning.table_can_be_divided",
-        not beside and not clash and not foreign and found.serves in ("r", "p"),
+        divisible and not clash and not foreign and found.serves in ("r", "p"),
         _subject(phase),
-        found="the vectors stand in a table of their own"
-        if beside
+        found="the vectors are in a table of their own"
+        if not divisible
         else f"{spelled_beside(phase.params, WHOLE)} is there already"
         if clash
         else "partitioned, not by this operation"

@@ -17,12 +17,13 @@ from typing import Any
 
 from pgvector import HalfVector
 
-from runbook_lib.backfill.batch_size import Pace
+from runbook_lib.backfill import vector_store
+from runbook_lib.backfill.throttle import Pace, first_pace
 from runbook_lib.core import db
 from runbook_lib.core.cell_order import SECONDS_BETWEEN_QUESTIONS
 from runbook_lib.core.display import Table, duration, number
 from runbook_lib.core.gates import BadInput, Gate, Gates, Verdict, collect, gate
-from runbook_lib.core.names import changing, names, spelled, vectors_stand_beside
+from runbook_lib.core.names import changing, names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import embedding, masking
@@ -168,8 +169,8 @@ def _take_up_again(worker: _Worker) -> bool:
 
 def _held(worker: _Worker, keys: Iterable[Any]) -> set[Any]:
     """The rows that somebody else has locked, or that are gone by now; the others are locked by this transaction."""
-    block = "lock_rows_beside" if vectors_stand_beside(worker.phase.params) else "lock_rows"
-    locked = {row["key"] for row in worker.run(block, keys=list(keys)).fetchall()}
+    lock = vector_store.of(worker.phase.params).lock_rows
+    locked = {row["key"] for row in worker.run(lock, keys=list(keys)).fetchall()}
     return set(keys) - locked
 
 
@@ -222,8 +223,7 @@ def _write_in_turn(
 
     Returns rows given a vector, and the keys of those that somebody holds.
     """
-    b = worker.phase.params.backfill
-    pace = worker.pace.pop() if worker.pace else Pace(FIRST_ROWS, b.batch_ms / 1000, b.most_batch_rows)
+    pace = worker.pace.pop() if worker.pace else first_pace(worker.phase.params, rows=FIRST_ROWS)
     given, empty = {v["key"]: v for v in values}, {v["key"]: v for v in gone}
     keys, updated, held = list(ids), 0, set[Any]()
     while keys:
@@ -255,16 +255,14 @@ def _write(
 
     ids: places in the queue by key.
     """
-    p = worker.phase.params
-    beside = "_beside" if vectors_stand_beside(p) else ""
-    updated = 0
+    p, store, updated = worker.phase.params, vector_store.of(worker.phase.params), 0
     held = _held(worker, {v["key"] for v in (*values, *gone)})
     with worker.phase.connection.cursor() as cursor:
         if free := [v for v in values if v["key"] not in held]:
-            cursor.executemany(SQL[f"update{beside}"].compose(names(p) | changing(p)), free)
+            cursor.executemany(SQL[store.write_row].compose(names(p) | changing(p)), free)
             updated = cursor.rowcount
         if free := [v for v in gone if v["key"] not in held]:
-            cursor.executemany(SQL[f"clear{beside}"].compose(names(p) | changing(p)), free)
+            cursor.executemany(SQL[store.clear_row].compose(names(p) | changing(p)), free)
     done = [key for key in ids if key not in held]
     worker.run("finish", ids=[i for key in done for i in ids[key]], keys=done)
     return updated, held
@@ -293,10 +291,9 @@ def plan(phase: Phase) -> db.Plan:
         _require_queue(phase)
     if phase.execute and not (state := waiting(phase)).waiting + state.set_aside:
         return db.Plan((), phase.connection)
-    block = "update_beside" if vectors_stand_beside(phase.params) else "update"
-    return db.Plan(
-        (db.statement(SQL[block], phase.params, key=None, text_hash=None, embedding=None),), phase.connection
-    )
+    block = SQL[vector_store.of(phase.params).write_row]
+    update = db.statement(block, phase.params, key=None, text_hash=None, embedding=None)
+    return db.Plan((update,), phase.connection)
 
 
 def _require_queue(phase: Phase) -> None:

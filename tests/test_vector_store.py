@@ -1,4 +1,4 @@
-"""Vectors in a table of their own: the whole way there and back, and what others change meanwhile."""
+"""Vectors in a table of their own: there and back, what others change meanwhile, and when it pays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from runbook_lib.backfill import vector_store
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.search import search_function
@@ -152,3 +153,18 @@ def test_the_plan_can_be_printed_before_anything_is_there(open_phase: Open) -> N
     assert "sidetable.validate" in [s.name for s in backfill.plan(phase)]
     assert "RENAME TO" in str(backfill.plan(phase))
     assert "ON DELETE CASCADE" in str(expand_schema.plan(phase))
+
+
+def test_a_table_of_many_dear_updates_wants_its_vectors_beside() -> None:
+    assert vector_store.COLUMN.core_share(1000) == 0.73
+    assert vector_store.advice(1000) == (
+        "side_table: in the column, updates that are not HOT would take 73.0% of a core more than today"
+    )
+    assert vector_store.advice(1).startswith("column: ")
+
+
+def test_both_layouts_stand_side_by_side(open_phase: Callable[..., Phase], articles: psycopg.Connection[Any]) -> None:
+    articles.execute("UPDATE articles SET views = views + 1")
+    shown = str(vector_store.compare(open_phase("30_expand_schema")))
+    for part in ("column", "side_table", "830 µs, today 100 µs", "108 µs, today 100 µs", "1.13 ×", "✔"):
+        assert part in shown
