@@ -78,22 +78,21 @@ def session(phase: Phase) -> Iterator[db.Connection]:
 
 def copy(move: Move, total: int) -> int:
     """Copies every row that is left, by key, each batch with its checkpoint; returns the rows that are there."""
-    phase, b = move.phase, move.phase.params.backfill
+    phase = move.phase
     with session(phase) as connection, Progress("copied", total) as progress:
-        pace = first_pace(phase.params)
-        found = move.row(connection, SQL["copying"])
-        done = int(found["rows"])
-        progress.add(done)
+        state = move.row(connection, SQL["copying"])
+        progress.add(int(state["rows"]))
+
+        def batch(rows: int) -> int:
+            state.update(move.row(connection, SQL["copy_batch"], rows=rows))
+            return int(state["rows"]) - progress.done
+
         with throttled(phase, [db.server_pid(connection)]) as throttle:
-            while not found["copied"]:
-                throttle.wait()
-                started = time.perf_counter()
-                found = move.row(connection, SQL["copy_batch"], rows=pace.rows)
-                rows, done = int(found["rows"]) - done, int(found["rows"])
-                pace = pace.after(rows, time.perf_counter() - started)
-                progress.add(rows)
-                time.sleep(b.pause_between_batches_ms / 1000)
-    return done
+            batches = throttle.paced(first_pace(phase.params), batch)
+            while not state["copied"]:
+                progress.add(next(batches))
+                time.sleep(phase.params.backfill.pause_between_batches_ms / 1000)
+    return progress.done
 
 
 def queued(move: Move, connection: db.Connection, most: int) -> int:
@@ -127,15 +126,14 @@ def catch_up(move: Move, few: int | None = None) -> int:
             return 0
         throttle = stack.enter_context(throttled(phase, [db.server_pid(connection)]))
         progress = stack.enter_context(Progress("caught up", queued(move, connection, MOST_COUNTED)))
-        pace = first_pace(phase.params, most=MOST_KEYS)
+        batches = throttle.paced(
+            first_pace(phase.params, most=MOST_KEYS), lambda rows: apply_changes(move, connection, rows)
+        )
         while queued(move, connection, enough + 1) > enough:
-            throttle.wait()
-            started = time.perf_counter()
-            rows = apply_changes(move, connection, pace.rows)
+            rows = next(batches)
             # Those that came meanwhile are part of the work.
             progress.total = max(progress.total, progress.done + rows)
             progress.add(rows)
-            pace = pace.after(rows, time.perf_counter() - started)
             if time.monotonic() > until:
                 waiting = queued(move, connection, MOST_KEYS)
                 raise RunbookError(

@@ -5,23 +5,22 @@ Everything is read from the catalogue of the table that serves: what it has, its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from psycopg import sql
 
 from runbook_lib.backfill.online_copy import Move
-from runbook_lib.benchmark import filter_classes
 from runbook_lib.core import db
 from runbook_lib.core.display import Table
 from runbook_lib.core.names import digits, identifier, shortened, spelled, trigger_name, verbatim
 from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
-from runbook_lib.search import search_function
 from runbook_lib.sql import load
 
 SQL = load("partitioning")
+SEARCH = load("search")
 
 PARTS, WHOLE = "_parts", "_whole"
 
@@ -97,14 +96,14 @@ def move(phase: Phase) -> Move:
     """From the table that serves to the one beside it."""
     p = phase.params
     columns = [row["name"] for row in catalogue(phase, "columns")]
-    key_type = search_function.column_types(phase.connection, p)[p.target.key]
+    key = db.one(phase.connection, SEARCH["column_types"], p, table=spelled(p, "table"), columns=[p.target.key])
 
     def listed(alias: str = "") -> sql.Composable:
         return sql.SQL(", ").join(identifier(*([alias] if alias else []), c) for c in columns)
 
     other = beside(p, WHOLE if standing(phase).serves == "p" else PARTS)
     extra = {"beside": other, "columns": listed("t"), "columns_beside": listed("b"), "written": listed()}
-    return Move(phase, extra | {"key_type": verbatim(key_type)})
+    return Move(phase, extra | {"key_type": verbatim(key["type"])})
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ class Leaf:
     statement: sql.Composable
 
 
-def leaves(phase: Phase) -> list[Leaf]:
-    """The partitions that will be made, by the shares of the values now."""
+def leaves(phase: Phase, shares: Mapping[str, float]) -> list[Leaf]:
+    """The partitions that will be made. shares: of the rows, by value of the column; not asked for by hash."""
     p, settings = phase.params, phase.params.partitioning
     options = [row["option"].partition("=") for row in catalogue(phase, "options")]
     pairs = sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.SQL(name), sql.Literal(v)) for name, _, v in options)
@@ -145,7 +144,6 @@ def leaves(phase: Phase) -> list[Leaf]:
             )
             for i in range(n)
         ]
-    shares = filter_classes.shares(phase, (column(phase),))
     common_first = sorted(shares.items(), key=lambda pair: (-pair[1], pair[0]))[: settings.most_partitions]
     own = [(v, share) for v, share in common_first if share >= settings.smallest_share]
     made = [
@@ -162,17 +160,17 @@ def leaves(phase: Phase) -> list[Leaf]:
     return [*made, leaf("partition_of_rest", "_p_rest", "every other value", rest)]
 
 
-def expected(phase: Phase) -> Table:
+def expected(phase: Phase, shares: Mapping[str, float]) -> Table:
     """The partitions that will be made, or that there are, with their rows."""
     if standing(phase).serves == "p":
         return Table.of(catalogue(phase, "partitioned_by", relation=spelled(phase.params, "table")))
-    rows = [(f.name, f.holds, None if f.share is None else f"{f.share:.1%}") for f in leaves(phase)]
+    rows = [(f.name, f.holds, None if f.share is None else f"{f.share:.1%}") for f in leaves(phase, shares)]
     return Table(("partition", "holds", "rows"), rows, "the disk must hold the table twice, with its indexes")
 
 
-def create_table(phase: Phase) -> db.Statement:
+def create_table(phase: Phase, shares: Mapping[str, float]) -> db.Statement:
     """The twin, empty, with its partitions, its key and the owner of the table."""
-    p, made = phase.params, leaves(phase)
+    p, made = phase.params, leaves(phase, shares)
     key = catalogue(phase, "key", column=column(phase))[0]
     owned = [identifier(p.target.schema_, f.name) for f in made] + [beside(p, PARTS)]
     owners = [

@@ -165,6 +165,16 @@ class Throttle:
             time.sleep(SECONDS_BETWEEN_LOOKS)
         self.looked = time.monotonic()
 
+    def paced(self, pace: Pace, batch: Callable[[int], int]) -> Iterator[int]:
+        """Batch after batch while the work may go on, without end: calls ``batch`` with as many rows as the pace says
+        and yields how many it did."""
+        while True:
+            self.wait()
+            began = time.perf_counter()
+            rows = batch(pace.rows)
+            pace = pace.after(rows, time.perf_counter() - began)
+            yield rows
+
 
 @contextmanager
 def throttled(

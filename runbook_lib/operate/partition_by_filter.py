@@ -10,7 +10,7 @@ from typing import Any
 
 from runbook_lib.backfill import online_copy, partitioned_twin, vector_store
 from runbook_lib.backfill.partitioned_twin import PARTS, WHOLE, Standing, catalogue, spelled_beside, standing
-from runbook_lib.benchmark import partition_proof
+from runbook_lib.benchmark import filter_classes, partition_proof
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import Table, duration, number, some
 from runbook_lib.core.gates import Gate, Gates, collect, gate
@@ -117,7 +117,13 @@ def _key_gates(phase: Phase) -> list[Gate]:
 
 def expected(phase: Phase) -> Table:
     """The partitions that will be made, or that there are."""
-    return partitioned_twin.expected(phase)
+    return partitioned_twin.expected(phase, _shares(phase))
+
+
+def _shares(phase: Phase) -> dict[str, float]:
+    """Of the rows, by value of the column that divides them; none where the table is divided by hash, or already."""
+    by_value = phase.params.partitioning.method == "list" and standing(phase).serves != "p"
+    return filter_classes.shares(phase, (str(phase.params.partitioning.column),)) if by_value else {}
 
 
 def shown(phase: Phase) -> Table:
@@ -137,7 +143,7 @@ def _begin(phase: Phase) -> list[db.Statement]:
     found, p = standing(phase), phase.params
     extra = partitioned_twin.move(phase).extra
     todo = [] if found.begun else [db.statement(SQL[b], p, extra) for b in ("create_queue", "create_capture")]
-    todo += [] if found.parts else [partitioned_twin.create_table(phase)]
+    todo += [] if found.parts else [partitioned_twin.create_table(phase, _shares(phase))]
     triggers = db.rows(phase.connection, SQL["capturing"], p, table=spelled(p, "table"), name=_trigger(phase))
     return todo + ([] if triggers else [db.statement(SQL["create_triggers"], p, extra)])
 
