@@ -9,13 +9,12 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib.backfill import batch_ranges, batch_strategy, throttle, workers
+from runbook_lib.backfill import batch_ranges, batch_strategy, change_queue, throttle, workers
 from runbook_lib.core.cell_order import OutOfOrder
 from runbook_lib.core.gates import BadInput, LockNotObtained, OutsideWindow
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings import embedding
 from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
-from runbook_lib.operate import refresh
 from tests import toy
 from tests.conftest import write_params
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
@@ -91,7 +90,7 @@ def test_a_row_changed_during_the_backfill_is_never_given_its_old_vector(
     articles.execute("DELETE FROM articles WHERE id = 77")
     articles.execute("UPDATE articles SET title = NULL, body = ' ' WHERE id = 88")
     with monkeypatch.context() as patch:
-        patch.setattr(refresh, "drain", lambda phase: refresh.Drained(0, 0, 0))
+        patch.setattr(change_queue, "drain", lambda phase: change_queue.Drained(0, 0, 0))
         backfill.apply(phase)
     bare = articles.execute("SELECT id FROM articles WHERE embedding IS NULL ORDER BY 1").fetchall()
     assert [b[0] for b in bare] == [1, 88, 150, 201, 9001], "no old vector was given"
@@ -210,9 +209,9 @@ def test_drain_puts_a_failed_batch_back(
     with monkeypatch.context() as patch:
         patch.setattr("runbook_lib.embeddings.embedding.model", lambda params: broken)
         with pytest.raises(embedding.ModelAway, match="the model is away"):
-            refresh.drain(phase)
+            change_queue.drain(phase)
     assert articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone() == (5,)
-    assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
+    assert change_queue.drain(phase) == change_queue.Drained(changes=5, updated=5, refused=0)
     assert_every_row_has_the_vector_of_its_text(articles)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.backfill import batch_strategy
+from runbook_lib.backfill import batch_strategy, change_queue, vector_store
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate
 from runbook_lib.core.phase import Phase
@@ -174,7 +174,8 @@ def test_no_statement_that_changes_a_distributed_table_calls_a_stable_function_o
 ) -> None:
     phase = open_phase(target=ACCEPTED)
     of_refresh = [db.statement(refresh.SQL[n], phase.params, **VALUES) for n in ("update", "clear")]
-    changing = [backfill._update_statement(phase, [1]), backfill._clear_statement(phase, [1]), *of_refresh]
+    cleared = db.statement(backfill.SQL["clear_textless"], phase.params, keys=[1])
+    changing = [vector_store.of(phase.params).write(phase.params, [1], None), cleared, *of_refresh]
     for statement in changing:
         text = statement.text(phase.connection)
         assert "concat_ws" not in text and "convert_to" not in text, statement.name
@@ -212,9 +213,9 @@ def test_the_replaced_statements_do_what_the_ordinary_ones_do(
     hour_ago = replace(refresh.SQL["clock"], text="SELECT now() - interval '1 hour' AS now")
     with monkeypatch.context() as patch:
         patch.setitem(refresh.SQL, "clock", hour_ago)
-        refresh.drain(phase)
+        change_queue.drain(phase)
     assert articles.execute("SELECT key FROM runbook.articles_queue ORDER BY key").fetchall() == [(6,), (7,)]
-    refresh.drain(phase)
+    change_queue.drain(phase)
     assert articles.execute("SELECT key FROM runbook.articles_queue").fetchall() == []
     assert assert_every_row_has_the_vector_of_its_text(articles) == toy.ROWS - 1
     build_index.apply(phase)

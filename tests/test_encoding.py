@@ -10,6 +10,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from runbook_lib.backfill import change_queue
 from runbook_lib.core import approval, db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate
@@ -17,7 +18,6 @@ from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings.sources import hash_of
 from runbook_lib.migrate import backfill, encoding, expand_schema, extension, load_embeddings
-from runbook_lib.operate import refresh
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests import toy
@@ -84,7 +84,7 @@ def test_texts_are_embedded_hashed_and_refreshed_as_the_characters_they_are(
         ]
     articles.execute("UPDATE articles SET body = %s WHERE id = 4", [text])
     refreshing = opened(make_params())
-    assert refresh.drain(refreshing).updated == 1
+    assert change_queue.drain(refreshing).updated == 1
     hashes = "SELECT title || E'\n' || body, embedding_hash FROM articles WHERE id IN (3, 4)"
     assert all(hash_of(t) == digest for t, digest in articles.execute(hashes).fetchall())
     for phase in (loading, refreshing):

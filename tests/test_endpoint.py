@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runbook_lib.backfill import change_queue
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings import embedding, endpoint
 from runbook_lib.migrate import expand_schema, load_embeddings
 from runbook_lib.migrate import extension as extension_module
-from runbook_lib.operate import refresh
 from runbook_lib.params import Params
 from tests import toy
 from tests.endpoints import Answer, Endpoint, embeddings, serving
@@ -270,7 +270,7 @@ def test_no_lock_is_held_on_the_table_or_the_queue_while_the_endpoint_is_asked(
         return None
 
     served.judge = look
-    assert refresh.drain(phase) == refresh.Drained(changes=3, updated=3, refused=0)
+    assert change_queue.drain(phase) == change_queue.Drained(changes=3, updated=3, refused=0)
     assert held == [0]
 
 

@@ -7,6 +7,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from runbook_lib.backfill import change_queue
 from runbook_lib.benchmark import comparison
 from runbook_lib.core import session
 from runbook_lib.core.gates import BadInput
@@ -21,7 +22,7 @@ from runbook_lib.migrate import (
     load_embeddings,
     tune,
 )
-from runbook_lib.operate import monitor, rebuild_index, refresh
+from runbook_lib.operate import monitor, rebuild_index
 from runbook_lib.search import live_shadow, search_function
 from tests import attackers, toy
 
@@ -83,7 +84,7 @@ def test_a_whole_migration_calls_nothing_that_others_have_planted(
         for route in ("legacy", "hybrid", "vector"):
             search_function.move_route(phase, route, 100, "test")
             attackers.use(database, app, VECTOR)
-        assert refresh.drain(phase).updated == 1
+        assert change_queue.drain(phase).updated == 1
         assert monitor.look(phase).passed
         again = open_phase("operate/rebuild_index", index={"m": 24}, **sections)
         rebuild_index.apply(again)

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from runbook_lib import params
+from runbook_lib.backfill import change_queue
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, GateFailed
 from runbook_lib.core.ledger import Ledger
@@ -96,15 +97,15 @@ def test_a_row_that_the_model_does_not_take_is_set_aside_and_the_rest_goes_on(
     )
     kept = articles.execute("SELECT DISTINCT attempts, error FROM runbook.articles_queue WHERE key = 5").fetchall()
     assert kept == [(3, "ValueError: cannot take 'poison'")]
-    assert str(refresh.waiting(phase)) == "3 set aside: ValueError"
+    assert str(change_queue.waiting(phase)) == "3 set aside: ValueError"
 
 
 def test_a_row_set_aside_comes_back_with_its_next_change(filled: Callable[..., Phase], articles: Articles) -> None:
     phase = filled(**PICKY)
     articles.execute("UPDATE articles SET body = 'poison' WHERE id = 5")
-    refresh.drain(phase)
+    change_queue.drain(phase)
     articles.execute("UPDATE articles SET body = 'wholesome' WHERE id = 5")
-    assert refresh.drain(phase) == refresh.Drained(changes=1, updated=1, refused=0)
+    assert change_queue.drain(phase) == change_queue.Drained(changes=1, updated=1, refused=0)
     assert articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone() == (0,)
     assert without_the_vector_of_their_text(articles) == []
 
@@ -114,7 +115,7 @@ def test_a_row_set_aside_gets_one_more_try_a_run(
 ) -> None:
     phase = filled(**PICKY)
     articles.execute("UPDATE articles SET body = 'poison' WHERE id = 5")
-    refresh.drain(phase)
+    change_queue.drain(phase)
     asked: list[list[str]] = []
     monkeypatch.setattr(embedding, "model", lambda params: lambda texts: asked.append(texts) or picky(texts))
     refresh.apply(phase)
@@ -134,8 +135,8 @@ def test_unsound_vectors_are_set_aside_too(
         return toy.embed(texts) * np.array([[not t.startswith("cookie leaks")] for t in texts])
 
     monkeypatch.setattr(embedding, "model", lambda params: zero_for_the_first)
-    assert refresh.drain(phase) == refresh.Drained(changes=1, updated=1, refused=1)
-    assert refresh.waiting(phase).error == "a zero vector, which cosine cannot rank"
+    assert change_queue.drain(phase) == change_queue.Drained(changes=1, updated=1, refused=1)
+    assert change_queue.waiting(phase).error == "a zero vector, which cosine cannot rank"
 
 
 def test_where_the_model_is_away_no_row_is_blamed(
@@ -149,7 +150,7 @@ def test_where_the_model_is_away_no_row_is_blamed(
 
     monkeypatch.setattr(embedding, "model", lambda params: away)
     with pytest.raises(embedding.ModelAway, match="OSError on 5 texts; on 2 probe texts OSError: the model is away"):
-        refresh.drain(phase)
+        change_queue.drain(phase)
     state = articles.execute("SELECT count(*), max(attempts), max(claimed_by) FROM runbook.articles_queue").fetchone()
     assert state == (5, 0, None), "nothing is claimed and no try is counted"
 
@@ -166,8 +167,8 @@ def test_changes_of_before_the_servers_clock_went_back_are_taken_and_missed_unti
     )
     phase.note("drain", db.one(phase.connection, backfill.SQL["drain_begins"], phase.params))
     assert [g.name for g in backfill.verify(phase).failed] == ["backfill.nothing_is_stale"]
-    assert refresh.waiting(phase).since_before == 5
-    assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
+    assert change_queue.waiting(phase).since_before == 5
+    assert change_queue.drain(phase) == change_queue.Drained(changes=5, updated=5, refused=0)
 
 
 def test_what_a_killed_worker_claimed_is_taken_over_at_once(
@@ -176,13 +177,13 @@ def test_what_a_killed_worker_claimed_is_taken_over_at_once(
     phase = filled()
     articles.execute("UPDATE articles SET body = 'other' WHERE id <= 5")
     with psycopg.connect(database, autocommit=True) as other:
-        other.execute("SELECT pg_advisory_lock(%s, 77)", [refresh.LOCK_CLASS])
+        other.execute("SELECT pg_advisory_lock(%s, 77)", [change_queue.LOCK_CLASS])
         articles.execute("UPDATE runbook.articles_queue SET claimed_by = 77, claimed_at = clock_timestamp()")
-        assert refresh.drain(phase).changes == 0, "the other one lives and works at it"
-        assert refresh.waiting(phase).waiting == 5
+        assert change_queue.drain(phase).changes == 0, "the other one lives and works at it"
+        assert change_queue.waiting(phase).waiting == 5
     while articles.execute("SELECT count(*) FROM pg_locks WHERE objid = 77 AND objsubid = 2").fetchone() != (0,):
         pass
-    assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
+    assert change_queue.drain(phase) == change_queue.Drained(changes=5, updated=5, refused=0)
 
 
 @pytest.mark.attack
@@ -196,8 +197,8 @@ def test_a_role_that_can_only_connect_keeps_no_change_from_being_taken(
     articles.execute(f"CREATE ROLE {name} LOGIN")
     try:
         with psycopg.connect(database, user=name, autocommit=True) as other:
-            other.execute("SELECT pg_advisory_lock(%s, 77)", [refresh.LOCK_CLASS])
-            assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
+            other.execute("SELECT pg_advisory_lock(%s, 77)", [change_queue.LOCK_CLASS])
+            assert change_queue.drain(phase) == change_queue.Drained(changes=5, updated=5, refused=0)
     finally:
         articles.execute(f"DROP ROLE {name}")
 
@@ -205,9 +206,9 @@ def test_a_role_that_can_only_connect_keeps_no_change_from_being_taken(
 def test_a_worker_that_stands_still_loses_its_claims(filled: Callable[..., Phase], articles: Articles) -> None:
     phase = filled()
     articles.execute("UPDATE articles SET body = 'other' WHERE id <= 5")
-    articles.execute("SELECT pg_advisory_lock(%s, 77)", [refresh.LOCK_CLASS])
+    articles.execute("SELECT pg_advisory_lock(%s, 77)", [change_queue.LOCK_CLASS])
     articles.execute("UPDATE runbook.articles_queue SET claimed_by = 77, claimed_at = now() - interval '1 hour'")
-    assert refresh.drain(phase) == refresh.Drained(changes=5, updated=5, refused=0)
+    assert change_queue.drain(phase) == change_queue.Drained(changes=5, updated=5, refused=0)
 
 
 def test_a_text_that_changes_while_the_model_is_asked_never_gets_the_old_vector(
@@ -224,8 +225,10 @@ def test_a_text_that_changes_while_the_model_is_asked_never_gets_the_old_vector(
         return toy.embed(texts)
 
     monkeypatch.setattr(embedding, "model", lambda params: slow)
-    assert refresh.drain(phase) == refresh.Drained(changes=1, updated=0, refused=0), "the newer change waits"
-    assert refresh.drain(phase) == refresh.Drained(changes=1, updated=1, refused=0)
+    assert change_queue.drain(phase) == change_queue.Drained(changes=1, updated=0, refused=0), (
+        "the newer change waits"
+    )
+    assert change_queue.drain(phase) == change_queue.Drained(changes=1, updated=1, refused=0)
     assert [t.splitlines()[1] for t in asked] == ["old", "new"]
     assert without_the_vector_of_their_text(articles) == []
 
@@ -264,11 +267,11 @@ def test_a_row_that_comes_free_is_taken_by_the_same_drain(
         ends = [threading.Timer(0.5, c.commit) for c in (changing, deleting)]
         for end in ends:
             end.start()
-        drained = refresh.drain(phase)
+        drained = change_queue.drain(phase)
         for end in ends:
             end.join()
     # 20 changes and the holder's own; rows 1 to 20 without 8 have a vector of their text.
-    assert drained == refresh.Drained(changes=21, updated=19, refused=0)
+    assert drained == change_queue.Drained(changes=21, updated=19, refused=0)
     assert evidence.assert_every_row_has_the_vector_of_its_text(articles, layout) == toy.ROWS - 1
 
 
@@ -294,7 +297,7 @@ def test_a_source_without_a_model_says_what_waits_and_settles_what_does_not(
 def test_masked_values_are_counted_for_the_record(filled: Callable[..., Phase], articles: Articles) -> None:
     phase = filled(masking={"rules": ["email"]})
     articles.execute("UPDATE articles SET body = 'ask ann@example.org' WHERE id = 5")
-    refresh.drain(phase)
+    change_queue.drain(phase)
     assert phase.ledger.latest("masking") == {"texts": 1, "values": {"email": 1}}
     found = articles.execute("SELECT embedding::real[] FROM articles WHERE id = 5").fetchone()
     assert found is not None and np.allclose(found[0], toy.embed(["cookie leaks\nask <email>"])[0], atol=1e-6)
@@ -339,7 +342,7 @@ def test_a_drain_writes_in_transactions_as_short_as_the_backfills(
         "CREATE TRIGGER dear BEFORE UPDATE OF embedding ON articles FOR EACH ROW EXECUTE FUNCTION dear();"
         "UPDATE articles SET body = body || ' changed' WHERE body <> '  '"
     )
-    drained = refresh.drain(phase)
+    drained = change_queue.drain(phase)
     assert drained.updated == toy.ROWS
     rows = [n for (n,) in articles.execute("SELECT count(*) FROM articles GROUP BY xmin::text").fetchall()]
-    assert max(rows) <= refresh.FIRST_ROWS and len(rows) > toy.ROWS / refresh.FIRST_ROWS
+    assert max(rows) <= change_queue.FIRST_ROWS and len(rows) > toy.ROWS / change_queue.FIRST_ROWS

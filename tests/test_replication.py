@@ -12,11 +12,11 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from runbook_lib.backfill import change_queue
 from runbook_lib.core import db
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, expand_schema, extension, inputs, load_embeddings
-from runbook_lib.operate import refresh
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests import servers, toy
@@ -116,7 +116,7 @@ def test_rows_that_arrive_by_replication_get_their_vectors(
         module.apply(phase)
     publisher.execute("UPDATE articles SET body = 'the buffer' WHERE id = 9")
     until(lambda: subscriber.execute("SELECT key FROM runbook.articles_queue").fetchall() == [(9,)])
-    assert refresh.drain(phase).updated == 1
+    assert change_queue.drain(phase).updated == 1
     publisher.execute("UPDATE articles SET views = 8 WHERE id = 9")
     until(lambda: subscriber.execute("SELECT views FROM articles WHERE id = 9").fetchone() == (8,))
     assert backfill.verify(phase).passed

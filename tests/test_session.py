@@ -10,6 +10,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
+from runbook_lib.backfill import change_queue
 from runbook_lib.benchmark import comparison
 from runbook_lib.core import conninfo_masking, db, session
 from runbook_lib.core.gates import BadInput, Gate, RunbookError
@@ -25,7 +26,6 @@ from runbook_lib.migrate import (
     load_embeddings,
     tune,
 )
-from runbook_lib.operate import refresh
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests import toy
@@ -117,7 +117,7 @@ def test_a_whole_migration_under_hostile_settings(
             # Without 00_preflight there is no catalogue of the start to compare with.
             assert [g.name for g in gates.failed if "catalogue from the start" not in g.found] == []
         articles.execute("UPDATE articles SET title = 'Größe und Maß' WHERE id = 3")
-        assert refresh.drain(phase).updated == 1
+        assert change_queue.drain(phase).updated == 1
         assert backfill.verify(phase).passed
         refused = "SELECT count(embedding) FROM articles"
         assert articles.execute(refused).fetchone() == (toy.ROWS,)

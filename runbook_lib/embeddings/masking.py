@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import phonenumbers
 
 from runbook_lib.core.gates import BadInput, Gate, Verdict
+from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
 from runbook_lib.params.data import Masking
 
@@ -261,6 +262,12 @@ def _disjoint(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def masked(params: Params, texts: Sequence[str]) -> list[str]:
     """The texts as the model may see them."""
     return mask(texts, rules(params.masking))[0]
+
+
+def note(phase: Phase, counts: Counter[str], texts: int) -> None:
+    """A ledger row of how many values each rule replaced; of the values nothing is written down."""
+    if phase.params.masking != Masking():
+        phase.note("masking", {"texts": texts, "values": dict(sorted(counts.items()))})
 
 
 def count(texts: Iterable[str]) -> dict[str, int]:

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from runbook_lib import params as params_module
-from runbook_lib.backfill import batch_ranges, batch_strategy, pruning, refused_rows, untouched, vector_store, workers
+from runbook_lib.backfill import (
+    batch_ranges,
+    batch_strategy,
+    change_queue,
+    pruning,
+    refused_rows,
+    untouched,
+    vector_store,
+    workers,
+)
 from runbook_lib.backfill.batch_strategy import Choice
 from runbook_lib.backfill.throttle import first_pace, in_turn
 from runbook_lib.backfill.update_effects import Effects
@@ -22,7 +31,6 @@ from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import trials
-from runbook_lib.operate import refresh
 from runbook_lib.sql import load
 
 SQL = load("backfill")
@@ -66,11 +74,11 @@ def apply(phase: Phase) -> Table:
     phase.do(db.statement(SQL["analyze"], phase.params))
     # Last, so that what is judged is what was written before it; writers never stop.
     phase.note("drain", db.one(phase.connection, SQL["drain_begins"], phase.params))
-    drained = refresh.drain(phase)
+    drained = change_queue.drain(phase)
     return _shown(choice, outcome, drained)
 
 
-def _shown(choice: Choice, outcome: Outcome, drained: refresh.Drained) -> Table:
+def _shown(choice: Choice, outcome: Outcome, drained: change_queue.Drained) -> Table:
     p50, p95 = _percentiles(outcome)
     return Table(
         ("", ""),
@@ -223,7 +231,7 @@ def _write(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bo
 
 def _transaction(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool) -> set[Any]:
     p, connection, store = phase.params, phase.connection, vector_store.of(phase.params)
-    lock = refresh.SQL[store.lock_rows].compose(names(p))
+    lock = change_queue.SQL[store.lock_rows].compose(names(p))
 
     def work() -> tuple[set[Any], int]:
         free = list(keys)
@@ -298,7 +306,7 @@ def verify(phase: Phase) -> Gates:
     left = db.one(phase.connection, SQL["left"], p, **drain)
     queued = db.one(phase.connection, SQL["queued"], p)
     table = f"{p.target.schema_}.{p.target.table}"
-    waiting = f"; {refresh.waiting(phase)}" if queued["rows"] else ""
+    waiting = f"; {change_queue.waiting(phase)}" if queued["rows"] else ""
     if left["newer"]:
         waiting = f"; {number(left['newer'])} were written since the last drain began{waiting}"
     return collect(

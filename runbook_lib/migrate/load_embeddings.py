@@ -124,18 +124,12 @@ def apply(phase: Phase) -> Table:
     tally.refused = done.refused
     phase.note_statement(db.Done(db.statement(SQL["copy"], phase.params), progress.done, seconds, 1))
     phase.note("load", {"rows": progress.done, "seconds": round(seconds, 3), "samples": progress.samples})
-    note_masking(phase, tally.masked, tally.texts)
+    masking.note(phase, tally.masked, tally.texts)
     masked = ", ".join(f"{n} × {rule}" for rule, n in sorted(tally.masked.items())) or "nothing"
     return Table(
         ("rows staged", "rows refused", "masked", "seconds"),
         [(progress.done, tally.refused, masked, round(seconds, 2))],
     )
-
-
-def note_masking(phase: Phase, counts: Counter[str], texts: int) -> None:
-    """A ledger row of how many values each rule replaced; of the values nothing is written down."""
-    if phase.params.masking != type(phase.params.masking)():
-        phase.note("masking", {"texts": texts, "values": dict(sorted(counts.items()))})
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from typing import Any
 import psycopg
 
 from runbook_lib import params
+from runbook_lib.backfill import change_queue
 from runbook_lib.core import db
 from runbook_lib.core.gates import LockNotObtained
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
-from runbook_lib.operate import refresh
 from tests import evidence, toy
 from tests.conftest import write_params
 from tests.opened import gates_passed
@@ -39,7 +39,7 @@ SLOW: dict[str, dict[str, Any]] = {
 STEPS: dict[str, Callable[[Phase], Any]] = {
     "load": load_embeddings.apply,
     "backfill": backfill.apply,
-    "refresh": refresh.drain,
+    "refresh": change_queue.drain,
 }
 # How far a target has to be for a step to begin.
 BEFORE = {"load": "schema", "backfill": "load", "refresh": "backfill"}

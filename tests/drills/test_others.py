@@ -10,9 +10,9 @@ from typing import Any
 import psycopg
 import pytest
 
+from runbook_lib.backfill import change_queue
 from runbook_lib.core.gates import PausedTooLong
 from runbook_lib.migrate import backfill, expand_schema, extension
-from runbook_lib.operate import refresh
 from tests.conftest import write_params
 from tests.drills import kit
 
@@ -187,11 +187,11 @@ def test_rows_that_somebody_holds_for_long_while_the_queue_is_drained(
     with psycopg.connect(database, application_name="the forgotten form") as holder, kit.opened(params_file) as phase:
         holder.execute("SELECT FROM articles WHERE id IN (3, 77) FOR UPDATE")
         with kit.writers(database):
-            drained = refresh.drain(phase)
+            drained = change_queue.drain(phase)
             # A writer may delete a row, or empty its text, before the drain comes to it.
             assert drained.changes >= 148 and drained.updated >= 130 and drained.put_off >= 2
-            assert "held by somebody else; pid" in refresh.waiting(phase).why
-            assert "the forgotten form" in refresh.waiting(phase).why
+            assert "held by somebody else; pid" in change_queue.waiting(phase).why
+            assert "the forgotten form" in change_queue.waiting(phase).why
             # A writer may wait for these rows too, and the writers are waited for at the end of the block.
             holder.rollback()
     kit.finish(params_file)
