@@ -13,6 +13,7 @@ import psycopg
 from psycopg import sql
 
 import runbook_lib
+from tests.small_runs import wait_until
 
 # What an argument of a type may be given as: a function of that very type is the better match.
 GIVEN_AS = {
@@ -65,6 +66,11 @@ CALLS = """
     FROM pg_stat_user_functions s JOIN pg_proc p ON p.oid = s.funcid WHERE pg_get_userbyid(p.proowner) = %s
 """
 
+OTHER_SESSIONS = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+"""
+
 
 @contextmanager
 def attacker(connection: psycopg.Connection[Any]) -> Iterator[str]:
@@ -102,7 +108,8 @@ def make(connection: psycopg.Connection[Any], role: str, statement: str) -> None
 
 
 def called(connection: psycopg.Connection[Any], role: str) -> list[str]:
-    """Those of them that were called, by sessions that have ended."""
+    """Those of them that were called; waits for the end of all other sessions, with which the server counts them."""
+    wait_until(lambda: connection.execute(OTHER_SESSIONS).fetchone() == (0,), 30)
     connection.execute("SELECT pg_stat_clear_snapshot()")
     return [row[0] for row in connection.execute(CALLS, [role]).fetchall()]
 

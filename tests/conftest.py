@@ -16,13 +16,11 @@ from psycopg.conninfo import make_conninfo
 
 from runbook_lib import params
 from runbook_lib.cli import embedded
-from runbook_lib.core import db
-from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
 from tests import toy
-from tests.opened import gates_passed
+from tests.opened import opened
 
 DSN_ENV = "RUNBOOK_TEST_DSN"
 
@@ -88,18 +86,14 @@ def open_phase(
     articles: psycopg.Connection[Any], make_params: Callable[..., Params]
 ) -> Iterator[Callable[..., Phase]]:
     """Opens a phase on the toy table, with a ledger; the connections are closed after the test."""
-    opened: list[Phase] = []
+    phases: list[Phase] = []
 
     def make(name: str = "00_preflight", execute: bool = True, **sections: dict[str, Any]) -> Phase:
-        p = make_params(**sections)
-        ledger = Ledger(db.connect(p, f"test {name} ledger"), p, "test-run", name)
-        ledger.create()
-        phase = gates_passed(Phase(name, "test-run", execute, p, db.connect(p, f"test {name}"), ledger))
-        opened.append(phase)
-        return phase
+        phases.append(opened(make_params(**sections), name, execute=execute))
+        return phases[-1]
 
     yield make
-    for phase in opened:
+    for phase in phases:
         phase.end("was ended by the test", "nothing")
 
 

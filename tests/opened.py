@@ -7,7 +7,16 @@ from typing import Any
 import psycopg
 
 from runbook_lib.core import db
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
+from runbook_lib.params import Params
+
+
+def opened(params: Params, name: str = "50_backfill", *, execute: bool = True) -> Phase:
+    """A phase of a run of its own, with a ledger; to be ended by the test."""
+    ledger = Ledger(db.connect(params, f"test {name} ledger"), params, "test-run", name)
+    ledger.create()
+    return gates_passed(Phase(name, "test-run", execute, params, db.connect(params, f"test {name}"), ledger))
 
 
 def gates_passed(phase: Phase) -> Phase:

@@ -69,8 +69,12 @@ def closes(texts: list[str]) -> np.ndarray:
     return toy.embed(texts)
 
 
+# What fork() has said to the test's own process: the child of the last call.
+FORKED: list[int] = []
+
+
 def forks(texts: list[str]) -> np.ndarray:
-    os.fork()
+    FORKED[:] = [os.fork()]
     return toy.embed(texts)
 
 
@@ -173,7 +177,7 @@ def test_a_child_that_a_model_forks_and_lets_come_back_works_on_nothing(make_par
     os.write(write_end, b"x")
     if os.getpid() != here:
         os._exit(0)
-    os.wait()
+    os.waitpid(FORKED[0], 0)
     os.close(write_end)
     assert os.read(read_end, 10) == b"x", "a second one came from the child"
     os.close(read_end)

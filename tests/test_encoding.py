@@ -14,15 +14,13 @@ from runbook_lib.backfill import change_queue
 from runbook_lib.core import approval, db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate
-from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings.sources import hash_of
 from runbook_lib.migrate import backfill, encoding, expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV
-from tests.opened import gates_passed
+from tests.opened import opened
 
 Connection = psycopg.Connection[Any]
 
@@ -54,12 +52,6 @@ def in_encoding(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 def looked_at(p: Params) -> list[Gate]:
     with db.connect(p, "look") as connection:
         return list(encoding.check(connection, p))
-
-
-def opened(p: Params) -> Phase:
-    ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "50_backfill")
-    ledger.create()
-    return gates_passed(Phase("50_backfill", "test-run", True, p, db.connect(p, "test"), ledger))
 
 
 @pytest.mark.parametrize(

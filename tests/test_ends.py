@@ -161,7 +161,7 @@ def test_a_network_that_passes_nothing_on_ends_the_run_in_bounded_time(
     run: Run, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stopping, "LOOK_S", 0.2)
-    monkeypatch.setattr(stopping, "LONGEST_SILENCE_S", 1.0)
+    monkeypatch.setattr(stopping, "LONGEST_SILENCE_S", 5.0)
     with network(database) as way:
         monkeypatch.setenv(DSN_ENV, way.dsn)
         cut = meanwhile(database, lambda _: way.cut())

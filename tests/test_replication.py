@@ -13,15 +13,12 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from runbook_lib.backfill import change_queue
-from runbook_lib.core import db
-from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, expand_schema, extension, inputs, load_embeddings
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests import servers, toy
 from tests.conftest import DSN_ENV
-from tests.opened import gates_passed
+from tests.opened import opened
 
 Connection = psycopg.Connection[Any]
 ARRIVES_S = 30.0
@@ -71,12 +68,6 @@ def until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < ends, f"not within {ARRIVES_S} s"
         time.sleep(0.05)
-
-
-def opened(p: Params) -> Phase:
-    ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "50_backfill")
-    ledger.create()
-    return gates_passed(Phase("50_backfill", "test-run", True, p, db.connect(p, "test"), ledger))
 
 
 def test_a_subscriber_without_the_columns_stops_and_goes_on_after_the_statement_that_the_gate_names(

@@ -291,7 +291,7 @@ def test_reads_that_moved_a_moment_ago_are_too_young(
     gate = by_name(retire_legacy.check(opened(unused_days=30)))["retire.reads_have_left_legacy"]
     assert (str(gate.verdict), gate.needed) == ("FAIL", "vector or hybrid at 100 % for 30 days")
     assert gate.do.startswith("run this again from ")
-    monkeypatch.setattr(retirable, "datetime", _InAYear, raising=False)
+    monkeypatch.setattr(retirable, "datetime", _InAYear)
     ahead = by_name(retire_legacy.check(opened(unused_days=30)))["retire.reads_have_left_legacy"]
     assert ahead.verdict == "FAIL", "the days are the server's, whatever this machine's clock says"
     articles.execute("UPDATE runbook.route SET changed_at = now() - interval '31 days'")

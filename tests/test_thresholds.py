@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import runbook_lib
 from runbook_lib.benchmark import comparison, index_recall
 from runbook_lib.core import thresholds
 from runbook_lib.core.gates import Gate
@@ -52,7 +53,8 @@ def test_what_floating_point_makes_of_equal_figures_decides_nothing() -> None:
 
 def test_no_gate_writes_a_limit_in_digits_of_its_own() -> None:
     by_hand = re.compile(r"""needed=.*?(\{[^}]*:[+,]?\.\d|\{duration\(|f"(at most )?\{size\()""")
-    sources = {path.name: path.read_text() for path in Path(thresholds.__file__).parent.rglob("*.py")}
+    assert by_hand.search('needed=f"at most {found:.3f}"'), "it would find one"
+    sources = {path.name: path.read_text() for path in Path(runbook_lib.__file__).parent.rglob("*.py")}
     assert [(name, m[0]) for name, text in sources.items() for m in by_hand.finditer(text)] == []
 
 

@@ -353,7 +353,7 @@ def test_only_what_is_proved_since_its_last_change_is_closed(opened: Callable[..
 
 
 @pytest.mark.parametrize("name", OPERATE)
-def test_proved_before_it_is_done_it_fails_by_its_gates_if_at_all(
+def test_proving_before_doing_changes_nothing_and_fails_by_gates_or_not_at_all(
     opened: Callable[..., Stepped], there: str, name: str
 ) -> None:
     stepped = opened(name)

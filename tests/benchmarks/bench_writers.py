@@ -66,20 +66,24 @@ class Wait:
 def neighbour(dsn: str, kind: str, rows: int, rate: float, ready: Event, stop: Event, out: Any) -> None:
     """Sends one statement of its kind at a fixed rate; reports each with its time."""
     waits, draw, new = [], random.Random(kind), FIRST_ID + 10 * rows
-    with psycopg.connect(dsn, autocommit=True) as connection:
+    try:
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            ready.set()
+            due = time.monotonic()
+            while not stop.is_set():
+                new += 1
+                # Deletes take rows that nobody else names, so that the others always find theirs.
+                low, high = (9 * rows // 10, rows - 1) if kind == "delete" else (0, 9 * rows // 10 - 1)
+                values = {"key": FIRST_ID + draw.randint(low, high), "new": new, "word": f" changed {new}"}
+                began, started = time.time(), time.perf_counter()
+                connection.execute(STATEMENTS[kind].encode(), values)
+                waits.append(Wait(kind, began, (time.perf_counter() - started) * 1000))
+                due += 1 / rate
+                time.sleep(max(0.0, due - time.monotonic()))
+    finally:
+        # Both are waited for, also where this one fails.
         ready.set()
-        due = time.monotonic()
-        while not stop.is_set():
-            new += 1
-            # Deletes take rows that nobody else names, so that the others always find theirs.
-            low, high = (9 * rows // 10, rows - 1) if kind == "delete" else (0, 9 * rows // 10 - 1)
-            values = {"key": FIRST_ID + draw.randint(low, high), "new": new, "word": f" changed {new}"}
-            began, started = time.time(), time.perf_counter()
-            connection.execute(STATEMENTS[kind].encode(), values)
-            waits.append(Wait(kind, began, (time.perf_counter() - started) * 1000))
-            due += 1 / rate
-            time.sleep(max(0.0, due - time.monotonic()))
-    out.put(waits)
+        out.put(waits)
 
 
 @contextmanager
@@ -104,6 +108,7 @@ def neighbours(dsn: str, rows: int, rate: float) -> Iterator[list[Wait]]:
             waits += out.get()
         for process in processes:
             process.join()
+    assert not any(process.exitcode for process in processes), "a neighbour failed"
 
 
 def fill(dsn: str, folder: Path, rows: int) -> None:
