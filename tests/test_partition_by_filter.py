@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import psycopg
 import pytest
 
 from runbook_lib import params
-from runbook_lib.backfill import online_copy, partitioned_twin, throttle
+from runbook_lib.backfill import health, online_copy, partitioned_twin, throttle
 from runbook_lib.benchmark import partition_proof
 from runbook_lib.core import db
 from runbook_lib.core.gates import GateFailed
@@ -315,15 +316,24 @@ def test_killed_anywhere_run_again_continues(
 
 
 def test_a_pause_of_the_move_is_said_once_and_stands_in_the_ledger(
-    ready: Callable[..., Phase], articles: psycopg.Connection[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ready: Callable[..., Phase],
+    articles: psycopg.Connection[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     stop_file = tmp_path / "stop"
     phase = ready(health={"stop_file": str(stop_file)}, partitioning=DIVIDE | {"most_rows_in_swap": 20})
     stop_file.touch()
-    timer = threading.Timer(2.5, stop_file.unlink)
-    timer.start()
+    looks, look_at_health = count(1), health.look
+
+    def look_until_the_third(*args: Any) -> list[health.Answer]:
+        if next(looks) == 3:
+            stop_file.unlink()
+        return look_at_health(*args)
+
+    monkeypatch.setattr(health, "look", look_until_the_third)
     partition_by_filter.apply(phase)
-    timer.join()
     said = capsys.readouterr().out.splitlines()
     assert [x for x in said if "paused" in x] == ["  paused: stop file: stop is there"]
     paused = [e["body"] for e in phase.ledger.entries() if e["kind"] == "pause"]
