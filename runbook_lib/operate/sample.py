@@ -63,7 +63,6 @@ class Sample:
     memory_bytes_a_row: float | None
     notices: tuple[str, ...]
     others_wal_bytes_per_s: float
-    left_out: tuple[str, ...]
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for the ledger."""
@@ -112,7 +111,6 @@ def measure(source: Phase, place: Place, lists: int | None, *, memory: bool) -> 
         memory_bytes_a_row=a_row,
         notices=tuple(built.notices),
         others_wal_bytes_per_s=round(others, 1),
-        left_out=tuple(place.left_out),
     )
 
 

@@ -68,7 +68,6 @@ def body(phase: Phase, facts: Facts, found: Sequence[Sample]) -> dict[str, Any]:
     whole = figures(phase.params, facts, expects, found)
     return {
         "run_id": phase.run_id,
-        "server": phase.params.rehearse.server,
         "table_rows": facts.rows,
         "samples": [s.as_data() for s in found],
         "whole": {
@@ -86,9 +85,6 @@ def _remarks(phase: Phase, facts: Facts, expects: Forecast, found: Sequence[Samp
             f"{number(random)} of {number(last.vectors)} vectors are random, since the target has none yet: a build"
             " over the vectors of texts may be quicker, sizes are the same"
         )
-    if phase.params.rehearse.server == "embedded":
-        remarks.append("times are those of this machine and its embedded server, not of the target's")
-    remarks += [f"not part of the rehearsal: {what}" for what in last.left_out]
     if facts.triggers:
         remarks.append(f"triggers of the table did not fire: {', '.join(facts.triggers)}")
     if len(found) == 1:

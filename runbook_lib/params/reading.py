@@ -18,6 +18,11 @@ from runbook_lib.params.section import unsound
 
 # Aliases and merges can make a few lines of YAML into more values than any memory holds.
 MOST_VALUES = 10_000
+# Keys of earlier releases, with what to do instead.
+REMOVED = {
+    "rehearse.server": "take it out: samples are made in a scratch schema of the target's database;"
+    " to rehearse elsewhere, point connection.dsn_env at a copy of the database",
+}
 TOO_MANY = f"more than {MOST_VALUES} values, aliases counted in full"
 # Beside its own, PyYAML lets pass what Python says of a value that is not of its tag.
 YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError)
@@ -166,6 +171,10 @@ def _from_pydantic(path: Path, error: Any) -> Gate:
     where = ".".join(str(part) for part in error["loc"]) or "the file as a whole"
     subject = f"{path}: {where}"
     if error["type"] == "extra_forbidden":
+        if (dotted := ".".join(map(str, error["loc"]))) in REMOVED:
+            return _problem(
+                "key_is_known", subject, "a key of an earlier release", "a file without it", REMOVED[dotted]
+            )
         names = _valid_names(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
         do = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(names)}"

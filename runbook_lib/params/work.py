@@ -60,10 +60,6 @@ class Rehearse(Section):
     most_rows: int = Field(
         100_000, ge=100, le=10_000_000, description="Rows in the largest sample at most; the others shrink with it."
     )
-    server: Literal["target", "embedded"] = Field(
-        "target",
-        description="Rehearse in a schema of the target's database, or on an embedded PostgreSQL on this machine.",
-    )
     statement_timeout_minutes: float = Field(15.0, gt=0, le=1440, description="Timeout of each statement.")
 
 

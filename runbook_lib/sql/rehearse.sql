@@ -1,4 +1,4 @@
--- The rehearsal: a sample of the table in a schema of its own, or on an embedded server. The target is only read.
+-- The rehearsal: a sample of the table in a scratch schema. The target is only read.
 
 -- name: scratch
 -- purpose: Is there a schema of the scratch schema's name, and did a rehearsal make it?
@@ -41,45 +41,11 @@ ALTER TABLE {sample}
 INSERT INTO {sample} ({columns})
 SELECT {columns} FROM {table} TABLESAMPLE SYSTEM ({percent}) REPEATABLE ({seed}) LIMIT {rows};
 
--- name: copy_out
--- purpose: Send a sample of the target's pages to the embedded server; other pages are not read.
--- lock: ACCESS SHARE on {table}
-COPY (SELECT {values} FROM {table} TABLESAMPLE SYSTEM ({percent}) REPEATABLE ({seed}) LIMIT {rows}) TO STDOUT;
-
--- name: copy_in
--- purpose: Take that sample in, on the embedded server.
-COPY {table} ({columns}) FROM STDIN;
-
--- name: create_copy
--- purpose: Make a table of the target's name and columns on the embedded server.
-CREATE TABLE {table} ({definitions})
-    WITH (fillfactor = {fillfactor}, autovacuum_enabled = off, parallel_workers = {parallel_workers});
-
 -- name: columns
--- purpose: The target's columns without the runbook's own; a type that another database may lack is marked.
-SELECT a.attname::text AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AS not_null,
-       n.nspname = 'pg_catalog' OR EXISTS (
-           SELECT FROM pg_depend d WHERE d.classid = 'pg_type'::regclass AND d.objid = a.atttypid AND d.deptype = 'e'
-       ) AS known
-FROM pg_attribute a JOIN pg_type y ON y.oid = a.atttypid JOIN pg_namespace n ON n.oid = y.typnamespace
+-- purpose: The target's columns without the runbook's own.
+SELECT a.attname::text AS name FROM pg_attribute a
 WHERE a.attrelid = to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdropped AND NOT a.attname = ANY (%(added)s)
 ORDER BY a.attnum;
-
--- name: index_definitions
--- purpose: The statements that made the target's indexes, apart from those on vectors.
-SELECT c.relname::text AS name, pg_get_indexdef(i.indexrelid) AS definition
-FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
-WHERE i.indrelid = to_regclass(%(table)s) AND m.amname NOT IN ('hnsw', 'ivfflat') ORDER BY 1;
-
--- name: extensions
--- purpose: Extensions of this database, with the schema of each.
-SELECT e.extname::text AS name, n.nspname::text AS schema
-FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname <> 'plpgsql' ORDER BY 1;
-
--- name: create_extension
--- purpose: Make an extension of the target's database on the embedded server, in the schema that it has there.
-CREATE SCHEMA IF NOT EXISTS {schema};
-CREATE EXTENSION IF NOT EXISTS {extension} SCHEMA {schema};
 
 -- name: session
 -- purpose: Cancel a statement of the rehearsal that takes too long.
