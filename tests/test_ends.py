@@ -28,6 +28,7 @@ from runbook_lib.core import approval, claim, db, maintenance_window
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import open_phase
 from runbook_lib.runner import ending, manifest, runner, stopping, verify
+from runbook_lib.runner.kernels import Kernels
 from runbook_lib.runner.runner import RunResult
 from tests import small_notebooks, toy
 from tests.conftest import DSN_ENV, write_params
@@ -71,10 +72,10 @@ def test_a_kernel_that_died_before_its_first_cell_is_started_again_and_no_other(
 
     monkeypatch.setattr("papermill.execute_notebook", execute)
     if starts > len(said):
-        assert runner._execute(tmp_path, make_manifest(), FIRST) == "executed"
+        assert runner._execute(tmp_path, make_manifest(), FIRST, Kernels([])) == "executed"
     else:
         with pytest.raises(RuntimeError, match=said[-1]):
-            runner._execute(tmp_path, make_manifest(), FIRST)
+            runner._execute(tmp_path, make_manifest(), FIRST, Kernels([]))
     assert len(started) == starts
 
 

@@ -29,9 +29,10 @@ from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.redaction import redacted
 from runbook_lib.core.registry import RUNS_BESIDE, current, notebook, waits
 from runbook_lib.params import Params
-from runbook_lib.runner import ending, folders, notify, selection, verify
+from runbook_lib.runner import ending, folders, kernels, notify, selection, verify
 from runbook_lib.runner import manifest as manifests
 from runbook_lib.runner.ending import Outcome
+from runbook_lib.runner.kernels import Kernels
 from runbook_lib.runner.manifest import BAD_INPUT, BY_HAND, EXIT_CODES, SYMBOLS, Manifest, PhaseRun, Status
 from runbook_lib.runner.selection import NOTEBOOKS_ENV as NOTEBOOKS_ENV
 from runbook_lib.runner.selection import notebooks as notebooks
@@ -48,8 +49,6 @@ from runbook_lib.sql import load
 
 SQL = load("runner")
 
-# The kernel writes its log to our standard error, a traceback when it is interrupted among it; that is not progress.
-QUIET_KERNEL = "--log-level=CRITICAL"
 # What jupyter_client says of a kernel that died before its first cell, and how often one is started.
 NEVER_STARTED, KERNEL_STARTS = "Kernel died before replying to kernel_info", 3
 
@@ -245,10 +244,13 @@ def _run_claimed(folder: Path, params: Params, manifest: Manifest, stop: Stop, s
         if manifest.execute:
             held.enter_context(watched(params, manifest.run_id, stop, claimed=claims))
             _note_server(params, manifest, say)
-        return _run_phases(folder, params, manifest, stop, say, verbose)
+        ahead = held.enter_context(kernels.ahead([notebooks() / notebook(p.name) for p in manifest.phases]))
+        return _run_phases(folder, params, manifest, ahead, stop, say, verbose)
 
 
-def _run_phases(folder: Path, params: Params, manifest: Manifest, stop: Stop, say: Say, verbose: bool) -> Manifest:
+def _run_phases(
+    folder: Path, params: Params, manifest: Manifest, ahead: Kernels, stop: Stop, say: Say, verbose: bool
+) -> Manifest:
     """Phase after phase, up to the first that does not pass; the manifest as it stands at the end."""
     started_noted = _note_run(params, manifest, "started")
     exit_code = EXIT_CODES[Status.PASSED]
@@ -259,7 +261,7 @@ def _run_phases(folder: Path, params: Params, manifest: Manifest, stop: Stop, sa
         if verbose:
             say(f"{SYMBOLS[Status.RUNNING]} {pending.name}")
         clock = time.perf_counter()
-        outcome = _run_phase(folder, params, manifest, pending.name, stop, say)
+        outcome = _run_phase(folder, params, manifest, pending.name, ahead, stop, say)
         seconds = round(time.perf_counter() - clock, 3)
         manifest = _settle(
             folder, params, manifest, replace(running, status=outcome.status, seconds=seconds, error=outcome.error)
@@ -280,7 +282,9 @@ def _run_phases(folder: Path, params: Params, manifest: Manifest, stop: Stop, sa
     )
 
 
-def _run_phase(folder: Path, params: Params, manifest: Manifest, name: str, stop: Stop, say: Say) -> Outcome:
+def _run_phase(
+    folder: Path, params: Params, manifest: Manifest, name: str, ahead: Kernels, stop: Stop, say: Say
+) -> Outcome:
     """One notebook, inside the maintenance window and its time limit."""
     if stop.requested:
         return Outcome(Status.INTERRUPTED, f"stopped by {stop.requested} before it began", "KeyboardInterrupt")
@@ -290,7 +294,7 @@ def _run_phase(folder: Path, params: Params, manifest: Manifest, name: str, stop
         if manifest.execute and waits(name):
             maintenance_window.enter(params, say=say)
         with limited_to(minutes, stop):
-            executed = _execute(folder, manifest, name)
+            executed = _execute(folder, manifest, name, ahead)
     except KeyboardInterrupt:
         # The notebook's tasks were left where they stood; asyncio would report each of them at the end.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -307,7 +311,7 @@ def _run_phase(folder: Path, params: Params, manifest: Manifest, name: str, stop
     return ending.of_plan(executed)
 
 
-def _execute(folder: Path, manifest: Manifest, name: str) -> Any:
+def _execute(folder: Path, manifest: Manifest, name: str, ahead: Kernels) -> Any:
     """One notebook through papermill.
 
     A kernel's ports are chosen before it binds them: where several start on a machine at once, one may find its port
@@ -319,18 +323,22 @@ def _execute(folder: Path, manifest: Manifest, name: str) -> Any:
         stop=tenacity.stop_after_attempt(KERNEL_STARTS),
         reraise=True,
     )
-    return starts(
-        papermill.execute_notebook,
-        _not_a_format(source),
-        _not_a_format(folder / f"{PhaseRun(name).file}.ipynb"),
-        {"params_file": manifest.params_file, "run_id": manifest.run_id, "execute": manifest.execute},
-        kernel_name="python3",
-        cwd=source.parent,
-        progress_bar=False,
-        log_output=False,
-        coalesce_streams=True,
-        extra_arguments=[QUIET_KERNEL],
-    )
+
+    def execute() -> Any:
+        return papermill.execute_notebook(
+            _not_a_format(source),
+            _not_a_format(folder / f"{PhaseRun(name).file}.ipynb"),
+            {"params_file": manifest.params_file, "run_id": manifest.run_id, "execute": manifest.execute},
+            engine_name=kernels.ENGINE,
+            kernel_name="python3",
+            cwd=source.parent,
+            progress_bar=False,
+            log_output=False,
+            ahead=ahead,
+            notebook=source,
+        )
+
+    return starts(execute)
 
 
 def _not_a_format(path: Path) -> str:
