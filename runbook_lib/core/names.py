@@ -138,6 +138,11 @@ def changing(params: Params) -> dict[str, sql.Composable]:
     }
 
 
+# What names() has worked out, by the id of the parameters.
+_made: dict[int, tuple[Params, dict[str, sql.Composable]]] = {}
+PARAMETERS_KEPT = 16
+
+
 def has_text(text: sql.Composable) -> sql.Composed:
     """Is there more than blanks and ends of lines in it?"""
     return sql.SQL("(btrim({}, E' \\t\\r\\n') <> '')").format(text)
@@ -167,6 +172,16 @@ def names(params: Params) -> dict[str, sql.Composable]:
     ``{distance}`` is the operator of the vectors. What the index holds may be smaller: ``{indexed}`` is its column
     or expression, ``{row_indexed}`` the same of a row above, ``{index_distance}`` the operator that it serves.
     """
+    # Asked for with each statement, and worked out in a millisecond. Identity, since parameters hold lists; they are
+    # kept with their names, so that no others can come to have their id.
+    if (made := _made.get(id(params))) is None:
+        if len(_made) >= PARAMETERS_KEPT:
+            _made.clear()
+        _made[id(params)] = made = (params, _names(params))
+    return dict(made[1])
+
+
+def _names(params: Params) -> dict[str, sql.Composable]:
     target, vector = params.target, params.vector
     ledger = params.ledger.schema_
     text = _text(target.text_columns, "t")

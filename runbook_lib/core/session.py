@@ -18,7 +18,6 @@ from pgvector.psycopg.halfvec import register_halfvec_info
 from pgvector.psycopg.sparsevec import register_sparsevec_info
 from pgvector.psycopg.vector import register_vector_info
 from psycopg.rows import DictRow, dict_row
-from psycopg.sql import Identifier
 from psycopg.types import TypeInfo
 
 from runbook_lib.core import conninfo_masking, versions
@@ -79,6 +78,12 @@ SETTINGS: Mapping[str, str] = {
 }
 # Only a superuser may change these; where one is wrong and cannot be changed, the gates say so.
 PRIVILEGED: Mapping[str, str] = {"session_replication_role": "origin", "track_counts": "on", "track_activities": "on"}
+REGISTER = {
+    "vector": register_vector_info,
+    "halfvec": register_halfvec_info,
+    "sparsevec": register_sparsevec_info,
+    "bit": register_bit_info,
+}
 # So often each session of a trial of the pooler looks at its server process.
 LOOKS_AT_THE_POOLER = 3
 # A pool that is used up has none left for the second session of the trial.
@@ -88,8 +93,8 @@ LONGEST_TRIAL_S = 5
 def begin(connection: Connection, schema: str, table: str, *, lock_timeout_ms: int) -> None:
     """Puts the settings of a fresh session, in autocommit, into the runbook's hands. schema, table: the target's."""
     came_with = _one(connection, "inherited")
-    taken = {"path": came_with["path"], "schemas": _array(connection, came_with["schemas"])}
-    connection.execute(SQL["take_path"].compose({}), taken | {"schema": schema, "table": table})
+    taken = {"path": came_with["path"], "schemas": came_with["schemas"], "schema": schema, "table": table}
+    connection.execute(SQL["take_path"].compose({}), taken)
     settings = {**SETTINGS, "lock_timeout": f"{lock_timeout_ms}ms"}
     if versions.ends_statements_of_gone_clients(connection.info.server_version):
         # Ends the statement with the client that asked for it.
@@ -129,14 +134,12 @@ def register_vector(connection: Connection) -> None:
     found = connection.execute(SQL["library"].compose({})).fetchone()
     if not found or not found["usable"]:
         raise _no_types(connection, found)
-    schema = str(found["schema"])
-    for name, register in (
-        ("vector", register_vector_info),
-        ("halfvec", register_halfvec_info),
-        ("sparsevec", register_sparsevec_info),
-    ):
-        register(connection, _type(connection, Identifier(schema, name)))
-    register_bit_info(connection, _type(connection, Identifier("pg_catalog", "bit")))
+    rows = connection.execute(SQL["types"].compose({}), {"schema": found["schema"]}).fetchall()
+    types = {row["name"]: TypeInfo(row["name"], row["oid"], row["array_oid"]) for row in rows}
+    for name, register in REGISTER.items():
+        if name not in types:
+            raise psycopg.ProgrammingError(f"type {name} is not there")
+        register(connection, types[name])
 
 
 def _no_types(connection: Connection, found: DictRow | None) -> RunbookError:
@@ -152,12 +155,6 @@ def _no_types(connection: Connection, found: DictRow | None) -> RunbookError:
         danger,
         f"have its owner or a superuser run: GRANT USAGE ON SCHEMA {found['quoted']} TO {found['role']};",
     )
-
-
-def _type(connection: Connection, name: Identifier) -> TypeInfo:
-    if info := TypeInfo.fetch(connection, name):
-        return info
-    raise psycopg.ProgrammingError(f"type {name.as_string()} is not there, or may not be used")
 
 
 def open_schemas(connection: Connection, more: tuple[str, ...] = ()) -> list[DictRow]:
@@ -273,12 +270,6 @@ def pooled(verdict: Verdict, found: str) -> Gate:
         "put the server's own address and port into the DSN (often port 5432 instead of 6432), or a pool with"
         " pool_mode = session",
     )
-
-
-def _array(connection: Connection, values: list[str]) -> str:
-    """A list as PostgreSQL writes an array of text, for a setting that holds it."""
-    row = connection.execute("SELECT %s::pg_catalog.text[]::pg_catalog.text AS written", [values]).fetchone()
-    return str(row["written"]) if row else "{}"
 
 
 def _one(connection: Connection, block: str, **values: Any) -> DictRow:

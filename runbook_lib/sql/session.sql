@@ -22,7 +22,7 @@ WHERE l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()
 -- purpose: Put this session's search path into the runbook's hands, and remember the one that it came with.
 SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false),
        pg_catalog.set_config('runbook.users_path', %(path)s, false),
-       pg_catalog.set_config('runbook.users_schemas', %(schemas)s, false),
+       pg_catalog.set_config('runbook.users_schemas', %(schemas)s::pg_catalog.text[]::pg_catalog.text, false),
        pg_catalog.set_config('runbook.target_schema', %(schema)s, false),
        pg_catalog.set_config('runbook.target_table', %(table)s, false);
 
@@ -120,6 +120,12 @@ WHERE cardinality(creators) > 0 OR cardinality(planted) > 0 ORDER BY schema;
 SELECT n.nspname::text AS schema, has_schema_privilege(n.oid, 'USAGE') AS usable, quote_ident(n.nspname) AS quoted,
        quote_ident(current_user) AS role
 FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector';
+
+-- name: types
+-- purpose: The types of pgvector, in their schema, and PostgreSQL's bit, with their arrays.
+SELECT t.typname::text AS name, t.oid, t.typarray AS array_oid FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
+WHERE (n.nspname = %(schema)s AND t.typname IN ('vector', 'halfvec', 'sparsevec'))
+   OR (n.nspname = 'pg_catalog' AND t.typname = 'bit');
 
 -- name: load_library
 -- purpose: Load pgvector's library: before that its settings are unknown, and only a superuser may write an unknown one.
