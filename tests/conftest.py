@@ -23,6 +23,29 @@ from tests import toy
 from tests.opened import opened
 
 DSN_ENV = "RUNBOOK_TEST_DSN"
+ROOT_OF_TESTS = Path(__file__).parent
+# Files of tests that start servers, kernels or programs without the fixture ``server``.
+STARTS_ITS_OWN = {
+    "test_embedded",
+    "test_ends",
+    "test_kernels",
+    "test_main",
+    "test_notify",
+    "test_partition_by_filter",
+    "test_partitions",
+    "test_replica",
+    "test_replication",
+    "test_server_versions",
+    "test_update_extension",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as fast what starts nothing: no server, no kernel, no program; `make check` runs these."""
+    for item in items:
+        starts = item.path.stem in STARTS_ITS_OWN or not ROOT_OF_TESTS.samefile(item.path.parent)
+        if not starts and "server" not in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 def locked() -> dict[str, str]:
     """Versions in the lock file, by package; one that is locked differently for some Python is listed once."""
-    lines = re.findall(r"^([A-Za-z0-9._-]+)==([^ ;\\]+)", (ROOT / "requirements.lock").read_text(), re.M)
+    text = (ROOT / "requirements.lock").read_text()
+    lines = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]+\])?==([^ ;\\]+)", text, re.M)
     return {name.lower().replace("_", "-"): version for name, version in lines}
 
 
