@@ -102,7 +102,7 @@ def _was_proved(phase: Phase, share: int) -> bool:
     """Did the canary of this share pass after the reads were moved there?"""
     ledger = phase.ledger
     moved, judged = (
-        next(iter(db.rows(ledger.connection, LEDGER_SQL["latest"], phase.params, kind=kind, phase=None)), None)
+        next(iter(db.rows(ledger.connection, LEDGER_SQL["latest"], phase.params, kind=kind, phases=None)), None)
         if ledger.exists()
         else None
         for kind in ("route", "canary")

@@ -395,7 +395,7 @@ def _standing(phase: Phase) -> dict[str, Any] | None:
     if not phase.ledger.exists():
         return None
     standing, tuning = (
-        next(iter(db.rows(phase.ledger.connection, LEDGER_SQL["latest"], phase.params, kind=kind, phase=None)), None)
+        next(iter(db.rows(phase.ledger.connection, LEDGER_SQL["latest"], phase.params, kind=kind, phases=None)), None)
         for kind in ("standing", "tuning")
     )
     if standing is None or (tuning is not None and tuning["seq"] > standing["seq"]):
