@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -234,6 +236,70 @@ def test_every_partition_needs_one_and_the_statements_make_it(database: str, mak
             connection.execute(statement.encode())
             assert found().verdict == verdict
         assert len(found().figures["read_whole"]) == 2
+
+
+def test_an_index_that_is_being_built_is_waited_for_and_not_dropped(
+    judged: Judge, articles: Connection, database: str
+) -> None:
+    judged(EXPRESSION)
+    with psycopg.connect(database) as writer, psycopg.connect(database, autocommit=True) as builder:
+        # A build waits for writers that are older than itself.
+        writer.execute("UPDATE articles SET views = 1 WHERE id = 1")
+        build = threading.Thread(target=builder.execute, args=(GIN.replace("INDEX", "INDEX CONCURRENTLY"),))
+        build.start()
+        while not articles.execute("SELECT FROM pg_stat_progress_create_index").fetchall():
+            time.sleep(0.02)
+        g = judged(EXPRESSION)[-1]
+        writer.rollback()
+        build.join()
+    assert (str(g.verdict), g.found) == ("FAIL", "public.articles_words is still being built")
+    assert g.do == "wait until it is built, and look again: SELECT * FROM pg_stat_progress_create_index;"
+    assert judged(EXPRESSION)[-1].found == "articles_words serves it"
+
+
+ON_ONLY = f"CREATE INDEX articles_words ON ONLY articles USING gin (({EXPRESSION}));"
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_an_index_of_the_parent_that_is_not_valid_is_finished_or_dropped_without_concurrently(
+    database: str, make_params: MakeParams, attached: bool
+) -> None:
+    p = make_params(search=by(EXPRESSION), target={"key_from_one_source": True})
+    with psycopg.connect(database, autocommit=True) as connection, db.connect(p, "test") as own:
+        partitioned.create_articles(connection, "range", trigram=False)
+        connection.execute(ON_ONLY)
+        if attached:
+            connection.execute(f'CREATE INDEX high_words ON "Articles High %" USING gin (({EXPRESSION}))')
+            connection.execute("ALTER INDEX articles_words ATTACH PARTITION high_words")
+        before = list(fulltext_check.check(own, p, {}))[-1]
+        assert before.found == (
+            "public.articles_tsv is on another expression, tsv;"
+            " public.articles_words is not valid (a partition lacks its part of it)"
+        )
+        statements = re.findall(r"(?:CREATE|DROP|ALTER) INDEX [^;]*;", before.do)
+        using = f"USING gin (({EXPRESSION}));"
+        assert statements == (
+            [
+                f'CREATE INDEX CONCURRENTLY "articles_low_fulltext" ON public.articles_low {using}',
+                'ALTER INDEX public.articles_words ATTACH PARTITION "public"."articles_low_fulltext";',
+                "DROP INDEX public.articles_words;",
+            ]
+            if attached
+            else [
+                "DROP INDEX public.articles_words;",
+                f"CREATE INDEX CONCURRENTLY ON public.articles_low {using}",
+                f'CREATE INDEX CONCURRENTLY ON public."Articles High %" {using}',
+                f'CREATE INDEX "articles_fulltext" ON "public"."articles" {using}',
+                'DROP INDEX "public"."articles_fulltext";',
+            ]
+        )
+        for statement in statements[:-1]:
+            connection.execute(statement.encode())
+        assert str(list(fulltext_check.check(own, p, {}))[-1].verdict) == "PASS"
+        whole = "SELECT bool_and(indisvalid) FROM pg_index WHERE indrelid = 'articles'::regclass"
+        assert connection.execute(whole).fetchone() == (True,)
+        connection.execute(statements[-1].encode())
+        assert len(list(fulltext_check.check(own, p, {}))[-1].figures["read_whole"]) == 2
 
 
 def test_hybrid_answers_as_with_a_stored_column_and_through_the_index(articles: Connection, open_phase: Open) -> None:

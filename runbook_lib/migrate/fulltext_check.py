@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import psycopg
@@ -13,7 +13,7 @@ from runbook_lib.backfill import update_effects
 from runbook_lib.core import db
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, Verdict, gate
-from runbook_lib.core.names import identifier, names, spelled
+from runbook_lib.core.names import identifier, names, shortened, spelled
 from runbook_lib.core.query_plan import SMALL_PARTITION_ROWS, QueryPlan, explain
 from runbook_lib.indexes import partitions
 from runbook_lib.params import Params
@@ -127,6 +127,8 @@ def _index(connection: db.Connection, params: Params) -> Gate:
     """Has the words half planned with table scans switched off: what is read whole then has no index for it."""
     plan = _plan(connection, params)
     whole, used = plan.read_whole, plan.indexes
+    there = db.rows(connection, SQL["candidates"], params, table=spelled(params, "table")) if whole else []
+    others = [c for c in there if c["bare_name"] not in used]
     rows = _few_rows(connection, params) if whole and params.search.fulltext_column else None
     refused = _cannot_be_indexed(connection, params) if whole and params.search.fulltext_expression else ""
     if not whole:
@@ -136,7 +138,7 @@ def _index(connection: db.Connection, params: Params) -> Gate:
     elif refused:
         found = f"no index, and PostgreSQL says to one: {refused}"
     else:
-        found = "; ".join(_why_not(connection, params)) or "no index on a tsvector"
+        found = "; ".join(map(_why_not, others[:MOST_STATEMENTS])) or "no index on a tsvector"
     return gate(
         "inputs.fulltext_index_serves_hybrid",
         not whole or rows is not None,
@@ -148,7 +150,7 @@ def _index(connection: db.Connection, params: Params) -> Gate:
         + (", and make each row's words anew" if params.search.fulltext_expression else ""),
         do="name the configuration, as in to_tsvector('english', body), and call IMMUTABLE functions only"
         if refused
-        else _how_to_make(connection, params, whole),
+        else _how_to_make(connection, params, plan, others),
         figures={"indexes": used, "read_whole": whole},
     )
 
@@ -189,39 +191,73 @@ def _cannot_be_indexed(connection: db.Connection, params: Params) -> str:
     return ""
 
 
-def _why_not(connection: db.Connection, params: Params) -> Iterator[str]:
-    """Of each index on a tsvector why it does not serve; those of partitions are named by their parents alone."""
-    for c in db.rows(connection, SQL["candidates"], params, table=spelled(params, "table"))[:MOST_STATEMENTS]:
-        if not c["usable"]:
-            yield f"{c['name']} is not valid (an earlier concurrent build did not finish)"
-        elif c["condition"]:
-            yield f"{c['name']} is partial, WHERE {c['condition']}, and a search asks for every row"
-        else:
-            yield f"{c['name']} is on another expression, {c['document']}"
+def _why_not(c: db.Row) -> str:
+    """Why an index on a tsvector does not serve."""
+    if c["being_built"]:
+        return f"{c['name']} is still being built"
+    if not c["usable"]:
+        why = "a partition lacks its part of it" if c["is_parent"] else "an earlier concurrent build did not finish"
+        return f"{c['name']} is not valid ({why})"
+    if c["condition"]:
+        return f"{c['name']} is partial, WHERE {c['condition']}, and a search asks for every row"
+    return f"{c['name']} is on another expression, {c['document']}"
 
 
-def _how_to_make(connection: db.Connection, params: Params, parts: list[str]) -> str:
-    """The statements that make the index, what they lock, and the one that takes it away."""
-    table, name = spelled(params, "table"), f"{params.target.name}_fulltext"
-    expression = params.search.fulltext_expression
+def _how_to_make(connection: db.Connection, params: Params, plan: QueryPlan, others: Sequence[db.Row]) -> str:
+    """The statements that make the index, what they lock, and the one that takes it away.
+
+    others: the indexes on a tsvector that are there. Those that cannot be used are dropped, unless partitions are
+    part of them.
+    """
+    if any(c["being_built"] for c in others):
+        return "wait until it is built, and look again: SELECT * FROM pg_stat_progress_create_index;"
+    table, expression = spelled(params, "table"), params.search.fulltext_expression
     document = f"({expression.strip()})" if expression else _quoted(params.search.fulltext_column or "")
     using = f"USING gin ({document})"
-    found = db.rows(connection, SQL["candidates"], params, table=table)
-    statements = [f"DROP INDEX CONCURRENTLY {c['name']};" for c in found if not c["usable"]]
+    unusable = [c for c in others if not c["usable"]]
+    drops = [
+        f"DROP INDEX {'' if c['is_parent'] else 'CONCURRENTLY '}{c['name']};"
+        for c in unusable
+        if not c["is_attached"]
+    ]
     leaves = [p for p in partitions.tree(connection, params, table) if p.is_leaf and p.level > 0]
-    lacking = [p.shown for p in leaves if p.name in parts]
     if leaves:
-        statements += [f"CREATE INDEX CONCURRENTLY ON {part} {using};" for part in lacking[:MOST_STATEMENTS]]
-        more = len(lacking) - MOST_STATEMENTS
-        statements += [f"the same for {more} more partitions;"] if more > 0 else []
-        statements += [f"CREATE INDEX {_quoted(name)} ON {table} {using}; which takes these over under SHARE;"]
+        lacking = [p for p in leaves if p.name in plan.read_whole]
+        serving = partitions.with_their_parents(connection, params, plan.indexes)
+        unfinished = {c["relation"]: c["name"] for c in unusable if c["is_parent"] and c["bare_name"] in serving}
+        made, undo = _on_partitions(params, lacking, using, unfinished)
     else:
-        statements += [f"CREATE INDEX CONCURRENTLY {_quoted(name)} ON {table} {using};"]
-    undo = f"DROP INDEX {'' if leaves else 'CONCURRENTLY '}{_quoted(params.target.schema_, name)};"
+        own = f"{params.target.name}_fulltext"
+        made = [f"CREATE INDEX CONCURRENTLY {_quoted(own)} ON {table} {using};"]
+        undo = f"DROP INDEX CONCURRENTLY {_quoted(params.target.schema_, own)};"
     return (
-        f"{' '.join(statements)} ANALYZE {table}; CONCURRENTLY takes SHARE UPDATE EXCLUSIVE, which keeps no reader"
-        f" and no writer waiting, and waits for transactions older than itself; undo: {undo}"
+        f"{' '.join([*drops, *made])} ANALYZE {table}; CONCURRENTLY takes SHARE UPDATE EXCLUSIVE, which keeps no"
+        f" reader and no writer waiting, and waits for transactions older than itself; undo: {undo}"
     )
+
+
+def _on_partitions(
+    params: Params, lacking: Sequence[partitions.Part], using: str, unfinished: Mapping[int | None, str]
+) -> tuple[list[str], str]:
+    """The statements for these partitions, and the one that takes the index away.
+
+    unfinished: by the table's oid, its index that is not valid before each of its partitions has a part of it.
+    """
+    made = []
+    for part in lacking[:MOST_STATEMENTS]:
+        own = shortened(part.name, "_fulltext")
+        if whole := unfinished.get(part.parent):
+            made.append(f"CREATE INDEX CONCURRENTLY {_quoted(own)} ON {part.shown} {using};")
+            made.append(f"ALTER INDEX {whole} ATTACH PARTITION {_quoted(part.schema, own)};")
+        else:
+            made.append(f"CREATE INDEX CONCURRENTLY ON {part.shown} {using};")
+    if len(lacking) > MOST_STATEMENTS:
+        made.append(f"the same for {len(lacking) - MOST_STATEMENTS} more partitions;")
+    if unfinished:
+        return made, " ".join(f"DROP INDEX {whole};" for whole in unfinished.values())
+    name, table = f"{params.target.name}_fulltext", spelled(params, "table")
+    made.append(f"CREATE INDEX {_quoted(name)} ON {table} {using}; which takes these over under SHARE;")
+    return made, f"DROP INDEX {_quoted(params.target.schema_, name)};"
 
 
 def _quoted(*parts: str) -> str:
