@@ -25,6 +25,7 @@ from runbook_lib.migrate import (
 from runbook_lib.operate import monitor, rebuild_index
 from runbook_lib.search import live_shadow, search_function
 from tests import attackers, toy
+from tests.test_search_function import FILTERED, call
 
 Open = Callable[..., Phase]
 # Of the functions that no extension brought, and not the attacker: those of the runbook's.
@@ -127,6 +128,29 @@ def test_no_schema_that_others_may_create_in_is_on_the_path(
         assert gate.found == f"{mallory} may create in public"
         assert gate.danger.startswith("what is made in public and fits a call")
         assert gate.do.endswith("or agree to it: accept.open_schemas: [postgres, public]"), "the whole list"
+
+
+@pytest.mark.attack
+def test_a_filter_of_citext_in_an_open_schema_is_compared_by_the_operator_of_its_type(
+    open_phase: Open, articles: psycopg.Connection[Any]
+) -> None:
+    articles.execute(
+        "CREATE EXTENSION citext; CREATE DOMAIN state AS citext; CREATE DOMAIN shown AS state;"
+        " ALTER TABLE articles ALTER status TYPE shown USING status::citext, ALTER status SET DEFAULT 'Stable'"
+    )
+    with attackers.attacker(articles) as mallory:
+        articles.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(mallory)))
+        phase = open_phase("70_tune", **FILTERED)
+        for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
+            module.apply(phase)
+        state = search_function.function_state(phase)
+        assert state is not None and state["settings"] == [CLOSED_PATH]
+        for route in ("vector", "hybrid"):
+            search_function.move_route(phase, route, 100, "test")  # type: ignore[arg-type]
+            answers = [call(articles, "cookie leaks", status=given) for given in ("Stable", "STABLE", "Draft")]
+            assert len(answers[0]) == 10 and answers[0] == answers[1] and answers[2] == [], route
+        condition = search_function.filter_is(phase.connection, phase.params, "status", sql.Literal("x"))
+        assert condition.as_string() == "\"status\" OPERATOR(public.=) 'x'::public.shown"
 
 
 @pytest.mark.attack

@@ -157,9 +157,9 @@ def _no_types(connection: Connection, found: DictRow | None) -> RunbookError:
     )
 
 
-def open_schemas(connection: Connection, more: tuple[str, ...] = ()) -> list[DictRow]:
+def open_schemas(connection: Connection) -> list[DictRow]:
     """The schemas in use that others may create in, with who may, and what they have made there already."""
-    return connection.execute(SQL["open_schemas"].compose({}), {"schemas": list(more)}).fetchall()
+    return connection.execute(SQL["open_schemas"].compose({}), {}).fetchall()
 
 
 def inherited(connection: Connection) -> list[str]:

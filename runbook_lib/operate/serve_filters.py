@@ -94,7 +94,8 @@ def _create(phase: Phase, name: str, value: Value) -> db.Statement:
     )
     build = build_index.build_statement(phase, {"index": identifier(name), "lists": lists})
     literal = verbatim(sql.Literal(value.value).as_string())
-    extra = {"build": build.query, "column": identifier(value.column), "value": literal}
+    condition = search_function.filter_is(phase.connection, phase.params, value.column, literal)
+    extra = {"build": build.query, "condition": condition}
     return replace(db.statement(SQL["create"], phase.params, extra), values=build.values)
 
 

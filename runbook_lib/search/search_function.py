@@ -53,25 +53,40 @@ def _placeholders(params: Params, in_function: bool) -> dict[str, sql.Composable
     return {**own, "embedding": sql.SQL("{}::{}").format(own["embedding"], vector_type)}
 
 
-def _filters(params: Params, places: Mapping[str, sql.Composable], types: Mapping[str, str]) -> sql.Composable:
+def _filters(connection: db.Connection, params: Params, places: Mapping[str, sql.Composable]) -> sql.Composable:
     """Equality with each filter that is given; a filter that is NULL lets every row through."""
+    types = _columns(connection, params)
     parts = [
-        sql.SQL("({v}::{type} IS NULL OR t.{c} = {v}::{type})").format(
-            v=places[c],
-            type=verbatim(types[c]),
-            c=identifier(c),
+        sql.SQL("({}::{} IS NULL OR {})").format(
+            places[c], verbatim(types[c]["type"]), _equals(identifier("t", c), types[c], places[c])
         )
         for c in params.target.filters
     ]
     return sql.SQL(" AND ").join(parts) if parts else sql.SQL("true")
 
 
+def filter_is(connection: db.Connection, params: Params, column: str, value: sql.Composable) -> sql.Composable:
+    """The condition of an index on the rows of one value of a filter, as the search function compares them."""
+    return _equals(identifier(column), _columns(connection, params)[column], value)
+
+
+def _equals(column: sql.Composable, type_: db.Row, value: sql.Composable) -> sql.Composable:
+    """By the operator of the column's type, named with its schema: that of citext may be in none of a search path,
+    and what is found in its place compares upper and lower case.
+    """
+    return sql.SQL("{} {} {}::{}").format(column, verbatim(type_["equals"]), value, verbatim(type_["type"]))
+
+
 def column_types(connection: db.Connection, params: Params) -> dict[str, str]:
     """Types of the key and the filters, by column name; with their schemas, but for PostgreSQL's own."""
-    table = spelled(params, "table")
+    return {name: row["type"] for name, row in _columns(connection, params).items()}
+
+
+def _columns(connection: db.Connection, params: Params) -> dict[str, db.Row]:
+    """The type of the key and of each filter, and its operator of equality, by column name."""
     columns = [params.target.key, *params.target.filters]
-    found = db.rows(connection, SQL["column_types"], params, table=table, columns=columns)
-    return {row["name"]: row["type"] for row in found}
+    found = db.rows(connection, SQL["column_types"], params, table=spelled(params, "table"), columns=columns)
+    return {row["name"]: row for row in found}
 
 
 def legacy_statement(params: Params, in_function: bool = False) -> sql.Composed:
@@ -104,7 +119,7 @@ def route_statement(
             "query_vector": places["embedding"],
             "k": places["k"],
             **_how_many(params, places["k"], scan),
-            "filters": _filters(params, places, column_types(connection, params)),
+            "filters": _filters(connection, params, places),
             **(fulltext_names(connection, params) if route == "hybrid" else {}),
         }
     )
@@ -269,17 +284,14 @@ def _users_path(phase: Phase) -> sql.Composable:
 
 
 def function_path(connection: db.Connection, params: Params) -> list[str]:
-    """The function's search path: pg_catalog first, pg_temp last; between them the schemas of the filters' types,
-    whose operators are there, and for an expression the table's and those that the session sees; none of them where
-    others may create.
+    """The function's search path: pg_catalog first, pg_temp last. Between them, for an expression, the table's schema
+    and those that the session sees; none of them where others may create.
     """
-    columns = [params.target.key, *params.target.filters]
-    found = db.rows(connection, SQL["type_schemas"], params, table=spelled(params, "table"), columns=columns)
-    wanted = [row["schema"] for row in found]
-    if params.search.fulltext_expression:
-        row = connection.execute("SELECT current_schemas(false) AS seen").fetchone()
-        wanted = [params.target.schema_, *(row["seen"] if row else []), *wanted]
-    closed_off = [row["schema"] for row in session.open_schemas(connection, tuple(wanted))]
+    if not params.search.fulltext_expression:
+        return ["pg_catalog", "pg_temp"]
+    row = connection.execute("SELECT current_schemas(false) AS seen").fetchone()
+    wanted = [params.target.schema_, *(row["seen"] if row else [])]
+    closed_off = [row["schema"] for row in session.open_schemas(connection)]
     between = [schema for schema in wanted if schema not in (*closed_off, "pg_catalog", "pg_temp")]
     return ["pg_catalog", *dict.fromkeys(between), "pg_temp"]
 
@@ -521,7 +533,7 @@ def call_statement(params: Params) -> sql.Composed:
 
 def matching_statement(connection: db.Connection, params: Params) -> sql.Composed:
     """Counts the rows, up to k, that the filters let through; bound as in :func:`filtered_call_statement`."""
-    filters = _filters(params, _placeholders(params, in_function=False), column_types(connection, params))
+    filters = _filters(connection, params, _placeholders(params, in_function=False))
     return SQL["count_matching"].compose(names(params) | {"filters": filters})
 
 

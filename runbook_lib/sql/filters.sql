@@ -25,7 +25,7 @@ WHERE t.{column}::text = ANY (%(values)s) AND {row_embedding} IS NOT NULL GROUP 
 -- purpose: Build a vector index on the rows of one filter value, beside the running application.
 -- lock: SHARE UPDATE EXCLUSIVE on {vectors}, for the whole build; it waits for older transactions to end
 -- undo: filters.drop
-{build} WHERE {column} = {value};
+{build} WHERE {condition};
 
 -- name: drop
 -- purpose: Drop the index of one filter value, or what an unfinished build left of it.

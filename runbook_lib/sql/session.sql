@@ -83,7 +83,6 @@ WITH trusted (oid) AS (
     UNION SELECT current_setting('runbook.target_schema')
     UNION SELECT n.nspname::text FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
     WHERE e.extname = 'vector'
-    UNION SELECT unnest(%(schemas)s::text[])
 ), looked AS (
     SELECT n.oid, n.nspname::text AS schema,
         ARRAY(
