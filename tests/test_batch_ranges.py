@@ -77,6 +77,6 @@ def test_stopped_between_its_two_tables_the_next_run_makes_the_second(
     for module in (extension, expand_schema, load_embeddings):
         module.apply(phase)
     phase.do(batch_ranges.plan(phase)[0])
-    assert not batch_ranges.exist(phase)
+    assert len(batch_ranges.plan(phase)) == 1
     backfill.apply(phase)
-    assert batch_ranges.exist(phase) and backfill.verify(phase).passed
+    assert not batch_ranges.plan(phase) and backfill.verify(phase).passed

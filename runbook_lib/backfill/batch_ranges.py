@@ -54,29 +54,18 @@ class State:
 
 
 def plan(phase: Phase) -> list[db.Statement]:
-    """The tables that steer the work."""
-    return [db.statement(SQL[name], phase.params) for name in ("create_windows", "create_control")]
-
-
-def exist(phase: Phase) -> bool:
-    """Have they been made?"""
-    return not missing(phase)
-
-
-def missing(phase: Phase) -> list[db.Statement]:
-    """The statements for those that are not there; stopped between the two, the next run makes the second."""
-    there = [spelled(phase.params, name) for name in ("window", "control")]
-    found = phase.connection.execute(
-        "SELECT to_regclass(name) IS NOT NULL AS made FROM unnest(%s::text[]) WITH ORDINALITY AS n (name, place)"
-        " ORDER BY place",
-        [there],
-    ).fetchall()
-    return [statement for statement, row in zip(plan(phase), found, strict=True) if not row["made"]]
+    """What makes the tables that steer the work, as far as they are missing; a run may have stopped between them."""
+    there = {"window": "create_windows", "control": "create_control"}
+    return [
+        db.statement(SQL[block], phase.params)
+        for table, block in there.items()
+        if not db.relation_exists(phase.connection, spelled(phase.params, table))
+    ]
 
 
 def create(phase: Phase) -> None:
     """Makes the tables where they are missing."""
-    for statement in missing(phase):
+    for statement in plan(phase):
         phase.do(statement)
 
 

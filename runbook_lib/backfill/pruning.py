@@ -53,7 +53,11 @@ def apply(phase: Phase, parts: Sequence[str]) -> None:
 
 def restore_plan(phase: Phase) -> list[db.Statement]:
     """Puts back what the backfill changed, where the database still has it."""
-    changed = {p: v for p, v in _open(phase).items() if _exists(phase, p) and _fillfactor(phase, p) != v}
+    changed = {
+        p: v
+        for p, v in _open(phase).items()
+        if db.relation_exists(phase.connection, p) and _fillfactor(phase, p) != v
+    }
     return [_set(phase, part, value) for part, value in changed.items()]
 
 
@@ -66,7 +70,7 @@ def restore(phase: Phase) -> None:
 def verify(phase: Phase) -> list[Gate]:
     """The fillfactor is what it was; nothing to say where the backfill never changed it."""
     before = _open(phase)
-    now = {part: _fillfactor(phase, part) for part in before if _exists(phase, part)}
+    now = {part: _fillfactor(phase, part) for part in before if db.relation_exists(phase.connection, part)}
     wrong = {part: value for part, value in now.items() if value != before[part]}
     if not before:
         return []
@@ -90,10 +94,6 @@ def _said(value: int | None) -> str:
 def _open(phase: Phase) -> dict[str, int | None]:
     """What stood there before the first change that this migration made."""
     return dict((phase.ledger.latest("fillfactor") or {"before": {}})["before"])
-
-
-def _exists(phase: Phase, part: str) -> bool:
-    return bool(db.one(phase.connection, SQL["exists"], phase.params, part=part)["there"])
 
 
 def _fillfactor(phase: Phase, part: str) -> int | None:

@@ -60,6 +60,11 @@ class VectorStore:
     not_hot_us: int
     search_times: float
 
+    def built_at_once(self, largest_partition: float) -> float:
+        """Share of the rows that one build of the index holds in memory: partitions are built one after the other.
+        largest_partition: share of the rows in it."""
+        return largest_partition if self.in_the_table else 1.0
+
     def core_share(self, updates_per_s: float) -> float:
         """Share of one core that updates which are not HOT will take beyond today's."""
         return updates_per_s * (self.not_hot_us - NOT_HOT_TODAY_US) / 1e6

@@ -53,21 +53,13 @@ class Batch:
 
 
 @dataclass
-class Probe:
-    """Updates in windows that are done, and how many of them stayed on their page."""
-
-    rows: int = 0
-    hot: int = 0
-
-
-@dataclass
 class Board:
     """What the workers and the thread that watches them tell each other."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     hold: threading.Event = field(default_factory=threading.Event)
     batches: queue.SimpleQueue[Batch] = field(default_factory=queue.SimpleQueue)
-    windows: queue.SimpleQueue[Probe] = field(default_factory=queue.SimpleQueue)
+    windows: queue.SimpleQueue[list[Batch]] = field(default_factory=queue.SimpleQueue)
     whole_windows: bool = False
     most_batch_rows: int | None = None
     rest_ms: int = 0
@@ -86,7 +78,8 @@ class Outcome:
     seconds: list[float] = field(default_factory=list)
     pauses: list[tuple[str, float]] = field(default_factory=list)
     samples: list[list[float]] = field(default_factory=list)
-    probe: Probe = field(default_factory=Probe)
+    judged_rows: int = 0
+    judged_hot: int = 0
     remark: str = ""
     refused: dict[Any, str] = field(default_factory=dict)
     seen: untouched.Seen = field(default_factory=untouched.Seen)
@@ -143,21 +136,21 @@ def _count(board: Board, outcome: Outcome, progress: Progress, choice: Choice) -
         outcome.seconds.append(batch.seconds)
         progress.add(batch.rows, f"{outcome.hot_share:.0%} of the updates touched no index", batch.at)
     while not board.windows.empty():
-        window = board.windows.get()
-        outcome.probe.rows += window.rows
-        outcome.probe.hot += window.hot
+        for batch in board.windows.get():
+            outcome.judged_rows += batch.rows
+            outcome.judged_hot += batch.hot
     if choice.strategy == "page_interleaved" and not board.whole_windows:
         _judge(board, outcome)
 
 
 def _judge(board: Board, outcome: Outcome) -> None:
     """Page by page is given up where too few rows stay on their page."""
-    probe = outcome.probe
-    if probe.rows < UPDATES_OF_THE_PROBE or probe.hot >= LEAST_HOT_SHARE * probe.rows:
+    rows, hot = outcome.judged_rows, outcome.judged_hot
+    if rows < UPDATES_OF_THE_PROBE or hot >= LEAST_HOT_SHARE * rows:
         return
     board.whole_windows = True
     outcome.remark = (
-        f"only {probe.hot / probe.rows:.0%} of the updates in the first windows stayed on their page: rows too long"
+        f"only {hot / rows:.0%} of the updates in the first windows stayed on their page: rows too long"
         " for the room that others leave, or an old snapshot, or a replica's, holds dead rows; from here window by"
         " window"
     )
@@ -205,7 +198,7 @@ class _Desk:
     window: Window
     witness: untouched.Witness | None
     rows: int = 0
-    probe: Probe = field(default_factory=Probe)
+    batches: list[Batch] = field(default_factory=list)
     seen: float = field(default_factory=time.monotonic)
 
     def may_go_on(self) -> bool:
@@ -233,13 +226,12 @@ def _work_on(desk: _Desk, paces: dict[bool, Pace]) -> None:
             batch = _update(desk, keys[done : done + rows])
             done += rows
             desk.rows += batch.rows
-            desk.probe.rows += batch.rows
-            desk.probe.hot += batch.hot
+            desk.batches.append(batch)
             desk.board.batches.put(batch)
             paces[first] = paces[first].after(batch.rows, batch.seconds)
             if desk.board.rest_ms:
                 desk.board.stop.wait(desk.board.rest_ms / 1000)
-    desk.board.windows.put(desk.probe)
+    desk.board.windows.put(desk.batches)
     batch_ranges.close(desk.connection, desk.phase, desk.worker, desk.window, desk.rows)
 
 

@@ -173,6 +173,12 @@ def one(connection: Connection, block: Block, params: Params, **values: Any) -> 
     return row
 
 
+def relation_exists(connection: Connection, name: str) -> bool:
+    """Is there a relation of this name, as SQL spells it?"""
+    row = connection.execute("SELECT pg_catalog.to_regclass(%s) IS NOT NULL AS there", [name]).fetchone()
+    return bool(row and row["there"])
+
+
 # What a plan cannot know, as it is shown there.
 NOT_KNOWN_YET = {"keys": "'{the keys of one batch}'"}
 

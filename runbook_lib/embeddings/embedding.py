@@ -16,9 +16,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from runbook_lib.core import db
-from runbook_lib.core.gates import BadInput, Gate, RunbookError, Verdict, gate
+from runbook_lib.core.gates import BadInput, Gate, RunbookError, gate
 from runbook_lib.core.redaction import redacted
 from runbook_lib.embeddings import endpoint, masking, sources, vector_table
+from runbook_lib.embeddings.endpoint import cannot_load
 from runbook_lib.embeddings.sources import Rows, Vectors
 from runbook_lib.params import Params
 
@@ -66,7 +67,7 @@ def _as_made(params: Params) -> Model:
         return _callable(str(embeddings.callable))
     if embeddings.source == "http":
         return endpoint.model(params)
-    raise _cannot_load(
+    raise cannot_load(
         described(params),
         "vectors that were made elsewhere, and no model",
         "a model, for texts that have no vector yet",
@@ -119,10 +120,10 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {redacted(' '.join(what.split()))}"[:LONGEST_ERROR]
 
 
-def embed_each(ask: Model, texts: list[str]) -> Embedded:
-    """Embeds what the model takes: a batch that fails is halved until the texts that are to blame stand alone.
+def embed_each(ask: Model, texts: list[str], *, probed: bool = False) -> Embedded:
+    """Embeds what the model takes: a batch that fails is halved until the texts that are to blame are alone.
 
-    Where the model does not take the harmless probes either, it raises ModelAway.
+    Where the model does not take the harmless probes either, it raises ModelAway. probed: it takes them.
     """
     try:
         return Embedded(list(range(len(texts))), ask(texts), {})
@@ -130,38 +131,31 @@ def embed_each(ask: Model, texts: list[str]) -> Embedded:
         raise
     # The model may be the user's own, and fail in any way.
     except Exception as error:
-        try:
-            ask(PROBES)
-        except Exception as of_probes:
-            # Of the first error its type alone: what it says may quote a row.
-            raise ModelAway(
-                found=f"{type(error).__name__} on {len(texts)} texts; on {len(PROBES)} probe texts {said(of_probes)}",
-                needed="vectors for the probe texts",
-                danger=NOT_EMBEDDED,
-                do="see to the model, and run this phase again: it goes on where it was",
-            ) from None
-        return _halved(ask, texts, error)
-
-
-def _halved(ask: Model, texts: list[str], error: Exception) -> Embedded:
-    if len(texts) == 1:
-        return Embedded([], np.zeros((0, 0), dtype=np.float32), {0: error})
+        if not probed:
+            _must_take_probes(ask, texts, error)
+        if len(texts) == 1:
+            return Embedded([], np.zeros((0, 0), dtype=np.float32), {0: error})
     middle = len(texts) // 2
-    places: list[int] = []
-    vectors: list[Vectors] = []
-    errors: dict[int, Exception] = {}
-    for start, part in ((0, texts[:middle]), (middle, texts[middle:])):
-        try:
-            done = Embedded(list(range(len(part))), ask(part), {})
-        except (BadInput, endpoint.EndpointAway):
-            raise
-        # As above: whatever the user's own model raises.
-        except Exception as of_part:
-            done = _halved(ask, part, of_part)
-        places += [start + i for i in done.places]
-        vectors += [done.vectors] if done.places else []
-        errors |= {start + i: e for i, e in done.errors.items()}
-    return Embedded(places, np.concatenate(vectors) if vectors else np.zeros((0, 0), dtype=np.float32), errors)
+    first, second = (embed_each(ask, part, probed=True) for part in (texts[:middle], texts[middle:]))
+    made = [part.vectors for part in (first, second) if part.places]
+    return Embedded(
+        first.places + [middle + i for i in second.places],
+        np.concatenate(made) if made else np.zeros((0, 0), dtype=np.float32),
+        first.errors | {middle + i: error for i, error in second.errors.items()},
+    )
+
+
+def _must_take_probes(ask: Model, texts: list[str], error: Exception) -> None:
+    try:
+        ask(PROBES)
+    except Exception as of_probes:
+        # Of the first error its type alone: what it says may quote a row.
+        raise ModelAway(
+            found=f"{type(error).__name__} on {len(texts)} texts; on {len(PROBES)} probe texts {said(of_probes)}",
+            needed="vectors for the probe texts",
+            danger=NOT_EMBEDDED,
+            do="see to the model, and run this phase again: it goes on where it was",
+        ) from None
 
 
 @cache
@@ -169,7 +163,7 @@ def _wordllama() -> Model:
     try:
         import wordllama
     except ImportError as error:
-        raise _cannot_load(
+        raise cannot_load(
             "source: wordllama", f"{error}", "package wordllama", "pip install 'pgvector-runbook[demo]'"
         ) from error
     # The weights are part of the package: nothing is fetched, and the model is the one that the lock file pins.
@@ -191,11 +185,9 @@ def _callable(name: str) -> Model:
         found = getattr(importlib.import_module(module_name), function_name)
     # The module is the user's and may fail in any way while it is imported.
     except Exception as error:
-        raise _cannot_load(f"source: callable ({name})", f"{type(error).__name__}: {error}", needed, do) from error
+        raise cannot_load(f"source: callable ({name})", f"{type(error).__name__}: {error}", needed, do) from error
     if not callable(found):
-        raise _cannot_load(
-            f"source: callable ({name})", f"{function_name} is {_a(found)}, not a function", needed, do
-        )
+        raise cannot_load(f"source: callable ({name})", f"{function_name} is {_a(found)}, not a function", needed, do)
     function, dimensions = cast(Callable[[list[str]], Any], found), set[int]()
 
     def embed(texts: list[str]) -> Vectors:
@@ -253,7 +245,7 @@ def _unheard() -> Iterator[None]:
 
 
 def _not_one_a_text(name: str, texts: int, found: str) -> BadInput:
-    return _cannot_load(
+    return cannot_load(
         f"source: callable ({name})",
         found,
         f"shape ({texts}, dimension): one row a text",
@@ -329,7 +321,7 @@ def _probe(params: Params) -> Vectors:
         raise
     # The model may be the user's own, and fail in any way.
     except Exception as error:
-        raise _cannot_load(
+        raise cannot_load(
             described(params),
             f"{type(error).__name__}: {' '.join(str(error).split())}",
             f"vectors for {len(PROBES)} probe texts",
@@ -387,9 +379,3 @@ def described(params: Params) -> str:
 
 def _a(value: object) -> str:
     return f"of type {type(value).__name__}"
-
-
-def _cannot_load(
-    subject: str, found: str, needed: str, do: str, danger: str = "no text could be embedded; nothing was started"
-) -> BadInput:
-    return BadInput([Gate("embed.model_can_be_loaded", Verdict.FAIL, subject, found, needed, danger, do)])

@@ -90,11 +90,13 @@ def _key(e: Embeddings) -> str:
         return key
     subject = f"environment variable {e.api_key_env}"
     found = "a character that no header of HTTP may hold" if key else "not set"
-    raise _refused_us(subject, found, "the endpoint's key", f"export {e.api_key_env}=…")
+    raise cannot_load(subject, found, "the endpoint's key", f"export {e.api_key_env}=…")
 
 
-def _refused_us(subject: str, found: str, needed: str, do: str) -> BadInput:
-    danger = "no text could be embedded; nothing was started"
+def cannot_load(
+    subject: str, found: str, needed: str, do: str, danger: str = "no text could be embedded; nothing was started"
+) -> BadInput:
+    """The model that the parameters name cannot be used at all."""
     return BadInput([Gate("embed.model_can_be_loaded", Verdict.FAIL, subject, found, needed, danger, do)])
 
 
@@ -169,7 +171,7 @@ def _refusal(e: Embeddings, answer: httpx.Response, texts: Sequence[str]) -> Run
             do="shorten these texts, or choose a model that takes them",
         )
     do = "check embeddings.url, embeddings.model and the key in the variable that embeddings.api_key_env names"
-    return _refused_us(str(e.url), found, "status 200", do)
+    return cannot_load(str(e.url), found, "status 200", do)
 
 
 def _message(answer: httpx.Response, texts: Sequence[str]) -> str:

@@ -34,7 +34,6 @@ from runbook_lib.migrate import trials
 from runbook_lib.sql import load
 
 SQL = load("backfill")
-PRUNING = load("pruning")
 SHOWN_KEYS = 5
 
 
@@ -45,15 +44,11 @@ def plan(phase: Phase) -> db.Plan:
     if promotion := store.promotion(phase):
         return db.Plan(tuple(promotion), phase.connection)
     own = batch_ranges.plan(phase)
-    if _schema_is_there(phase) and _to_do(phase) and batch_strategy.choose(phase).strategy == "page_interleaved":
+    # A plan may be made before 30_expand_schema; then nothing can be asked of its columns.
+    there = db.relation_exists(phase.connection, spelled(phase.params, "staging"))
+    if there and _to_do(phase) and batch_strategy.choose(phase).strategy == "page_interleaved":
         own += pruning.plan(phase, [r.part for r in batch_strategy.relations(phase)])
     return db.Plan((*own, store.write(phase.params, None, None)), phase.connection)
-
-
-def _schema_is_there(phase: Phase) -> bool:
-    """A plan may be made before 30_expand_schema; then nothing can be asked of its columns."""
-    staging = spelled(phase.params, "staging")
-    return db.one(phase.connection, PRUNING["exists"], phase.params, part=staging)["there"] is True
 
 
 def _to_do(phase: Phase) -> int:
@@ -272,7 +267,7 @@ def help_out(params_file: str) -> Table:
             "50_backfill", run_id, True, params, connection, Ledger(ledger_connection, params, run_id, "50_backfill")
         )
         phase.order.fence(connection)
-        if not batch_ranges.exist(phase) or not batch_ranges.state(phase).left:
+        if batch_ranges.plan(phase) or not batch_ranges.state(phase).left:
             raise BadInput([_nothing_to_help_with(params.target.name)])
         phase.join()
         with phase.opened():

@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from runbook_lib.backfill import vector_store
 from runbook_lib.benchmark import replica, statement_statistics
 from runbook_lib.core import db, row_counts, versions
 from runbook_lib.core.display import Table, duration, number, size
@@ -265,7 +266,7 @@ def expected(found: Facts, phase: Phase, rows: int | None = None) -> Forecast:
         table_bytes=round(found.heap_bytes * n / max(found.rows, 1)),
         indexes=len(found.indexes),
         trigram_bytes=_trigram_bytes(found, phase),
-        largest_partition=found.largest_partition if phase.params.vector.layout == "column" else 1.0,
+        largest_partition=vector_store.of(phase.params).built_at_once(found.largest_partition),
         max_wal_bytes=found.room.max_wal_bytes,
     )
 

@@ -201,12 +201,11 @@ def _prepared(connection: db.Connection, params: Params) -> update_effects.Prepa
 
 def _updates_rows(connection: db.Connection, params: Params) -> bool:
     """Will the backfill still update rows of the table itself?"""
-    return vector_store.of(params).in_the_table and not _there(connection, params, "qualified_index")
+    return vector_store.of(params).in_the_table and not _index_is_there(connection, params)
 
 
-def _there(connection: db.Connection, params: Params, name: str) -> bool:
-    row = connection.execute("SELECT to_regclass(%s) IS NOT NULL AS there", [spelled(params, name)]).fetchone()
-    return bool(row and row["there"])
+def _index_is_there(connection: db.Connection, params: Params) -> bool:
+    return db.relation_exists(connection, spelled(params, "qualified_index"))
 
 
 def _stages(connection: db.Connection, params: Params) -> list[_Stage]:
@@ -220,7 +219,7 @@ def _stages(connection: db.Connection, params: Params) -> list[_Stage]:
 
     def tables() -> list[db.Statement]:
         made = [s for s in expand_schema.plan(phase) if s.name not in exclusive and s.name != "sidetable.create"]
-        return made + ([] if batch_ranges.exist(phase) else batch_ranges.plan(phase))
+        return made + batch_ranges.plan(phase)
 
     def broken() -> list[db.Statement]:
         return dependents.validations(connection, params)
@@ -254,7 +253,7 @@ def _function(phase: Phase) -> list[db.Statement]:
 
 def _index(phase: Phase) -> list[db.Statement]:
     p = phase.params
-    if _there(phase.connection, p, "qualified_index"):
+    if _index_is_there(phase.connection, p):
         return []
     probe = {
         "probe": identifier(p.ledger.schema_, f"{p.target.name}_trial"),

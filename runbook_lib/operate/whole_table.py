@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from runbook_lib.backfill import vector_store
 from runbook_lib.core.display import Table, duration, number, size
-from runbook_lib.core.names import vectors_stand_beside
 from runbook_lib.core.phase import Phase
 from runbook_lib.indexes.forecast import Forecast
 from runbook_lib.migrate import preflight
@@ -52,12 +52,12 @@ def figures(params: Params, facts: Facts, expects: Forecast, found: Sequence[Sam
 
 def built_at_once(params: Params, facts: Facts) -> float:
     """Share of the rows that one build holds in memory: partitions are built one after the other."""
-    return 1.0 if vectors_stand_beside(params) else facts.largest_partition
+    return vector_store.of(params).built_at_once(facts.largest_partition)
 
 
 def _full_images(params: Params, facts: Facts, s: Sample) -> int:
     """Pages that a checkpoint lets be logged whole, once each: a sample is too quick to show them."""
-    if vectors_stand_beside(params):
+    if not vector_store.of(params).in_the_table:
         return 0
     return facts.heap_bytes + round(facts.indexes_bytes * (1 - s.hot_share))
 

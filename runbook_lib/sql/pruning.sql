@@ -1,9 +1,5 @@
 -- Phase 50: when the server tidies a page.
 
--- name: exists
--- purpose: Is the relation still there?
-SELECT to_regclass(%(part)s) IS NOT NULL AS there;
-
 -- name: fillfactor
 -- purpose: The fillfactor that is set on a relation itself.
 SELECT (SELECT o.option_value FROM pg_class c, pg_options_to_table(c.reloptions) o
