@@ -159,7 +159,7 @@ def test_a_session_may_come_to_help(
         backfill.help_out(params_file)
     with phase.opened():
         batch_ranges.create(phase)
-        batch_ranges.cut(phase, batch_strategy.choose(phase))
+        batch_ranges.cut(phase.connection, phase.params, batch_strategy.choose(phase.connection, phase.params))
     with pytest.raises(OutOfOrder, match="50_backfill cannot be helped: 40_load_embeddings: NOT RUN"):
         backfill.help_out(params_file)
     replace(phase.ledger, phase="40_load_embeddings").append("phase", {"verdict": "PASS"})

@@ -76,7 +76,7 @@ def test_stopped_between_its_two_tables_the_next_run_makes_the_second(
     phase = open_phase("50_backfill")
     for module in (extension, expand_schema, load_embeddings):
         module.apply(phase)
-    phase.do(batch_ranges.plan(phase)[0])
-    assert len(batch_ranges.plan(phase)) == 1
+    phase.do(batch_ranges.plan(phase.connection, phase.params)[0])
+    assert len(batch_ranges.plan(phase.connection, phase.params)) == 1
     backfill.apply(phase)
-    assert not batch_ranges.plan(phase) and backfill.verify(phase).passed
+    assert not batch_ranges.plan(phase.connection, phase.params) and backfill.verify(phase).passed

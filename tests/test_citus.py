@@ -202,7 +202,7 @@ def test_the_replaced_statements_do_what_the_ordinary_ones_do(
         "runbook.articles_queue": 7,
         "runbook.articles_rejected": 9,
     }
-    assert batch_strategy.choose(phase).strategy == "key_ranges"
+    assert batch_strategy.choose(phase.connection, phase.params).strategy == "key_ranges"
     articles.execute("UPDATE articles SET body = NULL WHERE id = 3; UPDATE articles SET title = 'new' WHERE id = 4")
     articles.execute("UPDATE articles SET title = NULL, body = '' WHERE id = 5")
     backfill.apply(phase)

@@ -113,7 +113,7 @@ def test_where_somebody_holds_the_table_it_goes_on_without(
     open_phase: Callable[..., Phase], loaded: Phase, articles: Connection, database: str, capsys: Any
 ) -> None:
     phase = open_phase("50_backfill", locks={"timeout_ms": 20, "tries": 2})
-    parts = [r.part for r in batch_strategy.relations(phase)]
+    parts = [r.part for r in batch_strategy.relations(phase.connection, phase.params)]
     with psycopg.connect(database, application_name="a vacuum by hand") as holder:
         holder.execute("LOCK TABLE articles IN SHARE UPDATE EXCLUSIVE MODE")
         pruning.apply(phase, parts)

@@ -16,6 +16,7 @@ from runbook_lib.backfill.batch_strategy import Choice
 from runbook_lib.core import db
 from runbook_lib.core.names import names, spelled
 from runbook_lib.core.phase import Phase
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("windows")
@@ -53,78 +54,78 @@ class State:
     rows: int
 
 
-def plan(phase: Phase) -> list[db.Statement]:
+def plan(connection: db.Connection, params: Params) -> list[db.Statement]:
     """What makes the tables that steer the work, as far as they are missing; a run may have stopped between them."""
     there = {"window": "create_windows", "control": "create_control"}
     return [
-        db.statement(SQL[block], phase.params)
+        db.statement(SQL[block], params)
         for table, block in there.items()
-        if not db.relation_exists(phase.connection, spelled(phase.params, table))
+        if not db.relation_exists(connection, spelled(params, table))
     ]
 
 
 def create(phase: Phase) -> None:
     """Makes the tables where they are missing."""
-    for statement in plan(phase):
+    for statement in plan(phase.connection, phase.params):
         phase.do(statement)
 
 
-def state(phase: Phase) -> State:
+def state(connection: db.Connection, params: Params) -> State:
     """Counts the windows."""
-    return State(**db.one(phase.connection, SQL["state"], phase.params))
+    return State(**db.one(connection, SQL["state"], params))
 
 
-def cut(phase: Phase, choice: Choice) -> None:
+def cut(connection: db.Connection, params: Params, choice: Choice) -> None:
     """Cuts the work anew, in one transaction: no worker sees half of it."""
-    with phase.connection.transaction():
-        phase.connection.execute(SQL["forget"].compose(names(phase.params)))
+    with connection.transaction():
+        connection.execute(SQL["forget"].compose(names(params)))
         if choice.strategy == "page_interleaved":
-            _cut_blocks(phase)
+            _cut_blocks(connection, params)
         else:
-            values = {"part": spelled(phase.params, "table"), "rows": ROWS_A_WINDOW}
-            phase.connection.execute(SQL["cut_keys"].compose(names(phase.params)), values)
+            values = {"part": spelled(params, "table"), "rows": ROWS_A_WINDOW}
+            connection.execute(SQL["cut_keys"].compose(names(params)), values)
 
 
-def _cut_blocks(phase: Phase) -> None:
-    found = batch_strategy.relations(phase)
-    share = sum(r.blocks for r in found) // (phase.params.backfill.workers * WINDOWS_A_WORKER)
+def _cut_blocks(connection: db.Connection, params: Params) -> None:
+    found = batch_strategy.relations(connection, params)
+    share = sum(r.blocks for r in found) // (params.backfill.workers * WINDOWS_A_WORKER)
     blocks = min(max(share, FEWEST_BLOCKS_A_WINDOW), BLOCKS_A_WINDOW)
     for r in found:
-        phase.connection.execute(SQL["cut_blocks"].compose(names(phase.params)), {"part": r.part, "blocks": blocks})
+        connection.execute(SQL["cut_blocks"].compose(names(params)), {"part": r.part, "blocks": blocks})
 
 
-def claim(connection: db.Connection, phase: Phase, worker: str) -> Window | None:
+def claim(connection: db.Connection, params: Params, worker: str) -> Window | None:
     """Claims the next window for this worker; None where none is free."""
-    lease = phase.params.backfill.lease_s
-    found = db.rows(connection, SQL["claim"], phase.params, worker=worker, lease_s=lease)
+    lease = params.backfill.lease_s
+    found = db.rows(connection, SQL["claim"], params, worker=worker, lease_s=lease)
     return Window(**found[0]) if found else None
 
 
-def still_ours(connection: db.Connection, phase: Phase, worker: str, window: Window, rows: int) -> bool:
+def still_ours(connection: db.Connection, params: Params, worker: str, window: Window, rows: int) -> bool:
     """Tells the others that the worker is alive and counts its rows; False where the window was taken over."""
-    return bool(db.rows(connection, SQL["seen"], phase.params, worker=worker, id=window.id, rows=rows))
+    return bool(db.rows(connection, SQL["seen"], params, worker=worker, id=window.id, rows=rows))
 
 
-def close(connection: db.Connection, phase: Phase, worker: str, window: Window, rows: int) -> bool:
+def close(connection: db.Connection, params: Params, worker: str, window: Window, rows: int) -> bool:
     """Marks the window as done; False where it was taken over."""
-    return bool(db.rows(connection, SQL["done"], phase.params, worker=worker, id=window.id, rows=rows))
+    return bool(db.rows(connection, SQL["done"], params, worker=worker, id=window.id, rows=rows))
 
 
-def passes(connection: db.Connection, phase: Phase, window: Window) -> Iterator[Sequence[Any]]:
+def passes(connection: db.Connection, params: Params, window: Window) -> Iterator[Sequence[Any]]:
     """The keys of a window, a list a pass: the largest row of every block, then the next, until none is left.
 
     A window of keys is one pass.
     """
     if window.from_block is None:
-        yield _keys_between(connection, phase, window)
+        yield _keys_between(connection, params, window)
         return
     values = {"from_tid": f"({window.from_block},0)", "to_tid": f"({window.to_block},0)"}
-    for row in connection.execute(batch_strategy.ranked(connection, phase.params, window.part), values).fetchall():
+    for row in connection.execute(batch_strategy.ranked(connection, params, window.part), values).fetchall():
         yield row["keys"]
 
 
-def _keys_between(connection: db.Connection, phase: Phase, window: Window) -> Sequence[Any]:
+def _keys_between(connection: db.Connection, params: Params, window: Window) -> Sequence[Any]:
     after = sql.SQL("true" if window.after_key is None else "s.key > %(after_key)s")
-    query = BACKFILL["keys_between"].compose(names(phase.params) | {"after": after})
+    query = BACKFILL["keys_between"].compose(names(params) | {"after": after})
     row = connection.execute(query, {"after_key": window.after_key, "to_key": window.to_key}).fetchone()
     return row["keys"] or [] if row else []

@@ -13,7 +13,6 @@ from runbook_lib.core import db, query_plan, versions
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.names import added_columns, identifier, names, spelled, verbatim
-from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -50,9 +49,9 @@ class Choice:
         return f"{self.strategy}: {self.reason}"
 
 
-def relations(phase: Phase) -> list[Relation]:
+def relations(connection: db.Connection, params: Params) -> list[Relation]:
     """The table, or the leaves of a partitioned one."""
-    found = db.rows(phase.connection, WINDOWS["relations"], phase.params, table=spelled(phase.params, "table"))
+    found = db.rows(connection, WINDOWS["relations"], params, table=spelled(params, "table"))
     return [Relation(**{**r, "slow_indexes": tuple(r["slow_indexes"])}) for r in found]
 
 
@@ -106,20 +105,20 @@ def _impossible(why: str) -> Gate:
     )
 
 
-def choose(phase: Phase, tried: Effects | None = None) -> Choice:
+def choose(connection: db.Connection, params: Params, tried: Effects | None = None) -> Choice:
     """Looks at the table, asks the planner, and picks."""
-    found = relations(phase)
-    version, p = phase.connection.info.server_version, phase.params
+    found = relations(connection, params)
+    version, p = connection.info.server_version, params
     asks = vector_store.of(p).in_the_table and not p.target.distributed and versions.scans_ranges_of_blocks(version)
-    ranges = asks and all(_reads_ranges(phase, r.part) for r in found)
+    ranges = asks and all(_reads_ranges(connection, params, r.part) for r in found)
     return pick(p, version, found, reads_ranges=ranges, tried=tried)
 
 
-def _reads_ranges(phase: Phase, part: str) -> bool:
-    with phase.connection.transaction():
-        phase.connection.execute("SET LOCAL enable_seqscan = off")
+def _reads_ranges(connection: db.Connection, params: Params, part: str) -> bool:
+    with connection.transaction():
+        connection.execute("SET LOCAL enable_seqscan = off")
         values = {"from_tid": "(0,0)", "to_tid": "(1,0)"}
-        plan = query_plan.explain(phase.connection, ranked(phase.connection, phase.params, part), values)
+        plan = query_plan.explain(connection, ranked(connection, params, part), values)
     return plan.has("Tid Range Scan")
 
 

@@ -18,6 +18,7 @@ from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, LockNotObtained, gate
 from runbook_lib.core.names import verbatim
 from runbook_lib.core.phase import Phase, changes
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("pruning")
@@ -30,8 +31,8 @@ MOST_TRIES = 3
 
 def plan(phase: Phase, parts: Sequence[str]) -> list[db.Statement]:
     """Lowers the fillfactor of these relations (as PostgreSQL spells them) where it is higher."""
-    found = {part: _fillfactor(phase, part) for part in parts}
-    return [_set(phase, part, FILLFACTOR) for part, value in found.items() if (value or 100) > FILLFACTOR]
+    found = {part: _fillfactor(phase.connection, phase.params, part) for part in parts}
+    return [_set(phase.params, part, FILLFACTOR) for part, value in found.items() if (value or 100) > FILLFACTOR]
 
 
 @changes
@@ -40,7 +41,7 @@ def apply(phase: Phase, parts: Sequence[str]) -> None:
     statements = plan(phase, parts)
     if not statements:
         return
-    before = {part: _fillfactor(phase, part) for part in parts}
+    before = {part: _fillfactor(phase.connection, phase.params, part) for part in parts}
     phase.note("fillfactor", {"before": before | _open(phase)})
     few = phase.params.locks.model_copy(update={"tries": min(MOST_TRIES, phase.params.locks.tries)})
     hurried = replace(phase, params=phase.params.model_copy(update={"locks": few}))
@@ -56,9 +57,9 @@ def restore_plan(phase: Phase) -> list[db.Statement]:
     changed = {
         p: v
         for p, v in _open(phase).items()
-        if db.relation_exists(phase.connection, p) and _fillfactor(phase, p) != v
+        if db.relation_exists(phase.connection, p) and _fillfactor(phase.connection, phase.params, p) != v
     }
-    return [_set(phase, part, value) for part, value in changed.items()]
+    return [_set(phase.params, part, value) for part, value in changed.items()]
 
 
 def restore(phase: Phase) -> None:
@@ -70,7 +71,11 @@ def restore(phase: Phase) -> None:
 def verify(phase: Phase) -> list[Gate]:
     """The fillfactor is what it was; nothing to say where the backfill never changed it."""
     before = _open(phase)
-    now = {part: _fillfactor(phase, part) for part in before if db.relation_exists(phase.connection, part)}
+    now = {
+        part: _fillfactor(phase.connection, phase.params, part)
+        for part in before
+        if db.relation_exists(phase.connection, part)
+    }
     wrong = {part: value for part, value in now.items() if value != before[part]}
     if not before:
         return []
@@ -96,13 +101,13 @@ def _open(phase: Phase) -> dict[str, int | None]:
     return dict((phase.ledger.latest("fillfactor") or {"before": {}})["before"])
 
 
-def _fillfactor(phase: Phase, part: str) -> int | None:
+def _fillfactor(connection: db.Connection, params: Params, part: str) -> int | None:
     """As set on the relation itself; None where it is not."""
-    found = db.one(phase.connection, SQL["fillfactor"], phase.params, part=part)["fillfactor"]
+    found = db.one(connection, SQL["fillfactor"], params, part=part)["fillfactor"]
     return None if found is None else int(found)
 
 
-def _set(phase: Phase, part: str, value: int | None) -> db.Statement:
+def _set(params: Params, part: str, value: int | None) -> db.Statement:
     extra = {"part": verbatim(part), "value": sql.Literal(value)}
-    made = db.statement(SQL["reset" if value is None else "set"], phase.params, extra)
+    made = db.statement(SQL["reset" if value is None else "set"], params, extra)
     return replace(made, lock=made.lock.replace("{part}", part))

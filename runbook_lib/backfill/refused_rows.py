@@ -12,7 +12,7 @@ from runbook_lib.core import db
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, GateFailed, Gates, gate
 from runbook_lib.core.names import added_columns, changing, names, spelled
-from runbook_lib.core.phase import Phase
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("backfill")
@@ -34,7 +34,7 @@ def is_refusal(error: psycopg.Error) -> bool:
 
 
 def in_halves(
-    phase: Phase, keys: Sequence[Any], write: Callable[[Sequence[Any]], T], refused: dict[Any, str]
+    params: Params, keys: Sequence[Any], write: Callable[[Sequence[Any]], T], refused: dict[Any, str]
 ) -> list[T]:
     """Writes these rows, a transaction for all of them; where the server refuses one, in halves until that row is
     alone and can be named: it goes into ``refused`` with the server's words. Returns what each transaction did.
@@ -49,39 +49,38 @@ def in_halves(
         if len(keys) == 1:
             refused[keys[0]] = update_effects.said(error)
             if len(refused) > MOST_REFUSED:
-                raise GateFailed(Gates((_too_many(phase, dict(refused)),))) from error
+                raise GateFailed(Gates((_too_many(params, dict(refused)),))) from error
             return []
     half = len(keys) // 2
-    return [done for part in (keys[:half], keys[half:]) for done in in_halves(phase, part, write, refused)]
+    return [done for part in (keys[:half], keys[half:]) for done in in_halves(params, part, write, refused)]
 
 
-def _too_many(phase: Phase, refused: Mapping[Any, str]) -> Gate:
+def _too_many(params: Params, refused: Mapping[Any, str]) -> Gate:
     """The gate of a backfill that stops since row after row is refused."""
     key, words = next(iter(refused.items()))
-    return _gate(
-        phase, f"{len(refused)} rows refused, and the backfill stopped; {phase.params.target.key} {key}: {words}"
-    )
+    return _gate(params, f"{len(refused)} rows refused, and the backfill stopped; {params.target.key} {key}: {words}")
 
 
-def gate_of_left(phase: Phase) -> Gate:
+def gate_of_left(connection: db.Connection, params: Params) -> Gate:
     """Did every staged row whose text is still the same take its vector? Those that did not are tried once more, in a
     transaction that is rolled back, for the reason."""
-    p, connection = phase.params, phase.connection
-    rows = connection.execute(SQL["refusing"].compose(names(p) | changing(p)), {"most": MOST_REFUSED}).fetchall()
+    rows = connection.execute(
+        SQL["refusing"].compose(names(params) | changing(params)), {"most": MOST_REFUSED}
+    ).fetchall()
     keys = [r["key"] for r in rows]
     if not keys:
-        return _gate(phase, "", len(keys))
+        return _gate(params, "", len(keys))
     some = ", ".join(str(k) for k in keys[:SHOWN]) + (" and more" if keys[SHOWN:] else "")
-    return _gate(phase, f"not {p.target.key} {some}: {_reason(phase, keys)}", len(keys))
+    return _gate(params, f"not {params.target.key} {some}: {_reason(connection, params, keys)}", len(keys))
 
 
-def _reason(phase: Phase, keys: Sequence[Any]) -> str:
-    bench = update_effects.bench(phase.connection, phase.params, added_columns(phase.params))
+def _reason(connection: db.Connection, params: Params, keys: Sequence[Any]) -> str:
+    bench = update_effects.bench(connection, params, added_columns(params))
     try:
-        with db.rolled_back(phase.connection):
+        with db.rolled_back(connection):
             effects = update_effects.measure(bench, keys)
     except psycopg.Error as error:
-        db.raise_if_lost(phase.connection, error)
+        db.raise_if_lost(connection, error)
         return f"PostgreSQL says: {update_effects.said(error)}"
     if effects.error:
         return f"PostgreSQL says: {effects.error}"
@@ -91,11 +90,11 @@ def _reason(phase: Phase, keys: Sequence[Any]) -> str:
     return f"the UPDATE leaves {number(len(effects.kept))} of {number(effects.rows)} as they are; fired: {by}"
 
 
-def _gate(phase: Phase, found: str, rows: int | None = None) -> Gate:
+def _gate(params: Params, found: str, rows: int | None = None) -> Gate:
     return gate(
         "backfill.every_staged_row_took_its_vector",
         not found,
-        spelled(phase.params, "table"),
+        spelled(params, "table"),
         found=found or "every staged row whose text is still the same has its vector",
         needed="every such row takes its vector",
         danger="the new search never finds these rows, and no rerun changes that by itself",

@@ -17,6 +17,7 @@ from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import added_columns, spelled
 from runbook_lib.core.phase import Phase
+from runbook_lib.params import Params
 
 KIND = "untouched"
 AGREED = "agreed_effects"
@@ -62,11 +63,11 @@ class Witness:
             self.seen.written |= update_effects.written_elsewhere(self.bench)
 
 
-def witness(connection: db.Connection, phase: Phase, seen: Seen) -> Witness | None:
+def witness(connection: db.Connection, params: Params, seen: Seen) -> Witness | None:
     """For one worker; None where no row of the table is updated, or rows cannot be looked at by one server."""
-    if phase.params.target.distributed or not vector_store.of(phase.params).in_the_table:
+    if params.target.distributed or not vector_store.of(params).in_the_table:
         return None
-    return Witness(update_effects.bench(connection, phase.params, added_columns(phase.params)), seen)
+    return Witness(update_effects.bench(connection, params, added_columns(params)), seen)
 
 
 def note(phase: Phase, seen: Seen) -> None:

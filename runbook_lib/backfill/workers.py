@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from runbook_lib.backfill import batch_ranges, refused_rows, untouched, vector_store
@@ -175,12 +175,12 @@ def work(phase: Phase, board: Board, worker: str) -> None:
     paces = {True: pace, False: pace}
     with phase.another("worker") as connection:
         connection.execute(SQL["session"].compose({}), {"frozen_ms": f"{db.FROZEN_MS}ms"})
-        witness = untouched.witness(connection, phase, board.seen)
+        witness = untouched.witness(connection, phase.params, board.seen)
         while not board.stop.is_set():
-            window = batch_ranges.claim(connection, phase, worker)
+            window = batch_ranges.claim(connection, phase.params, worker)
             if window is not None:
                 _work_on(_Desk(connection, phase, board, worker, window, witness), paces)
-            elif batch_ranges.state(replace(phase, connection=connection)).left:
+            elif batch_ranges.state(connection, phase.params).left:
                 # Somebody else has them; should that worker die, its windows come free.
                 board.stop.wait(SECONDS_BETWEEN_CLAIMS)
             else:
@@ -206,7 +206,9 @@ class _Desk:
         every = self.phase.params.backfill.lease_s / SIGNS_A_LEASE
         while not self.board.stop.is_set():
             if time.monotonic() - self.seen >= every:
-                if not batch_ranges.still_ours(self.connection, self.phase, self.worker, self.window, self.rows):
+                if not batch_ranges.still_ours(
+                    self.connection, self.phase.params, self.worker, self.window, self.rows
+                ):
                     return False
                 self.rows, self.seen = 0, time.monotonic()
             if not self.board.hold.is_set():
@@ -232,11 +234,11 @@ def _work_on(desk: _Desk, paces: dict[bool, Pace]) -> None:
             if desk.board.rest_ms:
                 desk.board.stop.wait(desk.board.rest_ms / 1000)
     desk.board.windows.put(desk.batches)
-    batch_ranges.close(desk.connection, desk.phase, desk.worker, desk.window, desk.rows)
+    batch_ranges.close(desk.connection, desk.phase.params, desk.worker, desk.window, desk.rows)
 
 
 def _passes(desk: _Desk) -> Iterator[Sequence[Any]]:
-    passes = batch_ranges.passes(desk.connection, desk.phase, desk.window)
+    passes = batch_ranges.passes(desk.connection, desk.phase.params, desk.window)
     if not desk.board.whole_windows:
         return passes
     return iter([[key for keys in passes for key in keys]])
@@ -245,7 +247,7 @@ def _passes(desk: _Desk) -> Iterator[Sequence[Any]]:
 def _update(desk: _Desk, keys: Sequence[Any]) -> Batch:
     """One transaction, or as many as it takes to name a row that is refused."""
     started = time.perf_counter()
-    done = refused_rows.in_halves(desk.phase, keys, lambda part: _transaction(desk, part), desk.board.refused)
+    done = refused_rows.in_halves(desk.phase.params, keys, lambda part: _transaction(desk, part), desk.board.refused)
     return Batch(
         sum(b.rows for b in done),
         sum(b.hot for b in done),

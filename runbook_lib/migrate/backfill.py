@@ -40,15 +40,16 @@ SHOWN_KEYS = 5
 def plan(phase: Phase) -> db.Plan:
     """What moves all vectors at once, where the store has such a way; else the tables that steer the work, and the
     statement of one batch, as often as there are batches."""
-    store = vector_store.of(phase.params)
+    connection, params, store = phase.connection, phase.params, vector_store.of(phase.params)
     if promotion := store.promotion(phase):
-        return db.Plan(tuple(promotion), phase.connection)
-    own = batch_ranges.plan(phase)
+        return db.Plan(tuple(promotion), connection)
+    own = batch_ranges.plan(connection, params)
     # A plan may be made before 30_expand_schema; then nothing can be asked of its columns.
-    there = db.relation_exists(phase.connection, spelled(phase.params, "staging"))
-    if there and _to_do(phase) and batch_strategy.choose(phase).strategy == "page_interleaved":
-        own += pruning.plan(phase, [r.part for r in batch_strategy.relations(phase)])
-    return db.Plan((*own, store.write(phase.params, None, None)), phase.connection)
+    if not db.relation_exists(connection, spelled(params, "staging")) or not _to_do(phase):
+        return db.Plan((*own, store.write(params, None, None)), connection)
+    if batch_strategy.choose(connection, params).strategy == "page_interleaved":
+        own += pruning.plan(phase, [r.part for r in batch_strategy.relations(connection, params)])
+    return db.Plan((*own, store.write(params, None, None)), connection)
 
 
 def _to_do(phase: Phase) -> int:
@@ -106,7 +107,7 @@ def move_staged(phase: Phase) -> tuple[Choice, Outcome]:
     before = _server_counts(phase)
     promoted, seconds = _promote(phase)
     phase.connection.execute(SQL["analyze_staging"].compose(names(phase.params)))
-    choice = batch_strategy.choose(phase, tried)
+    choice = batch_strategy.choose(phase.connection, phase.params, tried)
     print(f"  {choice}")
     outcome = _through_windows(phase, choice)
     if promoted:
@@ -135,11 +136,11 @@ def _promote(phase: Phase) -> tuple[int, float]:
 
 def _through_windows(phase: Phase, choice: Choice) -> Outcome:
     """Cuts windows where none are open, and works them off."""
-    to_do = _to_do(phase)
-    if to_do and not batch_ranges.state(phase).left:
-        batch_ranges.cut(phase, choice)
+    connection, params, to_do = phase.connection, phase.params, _to_do(phase)
+    if to_do and not batch_ranges.state(connection, params).left:
+        batch_ranges.cut(connection, params, choice)
     if to_do and choice.strategy == "page_interleaved":
-        pruning.apply(phase, [r.part for r in batch_strategy.relations(phase)])
+        pruning.apply(phase, [r.part for r in batch_strategy.relations(connection, params)])
     outcome = workers.run(phase, choice, to_do)
     pruning.restore(phase)
     return outcome
@@ -165,7 +166,7 @@ def _server_counts(phase: Phase) -> db.Row:
 
 def _note(phase: Phase, choice: Choice, outcome: Outcome, before: db.Row) -> None:
     p50, p95 = _percentiles(outcome)
-    after, state = _server_counts(phase), batch_ranges.state(phase)
+    after, state = _server_counts(phase), batch_ranges.state(phase.connection, phase.params)
     phase.note(
         "backfill",
         {
@@ -220,7 +221,7 @@ def _write(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bo
     def write(part: Sequence[Any]) -> set[Any]:
         return _transaction(phase, outcome, part, skip_held=skip_held)
 
-    done = refused_rows.in_halves(phase, keys, write, outcome.refused)
+    done = refused_rows.in_halves(phase.params, keys, write, outcome.refused)
     return set().union(*done) | (outcome.refused.keys() & set(keys))
 
 
@@ -267,11 +268,11 @@ def help_out(params_file: str) -> Table:
             "50_backfill", run_id, True, params, connection, Ledger(ledger_connection, params, run_id, "50_backfill")
         )
         phase.order.fence(connection)
-        if batch_ranges.plan(phase) or not batch_ranges.state(phase).left:
+        if batch_ranges.plan(connection, params) or not batch_ranges.state(connection, params).left:
             raise BadInput([_nothing_to_help_with(params.target.name)])
         phase.join()
         with phase.opened():
-            outcome = workers.run(phase, batch_strategy.choose(phase), _to_do(phase))
+            outcome = workers.run(phase, batch_strategy.choose(connection, params), _to_do(phase))
         p50, p95 = _percentiles(outcome)
         untouched.note(phase, outcome.seen)
         phase.note("help", {"rows": outcome.rows, "batches": len(outcome.seconds), "batch_p95_ms": p95})
@@ -335,5 +336,5 @@ def verify(phase: Phase) -> Gates:
 
 def _took_and_touched(phase: Phase) -> list[Gate]:
     """Named only where rows refused their vector; and what else was touched, where rows were compared."""
-    left = refused_rows.gate_of_left(phase)
+    left = refused_rows.gate_of_left(phase.connection, phase.params)
     return [*([left] if left.verdict is Verdict.FAIL else []), *untouched.verify(phase)]

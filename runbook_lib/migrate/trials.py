@@ -219,7 +219,7 @@ def _stages(connection: db.Connection, params: Params) -> list[_Stage]:
 
     def tables() -> list[db.Statement]:
         made = [s for s in expand_schema.plan(phase) if s.name not in exclusive and s.name != "sidetable.create"]
-        return made + batch_ranges.plan(phase)
+        return made + batch_ranges.plan(phase.connection, phase.params)
 
     def broken() -> list[db.Statement]:
         return dependents.validations(connection, params)
