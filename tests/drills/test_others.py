@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.backfill import change_queue
+from runbook_lib.backfill import batch_ranges, change_queue
 from runbook_lib.core.gates import PausedTooLong
 from runbook_lib.migrate import backfill, expand_schema, extension
 from tests.conftest import write_params
@@ -75,9 +75,9 @@ def test_an_old_snapshot_holds_the_backfill_until_it_is_gone(
         reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         reader.execute("SELECT count(*) FROM articles")
         time.sleep(1.2)
-        ended = threading.Timer(2.0, reader.rollback)
-        ended.start()
+        ended = threading.Timer(6.0, reader.rollback)
         with kit.writers(database), kit.opened(params_file) as phase:
+            ended.start()
             backfill.apply(phase)
             paused = phase.ledger.latest("pause")
         ended.join()
@@ -92,7 +92,7 @@ def test_a_pause_that_does_not_end_ends_the_phase_which_goes_on_later(
 ) -> None:
     params_file = kit.prepared(tmp_path, "load", health={"longest_pause_minutes": 0.02})
     with kit.opened(params_file) as phase:
-        backfill.windows.create(phase)
+        batch_ranges.create(phase)
         articles.execute("UPDATE runbook.control SET pause = true, reason = 'month end' WHERE target = 'articles'")
         with pytest.raises(PausedTooLong, match="control row: pause is true; month end"):
             backfill.apply(phase)
