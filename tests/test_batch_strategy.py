@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from runbook_lib.backfill import batch_ranges, batch_strategy, throttle, workers
-from runbook_lib.backfill.batch_strategy import Choice, Relation
+from runbook_lib.backfill.batch_strategy import Relation, StrategyChoice
 from runbook_lib.backfill.update_effects import Effects
 from runbook_lib.cli import demo
 from runbook_lib.core.gates import BadInput
@@ -27,12 +27,12 @@ Open = Callable[..., Phase]
 
 def test_a_table_with_indexes_is_gone_through_page_by_page(make_params: Callable[..., Params]) -> None:
     p = make_params(vector=VECTOR)
-    assert batch_strategy.pick(p, 180000, [TABLE], reads_ranges=True, tried=TRIED) == Choice(
+    assert batch_strategy.pick(p, 180000, [TABLE], reads_ranges=True, tried=TRIED) == StrategyChoice(
         "page_interleaved",
         "the table has 2 indexes, gin among them; 60 rows tried, 4 of them without leaving their page (HOT), as the"
         " pages are now; the first windows show how many stay",
     )
-    assert batch_strategy.pick(p, 180000, [TABLE], reads_ranges=True) == Choice(
+    assert batch_strategy.pick(p, 180000, [TABLE], reads_ranges=True) == StrategyChoice(
         "page_interleaved", "the table has 2 indexes, gin among them; the first windows show how many stay"
     )
 

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from runbook_lib.backfill import batch_ranges, health
-from runbook_lib.backfill.health import State, Watch
+from runbook_lib.backfill.health import LastLook, State
 from runbook_lib.core.phase import Phase
 
 Open = Callable[..., Phase]
@@ -26,8 +26,8 @@ def phase(open_phase: Open) -> Callable[..., Phase]:
     return make
 
 
-def answers(phase: Phase, watch: Watch | None = None) -> dict[str, health.Answer]:
-    return {a.indicator: a for a in health.look(phase.connection, phase.params, watch or Watch())}
+def answers(phase: Phase, watch: LastLook | None = None) -> dict[str, health.Answer]:
+    return {a.indicator: a for a in health.look(phase.connection, phase.params, watch or LastLook())}
 
 
 def test_a_quiet_server_says_normal_everywhere(phase: Callable[..., Phase]) -> None:
@@ -56,7 +56,7 @@ def test_a_session_that_waits_for_us(phase: Callable[..., Phase], database: str)
         waiting = threading.Thread(target=other.execute, args=("UPDATE articles SET views = 2 WHERE id = 1",))
         waiting.start()
         time.sleep(0.3)
-        found = answers(opened, Watch(pids=[ours.info.backend_pid]))["blocked sessions"]
+        found = answers(opened, LastLook(pids=[ours.info.backend_pid]))["blocked sessions"]
         ours.rollback()
         waiting.join()
         other.rollback()
@@ -75,7 +75,7 @@ def test_an_old_snapshot(phase: Callable[..., Phase], database: str) -> None:
 
 
 def test_wal_faster_than_allowed(phase: Callable[..., Phase], articles: psycopg.Connection[Any]) -> None:
-    opened, watch = phase(wal_mb_per_s=1, wal_since_checkpoint_percent=1000), Watch()
+    opened, watch = phase(wal_mb_per_s=1, wal_since_checkpoint_percent=1000), LastLook()
     assert answers(opened, watch)["WAL"].state is State.NORMAL
     articles.execute("CREATE TABLE filler AS SELECT i, repeat('x', 500) FROM generate_series(1, 20000) i")
     time.sleep(health.SHORTEST_INTERVAL_S)
@@ -131,6 +131,6 @@ def test_autovacuum_at_work_on_the_table(phase: Callable[..., Phase], articles: 
     let_go = opened.params.model_copy(
         update={"health": opened.params.health.model_copy(update={"pause_for_autovacuum": False})}
     )
-    assert health._autovacuum(opened.connection, let_go, Watch()).state is State.NORMAL
+    assert health._autovacuum(opened.connection, let_go, LastLook()).state is State.NORMAL
     articles.execute("DROP TABLE articles")
     assert answers(opened)["autovacuum"].reason == "not at work on the table"

@@ -76,7 +76,7 @@ def nothing_kept() -> Iterator[None]:
     pa.set_memory_pool(before)
 
 
-def read(make_params: MakeParams, given: dict[str, Any], **sections: Any) -> list[sources.Rows]:
+def read(make_params: MakeParams, given: dict[str, Any], **sections: Any) -> list[sources.SourceRows]:
     p = make_params(embeddings={"batch_rows": 2} | given, **({"vector": {"dimension": 3}} | sections))
     return list(embedding.stored(p))
 

@@ -12,7 +12,7 @@ from typing import Any
 from psycopg import sql
 
 from runbook_lib.backfill import batch_strategy
-from runbook_lib.backfill.batch_strategy import Choice
+from runbook_lib.backfill.batch_strategy import StrategyChoice
 from runbook_lib.core import db
 from runbook_lib.core.names import names, spelled
 from runbook_lib.core.phase import Phase
@@ -44,7 +44,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class State:
+class Round:
     """How far the round is. taken_over: windows that more than one worker claimed."""
 
     windows: int
@@ -70,12 +70,12 @@ def create(phase: Phase) -> None:
         phase.do(statement)
 
 
-def state(connection: db.Connection, params: Params) -> State:
+def state(connection: db.Connection, params: Params) -> Round:
     """Counts the windows."""
-    return State(**db.one(connection, SQL["state"], params))
+    return Round(**db.one(connection, SQL["state"], params))
 
 
-def cut(connection: db.Connection, params: Params, choice: Choice) -> None:
+def cut(connection: db.Connection, params: Params, choice: StrategyChoice) -> None:
     """Cuts the work anew, in one transaction: no worker sees half of it."""
     with connection.transaction():
         connection.execute(SQL["forget"].compose(names(params)))

@@ -39,7 +39,7 @@ class Relation:
 
 
 @dataclass(frozen=True)
-class Choice:
+class StrategyChoice:
     """What was picked and why."""
 
     strategy: Strategy
@@ -57,29 +57,29 @@ def relations(connection: db.Connection, params: Params) -> list[Relation]:
 
 def pick(
     params: Params, server_version: int, found: list[Relation], *, reads_ranges: bool, tried: Effects | None = None
-) -> Choice:
+) -> StrategyChoice:
     """The strategy for these relations. reads_ranges: the planner reads a range of blocks as such. tried: the trial
     of the UPDATE; it only informs, since the first windows show what stays on its page.
 
     Raises BadInput where the parameters ask for what the server cannot do.
     """
     if not vector_store.of(params).in_the_table:
-        return Choice("side_table", "vector.layout: the staging table takes its place beside the table")
+        return StrategyChoice("side_table", "vector.layout: the staging table takes its place beside the table")
     if params.target.distributed:
-        return Choice("key_ranges", "the table is distributed: its pages lie on other servers")
+        return StrategyChoice("key_ranges", "the table is distributed: its pages lie on other servers")
     largest = max(found, key=lambda r: r.blocks, default=None)
     if largest is None or not reads_ranges:
         why = _why_no_ranges(server_version, largest)
         if params.backfill.strategy == "page_interleaved":
             raise BadInput([_impossible(why)])
-        return Choice("key_ranges", why)
+        return StrategyChoice("key_ranges", why)
     forecast = f"; {number(tried.rows)} rows tried, {found_room(tried)}" if tried and tried.rows else ""
     if params.backfill.strategy != "auto":
-        return Choice(params.backfill.strategy, f"asked for by backfill.strategy{forecast}")
+        return StrategyChoice(params.backfill.strategy, f"asked for by backfill.strategy{forecast}")
     if largest.indexes <= 1:
-        return Choice("key_ranges", "the table has no index but its key's, so a row that moves costs little")
+        return StrategyChoice("key_ranges", "the table has no index but its key's, so a row that moves costs little")
     slow = f", {' and '.join(sorted(set(largest.slow_indexes)))} among them" if largest.slow_indexes else ""
-    return Choice(
+    return StrategyChoice(
         "page_interleaved",
         f"the table has {largest.indexes} indexes{slow}{forecast}; the first windows show how many stay",
     )
@@ -105,7 +105,7 @@ def _impossible(why: str) -> Gate:
     )
 
 
-def choose(connection: db.Connection, params: Params, tried: Effects | None = None) -> Choice:
+def choose(connection: db.Connection, params: Params, tried: Effects | None = None) -> StrategyChoice:
     """Looks at the table, asks the planner, and picks."""
     found = relations(connection, params)
     version, p = connection.info.server_version, params

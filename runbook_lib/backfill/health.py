@@ -48,7 +48,7 @@ class Answer:
 
 
 @dataclass
-class Watch:
+class LastLook:
     """What two looks have to share: where the WAL stood at the last one, and checkpoints counted at the first."""
 
     wal: tuple[float, float] | None = None
@@ -60,15 +60,15 @@ def _stop_if(indicator: str, stop: bool, reason: str) -> Answer:
     return Answer(indicator, State.STOP if stop else State.NORMAL, reason)
 
 
-def look(connection: db.Connection, params: Params, watch: Watch) -> list[Answer]:
+def look(connection: db.Connection, params: Params, watch: LastLook) -> list[Answer]:
     """Asks every indicator. One that the role may not ask, or the server does not know, is not available."""
     return [_ask(name, ask, connection, params, watch) for name, ask in INDICATORS]
 
 
-Ask = Callable[[db.Connection, Params, Watch], Answer]
+Ask = Callable[[db.Connection, Params, LastLook], Answer]
 
 
-def _ask(name: str, ask: Ask, connection: db.Connection, params: Params, watch: Watch) -> Answer:
+def _ask(name: str, ask: Ask, connection: db.Connection, params: Params, watch: LastLook) -> Answer:
     try:
         return ask(connection, params, watch)
     except psycopg.errors.InsufficientPrivilege as error:
@@ -90,14 +90,14 @@ def show(answers: list[Answer]) -> Table:
     return Table(("indicator", "state", "reason"), [(a.indicator, str(a.state), a.reason) for a in answers])
 
 
-def _control(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+def _control(connection: db.Connection, params: Params, watch: LastLook) -> Answer:
     found = db.rows(connection, WINDOWS["control"], params)
     if not found or not found[0]["pause"]:
         return Answer("control row", State.NORMAL, "pause is false")
     return Answer("control row", State.STOP, f"pause is true; {found[0]['reason'] or 'no reason given'}")
 
 
-def _stop_file(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+def _stop_file(connection: db.Connection, params: Params, watch: LastLook) -> Answer:
     path = params.health.stop_file
     if path is None:
         return Answer("stop file", State.NORMAL, "none is named in health.stop_file")
@@ -105,7 +105,7 @@ def _stop_file(connection: db.Connection, params: Params, watch: Watch) -> Answe
     return _stop_if("stop file", there, f"{path.name} is {'there' if there else 'not there'}")
 
 
-def _replicas(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+def _replicas(connection: db.Connection, params: Params, watch: LastLook) -> Answer:
     name, limits = "replica lag", params.health
     found = db.rows(connection, SQL["replicas"], params)
     if not found:
@@ -120,7 +120,7 @@ def _replicas(connection: db.Connection, params: Params, watch: Watch) -> Answer
     return _stop_if(name, behind, f"{r['name']} is {size(r['lag_bytes'])}{seconds} behind, {allowed} are allowed")
 
 
-def _wal(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+def _wal(connection: db.Connection, params: Params, watch: LastLook) -> Answer:
     limits = params.health
     w = db.one(connection, SQL["wal"], params)
     before, watch.wal = watch.wal, (w["at_s"], w["position"])
@@ -135,7 +135,7 @@ def _wal(connection: db.Connection, params: Params, watch: Watch) -> Answer:
     return _stop_if("WAL", full or too_fast, f"{reason}, {_checkpoints(connection, params, watch)}{allowed}")
 
 
-def _checkpoints(connection: db.Connection, params: Params, watch: Watch) -> str:
+def _checkpoints(connection: db.Connection, params: Params, watch: LastLook) -> str:
     newer = versions.has_checkpointer_view(connection.info.server_version)
     block = SQL["requested_checkpoints" if newer else "requested_checkpoints_before_17"]
     requested = int(db.one(connection, block, params)["requested"])
@@ -144,7 +144,7 @@ def _checkpoints(connection: db.Connection, params: Params, watch: Watch) -> str
     return f"{requested - watch.requested} checkpoints came early"
 
 
-def _archiver(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+def _archiver(connection: db.Connection, params: Params, watch: LastLook) -> Answer:
     name, most = "archiver", params.health.archiver_backlog_files
     a = db.one(connection, SQL["archiver"], params)
     if a["mode"] == "off":
@@ -155,7 +155,7 @@ def _archiver(connection: db.Connection, params: Params, watch: Watch) -> Answer
     return _stop_if(name, files > most, f"{number(files)} files wait, {number(most)} are allowed")
 
 
-def _autovacuum(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+def _autovacuum(connection: db.Connection, params: Params, watch: LastLook) -> Answer:
     found = db.rows(connection, SQL["autovacuum"], params, table=spelled(params, "table"))
     if not found:
         return Answer("autovacuum", State.NORMAL, "not at work on the table")
@@ -163,7 +163,7 @@ def _autovacuum(connection: db.Connection, params: Params, watch: Watch) -> Answ
     return _stop_if("autovacuum", params.health.pause_for_autovacuum, reason)
 
 
-def _blocked(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+def _blocked(connection: db.Connection, params: Params, watch: LastLook) -> Answer:
     most = params.health.blocked_session_ms
     found = db.rows(connection, SQL["blocked"], params, pids=watch.pids)
     if not found:
@@ -173,7 +173,7 @@ def _blocked(connection: db.Connection, params: Params, watch: Watch) -> Answer:
     return _stop_if("blocked sessions", b["ms"] > most, f"{who}, {number(most)} ms are allowed")
 
 
-def _snapshot(connection: db.Connection, params: Params, watch: Watch) -> Answer:
+def _snapshot(connection: db.Connection, params: Params, watch: LastLook) -> Answer:
     most = params.health.oldest_snapshot_s
     found = db.rows(connection, SQL["snapshot"], params, pids=watch.pids)
     if not found or found[0]["age_s"] is None:

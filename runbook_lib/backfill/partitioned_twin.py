@@ -46,7 +46,7 @@ def column(phase: Phase) -> str:
 
 
 @dataclass(frozen=True)
-class Standing:
+class TwinState:
     """serves: relkind of the table. parts, whole: does it stand beside? begun: are queue and checkpoint there?"""
 
     serves: str | None
@@ -72,7 +72,7 @@ class Standing:
         return "the ordinary table serves" + (", the partitioned one is made beside it" if self.parts else "")
 
 
-def standing(phase: Phase) -> Standing:
+def standing(phase: Phase) -> TwinState:
     """Where the move stands, by the catalogue."""
     p = phase.params
     row = db.one(
@@ -84,7 +84,7 @@ def standing(phase: Phase) -> Standing:
         whole=spelled_beside(p, WHOLE),
         move=spelled(p, "move"),
     )
-    return Standing(**row)
+    return TwinState(**row)
 
 
 def catalogue(phase: Phase, block: str, **values: Any) -> list[db.Row]:

@@ -141,7 +141,7 @@ class Throttle:
     phase: Phase
     connection: db.Connection
     pause: Pause
-    watch: health.Watch = field(default_factory=health.Watch)
+    watch: health.LastLook = field(default_factory=health.LastLook)
     looked: float = 0.0
 
     def look(self, hold: Callable[[], None] = lambda: None) -> bool:
@@ -184,6 +184,6 @@ def throttled(
     with phase.another("health") as connection:
         pause = Pause(phase, [] if past is None else past)
         try:
-            yield Throttle(phase, connection, pause, health.Watch(pids=list(pids)))
+            yield Throttle(phase, connection, pause, health.LastLook(pids=list(pids)))
         finally:
             pause.end()

@@ -28,7 +28,7 @@ EVERY = 10
 
 
 @dataclass
-class Seen:
+class Compared:
     """What was seen so far. columns: rows that changed, by column; written: other relations that were written."""
 
     rows: int = 0
@@ -41,7 +41,7 @@ class Witness:
     """One worker's looks: ``before`` and ``after`` the UPDATE, in its transaction."""
 
     bench: update_effects.Bench
-    seen: Seen
+    seen: Compared
     batches: int = 0
     looked: update_effects.Looked | None = None
 
@@ -63,14 +63,14 @@ class Witness:
             self.seen.written |= update_effects.written_elsewhere(self.bench)
 
 
-def witness(connection: db.Connection, params: Params, seen: Seen) -> Witness | None:
+def witness(connection: db.Connection, params: Params, seen: Compared) -> Witness | None:
     """For one worker; None where no row of the table is updated, or rows cannot be looked at by one server."""
     if params.target.distributed or not vector_store.of(params).in_the_table:
         return None
     return Witness(update_effects.bench(connection, params, added_columns(params)), seen)
 
 
-def note(phase: Phase, seen: Seen) -> None:
+def note(phase: Phase, seen: Compared) -> None:
     """Adds what was seen to what earlier attempts saw: figures and names, no value of any row."""
     if not seen.rows:
         return

@@ -20,7 +20,7 @@ from typing import Any
 from runbook_lib.backfill import batch_ranges, refused_rows, untouched, vector_store
 from runbook_lib.backfill import throttle as throttle_module
 from runbook_lib.backfill.batch_ranges import Window
-from runbook_lib.backfill.batch_strategy import LEAST_HOT_SHARE, Choice
+from runbook_lib.backfill.batch_strategy import LEAST_HOT_SHARE, StrategyChoice
 from runbook_lib.backfill.throttle import Pace, Throttle, first_pace, throttled
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
@@ -64,11 +64,11 @@ class Board:
     most_batch_rows: int | None = None
     rest_ms: int = 0
     refused: dict[Any, str] = field(default_factory=dict)
-    seen: untouched.Seen = field(default_factory=untouched.Seen)
+    seen: untouched.Compared = field(default_factory=untouched.Compared)
 
 
 @dataclass
-class Outcome:
+class BackfillOutcome:
     """What the workers of this run did. pauses: [reason, seconds]; refused: the server's words, by key; seen: of
     rows that were compared."""
 
@@ -82,19 +82,19 @@ class Outcome:
     judged_hot: int = 0
     remark: str = ""
     refused: dict[Any, str] = field(default_factory=dict)
-    seen: untouched.Seen = field(default_factory=untouched.Seen)
+    seen: untouched.Compared = field(default_factory=untouched.Compared)
 
     @property
     def hot_share(self) -> float:
         return self.hot / self.rows if self.rows else 0.0
 
 
-def run(phase: Phase, choice: Choice, total: int) -> Outcome:
+def run(phase: Phase, choice: StrategyChoice, total: int) -> BackfillOutcome:
     """Works until no window is left, here or elsewhere. total: rows to be done, for the time left.
 
     Raises what stopped a worker, and PausedTooLong; the work goes on from there when it is run again.
     """
-    board, outcome = Board(rest_ms=phase.params.backfill.pause_between_batches_ms), Outcome()
+    board, outcome = Board(rest_ms=phase.params.backfill.pause_between_batches_ms), BackfillOutcome()
     outcome.refused, outcome.seen = board.refused, board.seen
     workers = phase.params.backfill.workers
     with (
@@ -127,7 +127,7 @@ def _ended(futures: Sequence[Future[None]]) -> bool:
     return not waiting or any(f.exception() for f in done)
 
 
-def _count(board: Board, outcome: Outcome, progress: Progress, choice: Choice) -> None:
+def _count(board: Board, outcome: BackfillOutcome, progress: Progress, choice: StrategyChoice) -> None:
     while not board.batches.empty():
         batch = board.batches.get()
         outcome.rows += batch.rows
@@ -143,7 +143,7 @@ def _count(board: Board, outcome: Outcome, progress: Progress, choice: Choice) -
         _judge(board, outcome)
 
 
-def _judge(board: Board, outcome: Outcome) -> None:
+def _judge(board: Board, outcome: BackfillOutcome) -> None:
     """Page by page is given up where too few rows stay on their page."""
     rows, hot = outcome.judged_rows, outcome.judged_hot
     if rows < UPDATES_OF_THE_PROBE or hot >= LEAST_HOT_SHARE * rows:

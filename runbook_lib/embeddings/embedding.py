@@ -20,7 +20,7 @@ from runbook_lib.core.gates import BadInput, Gate, RunbookError, gate
 from runbook_lib.core.redaction import redacted
 from runbook_lib.embeddings import endpoint, masking, sources, vector_table
 from runbook_lib.embeddings.endpoint import cannot_load
-from runbook_lib.embeddings.sources import Rows, Vectors
+from runbook_lib.embeddings.sources import SourceRows, Vectors
 from runbook_lib.params import Params
 
 # Texts in, as the model may see them: whoever asks masks them first. Vectors out, shape (number of texts,
@@ -87,14 +87,14 @@ def query_vectors(params: Params, queries: Sequence[Query]) -> Vectors:
     return model(params)(masking.masked(params, [q.text for q in queries]))
 
 
-def stored(params: Params, connection: db.Connection | None = None) -> Iterator[Rows]:
+def stored(params: Params, connection: db.Connection | None = None) -> Iterator[SourceRows]:
     """The vectors made elsewhere, in batches: from the file, or from the table over this or an own connection; at
     length 1 where the parameters ask for it."""
     for rows in _as_stored(params, connection):
         yield replace(rows, vectors=normalise(rows.vectors)) if params.embeddings.normalise else rows
 
 
-def _as_stored(params: Params, connection: db.Connection | None) -> Iterator[Rows]:
+def _as_stored(params: Params, connection: db.Connection | None) -> Iterator[SourceRows]:
     if params.embeddings.source == "file":
         yield from sources.read(sources.wanted(params))
     elif connection is not None:
@@ -303,7 +303,7 @@ def check_distance(params: Params) -> Gate:
     )
 
 
-def _first_rows(params: Params) -> Rows:
+def _first_rows(params: Params) -> SourceRows:
     for rows in stored(params):
         return rows
     subject = params.embeddings.file or params.embeddings.table or ""

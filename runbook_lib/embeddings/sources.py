@@ -1,7 +1,7 @@
 """Vectors made elsewhere: files and tables, read batch by batch in bounded memory.
 
-Whatever the format, a reader gives :class:`Rows`. A row whose vector cannot be read is no reason to stop: it comes
-with its fault, which the load writes down. A file that is no such file at all is BadInput.
+Whatever the format, a reader gives :class:`SourceRows`. A row whose vector cannot be read is no reason to stop: it
+comes with its fault, which the load writes down. A file that is no such file at all is BadInput.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ INTEGERS = {"smallint": 2**15, "integer": 2**31, "bigint": 2**63}
 
 
 @dataclass(frozen=True)
-class Rows:
+class SourceRows:
     """Some rows of a source, in its order.
 
     places: where each row stands, from 1 (line or row). keys: as the source has them. vectors: shape (n, dimension),
@@ -88,7 +88,7 @@ def wanted(params: Params) -> Wanted:
     )
 
 
-def read(file: Wanted) -> Iterator[Rows]:
+def read(file: Wanted) -> Iterator[SourceRows]:
     """Streams the file, at most ``file.rows`` rows at a time.
 
     Raises BadInput that names the file, what was found and what is needed, where it cannot be read at all.
@@ -132,14 +132,14 @@ def _check_columns(file: Wanted, found: Sequence[str]) -> list[str]:
     return columns
 
 
-def _parquet(file: Wanted) -> Iterator[Rows]:
+def _parquet(file: Wanted) -> Iterator[SourceRows]:
     with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=READ_BUFFER_BYTES) as parquet:
         columns = _check_arrow(file, parquet.schema_arrow)
         batches = parquet.iter_batches(file.rows, columns=columns, use_threads=False)
         yield from _from_arrow(file, batches)
 
 
-def _arrow(file: Wanted) -> Iterator[Rows]:
+def _arrow(file: Wanted) -> Iterator[SourceRows]:
     with pa.memory_map(str(file.path)) as source:
         is_file = source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
         source.seek(0)
@@ -163,7 +163,7 @@ def _check_arrow(file: Wanted, schema: pa.Schema) -> list[str]:
     return columns
 
 
-def _from_arrow(file: Wanted, batches: Iterable[pa.RecordBatch]) -> Iterator[Rows]:
+def _from_arrow(file: Wanted, batches: Iterable[pa.RecordBatch]) -> Iterator[SourceRows]:
     first = 1
     for whole in batches:
         # Arrow believes what a file says of itself, and reads beyond its end.
@@ -176,7 +176,7 @@ def _from_arrow(file: Wanted, batches: Iterable[pa.RecordBatch]) -> Iterator[Row
             ]
             hashes = _hashes(given[0], given[1], faults)
             keys = batch.column(file.key).to_pylist()
-            yield Rows(range(first, first + len(keys)), keys, vectors, faults, hashes)
+            yield SourceRows(range(first, first + len(keys)), keys, vectors, faults, hashes)
             first += len(keys)
 
 
@@ -198,7 +198,7 @@ def _length_fault(found: int, dimension: int) -> str:
     return f"no vector, {dimension} dimensions needed" if found < 0 else f"{found} dimensions, {dimension} needed"
 
 
-def _npy(file: Wanted) -> Iterator[Rows]:
+def _npy(file: Wanted) -> Iterator[SourceRows]:
     """The vectors are mapped, not read: a row that is staged already costs no disk."""
     vectors = _mapped(file.path)
     if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
@@ -212,11 +212,11 @@ def _npy(file: Wanted) -> Iterator[Rows]:
             break
         places = range(start + 1, end + 1)
         if dimension == file.dimension:
-            yield Rows(places, keys, np.asarray(vectors[start:end], dtype=np.float32), {}, None)
+            yield SourceRows(places, keys, np.asarray(vectors[start:end], dtype=np.float32), {}, None)
         else:
             fault = _length_fault(dimension, file.dimension)
             zeros = np.zeros((len(keys), file.dimension), dtype=np.float32)
-            yield Rows(places, keys, zeros, dict.fromkeys(range(len(keys)), fault), None)
+            yield SourceRows(places, keys, zeros, dict.fromkeys(range(len(keys)), fault), None)
         start = end
     if keys or start != n:
         found = f"{'more than' if keys else ''} {start + len(keys)} keys for {n} vectors".strip()
@@ -253,7 +253,7 @@ def _ids(file: Wanted) -> Iterator[Any]:
 _Record = tuple[int, Any, Any, Any, Any, str]
 
 
-def _json_lines(file: Wanted) -> Iterator[Rows]:
+def _json_lines(file: Wanted) -> Iterator[SourceRows]:
     def records() -> Iterator[_Record]:
         for place, line in enumerate(lines_of(file.path), 1):
             if not (line := line.rstrip()):
@@ -279,7 +279,7 @@ def read_json(text: str) -> tuple[Any, str]:
         return None, "not JSON: a number of too many digits"
 
 
-def _csv(file: Wanted) -> Iterator[Rows]:
+def _csv(file: Wanted) -> Iterator[SourceRows]:
     csv.field_size_limit(LONGEST_FIELD)
     reader = csv.reader(lines_of(file.path, encoding="utf-8-sig", newline=""))
     header = next(reader, [])
@@ -298,13 +298,13 @@ def _csv(file: Wanted) -> Iterator[Rows]:
     yield from _from_records(file, records())
 
 
-def _from_records(file: Wanted, records: Iterator[_Record]) -> Iterator[Rows]:
+def _from_records(file: Wanted, records: Iterator[_Record]) -> Iterator[SourceRows]:
     while batch := list(islice(records, file.rows)):
         places, keys, values, hashes, texts, row_faults = map(list, zip(*batch, strict=True))
         vectors, faults = stack(values, file.dimension)
         faults |= {i: fault for i, fault in enumerate(row_faults) if fault}
         given = [column if any(v is not None for v in column) else None for column in (hashes, texts)]
-        yield Rows(places, keys, vectors, faults, _hashes(given[0], given[1], faults))
+        yield SourceRows(places, keys, vectors, faults, _hashes(given[0], given[1], faults))
 
 
 def as_array(value: Any) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from runbook_lib.core import db
 from runbook_lib.core.names import HASH_BYTES, identifier, names, of_pgvector
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import sources
-from runbook_lib.embeddings.sources import EMBEDDING_COLUMN, HASH_COLUMN, TEXT_COLUMN, Rows
+from runbook_lib.embeddings.sources import EMBEDDING_COLUMN, HASH_COLUMN, TEXT_COLUMN, SourceRows
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -21,7 +21,7 @@ SQL = load("vector_table")
 VECTOR_TYPES = ("vector", "halfvec", "sparsevec")
 
 
-def read(connection: db.Connection, params: Params) -> Iterator[Rows]:
+def read(connection: db.Connection, params: Params) -> Iterator[SourceRows]:
     """Streams the table ``embeddings.table``; no snapshot is held between two pages.
 
     Raises BadInput where the table, its key or its column `embedding` is missing, or no index starts with the key.
@@ -37,14 +37,14 @@ def read(connection: db.Connection, params: Params) -> Iterator[Rows]:
             break
         vectors, faults = sources.stack([_array(r["embedding"]) for r in page], params.vector.dimension)
         hashes = [r["text_hash"] for r in page] if parts["hash"] != NO_HASH else None
-        yield Rows(range(first, first + len(page)), [r["key"] for r in page], vectors, faults, hashes)
+        yield SourceRows(range(first, first + len(page)), [r["key"] for r in page], vectors, faults, hashes)
         first += len(page)
         values["last"] = page[-1]["key"]
         after = sql.SQL("s.{} > %(last)s").format(parts["key"])  # type: ignore[assignment]
     row = connection.execute(SQL["keyless"].compose(parts), {}).fetchone()
     if row and row["rows"]:
         nothing = np.zeros((1, params.vector.dimension), dtype=np.float32)
-        yield Rows([first], [None], nothing, {0: f"no key, in {row['rows']} rows"}, None)
+        yield SourceRows([first], [None], nothing, {0: f"no key, in {row['rows']} rows"}, None)
 
 
 NO_HASH = sql.SQL("NULL::bytea")

@@ -20,10 +20,10 @@ from runbook_lib.backfill import (
     vector_store,
     workers,
 )
-from runbook_lib.backfill.batch_strategy import Choice
+from runbook_lib.backfill.batch_strategy import StrategyChoice
 from runbook_lib.backfill.throttle import first_pace, in_turn
 from runbook_lib.backfill.update_effects import Effects
-from runbook_lib.backfill.workers import Outcome
+from runbook_lib.backfill.workers import BackfillOutcome
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, number, some
 from runbook_lib.core.gates import BadInput, Gate, GateFailed, Gates, LockNotObtained, Verdict, collect, gate
@@ -74,7 +74,7 @@ def apply(phase: Phase) -> Table:
     return _shown(choice, outcome, drained)
 
 
-def _shown(choice: Choice, outcome: Outcome, drained: change_queue.Drained) -> Table:
+def _shown(choice: StrategyChoice, outcome: BackfillOutcome, drained: change_queue.Drained) -> Table:
     p50, p95 = _percentiles(outcome)
     return Table(
         ("", ""),
@@ -91,12 +91,12 @@ def _shown(choice: Choice, outcome: Outcome, drained: change_queue.Drained) -> T
     )
 
 
-def _percentiles(outcome: Outcome) -> tuple[float, float]:
+def _percentiles(outcome: BackfillOutcome) -> tuple[float, float]:
     p50, p95 = np.round(np.percentile(outcome.seconds or [0.0], [50, 95]) * 1000, 2).tolist()
     return p50, p95
 
 
-def move_staged(phase: Phase) -> tuple[Choice, Outcome]:
+def move_staged(phase: Phase) -> tuple[StrategyChoice, BackfillOutcome]:
     """The backfill itself, without the rows that changed meanwhile: staged vectors to where searches find them. All
     at once where the store can, then what is left in windows, and last the rows that the windows did not reach.
 
@@ -134,7 +134,7 @@ def _promote(phase: Phase) -> tuple[int, float]:
     return rows, time.perf_counter() - started
 
 
-def _through_windows(phase: Phase, choice: Choice) -> Outcome:
+def _through_windows(phase: Phase, choice: StrategyChoice) -> BackfillOutcome:
     """Cuts windows where none are open, and works them off."""
     connection, params, to_do = phase.connection, phase.params, _to_do(phase)
     if to_do and not batch_ranges.state(connection, params).left:
@@ -156,7 +156,7 @@ def _nothing_new_fires(phase: Phase) -> Effects | None:
     return effects
 
 
-def _elapsed(outcome: Outcome) -> float:
+def _elapsed(outcome: BackfillOutcome) -> float:
     return float(outcome.samples[-1][0]) if outcome.samples else 0.0
 
 
@@ -164,7 +164,7 @@ def _server_counts(phase: Phase) -> db.Row:
     return db.one(phase.connection, SQL["server_counts"], phase.params, table=spelled(phase.params, "vectors"))
 
 
-def _note(phase: Phase, choice: Choice, outcome: Outcome, before: db.Row) -> None:
+def _note(phase: Phase, choice: StrategyChoice, outcome: BackfillOutcome, before: db.Row) -> None:
     p50, p95 = _percentiles(outcome)
     after, state = _server_counts(phase), batch_ranges.state(phase.connection, phase.params)
     phase.note(
@@ -193,7 +193,7 @@ def _note(phase: Phase, choice: Choice, outcome: Outcome, before: db.Row) -> Non
     untouched.note(phase, outcome.seen)
 
 
-def _close(phase: Phase, outcome: Outcome) -> None:
+def _close(phase: Phase, outcome: BackfillOutcome) -> None:
     """The rows that no window reached: put off, or moved by somebody else while their window was read. First those
     that nobody holds, then the others, in short tries.
 
@@ -214,7 +214,7 @@ def _close(phase: Phase, outcome: Outcome) -> None:
         done += len(keys)
 
 
-def _write(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool = False) -> set[Any]:
+def _write(phase: Phase, outcome: BackfillOutcome, keys: Sequence[Any], *, skip_held: bool = False) -> set[Any]:
     """Gives these rows their vectors; returns the keys of those that were not skipped. Rows that the server refuses
     are set apart, each with its words."""
 
@@ -225,7 +225,7 @@ def _write(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bo
     return set().union(*done) | (outcome.refused.keys() & set(keys))
 
 
-def _transaction(phase: Phase, outcome: Outcome, keys: Sequence[Any], *, skip_held: bool) -> set[Any]:
+def _transaction(phase: Phase, outcome: BackfillOutcome, keys: Sequence[Any], *, skip_held: bool) -> set[Any]:
     p, connection, store = phase.params, phase.connection, vector_store.of(phase.params)
     lock = change_queue.SQL[store.lock_rows].compose(names(p))
 

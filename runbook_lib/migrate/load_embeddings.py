@@ -43,7 +43,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Batch:
+class RowsToStage:
     """Rows to stage: keys, the hash of the text each vector was made from, vectors of shape (n, dimension).
 
     replaced: keys that may be staged with an older text. refused: rows that are set aside instead.
@@ -140,7 +140,7 @@ class Copied:
     refused: int
 
 
-def copy_all(phase: Phase, batches: Iterable[Batch], progress: Progress) -> Copied:
+def copy_all(phase: Phase, batches: Iterable[RowsToStage], progress: Progress) -> Copied:
     """Copies batch after batch, a transaction each."""
     kind, refused = key_type(phase), 0
     for batch in batches:
@@ -151,11 +151,11 @@ def copy_all(phase: Phase, batches: Iterable[Batch], progress: Progress) -> Copi
     return Copied(progress.done, refused)
 
 
-def _batches(phase: Phase, tally: _Tally) -> Iterator[Batch]:
+def _batches(phase: Phase, tally: _Tally) -> Iterator[RowsToStage]:
     return _from_model(phase, tally) if phase.params.embeddings.has_model else _from_store(phase)
 
 
-def _from_model(phase: Phase, tally: _Tally) -> Iterator[Batch]:
+def _from_model(phase: Phase, tally: _Tally) -> Iterator[RowsToStage]:
     p = phase.params
     model, rules = embedding.model(p), masking.rules(p.masking)
     after, last = sql.SQL("true"), None
@@ -169,7 +169,7 @@ def _from_model(phase: Phase, tally: _Tally) -> Iterator[Batch]:
         tally.masked += counts
         tally.texts += len(texts)
         taken = [rows[i] for i in made.places]
-        yield Batch(
+        yield RowsToStage(
             [r["key"] for r in taken],
             [r["text_hash"] for r in taken],
             made.vectors,
@@ -185,7 +185,7 @@ def _of_model(key: Any, error: Exception) -> Refusal:
     return Refusal(key, str(key), reason, embedding.said(error))
 
 
-def _from_store(phase: Phase) -> Iterator[Batch]:
+def _from_store(phase: Phase) -> Iterator[RowsToStage]:
     """Vectors made elsewhere: those whose row wants them, and a refusal for each that goes nowhere."""
     kind = key_type(phase)
     phase.connection.execute(SQL["forget_seen"].compose(names(phase.params) | {"key_type": sql.SQL(kind)}))
@@ -193,7 +193,7 @@ def _from_store(phase: Phase) -> Iterator[Batch]:
         yield _wanted(phase, rows, kind)
 
 
-def _wanted(phase: Phase, rows: sources.Rows, kind: str) -> Batch:
+def _wanted(phase: Phase, rows: sources.SourceRows, kind: str) -> RowsToStage:
     """The rows of one batch that are to be staged; what is staged or in the table already is passed over."""
     keys, refused = _read_keys(phase, rows, kind)
     query = SQL["look_up"].compose(names(phase.params) | {"key_type": sql.SQL(kind)})
@@ -217,7 +217,7 @@ def _wanted(phase: Phase, rows: sources.Rows, kind: str) -> Batch:
     back = {i: key for key, i in keys.items()}
     taken = [back[i] for i in wanted]
     whole = len(wanted) == len(rows.keys)
-    return Batch(
+    return RowsToStage(
         taken,
         [found[key]["text_hash"] for key in taken],
         rows.vectors if whole else rows.vectors[wanted],
@@ -226,7 +226,7 @@ def _wanted(phase: Phase, rows: sources.Rows, kind: str) -> Batch:
     )
 
 
-def _read_keys(phase: Phase, rows: sources.Rows, kind: str) -> tuple[dict[Any, int], list[Refusal]]:
+def _read_keys(phase: Phase, rows: sources.SourceRows, kind: str) -> tuple[dict[Any, int], list[Refusal]]:
     """Keys of the table's type, each with its place in the batch; what is no key, or comes again, is refused."""
     read, keys, refused = sources.key_reader(kind), dict[Any, int](), list[Refusal]()
     for i, raw in enumerate(rows.keys):
@@ -244,7 +244,7 @@ def _read_keys(phase: Phase, rows: sources.Rows, kind: str) -> tuple[dict[Any, i
     return keys, refused
 
 
-def _refusal(phase: Phase, rows: sources.Rows, i: int, key: Any, reason: str, detail: str) -> Refusal:
+def _refusal(phase: Phase, rows: sources.SourceRows, i: int, key: Any, reason: str, detail: str) -> Refusal:
     e = phase.params.embeddings
     origin = e.file.name if e.file else str(e.table)
     where = f"{origin} row {rows.places[i]}"
@@ -255,7 +255,7 @@ def _refusal(phase: Phase, rows: sources.Rows, i: int, key: Any, reason: str, de
     )
 
 
-def copy(phase: Phase, batch: Batch, kind: str) -> Copied:
+def copy(phase: Phase, batch: RowsToStage, kind: str) -> Copied:
     """Copies one batch in one transaction, and sets what it refuses aside.
 
     kind: the key's type. The keys' older staged rows go in the same transaction, so a rerun never stages a row twice.
@@ -265,7 +265,7 @@ def copy(phase: Phase, batch: Batch, kind: str) -> Copied:
     if faults:
         keep = [i for i in range(len(batch.keys)) if i not in faults]
         keys, hashes = [batch.keys[i] for i in keep], [batch.hashes[i] for i in keep]
-        batch = Batch(keys, hashes, batch.vectors[keep], [k for k in batch.replaced if k in set(keys)])
+        batch = RowsToStage(keys, hashes, batch.vectors[keep], [k for k in batch.replaced if k in set(keys)])
     with phase.connection.transaction(), phase.connection.cursor() as cursor:
         if batch.replaced:
             cursor.execute(SQL["forget"].compose(names(phase.params)), {"keys": list(batch.replaced)})
@@ -276,7 +276,7 @@ def copy(phase: Phase, batch: Batch, kind: str) -> Copied:
     return Copied(len(batch.keys), len(refused))
 
 
-def _copy_rows(cursor: Any, phase: Phase, batch: Batch, kind: str) -> None:
+def _copy_rows(cursor: Any, phase: Phase, batch: RowsToStage, kind: str) -> None:
     vector_type = phase.params.vector.type
     with cursor.copy(SQL["copy"].compose(names(phase.params))) as out:
         if packing.can_pack(kind):

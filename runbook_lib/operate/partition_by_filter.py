@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from runbook_lib.backfill import online_copy, partitioned_twin, vector_store
-from runbook_lib.backfill.partitioned_twin import PARTS, WHOLE, Standing, catalogue, spelled_beside, standing
+from runbook_lib.backfill.partitioned_twin import PARTS, WHOLE, TwinState, catalogue, spelled_beside, standing
 from runbook_lib.benchmark import filter_classes, partition_proof
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import Table, duration, number, some
@@ -50,7 +50,7 @@ def _column_is_named(phase: Phase) -> Gate:
     )
 
 
-def _table_is_ordinary(phase: Phase, found: Standing) -> Gate:
+def _table_is_ordinary(phase: Phase, found: TwinState) -> Gate:
     divisible = vector_store.of(phase.params).in_the_table
     clash = found.serves == "r" and found.whole
     foreign = found.serves == "p" and not found.begun and not phase.ledger.latest("partition swap")
@@ -368,7 +368,7 @@ def verify_undone(phase: Phase) -> Gates:
         [
             gate(
                 "partitioning.is_taken_back",
-                found == Standing("r", False, False, False),
+                found == TwinState("r", False, False, False),
                 _subject(phase),
                 found=str(found),
                 needed="the ordinary table, and nothing beside it",

@@ -22,7 +22,7 @@ from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings.sources import Vectors, as_array
 from runbook_lib.indexes import forecast
 from runbook_lib.migrate import backfill, build_index, expand_schema, load_embeddings
-from runbook_lib.migrate.load_embeddings import Batch
+from runbook_lib.migrate.load_embeddings import RowsToStage
 from runbook_lib.operate.rehearsal_schema import SEED, Place, timeout
 from runbook_lib.sql import load
 
@@ -151,7 +151,7 @@ def _load(source: Phase, phase: Phase) -> tuple[float, Counter[str]]:
                 came_from[name] += 1
         came_from["random"] += len(left)
         started = time.perf_counter()
-        load_embeddings.copy(phase, Batch(keys, [r["text_hash"] for r in page], vectors), kind)
+        load_embeddings.copy(phase, RowsToStage(keys, [r["text_hash"] for r in page], vectors), kind)
         seconds += time.perf_counter() - started
     return seconds, +came_from
 

@@ -197,7 +197,7 @@ def from_arrays(folder: Path, rows: Rows, *, packed: bool) -> None:
         register_vector(phase.connection)
         step = 5000
         parts = (slice(i, i + step) for i in range(0, len(rows.keys), step))
-        batches = (load_embeddings.Batch(rows.keys[s], rows.hashes[s], rows.vectors[s]) for s in parts)
+        batches = (load_embeddings.RowsToStage(rows.keys[s], rows.hashes[s], rows.vectors[s]) for s in parts)
         can_pack = packing.can_pack
         packing.can_pack = can_pack if packed else lambda kind: False
         try:
