@@ -43,6 +43,21 @@ def test_every_search_is_measured_and_those_of_the_record_are_there(tuned: Calla
     assert recorded["pairs"]["vector"] == recorded["paired"]
     assert "answers in common with legacy" in shown and "by class of query" in shown
     assert set(recorded["answers"]) == set(recorded["per_query"]) == {"vector"}
+    assert sum(recorded["moved"][n] for n in ("better", "worse", "alike")) == recorded["judged"]
+
+
+def test_the_queries_that_gained_and_lost_most_by_hand() -> None:
+    marks = {"a": {"7": 1, "8": 2}, "b": {"9": 1}, "c": {"7": 1}, "d": {"7": 1}}
+    legacy = comparison._relevance({"a": [], "b": ["9"], "c": ["1", "7"], "d": ["7"]}, marks)
+    new = comparison._relevance({"a": ["1", "8"], "b": ["1", "2", "9"], "c": ["1", "7"], "d": ["7"]}, marks)
+    assert new["first_right"] == {"a": (2, "8"), "b": (3, "9"), "c": (2, "7"), "d": (1, "7")}
+    # nDCG@10 of a: 2 / log2(3) over 2 + 1 / log2(3); of b: 1 / log2(4) after 1.
+    assert comparison.moved(legacy, new) == {
+        "better": 1, "worse": 1, "alike": 2,
+        "gains": [{"query_id": "a", "difference": 0.4796, "before": None, "after": (2, "8")}],
+        "losses": [{"query_id": "b", "difference": -0.5, "before": (1, "9"), "after": (3, "9")}],
+    }  # fmt: skip
+    assert comparison.moved({"per_query": {"a": 0.0}}, new) == {}, "an earlier release kept no places"
 
 
 def test_without_a_full_text_column_there_is_neither_fulltext_nor_hybrid(open_phase: Open) -> None:

@@ -48,6 +48,10 @@ MEASURES = ("nDCG@10", "RR", "R@10", "R@100", "P@10")
 # Queries on the sheet that a person judges.
 SHEET_QUERIES = 10
 WITHOUT_VECTORS = ("legacy", "fulltext")
+# What is kept of single queries, and shown in no table.
+SINGLE = ("answers", "per_query", "first_right", "unanswered", "marks", "left")
+# So many of the queries that gained most, and of those that lost most, go into the record.
+MOST_MOVED = 10
 
 
 def systems(phase: Phase) -> list[str]:
@@ -119,8 +123,9 @@ def measure(
 
     known: relevance that was measured before, and of which queries it was. Where it holds, legacy is asked the timed
     queries alone, each once. Returns, by system: the measures, p50_ms, p95_ms, p99_ms, judged and timed (numbers of
-    queries), per_query (nDCG@10) and answers (keys of the timed queries), both by query id, unanswered (ids of judged
-    queries without any answer) and marks (a digest of what each query was judged by).
+    queries), per_query (nDCG@10), first_right (place from 1 and key of the first right answer, None without one) and
+    answers (keys of the timed queries), each by query id, unanswered (ids of judged queries without any answer) and
+    marks (a digest of what each query was judged by).
     """
     p, k = phase.params, phase.params.queries.k
     asked, marks = _queries(phase, (known or {}).get("legacy", {}))
@@ -189,7 +194,7 @@ def _legacy(
         raise _no_call_ended(phase)
     # What the baseline knows of the judged queries holds, whether or not there is time to ask them again.
     asked = _Asked(asked.judged if holds else answered.judged, answered.timed)
-    figures = {key: before[key] for key in (*MEASURES, "per_query", "unanswered") if key in before}
+    figures = {key: before[key] for key in (*MEASURES, "per_query", "first_right", "unanswered") if key in before}
     if not holds:
         figures = _relevance({i: keys for i, keys in found.keys.items() if i in deep}, marks)
     figures = {**figures, "marks": digests, "left": [*before.get("left", ()), *found.left]}
@@ -214,8 +219,35 @@ def _relevance(deep: Mapping[str, Sequence[str]], marks: Mapping[str, Mapping[st
     relevance = relevance_measures.relevance(deep, {i: marks[i] for i in deep})
     return {m: round(relevance.measures[m], 4) for m in MEASURES} | {
         "per_query": relevance.per_query,
+        "first_right": {i: _first_right(keys, marks[i]) for i, keys in deep.items()},
         "unanswered": [i for i, keys in deep.items() if not keys],
     }
+
+
+def _first_right(keys: Sequence[str], marks: Mapping[str, int]) -> tuple[int, str] | None:
+    return next(((place, key) for place, key in enumerate(keys, 1) if marks.get(key, 0) > 0), None)
+
+
+def moved(legacy: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """How many judged queries the new search answers better and worse, and those that gained and lost most.
+
+    Each with its query_id, the difference in nDCG@10, and the first right answer before and after, as in
+    :func:`measure`. Empty where an earlier release measured legacy and kept no places.
+    """
+    before, after = legacy.get("first_right") or {}, new.get("first_right") or {}
+    found = [
+        {
+            "query_id": i,
+            "difference": round(new["per_query"][i] - legacy["per_query"][i], 4),
+            "before": before[i],
+            "after": after[i],
+        }
+        for i in sorted(before.keys() & after.keys())
+    ]
+    gains = sorted((f for f in found if f["difference"] > 0), key=lambda f: -f["difference"])
+    losses = sorted((f for f in found if f["difference"] < 0), key=lambda f: f["difference"])
+    counts = {"better": len(gains), "worse": len(losses), "alike": len(found) - len(gains) - len(losses)}
+    return {**counts, "gains": gains[:MOST_MOVED], "losses": losses[:MOST_MOVED]} if found else {}
 
 
 def show(result: dict[str, dict[str, Any]]) -> Table:
@@ -225,8 +257,7 @@ def show(result: dict[str, dict[str, Any]]) -> Table:
 
 def _totals(result: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The figures without those of single queries."""
-    single = ("answers", "per_query", "unanswered", "marks", "left")
-    return {name: {k: v for k, v in figures.items() if k not in single} for name, figures in result.items()}
+    return {name: {k: v for k, v in figures.items() if k not in SINGLE} for name, figures in result.items()}
 
 
 @changes
@@ -236,7 +267,7 @@ def baseline(phase: Phase) -> Table:
         return Table(("not carried out (execute is false)",), [("measure the legacy search",)])
     result = measure(phase, ["legacy"])
     legacy = result["legacy"]
-    single = {key: legacy.get(key, {}) for key in ("answers", "per_query", "unanswered", "marks", "left")}
+    single = {key: legacy.get(key, {}) for key in SINGLE}
     own = {} if any(legacy["answers"].values()) else {"own_words": _finds_own_words(phase)}
     phase.note("baseline", {"systems": _totals(result), **single, **own})
     return show(result)
@@ -346,7 +377,7 @@ def shadow(phase: Phase) -> Comparison | Table:
     k, route = phase.params.queries.k, phase.params.cut_over.route
     recorded = phase.ledger.latest("baseline") or {"systems": {"legacy": {}}, "per_query": {}}
     kept = {m: value for m, value in recorded["systems"]["legacy"].items() if m in MEASURES}
-    kept |= {key: recorded.get(key, {}) for key in ("per_query", "unanswered", "marks", "left")}
+    kept |= {key: recorded.get(key, {}) for key in SINGLE if key != "answers"}
     result = measure(phase, systems(phase), {"legacy": kept})
     judged = result["legacy"]["judged"]
     winner = max(result, key=lambda name: result[name]["nDCG@10"]) if judged else None
@@ -376,6 +407,7 @@ def shadow(phase: Phase) -> Comparison | Table:
             "systems": _totals(result),
             "answers": {route: answers[route]},
             "per_query": {route: result[route].get("per_query", {})},
+            "moved": moved(result["legacy"], result[route]),
         },
     )
     agreed_table = Table.of(({"system": n, **a} for n, a in agreed.items()), "answers in common with legacy")

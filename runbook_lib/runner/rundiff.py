@@ -32,7 +32,7 @@ KINDS = {
     "plan": "preflight",
 }
 # Curves and copies of what stands elsewhere: what they come to is a figure of its own.
-LEFT_OUT = {"samples", "params", "lines", "per_query", "notices"}
+LEFT_OUT = {"samples", "params", "lines", "per_query", "first_right", "gains", "losses", "notices"}
 
 IS_TIME = re.compile(r"^seconds\.|seconds$|_ms$|_at$")
 
