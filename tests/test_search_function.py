@@ -338,6 +338,31 @@ def test_names_of_columns_end_no_function_and_are_no_placeholder(
     assert queued == (toy.ROWS + 1,)
 
 
+def test_a_filter_may_have_a_type_whose_name_holds_a_per_cent_sign(
+    open_phase: Open, articles: psycopg.Connection[Any]
+) -> None:
+    articles.execute(
+        """CREATE SCHEMA "50% off"; CREATE TYPE "50% off"."%s" AS ENUM ('Stable', 'Draft');
+        ALTER TABLE articles ALTER status DROP DEFAULT,
+            ALTER status TYPE "50% off"."%s" USING status::"50% off"."%s";
+        """
+    )
+    query = FILTERED["legacy"]["query"].replace("status = :status", "status::text = :status")
+    phase = open_phase("70_tune", **(FILTERED | {"legacy": {"query": query}}))
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
+        module.apply(phase)
+    db.use_search_path(phase.connection)
+    search_function.move_route(phase, "vector", 100, "test")
+    assert len(call(articles, "cookie leaks", status="Stable")) == 10
+    assert call(articles, "cookie leaks", status="Draft") == []
+    asked = {"query": "cookie leaks", "embedding": vector("cookie leaks"), "k": 3, "status": "Stable", "views": None}
+    for statement in (
+        search_function.filtered_call_statement(phase.connection, phase.params),
+        search_function.route_statement(phase.connection, phase.params, "vector"),
+    ):
+        assert len(phase.connection.execute(statement, asked).fetchall()) == 3
+
+
 def test_the_function_is_stable_pinned_and_runs_as_its_caller(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
