@@ -479,3 +479,15 @@ def test_credentials_are_refused_wherever_a_url_stands_but_in_masking_patterns(t
     assert "planted" not in "".join(map(str, found))
     only_named = _change(tmp_path, lambda d: d.update(notify={"webhook_env": "https://h/planted"}))
     assert "planted" not in "".join(map(str, _problems(only_named)))
+
+
+def test_prewarm_of_an_older_file_is_passed_over_where_it_asks_for_nothing_and_named_where_it_does(
+    tmp_path: Path,
+) -> None:
+    assert params.load(_change(tmp_path, lambda d: d.setdefault("index", {}).update(prewarm=False)))
+    (problem,) = _problems(_change(tmp_path, lambda d: d.setdefault("index", {}).update(prewarm=True)))
+    assert (problem.subject.split(": ")[-1], problem.needed) == (
+        "index",
+        "prewarm was removed: take it out, and read the index in with pg_prewarm after 60_build_index, as"
+        " docs/guide.md says",
+    )

@@ -20,6 +20,7 @@ from runbook_lib.core import db
 from runbook_lib.core.gates import GateFailed
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.indexes import building
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import partition_by_filter
 from runbook_lib.search import search_function
@@ -296,7 +297,7 @@ def test_killed_anywhere_run_again_continues(
     kill(throttle.Throttle, "wait", 4)
     copied = articles.execute("SELECT rows, copied FROM runbook.articles_move").fetchone()
     assert copied and 0 < copied[0] < before[0] and not copied[1]
-    kill(build_index, "concurrently", 2)
+    kill(building, "concurrently", 2)
     articles.execute("UPDATE articles SET views = 9 WHERE id < 50")
     kill(online_copy, "catch_up", 0)
     kill(online_copy, "apply_changes", 0)

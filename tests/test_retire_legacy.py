@@ -19,7 +19,8 @@ from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, GateFailed
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import MIGRATE, UNDO, Phase
-from runbook_lib.migrate import build_index, cut_over
+from runbook_lib.indexes import building
+from runbook_lib.migrate import cut_over
 from runbook_lib.operate import monitor, retirable, retire_legacy
 from runbook_lib.params import load
 from runbook_lib.search import search_function
@@ -217,12 +218,12 @@ def test_a_drop_that_was_cut_off_is_finished_and_its_definition_kept(
 ) -> None:
     """A reader of an older snapshot holds the drop up; it is cancelled, which leaves an invalid index."""
     phase, before = opened(), dump(database)
-    real = build_index.SQL["settings"]
+    real = building.SQL["settings"]
     text = real.text.replace("('statement_timeout', '0', false)", "('statement_timeout', '300', false)")
     assert text != real.text
     with psycopg.connect(database) as reader, monkeypatch.context() as patch:
         reader.execute("SELECT count(*) FROM articles WHERE title LIKE 'x%'")
-        patch.setitem(build_index.SQL, "settings", replace(real, text=text))
+        patch.setitem(building.SQL, "settings", replace(real, text=text))
         with pytest.raises(psycopg.errors.QueryCanceled):
             retire_legacy.apply(phase)
         reader.rollback()

@@ -12,12 +12,14 @@ import pytest
 from runbook_lib.benchmark import explain, plan_diagnosis
 from runbook_lib.core.names import operator_class
 from runbook_lib.core.phase import MIGRATE, UNDO, Phase
+from runbook_lib.indexes import building
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import rebuild_index, storage_switch
 from runbook_lib.search import search_function
-from tests import shapes
+from tests import partitioned, shapes
 from tests.conftest import write_params
 from tests.stepping import step, step_all
+from tests.test_rebuild_index import kinds
 
 Open = Callable[..., Phase]
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -56,11 +58,12 @@ def recall_of_the_function(connection: psycopg.Connection[Any], folder: Path) ->
 
 
 def held(connection: psycopg.Connection[Any]) -> dict[str, tuple[bool, str, str]]:
-    """Validity, operator class and expression of every vector index, by name."""
+    """Validity, operator class and expression of every vector index of the table itself, by name."""
     found = connection.execute(
         "SELECT c.relname, i.indisvalid, o.opcname, pg_get_indexdef(c.oid, 1, true) FROM pg_index i"
         " JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam"
-        " JOIN pg_opclass o ON o.oid = i.indclass[0] WHERE a.amname IN ('hnsw', 'ivfflat') ORDER BY 1"
+        " JOIN pg_opclass o ON o.oid = i.indclass[0] WHERE a.amname IN ('hnsw', 'ivfflat')"
+        " AND i.indrelid = 'articles'::regclass ORDER BY 1"
     ).fetchall()
     return {name: (valid, opclass, on) for name, valid, opclass, on in found}
 
@@ -113,13 +116,25 @@ def built(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
     """Opens a phase on the table with vectors and an index by these parameters."""
 
     def make(name: str = "60_build_index", **sections: Any) -> Phase:
-        articles.execute("ALTER TABLE articles SET (autovacuum_enabled = off)")
+        for leaf in partitioned.leaves(articles) or ["articles"]:
+            articles.execute(f"ALTER TABLE {leaf} SET (autovacuum_enabled = off)")
         phase = open_phase(name, **SECTIONS | sections)
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         return phase
 
     return make
+
+
+@pytest.fixture(params=["ordinary", "partitioned"])
+def of_either_kind(
+    request: pytest.FixtureRequest, built: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> Callable[..., Phase]:
+    """The same on an ordinary table, and on one that is partitioned by tenants, one of them again."""
+    if request.param == "partitioned":
+        articles.execute("DROP TABLE articles")
+        partitioned.create_articles(articles, "list")
+    return built
 
 
 @pytest.mark.parametrize(
@@ -203,14 +218,14 @@ def test_a_query_that_does_not_spell_what_the_index_holds_is_told_how(built: Cal
 
 
 def test_the_function_goes_over_with_the_index_and_comes_back_with_it(
-    built: Callable[..., Phase], open_phase: Open, articles: psycopg.Connection[Any]
+    of_either_kind: Callable[..., Phase], open_phase: Open, articles: psycopg.Connection[Any]
 ) -> None:
-    first = built()
+    first = of_either_kind()
     for statement in search_function.set_search_setting(first, 40):
         first.do(statement)
     was, indexes = function(articles), held(articles)
     phase = open_phase("operate/rebuild_index", **SECTIONS, index=BIT)
-    assert [s.name for s in rebuild_index.plan(phase)] == ["index.create_hnsw", "rebuild.swap", "rebuild.drop"]
+    assert kinds(rebuild_index.plan(phase)) == ["index.create_hnsw", "rebuild.swap", "rebuild.drop"]
     assert str(rebuild_index.verify(phase).failed[-1]) == (
         "FAIL    rebuild.function_searches_the_index   search_articles\n"
         "  found   another query than these parameters make\n"
@@ -227,7 +242,9 @@ def test_the_function_goes_over_with_the_index_and_comes_back_with_it(
     assert rebuild_index.plan(phase).statements == ()
     rebuild_index.undo(phase)
     assert (function(articles), held(articles)) == (was, indexes)
+    assert rebuild_index.verify_undone(phase).passed
     assert rebuild_index.undo_plan(phase).statements == ()
+    assert all(valid for valid, _ in partitioned.index_state(articles).values())
 
 
 def test_interrupted_between_swap_and_drop_the_way_back_brings_index_and_function(
@@ -239,7 +256,7 @@ def test_interrupted_between_swap_and_drop_the_way_back_brings_index_and_functio
     rebuild_index.apply(phase)
     assert rebuild_index.verify_new(phase).passed
     with monkeypatch.context() as patch:
-        patch.setattr(build_index, "concurrently", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(building, "concurrently", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rebuild_index.swap(phase)
     assert set(held(articles)) == {"articles_embedding_hnsw", "articles_embedding_hnsw_old"}

@@ -20,7 +20,8 @@ from runbook_lib.benchmark import comparison
 from runbook_lib.core import db
 from runbook_lib.core.gates import GateFailed
 from runbook_lib.core.phase import MIGRATE, UNDO
-from runbook_lib.migrate import build_index, cut_over
+from runbook_lib.indexes import building
+from runbook_lib.migrate import cut_over
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.servers import dump
@@ -71,12 +72,12 @@ def patched(module: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def a_build_that_times_out(dsn: str) -> Iterator[None]:
     """A writer that does not end, and a build that gives up waiting for it: what is left is an invalid index."""
-    real = build_index.SQL["settings"]
+    real = building.SQL["settings"]
     text = real.text.replace("('statement_timeout', '0', false)", "('statement_timeout', '500', false)")
     assert text != real.text
     with psycopg.connect(dsn) as writer, pytest.MonkeyPatch.context() as patch:
         writer.execute("UPDATE articles SET views = views WHERE id = 1")
-        patch.setitem(build_index.SQL, "settings", replace(real, text=text))
+        patch.setitem(building.SQL, "settings", replace(real, text=text))
         yield
         writer.rollback()
 

@@ -19,7 +19,7 @@ from runbook_lib.core import approval, maintenance_window
 from runbook_lib.core.gates import BadInput, GateFailed
 from runbook_lib.core.phase import Phase, following, open_phase
 from runbook_lib.core.registry import MIGRATE, OPERATE, STANDS_ON, UNDO_OPERATION, relied_on, short, taken_back, waits
-from runbook_lib.migrate import build_index
+from runbook_lib.indexes import building
 from runbook_lib.operate import partition_by_filter, rebuild_index
 from runbook_lib.runner import manifest, selection
 from tests import toy
@@ -155,7 +155,7 @@ def test_a_way_back_that_is_stopped_goes_on_and_never_forth(
         return act
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build_index, "concurrently", stopping(build_index.concurrently))
+        patch.setattr(building, "concurrently", stopping(building.concurrently))
         patch.setattr(Phase, "do", stopping(Phase.do))
         step(UNDO_OF[REBUILD], path)
     assert done[-1] == stopped_after and seen(copied) != before

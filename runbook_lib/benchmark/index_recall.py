@@ -95,7 +95,7 @@ def through(
 ) -> Measured | None:
     """The same queries through one index, with these settings, or those that the search function carries.
 
-    others: vector indexes on the same column. Where the planner likes one of them better they are hidden, by a DROP
+    others: vector indexes on the same column. Where the planner would read one of them they are hidden, by a DROP
     INDEX that is rolled back after a few queries. None where the planner does not use the index even so.
 
     Without JIT: a setting that is off adds 1e10 to the price of a plan that has no other way (before PostgreSQL 18),
@@ -107,10 +107,11 @@ def through(
         own = search_function.carried_settings(phase) if settings is None else settings
         for name, value in {**own, "enable_seqscan": "off", "enable_sort": "off", "jit": "off"}.items():
             use_setting(connection, name, value, local=False)
-        hidden = [] if _uses(connection, phase, asked, index) else others
-        if hidden:
-            answers = _ask_without(phase, connection, asked, index, hidden)
-        elif _uses(connection, phase, asked, index):
+        used = _used(connection, phase, asked)
+        # Each partition's part of a plan may prefer another of the two.
+        if others and (index not in used or used & set(others)):
+            answers = _ask_without(phase, connection, asked, index, others)
+        elif index in used:
             answers = search_function.ask(connection, p, asked.statement, asked.queries, asked.vectors, p.queries.k)
         else:
             answers = None
@@ -148,9 +149,10 @@ def _measured(index: str, asked: Questions, got: search_function.Answers) -> Mea
     return Measured(index, recall, round(p50, 3), recall_at_k.short(asked.exact, rows), len(rows))
 
 
-def _uses(connection: db.Connection, phase: Phase, asked: Questions, index: str) -> bool:
+def _used(connection: db.Connection, phase: Phase, asked: Questions) -> set[str]:
+    """The indexes that the first query reads, and those that they are part of."""
     used = _indexes_used(connection, phase, asked.statement, asked.queries[0], asked.vectors[0])
-    return index in partitions.with_their_parents(connection, phase.params, used)
+    return partitions.with_their_parents(connection, phase.params, used)
 
 
 def _indexes_used(
@@ -175,7 +177,7 @@ def _ask_without(
                 for drop in drops:
                     connection.execute(drop)
                 connection.execute(SQL["at_most"].compose({}), {"ms": str(LONGEST_UNDER_LOCK_MS)})
-                if part.start == 0 and not _uses(connection, phase, asked, index):
+                if part.start == 0 and index not in _used(connection, phase, asked):
                     return None
                 queries, vectors = asked.queries[part], asked.vectors[part]
                 return search_function.ask(

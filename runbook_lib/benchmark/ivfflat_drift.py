@@ -24,7 +24,7 @@ from runbook_lib.core.phase import Phase
 from runbook_lib.core.session import register_vector
 from runbook_lib.core.thresholds import apart, at_least, at_most, plain, score
 from runbook_lib.embeddings.sources import as_array
-from runbook_lib.indexes import partition_indexes
+from runbook_lib.indexes import partitions
 from runbook_lib.sql import load
 
 SQL, WATCH = load("drift"), load("watch")
@@ -112,7 +112,7 @@ def _new_rows_are_found(
 def _rows_held(phase: Phase, connection: db.Connection, rows: Sequence[db.Row]) -> list[int]:
     """Rows in the list of each of some rows; none for a partitioned index, each part of which has its own lists."""
     p = phase.params
-    if partition_indexes.is_needed(phase):
+    if len(partitions.tree(phase.connection, p, spelled(p, "vectors"))) > 1:
         return []
     chosen = [rows[i * len(rows) // LISTS_LOOKED_AT] for i in range(LISTS_LOOKED_AT)] if rows else []
     most = row_counts.of(phase.connection, p, "vectors").n

@@ -125,7 +125,7 @@ def attacks() -> str:
 
 def _place(text: str) -> str:
     """What is locked, and for how long, with the names of the target in words; without the reasons."""
-    words = {"table": "the table", "vectors": "the table of the vectors"}
+    words = {"table": "the table", "vectors": "the table of the vectors", "relation": "the table or partition"}
     place = re.split(r";|, (?:since|while) ", text.strip())[0]
     return re.sub(r"\{(\w+)\}", lambda m: words.get(m[1], f"the {m[1].replace('_', ' ')}"), place)
 

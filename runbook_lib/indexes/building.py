@@ -1,24 +1,39 @@
-"""A CONCURRENTLY statement on a connection of its own, with its timeouts off, watched while it runs."""
+"""The vector index built and dropped beside a running application, one partition after the other.
+
+An index on a partitioned table alone holds no row. Each partition's own is built concurrently and attached; with the
+last one that of the table turns valid, and a partition that is made later gets its index from PostgreSQL. An ordinary
+table has one leaf and nothing to attach. What is left to do is always read from the catalogue, so a build that was
+stopped anywhere resumes there.
+"""
 
 from __future__ import annotations
 
-import re
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import psycopg
+from psycopg import sql
 
 from runbook_lib.core import db
-from runbook_lib.core.display import duration, number
-from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.display import Table, duration, number
+from runbook_lib.core.gates import Gate, RunbookError, gate
+from runbook_lib.core.names import identifier, names
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.sql import load
+from runbook_lib.indexes import forecast, partitions, vector_index
+from runbook_lib.indexes.partitions import Part
+from runbook_lib.indexes.vector_index import Options, VectorIndex
+from runbook_lib.params import Params
+from runbook_lib.sql import Block, load
 
-SQL = load("index")
+SQL, OF_PARTITIONS = load("index"), load("index_partitions")
 
-# What REINDEX CONCURRENTLY calls the index that it builds, and the one that it replaces; a number follows the second.
-OF_REINDEX = re.compile(r"_cc(new|old)\d*$")
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 10.0
+# A partition that appears while the last one is built is taken in another round; so many are enough for anybody.
+MOST_ROUNDS = 10
 
 
 @dataclass
@@ -28,6 +43,238 @@ class Built:
     seconds: float = 0.0
     notices: list[str] = field(default_factory=list)
     samples: list[list[float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A statement, the table or partition that it is about, and what kind of statement it is.
+
+    index: the name of what is built. in_short_tries: in a transaction that waits briefly for its locks; every other
+    runs CONCURRENTLY.
+    """
+
+    part: Part
+    statement: db.Statement
+    index: str = ""
+    in_short_tries: bool = False
+
+
+def create_statement(
+    connection: db.Connection,
+    params: Params,
+    part: Part,
+    name: str,
+    options: Options | None = None,
+    other: Mapping[str, sql.Composable] | None = None,
+    *,
+    bracket: bool = False,
+) -> db.Statement:
+    """CREATE INDEX on one relation, concurrently unless it is a ``bracket``: that of a partitioned table alone.
+
+    options: in place of those of the parameters. other: what else the block is to say in place of its names.
+    """
+    blocks, block = (OF_PARTITIONS, "create_bracket") if bracket else (SQL, "create")
+    chosen = _options(connection, params, part, options or {})
+    extra = {"index": identifier(name), **{k: sql.Literal(v) for k, v in chosen.items()}, **(other or {})}
+    return _about(params, blocks[f"{block}_{params.index.method}"], part, extra)
+
+
+def _options(connection: db.Connection, params: Params, part: Part, given: Options) -> Options:
+    chosen = vector_index.asked_for(params) | given
+    if params.index.method == "ivfflat" and "lists" not in chosen:
+        chosen["lists"] = forecast.lists_rule(rows_with_vector(connection, params, part))
+    return chosen
+
+
+def rows_with_vector(connection: db.Connection, params: Params, part: Part) -> int:
+    """Counted; the planner's estimate of a parent's partitions, and in a plan made before there are vectors."""
+    query = SQL["rows"].compose(names(params) | {"relation": identifier(part.schema, part.name)})
+    try:
+        row = connection.execute(query).fetchone() if part.is_leaf else None
+    except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedTable):
+        row = None
+    return int(row["rows"]) if row else part.rows
+
+
+def _about(params: Params, block: Block, part: Part, extra: Mapping[str, sql.Composable]) -> db.Statement:
+    """A block about one relation; the lock that it shows names that relation."""
+    made = db.statement(block, params, {"relation": identifier(part.schema, part.name), **extra})
+    return replace(made, lock=made.lock.replace("{relation}", part.shown))
+
+
+def build_steps(
+    connection: db.Connection,
+    index: VectorIndex,
+    *,
+    options: Options | None = None,
+    of_partitions: Mapping[str, Options] | None = None,
+    drop: Block = SQL["drop"],
+) -> list[Step]:
+    """What is left to do until the index is whole: what holds no row, then each leaf's, attached once it is built.
+
+    options, of_partitions: in place of the parameters', the latter by partition. drop: drops what was left invalid.
+    """
+    params, todo = index.params, list[Step]()
+    by_oid = {part.oid: part for part in index.parts}
+    for part in index.parts:
+        if part.kind not in (partitions.PARTITIONED, partitions.TABLE):
+            continue  # a foreign table takes no index
+        own, name = index.own.get(part.oid), index.name_on(part)
+        if own is not None and part.is_leaf and not own.usable:
+            todo.append(_repair(index, part, drop))
+            own = own if index.is_attached(part) else None
+        if own is None:
+            given = (of_partitions or {}).get(part.shown, options)
+            largest = replace(part, rows=max((leaf.rows for leaf in index.leaves), default=0))
+            bracket = not part.is_leaf
+            create = create_statement(connection, params, largest if bracket else part, name, given, bracket=bracket)
+            todo.append(Step(part, create, name, in_short_tries=bracket))
+        above = by_oid.get(part.parent or 0)
+        if above is not None and (own is None or not index.is_attached(part)):
+            pair = {
+                "parent_index": identifier(above.schema, index.name_on(above)),
+                "index": identifier(part.schema, name),
+            }
+            todo.append(Step(part, _about(params, OF_PARTITIONS["attach"], part, pair), in_short_tries=True))
+    if not todo and index.own and not index.usable and not index.lacking:
+        # A parent's that turned invalid never turns valid again, whatever is attached to it.
+        scratch = replace(index, own={})
+        again = build_steps(connection, scratch, options=options, of_partitions=of_partitions, drop=drop)
+        return [*drop_steps(index, drop), *again]
+    # Those of parents first: from then on PostgreSQL gives each new partition its index by itself.
+    return sorted(todo, key=lambda step: step.part.is_leaf)
+
+
+def _repair(index: VectorIndex, part: Part, drop: Block) -> Step:
+    """An invalid index goes; one that is part of another cannot be dropped alone, and is built again in its place."""
+    name = index.name_on(part)
+    if index.is_attached(part):
+        again = {"index": identifier(part.schema, name)}
+        return Step(part, _about(index.params, OF_PARTITIONS["reindex"], part, again), name)
+    return Step(part, _about(index.params, drop, part, {"dropped": identifier(part.schema, name)}))
+
+
+def drop_steps(index: VectorIndex, drop: Block = SQL["drop"]) -> list[Step]:
+    """A leaf's index that is part of no other goes concurrently; that of a parent, with all that it holds, under a
+    short lock, since PostgreSQL has no other way.
+    """
+    alone = [part for part in index.parts if part.oid in index.own and not index.is_attached(part)]
+    todo = []
+    for part in sorted(alone, key=lambda part: (not part.is_leaf, -part.level)):
+        block = drop if part.is_leaf else OF_PARTITIONS["drop_bracket"]
+        name = {"dropped": identifier(part.schema, index.name_on(part))}
+        todo.append(Step(part, _about(index.params, block, part, name), in_short_tries=not part.is_leaf))
+    return todo
+
+
+def plan(phase: Phase, steps: Sequence[Step]) -> db.Plan:
+    """The statements of these steps."""
+    return db.Plan(tuple(step.statement for step in steps), phase.connection)
+
+
+@changes
+def build(phase: Phase, left: Callable[[], Sequence[Step]], built: Callable[[], VectorIndex]) -> Table:
+    """Carries out what is left until nothing is, then writes down what the whole index took.
+
+    A partition that appears meanwhile is taken too, one that is gone is passed over. Raises LockNotObtained where a
+    partition's index could not be attached; run again, it resumes there.
+    """
+    if not phase.execute:
+        return phase.carry_out(plan(phase, left()))
+    rows: list[tuple[Any, ...]] = []
+    for _ in range(MOST_ROUNDS):
+        todo = left()
+        if not todo:
+            break
+        rows += [_take(phase, step, where) for step, where in _numbered(todo)]
+    if rows:
+        _note_whole(phase, built())
+    return _table(rows)
+
+
+@changes
+def carry_out(phase: Phase, steps: Sequence[Step]) -> Table:
+    """Carries out these steps, each by its own way."""
+    if not phase.execute:
+        return phase.carry_out(plan(phase, steps))
+    return _table([_take(phase, step, where) for step, where in _numbered(steps)])
+
+
+def _table(rows: Sequence[tuple[Any, ...]]) -> Table:
+    return Table(("table", "what", "lock", "seconds"), rows)
+
+
+def _numbered(todo: Sequence[Step]) -> Iterator[tuple[Step, str]]:
+    leaves = list(dict.fromkeys(step.part.oid for step in todo if step.part.is_leaf))
+    for step in todo:
+        counts = step.part.is_leaf and len(leaves) > 1
+        place = f"partition {leaves.index(step.part.oid) + 1} of {len(leaves)}, " if counts else ""
+        yield step, f"{place}{step.part.shown}"
+
+
+def _take(phase: Phase, step: Step, where: str) -> tuple[Any, ...]:
+    """Carries out one step; returns its row of the table. Raises RunbookError where its index's name is taken."""
+    part = step.part
+    if part.oid and not partitions.is_there(phase.connection, phase.params, part):
+        print(f"  {where}: gone meanwhile, passed over")
+        return (part.shown, "gone meanwhile, passed over", "none", 0.0)
+    print(f"  {where}, about {number(part.rows)} rows" if part.is_leaf else f"  {where}")
+    try:
+        seconds = phase.do(step.statement).seconds if step.in_short_tries else _concurrently(phase, step).seconds
+    except psycopg.errors.DuplicateTable as error:
+        raise RunbookError(
+            found=error.diag.message_primary or str(error),
+            needed=f"{step.index} free in schema {part.schema}",
+            danger="the index cannot be built; what was built before stays",
+            do="rename or drop what has this name, then run this again",
+        ) from None
+    return (part.shown, step.statement.purpose, step.statement.lock, round(seconds, 3))
+
+
+def _concurrently(phase: Phase, step: Step) -> Built:
+    built = concurrently(phase, step.statement)
+    if step.index:
+        found = partitions.indexes(phase.connection, phase.params, [step.part])
+        own = next((x for x in found if x.name == step.index), None)
+        body = {"index": own.shown if own else "", "partition": step.part.shown, "bytes": own.bytes if own else 0}
+        phase.note("partition_index", body | vars(built) | {"seconds": round(built.seconds, 3)})
+    return built
+
+
+def _note_whole(phase: Phase, index: VectorIndex) -> None:
+    """A ledger row of the whole index, once there is nothing left to build.
+
+    Partitions that an earlier, stopped run built count with what it noted.
+    """
+    if not index.usable:
+        return
+    ours = {own.shown for own in index.own.values()}
+    noted: dict[str, dict[str, Any]] = {}
+    for entry in phase.ledger.entries():
+        if entry["kind"] == "partition_index" and entry["body"]["index"] in ours:
+            noted[entry["body"]["index"]] = entry["body"]
+    samples: list[list[float]] = []
+    for body in noted.values():
+        began, before = (samples[-1][0], samples[-1][2]) if samples else (0.0, 0)
+        samples += [[began + s, before + done, before + total] for s, done, total in body["samples"]]
+    method, several = phase.params.index.method, len(index.parts) > 1
+    rows = [rows_with_vector(phase.connection, phase.params, part) for part in index.leaves if method == "ivfflat"]
+    phase.note(
+        "index",
+        {
+            "name": index.called("").name,
+            "method": method,
+            "partitions": len(index.leaves),
+            "seconds": round(sum(body["seconds"] for body in noted.values()), 3),
+            "bytes": index.bytes,
+            "notices": [
+                f"{body['partition']}: {n}" if several else n for body in noted.values() for n in body["notices"]
+            ],
+            "samples": samples,
+            # What the age of its lists is told by.
+            **({"rows": sum(rows)} if rows else {}),
+        },
+    )
 
 
 @changes
@@ -61,19 +308,6 @@ def concurrently(phase: Phase, statement: db.Statement) -> Built:
     return built
 
 
-def none_under_way(name: str, subject: str, builds: int) -> Gate:
-    """Gate before a build: no other is at work on the table. name: of the gate; builds: those that were found."""
-    return gate(
-        name,
-        not builds,
-        subject,
-        found=f"{builds} builds at work on this table" if builds else "none",
-        needed="none",
-        danger="the two would wait for each other, and what looks left over may be at work",
-        do="wait for it: SELECT * FROM pg_stat_progress_create_index;",
-    )
-
-
 def _watch(phase: Phase, pid: int, built: Built, stop: threading.Event) -> None:
     """Samples the build's progress from a session of its own until told to stop."""
     started = last_line = time.perf_counter()
@@ -89,3 +323,23 @@ def _watch(phase: Phase, pid: int, built: Built, stop: threading.Event) -> None:
                 done, total = row["blocks_done"], row["blocks_total"]
                 left = f", about {duration((now - started) * (total - done) / done)} left" if done else ""
                 print(f"  {row['phase']}: {number(done)} of {number(total)} blocks{left}")
+
+
+def none_under_way(name: str, subject: str, builds: int) -> Gate:
+    """Gate before a build: no other is at work on the table. name: of the gate; builds: those that were found."""
+    return gate(
+        name,
+        not builds,
+        subject,
+        found=f"{builds} builds at work on this table" if builds else "none",
+        needed="none",
+        danger="the two would wait for each other, and what looks left over may be at work",
+        do="wait for it: SELECT * FROM pg_stat_progress_create_index;",
+    )
+
+
+def in_the_way(phase: Phase) -> Table:
+    """Open transactions that the build will wait for at its end, longest first."""
+    return Table.of(
+        db.rows(phase.connection, SQL["in_the_way"], phase.params), "transactions that the build waits for"
+    )

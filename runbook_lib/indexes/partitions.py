@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runbook_lib.core import db
+from runbook_lib.core.names import side_table_name, spelled, vectors_stand_beside
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -38,7 +39,7 @@ class Part:
 class PartIndex:
     """A vector index of one relation. attached_to: oid of the partitioned index that it is part of, or None.
 
-    indexed: its column or expression, as PostgreSQL writes it.
+    indexed: its column or expression, as PostgreSQL writes it. on_column: is that of the target's own vectors?
     """
 
     relation: int
@@ -52,6 +53,7 @@ class PartIndex:
     operator_class: str
     indexed: str
     options: tuple[str, ...]
+    on_column: bool
     bytes: int
     builds_under_way: int
 
@@ -64,10 +66,16 @@ def tree(connection: db.Connection, params: Params, table: str) -> list[Part]:
     return [Part(**row) for row in db.rows(connection, SQL["tree"], params, table=table)]
 
 
-def is_partitioned(connection: db.Connection, params: Params, table: str) -> bool:
-    """Is this relation there, and partitioned?"""
-    found = tree(connection, params, table)
-    return bool(found) and found[0].kind == PARTITIONED
+def relation(params: Params) -> Part:
+    """The relation that holds the vectors, or will, by its name alone: as one leaf, whatever it is."""
+    name = side_table_name(params) if vectors_stand_beside(params) else params.target.table
+    schema = params.target.schema_
+    return Part(0, None, 0, schema, name, f"{schema}.{name}", TABLE, 0)
+
+
+def is_there(connection: db.Connection, params: Params, part: Part) -> bool:
+    """Is this still the relation that holds the vectors, or a partition of it?"""
+    return part.oid in {x.oid for x in tree(connection, params, spelled(params, "vectors"))}
 
 
 def leaves(parts: Sequence[Part]) -> list[Part]:
@@ -75,9 +83,10 @@ def leaves(parts: Sequence[Part]) -> list[Part]:
     return [part for part in parts if part.is_leaf]
 
 
-def indexes(connection: db.Connection, params: Params, parts: Sequence[Part]) -> list[PartIndex]:
-    """Every vector index on these relations, attached or not, whole or left over."""
-    found = db.rows(connection, SQL["indexes"], params, relations=[part.oid for part in parts])
+def indexes(connection: db.Connection, params: Params, parts: Sequence[Part], name: str = "") -> list[PartIndex]:
+    """Every vector index on these relations, attached or not, whole or left over; and any index of this name."""
+    values = {"relations": [part.oid for part in parts], "column": params.vector.column, "name": name}
+    found = db.rows(connection, SQL["indexes"], params, **values)
     return [PartIndex(**row | {"options": tuple(row["options"])}) for row in found]
 
 

@@ -18,7 +18,6 @@ from runbook_lib.core.names import names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.embeddings import masking
 from runbook_lib.indexes import forecast as forecast_module
-from runbook_lib.indexes import prewarm
 from runbook_lib.indexes.forecast import Forecast
 from runbook_lib.migrate import capacity, inputs
 from runbook_lib.migrate.capacity import Room
@@ -281,7 +280,6 @@ def _risks(phase: Phase) -> Iterator[Gate]:
     yield _no_old_snapshot(phase)
     yield _no_prepared_transactions(phase)
     yield from capacity.gates(phase.connection, phase.params, expected(facts(phase), phase))
-    yield from prewarm.gates(phase)
     yield from replica.gates(phase)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from runbook_lib.core.names import index_name as serving_name
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import embedding
-from runbook_lib.indexes import forecast, partition_indexes
+from runbook_lib.indexes import building, forecast, partitions
 from runbook_lib.migrate import build_index
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -128,9 +128,9 @@ def _drop_scratch(phase: Phase) -> db.Statement:
 
 def _build(phase: Phase, shape: Shape) -> db.Statement:
     p = measured_params(phase.params)
-    here = replace(phase, params=_with_lists(phase, shape.storage_params(p)))
-    names = {"index": identifier(index_name(phase.params, shape))} | shape.index_names(p)
-    return build_index.build_statement(here, names)
+    here = _with_lists(phase, shape.storage_params(p))
+    name, relation = index_name(phase.params, shape), partitions.relation(p)
+    return building.create_statement(phase.connection, here, relation, name, other=shape.index_names(p))
 
 
 def _with_lists(phase: Phase, params: Params) -> Params:
@@ -154,14 +154,14 @@ def _stands(phase: Phase, shape: Shape) -> bool:
     return (
         on_column(phase.params)
         and storage_variants.is_todays(phase.params, shape)
-        and build_index.state(phase) is not None
+        and bool(build_index.index(phase).own)
     )
 
 
 def check(phase: Phase) -> Gates:
     """Before anything is built: there are vectors, and the real column, where that is asked for, takes an index."""
     rows = row_counts.of(phase.connection, phase.params, "vectors").n
-    parted = on_column(phase.params) and partition_indexes.is_needed(phase)
+    parted = on_column(phase.params) and len(build_index.index(phase).parts) > 1
     table, where = spelled(phase.params, "vectors"), phase.params.storage.where
     return collect(
         [
@@ -180,7 +180,7 @@ def check(phase: Phase) -> Gates:
                 table,
                 found="partitioned, and storage.where: column" if parted else f"storage.where: {where}",
                 needed="a table of its own, or storage.where: sample",
-                danger="an index on a partitioned table cannot be built without blocking its writes",
+                danger="every read and write waits for a moment whenever a compared index is dropped again",
                 do="set storage.where: sample",
             ),
         ]
@@ -262,15 +262,13 @@ def _standing(phase: Phase, shape: Shape) -> Iterator[tuple[str, dict[str, Any]]
     """One index, for as long as it is measured: its name, and bytes and seconds (None where it stood already)."""
     p = measured_params(phase.params)
     if _stands(phase, shape):
-        found = build_index.state(phase)
-        assert found is not None
-        yield serving_name(phase.params), {"bytes": found["bytes"], "build_s": None}
+        yield serving_name(phase.params), {"bytes": build_index.index(phase).bytes, "build_s": None}
         return
-    took = build_index.concurrently(phase, _build(phase, shape))
+    took = building.concurrently(phase, _build(phase, shape))
     name = index_name(phase.params, shape)
     found = db.one(phase.connection, SQL["bytes"], p, index=identifier(p.target.schema_, name).as_string())
     yield name, {"bytes": found["bytes"], "build_s": round(took.seconds, 2), "notices": took.notices}
-    build_index.concurrently(phase, _drop_index(phase, shape))
+    building.concurrently(phase, _drop_index(phase, shape))
 
 
 def _row(p: Params, found: Found, built: dict[str, Any], rows: int, whole: int) -> dict[str, Any]:
@@ -374,7 +372,7 @@ def undo(phase: Phase) -> Table:
         return phase.carry_out(todo)
     for statement in todo:
         if statement.name == SQL["drop_index"].name:
-            build_index.concurrently(phase, statement)
+            building.concurrently(phase, statement)
         else:
             phase.do(statement)
     return Table(("what",), [(s.purpose,) for s in todo])

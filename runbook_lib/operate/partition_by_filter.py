@@ -16,7 +16,8 @@ from runbook_lib.core.display import Table, duration, number, some
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.migrate import build_index, policies
+from runbook_lib.indexes import building
+from runbook_lib.migrate import policies
 from runbook_lib.sql import load
 
 SQL = load("partitioning")
@@ -199,7 +200,7 @@ def apply(phase: Phase) -> Table:
     for statement in [*partitioned_twin.missing_indexes(phase), _analyze(phase)]:
         # Not concurrently: nobody reads it. Its session has the memory and the workers of a build all the same.
         rows.append(
-            (f"{statement.purpose} ({statement.name})", round(build_index.concurrently(phase, statement).seconds, 2))
+            (f"{statement.purpose} ({statement.name})", round(building.concurrently(phase, statement).seconds, 2))
         )
     rows.append(("Changes applied since", number(online_copy.catch_up(move))))
     return Table(("what", "seconds, or rows"), rows)

@@ -1,153 +1,148 @@
 """The vector index built again, with other options or because it has aged: built beside, proved, swapped.
 
 REINDEX CONCURRENTLY would swap first and leave the proof for afterwards; so a second index is built under a name of
-its own. Where both are whole the planner may use either; each is measured with the other hidden.
+its own, on a partitioned table partition by partition. Where both are whole the planner may use either; each is
+measured with the other hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from psycopg import sql
 
 from runbook_lib.benchmark import index_recall
 from runbook_lib.core import db
-from runbook_lib.core.display import Table, size
+from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import identifier, index_name, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, score
-from runbook_lib.indexes import partition_indexes
-from runbook_lib.indexes.building import none_under_way
-from runbook_lib.indexes.index_roles import Standing, new_name, old_name, one
-from runbook_lib.indexes.index_roles import shown as shown
-from runbook_lib.indexes.index_roles import standing as standing
-from runbook_lib.indexes.options import Options, asked_for, listed
+from runbook_lib.indexes import building, index_proof, vector_index
+from runbook_lib.indexes.building import Step, none_under_way
+from runbook_lib.indexes.vector_index import Options, VectorIndex, asked_for, listed, one, planned_name, stored
 from runbook_lib.migrate import build_index
-from runbook_lib.operate import rebuild_partitions, storage_switch
+from runbook_lib.operate import storage_switch
 from runbook_lib.search import search_function
 from runbook_lib.sql import load
 
 SQL = load("rebuild")
+SHOWN_PARTITIONS = 3
 
 
-def _fits(phase: Phase, found: Standing, options: Options | None) -> bool:
-    asked = asked_for(phase.params) if options is None else options
-    same = found.storage == phase.params.index.storage
-    return found.usable and same and asked.items() <= found.options.items()
+def standing(phase: Phase) -> list[VectorIndex]:
+    """Every vector index of the table, and what each is to a rebuild."""
+    return vector_index.every(phase.connection, phase.params)
 
 
-def _drop(phase: Phase, name: str) -> db.Statement:
-    return db.statement(SQL["drop"], phase.params, {"leftover": identifier(phase.params.target.schema_, name)})
+def shown(phase: Phase) -> Table:
+    """The vector indexes of the table, and what each is to this operation."""
+    return vector_index.shown(phase.connection, phase.params)
 
 
-def _named(phase: Phase, block: str) -> db.Statement:
-    p, schema = phase.params, phase.params.target.schema_
-    return db.statement(
-        SQL[block],
-        p,
-        {
-            "old_index": identifier(old_name(p)),
-            "new_index": identifier(new_name(p)),
-            "qualified_old_index": identifier(schema, old_name(p)),
-            "qualified_new_index": identifier(schema, new_name(p)),
-        },
-    )
+def _may_become(phase: Phase, found: VectorIndex) -> bool:
+    """Is this index, built so far as it is, the one that the parameters ask for?"""
+    return found.storage == phase.params.index.storage and found.has_options(asked_for(phase.params))
 
 
-def _build(phase: Phase, options: Options | None) -> db.Statement:
-    other: dict[str, sql.Composable] = {name: sql.Literal(value) for name, value in (options or {}).items()}
-    return build_index.build_statement(phase, {"index": identifier(new_name(phase.params))} | other)
+def _drops(found: Iterable[VectorIndex | None]) -> list[Step]:
+    return [step for index in found if index for step in building.drop_steps(index, SQL["drop"])]
+
+
+def _leftovers(found: list[VectorIndex]) -> list[VectorIndex]:
+    return [index for index in found if index.role == "leftover"]
 
 
 def is_done(phase: Phase) -> bool:
     """Was the index that these parameters ask for put in place in this very run, and is nothing left of the way?"""
     last, found = phase.ledger.latest("rebuild"), standing(phase)
-    if not last or last["run_id"] != phase.run_id or {s.role for s in found} & {"new", "old", "leftover"}:
+    if not last or last["run_id"] != phase.run_id or {x.role for x in found} & {"new", "old", "leftover"}:
         return False
     current = one(found, "current")
-    return current is None or _fits(phase, current, None)
+    return current is None or (current.usable and _may_become(phase, current))
 
 
-def building_plan(phase: Phase, options: Options | None = None) -> db.Plan:
-    """What is left over dropped, and a new index built beside; nothing where one stands there, or replaced it."""
-    if partition_indexes.is_needed(phase):
-        return rebuild_partitions.plan(phase, options)
+def _building(phase: Phase) -> list[Step]:
     found = standing(phase)
-    new, old = one(found, "new"), one(found, "old")
-    drops = [_drop(phase, s.name) for s in found if s.role == "leftover"]
-    if old or (options is None and is_done(phase)):
-        return db.Plan(tuple(drops), phase.connection)  # swapped already: only the old one is still to go
-    if new and not _fits(phase, new, options):
-        drops.append(_drop(phase, new.name))
-        new = None
-    return db.Plan((*drops, *(() if new else (_build(phase, options),))), phase.connection)
+    new, drops = one(found, "new"), _leftovers(found)
+    if one(found, "old") or is_done(phase):
+        return _drops(drops)  # swapped already: only the old one is still to go
+    whole = new or vector_index.find(phase.connection, phase.params, "_new")
+    if new and not _may_become(phase, new):
+        drops, whole = [*drops, new], replace(whole, own={})
+    return [*_drops(drops), *building.build_steps(phase.connection, whole, drop=SQL["drop"])]
+
+
+def building_plan(phase: Phase) -> db.Plan:
+    """What is left over dropped, and a new index built beside; nothing where one stands there, or replaced it."""
+    return building.plan(phase, _building(phase))
+
+
+def _swapping(phase: Phase) -> list[Step]:
+    found = standing(phase)
+    roles, current, old = {x.role for x in found}, one(found, "current"), one(found, "old")
+    if old or ("new" not in roles and is_done(phase)):
+        return _drops([old])
+    # Before the build there is no new index yet, but there will be.
+    return [_swap(phase, current), *_drops([current.called("_old") if current else None])]
 
 
 def swapping_plan(phase: Phase) -> db.Plan:
     """The new index put into the place of the old one, and the old one dropped."""
-    if partition_indexes.is_needed(phase):
-        return db.Plan((), phase.connection)
-    found = standing(phase)
-    roles = {s.role for s in found}
-    # Before the build there is no new index yet, but there will be.
-    swap = () if "old" in roles or ("new" not in roles and is_done(phase)) else (_swap(phase, found),)
-    drop = (_drop(phase, old_name(phase.params)),) if swap or "old" in roles else ()
-    return db.Plan((*swap, *drop), phase.connection)
+    return building.plan(phase, _swapping(phase))
 
 
-def _swap(phase: Phase, found: list[Standing]) -> db.Statement:
+def _swap(phase: Phase, current: VectorIndex | None) -> Step:
     """The renames; the search function goes over with them where it must."""
-    renames = _named(phase, "swap")
-    current = one(found, "current")
+    new = vector_index.find(phase.connection, phase.params, "_new")
+    renames = _renames(phase, "swap", [(current, "_old"), (new, "")])
     goes_over = current is not None and storage_switch.changes_function(phase, current.storage)
-    return storage_switch.swap(phase, renames) if goes_over else renames
+    return replace(renames, statement=storage_switch.swap(phase, renames.statement)) if goes_over else renames
+
+
+def _renames(phase: Phase, block: str, pairs: list[tuple[VectorIndex | None, str]]) -> Step:
+    """Each index of a tree gets the name with another tail, in the order of the pairs, all in one transaction."""
+    made = [
+        db.statement(SQL[block], phase.params, {"renamed": qualified, "name": identifier(name)})
+        for index, tail in pairs
+        if index is not None
+        for qualified, name in _new_names(index, tail)
+    ]
+    together = replace(made[0], query=sql.SQL(";\n").join([statement.query for statement in made]))
+    return Step(vector_index.find(phase.connection, phase.params).parts[0], together, in_short_tries=True)
+
+
+def _new_names(index: VectorIndex, tail: str) -> list[tuple[sql.Composable, str]]:
+    """Of each of its indexes: as it is called, and as it will be. A new one is whole by the time of its swap."""
+    return [
+        (identifier(part.schema, index.name_on(part)), planned_name(index.params, part, tail))
+        for part in index.parts
+        if index.role == "new" or part.oid in index.own
+    ]
 
 
 def plan(phase: Phase) -> db.Plan:
     """All of it: leftovers dropped, the new index built, swapped in once it is proved, the old one dropped."""
-    return db.Plan((*building_plan(phase), *swapping_plan(phase)), phase.connection)
+    return building.plan(phase, [*_building(phase), *_swapping(phase)])
 
 
-@changes
-def apply(phase: Phase, options: Options | None = None) -> Table:
-    """Builds the new index beside the one that serves; the one that serves is not touched.
-
-    options: in place of those of the parameters.
-    """
-    if partition_indexes.is_needed(phase):
-        return rebuild_partitions.apply(phase, options)
-    todo = building_plan(phase, options)
-    if not phase.execute:
-        return phase.carry_out(todo)
-    rows = []
-    for statement in todo:
-        built = build_index.concurrently(phase, statement)
-        rows.append((statement.purpose, statement.lock, round(built.seconds, 2)))
-        new = one(standing(phase), "new")
-        if statement.name != SQL["drop"].name and new:
-            build_index.note_built(phase, built, new.bytes)
-    return Table(("what", "lock", "seconds"), rows)
+def apply(phase: Phase) -> Table:
+    """Builds the new index beside the one that serves; the one that serves is not touched."""
+    return building.build(
+        phase, lambda: _building(phase), lambda: vector_index.find(phase.connection, phase.params, "_new")
+    )
 
 
 @changes
 def swap(phase: Phase) -> Table:
     """Puts the new index into its place and drops the old one, without blocking reads or writes."""
-    if partition_indexes.is_needed(phase):
-        return rebuild_partitions.swap(phase)
-    todo = swapping_plan(phase)
-    if not phase.execute:
-        return phase.carry_out(todo)
-    rows: list[tuple[Any, ...]] = []
-    for statement in todo:
-        if statement.name == SQL["swap"].name:
-            # Written down first: undo finds here what served before, and a rerun that there is nothing to prove.
-            _note_before(phase)
-            seconds = phase.do(statement).seconds
-        else:
-            seconds = build_index.concurrently(phase, statement).seconds
-        rows.append((statement.purpose, statement.lock, round(seconds, 3)))
-    return Table(("what", "lock", "seconds"), rows)
+    todo = _swapping(phase)
+    if phase.execute and any(step.statement.name == SQL["swap"].name for step in todo):
+        # Written down first: undo finds here what served before, and a rerun that there is nothing to prove.
+        _note_before(phase)
+    return building.carry_out(phase, todo)
 
 
 def _note_before(phase: Phase) -> None:
@@ -158,6 +153,7 @@ def _note_before(phase: Phase) -> None:
         {
             "run_id": phase.run_id,
             "before": before.options if before else {},
+            "partitions": before.other_options if before else {},
             "storage": before.storage if before else None,
             "function": storage_switch.definition(phase) if goes_over else None,
         },
@@ -166,37 +162,32 @@ def _note_before(phase: Phase) -> None:
 
 def check(phase: Phase) -> Gates:
     """Before anything is changed: an index serves, and nobody else is building on this table."""
-    if partition_indexes.is_needed(phase):
-        return rebuild_partitions.check(phase)
     found = standing(phase)
-    current = one(found, "current")
-    subject = f"{index_name(phase.params)} on {phase.params.target.schema_}.{phase.params.target.table}"
-    builds = max((s.builds_under_way for s in found), default=0)
+    current = build_index.index(phase)
+    builds = max((index.builds_under_way for index in found), default=0)
     return collect(
         [
             gate(
                 "rebuild.an_index_serves",
-                bool(current and current.usable),
-                subject,
-                found="no such index" if current is None else "valid" if current.usable else "invalid",
+                current.usable,
+                index_proof.subject(current),
+                found=index_proof.validity(current),
                 needed="a valid index, which serves until the new one is proved",
                 danger="there is nothing to compare the new index with",
                 do="run 60_build_index with execute: true",
             ),
-            none_under_way("rebuild.no_build_is_under_way", subject, builds),
+            none_under_way("rebuild.no_build_is_under_way", index_proof.subject(current), builds),
         ]
     )
 
 
 def verify_new(phase: Phase) -> Gates:
     """The new index is whole and finds as much as is asked for, or as much as the one that serves."""
-    if partition_indexes.is_needed(phase):
-        return rebuild_partitions.verify_new(phase)
     found = standing(phase)
     new, current = one(found, "new"), one(found, "current")
-    whole = _is_whole(phase, new) if not one(found, "old") and not is_done(phase) else None
-    if whole is None:
+    if one(found, "old") or is_done(phase):
         return collect([_is_in_place(phase, current)])
+    whole = _is_whole(vector_index.find(phase.connection, phase.params, "_new"))
     if not new or not new.usable:
         return collect([whole])
     asked = index_recall.questions(phase)
@@ -239,20 +230,20 @@ def _needed(phase: Phase, was: index_recall.Measured | None) -> float:
     return min(target, was.recall) if was else target
 
 
-def _is_whole(phase: Phase, new: Standing | None) -> Gate:
+def _is_whole(new: VectorIndex) -> Gate:
     return gate(
         "rebuild.new_index_is_valid",
-        bool(new and new.usable),
-        new_name(phase.params),
-        found="no such index" if new is None else f"valid, {size(new.bytes)}" if new.usable else "invalid",
+        new.usable,
+        new.name,
+        found=index_proof.validity(new),
         needed="valid",
         danger="nothing can take the place of the index that serves, yet every write pays for what is there",
         do="run operate/rebuild_index again with execute: true; it drops what is left and builds anew",
-        figures={"bytes": new.bytes} if new else {},
+        figures={"bytes": new.bytes} if new.own else {},
     )
 
 
-def _is_in_place(phase: Phase, current: Standing | None) -> Gate:
+def _is_in_place(phase: Phase, current: VectorIndex | None) -> Gate:
     return gate(
         "rebuild.new_index_is_in_place",
         bool(current and current.usable),
@@ -266,23 +257,25 @@ def _is_in_place(phase: Phase, current: Standing | None) -> Gate:
 
 def verify(phase: Phase) -> Gates:
     """The index has the options that were asked for, is whole, finds known rows, and nothing is left beside it."""
-    if partition_indexes.is_needed(phase):
-        of_parts = [rebuild_partitions.has_options(phase), rebuild_partitions.nothing_is_left(phase)]
-        return build_index.verify(phase) + collect(of_parts)
     gates = [_has_options(phase, asked_for(phase.params)), _nothing_is_left(phase)]
     if search_function.function_state(phase):
         gates.append(storage_switch.function_fits(phase))
     return build_index.verify(phase) + collect(gates)
 
 
-def _has_options(phase: Phase, needed: Options) -> Gate:
-    current = one(standing(phase), "current")
-    options = current.options if current else {}
+def _has_options(phase: Phase, needed: Options, of_partitions: Mapping[str, Options] | None = None) -> Gate:
+    """of_partitions: what is needed of those partitions instead."""
+    index = build_index.index(phase)
+    own = {part.shown: stored(index.own[part.oid].options) for part in index.leaves if part.oid in index.own}
+    wanted = {shown: (of_partitions or {}).get(shown, needed) for shown in own}
+    other = [shown for shown, options in own.items() if not wanted[shown].items() <= options.items()]
     return gate(
         "rebuild.index_has_its_options",
-        needed.items() <= options.items(),
+        bool(own or not needed) and not other,
         index_name(phase.params),
-        found=listed(options) or "none of its own",
+        found="; ".join(f"{listed(own[shown]) or 'none of its own'} on {shown}" for shown in other[:SHOWN_PARTITIONS])
+        or listed(index.options)
+        or "none of its own",
         needed=listed(needed) or "any",
         danger="recall and speed are those of another index than the one that was asked for",
         do="run operate/rebuild_index again with execute: true",
@@ -302,9 +295,27 @@ def _nothing_is_left(phase: Phase) -> Gate:
     )
 
 
-def former_options(phase: Phase) -> dict[str, int]:
-    """The options of the index before the last swap; empty where there was none."""
-    return {k: int(v) for k, v in storage_switch.last_swap(phase).get("before", {}).items()}
+def _former(phase: Phase) -> tuple[Options, dict[str, Options]]:
+    """The options of the index before the last swap, empty where there was none; and those of partitions apart."""
+    last = storage_switch.last_swap(phase)
+    before, of_partitions = last.get("before", {}), last.get("partitions", {})
+    if any(isinstance(options, dict) for options in before.values()):
+        # Releases that rebuilt a partitioned index in its place wrote down the options of each partition alone.
+        before, of_partitions = next(iter(before.values())), before
+    return before, of_partitions
+
+
+def _undoing(phase: Phase) -> list[Step]:
+    found, last = standing(phase), storage_switch.last_swap(phase)
+    current, new, old = (one(found, role) for role in ("current", "new", "old"))
+    drops = _drops(_leftovers(found))
+    if old and not last.get("goes_back"):
+        renames = _renames(phase, "swap_back", [(current, "_new"), (old, "")])
+        back = replace(renames, statement=storage_switch.swap_back(phase, renames.statement, last.get("function")))
+        return [*drops, back, *_drops([current.called("_new") if current else None])]
+    if new and not last.get("goes_back"):
+        return [*drops, *_drops([new])]
+    return [*drops, *_built_back(phase, found, last)]
 
 
 def undo_plan(phase: Phase) -> db.Plan:
@@ -312,54 +323,42 @@ def undo_plan(phase: Phase) -> db.Plan:
 
     The search function goes back with it, where it had gone over.
     """
-    if partition_indexes.is_needed(phase):
-        return rebuild_partitions.undo_plan(phase)
-    found = standing(phase)
-    roles, last = {s.role for s in found}, storage_switch.last_swap(phase)
-    drops = [_drop(phase, s.name) for s in found if s.role == "leftover"]
-    if "old" in roles and not last.get("goes_back"):
-        renames = storage_switch.swap_back(phase, _named(phase, "swap_back"), last.get("function"))
-        back = [renames, _drop(phase, new_name(phase.params))]
-    elif "new" in roles and not last.get("goes_back"):
-        back = [_drop(phase, new_name(phase.params))]
-    else:
-        back = _built_back(phase, found, last)
-    return db.Plan((*drops, *back), phase.connection)
+    return building.plan(phase, _undoing(phase))
 
 
-def _built_back(phase: Phase, found: list[Standing], last: dict[str, Any]) -> list[db.Statement]:
+def _built_back(phase: Phase, found: list[VectorIndex], last: dict[str, Any]) -> list[Step]:
     """The index built again as it was, put into its place, and the other one dropped: what is left of these steps."""
     current, new, old = (one(found, role) for role in ("current", "new", "old"))
-    options, storage = former_options(phase), last.get("storage") or phase.params.index.storage
+    options, of_partitions = _former(phase)
+    storage = last.get("storage") or phase.params.index.storage
     if current is None or not options:
         return []
-    is_former = [s.usable and (s.options, s.storage) == (options, storage) for s in (current, new) if s]
-    if is_former[0]:
-        return [_drop(phase, s.name) for s in (new, old) if s]
-    if new and is_former[1]:
-        steps = []
-    else:
-        former = _build(storage_switch.under(phase, storage), options)
-        steps = [*([_drop(phase, new.name)] if new else []), former]
-    renames = storage_switch.swap_back(phase, _named(phase, "swap"), last.get("function"))
-    return [*steps, renames, _drop(phase, old_name(phase.params))]
+
+    def may_become_former(index: VectorIndex) -> bool:
+        own = {p.shown: stored(index.own[p.oid].options) for p in index.leaves if p.oid in index.own}
+        return index.storage == storage and all(o == of_partitions.get(p, options) for p, o in own.items())
+
+    if current.usable and may_become_former(current):
+        return _drops([new, old])
+    keeps = new is not None and may_become_former(new)
+    params = storage_switch.under(phase, storage).params
+    former = vector_index.find(phase.connection, params, "_new")
+    former = former if keeps else replace(former, own={})
+    built = building.build_steps(
+        phase.connection, former, options=options, of_partitions=of_partitions, drop=SQL["drop"]
+    )
+    renames = _renames(phase, "swap", [(current, "_old"), (former, "")])
+    back = replace(renames, statement=storage_switch.swap_back(phase, renames.statement, last.get("function")))
+    return [*_drops([None if keeps else new]), *built, back, *_drops([current.called("_old")])]
 
 
 @changes
 def undo(phase: Phase) -> Table:
     """Carries out the way back; does nothing where the index is the one that served before."""
-    if partition_indexes.is_needed(phase):
-        return rebuild_partitions.undo(phase)
-    todo = undo_plan(phase)
-    if not phase.execute:
-        return phase.carry_out(todo)
-    _note_the_way_back(phase)
-    in_a_transaction = (SQL["swap"].name, SQL["swap_back"].name)
-    rows = [
-        (s.purpose, (phase.do(s) if s.name in in_a_transaction else build_index.concurrently(phase, s)).seconds)
-        for s in todo
-    ]
-    return Table(("what", "seconds"), rows)
+    todo = _undoing(phase)
+    if phase.execute:
+        _note_the_way_back(phase)
+    return building.carry_out(phase, todo)
 
 
 def _note_the_way_back(phase: Phase) -> None:
@@ -377,7 +376,5 @@ def _note_the_way_back(phase: Phase) -> None:
 
 def verify_undone(phase: Phase) -> Gates:
     """The index has the options that it had before, and nothing is left beside it."""
-    if partition_indexes.is_needed(phase):
-        return collect([rebuild_partitions.has_options(phase), rebuild_partitions.nothing_is_left(phase)])
     held = storage_switch.holds_again(phase, [s.storage for s in standing(phase) if s.role == "current"])
-    return collect([_has_options(phase, former_options(phase)), held, _nothing_is_left(phase)])
+    return collect([_has_options(phase, *_former(phase)), held, _nothing_is_left(phase)])

@@ -19,6 +19,7 @@ from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings import embedding
+from runbook_lib.indexes.building import rows_with_vector
 from runbook_lib.migrate import build_index
 from runbook_lib.search import search_function
 from runbook_lib.sql import load
@@ -125,7 +126,7 @@ def _is_hybrid(phase: Phase) -> bool:
 
 def shown(phase: Phase) -> Table:
     """The indexes to retire: what each is, its size, and how long it would take to build it again."""
-    rows = int(db.one(phase.connection, build_index.SQL["rows"], phase.params)["rows"])
+    rows = sum(rows_with_vector(phase.connection, phase.params, leaf) for leaf in build_index.index(phase).leaves)
     return Table.of(
         (
             {

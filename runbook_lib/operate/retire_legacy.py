@@ -21,7 +21,8 @@ from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import identifier, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.embeddings import embedding
-from runbook_lib.migrate import build_index, expand_schema
+from runbook_lib.indexes import building
+from runbook_lib.migrate import expand_schema
 from runbook_lib.operate import retirable
 from runbook_lib.operate.retirable import check as check
 from runbook_lib.operate.retirable import shown as shown
@@ -94,7 +95,7 @@ def _carried_out(phase: Phase, todo: db.Plan) -> Table:
         (
             s.purpose,
             s.lock or "none",
-            round((build_index.concurrently(phase, s) if s.name in concurrently else phase.do(s)).seconds, 3),
+            round((building.concurrently(phase, s) if s.name in concurrently else phase.do(s)).seconds, 3),
         )
         for s in todo
     ]

@@ -16,11 +16,11 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.core import db, versions
-from runbook_lib.core.names import identifier, names, spelled
+from runbook_lib.core.names import identifier, index_name, names, spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings.sources import Vectors, as_array
-from runbook_lib.indexes import forecast
+from runbook_lib.indexes import building, forecast, partitions
 from runbook_lib.migrate import backfill, build_index, expand_schema, load_embeddings
 from runbook_lib.migrate.load_embeddings import RowsToStage
 from runbook_lib.operate.rehearsal_schema import SEED, Place, timeout
@@ -207,8 +207,9 @@ class _Built:
 
 def _statement(phase: Phase, lists: int | None) -> sql.SQL:
     """The runbook's own build without CONCURRENTLY: nobody else uses the sample, and it need not wait for anybody."""
-    other = {} if lists is None else {"lists": sql.Literal(lists)}
-    text = build_index.build_statement(phase, other).query.as_string(phase.connection)
+    p, options = phase.params, {} if lists is None else {"lists": lists}
+    build = building.create_statement(phase.connection, p, partitions.relation(p), index_name(p), options)
+    text = build.query.as_string(phase.connection)
     return sql.SQL(text.replace("INDEX CONCURRENTLY", "INDEX", 1))
 
 
@@ -231,8 +232,7 @@ def _build(phase: Phase, lists: int | None) -> _Built:
     finally:
         phase.connection.remove_notice_handler(note)
     seconds = time.perf_counter() - started
-    found = build_index.state(phase)
-    return _Built(seconds, _wal(phase.connection) - before, found["bytes"] if found else 0, notices)
+    return _Built(seconds, _wal(phase.connection) - before, build_index.index(phase).bytes, notices)
 
 
 def _memory_a_row(phase: Phase, vectors: int) -> float | None:

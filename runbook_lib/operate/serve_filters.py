@@ -23,11 +23,10 @@ from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import identifier, spelled, vectors_stand_beside, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, plain, score
-from runbook_lib.indexes import forecast
+from runbook_lib.indexes import building, forecast, partitions
 from runbook_lib.indexes.building import none_under_way
-from runbook_lib.indexes.filter_indexes import is_searched_as, is_served, made, remember, remembered, wanted
-from runbook_lib.indexes.filter_indexes import standing as standing
-from runbook_lib.migrate import build_index
+from runbook_lib.operate.filter_indexes import is_searched_as, is_served, made, remember, remembered, wanted
+from runbook_lib.operate.filter_indexes import standing as standing
 from runbook_lib.search import search_function
 from runbook_lib.sql import load
 
@@ -89,10 +88,10 @@ def expected(phase: Phase) -> Table:
 
 
 def _create(phase: Phase, name: str, value: Value) -> db.Statement:
-    lists = sql.Literal(
-        phase.params.index.lists or forecast.lists_rule(partial_index_candidates.rows_of(phase, [value])[value])
-    )
-    build = build_index.build_statement(phase, {"index": identifier(name), "lists": lists})
+    p = phase.params
+    rows = partial_index_candidates.rows_of(phase, [value])[value]
+    lists = {"lists": p.index.lists or forecast.lists_rule(rows)}
+    build = building.create_statement(phase.connection, p, partitions.relation(p), name, lists)
     literal = verbatim(sql.Literal(value.value).as_string())
     condition = search_function.filter_is(phase.connection, phase.params, value.column, literal)
     extra = {"build": build.query, "condition": condition}
@@ -187,8 +186,8 @@ def _build(phase: Phase, name: str, value: Value) -> None:
     if row and row["usable"]:
         return
     if row:
-        build_index.concurrently(phase, _drop(phase, name))
-    built = build_index.concurrently(phase, _create(phase, name, value))
+        building.concurrently(phase, _drop(phase, name))
+    built = building.concurrently(phase, _create(phase, name, value))
     remember(phase, name, seconds=round(built.seconds, 3), notices=built.notices, bytes=made(phase)[name]["bytes"])
 
 
@@ -200,7 +199,7 @@ def _use_or_drop(phase: Phase, name: str, value: Value, after: Measured) -> None
     why_not = _why_not(phase, known["before"], after, scans)
     if why_not:
         remember(phase, name, after=through, scans=scans, served=False, why_not=why_not)
-        build_index.concurrently(phase, _drop(phase, name))
+        building.concurrently(phase, _drop(phase, name))
         return
     # The ledger first: interrupted between the two, undo finds what to take back and a rerun proves it again.
     remember(phase, name, after=through, scans=scans, served=True, why_not="")
@@ -337,7 +336,7 @@ def _take_back(phase: Phase, name: str) -> list[tuple[str, float]]:
     if name in remembered(phase):
         remember(phase, name, served=False)
     drop = _drop(phase, name)
-    return [*rows, (drop.purpose, round(build_index.concurrently(phase, drop).seconds, 3))]
+    return [*rows, (drop.purpose, round(building.concurrently(phase, drop).seconds, 3))]
 
 
 def undo_plan(phase: Phase) -> db.Plan:

@@ -15,10 +15,9 @@ from psycopg import sql
 from runbook_lib.benchmark import index_recall
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import index_name, spelled, unquoted, verbatim
+from runbook_lib.core.names import index_name, spelled, verbatim
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import tune
-from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from runbook_lib.sql import load
 
@@ -26,15 +25,6 @@ SQL = load("rebuild")
 
 # Ledger rows of the setting with which the new index was proved.
 PROVED = "storage_proved"
-
-
-def storage_of(params: Params, row: db.Row) -> str:
-    """What an index holds, by the catalogue: a value of ``index.storage``, or "other"."""
-    if row["operator_class"].startswith("bit_"):
-        return "bit"
-    if unquoted(params, row["indexed"]) == params.vector.column:
-        return "vector"
-    return "halfvec" if row["operator_class"].startswith("halfvec_") else "other"
 
 
 def under(phase: Phase, storage: str) -> Phase:
@@ -133,9 +123,7 @@ def function_fits(phase: Phase) -> Gate:
 
 
 def last_swap(phase: Phase) -> dict[str, Any]:
-    """What the ledger knows of the last swap, or round of a partitioned table; empty where there was none, or it, or
-    the index itself, was taken back since.
-    """
+    """What the ledger knows of the last swap; empty where there was none, or it was rolled back since."""
     return phase.ledger.latest_standing("rebuild", "operate/rebuild_index", "60_build_index") or {}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -27,7 +27,19 @@ class Index(Section):
     lists: int | None = Field(None, ge=1, le=32768, description="IVFFlat: lists; by pgvector's rule if unset.")
     maintenance_work_mem_mb: int = Field(256, ge=32, le=1_048_576, description="For the build's session only.")
     parallel_workers: int = Field(2, ge=0, le=64, description="max_parallel_maintenance_workers of the build.")
-    prewarm: bool = Field(False, description="Read the finished index into shared_buffers with pg_prewarm.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def prewarm_is_done_by_hand(cls, given: Any) -> Any:
+        """Older files may name it. ``false`` asks for nothing, and is passed over."""
+        if not isinstance(given, dict) or "prewarm" not in given:
+            return given
+        if given["prewarm"] is not False:
+            raise ValueError(
+                "prewarm was removed: take it out, and read the index in with pg_prewarm after 60_build_index, as"
+                " docs/guide.md says"
+            )
+        return {key: value for key, value in given.items() if key != "prewarm"}
 
     @model_validator(mode="after")
     def candidates_cover_links(self) -> Self:

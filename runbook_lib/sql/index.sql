@@ -1,40 +1,29 @@
--- Phase 60: the vector index.
+-- The vector index: one on each partition, under one on the parent that holds no row; of an ordinary table just one.
 
 -- name: create_hnsw
 -- purpose: Build the HNSW index beside the running application.
--- lock: SHARE UPDATE EXCLUSIVE on {vectors}, for the whole build; it waits for older transactions to end
+-- lock: SHARE UPDATE EXCLUSIVE on {relation}, for the whole build; it waits for older transactions to end
 -- undo: index.drop
-CREATE INDEX CONCURRENTLY {index} ON {vectors} USING hnsw ({indexed} {operator_class})
+CREATE INDEX CONCURRENTLY {index} ON {relation} USING hnsw ({indexed} {operator_class})
     WITH (m = {m}, ef_construction = {ef_construction});
 
 -- name: create_ivfflat
 -- purpose: Build the IVFFlat index beside the running application.
--- lock: SHARE UPDATE EXCLUSIVE on {vectors}, for the whole build; it waits for older transactions to end
+-- lock: SHARE UPDATE EXCLUSIVE on {relation}, for the whole build; it waits for older transactions to end
 -- undo: index.drop
-CREATE INDEX CONCURRENTLY {index} ON {vectors} USING ivfflat ({indexed} {operator_class}) WITH (lists = {lists});
+CREATE INDEX CONCURRENTLY {index} ON {relation} USING ivfflat ({indexed} {operator_class}) WITH (lists = {lists});
 
 -- name: drop
 -- purpose: Drop the vector index, or what an unfinished build left of it.
--- lock: SHARE UPDATE EXCLUSIVE on {vectors}; it waits for older transactions that use the index
+-- lock: SHARE UPDATE EXCLUSIVE on {relation}; it waits for older transactions that use the index
 -- undo: index.create_hnsw
-DROP INDEX CONCURRENTLY IF EXISTS {qualified_index};
+DROP INDEX CONCURRENTLY IF EXISTS {dropped};
 
 -- name: settings
 -- purpose: Give this session alone the memory and workers for a build, and no limit on its waits.
 SELECT set_config('maintenance_work_mem', %(memory)s, false),
        set_config('max_parallel_maintenance_workers', %(workers)s, false),
        set_config('lock_timeout', '0', false), set_config('statement_timeout', '0', false);
-
--- name: state
--- purpose: The index as the catalogue has it.
-SELECT i.indisvalid AS valid, i.indisready AS ready, am.amname AS method, oc.opcname AS operator_class,
-       pg_relation_size(i.indexrelid) AS bytes, pg_get_indexdef(i.indexrelid) AS definition,
-       i.indrelid = to_regclass(%(table)s) AS on_target,
-       pg_get_indexdef(i.indexrelid, 1, true) AS indexed
-FROM pg_index i
-JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam
-JOIN pg_opclass oc ON oc.oid = i.indclass[0]
-WHERE i.indexrelid = to_regclass(%(index)s);
 
 -- name: in_the_way
 -- purpose: Transactions that a concurrent build will have to wait for.
@@ -49,8 +38,8 @@ ORDER BY xact_start;
 SELECT phase, blocks_done, blocks_total, tuples_done FROM pg_stat_progress_create_index WHERE pid = %(pid)s;
 
 -- name: rows
--- purpose: Rows that the index should hold.
-SELECT count(*) AS rows FROM {vectors} t WHERE t.{embedding} IS NOT NULL;
+-- purpose: Rows that the index of a table or partition should hold.
+SELECT count(*) AS rows FROM {relation} t WHERE t.{embedding} IS NOT NULL;
 
 -- name: known_row
 -- purpose: Vectors of known rows, spread over the table, to be found again through the index.

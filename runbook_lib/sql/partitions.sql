@@ -15,11 +15,14 @@ FROM tree t JOIN pg_class c ON c.oid = t.oid JOIN pg_namespace n ON n.oid = c.re
 ORDER BY t.level, c.oid;
 
 -- name: indexes
--- purpose: Every vector index on these relations, with the partitioned index that each is attached to.
+-- purpose: Every index of these names on these relations, and every vector index, with the one that each is attached to.
 SELECT i.indrelid::bigint AS relation, c.oid::bigint AS oid, n.nspname::text AS schema, c.relname::text AS name,
        format('%%I.%%I', n.nspname, c.relname) AS shown, i.indisvalid AND i.indisready AS usable,
        h.inhparent::bigint AS attached_to, am.amname::text AS method, oc.opcname::text AS operator_class,
        pg_get_indexdef(c.oid, 1, true) AS indexed, coalesce(c.reloptions, '{{}}') AS options,
+       EXISTS (SELECT FROM pg_depend d JOIN pg_attribute a ON (a.attrelid, a.attnum) = (d.refobjid, d.refobjsubid)
+               WHERE (d.classid, d.refclassid) = ('pg_class'::regclass, 'pg_class'::regclass) AND d.objid = c.oid
+                 AND a.attname = %(column)s) AS on_column,
        CASE WHEN c.relkind = 'i' THEN pg_relation_size(c.oid) ELSE 0 END AS bytes,
        (SELECT count(*) FROM pg_stat_progress_create_index p WHERE p.index_relid = c.oid OR p.relid = i.indrelid)::int
            AS builds_under_way
@@ -27,8 +30,8 @@ FROM pg_index i
 JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_am am ON am.oid = c.relam JOIN pg_opclass oc ON oc.oid = i.indclass[0]
 LEFT JOIN pg_inherits h ON h.inhrelid = c.oid
-WHERE i.indrelid = ANY (%(relations)s::oid[]) AND am.amname IN ('hnsw', 'ivfflat')
-ORDER BY c.oid;
+WHERE i.indrelid = ANY (%(relations)s::oid[]) AND (am.amname IN ('hnsw', 'ivfflat') OR c.relname = %(name)s)
+ORDER BY c.relname, c.oid;
 
 -- name: key
 -- purpose: What keeps the key of a partitioned table unique: an index that holds it with others, and where it is drawn from.
