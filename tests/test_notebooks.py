@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from runbook_lib.core import cell_order
 from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, UNDO_OPERATION, notebook
 
 ROOT = Path(__file__).parent.parent / "notebooks"
@@ -52,6 +53,13 @@ def test_its_sections_stand_in_the_order_of_the_house(path: Path) -> None:
     assert places == sorted(places)
     assert "| what | lock | whom it blocks | what it waits for | undo |" in text
     assert text.count("After a restart of the kernel (`NameError: name 'phase' is not defined`) run the cells") == 1
+
+
+@notebooks
+def test_a_cell_out_of_order_is_told_of_a_section_that_is_there(path: Path) -> None:
+    titles = re.findall(r"^## (.*)$", "\n".join(c.source for c in cells(path, "markdown")), re.M)
+    for told in (cell_order.OPEN, cell_order.REQUIRE, cell_order.PLAN, cell_order.PROVE, cell_order.CLOSE):
+        assert [title for title in titles if title.startswith(told)], told
 
 
 @notebooks

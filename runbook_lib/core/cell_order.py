@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 # Titles of the notebooks' sections; the tests hold every notebook to them.
 OPEN, REQUIRE, PLAN, PROVE = "Where am I", "Must be true first", "What will be done", "Must be true now"
-CLOSE = "What comes next, and the way back"
+CLOSE = "What comes next, and rolling back"
 # Of long work, the ledger is asked at most so often whether what it relies on still holds.
 SECONDS_BETWEEN_QUESTIONS = 1.0
 
