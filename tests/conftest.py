@@ -14,9 +14,9 @@ import yaml
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import params
 from runbook_lib.cli import embedded
 from runbook_lib.core.phase import Phase
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
 from tests import toy
@@ -88,7 +88,7 @@ def make_params(tmp_path: Path) -> Callable[..., Params]:
     """Parameters for the toy table; keyword arguments replace keys of a section: ``vector={"dimension": 3}``."""
 
     def make(**sections: dict[str, Any]) -> Params:
-        return params.load(write_params(tmp_path, **sections))
+        return load_params(write_params(tmp_path, **sections))
 
     return make
 

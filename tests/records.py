@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runbook_lib.core.phase import MIGRATE
+from runbook_lib.core.registry import MIGRATE
 from runbook_lib.runner.manifest import Manifest, PhaseRun
 
 RUN_ID = "20261122T190501Z-articles"

@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from runbook_lib.core.registry import NOTEBOOKS_ENV
 from runbook_lib.runner import manifest, runner
 from runbook_lib.runner.manifest import Manifest
 from runbook_lib.runner.runner import RunResult
@@ -35,7 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         bodies: dict[str, str] | None = None, sections: dict[str, Any] | None = None, **options: Any
     ) -> tuple[RunResult, list[str]]:
         folder = small_notebooks.write(tmp_path / "note{books}", **(bodies or {}))
-        monkeypatch.setenv(runner.NOTEBOOKS_ENV, str(folder))
+        monkeypatch.setenv(NOTEBOOKS_ENV, str(folder))
         said: list[str] = []
         options = {"execute": True, "last": FIRST} | options
         return runner.run(write_params(tmp_path, **(sections or {})), say=said.append, **options), said

@@ -98,5 +98,5 @@ def in_another_kernel() -> Iterator[None]:
 
 def _read(phase: Phase, query: str) -> None:
     """A %%sql cell, on the read-only connection that it has in a notebook."""
-    with sqlmagic._display_connection(phase) as connection:
+    with sqlmagic.display_connection(phase.params, phase.run_id) as connection:
         connection.execute(query)  # type: ignore[call-overload]

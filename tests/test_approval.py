@@ -15,12 +15,13 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import params
 from runbook_lib.cli.main import main
-from runbook_lib.core import approval, ledger, plans
+from runbook_lib.core import approval, ledger
 from runbook_lib.core.gates import BadInput, GateFailed, NotApproved
-from runbook_lib.core.phase import MIGRATE, Phase
-from runbook_lib.core.registry import STEPS, notebook
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE, STEPS, notebook
+from runbook_lib.core.target import load_params
+from runbook_lib.params import Params
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import write
 
@@ -81,7 +82,11 @@ def refusal(phase: Phase) -> NotApproved:
 
 
 def asked(phase: Phase) -> approval.Asked:
-    return approval._what_is_asked(phase)[0]
+    return approval.what_is_asked(phase.name, phase.ledger, phase.planned())
+
+
+def with_params(phase: Phase, params: Params) -> Phase:
+    return replace(phase, params=params, ledger=replace(phase.ledger, params=params))
 
 
 def test_the_plans_are_those_that_the_notebooks_show() -> None:
@@ -90,7 +95,7 @@ def test_the_plans_are_those_that_the_notebooks_show() -> None:
         cells = nbformat.read(root / notebook(name), as_version=4).cells
         code = "\n".join(c.source for c in cells if c.cell_type == "code")
         shown = tuple(re.findall(r"(\w+\.(?:undo_)?plan)\(phase\)", code))
-        assert tuple(p.partition(".")[2] for p in plans.PLANS.get(name, ())) == shown, name
+        assert tuple(p.partition(".")[2] for p in STEPS[name].plans) == shown, name
 
 
 def test_a_phase_that_waits_says_what_for_and_asks_once(waiting: Phase) -> None:
@@ -141,7 +146,7 @@ def test_who_ran_it_cannot_approve_it_even_by_another_role(
 
 @pytest.mark.attack
 def test_an_approval_by_who_runs_the_phase_does_not_count(waiting: Phase) -> None:
-    waiting.ledger.append("approval", approval._bound(asked(waiting)) | {"reason": "myself"})
+    waiting.ledger.append("approval", asked(waiting).as_data() | {"reason": "myself"})
     assert refusal(waiting).found.endswith("does not count: postgres also runs this phase")
 
 
@@ -233,9 +238,7 @@ def test_a_changed_plan_voids_the_approval(waiting: Phase, approve: Callable[...
     changed = waiting.params.model_copy(
         update={"tune": waiting.params.tune.model_copy(update={"target_recall": 0.8})}
     )
-    assert refusal(replace(waiting, params=changed)).found.endswith(
-        "is void: the plan has changed, by its parameters"
-    )
+    assert refusal(with_params(waiting, changed)).found.endswith("is void: the plan has changed, by its parameters")
 
 
 @pytest.mark.attack
@@ -243,8 +246,8 @@ def test_a_statement_that_was_not_approved_voids_the_approval(
     waiting: Phase, approve: Callable[..., Result], approver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     approve(approver, "--yes")
-    planned = plans.of(waiting)
-    monkeypatch.setattr(plans, "of", lambda _phase: [*planned, planned[0] | {"sql": "DROP TABLE articles;"}])
+    planned = waiting.planned()
+    monkeypatch.setattr(Phase, "planned", lambda _: [*planned, planned[0] | {"sql": "DROP TABLE articles;"}])
     assert refusal(waiting).found.endswith(
         "is void: the plan has changed, 1 of its statements are not the approved ones"
     )
@@ -318,7 +321,7 @@ def test_a_phase_that_waits_for_nothing_cannot_be_approved(approve: Callable[...
 @pytest.mark.parametrize("name", ["00_preflight", "90_cut_ovre", "undo/reads"])
 def test_only_phases_that_change_something_can_wait(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadInput) as error:
-        params.load(write_params(tmp_path, approval={"phases": [name]}))
+        load_params(write_params(tmp_path, approval={"phases": [name]}))
     assert error.value.needed.startswith(f"{name}: ")
 
 
@@ -340,12 +343,10 @@ def test_a_changed_lock_timeout_voids_the_approval(
     approve(approver, "--yes")
     locks = waiting.params.locks.model_copy(update={"timeout_ms": 9000})
     changed = waiting.params.model_copy(update={"locks": locks})
-    assert "is void: the plan has changed, by its parameters" in refusal(replace(waiting, params=changed)).found
+    assert "is void: the plan has changed, by its parameters" in refusal(with_params(waiting, changed)).found
 
 
 @pytest.mark.attack
 def test_a_phase_taken_out_of_the_file_waits_all_the_same(waiting: Phase) -> None:
     alone = waiting.params.model_copy(update={"approval": waiting.params.approval.model_copy(update={"phases": []})})
-    assert refusal(replace(waiting, params=alone, ledger=replace(waiting.ledger, params=alone))).found == (
-        f"{PHASE} has no sign-off"
-    )
+    assert refusal(with_params(waiting, alone)).found == (f"{PHASE} has no sign-off")

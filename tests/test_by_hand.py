@@ -11,10 +11,10 @@ import psycopg
 import pytest
 from nbclient import NotebookClient
 
-from runbook_lib import params
 from runbook_lib.cli import lab
 from runbook_lib.core.gates import BadInput
-from runbook_lib.core.registry import UNDO, UNDO_OPERATION
+from runbook_lib.core.registry import NOTEBOOKS_ENV, UNDO, UNDO_OPERATION, notebooks
+from runbook_lib.core.target import load_params
 from runbook_lib.runner import by_hand, manifest, runner, selection, target_status, verify
 from tests import small_notebooks
 from tests.conftest import write_params
@@ -46,17 +46,17 @@ def source(path: Path) -> dict[str, Any]:
 
 
 def test_every_notebook_has_a_copy_that_knows_its_run_and_only_plans(tmp_path: Path) -> None:
-    before = {p: p.read_bytes() for p in selection.notebooks().rglob("*.ipynb")}
+    before = {p: p.read_bytes() for p in notebooks().rglob("*.ipynb")}
     path = write_params(tmp_path)
     folder = by_hand.begin(path)
     copies = sorted(p.relative_to(folder) for p in folder.rglob("*.ipynb"))
-    assert copies == sorted(p.relative_to(selection.notebooks()) for p in before)
+    assert copies == sorted(p.relative_to(notebooks()) for p in before)
     for copy in copies:
         run = {} if copy.name == "00_start.ipynb" else {"run_id": folder.name, "execute": False}
         assert source(folder / copy) == {"params_file": str(path.resolve())} | run
     assert {p: p.read_bytes() for p in before} == before
     assert manifest.read(folder).way == "by hand"
-    assert by_hand.finish(folder, params.load(path), manifest.read(folder)) is None and not folder.exists()
+    assert by_hand.finish(folder, load_params(path), manifest.read(folder)) is None and not folder.exists()
 
 
 def test_where_nothing_was_carried_out_only_its_own_copies_are_removed(tmp_path: Path) -> None:
@@ -69,14 +69,14 @@ def test_where_nothing_was_carried_out_only_its_own_copies_are_removed(tmp_path:
     kept = [folder / "notes.txt", folder / "migrate" / "my_own.ipynb"]
     for file in kept:
         file.write_text("mine")
-    assert by_hand.finish(folder, params.load(path), manifest.read(folder)) is None
+    assert by_hand.finish(folder, load_params(path), manifest.read(folder)) is None
     assert sorted(p for p in folder.rglob("*") if p.is_file()) == sorted(kept)
     assert len(list((tmp_path / "elsewhere").iterdir())) == len({*UNDO, *UNDO_OPERATION})
 
 
 def test_what_was_carried_out_becomes_a_record_that_verifies(tmp_path: Path) -> None:
     path = write_params(tmp_path)
-    p, folder = params.load(path), by_hand.begin(path)
+    p, folder = load_params(path), by_hand.begin(path)
     by_hand.environment(folder)
     execute(folder, "migrate/00_preflight")
     (folder / ".ipynb_checkpoints").mkdir()
@@ -96,7 +96,7 @@ def test_a_killed_lab_is_recorded_by_the_next_unless_the_ledger_knows_better(
     tmp_path: Path, database: str, articles: psycopg.Connection[Any]
 ) -> None:
     path = write_params(tmp_path)
-    p, folder = params.load(path), by_hand.begin(path)
+    p, folder = load_params(path), by_hand.begin(path)
     execute(folder, "migrate/00_preflight")
     as_killed = json.loads((folder / "manifest.json").read_text()) | {"pid": DEAD}
     (folder / "manifest.json").write_text(json.dumps(as_killed))
@@ -116,7 +116,7 @@ def test_a_notebook_that_is_stored_ready_to_execute_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = small_notebooks.write(tmp_path / "notebooks")
-    monkeypatch.setenv(runner.NOTEBOOKS_ENV, str(folder))
+    monkeypatch.setenv(NOTEBOOKS_ENV, str(folder))
     first = next((folder / "migrate").glob("00_*.ipynb"))
     first.write_text(first.read_text().replace("execute = False", "execute = True"))
     with pytest.raises(BadInput) as refused:
@@ -138,7 +138,7 @@ def test_the_start_says_what_is_next_and_links_to_it(tmp_path: Path, monkeypatch
 
 
 def test_jupyterlab_opens_the_start_with_documents_and_parameters_in_reach(tmp_path: Path) -> None:
-    project = selection.notebooks().parent
+    project = notebooks().parent
     folder = project / "runs" / "x-by-hand"
     assert by_hand.root(folder) == project.resolve() and by_hand.root(tmp_path / "x") == tmp_path
     command = lab._command(folder, True, 8890)

@@ -13,7 +13,8 @@ from runbook_lib.benchmark import storage_variants as measuring
 from runbook_lib.benchmark.storage_advice import Comparison
 from runbook_lib.core import pictures
 from runbook_lib.core.gates import GateFailed
-from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import compare_storage
 from runbook_lib.params import Params

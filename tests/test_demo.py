@@ -12,12 +12,12 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook_lib import params
 from runbook_lib.benchmark import relevance_measures
 from runbook_lib.benchmark.relevance_measures import Query
 from runbook_lib.cli import demo
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput
+from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 
@@ -50,7 +50,7 @@ def loaded(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lo
 @pytest.fixture
 def demo_params(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Params]:
     monkeypatch.setenv("RUNBOOK_DEMO_DSN", database)
-    return params.load(DEMO_YAML)
+    return load_params(DEMO_YAML)
 
 
 def test_the_counts_are_those_of_the_catalogue(loaded: Loaded) -> None:

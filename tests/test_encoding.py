@@ -17,6 +17,7 @@ from runbook_lib.core.gates import Gate
 from runbook_lib.embeddings.sources import hash_of
 from runbook_lib.migrate import backfill, encoding, expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
+from runbook_lib.runner import sign_off
 from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV
@@ -99,14 +100,14 @@ def test_a_sign_off_may_give_its_reason_in_characters_that_the_encoding_lacks(
     articles = in_encoding("LATIN1")
     phase = opened(make_params())
     asked = approval.Asked((), "parameters", 1, "evidence", (("索引.jsonl", "hash of the file"),))
-    phase.ledger.append("request", {**approval._bound(asked), "plan": []})
+    phase.ledger.append("request", {**asked.as_data(), "plan": []})
     (request,) = articles.execute("SELECT max(seq) FROM runbook.entry").fetchone() or (0,)
-    pending = approval.Pending("50_backfill", request, "", "", "", (), asked, Table((), []), Table((), []))
+    pending = sign_off.Pending("50_backfill", request, "", "", "", (), asked, Table((), []), Table((), []))
     articles.execute("CREATE ROLE signer SUPERUSER LOGIN")
     monkeypatch.setenv(DSN_ENV, make_conninfo(articles.info.dsn, user="signer"))
     try:
         with db.connect(phase.params, "approve") as signer:
-            approval.approve(signer, phase.params, pending, "geprüft → gut")
+            sign_off.approve(signer, phase.params, pending, "geprüft → gut")
         assert (phase.ledger.latest("approval") or {})["reason"] == r"geprüft \u2192 gut"
     finally:
         articles.execute("DROP ROLE signer")

@@ -22,12 +22,13 @@ from papermill.exceptions import PapermillExecutionError
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import params
 from runbook_lib.cli import embedded
-from runbook_lib.core import approval, claim, db, maintenance_window
+from runbook_lib.core import claim, db, maintenance_window
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import open_phase
-from runbook_lib.runner import ending, manifest, runner, stopping, verify
+from runbook_lib.core.registry import NOTEBOOKS_ENV
+from runbook_lib.core.target import load_params
+from runbook_lib.runner import ending, manifest, runner, sign_off, stopping, verify
 from runbook_lib.runner.kernels import Kernels
 from runbook_lib.runner.runner import RunResult
 from tests import small_notebooks, toy
@@ -213,7 +214,7 @@ def test_a_file_that_does_not_fit_is_a_crash_that_says_so(database: str, tmp_pat
     body = "print('much\\n' * 100_000)"
     small_notebooks.write(tmp_path / "nb", **{f"p{FIRST}": body})
     limit = 200_000
-    environment = os.environ | {runner.NOTEBOOKS_ENV: str(tmp_path / "nb"), "IPYTHONDIR": str(tmp_path / "ipython")}
+    environment = os.environ | {NOTEBOOKS_ENV: str(tmp_path / "nb"), "IPYTHONDIR": str(tmp_path / "ipython")}
     command = [
         sys.executable,
         "-c",
@@ -251,7 +252,7 @@ def test_pages_that_cannot_be_written_cost_the_exit_code_and_are_written_later(
     why = "a page of the record could not be written: [Errno 28] No space left on device; make room, then"
     assert m.notes == (f"{why} `runbook record PARAMS {m.run_id}`",)
     assert m.notes[0] in said and result.error == m.notes[0]
-    p = params.load(tmp_path / "toy.yaml")
+    p = load_params(tmp_path / "toy.yaml")
     gate = next(g for g in verify.check(p, m.run_id).failed if g.name.startswith("record.ends"))
     assert (gate.name, gate.do) == (
         "record.ends_with_its_seal",
@@ -278,7 +279,7 @@ def test_a_record_that_cannot_be_sealed_costs_the_exit_code_and_says_so(
     note = "the record could not be sealed in the ledger: the server closed the connection"
     assert (m.status, m.exit_code, result.exit_code, m.notes) == ("passed", 4, 4, (note,))
     assert note in said and result.error == note
-    unsealed = verify.check(params.load(tmp_path / "toy.yaml"), m.run_id).failed
+    unsealed = verify.check(load_params(tmp_path / "toy.yaml"), m.run_id).failed
     assert [g.name for g in unsealed] == ["record.is_sealed"]
     with pytest.raises(BadInput, match="not sealed"):
         runner.write_again(tmp_path / "toy.yaml", m.run_id)
@@ -302,11 +303,11 @@ def test_a_phase_waits_for_its_sign_off_and_is_carried_out_after_it(
         articles.execute(sql.SQL("GRANT USAGE ON SCHEMA runbook TO {}").format(role))
         articles.execute(sql.SQL("GRANT SELECT ON runbook.entry TO {}").format(role))
         articles.execute(sql.SQL("GRANT EXECUTE ON FUNCTION runbook.sign_off TO {}").format(role))
-        p = params.load(write_params(tmp_path, **waiting))
+        p = load_params(write_params(tmp_path, **waiting))
         with monkeypatch.context() as patch:
             patch.setenv(DSN_ENV, make_conninfo(database, user=name))
             with db.connect(p, "the second person") as connection:
-                approval.approve(connection, p, approval.pending(connection, p, SECOND), "read")
+                sign_off.approve(connection, p, sign_off.pending(connection, p, SECOND), "read")
         again, _ = run(sections=waiting, last=SECOND)
     finally:
         articles.execute(sql.SQL("DROP OWNED BY {}").format(role))
@@ -330,7 +331,7 @@ def test_outside_the_window_a_changing_phase_does_not_begin(run: Run, monkeypatc
 @pytest.mark.usefixtures("articles")
 def test_a_second_run_is_refused_between_two_phases_of_the_first(run: Run, tmp_path: Path) -> None:
     path = write_params(tmp_path)
-    p = params.load(path)
+    p = load_params(path)
     with claim.held_by_runner(p, "the-first-run"):
         result, _ = run()
         m = record_of(result)

@@ -8,12 +8,12 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import params
 from runbook_lib.benchmark import explain
 from runbook_lib.benchmark.prepared import Sent
 from runbook_lib.core import db
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.search import search_function
 from tests.conftest import DSN_ENV, write_params
@@ -44,7 +44,7 @@ def big(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Phase
                 ANALYZE articles;
                 """
             )
-        p = params.load(write_params(tmp_path_factory.mktemp("explain")))
+        p = load_params(write_params(tmp_path_factory.mktemp("explain")))
         phase_connection = db.connect(p, "test explain")
         ledger = Ledger(phase_connection, p, "test", "70_tune")
         yield gates_passed(Phase("70_tune", "test", True, p, phase_connection, ledger))

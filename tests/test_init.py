@@ -11,10 +11,10 @@ import psycopg
 import pytest
 from click.testing import CliRunner, Result
 
-from runbook_lib import params
 from runbook_lib.cli import init as init_command
 from runbook_lib.cli.main import main
 from runbook_lib.core.gates import BadInput
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import inputs
 from runbook_lib.params import Params
 from tests.conftest import DSN_ENV
@@ -82,7 +82,7 @@ def test_a_table_it_has_not_seen_gets_a_file_that_passes_every_check(
     search(connection)
     result, path = init("--table", "products")
     assert (result.exit_code, result.stdout) == (0, f"{path}\n"), result.stderr
-    p = params.load(path)
+    p = load_params(path)
     assert p.extension.schema_ == "vectors"
     assert (p.target.key, p.target.text_columns, p.target.filters) == ("sku", ["name", "details"], ["colour"])
     assert (p.search.fulltext_column, p.search.fulltext_config) == ("words", "simple")
@@ -116,7 +116,7 @@ def test_an_index_on_an_expression_of_words_is_found_where_no_column_holds_them(
     connection = table(WORDS)
     result, path = init("--table", "notes")
     assert result.exit_code == 0, result.stderr
-    p = params.load(path)
+    p = load_params(path)
     assert p.search.fulltext_column is None
     assert p.search.fulltext_expression == (
         'to_tsvector(\'app."My German"\'::regconfig, app.joined((title)::text, "Long text"))'
@@ -131,7 +131,7 @@ def test_an_index_on_an_expression_of_words_is_found_where_no_column_holds_them(
     ]
     connection.execute("DROP INDEX words, titles")
     init("--table", "notes", "--force")
-    assert not params.load(path).search.has_fulltext, "a partial index serves no search of every row"
+    assert not load_params(path).search.has_fulltext, "a partial index serves no search of every row"
 
 
 def test_names_that_need_quotes_are_found_and_written(
@@ -147,7 +147,7 @@ def test_names_that_need_quotes_are_found_and_written(
     )
     result, path = init("--schema", "My Shop", "--table", "Things: all")
     assert result.exit_code == 0, result.stderr
-    p = params.load(path)
+    p = load_params(path)
     assert (p.target.name, p.target.key, p.target.text_columns) == ("things_all", "No.", ["Title", "Long text"])
     assert problems(p) == []
     assert "A PLACEHOLDER, not the search of today" in path.read_text()
@@ -167,7 +167,7 @@ def test_what_was_given_is_not_second_guessed(
     flags = ["--text-columns", "details", "--legacy-query-file", mine, "--queries-file", queries]
     result, path = init("--table", "products", *flags, "--model", "my.models:embed", "--dimension", 3072)
     assert result.exit_code == 0, result.stderr
-    p = params.load(path)
+    p = load_params(path)
     assert p.target.filters == ["colour"], "the filter that the given query names"
     assert (p.vector.type, p.embeddings.callable) == ("halfvec", "my.models:embed")
     assert p.queries.file.resolve() == queries and p.legacy.query + ";\n" == mine.read_text()
@@ -238,7 +238,7 @@ def test_a_graph_too_large_for_the_server_makes_way_for_ivfflat(
     )
     result, path = init("--table", "products")
     assert result.exit_code == 0, result.stderr
-    assert params.load(path).index.method == "ivfflat"
+    assert load_params(path).index.method == "ivfflat"
     assert "an HNSW graph would take" in path.read_text()
 
 
@@ -261,7 +261,7 @@ def test_at_a_terminal_a_wrong_answer_is_asked_for_again(
 
     wishes = init_command.Wishes(dsn_env=DSN_ENV)
     path = init_command.write(wishes, tmp_path / "x.yaml", force=False, ask=ask, say=said.append, interactive=True)
-    p = params.load(path)
+    p = load_params(path)
     assert (p.target.table, p.target.key, p.target.filters) == ("products", "sku", ["colour"])
     assert len([line for line in said if "FAIL" in line]) == 4
     with pytest.raises(BadInput):

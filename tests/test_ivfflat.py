@@ -19,10 +19,11 @@ from runbook_lib.benchmark import comparison, ivfflat_drift
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, GateFailed
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.phase import MIGRATE, UNDO, Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE, UNDO
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
 from runbook_lib.operate import rebuild_index
-from runbook_lib.params import load
 from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
@@ -139,7 +140,7 @@ def template(server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @contextmanager
 def opened(path: Path, name: str = "operate/monitor") -> Iterator[Phase]:
-    p = load(path)
+    p = load_params(path)
     with db.connect(p, "test ledger") as ledger, db.connect(p, "test work") as work:
         yield gates_passed(Phase(name, "test-run", True, p, work, Ledger(ledger, p, "test-run", name)))
 

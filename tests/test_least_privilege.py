@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 
 from runbook_lib.benchmark import comparison
 from runbook_lib.core.gates import Gate, GateFailed
-from runbook_lib.core.phase import MIGRATE, UNDO
+from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.migrate import inputs
 from runbook_lib.params import Params
 from tests import toy

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 import runbook_lib
 from runbook_lib.cli import embedded
 from runbook_lib.cli.main import main
+from runbook_lib.core.registry import NOTEBOOKS_ENV
 from runbook_lib.runner import manifest, runner
 from tests import small_notebooks
 from tests.conftest import write_params
@@ -26,7 +27,7 @@ FIRST = "00_preflight"
 @pytest.fixture
 def runbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Calls ``runbook`` with small notebooks in place of the real ones."""
-    monkeypatch.setenv(runner.NOTEBOOKS_ENV, str(small_notebooks.write(tmp_path / "nb")))
+    monkeypatch.setenv(NOTEBOOKS_ENV, str(small_notebooks.write(tmp_path / "nb")))
     return lambda *args: CliRunner().invoke(main, [str(a) for a in args])
 
 

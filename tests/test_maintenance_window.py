@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from runbook_lib import params
 from runbook_lib.core import db, maintenance_window
 from runbook_lib.core.gates import BadInput, OutsideWindow
+from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
 from tests.conftest import write_params
 
@@ -108,7 +108,7 @@ def test_stopping_says_when_to_come_again(make_params: Callable[..., Params]) ->
 )
 def test_settings_that_would_not_hold_are_refused(tmp_path: Path, run: dict[str, object], needed: str) -> None:
     with pytest.raises(BadInput) as error:
-        params.load(write_params(tmp_path, run=run))
+        load_params(write_params(tmp_path, run=run))
     assert error.value.needed == needed
 
 

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from runbook_lib.benchmark import comparison
-from runbook_lib.core.phase import MIGRATE, UNDO
+from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.runner import runner
 from runbook_lib.runner.runner import RunResult
 from tests import toy

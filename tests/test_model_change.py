@@ -15,14 +15,15 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import params
 from runbook_lib.benchmark import comparison
 from runbook_lib.benchmark.prepared import vector_indexes
 from runbook_lib.cli.main import main
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, GateFailed, RunbookError
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.phase import MIGRATE, UNDO, Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE, UNDO
+from runbook_lib.core.target import load_params
 from runbook_lib.operate import model_change, model_comparison, monitor, retire_model
 from runbook_lib.runner import manifest
 from runbook_lib.search import function_ownership, search_function
@@ -115,7 +116,7 @@ def opened(copied: str, new: Path) -> Iterator[Callable[..., Phase]]:
     phases: list[Phase] = []
 
     def make(name: str = "operate/change_model", path: Path = new, execute: bool = True) -> Phase:
-        p = params.load(path)
+        p = load_params(path)
         phase = gates_passed(
             Phase(name, "r", execute, p, db.connect(p, "t"), Ledger(db.connect(p, "t"), p, "r", name))
         )

@@ -31,7 +31,7 @@ def test_every_phase_and_every_way_back_has_its_notebook() -> None:
 
 
 def test_every_phase_is_taken_back_by_exactly_one_undo() -> None:
-    assert sorted(p for taken in UNDO.values() for p in taken) == sorted(MIGRATE)
+    assert sorted(p for rollback in UNDO for p in STEPS[rollback].rolls_back) == sorted(MIGRATE)
 
 
 @notebooks

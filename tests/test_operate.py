@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from runbook_lib.cli.main import main
 from runbook_lib.core import approval, maintenance_window
 from runbook_lib.core.gates import BadInput, NotApproved
-from runbook_lib.core.phase import Phase, following, open_phase
-from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, relied_on, short, waits
+from runbook_lib.core.phase import Phase, open_phase
+from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, following, relied_on, short, waits
 from tests.conftest import write_params
 from tests.small_runs import ledger_rows, record_of
 from tests.small_runs import run as run  # a fixture
@@ -111,8 +111,8 @@ def _row_factory(connection: psycopg.Connection[Any]) -> Any:
 
 @pytest.mark.parametrize("name", [n for n in OPERATE if waits(n)])
 def test_what_an_operation_rests_on_ends_with_its_phase(name: str) -> None:
-    assert relied_on(name)[-1] == OPERATE[name]
-    assert approval._before(name) == list(relied_on(name))
+    assert relied_on(name)[-1] == STEPS[name].needs
+    assert approval.before(name) == list(relied_on(name))
     assert following(name) == "nothing: an operation stands for itself"
 
 
@@ -129,9 +129,9 @@ def test_a_mistyped_operation_starts_nothing(tmp_path: Path) -> None:
     assert (result.exit_code, "did you mean operate/monitor?" in result.output) == (2, True)
     with pytest.raises(BadInput, match="operate/rebuild_index"):
         write = write_params(tmp_path, approval={"phases": ["operate/rebuild"]})
-        from runbook_lib import params
+        from runbook_lib.core.target import load_params
 
-        params.load(write)
+        load_params(write)
 
 
 def test_help_names_the_operations() -> None:

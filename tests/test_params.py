@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from runbook_lib import params
 from runbook_lib.core import names
 from runbook_lib.core.gates import BadInput, Gate
+from runbook_lib.core.target import load_params
 from runbook_lib.params import Params, reference
 from tests.conftest import write_params
 
@@ -22,7 +22,7 @@ MEND = "mend the file and run the same command again"
 
 def _problems(path: Path) -> tuple[Gate, ...]:
     with pytest.raises(BadInput) as error:
-        params.load(path)
+        load_params(path)
     assert {g.verdict for g in error.value.problems} == {"FAIL"}
     return error.value.problems.gates
 
@@ -36,7 +36,7 @@ def _change(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 
 
 def test_the_toy_file_is_valid_and_paths_are_relative_to_it(tmp_path: Path) -> None:
-    p = params.load(write_params(tmp_path))
+    p = load_params(write_params(tmp_path))
     assert p.queries.file == tmp_path.resolve() / "queries.jsonl"
     assert p.queries.judgements == tmp_path.resolve() / "judgements.jsonl"
     assert p.function_name == "search_articles"
@@ -80,7 +80,7 @@ def test_a_name_that_postgresql_would_cut_is_refused_by_its_bytes(tmp_path: Path
         data["target"]["table"] = "ü" * 31
         data["vector"]["column"] = "e" * 40
 
-    p = params.load(_change(tmp_path, fit))
+    p = load_params(_change(tmp_path, fit))
     made = (names.index_name(p), names.side_table_name(p), f"{p.vector.column}_updated_at")
     assert max(len(name.encode()) for name in made) <= 63 and names.index_name(p).endswith(f"_{'e' * 40}_hnsw")
 
@@ -283,7 +283,7 @@ def test_a_dsn_in_the_file_is_refused_and_not_repeated(tmp_path: Path, dsn: str,
     path = _change(tmp_path, lambda d: d["connection"].update(dsn_env=dsn))
     (problem,) = _problems(path)
     with pytest.raises(BadInput) as error:
-        params.load(path)
+        load_params(path)
     assert "hunter2" not in "".join(traceback.format_exception(error.value))
     assert needed in problem.needed
     assert "hunter2" not in str(problem)
@@ -345,7 +345,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> N
 )
 def test_names_that_the_function_has_already_are_refused(tmp_path: Path, target: dict[str, Any], needed: str) -> None:
     with pytest.raises(BadInput) as error:
-        params.load(write_params(tmp_path, target=target))
+        load_params(write_params(tmp_path, target=target))
     assert error.value.needed.startswith(needed)
 
 
@@ -353,7 +353,7 @@ def test_a_text_that_no_encoder_takes_is_refused_wherever_it_stands(tmp_path: Pa
     path = write_params(tmp_path)
     path.write_text(path.read_text() + 'approval: {"by\\ud83d": [a, "b\\0"]}\n')
     with pytest.raises(BadInput) as error:
-        params.load(path)
+        load_params(path)
     assert [(g.subject.removeprefix(f"{path}: "), g.found) for g in error.value.problems] == [
         ("approval.by\\ud83d", "half of a surrogate pair, \\ud83d, at position 3: no character"),
         ("approval.by\\ud83d.1", "a NUL character at position 2, which PostgreSQL stores in no text"),
@@ -417,7 +417,7 @@ def test_a_key_that_is_no_word_is_a_key_that_nobody_knows(tmp_path: Path, key: s
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     path = write_params(tmp_path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert params.load(path).target.name == "articles"
+    assert load_params(path).target.name == "articles"
 
 
 CREDENTIALS = [
@@ -484,7 +484,7 @@ def test_credentials_are_refused_wherever_a_url_stands_but_in_masking_patterns(t
 def test_prewarm_of_an_older_file_is_passed_over_where_it_asks_for_nothing_and_named_where_it_does(
     tmp_path: Path,
 ) -> None:
-    assert params.load(_change(tmp_path, lambda d: d.setdefault("index", {}).update(prewarm=False)))
+    assert load_params(_change(tmp_path, lambda d: d.setdefault("index", {}).update(prewarm=False)))
     (problem,) = _problems(_change(tmp_path, lambda d: d.setdefault("index", {}).update(prewarm=True)))
     assert (problem.subject.split(": ")[-1], problem.needed) == (
         "index",

@@ -13,13 +13,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import params
 from runbook_lib.backfill import health, online_copy, partitioned_twin, throttle
 from runbook_lib.benchmark import partition_proof
 from runbook_lib.core import db
 from runbook_lib.core.gates import GateFailed
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE
+from runbook_lib.core.target import load_params
 from runbook_lib.indexes import building
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import partition_by_filter
@@ -494,7 +495,7 @@ def test_on_postgresql_16_whose_partitions_have_no_identity_of_their_own(
         connection.execute("UPDATE articles SET status = 'Draft' WHERE id % 2 = 0")
         dressed(connection)
         sections = SECTIONS | {k: v for k, v in TARGET.items() if k != "tune"} | {"partitioning": DIVIDE}
-        p = params.load(write_params(tmp_path, **sections))
+        p = load_params(write_params(tmp_path, **sections))
         ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "operate/partition_by_filter")
         ledger.create()
         phase = gates_passed(Phase("operate/partition_by_filter", "test-run", True, p, db.connect(p, "test"), ledger))

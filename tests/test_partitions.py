@@ -16,7 +16,8 @@ from psycopg.conninfo import make_conninfo
 
 from runbook_lib.benchmark import comparison
 from runbook_lib.core import db, row_counts
-from runbook_lib.core.phase import MIGRATE, UNDO, Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.core.row_counts import Rows
 from runbook_lib.indexes import forecast
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, preflight

@@ -13,7 +13,8 @@ import pytest
 from runbook_lib.backfill import partitioned_twin
 from runbook_lib.benchmark import comparison
 from runbook_lib.core.gates import Gate, Verdict
-from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE
 from runbook_lib.migrate import expand_schema, extension, preflight, privileges
 from runbook_lib.operate import compare_storage, partition_by_filter, rehearsal_schema
 from runbook_lib.search import search_function

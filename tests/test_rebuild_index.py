@@ -16,7 +16,8 @@ import pytest
 from runbook_lib.benchmark import index_recall
 from runbook_lib.core import db
 from runbook_lib.core.gates import GateFailed, LockNotObtained
-from runbook_lib.core.phase import MIGRATE, Phase, open_phase
+from runbook_lib.core.phase import Phase, open_phase
+from runbook_lib.core.registry import MIGRATE
 from runbook_lib.indexes import building
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import rebuild_index

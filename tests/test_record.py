@@ -14,8 +14,9 @@ import nbformat
 import pytest
 
 from runbook_lib.core import db, pictures
-from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.core.phase import Phase
 from runbook_lib.core.progress import Progress
+from runbook_lib.core.registry import MIGRATE
 from runbook_lib.runner import manifest, record, review, tables
 from runbook_lib.runner.manifest import PhaseRun
 from tests.records import RUN_ID, entry, gate, make_entries, make_manifest, statement

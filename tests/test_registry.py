@@ -11,12 +11,12 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from runbook_lib import params
 from runbook_lib.cli.main import main
 from runbook_lib.core import approval, predecessors, registry
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import MIGRATE, OLD_NAMES, OPERATE, STEPS, UNDO, UNDO_OPERATION
+from runbook_lib.core.target import load_params
 from tests.conftest import write_params
 from tests.small_runs import record_of
 from tests.small_runs import run as run  # a fixture
@@ -51,11 +51,11 @@ def test_parameters_of_an_earlier_release_are_read(tmp_path: Path) -> None:
         approval={"phases": ["40_rebuild_index", "90_cut_over"]},
         run={"phase_timeout_minutes": {"10_refresh": 5, "undo_40_rebuild_index": 6, "undo/index": 7}},
     )
-    read = params.load(path)
+    read = load_params(path)
     assert read.approval.phases == [REBUILD, "90_cut_over"]
     assert [read.run.timeout_minutes(n) for n in ("operate/refresh", UNDO_REBUILD, "undo/index")] == [5, 6, 7]
     with pytest.raises(BadInput, match="did you mean operate/refresh"):
-        params.load(write_params(tmp_path, run={"phase_timeout_minutes": {"operate/refrech": 5}}))
+        load_params(write_params(tmp_path, run={"phase_timeout_minutes": {"operate/refrech": 5}}))
 
 
 def test_the_command_line_takes_old_and_short_names(
@@ -102,4 +102,4 @@ def test_a_phase_that_waited_in_an_earlier_release_still_waits(open_phase: Calla
     phase = open_phase(REBUILD)
     phase.ledger.create()
     replace(phase.ledger, phase="approval").append("waits", {"phases": ["40_rebuild_index"]})
-    assert approval._waiting(phase.ledger) == {REBUILD}
+    assert approval.waiting_steps(phase.ledger) == {REBUILD}

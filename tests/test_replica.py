@@ -23,10 +23,11 @@ from runbook_lib.cli import embedded
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate, RunbookError
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import preflight
 from runbook_lib.operate import monitor
-from runbook_lib.params import load
 from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
@@ -113,7 +114,7 @@ def opened(pair: tuple[str, str], tmp_path: Path) -> Iterator[Opener]:
     made: list[Phase] = []
 
     def make(name: str = "00_preflight", **more: Any) -> Phase:
-        p = load(params_file(tmp_path, **more))
+        p = load_params(params_file(tmp_path, **more))
         ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", name)
         ledger.create()
         made.append(gates_passed(Phase(name, "test-run", True, p, db.connect(p, "test work"), ledger)))
@@ -359,8 +360,8 @@ def test_scans_of_the_replica_count_as_use(opened: Opener, pair: tuple[str, str]
 @pytest.mark.attack
 def test_the_variable_is_named_and_the_dsn_is_not_written_down(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as raised:
-        load(params_file(tmp_path, read_dsn_env="postgresql://u@h/db"))
+        load_params(params_file(tmp_path, read_dsn_env="postgresql://u@h/db"))
     assert "the DSN itself must not stand in this file" in str(raised.value)
     with pytest.raises(BadInput) as raised:
-        load(params_file(tmp_path, read_dsn_env="postgresql://u:hush@h/db"))
+        load_params(params_file(tmp_path, read_dsn_env="postgresql://u:hush@h/db"))
     assert "a URL without credentials" in str(raised.value) and "hush" not in str(raised.value)

@@ -18,11 +18,12 @@ from runbook_lib.benchmark import comparison, legacy_usage
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, GateFailed
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.phase import MIGRATE, UNDO, Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE, UNDO
+from runbook_lib.core.target import load_params
 from runbook_lib.indexes import building
 from runbook_lib.migrate import cut_over
 from runbook_lib.operate import monitor, retirable, retire_legacy
-from runbook_lib.params import load
 from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
@@ -90,7 +91,7 @@ def opened(database: str, tmp_path: Path) -> Iterator[Open]:
     made: list[Phase] = []
 
     def make(execute: bool = True, hybrid: bool = False, search: Any = None, **keys: Any) -> Phase:
-        p = load(params_file(tmp_path, hybrid=hybrid, search=search, **keys))
+        p = load_params(params_file(tmp_path, hybrid=hybrid, search=search, **keys))
         connection = db.connect(p, "test retire")
         ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "operate/retire_legacy")
         made.append(gates_passed(Phase("operate/retire_legacy", "test-run", execute, p, connection, ledger)))
@@ -154,7 +155,7 @@ def test_there_and_back_through_the_notebook(
 
 
 def _open(path: Path) -> Phase:
-    p = load(path)
+    p = load_params(path)
     ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "operate/retire_legacy")
     return gates_passed(Phase("operate/retire_legacy", "test-run", True, p, db.connect(p, "test"), ledger))
 
@@ -339,7 +340,9 @@ def test_the_notebook_stops_ahead_of_any_change(articles: psycopg.Connection[Any
 
 def judging(folder: Path) -> Phase:
     """A phase to judge with: the judgement asks no server."""
-    return Phase("operate/retire_legacy", "test-run", False, load(params_file(folder, unused_days=30)), None, None)  # type: ignore[arg-type]
+    return Phase(
+        "operate/retire_legacy", "test-run", False, load_params(params_file(folder, unused_days=30)), None, None
+    )  # type: ignore[arg-type]
 
 
 LOOK = legacy_usage.Look(

@@ -14,18 +14,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import nbformat
 import psycopg
 import pytest
 
-from runbook_lib import params
 from runbook_lib.cli import main
 from runbook_lib.core import plans
 from runbook_lib.core.gates import BadInput
-from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import NOTEBOOKS_ENV
+from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
 from runbook_lib.runner import folders, manifest, runner, verify
 from tests import small_notebooks
@@ -146,7 +145,7 @@ def test_a_signal_cancels_the_statement_within_two_seconds_and_leaves_a_record(
     run: Callable[..., Any], database: str, tmp_path: Path, sent: signal.Signals
 ) -> None:
     small_notebooks.write(tmp_path / "nb", **{f"p{FIRST}": "phase.connection.execute('SELECT pg_sleep(60)')"})
-    environment = os.environ | {runner.NOTEBOOKS_ENV: str(tmp_path / "nb")}
+    environment = os.environ | {NOTEBOOKS_ENV: str(tmp_path / "nb")}
     command = [sys.executable, "-c", "from runbook_lib.cli.main import main; main()", "run", "--execute"]
     process = subprocess.Popen(
         [*command, str(write_params(tmp_path))], cwd=ROOT, env=environment, text=True,
@@ -215,7 +214,7 @@ def test_a_wrong_phase_starts_nothing(
 
 
 def test_unusable_inputs_start_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(runner.NOTEBOOKS_ENV, str(small_notebooks.write(tmp_path / "nb")))
+    monkeypatch.setenv(NOTEBOOKS_ENV, str(small_notebooks.write(tmp_path / "nb")))
     with pytest.raises(BadInput, match="no_such_table"):
         runner.run(write_params(tmp_path, target={"table": "no_such_table"}), execute=False)
     assert not (tmp_path / "runs").exists()
@@ -234,11 +233,11 @@ def test_two_runs_in_one_second_keep_apart(make_params: Callable[..., Params]) -
 
 
 def test_an_absent_notebook_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(runner.NOTEBOOKS_ENV, str(tmp_path))
+    monkeypatch.setenv(NOTEBOOKS_ENV, str(tmp_path))
     with pytest.raises(BadInput) as error:
         runner.run(write_params(tmp_path), execute=False)
     assert error.value.found == "no 00_preflight.ipynb"
-    assert params.load(tmp_path / "toy.yaml").record.runs_dir.exists() is False
+    assert load_params(tmp_path / "toy.yaml").record.runs_dir.exists() is False
 
 
 @pytest.mark.attack
@@ -299,7 +298,7 @@ def test_at_no_time_can_others_read_a_record_but_whom_the_parameters_name(
     before = os.umask(0)
     try:
         folder = folders.new_folder(p.record, "articles")
-        plans.note(cast(Phase, SimpleNamespace(name=FIRST, run_id=folder.name, params=p)), "gate", {})
+        plans.note(p, folder.name, FIRST, "gate", {})
         manifest.write_atomically(folder / "index.html", "a row's text")
         os.umask(0o077)
         closed = folders.new_folder(p.record, "closed")
@@ -327,7 +326,7 @@ def test_a_run_that_began_by_the_ledger_and_lost_its_runner_is_settled_once(
     run()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    p = params.load(tmp_path / "toy.yaml")
+    p = load_params(tmp_path / "toy.yaml")
     folder = folders.new_folder(p.record, "articles")
     began = runner.first_manifest(folder.name, p, tmp_path / "toy.yaml", "migrate", True, (FIRST,))
     began = replace(began, pid=gone.pid)
@@ -353,7 +352,7 @@ def test_a_run_that_began_by_the_ledger_and_lost_its_runner_is_settled_once(
 
 
 def test_older_records_of_what_a_schedule_repeats_are_removed_where_the_parameters_say_so(tmp_path: Path) -> None:
-    p = params.load(write_params(tmp_path, record={"runs_dir": str(tmp_path / "runs"), "keep": 2}))
+    p = load_params(write_params(tmp_path, record={"runs_dir": str(tmp_path / "runs"), "keep": 2}))
 
     def recorded(n: int, name: str, status: str = "passed") -> manifest.Manifest:
         made = replace(

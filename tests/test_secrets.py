@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib.runner import runner
+from runbook_lib.core.registry import NOTEBOOKS_ENV
 from tests import small_notebooks
 from tests.conftest import DSN_ENV, write_params
 from tests.endpoints import Answer, serving
@@ -51,7 +51,7 @@ with pytest.raises(sqlalchemy.exc.ProgrammingError):
     get_ipython().run_line_magic("sql", "SELECT no_such_column")
 ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE '%%display'"
 assert phase.connection.execute(ended, {}).rowcount == 1
-sqlmagic.connect(phase)
+sqlmagic.connect(phase.params, phase.run_id, lambda: phase.connection)
 %sql SELECT 1 AS one"""
 
 # What a notebook may do with its environment, by accident or not.
@@ -154,7 +154,7 @@ def test_no_secret_is_left_behind(end: str, tmp_path: Path, database: str) -> No
     body, exit_code = ENDS[end]
     small_notebooks.write(tmp_path / "nb", **{f"p{FIRST}": body})
     environment = os.environ | {
-        runner.NOTEBOOKS_ENV: str(tmp_path / "nb"),
+        NOTEBOOKS_ENV: str(tmp_path / "nb"),
         DSN_ENV: make_conninfo(database, password=PASSWORD),
         "OPENAI_API_KEY": API_KEY + "\n",
         "PLANTED_HOOK": f"http://127.0.0.1:1/{TOKEN}",

@@ -13,7 +13,8 @@ from runbook_lib.benchmark.partial_index_candidates import Value
 from runbook_lib.benchmark.prepared import CALLS
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, GateFailed
-from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import filter_indexes, serve_filters
 from runbook_lib.search import search_function

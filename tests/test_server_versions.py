@@ -14,7 +14,7 @@ from psycopg import sql
 import runbook_lib
 from runbook_lib.benchmark import comparison
 from runbook_lib.core import versions
-from runbook_lib.core.phase import MIGRATE, UNDO
+from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.sql import load
 from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params

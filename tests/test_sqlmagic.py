@@ -37,7 +37,7 @@ def test_a_connection_of_another_role_is_refused_each_time_and_let_go(
 ) -> None:
     phase = open_phase()
     phase.connection.execute("SET ROLE pg_monitor")
-    sqlmagic.connect(phase)
+    sqlmagic.connect(phase.params, phase.run_id, lambda: phase.connection)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"the display connection is on .*, the phase on .*'pg_monitor'"):
             read(shell, "SELECT 1 AS one")
@@ -51,7 +51,8 @@ def test_the_next_phase_of_a_kernel_reads_by_its_own_connection(
 ) -> None:
     seen = []
     for column in ("embedding", "other"):
-        sqlmagic.connect(open_phase(vector={"column": column}))
+        phase = open_phase(vector={"column": column})
+        sqlmagic.connect(phase.params, phase.run_id, lambda phase=phase: phase.connection)
         pid = read(shell, "SELECT pg_backend_pid()")
         assert pid == read(shell, "SELECT pg_backend_pid()")
         wait_until(lambda pid=pid: articles.execute(DISPLAYS).fetchall() == [(pid,)], 10)  # that before has ended

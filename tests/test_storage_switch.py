@@ -11,7 +11,8 @@ import pytest
 
 from runbook_lib.benchmark import explain, plan_diagnosis
 from runbook_lib.core.names import operator_class
-from runbook_lib.core.phase import MIGRATE, UNDO, Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.indexes import building
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import rebuild_index, storage_switch

@@ -19,7 +19,7 @@ from runbook_lib.backfill import workers
 from runbook_lib.benchmark import comparison
 from runbook_lib.core import db
 from runbook_lib.core.gates import GateFailed
-from runbook_lib.core.phase import MIGRATE, UNDO
+from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.indexes import building
 from runbook_lib.migrate import cut_over
 from tests import toy

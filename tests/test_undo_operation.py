@@ -15,13 +15,24 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from runbook_lib.cli.main import main
-from runbook_lib.core import approval, maintenance_window
+from runbook_lib.core import maintenance_window
 from runbook_lib.core.gates import BadInput, GateFailed
-from runbook_lib.core.phase import Phase, following, open_phase
-from runbook_lib.core.registry import MIGRATE, OPERATE, STANDS_ON, UNDO_OPERATION, relied_on, short, taken_back, waits
+from runbook_lib.core.phase import Phase, open_phase
+from runbook_lib.core.registry import (
+    MIGRATE,
+    OPERATE,
+    STEPS,
+    UNDO_OPERATION,
+    following,
+    operation_of,
+    relied_on,
+    rolled_back_by,
+    short,
+    waits,
+)
 from runbook_lib.indexes import building
 from runbook_lib.operate import partition_by_filter, rebuild_index
-from runbook_lib.runner import manifest, selection
+from runbook_lib.runner import manifest, selection, sign_off
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.servers import dump
@@ -32,7 +43,8 @@ from tests.test_serve_filters import APART, NAMED, TARGET, many_rows
 from tests.test_server_versions import SECTIONS
 
 REBUILD, SERVE, DIVIDE = "operate/rebuild_index", "operate/serve_filters", "operate/partition_by_filter"
-UNDO_OF = {operation: name for name, operation in UNDO_OPERATION.items()}
+UNDO_OF = {operation_of(name): name for name in UNDO_OPERATION}
+NO_ROLLBACK = [name for name in OPERATE if name not in UNDO_OF]
 TIMES = 4
 WAY: dict[str, Any] = SECTIONS | {k: v for k, v in TARGET.items() if k != "tune"} | APART
 OPERATIONS: dict[str, dict[str, Any]] = {
@@ -163,7 +175,7 @@ def test_a_way_back_that_is_stopped_goes_on_and_never_forth(
     assert seen(copied) == before
 
 
-def test_an_index_that_was_made_anew_since_is_not_taken_back(copied: str, tmp_path: Path) -> None:
+def test_an_index_that_was_made_anew_since_is_not_rolled_back(copied: str, tmp_path: Path) -> None:
     path = write_params(tmp_path, **WAY | OPERATIONS[REBUILD])
     step(REBUILD, path)
     step("undo/index", path)
@@ -173,7 +185,7 @@ def test_an_index_that_was_made_anew_since_is_not_taken_back(copied: str, tmp_pa
     assert seen(copied) == here
 
 
-def test_a_rebuild_that_was_not_swapped_in_is_taken_back_alone(copied: str, tmp_path: Path) -> None:
+def test_a_rebuild_that_was_not_swapped_in_is_rolled_back_alone(copied: str, tmp_path: Path) -> None:
     step(REBUILD, write_params(tmp_path, **WAY | OPERATIONS[REBUILD]))
     here = seen(copied)
     path = write_params(tmp_path, **WAY | {"index": {"m": 8, "ef_construction": 96}})
@@ -187,7 +199,7 @@ def test_a_rebuild_that_was_not_swapped_in_is_taken_back_alone(copied: str, tmp_
         assert seen(copied) == here, "the rebuild before it stays"
 
 
-def test_once_the_ordinary_table_is_retired_nothing_is_taken_back(copied: str, tmp_path: Path) -> None:
+def test_once_the_ordinary_table_is_retired_nothing_is_rolled_back(copied: str, tmp_path: Path) -> None:
     path = write_params(tmp_path, **WAY | OPERATIONS[DIVIDE])
     step(DIVIDE, path)
     phase = open_phase(DIVIDE, str(path), "retiring", True)
@@ -207,15 +219,16 @@ def test_once_the_ordinary_table_is_retired_nothing_is_taken_back(copied: str, t
     assert seen(copied) == here
 
 
-@pytest.mark.parametrize("name", selection.NO_WAY_BACK)
+@pytest.mark.parametrize("name", NO_ROLLBACK)
 def test_what_has_no_way_back_says_why_and_starts_nothing(tmp_path: Path, name: str) -> None:
     result = operate(write_params(tmp_path), name, "--undo", "--execute")
-    why, do = selection.NO_WAY_BACK[name]
+    why, do = STEPS[name].no_rollback, STEPS[name].instead
+    assert why and do
     assert result.exit_code == 2
     assert result.output.splitlines() == [
         f"FAIL    runner.operation_has_a_way_back   {name}",
         f"  found   {why}",
-        f"  needed  one of {', '.join(UNDO_OPERATION.values())}",
+        f"  needed  one of {', '.join(UNDO_OF)}",
         "  danger  a record would say that something was taken back; nothing was started",
         f"  do      {do}",
     ]
@@ -223,18 +236,18 @@ def test_what_has_no_way_back_says_why_and_starts_nothing(tmp_path: Path, name: 
 
 
 def test_every_operation_has_a_way_back_or_a_reason() -> None:
-    assert sorted([*UNDO_OPERATION.values(), *selection.NO_WAY_BACK]) == sorted(OPERATE)
-    assert set(STANDS_ON) <= set(UNDO_OPERATION.values())
+    assert {name for name in OPERATE if STEPS[name].no_rollback} == set(NO_ROLLBACK)
+    assert {STEPS[name].after for name in UNDO_OPERATION} == {"", DIVIDE}
     with pytest.raises(BadInput, match="did you mean operate/rebuild_index"):
-        selection.way_back_of("rebuild")
+        selection.rollback_of_operation("rebuild")
 
 
 @pytest.mark.parametrize("name", UNDO_OPERATION)
 def test_a_way_back_waits_and_rests_as_its_operation_does(name: str) -> None:
-    operation = UNDO_OPERATION[name]
+    operation = operation_of(name)
     assert waits(name) == waits(operation)
     assert relied_on(name) == (*relied_on(operation), operation)
-    assert taken_back(name) == (operation,)
+    assert rolled_back_by(name) == (operation,)
     assert following(name) == following(operation)
 
 
@@ -280,7 +293,7 @@ def test_it_waits_for_a_sign_off_of_its_own(
     assert (result.exit_code, result.status) == (3, "waiting")
     assert f"let another person run `runbook approve PARAMS {UNDO_OF[REBUILD]}`" in result.error
     assert [phase for phase, _ in ledger_rows(database, "request")] == [UNDO_OF[REBUILD]]
-    refused = str(approval._refused(UNDO_OF[REBUILD], "found", "needed"))
+    refused = str(sign_off._refused(UNDO_OF[REBUILD], "found", "needed"))
     assert f"runbook operate PARAMS {short(REBUILD)} --undo --execute" in refused
 
     articles.execute("CREATE ROLE second_of_undo LOGIN SUPERUSER")

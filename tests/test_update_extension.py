@@ -14,12 +14,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import params
 from runbook_lib.benchmark import comparison
 from runbook_lib.core import db, versions
 from runbook_lib.core.gates import BadInput, GateFailed
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.phase import MIGRATE, Phase
+from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import MIGRATE
+from runbook_lib.core.target import load_params
 from runbook_lib.embeddings import embedding
 from runbook_lib.operate import rebuild_index, update_extension
 from tests import servers, toy
@@ -181,7 +182,7 @@ def indexed(articles: psycopg.Connection[Any], tmp_path: Path) -> Path:
 @pytest.fixture
 def operation(indexed: Path) -> Iterator[Phase]:
     """The operation on that table, its release set back in the catalogue."""
-    p = params.load(indexed)
+    p = load_params(indexed)
     ledger = Ledger(db.connect(p, "test ledger"), p, "test-run", "operate/update_extension")
     phase = gates_passed(Phase("operate/update_extension", "test-run", True, p, db.connect(p, "test"), ledger))
     yield phase

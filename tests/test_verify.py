@@ -10,8 +10,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import params
 from runbook_lib.core.gates import Gate
+from runbook_lib.core.target import load_params
 from runbook_lib.runner import manifest, verify
 from tests.small_runs import FIRST, SECOND
 from tests.small_runs import run as run  # a fixture
@@ -30,7 +30,7 @@ def sealed(run: Callable[..., Any], articles: psycopg.Connection[Any]) -> Path:
 
 def broken(folder: Path, head: str = "") -> list[Gate]:
     """The gates of verify that do not pass."""
-    p = params.load(folder.parent.parent / "toy.yaml")
+    p = load_params(folder.parent.parent / "toy.yaml")
     return list(verify.check(p, folder.name, head).failed)
 
 

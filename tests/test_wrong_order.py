@@ -18,8 +18,15 @@ from runbook_lib.benchmark import comparison
 from runbook_lib.core import db, predecessors
 from runbook_lib.core.cell_order import CLOSE, OPEN, PLAN, PROVE, REQUIRE, OutOfOrder
 from runbook_lib.core.gates import BadInput, GateFailed, RunbookError, collect, gate
-from runbook_lib.core.phase import following
-from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION
+from runbook_lib.core.registry import (
+    MIGRATE,
+    OPERATE,
+    STEPS,
+    UNDO,
+    following,
+    operation_of,
+    relied_on,
+)
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.servers import dump
@@ -235,11 +242,11 @@ def says(phase: Any, name: str, verdict: str, **body: str) -> None:
     replace(phase.ledger, phase=name).append("phase", {"verdict": verdict} | body)
 
 
-@pytest.mark.parametrize("notebook", [n for n in ALL if name_of(n) not in (MIGRATE[0], next(iter(UNDO)))])
+@pytest.mark.parametrize("notebook", [n for n in ALL if name_of(n) not in (MIGRATE[0], UNDO[0])])
 def test_what_it_rests_on_was_undone_meanwhile(opened: Callable[..., Stepped], there: str, notebook: str) -> None:
     name, stepped = name_of(notebook), opened(notebook)
     phase = stepped.phase
-    later = [p for way in list(UNDO)[: list(UNDO).index(name)] for p in UNDO[way]] if name in UNDO else []
+    later = [p for way in UNDO[: UNDO.index(name)] for p in STEPS[way].rolls_back] if name in UNDO else []
     for other in MIGRATE:
         says(phase, other, "UNDONE" if other in later else "PASS")
     phase.require()
@@ -248,7 +255,7 @@ def test_what_it_rests_on_was_undone_meanwhile(opened: Callable[..., Stepped], t
         says(phase, later[-1], "PASS")
         why = f"{name}: {later[-1]} still proved"
     else:
-        rests = OPERATE.get(UNDO_OPERATION.get(name, name)) or MIGRATE[MIGRATE.index(name) - 1]
+        rests = [n for n in relied_on(operation_of(name)) if n in MIGRATE][-1]
         says(phase, rests, "UNDONE", by="the undo of another")
         why = f"{rests} was undone by the undo of another"
     told = fingerprint(there)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
-from runbook_lib import params as params_module
 from runbook_lib.cli.console import GATE_DID_NOT_PASS, PARAMS, echo_styled, plain_errors
-from runbook_lib.core import approval, db
+from runbook_lib.core import db
 from runbook_lib.core.gates import Verdict
 from runbook_lib.core.registry import current
+from runbook_lib.core.target import load_params
+from runbook_lib.runner import sign_off
 from runbook_lib.runner.manifest import BAD_INPUT, SYMBOLS, Status
 
 
@@ -32,9 +33,9 @@ def approve(params_file: Path, phase: str, reason: str, yes: bool) -> None:
     """
     with plain_errors():
         phase = current(phase)
-        params = params_module.load(params_file)
+        params = load_params(params_file)
         with db.connect(params, "runbook approve") as connection:
-            shown = approval.pending(connection, params, phase)
+            shown = sign_off.pending(connection, params, phase)
             click.echo(str(shown))
             if not yes:
                 if not sys.stdin.isatty():
@@ -43,7 +44,7 @@ def approve(params_file: Path, phase: str, reason: str, yes: bool) -> None:
                 if not click.confirm(f"\nApprove {phase}?", err=True):
                     click.echo("not approved", err=True)
                     sys.exit(GATE_DID_NOT_PASS)
-            approval.approve(connection, params, shown, reason)
+            sign_off.approve(connection, params, shown, reason)
         click.echo(f"{SYMBOLS[Status.PASSED]} {phase} is approved; the next run carries it out")
 
 
@@ -58,7 +59,7 @@ def verify(params_file: Path, run_id: str, head: str) -> None:
     from runbook_lib.runner import verify as verification
 
     with plain_errors():
-        gates = verification.check(params_module.load(params_file), run_id, head)
+        gates = verification.check(load_params(params_file), run_id, head)
         click.echo(str(gates))
         if any(g.verdict is not Verdict.PASS for g in gates):
             sys.exit(GATE_DID_NOT_PASS)
@@ -74,7 +75,7 @@ def record(params_file: Path, run_id: str) -> None:
     from runbook_lib.runner import by_hand, runner
 
     with plain_errors():
-        params = params_module.load(params_file)
+        params = load_params(params_file)
         settled = run_id in by_hand.settle(params)
         page = params.record.runs_dir / run_id / "index.html"
         click.echo(str(page if settled else runner.write_again(params_file, run_id)))

@@ -7,7 +7,6 @@ README and ``docs/``; a test compares.
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from runbook_lib.core.db import BLOCKED_BY, lock_level
-from runbook_lib.core.registry import OPERATE, UNDO_OPERATION, notebook, short
+from runbook_lib.core.registry import OPERATE, STEPS, rollback_of, short
 from runbook_lib.params import Params, reference
 from runbook_lib.runner.manifest import EXIT_CODES, MEANINGS
 from runbook_lib.sql import Block, load
@@ -98,18 +97,12 @@ def exit_codes() -> str:
 
 
 def operations() -> str:
-    """A row an operation; what it does is the beginning of its notebook."""
+    """A row an operation."""
     lines = ["| operation | what it does | needs | `--undo` |", "|---|---|---|---|"]
-    for name, needed in OPERATE.items():
-        undone = "yes" if name in UNDO_OPERATION.values() else "no"
-        lines.append(f"| `{short(name)}` | {_beginning(name)} | `{needed}` | {undone} |")
+    for step in (STEPS[name] for name in OPERATE):
+        undone = "yes" if rollback_of(step.name) else "no"
+        lines.append(f"| `{short(step.name)}` | {step.does[:1].upper()}{step.does[1:]} | `{step.needs}` | {undone} |")
     return "\n".join(lines)
-
-
-def _beginning(name: str) -> str:
-    cells = json.loads((ROOT / "notebooks" / notebook(name)).read_text("utf-8"))["cells"]
-    _title, text, *_ = "".join(cells[0]["source"]).split("\n\n")
-    return re.split(r"[.:] ", text)[0].removesuffix(".")
 
 
 def attacks() -> str:

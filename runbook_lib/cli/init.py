@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import yaml
 from psycopg import sql
 
-from runbook_lib import params as params_module
 from runbook_lib.benchmark import statement_statistics
 from runbook_lib.benchmark.statement_statistics import Search
 from runbook_lib.cli import legacy_statement, suggest
@@ -28,6 +27,7 @@ from runbook_lib.cli.suggest import SQL, Found, Setting
 from runbook_lib.core import db
 from runbook_lib.core.display import number, size
 from runbook_lib.core.gates import BadInput, Gate, Verdict
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import inputs
 from runbook_lib.params import Params
 from runbook_lib.runner.manifest import write_atomically
@@ -180,7 +180,7 @@ def _load(content: str) -> Params:
     with tempfile.TemporaryDirectory(prefix="runbook-init-") as folder:
         path = Path(folder) / "params.yaml"
         path.write_text(content, "utf-8")
-        return params_module.load(path)
+        return load_params(path)
 
 
 def _short_name(table: str) -> str:

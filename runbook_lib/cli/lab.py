@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from runbook_lib import params as params_module
 from runbook_lib.cli.console import PARAMS, plain_errors, say, terminated_like_interrupted
+from runbook_lib.core.target import load_params
 from runbook_lib.runner import by_hand
 from runbook_lib.runner import manifest as manifests
 from runbook_lib.runner.manifest import SYMBOLS, Status
@@ -34,7 +34,7 @@ def lab(params_file: Path, no_browser: bool, port: int | None) -> None:
 
 def open_lab(params_file: Path, *, no_browser: bool = False, port: int | None = None) -> None:
     """JupyterLab on the copies, in a group of processes of its own, so that Ctrl-C reaches it once and through us."""
-    for settled in by_hand.settle(params_module.load(params_file)):
+    for settled in by_hand.settle(load_params(params_file)):
         say(f"{settled} had been killed; what it had carried out is recorded now")
     folder = by_hand.begin(params_file)
     say(f"JupyterLab on {folder / by_hand.START}.ipynb; Ctrl-C ends it and makes the record")
@@ -49,7 +49,7 @@ def open_lab(params_file: Path, *, no_browser: bool = False, port: int | None = 
             if lab.poll() is None:
                 lab.terminate()
                 lab.wait()
-    run = by_hand.finish(folder, params_module.load(params_file), manifests.read(folder))
+    run = by_hand.finish(folder, load_params(params_file), manifests.read(folder))
     if run is None:
         say("nothing was carried out, so there is nothing to record")
     else:

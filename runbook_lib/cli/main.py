@@ -16,7 +16,6 @@ from typing import Any
 import click
 
 import runbook_lib
-from runbook_lib import params as params_module
 from runbook_lib.cli import cli_review
 from runbook_lib.cli.console import (
     COMPLETION_HELP,
@@ -31,6 +30,7 @@ from runbook_lib.cli.lab import lab, open_lab
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, GateFailed
 from runbook_lib.core.registry import OPERATE, UNDO_OPERATION, short
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import inputs
 from runbook_lib.params import Params
 from runbook_lib.runner import runner, selection, target_status
@@ -146,7 +146,7 @@ def operate(params_file: Path, name: str, execute: bool, take_back: bool, quiet:
       runbook operate params/articles.yaml rebuild_index --undo --execute     # its rollback
     """
     with plain_errors():
-        way, chosen = ("undo", selection.way_back_of(name)) if take_back else ("operate", name)
+        way, chosen = ("undo", selection.rollback_of_operation(name)) if take_back else ("operate", name)
         _end(
             runner.run(
                 params_file,
@@ -190,7 +190,7 @@ def check(params_file: Path, quiet: bool) -> None:
         # Here, because it needs what takes longer to import than the other commands take to run.
         from runbook_lib.migrate import trials
 
-        params = params_module.load(params_file)
+        params = load_params(params_file)
         gates = inputs.input_problems(params)
         if gates.failed:
             raise BadInput(gates.failed)
@@ -265,7 +265,7 @@ def init_(output: Path | None, force: bool, **wishes: Any) -> None:
 def status(params_file: Path, as_json: bool) -> None:
     """Show the state of the target, from the ledger in its database."""
     with plain_errors():
-        params = params_module.load(params_file)
+        params = load_params(params_file)
         found = target_status.where_it_stands(params)
         if as_json:
             click.echo(json.dumps(found, indent=2, ensure_ascii=False, default=str))

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import runbook_lib
-from runbook_lib.core.registry import notebook
+from runbook_lib.core.registry import notebook, notebooks
 from runbook_lib.params import Params
 
 MISSING = "not there"
@@ -24,9 +24,7 @@ def of(params: Params, phase: str) -> dict[str, str]:
 
 
 def _files(params: Params, phase: str) -> Iterator[tuple[str, Path | None]]:
-    from runbook_lib.runner import selection  # it needs the checks, which need what a phase needs
-
-    yield f"notebook {phase}", selection.notebooks() / notebook(phase)
+    yield f"notebook {phase}", notebooks() / notebook(phase)
     e, q = params.embeddings, params.queries
     yield "embeddings.file", e.file
     yield "embeddings.ids_file", e.ids_file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -12,7 +12,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psycopg
 
-from runbook_lib import params as params_module
 from runbook_lib.core import (
     approval,
     cell_order,
@@ -38,9 +37,8 @@ from runbook_lib.core.gates import (
     not_run,
 )
 from runbook_lib.core.ledger import Ledger, as_data
-from runbook_lib.core.registry import MIGRATE as MIGRATE
-from runbook_lib.core.registry import OPERATE, RUNS_BESIDE, UNDO_OPERATION, taken_back, waits
-from runbook_lib.core.registry import UNDO as UNDO
+from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, following, function, rolled_back_by, waits
+from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
 
 NEEDED = "the phase carried out"
@@ -128,12 +126,17 @@ class Phase:
     def _way_here(self) -> Gates:
         gates = collect(predecessors.gates(self.name, self.ledger, self.params))
         if not self.execute:
-            return gates.without_pass() + self._judge(approval.check(self))
+            return gates.without_pass() + self._judge(
+                approval.check(self.name, self.ledger, self.execute, self.planned)
+            )
         gates = self._judge(gates)
         if waits(self.name):
             gates += self._judge(maintenance_window.clocks_agree(self.ledger.connection, self.params))
             maintenance_window.enter(self.params)
-        return gates + self._judge(approval.check(self))
+        return gates + self._judge(self._sign_off())
+
+    def _sign_off(self) -> Gates:
+        return approval.check(self.name, self.ledger, self.execute, self.planned)
 
     def join(self) -> None:
         """Takes part in a step that another session has opened, and which that session proves and closes.
@@ -193,6 +196,15 @@ class Phase:
     def _must_be_connected(self) -> None:
         """Raises OutOfOrder for a phase that was closed, or whose sessions have ended, and with them its claim."""
         _ = self.connection, self.ledger
+
+    def planned(self) -> list[dict[str, str]]:
+        """The statements that the step would carry out now, as plain data."""
+        step = STEPS.get(self.name)
+        statements = [s for plan in (step.plans if step else ()) for s in function(plan)(self)]
+        return db.rendered(statements, self.connection)
+
+    def _note_in_plan(self, kind: str, body: Mapping[str, Any]) -> None:
+        plans.note(self.params, self.run_id, self.name, kind, body)
 
     def carry_out(self, plan: db.Plan) -> Table:
         """Carries out the plan, statement by statement, each with a bound wait and a row in the ledger."""
@@ -278,7 +290,7 @@ class Phase:
         """
         if not self.execute:
             for g in gates:
-                plans.note(self, "gate", as_data(g))
+                self._note_in_plan("gate", as_data(g))
         elif self.ledger.exists():
             self.ledger.append_gates(gates)
         if gates.failed:
@@ -291,11 +303,11 @@ class Phase:
         return gates
 
     def _append_verdicts(self, verdict: str) -> None:
-        """This phase's verdict; a way back also says UNDONE for each phase, or the operation, that it took back."""
+        """This phase's verdict; a rollback also says UNDONE for each phase, or the operation, that it rolled back."""
         if not self.ledger.exists():
             return
         self.ledger.append("phase", {"verdict": verdict})
-        for name in taken_back(self.name):
+        for name in rolled_back_by(self.name):
             # An operation that was killed has no verdict, and is taken back all the same.
             if self.ledger.last_row(name) if name in OPERATE else self.ledger.phase_verdict(name) != "NOT RUN":
                 replace(self.ledger, phase=name).append("phase", {"verdict": "UNDONE", "by": self.name})
@@ -314,7 +326,8 @@ class Phase:
                 raise OutOfOrder(f"{self.name} is open, and what it did is not proved", cell(cell_order.PROVE))
             self._append_verdicts(verdict)
         else:
-            plans.note_statements(self)
+            for planned in self.planned():
+                self._note_in_plan("planned", planned)
         self.end("is closed", _after(self.name))
         return Table(
             ("phase", "verdict", "next"), [(self.name, verdict if self.execute else "NOT RUN", following(self.name))]
@@ -352,14 +365,14 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     # First of all: where this fails, the cells below must not work on what was open before.
     here = f"{cell(cell_order.OPEN)} of its own notebook"
     let_go = kernel.let_go(f"was let go when {name} was opened in this kernel", here)
-    params = params_module.load(params_file)
+    params = load_params(params_file)
     carry_out = _boolean(execute)
     run_id = run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-by-hand-{uuid.uuid4().hex[:4]}"
     ledger = Ledger(db.connect(params, f"runbook {run_id} {name} ledger"), params, run_id, name)
     try:
         if carry_out:
             ledger.bring_up_to_date()
-        if carry_out and name not in RUNS_BESIDE:
+        if carry_out and not (name in STEPS and STEPS[name].concurrent):
             claim.take_for_notebook(ledger.connection, params, run_id)
         phase = Phase(name, run_id, carry_out, params, db.connect(params, f"runbook {run_id} {name}"), ledger)
         phase.order.fence(phase.connection)
@@ -367,7 +380,7 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
         ledger.connection.close()
         raise
     kernel.hold(phase.end)
-    sqlmagic.connect(phase)
+    sqlmagic.connect(params, run_id, lambda: phase.connection)
     if let_go:
         print(
             f"{let_go} was open in this kernel and has been let go; {name} is open. Next: {cell(cell_order.REQUIRE)}."
@@ -392,15 +405,6 @@ def _after(name: str) -> str:
     after = following(name)
     again = f"{cell(cell_order.OPEN)} opens it again"
     return again if after.startswith("nothing") else f"the notebook {after}; {again}"
-
-
-def following(name: str) -> str:
-    """What comes after a phase or a way back; an operation stands for itself."""
-    if name in OPERATE or name in UNDO_OPERATION:
-        return "nothing: an operation stands for itself"
-    order = MIGRATE if name in MIGRATE else tuple(UNDO)
-    here = order.index(name) if name in order else len(order)
-    return order[here + 1] if here + 1 < len(order) else "nothing: this was the last"
 
 
 def _boolean(value: bool | str) -> bool:

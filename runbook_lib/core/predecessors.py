@@ -8,10 +8,11 @@ from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.registry import (
     MIGRATE,
     OPERATE,
-    STANDS_ON,
+    STEPS,
     UNDO,
     UNDO_OPERATION,
     names_in_the_ledger,
+    operation_of,
     relied_on,
     short,
 )
@@ -29,7 +30,7 @@ def gates(name: str, ledger: Ledger, params: Params) -> list[Gate]:
         return [_no_later_operation_stands_on_it(name, ledger), *_is_as_planned(ledger, params)]
     if name == MIGRATE[0] or name not in (*MIGRATE, *OPERATE):
         return [gate("phase.may_start", True, name, found="needs no phase before it", needed="none")]
-    before = OPERATE[name] if name in OPERATE else MIGRATE[MIGRATE.index(name) - 1]
+    before = relied_on(name)[-1]
     verdict = ledger.phase_verdict(before)
     passed = gate(
         "phase.predecessor_passed",
@@ -64,8 +65,7 @@ def _is_as_planned(ledger: Ledger, params: Params) -> list[Gate]:
 
 def _no_later_operation_stands_on_it(name: str, ledger: Ledger) -> Gate:
     """What an operation made may since have become part of what a later one made."""
-    operation = UNDO_OPERATION[name]
-    later = STANDS_ON.get(operation, "")
+    operation, later = operation_of(name), STEPS[name].after
     last, own = (ledger.last_row(n) for n in (later, operation))
     stands = bool(last and own and last["seq"] > own["seq"] and ledger.phase_verdict(later) == Verdict.PASS)
     return gate(
@@ -81,10 +81,9 @@ def _no_later_operation_stands_on_it(name: str, ledger: Ledger) -> Gate:
 
 def _nothing_stands_on_it(name: str, ledger: Ledger) -> Gate:
     """The ways back are taken in order: what an earlier one takes back must be gone."""
-    order = tuple(UNDO)
-    earlier = [p for way in order[: order.index(name)] for p in UNDO[way]]
+    earlier = [p for rollback in UNDO[: UNDO.index(name)] for p in STEPS[rollback].rolls_back]
     standing = [p for p in earlier if ledger.phase_verdict(p) == Verdict.PASS]
-    ways = [way for way in order if any(p in UNDO[way] for p in standing)]
+    ways = [rollback for rollback in UNDO if any(p in STEPS[rollback].rolls_back for p in standing)]
     return gate(
         "phase.nothing_stands_on_it",
         not standing,
@@ -104,7 +103,7 @@ def newest_row(ledger: Ledger) -> int:
 def gone(name: str, ledger: Ledger, params: Params, since: int) -> str:
     """Why what a step rests on no longer holds; empty where it does. since: the newest ledger row when it did."""
     if name not in UNDO and ledger.exists():
-        phases = [*relied_on(name), name] if name in (*MIGRATE, *OPERATE, *UNDO_OPERATION) else []
+        phases = [*relied_on(name), name] if name in STEPS else []
         called = [known for phase in phases for known in names_in_the_ledger(phase)]
         undone = db.rows(ledger.connection, SQL["undone_since"], params, phases=called, seq=since)
         if undone:

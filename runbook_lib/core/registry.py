@@ -1,62 +1,256 @@
-"""The phases in their order, and the ways back: names that every other module agrees on."""
+"""Every step: its name, what it needs, how its plan is made, and how it is rolled back, or why it cannot be.
+
+A step is one notebook: a phase of the migration, which is numbered; an operation on a table that was migrated; or the
+rollback of either. Its name is the path of its notebook; of a phase without the folder.
+"""
 
 from __future__ import annotations
 
-MIGRATE = (
-    "00_preflight",
-    "10_baseline",
-    "20_extension",
-    "30_expand_schema",
-    "40_load_embeddings",
-    "50_backfill",
-    "60_build_index",
-    "70_tune",
-    "80_shadow",
-    "90_cut_over",
-)
-# Each way back, and the phases that it takes back.
-UNDO = {
-    "undo/reads": ("90_cut_over", "80_shadow"),
-    "undo/index": ("70_tune", "60_build_index"),
-    "undo/schema": ("50_backfill", "40_load_embeddings", "30_expand_schema"),
-    "undo/search_function": ("10_baseline",),
-    "undo/extension": ("20_extension", "00_preflight"),
-}
-# What comes after, and the phase that each relies on.
-OPERATE = {
-    "operate/rehearse": "00_preflight",
-    "operate/refresh": "50_backfill",
-    "operate/monitor": "70_tune",
-    "operate/update_extension": "60_build_index",
-    "operate/rebuild_index": "60_build_index",
-    "operate/compare_storage": "50_backfill",
-    "operate/change_model": "80_shadow",
-    "operate/retire_model": "80_shadow",
-    "operate/serve_filters": "70_tune",
-    "operate/partition_by_filter": "70_tune",
-    "operate/retire_legacy": "90_cut_over",
-}
-# The notebook that takes an operation back, and the operation.
-UNDO_OPERATION = {
-    name.replace("operate/", "undo/"): name
-    for name in (
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import runbook_lib
+
+NOTEBOOKS_ENV = "RUNBOOK_NOTEBOOKS"
+
+
+class Kind(StrEnum):
+    """What sort of step it is."""
+
+    PHASE = "phase"
+    OPERATION = "operation"
+    ROLLBACK = "rollback"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    does: in a few words; of a rollback, what it removes. needs: of an operation, the last phase that it relies on; a
+    phase relies on all before it. plans: the functions of ``runbook_lib`` that its notebook calls for its plan, in
+    their order. rolls_back: of a rollback, the phases or the operation. after: of a rollback, a later operation that
+    has to be rolled back first. no_rollback: of an operation, why there is none. instead: what to do in its place.
+    concurrent: it only reads, or shares its work by claims on rows, so it needs no claim on the target. repeated: a
+    schedule repeats it, so its records may be pruned. takes: of a rollback of phases, how long it takes, whatever the
+    size of the table.
+    """
+
+    name: str
+    kind: Kind
+    does: str
+    plans: tuple[str, ...] = ()
+    needs: str = ""
+    rolls_back: tuple[str, ...] = ()
+    after: str = ""
+    no_rollback: str = ""
+    instead: str = ""
+    concurrent: bool = False
+    reads_only: bool = False
+    repeated: bool = False
+    takes: str = ""
+
+
+def _phase(name: str, does: str, *plans: str, reads_only: bool = False) -> Step:
+    return Step(name, Kind.PHASE, does, plans, reads_only=reads_only)
+
+
+def _rollback(name: str, does: str, *plans: str, of: tuple[str, ...], takes: str = "", after: str = "") -> Step:
+    return Step(f"undo/{name}", Kind.ROLLBACK, does, plans, rolls_back=of, takes=takes, after=after)
+
+
+_STEPS = (
+    _phase("00_preflight", "reads, and tries what the phases will do in rolled-back transactions", reads_only=True),
+    _phase("10_baseline", "measures the legacy search, and makes the search function", "search.search_function.plan"),
+    _phase("20_extension", "installs or updates pgvector", "migrate.extension.plan"),
+    _phase("30_expand_schema", "adds columns, staging table and change capture", "migrate.expand_schema.plan"),
+    _phase("40_load_embeddings", "loads the vectors into the staging table", "migrate.load_embeddings.plan"),
+    _phase("50_backfill", "moves the vectors into the table in batches", "migrate.backfill.plan"),
+    _phase("60_build_index", "builds the vector index concurrently", "migrate.build_index.plan"),
+    _phase("70_tune", "finds the cheapest setting that meets the target recall", "migrate.tune.plan"),
+    _phase("80_shadow", "compares the new search with the legacy search", "search.live_shadow.plan"),
+    _phase("90_cut_over", "moves the reads to the new search", "migrate.cut_over.plan"),
+    Step(
+        "operate/rehearse",
+        Kind.OPERATION,
+        "carries out the migration on samples of the table before the real one, and says what the whole will take",
+        ("operate.rehearse.plan",),
+        needs="00_preflight",
+        no_rollback="it leaves nothing: its samples are dropped when it ends",
+        instead="after a kill run operate/rehearse again, which drops them first",
+        concurrent=True,
+    ),
+    Step(
+        "operate/refresh",
+        Kind.OPERATION,
+        "embeds rows that were inserted or changed, by draining the queue that the triggers fill",
+        ("operate.refresh.plan",),
+        needs="50_backfill",
+        no_rollback="each row has the vector of the text that it has now; older vectors are kept nowhere",
+        instead="nothing is to be done; to have no vectors, `runbook undo PARAMS --execute`",
+        concurrent=True,
+        repeated=True,
+    ),
+    Step(
+        "operate/monitor",
+        Kind.OPERATION,
+        "checks whether the search still meets the accepted baseline",
+        needs="70_tune",
+        no_rollback="it only reads, and writes its look into the ledger",
+        instead="nothing is to be done",
+        concurrent=True,
+        repeated=True,
+    ),
+    Step(
+        "operate/update_extension",
+        Kind.OPERATION,
+        "updates pgvector to a newer release without re-embedding",
+        ("operate.update_extension.plan",),
+        needs="60_build_index",
+        no_rollback="pgvector has no script from a newer release to an older one, and the vectors were never touched",
+        instead="the administrator installs the package of the older release and restarts the server; from 0.8.0 on"
+        " the catalogue of a newer one is served by it",
+    ),
+    Step(
         "operate/rebuild_index",
+        Kind.OPERATION,
+        "rebuilds the vector index",
+        ("operate.rebuild_index.plan",),
+        needs="60_build_index",
+    ),
+    Step(
+        "operate/compare_storage",
+        Kind.OPERATION,
+        "builds each index format on your own rows, one after the other, and compares size, build time, recall,"
+        " latency and relevance on the same queries",
+        ("operate.compare_storage.plan",),
+        needs="50_backfill",
+        no_rollback="it leaves nothing: its scratch table and its indexes are dropped when it ends",
+        instead="after a kill run operate/compare_storage again, which drops what is left",
+    ),
+    Step(
         "operate/change_model",
+        Kind.OPERATION,
+        "lets the search function answer with vectors of a new model as well as the old one, so that the"
+        " application's servers can move one by one",
+        ("operate.model_change.plan",),
+        needs="80_shadow",
+    ),
+    Step(
+        "operate/retire_model",
+        Kind.OPERATION,
+        "removes the old model's column, index, queue and triggers, once no server sends its vectors any more",
+        ("operate.retire_model.plan",),
+        needs="80_shadow",
+        no_rollback="the old vectors are gone; they can only be made anew",
+        instead="take the old target through its own phases again, as a target that replaces this one; before the"
+        " retirement `change_model --undo` is the way back",
+    ),
+    Step(
         "operate/serve_filters",
+        Kind.OPERATION,
+        "gives slow or low-recall filter values a partial vector index",
+        ("operate.serve_filters.plan",),
+        needs="70_tune",
+    ),
+    Step(
         "operate/partition_by_filter",
+        Kind.OPERATION,
+        "partitions the table online by a filter column, so that a search with that filter reads one partition and"
+        " its index",
+        ("operate.partition_by_filter.plan",),
+        needs="70_tune",
+    ),
+    Step(
         "operate/retire_legacy",
-    )
-}
-# An operation, and the later one that is taken back before it.
-STANDS_ON = {
-    "operate/rebuild_index": "operate/partition_by_filter",
-    "operate/serve_filters": "operate/partition_by_filter",
-}
-# Share their work by claims on rows, or only read: they may run beside themselves and beside a run of the migration.
-RUNS_BESIDE = frozenset({"operate/rehearse", "operate/refresh", "operate/monitor"})
-# Reads only, so it needs neither a sign-off nor the maintenance window.
-READS_ONLY = MIGRATE[0]
-STEPS = (*MIGRATE, *OPERATE, *UNDO, *UNDO_OPERATION)
+        Kind.OPERATION,
+        "drops the indexes that only the legacy search uses, once nobody has used it for `retire.unused_days`, and"
+        " removes it from the search function",
+        ("operate.retire_legacy.plan",),
+        needs="90_cut_over",
+    ),
+    _rollback(
+        "reads",
+        "nothing: reads go back to legacy",
+        "migrate.cut_over.undo_plan",
+        of=("90_cut_over", "80_shadow"),
+        takes="one row, one transaction: milliseconds",
+    ),
+    _rollback(
+        "index",
+        "the vector index and the tuned settings",
+        "migrate.tune.undo_plan",
+        "operate.serve_filters.undo_plan",
+        "migrate.build_index.undo_plan",
+        of=("70_tune", "60_build_index"),
+        takes="seconds, after transactions that were open before it",
+    ),
+    _rollback(
+        "schema",
+        "the vectors: columns or side table, staging, queue and triggers",
+        "migrate.expand_schema.undo_plan",
+        of=("50_backfill", "40_load_embeddings", "30_expand_schema"),
+        takes="milliseconds once it has its lock",
+    ),
+    _rollback(
+        "search_function",
+        "the search function, which the application must no longer call",
+        "search.live_shadow.undo_plan",
+        "search.search_function.undo_plan",
+        of=("10_baseline",),
+        takes="milliseconds",
+    ),
+    _rollback(
+        "extension",
+        "pgvector, if this runbook installed it and nothing else uses it",
+        "migrate.extension.undo_plan",
+        of=("20_extension", "00_preflight"),
+        takes="milliseconds",
+    ),
+    _rollback(
+        "rebuild_index",
+        "the rebuilt index: the former one serves again, built again where it is gone",
+        "operate.rebuild_index.undo_plan",
+        of=("operate/rebuild_index",),
+        after="operate/partition_by_filter",
+    ),
+    _rollback(
+        "change_model",
+        "the new model's share of the search function: the former function answers again",
+        "operate.model_change.undo_plan",
+        of=("operate/change_model",),
+    ),
+    _rollback(
+        "serve_filters",
+        "the partial indexes: each value is searched as before",
+        "operate.serve_filters.undo_plan",
+        of=("operate/serve_filters",),
+        after="operate/partition_by_filter",
+    ),
+    _rollback(
+        "partition_by_filter",
+        "the partitioned table: the ordinary one serves again, with every write since",
+        "operate.partition_by_filter.undo_plan",
+        of=("operate/partition_by_filter",),
+    ),
+    _rollback(
+        "retire_legacy",
+        "nothing: every index of the legacy search is built again, then the function has its legacy branch",
+        "operate.retire_legacy.undo_plan",
+        of=("operate/retire_legacy",),
+    ),
+)
+# What is checked of parameters, files and server before a run of phases is started.
+INPUTS = "migrate.inputs.input_problems"
+STEPS = {step.name: step for step in _STEPS}
+MIGRATE = tuple(s.name for s in _STEPS if s.kind is Kind.PHASE)
+OPERATE = tuple(s.name for s in _STEPS if s.kind is Kind.OPERATION)
+# The rollbacks of phases, in the order in which they are run; and those of operations.
+UNDO = tuple(s.name for s in _STEPS if set(s.rolls_back) & {*MIGRATE})
+UNDO_OPERATION = tuple(s.name for s in _STEPS if set(s.rolls_back) & {*OPERATE})
 # What operations and rollbacks were called up to release 0.1: in parameters, on the command line, in the ledger.
 OLD_NAMES = {
     "00_rehearse": "operate/rehearse",
@@ -102,35 +296,65 @@ def names_in_the_ledger(name: str) -> list[str]:
     return [name, *(old for old, new in OLD_NAMES.items() if new == name)]
 
 
+def function(path: str) -> Any:
+    """A function of ``runbook_lib`` by its dotted path: the rooms above are not imported here, and of them only what
+    is needed.
+    """
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(f"runbook_lib.{module}"), name)
+
+
+def notebooks() -> Path:
+    """The folder of the notebooks: next to the package, or where RUNBOOK_NOTEBOOKS points."""
+    elsewhere = os.environ.get(NOTEBOOKS_ENV)
+    return Path(elsewhere) if elsewhere else Path(runbook_lib.__file__).parent.parent / "notebooks"
+
+
 def notebook(name: str) -> str:
     """The path of a step's notebook, below the folder of the notebooks."""
     return f"{name}.ipynb" if "/" in name else f"migrate/{name}.ipynb"
 
 
-def waits(name: str) -> bool:
-    """Does it keep the maintenance window, and may it wait for a sign-off? The way back of an operation does as the
-    operation does; that of the migration never does.
-    """
-    return operation_of(name) in (*MIGRATE, *OPERATE) and name not in {READS_ONLY, *RUNS_BESIDE}
+def rollback_of(operation: str) -> str:
+    """The rollback of an operation; empty where it has none."""
+    return next((name for name in UNDO_OPERATION if operation in STEPS[name].rolls_back), "")
 
 
 def operation_of(name: str) -> str:
-    """The operation that a way back takes back; every other name as it is."""
-    return UNDO_OPERATION.get(name, name)
+    """The operation that a rollback is the rollback of; every other name as it is."""
+    return STEPS[name].rolls_back[0] if name in UNDO_OPERATION else name
 
 
-def taken_back(name: str) -> tuple[str, ...]:
-    """The phases, or the operation, that a way back takes back; none where it is no way back."""
-    name = current(name)
-    return (UNDO_OPERATION[name],) if name in UNDO_OPERATION else UNDO.get(name, ())
+def rolled_back_by(name: str) -> tuple[str, ...]:
+    """The phases, or the operation, that a rollback rolls back; none where it is no rollback."""
+    step = STEPS.get(current(name))
+    return step.rolls_back if step else ()
+
+
+def waits(name: str) -> bool:
+    """Does it keep the maintenance window, and may it wait for a sign-off? The rollback of an operation does as the
+    operation does; that of the migration never does.
+    """
+    step = STEPS.get(operation_of(name))
+    return step is not None and step.kind is not Kind.ROLLBACK and not (step.concurrent or step.reads_only)
 
 
 def relied_on(name: str) -> tuple[str, ...]:
-    """The phases of the migration that a phase or an operation rests on, in their order; what an operation's way back
-    rests on ends with the operation.
+    """The phases of the migration that a phase or an operation relies on, in their order; what the rollback of an
+    operation relies on ends with the operation.
     """
     if name in UNDO_OPERATION:
-        return (*relied_on(UNDO_OPERATION[name]), UNDO_OPERATION[name])
+        operation = operation_of(name)
+        return (*relied_on(operation), operation)
     if name in OPERATE:
-        return MIGRATE[: MIGRATE.index(OPERATE[name]) + 1]
-    return MIGRATE[: MIGRATE.index(name)]
+        return MIGRATE[: MIGRATE.index(STEPS[name].needs) + 1]
+    return MIGRATE[: MIGRATE.index(name)] if name in MIGRATE else ()
+
+
+def following(name: str) -> str:
+    """What comes after a phase or its rollback; an operation stands for itself."""
+    order = next((order for order in (MIGRATE, UNDO) if name in order), ())
+    if not order:
+        return "nothing: an operation stands for itself"
+    here = order.index(name) + 1
+    return order[here] if here < len(order) else "nothing: this was the last"

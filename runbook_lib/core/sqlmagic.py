@@ -7,8 +7,9 @@ a new one fails, and finds connections by a part of their URL. So it is handed o
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 from IPython.core.getipython import get_ipython
@@ -16,27 +17,25 @@ from psycopg.rows import tuple_row
 
 from runbook_lib.core import db
 from runbook_lib.core.names import spelled
-
-if TYPE_CHECKING:
-    from runbook_lib.core.phase import Phase
+from runbook_lib.params import Params
 
 OPTIONS = {"short_errors": False, "feedback": False, "displaycon": False, "autopandas": False, "displaylimit": 50}
 IDENTITY = "SELECT current_database(), inet_server_addr(), inet_server_port(), current_user"
 
 
-def connect(phase: Phase) -> None:
+def connect(params: Params, run_id: str, phases: Callable[[], db.Connection]) -> None:
     """Points %sql at the phase's server, from its first use on: it brings pandas, which takes a second to import. The
     cells find their objects by ``current_setting('runbook.table')``, ``runbook.index`` and ``runbook.ledger``. Does
     nothing outside IPython.
 
-    Cells raise RuntimeError for as long as the display connection is not on the same database, server and role as
-    the phase.
+    phases: gives the phase's own connection, to compare with. Cells raise RuntimeError for as long as the display
+    connection is not on the same database, server and role as that one.
     """
     shell = get_ipython()
     if shell is None:
         return
     let_go()
-    shell.register_magic_function(partial(_first, phase), "line_cell", "sql")  # type: ignore[arg-type]
+    shell.register_magic_function(partial(_first, params, run_id, phases), "line_cell", "sql")  # type: ignore[arg-type]
 
 
 def let_go() -> None:
@@ -50,16 +49,18 @@ def let_go() -> None:
         used.Connection.connections.clear()
 
 
-def _first(phase: Phase, line: str, cell: str | None = None) -> Any:
+def _first(
+    params: Params, run_id: str, phases: Callable[[], db.Connection], line: str, cell: str | None = None
+) -> Any:
     """The first %sql or %%sql of a phase: loads ipython-sql, which takes this one's place, and hands it on."""
     from sql.connection import Connection
     from sql.magic import SqlMagic
 
     shell = get_ipython()
     assert shell is not None
-    display = Connection("postgresql+psycopg://", creator=lambda: _display_connection(phase))
+    display = Connection("postgresql+psycopg://", creator=lambda: display_connection(params, run_id))
     seen = tuple(display.internal_connection.exec_driver_sql(IDENTITY).one())
-    wanted = tuple((phase.connection.execute(IDENTITY).fetchone() or {}).values())
+    wanted = tuple((phases().execute(IDENTITY).fetchone() or {}).values())
     if seen != wanted:
         # This one keeps its place, so that the next cell is refused as well.
         let_go()
@@ -72,19 +73,19 @@ def _first(phase: Phase, line: str, cell: str | None = None) -> Any:
     return magic.execute(line, cell or "")
 
 
-def _display_connection(phase: Phase) -> psycopg.Connection[Any]:
+def display_connection(params: Params, run_id: str) -> psycopg.Connection[Any]:
     """A read-only connection, in the row format that SQLAlchemy expects.
 
     Autocommit: a cell that fails leaves no broken transaction to the next one, and SQLAlchemy has nothing to roll
     back on a session that the server has ended, which it would print a traceback about as the kernel leaves.
     """
-    connection: psycopg.Connection[Any] = db.connect(phase.params, f"runbook {phase.run_id} display")
+    connection: psycopg.Connection[Any] = db.connect(params, f"runbook {run_id} display")
     connection.row_factory = tuple_row
     settings = {
-        "runbook.table": spelled(phase.params, "table"),
-        "runbook.index": spelled(phase.params, "qualified_index"),
+        "runbook.table": spelled(params, "table"),
+        "runbook.index": spelled(params, "qualified_index"),
         # As the catalogue has it, without quotes: cells compare it with pg_stat_user_tables.schemaname.
-        "runbook.ledger": phase.params.ledger.schema_,
+        "runbook.ledger": params.ledger.schema_,
         "default_transaction_read_only": "on",
     }
     for name, value in settings.items():

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from runbook_lib import params as params_module
 from runbook_lib.backfill import (
     batch_ranges,
     batch_strategy,
@@ -30,6 +29,7 @@ from runbook_lib.core.gates import BadInput, Gate, GateFailed, Gates, LockNotObt
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import names, spelled
 from runbook_lib.core.phase import Phase, changes
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import trials
 from runbook_lib.sql import load
 
@@ -258,7 +258,7 @@ def help_out(params_file: str) -> Table:
     It claims windows only; the run that began the backfill closes it and proves it. Raises BadInput where nothing
     is under way.
     """
-    params = params_module.load(params_file)
+    params = load_params(params_file)
     run_id = f"helper-{uuid.uuid4().hex[:8]}"
     with (
         db.connect(params, f"runbook {run_id}") as connection,

@@ -14,13 +14,13 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib import params as params_module
 from runbook_lib.benchmark.prepared import use_setting
 from runbook_lib.core import claim, db, free_names
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, Gate, GateFailed, Gates, RunbookError, Verdict, collect, gate
 from runbook_lib.core.names import identifier, shortened, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, build_index
 from runbook_lib.params import Params
 from runbook_lib.search import function_ownership, search_function
@@ -57,7 +57,7 @@ def replaced(phase: Phase) -> Phase:
                 )
             ]
         )
-    old = params_module.load(path)
+    old = load_params(path)
     return replace(phase, params=old, ledger=replace(phase.ledger, params=old))
 
 

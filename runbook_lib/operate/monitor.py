@@ -29,7 +29,7 @@ from runbook_lib.core.ledger import SQL as LEDGER_SQL
 from runbook_lib.core.ledger import Ledger, only_the_owner_wrote
 from runbook_lib.core.names import names, spelled
 from runbook_lib.core.phase import Phase
-from runbook_lib.core.registry import OPERATE
+from runbook_lib.core.registry import STEPS
 from runbook_lib.core.session import register_vector
 from runbook_lib.core.thresholds import apart, at_least, at_most, change, plain, score
 from runbook_lib.embeddings import embedding
@@ -69,7 +69,7 @@ def check(params: Params) -> Gates:
     """The same gates for a program, written down nowhere; none where no index was proved in this database yet."""
     with db.connect(params, "runbook check") as connection:
         ledger = Ledger(connection, params, f"check-{uuid.uuid4().hex[:8]}", NAME)
-        if ledger.phase_verdict(OPERATE[NAME]) != Verdict.PASS:
+        if ledger.phase_verdict(STEPS[NAME].needs) != Verdict.PASS:
             return Gates(())
         phase = Phase(NAME, ledger.run_id, False, params, connection, ledger)
         phase.order.fence(connection)

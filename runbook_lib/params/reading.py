@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from runbook_lib.core import redaction
-from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.params import url_credentials
 from runbook_lib.params.model import Params
+from runbook_lib.params.run import StepNames
 from runbook_lib.params.section import unsound
 
 # Aliases and merges can make a few lines of YAML into more values than any memory holds.
@@ -52,33 +51,50 @@ class _UniqueKeys(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, TOO_MANY, node.start_mark)
 
 
-def load(path: str | Path) -> Params:
+class Problem(NamedTuple):
+    """One thing that is wrong with a file, in the words of a gate. fact: what must hold. subject: file and key."""
+
+    fact: str
+    subject: str
+    found: str
+    needed: str
+    do: str = ""
+
+
+class Unusable(Exception):
+    """A params file that cannot be worked with, with every problem found."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("; ".join(f"{p.subject}: {p.found}" for p in problems))
+        self.problems = tuple(problems)
+
+
+def load(path: str | Path, steps: StepNames | None = None) -> Params:
     """Reads and checks one params file. Relative paths in it are relative to the file's own folder.
 
-    Raises BadInput with every problem found: a missing file, an unknown key (with the nearest valid name), a
-    wrong type, a value out of range.
+    steps: those that may be named in it; without them no name is checked. Raises Unusable with every problem found: a
+    missing file, an unknown key (with the nearest valid name), a wrong type, a value out of range.
     """
     path = Path(path)
     try:
         data = yaml.load(path.read_text("utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
         texts = list(_texts(data))
     except OSError as error:
-        raise BadInput(
-            [_problem("file_is_readable", str(path), error.strerror or "unreadable", "a YAML file")]
+        raise Unusable(
+            [Problem("file_is_readable", str(path), error.strerror or "unreadable", "a YAML file")]
         ) from error
     except YAML_ERRORS as error:
         # Without its cause, which may quote a line of the file, be it a secret.
-        raise BadInput([_problem("file_is_yaml", str(path), _what_is_no_yaml(error), "valid YAML")]) from None
+        raise Unusable([Problem("file_is_yaml", str(path), _what_is_no_yaml(error), "valid YAML")]) from None
     if not isinstance(data, dict):
-        raise BadInput([_problem("file_is_yaml", str(path), type(data).__name__, "sections with keys")])
+        raise Unusable([Problem("file_is_yaml", str(path), type(data).__name__, "sections with keys")])
     if unsound_values := [problem for where, text in texts for problem in _unsound(f"{path}: {where}", text)]:
-        raise BadInput(unsound_values)
+        raise Unusable(unsound_values)
     try:
-        params = Params.model_validate(data)
+        params = Params.model_validate(data, context=steps)
     except ValidationError as error:
         # Without its cause, whose text repeats what was given, be it a secret.
-        raise BadInput([_from_pydantic(path, e) for e in error.errors()]) from None
-    redaction.read_with(params)
+        raise Unusable([_from_pydantic(path, e) for e in error.errors()]) from None
     return _absolute(params, path.parent.resolve())
 
 
@@ -114,13 +130,13 @@ def _values(where: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _values(f"{where}.{shown}", each)
 
 
-def _unsound(subject: str, text: str) -> Iterator[Gate]:
+def _unsound(subject: str, text: str) -> Iterator[Problem]:
     """What of a text can be written into no statement and no record, or must not stand in either."""
     if why := unsound(text):
-        yield _problem("value_is_valid", subject, why, "a text that can be stored in UTF-8")
+        yield Problem("value_is_valid", subject, why, "a text that can be stored in UTF-8")
     # A masking pattern describes what credentials look like.
     elif ": masking.patterns." not in subject and (what := url_credentials.found_in(text)):
-        yield _problem(
+        yield Problem(
             "url_holds_no_credentials",
             subject,
             f"a URL with {what}",
@@ -155,37 +171,25 @@ def _absolute(params: Params, folder: Path) -> Params:
     )
 
 
-def _problem(fact: str, subject: str, found: str, needed: str, do: str = "") -> Gate:
-    return Gate(
-        f"params.{fact}",
-        Verdict.FAIL,
-        subject,
-        found,
-        needed,
-        "a misread parameter would act on the wrong thing; nothing was started",
-        do or "mend the file and run the same command again",
-    )
-
-
-def _from_pydantic(path: Path, error: Any) -> Gate:
+def _from_pydantic(path: Path, error: Any) -> Problem:
     where = ".".join(str(part) for part in error["loc"]) or "the file as a whole"
     subject = f"{path}: {where}"
     if error["type"] == "extra_forbidden":
         if (dotted := ".".join(map(str, error["loc"]))) in REMOVED:
-            return _problem(
+            return Problem(
                 "key_is_known", subject, "a key of an earlier release", "a file without it", REMOVED[dotted]
             )
         names = _valid_names(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
         do = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(names)}"
-        return _problem("key_is_known", subject, "unknown key", "a key that the runbook knows", do)
+        return Problem("key_is_known", subject, "unknown key", "a key that the runbook knows", do)
     if error["type"] == "missing":
-        return _problem("key_is_given", subject, "not given", _describe(error["loc"]))
+        return Problem("key_is_given", subject, "not given", _describe(error["loc"]))
     found = _shown(error["loc"], error["input"])
     needed = error["msg"].removeprefix("Value error, ")
     # Where a section's keys do not fit each other, what the section is for would help nobody.
     do = "" if isinstance(error["input"], dict) else _describe(error["loc"])
-    return _problem("value_is_valid", subject, found, needed[:1].lower() + needed[1:], do)
+    return Problem("value_is_valid", subject, found, needed[:1].lower() + needed[1:], do)
 
 
 def _shown(loc: tuple[Any, ...], value: Any) -> str:

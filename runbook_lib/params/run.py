@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, current, waits
 from runbook_lib.params.section import AnyPath, Minutes, Section, ShortName
 
 # In run.phase_timeout_minutes: the phases that are not named.
 EVERY_PHASE = "every_phase"
+
+
+class StepNames(NamedTuple):
+    """The steps, as far as the parameters name them; the context in which a file is validated.
+
+    spelled: the name of today of what a file calls a step, for instance of ``10_refresh``; its second argument is the
+    folder where the name alone would not say it. every: all of them. waiting: those that can wait for a sign-off.
+    """
+
+    spelled: Callable[[str, str], str]
+    every: Sequence[str]
+    waiting: Sequence[str]
 
 
 class Approval(Section):
@@ -24,9 +35,11 @@ class Approval(Section):
 
     @field_validator("phases")
     @classmethod
-    def can_wait(cls, value: list[str]) -> list[str]:
-        value = [current(name, "operate") for name in value]
-        _require_known(value, [p for p in (*MIGRATE, *OPERATE) if waits(p)])
+    def can_wait(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if not isinstance(steps := info.context, StepNames):
+            return value
+        value = [steps.spelled(name, "operate") for name in value]
+        _require_known(value, steps.waiting)
         return value
 
 
@@ -60,9 +73,11 @@ class Run(Section):
 
     @field_validator("phase_timeout_minutes")
     @classmethod
-    def names_phases(cls, value: dict[str, float]) -> dict[str, float]:
-        value = {current(name): minutes for name, minutes in value.items()}
-        _require_known(value, [EVERY_PHASE, *STEPS])
+    def names_phases(cls, value: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        if not isinstance(steps := info.context, StepNames):
+            return value
+        value = {steps.spelled(name, ""): minutes for name, minutes in value.items()}
+        _require_known(value, [EVERY_PHASE, *steps.every])
         return value
 
     @field_validator("time_zone")

@@ -16,11 +16,11 @@ from typing import Any
 
 import nbformat
 
-from runbook_lib import params as params_module
 from runbook_lib.core import db
 from runbook_lib.core.gates import Verdict
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.registry import STEPS, current, notebook
+from runbook_lib.core.registry import STEPS, current, notebook, notebooks
+from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
 from runbook_lib.runner import ending, folders, runner, selection, verify
 from runbook_lib.runner import manifest as manifests
@@ -39,17 +39,17 @@ def begin(params_file: str | Path) -> Path:
 
     Raises BadInput for parameters or a server that cannot be worked with.
     """
-    params = params_module.load(params_file)
+    params = load_params(params_file)
     db.connect(params, "runbook lab").close()
     selection.check_stored(STEPS)
     folder = folders.new_folder(params.record, params.target.name, "by-hand")
     path = Path(params_file).resolve()
     manifests.write(folder, runner.first_manifest(folder.name, params, path, BY_HAND, True, ()))
-    _copy(selection.notebooks() / f"{START}.ipynb", folder, path)
+    _copy(notebooks() / f"{START}.ipynb", folder, path)
     for name in STEPS:
         copy = folder / notebook(name)
         copy.parent.mkdir(exist_ok=True)
-        _copy(selection.notebooks() / notebook(name), copy.parent, path, folder.name)
+        _copy(notebooks() / notebook(name), copy.parent, path, folder.name)
     return folder
 
 
@@ -161,7 +161,7 @@ def root(folder: Path) -> Path:
     """What JupyterLab shows: the project where the run is in it, so that documents and parameters are in reach; else
     the folder of all runs.
     """
-    project = selection.notebooks().parent.resolve()
+    project = notebooks().parent.resolve()
     return project if folder.is_relative_to(project) else folder.parent
 
 

@@ -7,14 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from runbook_lib.core.gates import BadInput, Gate, Verdict
-from runbook_lib.core.registry import current
+from runbook_lib.core.registry import STEPS, current
 from runbook_lib.params import Params
 from runbook_lib.params.run import Record
 from runbook_lib.runner import manifest as manifests
 from runbook_lib.runner.manifest import Manifest, Status
-
-# What a schedule repeats; its records may be pruned.
-REPEATED = ("operate/refresh", "operate/monitor")
 
 
 def new_folder(record: Record, target: str, kind: str = "") -> Path:
@@ -57,7 +54,7 @@ def prune(params: Params, run: Manifest) -> None:
     Only of runs that passed, and never what a link leads to; what they did stands in the ledger.
     """
     keep, name = params.record.keep, run.phases[0].name
-    if keep is None or name not in REPEATED or run.status != Status.PASSED:
+    if keep is None or not STEPS[name].repeated or run.status != Status.PASSED:
         return
     from runbook_lib.runner import record
 

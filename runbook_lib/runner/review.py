@@ -12,7 +12,7 @@ from runbook_lib.core import pictures
 from runbook_lib.core.db import BLOCKED_BY, lock_level
 from runbook_lib.core.display import duration, number, size
 from runbook_lib.core.gates import Verdict
-from runbook_lib.core.registry import UNDO, current, taken_back
+from runbook_lib.core.registry import STEPS, UNDO, current, rolled_back_by
 from runbook_lib.runner import tables
 from runbook_lib.runner.manifest import BY_HAND, Manifest, Status
 
@@ -42,22 +42,6 @@ class Tile(NamedTuple):
 
 # Of several attempts at a backfill, what is added up.
 ADDED_UP = ("rows", "seconds", "batches", "wal_bytes", "table_growth_bytes", "put_off")
-
-# What each rollback removes, and how long that takes whatever the size of the table.
-REMOVES = {
-    "undo/reads": "nothing: reads go back to legacy",
-    "undo/index": "the vector index and the tuned settings",
-    "undo/schema": "the vectors: columns or side table, staging, queue and triggers",
-    "undo/search_function": "the search function, which the application must no longer call",
-    "undo/extension": "pgvector, if this runbook installed it and nothing else uses it",
-}
-AT_ONCE = {
-    "undo/reads": "one row, one transaction: milliseconds",
-    "undo/index": "seconds, after transactions that were open before it",
-    "undo/schema": "milliseconds once it has its lock",
-    "undo/search_function": "milliseconds",
-    "undo/extension": "milliseconds",
-}
 
 
 class Figures(NamedTuple):
@@ -317,7 +301,7 @@ def _summary(
 
 def _what_changed(run: Manifest, found: _Newest) -> list[str]:
     lines = []
-    back = [name for p in run.phases if p.status == Status.PASSED for name in taken_back(p.name)]
+    back = [name for p in run.phases if p.status == Status.PASSED for name in rolled_back_by(p.name)]
     if run.execute and (back or run.way in ("undo", "undo_operation")):
         lines.append(f"Taken back on {run.table}: {', '.join(back) or 'nothing'}.")
     if (entry := found.backfill()) and not entry.source:
@@ -507,9 +491,9 @@ def _rollback(run: Manifest, found: _Newest) -> list[tuple[str, str, str, str]]:
     done = run.execute and run.way in ("migrate", BY_HAND)
     passed = {p.name for p in run.phases if p.status == Status.PASSED} if done else set()
     return [
-        (name, ", ".join(p for p in phases if p in passed), REMOVES[name], _takes(name, found))
-        for name, phases in UNDO.items()
-        if passed & set(phases)
+        (name, ", ".join(p for p in STEPS[name].rolls_back if p in passed), STEPS[name].does, _takes(name, found))
+        for name in UNDO
+        if passed & set(STEPS[name].rolls_back)
     ]
 
 
@@ -521,4 +505,4 @@ def _takes(name: str, found: _Newest) -> str:
         "undo/schema": [("embedding and loading again", load), ("backfilling again", backfill)],
     }
     known = [f"{what} took {duration(e.body['seconds'])}" for what, e in again.get(name, ()) if e]
-    return "; ".join([AT_ONCE[name], *known])
+    return "; ".join([STEPS[name].takes, *known])

@@ -21,21 +21,19 @@ import psycopg
 import tenacity
 
 import runbook_lib
-from runbook_lib import params as params_module
 from runbook_lib.core import claim, db, maintenance_window
 from runbook_lib.core.display import duration, plain
 from runbook_lib.core.gates import BadInput, OutsideWindow
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.redaction import redacted
-from runbook_lib.core.registry import RUNS_BESIDE, current, notebook, waits
+from runbook_lib.core.registry import STEPS, current, notebook, notebooks, waits
+from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
 from runbook_lib.runner import ending, folders, kernels, notify, selection, verify
 from runbook_lib.runner import manifest as manifests
 from runbook_lib.runner.ending import Outcome
 from runbook_lib.runner.kernels import Kernels
 from runbook_lib.runner.manifest import BAD_INPUT, BY_HAND, EXIT_CODES, SYMBOLS, Manifest, PhaseRun, Status
-from runbook_lib.runner.selection import NOTEBOOKS_ENV as NOTEBOOKS_ENV
-from runbook_lib.runner.selection import notebooks as notebooks
 from runbook_lib.runner.stopping import (
     TIME_LIMIT,
     Stop,
@@ -91,7 +89,7 @@ def run(
     """
     say = say or _to_standard_error
     first, last = (name and current(name, way) for name in (first, last))
-    params = params_module.load(params_file)
+    params = load_params(params_file)
     if execute:
         with db.connect(params, "runbook-runner") as connection:
             Ledger(connection, params, "", "").bring_up_to_date()
@@ -227,7 +225,7 @@ def _run_claimed(folder: Path, params: Params, manifest: Manifest, stop: Stop, s
     A plan changes nothing and needs no claim, nor does what may run beside another run.
     """
     with ExitStack() as held:
-        claims = manifest.execute and not RUNS_BESIDE.issuperset(p.name for p in manifest.phases)
+        claims = manifest.execute and not all(STEPS[p.name].concurrent for p in manifest.phases)
         if claims:
             try:
                 held.enter_context(claim.held_by_runner(params, manifest.run_id))
@@ -444,7 +442,7 @@ def write_again(params_file: str | Path, run_id: str) -> Path:
     """
     from runbook_lib.runner import record
 
-    params = params_module.load(params_file)
+    params = load_params(params_file)
     manifest = verify.incomplete(params, run_id)
     folder = params.record.runs_dir / run_id
     try:

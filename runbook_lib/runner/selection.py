@@ -4,77 +4,55 @@ from __future__ import annotations
 
 import ast
 import difflib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-import runbook_lib
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.registry import MIGRATE, OLD_NAMES, OPERATE, UNDO, UNDO_OPERATION, current, notebook, short
-from runbook_lib.migrate.inputs import input_problems
+from runbook_lib.core.registry import (
+    INPUTS,
+    MIGRATE,
+    NOTEBOOKS_ENV,
+    OLD_NAMES,
+    OPERATE,
+    STEPS,
+    UNDO,
+    UNDO_OPERATION,
+    current,
+    function,
+    notebook,
+    notebooks,
+    operation_of,
+    rollback_of,
+    short,
+)
 from runbook_lib.params import Params
 from runbook_lib.runner.manifest import SYMBOLS, Status
 
-ORDERS = {"migrate": MIGRATE, "undo": tuple(UNDO), "operate": tuple(OPERATE)}
-NOTEBOOKS_ENV = "RUNBOOK_NOTEBOOKS"
-# Operations without a way back: why, and what there is instead.
-NO_WAY_BACK = {
-    "operate/rehearse": (
-        "it leaves nothing: its samples are dropped when it ends",
-        "after a kill run operate/rehearse again, which drops them first",
-    ),
-    "operate/refresh": (
-        "each row has the vector of the text that it has now; older vectors are kept nowhere",
-        "nothing is to be done; to have no vectors, `runbook undo PARAMS --execute`",
-    ),
-    "operate/monitor": ("it only reads, and writes its look into the ledger", "nothing is to be done"),
-    "operate/update_extension": (
-        "pgvector has no script from a newer release to an older one, and the vectors were never touched",
-        "the administrator installs the package of the older release and restarts the server; from 0.8.0 on the"
-        " catalogue of a newer one is served by it",
-    ),
-    "operate/compare_storage": (
-        "it leaves nothing: its scratch table and its indexes are dropped when it ends",
-        "after a kill run operate/compare_storage again, which drops what is left",
-    ),
-    "operate/retire_model": (
-        "the old vectors are gone; they can only be made anew",
-        "take the old target through its own phases again, as a target that replaces this one; before the"
-        " retirement `change_model --undo` is the way back",
-    ),
-}
+ORDERS = {"migrate": MIGRATE, "undo": UNDO, "operate": OPERATE}
 
 
-def notebooks() -> Path:
-    """The folder of the notebooks: beside the package, or where RUNBOOK_NOTEBOOKS points."""
-    elsewhere = os.environ.get(NOTEBOOKS_ENV)
-    return Path(elsewhere) if elsewhere else Path(runbook_lib.__file__).parent.parent / "notebooks"
-
-
-def way_back_of(operation: str) -> str:
-    """The name of the notebook that takes an operation back. Raises BadInput where there is none, saying why."""
+def rollback_of_operation(operation: str) -> str:
+    """The name of the rollback of an operation. Raises BadInput where there is none, saying why."""
     operation = current(operation, "operate")
     if operation not in OPERATE:
-        raise BadInput([_unknown_phase(operation, tuple(OPERATE))])
-    for name, of in UNDO_OPERATION.items():
-        if of == operation:
-            return name
-    found, do = NO_WAY_BACK[operation]
+        raise BadInput([_unknown_phase(operation, OPERATE)])
+    if rollback := rollback_of(operation):
+        return rollback
     raise BadInput(
         [
             Gate(
                 "runner.operation_has_a_way_back",
                 Verdict.FAIL,
                 operation,
-                found,
-                f"one of {', '.join(UNDO_OPERATION.values())}",
+                STEPS[operation].no_rollback,
+                f"one of {', '.join(map(operation_of, UNDO_OPERATION))}",
                 "a record would say that something was taken back; nothing was started",
-                do,
+                STEPS[operation].instead,
             )
         ]
     )
@@ -98,7 +76,7 @@ def check(params: Params, way: str, first: str | None, last: str | None) -> None
     check_stored(order)
     if way == "migrate":
         # The way back must not depend on what only the way forward needs, a model for instance.
-        found = input_problems(params)
+        found = function(INPUTS)(params)
         if found.failed:
             raise BadInput(found.failed)
     else:
@@ -107,7 +85,7 @@ def check(params: Params, way: str, first: str | None, last: str | None) -> None
 
 def _order(way: str, first: str | None) -> tuple[str, ...]:
     """The steps that a run may take, in their order; an operation, and the rollback of one, is alone."""
-    alone = {"operate": OPERATE, "undo": UNDO_OPERATION}.get(way, {})
+    alone = {"operate": OPERATE, "undo": UNDO_OPERATION}.get(way, ())
     return (first,) if first and first in alone else ORDERS[way]
 
 
@@ -160,7 +138,7 @@ def chosen(
             return ()
         if first != order[0]:
             say(f"proved in this database up to {order[order.index(first) - 1]}; going on with {first}")
-    operation = UNDO_OPERATION.get(first or "") if way == "undo" else None
+    operation = operation_of(first) if way == "undo" and first in UNDO_OPERATION else ""
     if operation and (nothing := _nothing_to_take_back(params, operation)):
         say(f"{SYMBOLS[Status.PASSED]} nothing to take back: {nothing}")
         return ()

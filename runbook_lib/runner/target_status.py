@@ -9,13 +9,13 @@ from typing import Any
 
 from IPython.display import Markdown
 
-from runbook_lib import params as params_module
 from runbook_lib.core import db
 from runbook_lib.core.gates import SYMBOLS, Verdict
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION, notebook
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION, notebook, notebooks
+from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
-from runbook_lib.runner import manifest, selection
+from runbook_lib.runner import manifest
 
 DOCUMENTS = {"guide": "Guide and messages", "operations": "Operations", "reference": "Parameters and locks"}
 MOST_RECORDS = 10
@@ -65,7 +65,7 @@ def overview(params_file: str | Path) -> Markdown:
 
     Raises BadInput for parameters or a server that cannot be worked with.
     """
-    params = params_module.load(params_file)
+    params = load_params(params_file)
     stands = where_it_stands(params)
     phases = [_phase(p, p["name"] == stands["next"]) for p in stands["phases"]]
     lines = [
@@ -99,7 +99,7 @@ def _links(names: Iterable[str]) -> str:
 
 def _documents() -> list[str]:
     """Links to the documents, where the project is checked out around its notebooks."""
-    folder = selection.notebooks().resolve().parent / "docs"
+    folder = notebooks().resolve().parent / "docs"
     there = {folder / f"{name}.md": title for name, title in DOCUMENTS.items() if (folder / f"{name}.md").is_file()}
     said = " · ".join(f"[{title}]({os.path.relpath(path)})" for path, title in there.items())
     return ["", f"**Documents**: {said}"] if said else []

@@ -42,6 +42,7 @@ from runbook_lib.core import db
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import names
 from runbook_lib.core.phase import Phase
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, expand_schema, extension
 from tests.opened import gates_passed, write
 
@@ -264,7 +265,7 @@ def parameters(layout: str) -> params.Params:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.yaml"
         path.write_text(yaml.safe_dump(data))
-        return params.load(path)
+        return load_params(path)
 
 
 def baseline(server: str, rows: int, own_core: bool) -> float:

@@ -39,12 +39,12 @@ import pyarrow.parquet as pq
 import yaml
 from pgvector.psycopg import register_vector
 
-from runbook_lib import params
 from runbook_lib.cli import embedded
 from runbook_lib.core import db
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.progress import Progress
+from runbook_lib.core.target import load_params
 from runbook_lib.embeddings import packing
 from runbook_lib.migrate import expand_schema, extension, load_embeddings
 from tests.opened import gates_passed
@@ -104,7 +104,7 @@ def write_params(folder: Path, kind: str) -> Path:
 @contextlib.contextmanager
 def opened(folder: Path, kind: str = ARRAYS) -> Iterator[Phase]:
     """Phase 40 with these vectors; what it prints is let go."""
-    p = params.load(write_params(folder, kind))
+    p = load_params(write_params(folder, kind))
     ledger = Ledger(db.connect(p, "bench ledger"), p, "bench", "40_load_embeddings")
     phase = gates_passed(Phase("40_load_embeddings", "bench", True, p, db.connect(p, "bench"), ledger))
     with phase.connection, ledger.connection, contextlib.redirect_stdout(io.StringIO()):

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib import params as params_module
 from runbook_lib.core import db
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.search import search_function
 from tests.benchmarks import dictionaries
@@ -38,7 +38,7 @@ def dictionary(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     def make(**sections: dict[str, Any]) -> Phase:
         path = Path(folder, "params.yaml")
         path.write_text(yaml.safe_dump(dictionaries.params(folder, DSN_ENV, **sections)))
-        p = params_module.load(path)
+        p = load_params(path)
         ledger = Ledger(db.connect(p, "benchmark ledger"), p, "benchmark", "70_tune")
         ledger.create()
         phase = gates_passed(Phase("70_tune", "benchmark", True, p, db.connect(p, "benchmark"), ledger))

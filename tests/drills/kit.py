@@ -16,12 +16,12 @@ from typing import Any
 
 import psycopg
 
-from runbook_lib import params
 from runbook_lib.backfill import change_queue
 from runbook_lib.core import db
 from runbook_lib.core.gates import LockNotObtained
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
+from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
 from tests import evidence, toy
 from tests.conftest import write_params
@@ -59,7 +59,7 @@ def moments(few: int, seed: str, longest_s: float) -> list[float]:
 @contextmanager
 def opened(params_file: Path, name: str = "50_backfill") -> Iterator[Phase]:
     """A phase of a run of its own, with a ledger."""
-    p = params.load(params_file)
+    p = load_params(params_file)
     with db.connect(p, "drill ledger") as ledger_connection, db.connect(p, "drill") as connection:
         ledger = Ledger(ledger_connection, p, "drill", name)
         ledger.create()

@@ -15,7 +15,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib.runner import manifest, runner
+from runbook_lib.core.registry import NOTEBOOKS_ENV
+from runbook_lib.runner import manifest
 from tests import servers, small_notebooks, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.drills import kit, real_runs
@@ -67,7 +68,7 @@ def test_of_two_runners_on_two_hosts_one_runs_and_the_other_names_it(
     slow.touch()
     notebooks = small_notebooks.write(tmp_path / "notebooks", **{f"p{FIRST}": body.replace("go-slow", str(slow))})
     params_file = write_params(tmp_path)
-    monkeypatch.setenv(runner.NOTEBOOKS_ENV, str(notebooks))
+    monkeypatch.setenv(NOTEBOOKS_ENV, str(notebooks))
     monkeypatch.setenv("PYTHONPATH", str(kit.ROOT))
     command = [*real_runs.COMMAND, "run", str(params_file), "--execute", "--from", FIRST, "--to", FIRST]
 

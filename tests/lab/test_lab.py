@@ -18,8 +18,8 @@ import psycopg
 import pytest
 
 from runbook_lib.core.phase import Phase
+from runbook_lib.core.registry import NOTEBOOKS_ENV
 from runbook_lib.migrate import expand_schema, extension, load_embeddings
-from runbook_lib.runner.runner import NOTEBOOKS_ENV
 from tests.conftest import write_params
 from tests.lab.browser import browser, program
 from tests.lab.lab import Lab, configure, jupyterlab, ready
