@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from runbook_lib.benchmark import storage_variants as measuring
-from runbook_lib.benchmark.storage_advice import Comparison
+from runbook_lib.benchmark.storage_variants import StorageComparison
 from runbook_lib.core import pictures
 from runbook_lib.core.gates import GateFailed
 from runbook_lib.core.phase import Phase
@@ -62,7 +62,7 @@ def test_every_shape_is_measured_and_nothing_is_left(
     before = relations(articles)
     assert compare_storage.check(phase).passed
     found = compare_storage.apply(phase)
-    assert isinstance(found, Comparison)
+    assert isinstance(found, StorageComparison)
     assert [str(g) for g in compare_storage.verify(phase) if g.verdict != "PASS"] == []
     assert relations(articles) == before
     assert [r["title"] for r in found.found] == [
@@ -95,7 +95,7 @@ def test_recall_is_that_of_the_full_vectors_by_an_independent_count(
     """Without sorting again, bits answer in the order of their codes: the same by numpy, over the same sample."""
     phase = loaded(storage={"rerank": [1], "sample_rows": 1000, "ivfflat": False}, tune={"ef_search": [400]})
     found = compare_storage.apply(phase)
-    assert isinstance(found, Comparison)
+    assert isinstance(found, StorageComparison)
     bits = next(r for r in found.found if r["held"] == "bit")
     rows = articles.execute("SELECT id, embedding::real[] FROM articles WHERE embedding IS NOT NULL").fetchall()
     vectors = np.array([v for _, v in rows])
@@ -169,7 +169,7 @@ def test_after_a_kill_the_next_run_clears_what_was_left(
         "  do      run compare_storage.undo(phase), or operate/compare_storage again"
     )
     found = compare_storage.apply(phase)
-    assert isinstance(found, Comparison)
+    assert isinstance(found, StorageComparison)
     assert relations(articles) == before
     today = found.found[0]
     assert today["todays"] and today["build_s"] is None and today["uses_its_index"], "the index that serves, as it is"
@@ -219,12 +219,12 @@ BIT = row("bit, 4 × k again", "bit", 200, 0.96, 9.0, rerank=4)
 def test_the_advice_is_the_smallest_that_finds_as_much_as_fast_and_as_relevant(
     make_params: Callable[..., Params], rows: list[dict[str, Any]], said: str
 ) -> None:
-    found = Comparison.of(make_params(), rows, FACTS)
+    found = StorageComparison.of(make_params(), rows, FACTS)
     assert found.recommendation.startswith(said)
 
 
 def test_the_advice_says_its_figures(make_params: Callable[..., Params]) -> None:
-    assert Comparison.of(make_params(), [TODAY, HALF], FACTS).recommendation == (
+    assert StorageComparison.of(make_params(), [TODAY, HALF], FACTS).recommendation == (
         "Set index.storage: halfvec: 5.9 kB for the whole table, recall 0.960, p50 4.00 ms, p95 8.00 ms, 60% of"
         " today's index; today's has 9.8 kB for the whole table, recall 0.970, p50 4.00 ms, p95 8.00 ms."
     )
@@ -242,7 +242,7 @@ def test_what_no_index_can_hold_is_not_compared(make_params: Callable[..., Param
 
 
 def test_the_picture_names_every_way_and_the_target(make_params: Callable[..., Params]) -> None:
-    picture = pictures.bytes_against_recall(Comparison.of(make_params(), [TODAY, HALF, BIT], FACTS).as_data())
+    picture = pictures.bytes_against_recall(StorageComparison.of(make_params(), [TODAY, HALF, BIT], FACTS).as_data())
     for text in (
         "1  vector, as it is, 4.0 ms, today's",
         "2  halfvec, 4.0 ms",
@@ -265,4 +265,4 @@ def test_the_notebook_compares_and_plans_without_changing_anything(
     assert relations(articles) == before
     left = step("operate/compare_storage", path, times=2)
     assert relations(articles) == before
-    assert isinstance(left["compared"], Comparison)
+    assert isinstance(left["compared"], StorageComparison)

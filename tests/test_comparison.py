@@ -9,11 +9,21 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from runbook_lib.benchmark import agreement, comparison, relevance_measures, slices
-from runbook_lib.benchmark.relevance_measures import Query
+from runbook_lib.benchmark import comparison, loop, query_set, relevance_measures
+from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core.phase import Phase
-from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
-from runbook_lib.search import search_function
+from runbook_lib.migrate import (
+    backfill,
+    baseline,
+    build_index,
+    expand_schema,
+    extension,
+    load_embeddings,
+    shadow,
+    slices,
+    tune,
+)
+from runbook_lib.search import search_function, statements
 
 Open = Callable[..., Phase]
 
@@ -26,7 +36,7 @@ def tuned(open_phase: Open) -> Callable[..., Phase]:
         phase = open_phase("80_shadow", **sections)
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
             module.apply(phase)
-        comparison.baseline(phase)
+        baseline.apply(phase)
         return phase
 
     return make
@@ -34,7 +44,7 @@ def tuned(open_phase: Open) -> Callable[..., Phase]:
 
 def test_every_search_is_measured_and_those_of_the_record_are_there(tuned: Callable[..., Phase]) -> None:
     phase = tuned()
-    shown = str(comparison.shadow(phase))
+    shown = str(shadow.apply(phase))
     recorded = phase.ledger.latest("shadow")
     assert recorded is not None
     assert set(recorded["systems"]) == {"legacy", "fulltext", "exact", "vector", "hybrid"}
@@ -69,12 +79,12 @@ def test_without_a_full_text_column_there_is_neither_fulltext_nor_hybrid(open_ph
 
 def test_losing_classes_are_named_in_the_gate(tuned: Callable[..., Phase]) -> None:
     phase = tuned()
-    comparison.shadow(phase)
+    shadow.apply(phase)
     recorded = phase.ledger.latest("shadow")
     assert recorded is not None
     lost = {"slice": "codes and names", "queries": 7, "difference": -0.12, "p_value": 0.04, "blame": "model"}
     phase.note("shadow", recorded | {"slices": [lost]})
-    gate = next(g for g in comparison.verify_shadow(phase) if g.name == "compare.relevance_is_kept")
+    gate = next(g for g in shadow.verify(phase) if g.name == "compare.relevance_is_kept")
     assert gate.found.endswith("; legacy wins on: codes and names (7 queries, -0.120, p = 0.04, by the model)")
 
 
@@ -85,17 +95,17 @@ def test_searches_that_both_read_a_small_table_whole_are_not_told_apart_by_chanc
         sql.SQL("ALTER DATABASE {} SET random_page_cost = 4").format(sql.Identifier(articles.info.dbname))
     )
     phase = tuned()
-    comparison.shadow(phase)
+    shadow.apply(phase)
     recorded = phase.ledger.latest("shadow")
     assert recorded is not None and recorded["vector_reads_the_index"] is False
     slower = {"vector": {"p50_ms": 28.0}, "exact": {"p50_ms": 26.66}}
-    assert str(comparison._index_pays(recorded | {"systems": slower})) == (
+    assert str(shadow._index_pays(recorded | {"systems": slower})) == (
         "PASS    compare.vector_is_not_slower_than_exact   vector\n"
         "  found   p50 28.00 ms, exact 26.66 ms; neither reads the index: so few rows are cheaper to read as a"
         " whole\n"
         "  needed  at most 26.66 ms"
     )
-    assert comparison._index_pays({"systems": slower}).verdict == "FAIL"
+    assert shadow._index_pays({"systems": slower}).verdict == "FAIL"
 
 
 def test_a_table_read_whole_for_another_cause_is_no_excuse(
@@ -103,11 +113,11 @@ def test_a_table_read_whole_for_another_cause_is_no_excuse(
 ) -> None:
     phase = tuned()
     articles.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'articles_embedding_hnsw'::regclass")
-    comparison.shadow(phase)
+    shadow.apply(phase)
     recorded = phase.ledger.latest("shadow")
     assert recorded is not None and recorded["vector_reads_the_index"] is False
     slower = {"vector": {"p50_ms": 28.0}, "exact": {"p50_ms": 26.66}}
-    assert str(comparison._index_pays(recorded | {"systems": slower})) == (
+    assert str(shadow._index_pays(recorded | {"systems": slower})) == (
         "FAIL    compare.vector_is_not_slower_than_exact   vector\n"
         "  found   p50 28.00 ms, exact 26.66 ms; vector does not read the index: articles_embedding_hnsw is invalid:"
         " a build did not finish\n"
@@ -121,7 +131,7 @@ def test_without_judgements_agreement_and_a_sheet_stand_in_their_place(
     tuned: Callable[..., Phase], tmp_path: Path
 ) -> None:
     phase = tuned(queries={"judgements": None})
-    shown = str(comparison.shadow(phase))
+    shown = str(shadow.apply(phase))
     recorded = phase.ledger.latest("shadow")
     assert recorded is not None and recorded["judged"] == 0 and recorded["slices"] == []
     assert set(recorded["agreement_with_legacy"]["vector"]) == {"overlap", "rbo", "tau"}
@@ -134,7 +144,7 @@ def test_marks_given_in_the_notebook_are_kept_and_used_like_judgements(tuned: Ca
     comparison.judge(phase, "q00", "2", 2)
     comparison.judge(phase, "q00", "1", 0)
     assert comparison.judgements(phase) == {"q00": {"1": 0, "2": 2}}
-    comparison.shadow(phase)
+    shadow.apply(phase)
     recorded = phase.ledger.latest("shadow")
     assert recorded is not None and recorded["judged"] == 1
 
@@ -206,37 +216,37 @@ def test_a_win_is_blamed_on_nobody() -> None:
 def test_rank_biased_overlap_by_hand() -> None:
     a, b = ["1", "2", "3"], ["1", "3", "9"]
     by_hand = (1 * 1 + 0.9 * 1 / 2 + 0.81 * 2 / 3) / (1 + 0.9 + 0.81)
-    assert agreement.rank_biased_overlap(a, b, 10) == pytest.approx(by_hand)
-    assert agreement.rank_biased_overlap(a, a, 10) == 1.0
-    assert agreement.rank_biased_overlap(a, ["7", "8"], 10) == 0.0
-    assert agreement.rank_biased_overlap([], [], 10) == 1.0
+    assert relevance_measures.rank_biased_overlap(a, b, 10) == pytest.approx(by_hand)
+    assert relevance_measures.rank_biased_overlap(a, a, 10) == 1.0
+    assert relevance_measures.rank_biased_overlap(a, ["7", "8"], 10) == 0.0
+    assert relevance_measures.rank_biased_overlap([], [], 10) == 1.0
 
 
 def test_rank_correlation_by_hand() -> None:
-    assert agreement.rank_correlation(["1", "2", "3"], ["1", "2", "3"], 3) == 1.0
-    assert agreement.rank_correlation(["1", "2", "3"], ["3", "2", "1"], 3) == -1.0
-    assert agreement.rank_correlation(["1", "2", "3"], ["2", "1", "3"], 3) == pytest.approx(1 / 3)
-    assert agreement.rank_correlation(["1", "2"], ["2", "9"], 3) is None, "one row in common has no order"
+    assert relevance_measures.rank_correlation(["1", "2", "3"], ["1", "2", "3"], 3) == 1.0
+    assert relevance_measures.rank_correlation(["1", "2", "3"], ["3", "2", "1"], 3) == -1.0
+    assert relevance_measures.rank_correlation(["1", "2", "3"], ["2", "1", "3"], 3) == pytest.approx(1 / 3)
+    assert relevance_measures.rank_correlation(["1", "2"], ["2", "9"], 3) is None, "one row in common has no order"
 
 
 def test_the_sheet_lists_the_most_different_first() -> None:
     old = {"same": ["1", "2"], "half": ["1", "2"], "other": ["1", "2"]}
     new = {"same": ["1", "2"], "half": ["1", "9"], "other": ["8", "9"]}
-    assert agreement.most_different(old, new, 10, 2) == ["other", "half"]
-    assert agreement.agreement(old, new, 10)["overlap"] == pytest.approx((1 + 0.5 + 0) / 3, abs=1e-4)
+    assert relevance_measures.most_different(old, new, 10, 2) == ["other", "half"]
+    assert relevance_measures.agreement(old, new, 10)["overlap"] == pytest.approx((1 + 0.5 + 0) / 3, abs=1e-4)
 
 
 def test_the_function_must_answer_as_legacy(open_phase: Open, articles: psycopg.Connection[Any]) -> None:
     phase = open_phase("10_baseline")
     search_function.apply(phase)
-    comparison.baseline(phase)
-    assert comparison.verify_baseline(phase).passed
+    baseline.apply(phase)
+    assert baseline.verify(phase).passed
     articles.execute(
         "CREATE OR REPLACE FUNCTION search_articles(query_text text, query_embedding real[] DEFAULT NULL,"
         " k integer DEFAULT 10) RETURNS TABLE (id bigint, score double precision, answered_by text) LANGUAGE sql"
         " AS 'SELECT 1::bigint, 1::double precision, ''legacy''::text'"
     )
-    (failed,) = comparison.verify_baseline(phase).failed
+    (failed,) = baseline.verify(phase).failed
     assert (failed.name, failed.found.split(";")[0]) == (
         "compare.function_answers_as_legacy",
         "0 of 20 queries answered alike",
@@ -256,15 +266,15 @@ def test_legacy_that_finds_nothing_is_a_reason_to_migrate_unless_it_is_broken(
     articles.execute("UPDATE articles SET title = 'zebra ' || id, body = 'a horse with stripes' WHERE title <> ''")
     phase = open_phase("10_baseline", legacy={"query": f"SELECT id FROM articles WHERE {condition} LIMIT :k"})
     search_function.apply(phase)
-    comparison.baseline(phase)
-    recorded, answers = comparison.verify_baseline(phase)
+    baseline.apply(phase)
+    recorded, answers = baseline.verify(phase)
     assert (recorded.verdict, answers.verdict) == (verdict, "PASS")
     assert said in recorded.found
 
 
 def test_relevance_is_that_of_the_judgements(tuned: Callable[..., Phase]) -> None:
     phase = tuned()
-    queries = relevance_measures.sample(relevance_measures.read_queries(phase.params), 1000)
+    queries = query_set.sample(query_set.read_queries(phase.params), 1000)
     result = comparison.measure(phase, ["legacy"])
     judged = [json.loads(line) for line in phase.params.queries.judgements.read_text().splitlines()]  # type: ignore[union-attr]
     assert set(result["legacy"]["per_query"]) == {j["query_id"] for j in judged} == {q.query_id for q in queries}
@@ -275,28 +285,26 @@ def test_legacy_is_asked_once_a_query_and_what_the_baseline_knows_is_not_asked_a
     open_phase: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     phase = open_phase("80_shadow")
-    legacy, asked = search_function.legacy_statement(phase.params).as_string(), list[str]()
-    real = search_function.ask
+    legacy, asked = statements.legacy_statement(phase.params).as_string(), list[str]()
+    real = loop.ask
 
-    def ask(
-        connection: Any, params: Any, statement: Any, queries: Any, vectors: Any, k: int
-    ) -> search_function.Answers:
+    def ask(connection: Any, params: Any, statement: Any, queries: Any, k: int) -> loop.Answers:
         if statement.as_string() == legacy:
             asked.extend(q.query_id for q in queries)
-        return real(connection, params, statement, queries, vectors, k)
+        return real(connection, params, statement, queries, k)
 
-    monkeypatch.setattr(search_function, "ask", ask)
+    monkeypatch.setattr(loop, "ask", ask)
     for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
         module.apply(phase)
-    comparison.baseline(phase)
-    assert comparison.verify_baseline(phase).passed
+    baseline.apply(phase)
+    assert baseline.verify(phase).passed
     assert len(asked) == len(set(asked)) == 40, "for answers, times and relevance together"
     asked.clear()
-    comparison.shadow(phase)
+    shadow.apply(phase)
     assert len(asked) == len(set(asked)) == phase.params.queries.sample == 20, "the timed ones, beside the others"
     comparison.judge(phase, "q00", "7", 1)
     asked.clear()
-    comparison.shadow(phase)
+    shadow.apply(phase)
     assert len(asked) == len(set(asked)) == 40, "judged otherwise, its relevance is another"
 
 
@@ -306,13 +314,13 @@ def test_a_slow_legacy_search_is_given_its_time_and_not_more(
     query = "SELECT id FROM articles, pg_sleep(0.1) WHERE body ILIKE '%' || :query || '%' ORDER BY id LIMIT :k"
     phase = open_phase("10_baseline", legacy={"query": query}, queries={"baseline_minutes": 0.02})
     search_function.apply(phase)
-    comparison.baseline(phase)
+    baseline.apply(phase)
     said = capsys.readouterr().out
     recorded = phase.ledger.latest("baseline") or {}
     assert "  40 legacy calls, about " in said and "were not asked: the time was up" in said
     assert 3 <= len(recorded["per_query"]) < 13 and len(recorded["left"]) + len(recorded["per_query"]) == 40
-    baseline = next(iter(comparison.verify_baseline(phase)))
-    assert f"{len(recorded['left'])} queries did not fit into queries.baseline_minutes" in baseline.found
+    measured = next(iter(baseline.verify(phase)))
+    assert f"{len(recorded['left'])} queries did not fit into queries.baseline_minutes" in measured.found
 
 
 def test_the_slowdown_that_is_accepted_is_a_parameter_and_the_gate_names_the_route_that_would_pass(
@@ -325,7 +333,7 @@ def test_the_slowdown_that_is_accepted_is_a_parameter_and_the_gate_names_the_rou
             "hybrid": {"p95_ms": 227.0, "nDCG@10": 0.369},
         }
     }
-    assert str(comparison._is_fast_enough(recorded, "hybrid", 1.0)) == (
+    assert str(shadow._is_fast_enough(recorded, "hybrid", 1.0)) == (
         "FAIL    compare.hybrid_is_not_slower_than_legacy   hybrid\n"
         "  found   p95 227.00 ms, nDCG@10 0.369, legacy 26.00 ms, nDCG@10 0.042\n"
         "  needed  at most 26.00 ms, 1 × legacy (cut_over.largest_slowdown)\n"
@@ -333,4 +341,4 @@ def test_the_slowdown_that_is_accepted_is_a_parameter_and_the_gate_names_the_rou
         "  do      cut_over.route: vector would pass (p95 20.00 ms, nDCG@10 0.310); or accept it by"
         " cut_over.largest_slowdown: 8.8, if its answers are worth the wait; or look at the plan in 70_tune"
     )
-    assert comparison._is_fast_enough(recorded, "hybrid", 8.8).verdict == "PASS"
+    assert shadow._is_fast_enough(recorded, "hybrid", 8.8).verdict == "PASS"

@@ -11,10 +11,20 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.benchmark import comparison
 from runbook_lib.core.gates import GateFailed
 from runbook_lib.core.phase import Phase
-from runbook_lib.migrate import backfill, build_index, cut_over, expand_schema, extension, load_embeddings, tune
+from runbook_lib.migrate import (
+    backfill,
+    baseline,
+    build_index,
+    cut_over,
+    expand_schema,
+    extension,
+    live_calls,
+    load_embeddings,
+    shadow,
+    tune,
+)
 from runbook_lib.operate import monitor
 from runbook_lib.runner import target_status
 from runbook_lib.search import live_shadow, search_function
@@ -34,8 +44,8 @@ def ready(open_phase: Open) -> Callable[..., Phase]:
         phase = open_phase("90_cut_over", cut_over=cut_over, **sections)
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
             module.apply(phase)
-        comparison.baseline(phase)
-        comparison.shadow(phase)
+        baseline.apply(phase)
+        shadow.apply(phase)
         return phase
 
     return make
@@ -132,7 +142,7 @@ def test_a_canary_is_rolled_back_by_its_own_gate_under_load_and_no_call_fails(
         seen.routes.clear()
         before = seen.calls
         wait_for(lambda: seen.calls > before + 40)
-    assert search_function.current_route(phase) == ("legacy", 0)
+    assert search_function.current_route(phase.connection, phase.params) == ("legacy", 0)
     assert seen.routes == {"legacy"}, "every caller is back, and none was told"
     assert (seen.errors, seen.empty) == ([], 0)
     (gate,) = failed.value.gates.failed
@@ -155,7 +165,7 @@ def test_a_route_that_fails_outright_goes_back_too(
     with pytest.raises(GateFailed) as failed:
         cut_over.apply(phase)
     assert failed.value.gates.failed[0].name == "cutover.no_call_fails"
-    assert search_function.current_route(phase) == ("legacy", 0)
+    assert search_function.current_route(phase.connection, phase.params) == ("legacy", 0)
 
 
 def test_short_answers_and_slow_ones_are_named(ready: Callable[..., Phase]) -> None:
@@ -204,7 +214,7 @@ def test_filters_are_tried_by_the_canary_before_any_user_comes_with_them(
     articles.execute("UPDATE runbook.strategy SET candidates = 0 WHERE value = 'Draft' AND filter = 'status'")
     with load(database) as seen, pytest.raises(GateFailed) as failed:
         cut_over.apply(phase)
-    assert search_function.current_route(phase) == ("legacy", 0) and seen.errors == []
+    assert search_function.current_route(phase.connection, phase.params) == ("legacy", 0) and seen.errors == []
     gate = next(g for g in failed.value.gates.failed if g.name == "cutover.no_filtered_call_fails")
     calls = (phase.ledger.latest("canary") or {})["filtered"]["calls"]
     assert calls >= 4
@@ -232,13 +242,13 @@ def test_users_own_calls_judge_the_canary_too(ready: Callable[..., Phase], datab
     bodies = [e["body"] for e in phase.ledger.entries() if e["kind"] == "canary"]
     assert [b["share_percent"] for b in bodies] == [10, 50, 100]
     assert all(b["live"]["problems"] == b["live"]["empty"] == 0 for b in bodies)
-    assert bodies[-1]["live"]["calls"] >= live_shadow.FEWEST_CALLS and bodies[-1]["live"]["p95_ms"] > 0
+    assert bodies[-1]["live"]["calls"] >= live_calls.FEWEST_CALLS and bodies[-1]["live"]["p95_ms"] > 0
 
 
 def test_what_is_wrong_with_users_calls_is_named(ready: Callable[..., Phase]) -> None:
     phase = ready()
     step = cut_over.Step(10, 40, 8, 8, empty=0, short=0, overlap=1.0, errors=0, p95_ms=1.0, legacy_p95_ms=9)
-    bad = replace(step, live=live_shadow.Seen(calls=40, problems=1, empty=2, p95_ms=41.0, other_p95_ms=20.0))
+    bad = replace(step, live=live_calls.Seen(calls=40, problems=1, empty=2, p95_ms=41.0, other_p95_ms=20.0))
     assert [(g.name, g.found, g.needed) for g in cut_over._judge(phase, bad).failed] == [
         ("cutover.no_live_shadow_fails", "1 sampled live calls", "0"),
         ("cutover.no_live_answer_is_empty", "2 of 40 live calls, where legacy had an answer", "0"),
@@ -248,7 +258,7 @@ def test_what_is_wrong_with_users_calls_is_named(ready: Callable[..., Phase]) ->
             "at most 40.00 ms, 2 × legacy on the same calls, from 30 calls on",
         ),
     ]
-    few = replace(step, live=live_shadow.Seen(calls=29, p95_ms=41.0, other_p95_ms=20.0))
+    few = replace(step, live=live_calls.Seen(calls=29, p95_ms=41.0, other_p95_ms=20.0))
     judged = cut_over._judge(phase, few)
     assert judged.passed and "cutover.live_calls_are_fast_enough" not in {g.name for g in judged}
 
@@ -268,7 +278,9 @@ def test_killed_in_a_step_the_next_run_goes_on_from_the_share_it_finds(
     monkeypatch.setattr(cut_over, "_call", killed)
     with pytest.raises(KeyboardInterrupt):
         cut_over.apply(phase)
-    assert search_function.current_route(phase) == ("vector", stopped_at), "the reads stay where the kill left them"
+    assert search_function.current_route(phase.connection, phase.params) == ("vector", stopped_at), (
+        "the reads stay where the kill left them"
+    )
     monkeypatch.setattr(cut_over, "_call", call)
     steps = [s for s in (10, 50, 100) if s >= stopped_at]
     assert cut_over.steps_left(phase) == steps
@@ -315,8 +327,8 @@ def test_legacys_empty_answers_are_no_fault_of_the_new_route(open_phase: Open) -
         file.writelines(json.dumps({"query_id": f"e{i}", "text": f"where did it go {i}"}) + "\n" for i in range(40))
     for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
         module.apply(phase)
-    comparison.baseline(phase)
-    comparison.shadow(phase)
+    baseline.apply(phase)
+    shadow.apply(phase)
     cut_over.apply(phase)
     assert cut_over.verify(phase).passed
     first, half, whole = (e["body"] for e in phase.ledger.entries() if e["kind"] == "canary")

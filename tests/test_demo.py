@@ -12,14 +12,14 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook_lib.benchmark import relevance_measures
-from runbook_lib.benchmark.relevance_measures import Query
+from runbook_lib.benchmark import loop, query_set
+from runbook_lib.benchmark.query_set import Query
 from runbook_lib.cli import demo
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
-from runbook_lib.search import search_function
+from runbook_lib.search import statements
 
 DEMO_YAML = Path(__file__).parent.parent / "params" / "demo.yaml"
 
@@ -237,14 +237,14 @@ def test_the_params_file_is_valid_and_its_judged_keys_are_in_the_table(
     )
     p = demo_params.model_copy(update={"queries": queries})
     with db.connect(p, "test") as connection:
-        assert relevance_measures.unknown_keys(connection, p) == []
+        assert query_set.unknown_keys(connection, p) == []
 
 
 def ask(p: Params, text: str, k: int = 10, **filters: str) -> list[str]:
     with db.connect(p, "test") as connection:
         values = {"query": text, "k": k, **dict.fromkeys(p.target.filters), **filters}
-        found = connection.execute(search_function.legacy_statement(p), values).fetchall()
-        answers = search_function.ask(connection, p, search_function.legacy_statement(p), [Query("q", text)], None, k)
+        found = connection.execute(statements.legacy_statement(p), values).fetchall()
+        answers = loop.ask(connection, p, statements.legacy_statement(p), [Query("q", text)], k)
     if not filters:
         assert [str(row["id"]) for row in found] == answers.keys["q"]
     return [str(row["id"]) for row in found]

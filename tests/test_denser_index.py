@@ -9,7 +9,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib.benchmark import relevance_measures
+from runbook_lib.benchmark import query_set
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings.embedding import Vectors
@@ -71,7 +71,7 @@ def recall(phase: Phase, ef_search: int) -> float:
     )
     rows = scattered(list(texts))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    queries = relevance_measures.read_queries(phase.params)
+    queries = query_set.read_queries(phase.params)
     shares = []
     with phase.connection.transaction():
         phase.connection.execute(f"SET LOCAL hnsw.ef_search = {ef_search}")  # type: ignore[call-overload]

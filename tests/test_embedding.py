@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from runbook_lib.benchmark import relevance_measures
+from runbook_lib.benchmark import query_set
 from runbook_lib.core.gates import BadInput
 from runbook_lib.embeddings import embedding
 from runbook_lib.params import Params
@@ -312,7 +312,7 @@ def test_stored_vectors_and_those_of_queries_come_at_length_1(make_params: MakeP
         )
         stored = np.concatenate([batch.vectors for batch in embedding.stored(p)])
         assert stored[0].tolist() == pytest.approx(first) and stored[2].tolist() == [0, 0, 0]
-        assert embedding.query_vectors(p, [relevance_measures.Query("q1", "x")])[0].tolist() == pytest.approx(query)
+        assert embedding.query_vectors(p, [query_set.Query("q1", "x")])[0].tolist() == pytest.approx(query)
 
 
 def test_an_empty_file_is_bad_input(make_params: MakeParams, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_text_is_masked_before_it_leaves_and_the_hash_is_that_of_the_text(
 
 
 def test_query_texts_are_masked_too(make_params: MakeParams, served: Endpoint) -> None:
-    from runbook_lib.benchmark.relevance_measures import Query
+    from runbook_lib.benchmark.query_set import Query
 
     p = make_params(embeddings=section(served), masking={"rules": ["email"]})
     embedding.query_vectors(p, [Query("q1", "mail of ann@example.org")])

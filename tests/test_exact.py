@@ -1,6 +1,7 @@
 """Exact answers: the stream agrees with plain SQL for every distance, type, key and filter."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from pgvector.psycopg import register_vector
 
 from runbook_lib.benchmark import exact
+from runbook_lib.benchmark.query_set import Query, exact_of, with_exact
 from runbook_lib.benchmark.recall_at_k import Nearest, share
 from runbook_lib.core import db
 from runbook_lib.params import Params
@@ -36,8 +38,12 @@ def fill(connection: psycopg.Connection[Any], key: str, vector: str) -> None:
     )
 
 
-def queries() -> np.ndarray:
-    return np.random.default_rng(1).normal(size=(QUERIES, DIMENSION)).astype(np.float32)
+def queries(length: float = 1.0) -> list[Query]:
+    vectors = np.random.default_rng(1).normal(size=(QUERIES, DIMENSION)).astype(np.float32)
+    return [Query(str(i), "", (vector * length).astype(np.float32)) for i, vector in enumerate(vectors)]
+
+
+UNIT = [Query("unit", "", np.eye(8, dtype=np.float32)[0])]
 
 
 @pytest.mark.parametrize("distance", ["cosine", "l2", "inner_product"])
@@ -52,13 +58,14 @@ def test_the_stream_agrees_with_plain_sql(
         vector={"distance": distance, "type": vector, "dimension": DIMENSION}, target={"filters": ["topic"]}
     )
     questions = [
-        exact.Question(i, allowed)
+        replace(query, allowed=allowed)
         for allowed in ((), (("topic", "rare"),), (("topic", "third"),), (("topic", "none"),))
-        for i in range(QUERIES)
+        for query in queries()
     ]
     with db.connect(params, "test") as connection, connection.transaction():
-        found = exact.nearest(connection, params, queries(), questions, K)
-        checked = exact.stream_agrees_with_sql(connection, params, queries(), questions, found, K)
+        answered = exact.answered(connection, params, questions, K)
+        checked = exact.stream_agrees_with_sql(connection, params, answered, K)
+    found = exact_of(answered)
     assert str(checked) == (
         "PASS    exact.stream_agrees_with_sql   public.articles\n"
         "  found   5 of 5 questions answered alike, each to the last distance\n"
@@ -73,11 +80,11 @@ def test_answers_do_not_depend_on_how_the_table_is_cut_into_blocks(
 ) -> None:
     fill(rows, "bigint", "vector")
     params = make_params(target={"filters": ["topic"]})
-    questions = [exact.Question(i, a) for i in range(QUERIES) for a in ((), (("topic", "third"),))]
+    questions = [replace(q, allowed=a) for q in queries() for a in ((), (("topic", "third"),))]
 
     def answers() -> list[Nearest]:
         with db.connect(params, "test") as connection:
-            return exact.nearest(connection, params, queries(), questions, K)
+            return exact.nearest(connection, params, questions, K)
 
     whole = answers()
     monkeypatch.setattr(exact, "BLOCK_BYTES", 1000)
@@ -92,7 +99,7 @@ def test_equal_distances_are_ordered_by_key_as_a_number(
     rows.execute("INSERT INTO articles SELECT i, '[1,0,0,0,0,0,0,0]' FROM generate_series(12, 1, -1) i")
     params = make_params()
     with db.connect(params, "test") as connection:
-        found = exact.nearest(connection, params, np.eye(8, dtype=np.float32)[:1], [exact.Question(0)], K)
+        found = exact.nearest(connection, params, UNIT, K)
     assert found[0].keys == tuple(str(i) for i in range(1, 11))
 
 
@@ -103,11 +110,10 @@ def test_a_row_without_a_distance_is_near_nothing(
     rows.execute("CREATE TABLE articles (id bigint PRIMARY KEY, embedding vector(8))")
     rows.execute("INSERT INTO articles VALUES (1, '[0,0,0,0,0,0,0,0]'), (2, '[-1,0,0,0,0,0,0,0]')")
     params = make_params()
-    asked, questions = np.eye(8, dtype=np.float32)[:1], [exact.Question(0)]
     with db.connect(params, "test") as connection:
-        found = exact.nearest(connection, params, asked, questions, K)
-        checked = exact.stream_agrees_with_sql(connection, params, asked, questions, found, K)
-    assert (found[0].keys, str(checked.verdict)) == (("2",), "PASS")
+        answered = exact.answered(connection, params, UNIT, K)
+        checked = exact.stream_agrees_with_sql(connection, params, answered, K)
+    assert (exact_of(answered)[0].keys, str(checked.verdict)) == (("2",), "PASS")
 
 
 @pytest.mark.parametrize("length", [1e-4, 1.0, 1e4])
@@ -121,11 +127,11 @@ def test_vectors_of_any_length_have_their_own_order(
         [length],
     )
     params = make_params(vector={"distance": distance})
-    asked = (queries() * length).astype(np.float32)
+    asked = queries(length)
     with db.connect(params, "test") as connection:
-        found = exact.nearest(connection, params, asked, [exact.Question(i) for i in range(QUERIES)], K)
+        found = exact.nearest(connection, params, asked, K)
         register_vector(connection)
-        by_sql = [exact.by_sql(connection, params, asked, exact.Question(i), K) for i in range(QUERIES)]
+        by_sql = [exact.by_sql(connection, params, query, K) for query in asked]
     # Where two rows are at one distance, the last digit decides which is the tenth.
     shares = [share(f, [(r["key"], r["distance"]) for r in sql]) for f, sql in zip(found, by_sql, strict=True)]
     assert shares == [1.0] * QUERIES
@@ -135,11 +141,11 @@ def test_vectors_of_any_length_have_their_own_order(
 def test_answers_that_differ_fail_the_gate(rows: psycopg.Connection[Any], make_params: Callable[..., Params]) -> None:
     fill(rows, "bigint", "vector")
     params = make_params(target={"filters": ["topic"]})
-    questions = [exact.Question(0), exact.Question(1)]
+    questions = queries()[:2]
     with db.connect(params, "test") as connection:
-        found = exact.nearest(connection, params, queries(), questions, K)
+        found = exact.nearest(connection, params, questions, K)
         wrong = [found[0], Nearest(found[1].keys, tuple(d + 0.5 for d in found[1].distances), 2940)]
-        checked = exact.stream_agrees_with_sql(connection, params, queries(), questions, wrong, K)
+        checked = exact.stream_agrees_with_sql(connection, params, with_exact(questions, wrong), K)
     assert str(checked) == (
         "FAIL    exact.stream_agrees_with_sql   public.articles\n"
         "  found   1 of 2 questions answered alike, each to the last distance\n"

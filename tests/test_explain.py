@@ -67,7 +67,7 @@ def ask(big: Phase) -> Iterator[Callable[..., str]]:
             for spoiler in spoilers:
                 big.connection.execute(sql.SQL(spoiler))
             sent = Sent("the application's query", text, ("embedding", "k", "status"), values)
-            return str(explain.judge(big, big.connection, sent, kind, exact))
+            return str(explain.judge(big.connection, big.params, sent, kind, exact))
 
         yield judge
 
@@ -351,7 +351,7 @@ def test_the_function_and_the_applications_own_query_are_both_proved(open_phase:
         ("explain.custom_plan_uses_the_index", "the application's query", "FAIL"),
         ("explain.generic_plan_uses_the_index", "the application's query", "FAIL"),
     ]
-    assert search_function.current_route(phase) == ("legacy", 0), "the proof moves no read"
+    assert search_function.current_route(phase.connection, phase.params) == ("legacy", 0), "the proof moves no read"
 
 
 BY_STATUS = "SELECT id FROM articles WHERE status = $3 ORDER BY embedding <=> $1 LIMIT $2"

@@ -100,7 +100,7 @@ def test_a_column_may_have_any_name(judged: Judge, articles: Connection, open_ph
         assert verdicts(gates) == SERVED, "\n".join(map(str, gates))
         phase = open_phase("10_baseline", search=by(expression), target={"text_columns": ["title"]})
         search_function.apply(phase)
-        assert search_function.is_as_planned(phase), name
+        assert search_function.is_as_planned(phase.connection, phase.params), name
         before = name
 
 
@@ -314,9 +314,11 @@ def test_hybrid_answers_as_with_a_stored_column_and_through_the_index(articles: 
 
     articles.execute(GIN + "ALTER TABLE articles DROP COLUMN tsv; ANALYZE articles")
     own = open_phase("70_tune", search=by(EXPRESSION))
-    assert not search_function.is_as_planned(own)
+    assert not search_function.is_as_planned(own.connection, own.params)
     search_function.apply(own)
-    assert search_function.is_as_planned(own) and search_function.current_route(own) == ("hybrid", 100)
+    assert search_function.is_as_planned(own.connection, own.params) and search_function.current_route(
+        own.connection, own.params
+    ) == ("hybrid", 100)
     assert [answers(articles, text) for text in asked] == by_column
 
     # Where a scan of the table is dear enough, the planner takes the index by itself.

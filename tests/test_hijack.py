@@ -8,22 +8,23 @@ import pytest
 from psycopg import sql
 
 from runbook_lib.backfill import change_queue
-from runbook_lib.benchmark import comparison
 from runbook_lib.core import session
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import (
     backfill,
+    baseline,
     build_index,
     cut_over,
     expand_schema,
     extension,
     inputs,
     load_embeddings,
+    shadow,
     tune,
 )
 from runbook_lib.operate import monitor, rebuild_index
-from runbook_lib.search import live_shadow, search_function
+from runbook_lib.search import live_shadow, search_function, statements
 from tests import attackers, toy
 from tests.test_search_function import FILTERED, call
 
@@ -77,8 +78,8 @@ def test_a_whole_migration_calls_nothing_that_others_have_planted(
             live_shadow,
         ):
             module.apply(phase)
-        comparison.baseline(phase)
-        comparison.shadow(phase)
+        baseline.apply(phase)
+        shadow.apply(phase)
         cut_over.apply(phase)
         for module in (expand_schema, load_embeddings, backfill, build_index, tune):
             assert [g.name for g in module.verify(phase).failed if "catalogue from the start" not in g.found] == []
@@ -143,13 +144,13 @@ def test_a_filter_of_citext_in_an_open_schema_is_compared_by_the_operator_of_its
         phase = open_phase("70_tune", **FILTERED)
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
-        state = search_function.function_state(phase)
+        state = search_function.function_state(phase.connection, phase.params)
         assert state is not None and state["settings"] == [CLOSED_PATH]
         for route in ("vector", "hybrid"):
             search_function.move_route(phase, route, 100, "test")  # type: ignore[arg-type]
             answers = [call(articles, "cookie leaks", status=given) for given in ("Stable", "STABLE", "Draft")]
             assert len(answers[0]) == 10 and answers[0] == answers[1] and answers[2] == [], route
-        condition = search_function.filter_is(phase.connection, phase.params, "status", sql.Literal("x"))
+        condition = statements.filter_is(phase.connection, phase.params, "status", sql.Literal("x"))
         assert condition.as_string() == "\"status\" OPERATOR(public.=) 'x'::public.shown"
 
 
@@ -179,7 +180,10 @@ def test_a_function_that_others_have_made_under_our_name_is_neither_replaced_nor
         articles.execute("DROP FUNCTION search_articles(text, real[], integer)")
         search_function.apply(phase)
         attackers.make(articles, mallory, f"CREATE FUNCTION search_articles(query varchar, {theirs} {body}")
-        assert search_function.function_state(phase)["function"] == "search_articles(text,real[],integer)"  # type: ignore[index]
+        assert (
+            search_function.function_state(phase.connection, phase.params)["function"]
+            == "search_articles(text,real[],integer)"
+        )  # type: ignore[index]
         assert live_shadow.plan(phase).statements[1].text(phase.connection).count("query varchar") == 0
 
 

@@ -15,7 +15,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook_lib.benchmark import comparison, ivfflat_drift
+from runbook_lib.benchmark import comparison
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, GateFailed
 from runbook_lib.core.ledger import Ledger
@@ -23,7 +23,7 @@ from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
-from runbook_lib.operate import rebuild_index
+from runbook_lib.operate import ivfflat_drift, rebuild_index
 from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV, write_params

@@ -7,7 +7,7 @@ import psycopg
 import pytest
 
 from runbook_lib.core.phase import Phase
-from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, live_calls, load_embeddings, tune
 from runbook_lib.search import live_shadow, search_function
 from tests import toy
 from tests.test_search_function import FILTERED, carry_settings, learn
@@ -63,7 +63,7 @@ def test_both_answers_and_times_are_logged_and_no_text(
     articles.execute(CALL, [VECTOR])
     search_function.move_route(phase, "vector", 100, "test")
     articles.execute(CALL, [VECTOR])
-    rows = live_shadow.logged(phase)
+    rows = live_shadow.logged(phase.connection, phase.params)
     assert [(r["live_route"], r["other_route"], r["problem"]) for r in rows] == [
         ("legacy", "vector", None),
         ("vector", "legacy", None),
@@ -71,16 +71,16 @@ def test_both_answers_and_times_are_logged_and_no_text(
     assert rows[0]["live_keys"] == rows[1]["other_keys"] and rows[0]["other_keys"] == rows[1]["live_keys"]
     assert all(r["live_ms"] > 0 and r["other_ms"] > 0 for r in rows)
     assert "cookie" not in str(articles.execute(f"SELECT * FROM {LOG}").fetchall())
-    assert "vector" in str(live_shadow.summary(phase)) and live_shadow.verify(phase).passed
+    assert "vector" in str(live_calls.summary(phase)) and live_calls.verify(phase).passed
 
 
 @pytest.mark.parametrize(
     ("calls", "new_ms", "found"),
     [
-        (live_shadow.FEWEST_CALLS - 1, 900.0, None),
-        (live_shadow.FEWEST_CALLS, 900.0, ("FAIL", "p95 900.00 ms, legacy 20.00 ms, 30 calls", "at most 20.00 ms")),
-        (live_shadow.FEWEST_CALLS, 19.0, ("PASS", "p95 19.00 ms, legacy 20.00 ms, 30 calls", "at most 20.00 ms")),
-        (live_shadow.FEWEST_CALLS, 21.0, ("FAIL", "p95 21.00 ms, legacy 20.00 ms, 30 calls", "at most 20.00 ms")),
+        (live_calls.FEWEST_CALLS - 1, 900.0, None),
+        (live_calls.FEWEST_CALLS, 900.0, ("FAIL", "p95 900.00 ms, legacy 20.00 ms, 30 calls", "at most 20.00 ms")),
+        (live_calls.FEWEST_CALLS, 19.0, ("PASS", "p95 19.00 ms, legacy 20.00 ms, 30 calls", "at most 20.00 ms")),
+        (live_calls.FEWEST_CALLS, 21.0, ("FAIL", "p95 21.00 ms, legacy 20.00 ms, 30 calls", "at most 20.00 ms")),
     ],
 )
 def test_times_are_judged_from_thirty_calls_on(
@@ -96,7 +96,7 @@ def test_times_are_judged_from_thirty_calls_on(
         " SELECT '', 'vector', %s, '{1}', 'legacy', 20, '{1}' FROM generate_series(1, %s)",
         [new_ms, calls],
     )
-    gates = {g.name: g for g in live_shadow.verify(phase)}
+    gates = {g.name: g for g in live_calls.verify(phase)}
     timed = gates.get("live.new_route_is_fast_enough")
     assert (timed and (str(timed.verdict), timed.found, timed.needed)) == found
     assert ("too few to judge" in gates["live.no_shadow_failed"].found) == (found is None)
@@ -125,7 +125,7 @@ def test_a_shadow_that_fails_is_logged_and_the_call_has_its_answer(
     # Legacy, which answers the caller, does not read it; the other route does.
     articles.execute("ALTER TABLE articles RENAME COLUMN embedding TO elsewhere")
     assert len(articles.execute(CALL, [VECTOR]).fetchall()) == 5
-    assert str(live_shadow.verify(phase).failed[0]) == (
+    assert str(live_calls.verify(phase).failed[0]) == (
         "FAIL    live.no_shadow_failed   search_articles_shadow\n"
         "  found   1 of 1 sampled calls; 42703 column t.embedding does not exist; too few to judge their times,"
         " which takes 30 without a problem\n"
@@ -196,17 +196,17 @@ def test_what_an_application_writes_into_the_log_by_hand_is_no_figure_unless_it_
             " SELECT '', 'legacy', 1, '{1}', 'vector', 1, '{1}' FROM generate_series(1, 2);"
             f" UPDATE {LOG} SET {forged} WHERE id = 2"
         )
-        assert len(live_shadow.logged(phase)) == 1, forged
-        assert live_shadow.verify(phase).passed and "legacy" in str(live_shadow.summary(phase))
+        assert len(live_shadow.logged(phase.connection, phase.params)) == 1, forged
+        assert live_calls.verify(phase).passed and "legacy" in str(live_calls.summary(phase))
     articles.execute(f"UPDATE {LOG} SET problem = repeat('x', 10000000)")
-    assert len(live_shadow.verify(phase).failed[0].found) < 700
+    assert len(live_calls.verify(phase).failed[0].found) < 700
 
 
 def test_without_a_share_there_is_nothing_to_make(shadowed: Callable[..., Phase]) -> None:
     phase = shadowed(sample_percent=0)
     assert live_shadow.plan(phase).statements == ()
-    assert str(live_shadow.summary(phase)) == "live calls\nnone sampled yet"
-    assert live_shadow.verify(phase).passed
+    assert str(live_calls.summary(phase)) == "live calls\nnone sampled yet"
+    assert live_calls.verify(phase).passed
 
 
 def test_undo_removes_both_and_twice_does_nothing(shadowed: Callable[..., Phase]) -> None:
@@ -268,7 +268,7 @@ def test_the_shadow_is_what_the_route_answers_for_these_filters(
         answers = {route: by_route(articles, route, "search_articles", status) for route in ("legacy", "vector")}
         for route in ("legacy", "vector"):
             assert by_route(articles, route, "search_articles_shadow", status) == answers[route]
-        rows = live_shadow.logged(filtered)
+        rows = live_shadow.logged(filtered.connection, filtered.params)
         assert [(r["live_route"], r["other_route"], r["problem"]) for r in rows] == [
             ("legacy", "vector", None),
             ("vector", "legacy", None),
@@ -287,7 +287,7 @@ def test_a_strategy_that_fails_is_found_before_any_read_moves(
     articles.execute("UPDATE runbook.strategy SET candidates = 0 WHERE value = 'Draft'")
     by_route(articles, "legacy", "search_articles_shadow", "Draft")
     assert (
-        live_shadow.verify(filtered)
+        live_calls.verify(filtered)
         .failed[0]
         .found.startswith("1 of 1 sampled calls; 22023 0 is outside the valid range")
     )
@@ -297,7 +297,7 @@ def test_a_strategy_that_fails_is_found_before_any_read_moves(
 def test_the_summary_has_a_row_for_each_set_of_filters(filtered: Phase, articles: psycopg.Connection[Any]) -> None:
     for status in (None, "Draft", "Rare"):
         by_route(articles, "legacy", "search_articles_shadow", status)
-    live_shadow.summary(filtered)
+    live_calls.summary(filtered)
     noted = filtered.ledger.latest("live")
     assert noted is not None
     assert [(w["live"], w["filters"], w["calls"]) for w in noted["ways"]] == [

@@ -9,11 +9,21 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from runbook_lib.benchmark import comparison
+from runbook_lib.benchmark import loop
 from runbook_lib.cli.main import main
 from runbook_lib.core.gates import Gate
 from runbook_lib.core.phase import Phase
-from runbook_lib.migrate import backfill, build_index, cut_over, expand_schema, extension, load_embeddings, tune
+from runbook_lib.migrate import (
+    backfill,
+    baseline,
+    build_index,
+    cut_over,
+    expand_schema,
+    extension,
+    load_embeddings,
+    shadow,
+    tune,
+)
 from runbook_lib.operate import monitor
 from runbook_lib.search import search_function
 
@@ -40,8 +50,8 @@ def standing(tuned: Callable[..., Phase]) -> Callable[..., Phase]:
 
     def make(**sections: dict[str, Any]) -> Phase:
         phase = tuned(**sections)
-        comparison.baseline(phase)
-        comparison.shadow(phase)
+        baseline.apply(phase)
+        shadow.apply(phase)
         cut_over.apply(phase)
         return phase
 
@@ -146,18 +156,17 @@ def test_lost_recall_is_found_on_rows_and_queries(
     tuned: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     phase = tuned()
-    ask = search_function.ask
+    ask = loop.ask
     calls: list[int] = []
 
-    def forgetful(*args: Any, **kwargs: Any) -> search_function.Answers:
+    def forgetful(*args: Any, **kwargs: Any) -> loop.Answers:
         answers = ask(*args, **kwargs)
         calls.append(1)
         if len(calls) == 1:
             return answers
-        keys, scores = ({i: of[:5] for i, of in each.items()} for each in (answers.keys, answers.scores))
-        return search_function.Answers(keys, [], [], scores)  # type: ignore[arg-type]
+        return replace(answers, rows=[rows[:5] for rows in answers.rows])
 
-    monkeypatch.setattr(search_function, "ask", forgetful)
+    monkeypatch.setattr(loop, "ask", forgetful)
     gate = monitor._recall_holds(phase)
     assert (str(gate.verdict), gate.found) == ("FAIL", "recall@10 0.500 on 40 queries and 50 rows")
 

@@ -14,7 +14,6 @@ import psycopg
 import pytest
 
 from runbook_lib.backfill import health, online_copy, partitioned_twin, throttle
-from runbook_lib.benchmark import partition_proof
 from runbook_lib.core import db
 from runbook_lib.core.gates import GateFailed
 from runbook_lib.core.ledger import Ledger
@@ -23,7 +22,7 @@ from runbook_lib.core.registry import MIGRATE
 from runbook_lib.core.target import load_params
 from runbook_lib.indexes import building
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
-from runbook_lib.operate import partition_by_filter
+from runbook_lib.operate import partition_by_filter, partition_proof
 from runbook_lib.search import search_function
 from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params
@@ -106,7 +105,7 @@ def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         db.use_search_path(phase.connection)
-        for statement in search_function.set_search_setting(phase, 40):
+        for statement in search_function.set_search_setting(phase.connection, phase.params, 40):
             phase.do(statement)
         learnt = {"filter": "status", "values": [None], "shares": [0.0], "recall": 1.0, "p50_ms": 9.0}
         phase.do(db.statement(search_function.SQL["learn_strategy"], phase.params, **learnt, **EXACT))
@@ -204,7 +203,7 @@ def test_under_writers_there_and_back_no_row_is_lost_and_no_writer_refused(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any], database: str
 ) -> None:
     phase = ready()
-    before, function = look(articles), search_function.function_state(phase)
+    before, function = look(articles), search_function.function_state(phase.connection, phase.params)
     assert partition_by_filter.check(phase).passed, str(partition_by_filter.check(phase))
     with Writers(database) as writers:
         partition_by_filter.apply(phase)
@@ -222,7 +221,7 @@ def test_under_writers_there_and_back_no_row_is_lost_and_no_writer_refused(
     figures = phase.ledger.latest("partition swap")
     assert figures is not None and figures["drained"] <= 200 and figures["seconds"] < 5.0
     assert look(articles) == before, "nothing that somebody sees has changed"
-    assert search_function.function_state(phase) == function
+    assert search_function.function_state(phase.connection, phase.params) == function
     found = call(articles, "cookie leaks", status="Draft")
     statuses = articles.execute(
         "SELECT DISTINCT status FROM articles WHERE id = ANY (%s)", [[r["id"] for r in found]]

@@ -168,7 +168,7 @@ def test_a_replaced_function_and_a_table_that_is_there_keep_their_grants(
     generous.execute(
         "GRANT EXECUTE ON FUNCTION search_articles TO shop_approver; GRANT SELECT ON runbook.route TO PUBLIC"
     )
-    phase.do(search_function.create_statement(phase))
+    phase.do(search_function.create_statement(phase.connection, phase.params))
     phase.do(search_function.plan(phase).statements[0])
     had = standing(generous, set())
     assert had["public.search_articles"] == {APPLICATION: {"EXECUTE"}, APPROVER: {"EXECUTE"}}

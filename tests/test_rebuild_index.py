@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 from runbook_lib.benchmark import index_recall
+from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import GateFailed, LockNotObtained
 from runbook_lib.core.phase import Phase, open_phase
@@ -135,9 +136,7 @@ def test_an_index_that_finds_less_is_not_put_into_place(
     rebuild_index.apply(phase)
     real = index_recall.through
 
-    def poor(
-        phase: Phase, asked: index_recall.Questions, index: str, others: list[str]
-    ) -> index_recall.Measured | None:
+    def poor(phase: Phase, asked: list[Query], index: str, others: list[str]) -> index_recall.IndexRecall | None:
         found = real(phase, asked, index, others)
         return replace(found, recall=0.5) if found and index.endswith("_new") else found
 

@@ -57,12 +57,12 @@ def test_the_row_that_a_question_was_made_from_counts_on_neither_side(
 def test_what_has_nothing_to_be_found_is_left_out_and_recall_is_never_perfect_by_emptiness() -> None:
     nothing = Nearest((), (), 0)
     assert math.isnan(recall_at_k.share(nothing, [("a", 0.1)]))
-    assert recall_at_k.recall([A_TIE, nothing], [[("a", 0.1)], [("b", 0.1)]]) == pytest.approx(1 / 3)
-    assert recall_at_k.recall([nothing, nothing], [[], []]) == 0.0
+    assert recall_at_k.of([A_TIE, nothing], [[("a", 0.1)], [("b", 0.1)]]).of_the_target == pytest.approx(1 / 3)
+    assert recall_at_k.of([nothing, nothing], [[], []]).of_the_target == 0.0
     assert recall_at_k.mean([math.nan, math.nan]) == 1.0
     with pytest.raises(ValueError, match="zip"):
-        recall_at_k.recall([A_TIE], [])
-    assert recall_at_k.short([A_TIE, nothing], [[("a", 0.1), ("a", 0.1), ("b", 0.2)], []]) == 1
+        recall_at_k.of([A_TIE], [])
+    assert recall_at_k.of([A_TIE, nothing], [[("a", 0.1), ("a", 0.1), ("b", 0.2)], []]).short == 1
 
 
 def test_rows_without_a_distance_are_in_no_exact_answer() -> None:

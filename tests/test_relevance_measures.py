@@ -11,8 +11,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from runbook_lib.benchmark import relevance_measures
-from runbook_lib.benchmark.relevance_measures import Query
+from runbook_lib.benchmark import query_set, relevance_measures
+from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput
 from runbook_lib.params import Params
@@ -31,7 +31,7 @@ def test_queries_keep_the_order_of_the_file_and_their_ids_become_text(make_param
     write(
         p.queries.file, {"query_id": "b", "text": "two words"}, "", {"query_id": 1, "text": "a\u2028b", "note": "x"}
     )
-    assert relevance_measures.read_queries(p) == [Query("b", "two words"), Query("1", "a\u2028b")]
+    assert query_set.read_queries(p) == [Query("b", "two words"), Query("1", "a\u2028b")]
 
 
 def test_every_malformed_query_is_named_with_its_line(make_params: MakeParams) -> None:
@@ -51,7 +51,7 @@ def test_every_malformed_query_is_named_with_its_line(make_params: MakeParams) -
         '{"query_id": "h\\udc00", "text": "x"}',
     )
     with pytest.raises(BadInput) as error:
-        relevance_measures.read_queries(p)
+        query_set.read_queries(p)
     found = [(g.subject.removeprefix(str(path)), g.found, g.needed) for g in error.value.problems]
     line = '{"query_id": …, "text": …}'
     assert found == [
@@ -85,7 +85,7 @@ def test_a_judgement_of_an_unknown_query_is_refused_in_the_words_of_a_gate(make_
     assert path is not None
     write(path, {"query_id": "q00", "key": 1, "relevance": 1}, {"query_id": "q99", "key": "1", "relevance": 1})
     with pytest.raises(BadInput) as error:
-        relevance_measures.read_judgements(p)
+        query_set.read_judgements(p)
     assert str(error.value) == (
         f"\nFAIL    evaluate.judgements_are_readable   {path}:2\n"
         "  found   query_id q99\n"
@@ -111,7 +111,7 @@ def test_a_malformed_judgement_is_refused(make_params: MakeParams, record: dict[
     assert p.queries.judgements is not None
     write(p.queries.judgements, {"query_id": "q00", "key": "7", "relevance": 1}, record)
     with pytest.raises(BadInput) as error:
-        relevance_measures.read_judgements(p)
+        query_set.read_judgements(p)
     assert [(g.subject, g.found) for g in error.value.problems] == [(f"{p.queries.judgements}:2", found)]
 
 
@@ -119,16 +119,16 @@ def test_a_missing_file_and_an_empty_one_are_refused(make_params: MakeParams) ->
     p = make_params()
     p.queries.file.write_text("\n")
     with pytest.raises(BadInput) as error:
-        relevance_measures.read_queries(p)
+        query_set.read_queries(p)
     assert (error.value.problems.gates[0].subject, error.value.found) == (str(p.queries.file), "no queries")
     p.queries.file.unlink()
     with pytest.raises(BadInput) as error:
-        relevance_measures.read_queries(p)
+        query_set.read_queries(p)
     assert error.value.found == "No such file or directory"
 
 
 def test_without_a_judgement_file_nothing_is_judged(make_params: MakeParams) -> None:
-    assert relevance_measures.read_judgements(make_params(queries={"judgements": None})) == {}
+    assert query_set.read_judgements(make_params(queries={"judgements": None})) == {}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_judged_keys_that_the_table_does_not_hold_are_found(
         for key in there:
             admin.execute(sql.SQL("INSERT INTO {} VALUES ({})").format(table, sql.Literal(key)))
     with db.connect(p, "test") as connection:
-        assert relevance_measures.unknown_keys(connection, p, {"q": dict.fromkeys(judged, 1)}) == unknown
+        assert query_set.unknown_keys(connection, p, {"q": dict.fromkeys(judged, 1)}) == unknown
 
 
 def test_unknown_keys_come_from_the_file_where_no_judgements_are_given(
@@ -172,19 +172,15 @@ def test_unknown_keys_come_from_the_file_where_no_judgements_are_given(
     articles.execute("DELETE FROM articles WHERE id IN (3, 4)")
     p = make_params()
     with db.connect(p, "test") as connection:
-        assert relevance_measures.unknown_keys(connection, p) == ["3", "4"]
-        assert relevance_measures.unknown_keys(connection, p, {}) == []
+        assert query_set.unknown_keys(connection, p) == ["3", "4"]
+        assert query_set.unknown_keys(connection, p, {}) == []
 
 
 def test_a_sample_is_the_same_whatever_the_order_and_lies_within_a_larger_one() -> None:
     queries = [Query(f"q{i}", "text") for i in range(100)]
     shuffled = random.Random(1).sample(queries, k=100)
-    assert (
-        relevance_measures.sample(shuffled, 10)
-        == relevance_measures.sample(queries, 10)
-        == relevance_measures.sample(queries, 20)[:10]
-    )
-    assert len(relevance_measures.sample(queries, 1000)) == 100
+    assert query_set.sample(shuffled, 10) == query_set.sample(queries, 10) == query_set.sample(queries, 20)[:10]
+    assert len(query_set.sample(queries, 1000)) == 100
 
 
 def test_measures_agree_with_values_worked_out_by_hand() -> None:

@@ -26,7 +26,7 @@ from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import MIGRATE
 from runbook_lib.core.target import load_params
-from runbook_lib.migrate import preflight
+from runbook_lib.migrate import preflight, replica_checks
 from runbook_lib.operate import monitor
 from runbook_lib.search import search_function
 from tests import toy
@@ -148,7 +148,7 @@ def scans(dsn: str) -> int:
 
 
 def gate(phase: Phase, name: str) -> Gate:
-    return next(g for g in replica.gates(phase) if g.name == f"replica.{name}")
+    return next(g for g in replica_checks.gates(phase) if g.name == f"replica.{name}")
 
 
 def test_the_migration_and_the_watch_measure_there_and_write_here(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -256,11 +256,11 @@ def test_a_replica_that_is_not_there_is_named_without_its_password(
 ) -> None:
     phase = opened()
     monkeypatch.setenv(READ_ENV, "host=/nowhere dbname=x password=hush")
-    (failed,) = replica.gates(phase)
+    (failed,) = replica_checks.gates(phase)
     assert (failed.name, str(failed.verdict)) == ("replica.is_reachable", "FAIL")
     assert "/nowhere" in failed.found and "hush" not in str(failed)
     monkeypatch.delenv(READ_ENV)
-    (failed,) = replica.gates(phase)
+    (failed,) = replica_checks.gates(phase)
     assert (str(failed.verdict), failed.found) == ("FAIL", "not set")
     with pytest.raises(BadInput):
         replica.connect(phase, "test")

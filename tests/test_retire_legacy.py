@@ -14,7 +14,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib.benchmark import comparison, legacy_usage
+from runbook_lib.benchmark import comparison
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, GateFailed
 from runbook_lib.core.ledger import Ledger
@@ -23,7 +23,7 @@ from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.core.target import load_params
 from runbook_lib.indexes import building
 from runbook_lib.migrate import cut_over
-from runbook_lib.operate import monitor, retirable, retire_legacy
+from runbook_lib.operate import legacy_usage, monitor, retirable, retire_legacy
 from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV, write_params

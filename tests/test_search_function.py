@@ -13,7 +13,7 @@ from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
-from runbook_lib.search import search_function
+from runbook_lib.search import search_function, statements
 from tests import toy
 
 Open = Callable[..., Phase]
@@ -75,7 +75,7 @@ def learn(phase: Phase, filter_: str, value: Any, scan: str, candidates: int = 4
 
 
 def carry_settings(phase: Phase, value: int = 40) -> None:
-    for statement in search_function.set_search_setting(phase, value):
+    for statement in search_function.set_search_setting(phase.connection, phase.params, value):
         phase.do(statement)
 
 
@@ -84,7 +84,7 @@ def carry_settings(phase: Phase, value: int = 40) -> None:
 
 def legacy(make_params: Callable[..., Params], query: str, in_function: bool = False, filters: Any = ()) -> str:
     params = make_params(legacy={"query": query}, target={"filters": list(filters)})
-    return search_function.legacy_statement(params, in_function).as_string()
+    return statements.legacy_statement(params, in_function).as_string()
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_row_without_a_vector_is_never_answered(
     phase = ready()
     search_function.move_route(phase, "vector", 100, "test")
     for scan in ("index", "relaxed", "exact"):
-        statement = search_function.route_statement(phase.connection, phase.params, "vector", scan=scan)  # type: ignore[arg-type]
+        statement = statements.route_statement(phase.connection, phase.params, "vector", scan=scan)  # type: ignore[arg-type]
         values = {"query": "", "embedding": vector("cookie"), "k": 1000, "status": None, "views": None}
         found = phase.connection.execute(statement, values).fetchall()
         assert len(found) == toy.ROWS, "all rows but the one without text"
@@ -254,10 +254,10 @@ def test_a_fresh_connections_first_call_uses_the_functions_settings(
     with psycopg.connect(database, autocommit=True) as fresh:
         fresh.execute("SET enable_seqscan = off")
         assert len(call(fresh, "cookie leaks", k=150)) == 150
-    for statement in search_function.set_search_setting(phase, 5):
+    for statement in search_function.set_search_setting(phase.connection, phase.params, 5):
         if "iterative" not in str(statement.query):
             phase.do(statement)
-    phase.do(search_function.reset_search_setting(phase, "hnsw.iterative_scan"))
+    phase.do(search_function.reset_search_setting(phase.connection, phase.params, "hnsw.iterative_scan"))
     with psycopg.connect(database, autocommit=True) as fresh:
         fresh.execute("SET enable_seqscan = off")
         # An element of the graph holds up to ten rows of one vector.
@@ -325,7 +325,7 @@ def test_names_of_columns_end_no_function_and_are_no_placeholder(
     for module in (extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
     db.use_search_path(phase.connection)
-    assert search_function.is_as_planned(phase)
+    assert search_function.is_as_planned(phase.connection, phase.params)
     learn(phase, ODD["status"], "Stable", "exact")
     for status in ("Stable", "Draft"):
         for route in ("legacy", "vector", "hybrid"):
@@ -357,8 +357,8 @@ def test_a_filter_may_have_a_type_whose_name_holds_a_per_cent_sign(
     assert call(articles, "cookie leaks", status="Draft") == []
     asked = {"query": "cookie leaks", "embedding": vector("cookie leaks"), "k": 3, "status": "Stable", "views": None}
     for statement in (
-        search_function.filtered_call_statement(phase.connection, phase.params),
-        search_function.route_statement(phase.connection, phase.params, "vector"),
+        statements.filtered_call_statement(phase.connection, phase.params),
+        statements.route_statement(phase.connection, phase.params, "vector"),
     ):
         assert len(phase.connection.execute(statement, asked).fetchall()) == 3
 
@@ -367,7 +367,7 @@ def test_the_function_is_stable_pinned_and_runs_as_its_caller(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     phase = ready()
-    state = search_function.function_state(phase)
+    state = search_function.function_state(phase.connection, phase.params)
     assert state is not None
     assert (state["volatility"], state["security_definer"]) == ("s", False)
     assert state["settings"] == ["search_path=pg_catalog, pg_temp"]
@@ -477,7 +477,7 @@ def test_made_again_it_keeps_its_route_its_settings_and_its_strategies(ready: Ca
     learn(phase, "status", "Draft", "exact")
     search_function.move_route(phase, "hybrid", 50, "test")
     search_function.apply(phase)
-    assert search_function.current_route(phase) == ("hybrid", 50)
+    assert search_function.current_route(phase.connection, phase.params) == ("hybrid", 50)
     assert [row["value"] for row in db.rows(phase.connection, search_function.SQL["strategies"], phase.params)] == [
         "Draft"
     ]

@@ -17,7 +17,7 @@ from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import MIGRATE
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import filter_indexes, serve_filters
-from runbook_lib.search import search_function
+from runbook_lib.search import search_function, statements
 from tests.conftest import write_params
 from tests.opened import write
 from tests.stepping import step, step_all
@@ -66,7 +66,7 @@ def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
             module.apply(phase)
         db.use_search_path(phase.connection)
-        for statement in search_function.set_search_setting(phase, 40):
+        for statement in search_function.set_search_setting(phase.connection, phase.params, 40):
             phase.do(statement)
         for value, share in (("Draft", 0.4), (None, 0.0)):
             learnt = {"filter": "status", "values": [value], "shares": [share], "recall": 1.0, "p50_ms": 9.0}
@@ -95,7 +95,7 @@ def test_values_get_an_index_that_the_function_uses_and_undo_takes_all_back(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     phase = ready()
-    before, function = strategies(phase), search_function.function_state(phase)
+    before, function = strategies(phase), search_function.function_state(phase.connection, phase.params)
     right = {s: [r["score"] for r in call(articles, "cookie leaks", status=s)] for s in ("Draft", "it's 50 %")}
     assert serve_filters.check(phase).passed
     assert [s.name for s in serve_filters.plan(phase)] == ["filters.create"] * 2
@@ -122,7 +122,7 @@ def test_values_get_an_index_that_the_function_uses_and_undo_takes_all_back(
     serve_filters.undo(phase)
     assert partial_indexes(articles) == {}
     assert strategies(phase) == before
-    assert search_function.function_state(phase) == function
+    assert search_function.function_state(phase.connection, phase.params) == function
     assert serve_filters.verify_undone(phase).passed
     assert serve_filters.undo_plan(phase).statements == ()
     serve_filters.undo(phase)
@@ -135,7 +135,7 @@ def test_recall_is_that_of_an_independent_count(
     serve_filters.apply(phase)
     (known,) = filter_indexes.remembered(phase).values()
     assert known["before"]["recall"] == 1.0, "every row was read"
-    statement = search_function.route_statement(phase.connection, phase.params, "vector")
+    statement = statements.route_statement(phase.connection, phase.params, "vector")
     value = Value("status", "Draft", "")
     (asked,) = partial_index_candidates.questions(phase, {value: 0.4}).values()
     hits = wanted = 0

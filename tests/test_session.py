@@ -12,19 +12,20 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
 from runbook_lib.backfill import change_queue
-from runbook_lib.benchmark import comparison
 from runbook_lib.core import conninfo_masking, db, session
 from runbook_lib.core.gates import Gate, RunbookError
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import (
     application_settings,
     backfill,
+    baseline,
     build_index,
     cut_over,
     expand_schema,
     extension,
     inputs,
     load_embeddings,
+    shadow,
     tune,
 )
 from runbook_lib.params import Params
@@ -110,8 +111,8 @@ def test_a_whole_migration_under_hostile_settings(
         )
         for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index, tune):
             module.apply(phase)
-        comparison.baseline(phase)
-        comparison.shadow(phase)
+        baseline.apply(phase)
+        shadow.apply(phase)
         cut_over.apply(phase)
         for module in (expand_schema, backfill, cut_over):
             gates = module.verify(phase)
@@ -294,7 +295,7 @@ def test_settings_that_the_applications_own_query_would_have_are_found(
         phase = open_phase("70_tune")
         search_function.apply(phase)
         extension.apply(phase)
-        for statement in search_function.set_search_setting(phase, 80):
+        for statement in search_function.set_search_setting(phase.connection, phase.params, 80):
             articles.execute(statement.query, statement.values)
         assert str(told()) == (
             "FAIL    inputs.application_searches_as_measured   settings of the database and of the application's"

@@ -17,7 +17,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from runbook_lib.benchmark.relevance_measures import Query
+from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings import embedding, memory, sources

@@ -7,8 +7,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from runbook_lib.benchmark import statement_statistics
 from runbook_lib.core import db
+from runbook_lib.migrate import statement_statistics
 from runbook_lib.params import Params
 
 COLUMNS = ["title", "body", "Ward No", "100 %"]

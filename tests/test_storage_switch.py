@@ -157,7 +157,7 @@ def test_every_distance_has_its_operator_class_and_every_plan_reads_the_index(
     assert operator_class(phase.params) == wanted
     assert [str(g) for g in build_index.verify(phase) if g.verdict != "PASS"] == []
     phase.connection.execute("SELECT '[1]'::vector")
-    for statement in search_function.set_search_setting(phase, 100):
+    for statement in search_function.set_search_setting(phase.connection, phase.params, 100):
         phase.do(statement)
     assert [str(g) for g in explain.gates(phase) if g.verdict != "PASS"] == []
 
@@ -169,7 +169,7 @@ def test_ivfflat_and_a_side_table_take_every_storage(built: Callable[..., Phase]
         index={"method": "ivfflat", "lists": 4, "storage": storage, "rerank": 8},
     )
     assert [str(g) for g in build_index.verify(phase) if g.verdict != "PASS"] == []
-    for statement in search_function.set_search_setting(phase, 4):
+    for statement in search_function.set_search_setting(phase.connection, phase.params, 4):
         phase.do(statement)
     assert [str(g) for g in explain.gates(phase) if g.verdict != "PASS"] == []
 
@@ -208,7 +208,7 @@ def test_a_query_that_does_not_spell_what_the_index_holds_is_told_how(built: Cal
         },
         index={"storage": "halfvec"},
     )
-    sent = explain.application_query(phase)
+    sent = explain.application_query(phase.connection, phase.params)
     cause = plan_diagnosis.diagnose(phase, phase.connection, sent, "custom")
     assert cause.name == "not_as_indexed"
     assert cause.found == "sorted by embedding <=> $1::vector(64); the index holds (embedding::halfvec(64))"
@@ -222,7 +222,7 @@ def test_the_function_goes_over_with_the_index_and_comes_back_with_it(
     of_either_kind: Callable[..., Phase], open_phase: Open, articles: psycopg.Connection[Any]
 ) -> None:
     first = of_either_kind()
-    for statement in search_function.set_search_setting(first, 40):
+    for statement in search_function.set_search_setting(first.connection, first.params, 40):
         first.do(statement)
     was, indexes = function(articles), held(articles)
     phase = open_phase("operate/rebuild_index", **SECTIONS, index=BIT)
@@ -271,8 +271,10 @@ def test_another_rerank_alone_makes_the_function_anew(built: Callable[..., Phase
     built(index=BIT)
     phase = open_phase("operate/rebuild_index", **SECTIONS, index=BIT | {"rerank": 12})
     assert storage_switch.changes_function(phase, "bit")
-    statements = search_function.set_search_setting(phase, 40)
+    statements = search_function.set_search_setting(phase.connection, phase.params, 40)
     assert [s.name for s in statements][:2] == ["search.create_function", "search.set_search_settings"]
     for statement in statements:
         phase.do(statement)
-    assert search_function.is_as_planned(phase) and not storage_switch.changes_function(phase, "bit")
+    assert search_function.is_as_planned(phase.connection, phase.params) and not storage_switch.changes_function(
+        phase, "bit"
+    )

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 import runbook_lib
-from runbook_lib.benchmark import comparison, index_recall
+from runbook_lib.benchmark import index_recall
 from runbook_lib.core import thresholds
 from runbook_lib.core.gates import Gate
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import apart, at_least, at_most
+from runbook_lib.migrate import live_calls, shadow
 from runbook_lib.operate import rebuild_index
-from runbook_lib.search import live_shadow
 
 GB = 1024 * thresholds.MB
 
@@ -67,7 +67,7 @@ def test_what_nobody_judged_is_called_accepted_only_where_it_is(open_phase: Call
     verdicts = []
     for accepted in (False, True):
         phase = open_phase("80_shadow", cut_over={"accept_unjudged": accepted})
-        verdicts.append(said(comparison._relevance_is_kept(phase, recorded, "vector"))[:2])
+        verdicts.append(said(shadow._relevance_is_kept(phase, recorded, "vector"))[:2])
     assert verdicts == [
         ("UNKNOWN", "no judgements"),
         ("PASS", "no judgements, accepted by cut_over.accept_unjudged"),
@@ -83,20 +83,20 @@ def test_gates_of_relevance_and_time_show_why_they_fail(open_phase: Callable[...
         "exact": {"p50_ms": 20.0, "p95_ms": 30.0},
     }
     recorded: dict[str, Any] = {"systems": systems, "paired": pair, "slices": [], "judged": 50, "winner": "legacy"}
-    assert said(comparison._relevance_is_kept(phase, recorded, "vector")) == (
+    assert said(shadow._relevance_is_kept(phase, recorded, "vector")) == (
         "FAIL",
         "nDCG@10 0.2996 on 50 judged queries, legacy 0.300 (difference -0.001 to +0.000, p = 0.04); best is legacy",
         "at least 0.3000",
     )
-    fast = comparison._is_fast_enough(recorded, "vector", 1.0)
+    fast = shadow._is_fast_enough(recorded, "vector", 1.0)
     assert said(fast)[1].startswith("p95 26.002 ms") and said(fast)[2].startswith("at most 26.000 ms")
-    assert said(comparison._index_pays(recorded)) == ("FAIL", "p50 20.004 ms, exact 20.00 ms", "at most 20.000 ms")
-    assert said(live_shadow._is_fast_enough("vector", [26.002], [26.0], 1.0)) == (
+    assert said(shadow._index_pays(recorded)) == ("FAIL", "p50 20.004 ms, exact 20.00 ms", "at most 20.000 ms")
+    assert said(live_calls._is_fast_enough("vector", [26.002], [26.0], 1.0)) == (
         "FAIL",
         "p95 26.002 ms, legacy 26.00 ms, 1 calls",
         "at most 26.000 ms",
     )
-    was, now = (index_recall.Measured("i", r, 1.0, 0, 200) for r in (0.9998, 0.9496))
+    was, now = (index_recall.IndexRecall("i", r, 1.0, 0, 200) for r in (0.9998, 0.9496))
     assert said(rebuild_index.recall_gate(phase, "rebuild.new_index_finds_as_much", "i", was, now)) == (
         "FAIL",
         "recall 0.9496 on 200 queries, 0 short of rows; before recall 1.000 on 200 queries, 0 short of rows",

@@ -9,11 +9,12 @@ import psycopg
 import pytest
 from IPython.lib.pretty import RepresentationPrinter
 
-from runbook_lib.benchmark import cheapest_way, exact, filter_classes, plan_diagnosis, recall_at_k, sweep
+from runbook_lib.benchmark import cheapest_way, exact, filter_classes, loop, plan_diagnosis, recall_at_k
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
-from runbook_lib.search import search_function
+from runbook_lib.params import Params
+from runbook_lib.search import search_function, ways
 from tests.opened import gates_passed
 from tests.test_search_function import FILTERED, call
 
@@ -39,14 +40,12 @@ def ready(open_phase: Open, articles: psycopg.Connection[Any]) -> Callable[..., 
     return make
 
 
-def measured(
-    way: sweep.Way, recall: float = 1.0, low: float = 1.0, p50_ms: float = 1.0, **more: Any
-) -> sweep.Measured:
+def measured(way: ways.Way, recall: float = 1.0, low: float = 1.0, p50_ms: float = 1.0, **more: Any) -> loop.Measured:
     figures = {
         "questions": 100, "high": 1.0, "worst": recall, "returned": 1.0, "rows_short": 0, "p95_ms": 2 * p50_ms,
         "p99_ms": 3 * p50_ms, "buffers": 10, "plan": "vector index",
     }  # fmt: skip
-    return sweep.Measured(way=way, recall=recall, low=low, p50_ms=p50_ms, **(figures | more))
+    return loop.Measured(way=way, recall=recall, low=low, p50_ms=p50_ms, **(figures | more))
 
 
 def test_values_fall_into_classes_by_the_rows_that_they_let_through(ready: Callable[..., Phase]) -> None:
@@ -82,12 +81,12 @@ def test_rows_stand_in_for_missing_queries_and_never_count_themselves(ready: Cal
 
 
 def test_the_interval_is_never_certain_and_knows_that_misses_come_together() -> None:
-    low, high = sweep.interval([1.0] * 100, 1000)
+    low, high = recall_at_k.interval([1.0] * 100, 1000)
     assert 0.99 < low < 1 and high == 1
     # Wilson's interval for 950 of 1,000, worked out by hand: 0.935 to 0.962.
-    low, high = sweep.interval([0.95] * 100, 1000)
+    low, high = recall_at_k.interval([0.95] * 100, 1000)
     assert (round(low, 3), round(high, 3)) == (0.935, 0.962)
-    together = sweep.interval([0.0] * 5 + [1.0] * 95, 1000)
+    together = recall_at_k.interval([0.0] * 5 + [1.0] * 95, 1000)
     assert together[0] < 0.92, "five queries that miss everything are less certain than fifty that miss one in ten"
 
 
@@ -107,7 +106,7 @@ def test_the_interval_is_never_certain_and_knows_that_misses_come_together() -> 
 def test_a_way_reaches_the_target_only_with_confidence_for_every_value_and_full_pages(
     figures: dict[str, Any], reaches: bool
 ) -> None:
-    way = sweep.Way("index", 40, "off", 20_000)
+    way = ways.Way("index", 40, "off", 20_000)
     assert measured(way, **{"recall": 0.97, "low": 0.96, "worst": 0.96} | figures).reaches(0.95) is reaches
 
 
@@ -192,7 +191,9 @@ def test_a_target_out_of_reach_fails_and_says_what_to_build(ready: Callable[...,
     failed = next(g for g in tune.verify(phase) if g.name == "tune.target_recall_is_reached")
     assert failed.verdict == "FAIL"
     assert failed.do.endswith("Build again with index.m: 32 and index.ef_construction: 128")
-    assert search_function.function_state(phase)["settings"] == ["search_path=pg_catalog, pg_temp"]  # type: ignore[index]
+    assert search_function.function_state(phase.connection, phase.params)["settings"] == [
+        "search_path=pg_catalog, pg_temp"
+    ]  # type: ignore[index]
 
 
 def test_a_strategy_that_was_changed_by_hand_fails_the_gate(
@@ -240,7 +241,9 @@ def test_undo_takes_strategies_first_and_settings_after_and_twice_does_nothing(
     tune.undo(phase)
     assert tune.undo_plan(phase).statements == ()
     assert articles.execute("SELECT count(*) FROM runbook.strategy").fetchone() == (0,)
-    assert search_function.function_state(phase)["settings"] == ["search_path=pg_catalog, pg_temp"]  # type: ignore[index]
+    assert search_function.function_state(phase.connection, phase.params)["settings"] == [
+        "search_path=pg_catalog, pg_temp"
+    ]  # type: ignore[index]
 
 
 def test_a_plan_measures_and_changes_nothing(ready: Callable[..., Phase]) -> None:
@@ -257,17 +260,17 @@ def test_ivfflat_is_tuned_by_its_probes(ready: Callable[..., Phase]) -> None:
     )
     found = tune.apply(phase)
     assert isinstance(found, tune.Tuning) and found.chosen == 4, "all lists"
-    state = search_function.function_state(phase)
+    state = search_function.function_state(phase.connection, phase.params)
     assert state is not None and "ivfflat.max_probes=32768" in state["settings"]
 
 
-DEAR = sweep.Way("exact", 20, "off", 20_000)
-INDEX = sweep.Way("relaxed", 60, "relaxed_order", 100_000)
+DEAR = ways.Way("exact", 20, "off", 20_000)
+INDEX = ways.Way("relaxed", 60, "relaxed_order", 100_000)
 
 
 def advice(phase: Phase, bucket: filter_classes.FilterClass) -> str:
     points = [measured(DEAR, p50_ms=40), measured(INDEX, recall=0.74, p50_ms=28)]
-    return cheapest_way._advice(phase, bucket, points, points[0])
+    return cheapest_way._advice(phase.connection, phase.params, bucket, points, points[0])
 
 
 def test_a_dear_class_is_told_what_to_build_and_why(
@@ -287,7 +290,9 @@ def test_a_dear_class_is_told_what_to_build_and_why(
     )
     assert advice(phase, few) == (f"{reason}Give each value an index of its own: {create} = 'a'; {create} = 'b''s';")
     assert advice(phase, many) == (f"{reason}Partition the table by status, with a vector index on each partition")
-    assert cheapest_way._advice(phase, few, [], measured(DEAR, p50_ms=4)) == "", "fast enough as it is"
+    assert cheapest_way._advice(phase.connection, phase.params, few, [], measured(DEAR, p50_ms=4)) == "", (
+        "fast enough as it is"
+    )
 
 
 def test_filters_given_together_are_told_an_index_on_all_of_them(
@@ -332,16 +337,18 @@ def test_a_way_that_the_held_out_questions_do_not_confirm_gives_way_to_the_next(
     chosen: tuple[int, float],
 ) -> None:
     phase = ready()
-    ways = [sweep.Way("exact" if n == 0 else "index", n, "off", 100_000) for n in held_out]
+    to_try = [ways.Way("exact" if n == 0 else "index", n, "off", 100_000) for n in held_out]
     asked: list[str] = []
 
-    def answer(_phase: Phase, _connection: db.Connection, way: sweep.Way, questions: list[str]) -> sweep.Measured:
+    def answer(_connection: db.Connection, _params: Params, way: ways.Way, questions: list[str]) -> loop.Measured:
         asked.extend(questions)
         return measured(way, recall=held_out.get(way.candidates, 0.0))
 
-    monkeypatch.setattr(sweep, "measure", answer)
-    reached = [measured(way) for way in ways]
-    choice = cheapest_way._choice(phase, phase.connection, filter_classes.UNFILTERED, reached, reached, ["held out"])  # type: ignore[list-item]
+    monkeypatch.setattr(cheapest_way, "measure", answer)
+    reached = [measured(way) for way in to_try]
+    choice = cheapest_way._choice(
+        phase.connection, phase.params, filter_classes.UNFILTERED, reached, reached, ["held out"]
+    )  # type: ignore[list-item]
     assert choice.chosen and (choice.chosen.way.candidates, choice.chosen.recall) == chosen
     assert set(asked) == {"held out"}
 

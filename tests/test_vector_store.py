@@ -9,7 +9,7 @@ import pytest
 from runbook_lib.backfill import vector_store
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
-from runbook_lib.search import search_function
+from runbook_lib.search import statements
 from tests import toy
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
 
@@ -123,7 +123,7 @@ def test_the_index_is_built_and_a_search_uses_it(
     backfill.apply(phase)
     build_index.apply(phase)
     assert build_index.verify(phase).passed
-    statement = search_function.route_statement(phase.connection, phase.params, "vector")
+    statement = statements.route_statement(phase.connection, phase.params, "vector")
     values = {"query": "cookie leaks", "embedding": list(map(float, toy.embed(["cookie leaks"])[0])), "k": 3}
     with phase.connection.transaction():
         phase.connection.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_sort = off")

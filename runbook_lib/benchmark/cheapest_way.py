@@ -8,14 +8,16 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib.benchmark import filter_classes, sweep
-from runbook_lib.benchmark.filter_classes import Asked, FilterClass
-from runbook_lib.benchmark.sweep import Measured, Way
+from runbook_lib.benchmark import filter_classes
+from runbook_lib.benchmark.filter_classes import FilterClass
+from runbook_lib.benchmark.loop import Measured, measure
+from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.names import identifier, names, spelled, vectors_stand_beside
-from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import apart, at_least, score
-from runbook_lib.search import search_function
+from runbook_lib.params import Params
+from runbook_lib.search import ways
+from runbook_lib.search.ways import Way
 
 # Questions that say whether a way is worth measuring in full.
 SCREENED = 40
@@ -33,8 +35,8 @@ SO_SMALL = (
 )
 # What most guides recommend: pgvector's README, "Filtering" and "Iterative Index Scans".
 PRACTICE = {
-    "hnsw": Way("index", 100, "strict_order", search_function.MOST_SCANNED_DEFAULT["hnsw"]),
-    "ivfflat": Way("relaxed", 10, "relaxed_order", search_function.MOST_SCANNED_DEFAULT["ivfflat"]),
+    "hnsw": Way("index", 100, "strict_order", ways.MOST_SCANNED_DEFAULT["hnsw"]),
+    "ivfflat": Way("relaxed", 10, "relaxed_order", ways.MOST_SCANNED_DEFAULT["ivfflat"]),
 }
 
 
@@ -59,30 +61,25 @@ class Choice:
             "values": self.of.shown(),
             "shares": self.of.shares,
             "share": self.of.share,
-            "chosen": _data(self.chosen) if self.chosen else None,
-            "practice": _data(self.practice),
-            "points": [_data(p) for p in self.points],
+            "chosen": self.chosen.as_data() if self.chosen else None,
+            "practice": self.practice.as_data(),
+            "points": [p.as_data() for p in self.points],
             "advice": self.advice,
         }
 
 
-def _data(m: Measured) -> dict[str, Any]:
-    figures = {name: round(v, 4) if isinstance(v, float) else v for name, v in vars(m).items() if name != "way"}
-    return {**vars(m.way), **figures}
-
-
-def unfiltered(phase: Phase, connection: db.Connection, ways: Sequence[Way], asked: Sequence[Asked]) -> Choice:
+def unfiltered(connection: db.Connection, params: Params, to_try: Sequence[Way], asked: Sequence[Query]) -> Choice:
     """Every way in full, since the picture shows them all; the cheapest setting that reaches the target."""
     tuning, held_out = asked[::2], asked[1::2]
     # Once unseen, so that the first is not the one that reads the index from disk.
-    for way in ways[-1:]:
-        sweep.measure(phase, connection, way, tuning)
-    points = [sweep.measure(phase, connection, way, tuning) for way in ways]
-    reached = [p for p in points if p.reaches(phase.params.tune.target_recall)]
-    return _choice(phase, connection, filter_classes.UNFILTERED, points, reached, held_out)
+    for way in to_try[-1:]:
+        measure(connection, params, way, tuning)
+    points = [measure(connection, params, way, tuning) for way in to_try]
+    reached = [p for p in points if p.reaches(params.tune.target_recall)]
+    return _choice(connection, params, filter_classes.UNFILTERED, points, reached, held_out)
 
 
-def filtered(phase: Phase, connection: db.Connection, of: FilterClass, asked: Sequence[Asked], rows: int) -> Choice:
+def filtered(connection: db.Connection, params: Params, of: FilterClass, asked: Sequence[Query], rows: int) -> Choice:
     """Every row that the filter lets through, then the index in each of its ways, as long as they can still win.
 
     rows: of the table; an iterative scan cannot scan more. A way that PostgreSQL answers without the vector index,
@@ -90,24 +87,24 @@ def filtered(phase: Phase, connection: db.Connection, of: FilterClass, asked: Se
     and ``exact`` says the same for good.
     """
     tuning, held_out = asked[::2], asked[1::2]
-    target = phase.params.tune.target_recall
-    points = [sweep.measure(phase, connection, sweep.exact_way(phase), tuning[: 2 * SCREENED])]
+    target = params.tune.target_recall
+    points = [measure(connection, params, ways.exact(params), tuning[: 2 * SCREENED])]
     reached = [points[0]]
-    for family in _families(phase, rows):
+    for family in _families(params, rows):
         for way in family:
-            screened = sweep.measure(phase, connection, way, tuning[:SCREENED])
+            screened = measure(connection, params, way, tuning[:SCREENED])
             dear = screened.p50_ms > HOPELESS * min(m.p50_ms for m in reached)
             if dear or not screened.uses_the_index:
                 points.append(screened)
                 break
-            if screened.high < target or screened.rows_short:
+            if not at_least(screened.high, target) or screened.rows_short:
                 points.append(screened)
                 continue
-            points.append(sweep.measure(phase, connection, way, tuning))
+            points.append(measure(connection, params, way, tuning))
             if points[-1].reaches(target):
                 reached.append(points[-1])
                 break
-    return _choice(phase, connection, of, points, _best_first(reached), held_out)
+    return _choice(connection, params, of, points, _best_first(reached), held_out)
 
 
 def _best_first(reached: Sequence[Measured]) -> list[Measured]:
@@ -116,14 +113,13 @@ def _best_first(reached: Sequence[Measured]) -> list[Measured]:
     return [best, *sorted((m for m in reached if m is not best), key=lambda m: m.p50_ms)]
 
 
-def _families(phase: Phase, rows: int) -> Iterator[list[Way]]:
+def _families(params: Params, rows: int) -> Iterator[list[Way]]:
     """Ways through the index, in lists that grow dearer and better."""
-    method = phase.params.index.method
-    t = phase.params.tune
-    candidates = sorted(set(t.ef_search if method == "hnsw" else t.probes))
-    default = search_function.MOST_SCANNED_DEFAULT[method]
+    method = params.index.method
+    candidates = ways.candidates(params)
+    default = ways.MOST_SCANNED_DEFAULT[method]
     yield [Way("index", n, "off", default) for n in candidates]
-    limits = sorted(set(t.max_scan_tuples)) if method == "hnsw" else [default]
+    limits = sorted(set(params.tune.max_scan_tuples)) if method == "hnsw" else [default]
     # Past the whole table a higher limit changes nothing.
     whole = next((i for i, limit in enumerate(limits) if limit >= rows), len(limits))
     for limit in limits[: whole + 1]:
@@ -133,31 +129,33 @@ def _families(phase: Phase, rows: int) -> Iterator[list[Way]]:
 
 
 def _choice(
-    phase: Phase,
     connection: db.Connection,
+    params: Params,
     of: FilterClass,
     points: Sequence[Measured],
     reached: Sequence[Measured],
-    held_out: Sequence[Asked],
+    held_out: Sequence[Query],
 ) -> Choice:
     """The first of ``reached``, best first, that the held-out questions confirm; the first of all where none is."""
-    target = phase.params.tune.target_recall
-    practice = sweep.measure(phase, connection, PRACTICE[phase.params.index.method], held_out)
+    target = params.tune.target_recall
+    practice = measure(connection, params, PRACTICE[params.index.method], held_out)
     confirmed: list[Measured] = []
     for candidate in reached:
-        confirmed.append(sweep.measure(phase, connection, candidate.way, held_out))
+        confirmed.append(measure(connection, params, candidate.way, held_out))
         if at_least(confirmed[-1].recall, target) and not confirmed[-1].rows_short:
             break
     else:
         confirmed = confirmed[:1]
     chosen = confirmed[-1] if confirmed else None
-    return Choice(of, tuple(points), chosen, practice, _advice(phase, of, points, chosen))
+    return Choice(of, tuple(points), chosen, practice, _advice(connection, params, of, points, chosen))
 
 
-def _advice(phase: Phase, of: FilterClass, points: Sequence[Measured], chosen: Measured | None) -> str:
+def _advice(
+    connection: db.Connection, params: Params, of: FilterClass, points: Sequence[Measured], chosen: Measured | None
+) -> str:
     """What would make this class fast, with the measured reason and the statement; empty where nothing is needed."""
     if chosen is None:
-        return _denser_index(phase, points)
+        return _denser_index(params, points)
     if not of.columns and chosen.reads_every_row:
         return SO_SMALL
     if not of.columns or chosen.way.scan != "exact" or chosen.p50_ms <= SLOW_MS:
@@ -167,22 +165,22 @@ def _advice(phase: Phase, of: FilterClass, points: Sequence[Measured], chosen: M
     reason = f"exact takes {chosen.p50_ms:.1f} ms and {chosen.buffers:,} pages"
     if best:
         reason += f"; the index, at {best.way}, finds {best.recall:.3f} in {best.p50_ms:.1f} ms"
-    if not filter_classes.has_btree(phase.connection, phase.params, of.columns):
-        return f"{reason}. Find its rows by an index: {_btree(phase, of.columns)}"
-    if vectors_stand_beside(phase.params):
+    if not filter_classes.has_btree(connection, params, of.columns):
+        return f"{reason}. Find its rows by an index: {_btree(params, of.columns)}"
+    if vectors_stand_beside(params):
         # Neither a partial index nor a partition of the vectors can know a column of the other table.
-        beside = f"{spelled(phase.params, 'vectors')}, which lacks {', '.join(of.columns)}"
+        beside = f"{spelled(params, 'vectors')}, which lacks {', '.join(of.columns)}"
         return f"{reason}. The vectors stand in {beside}: an index for these rows alone needs vector.layout: column"
     if not of.shares or len(of.shares) > MOST_PARTIAL_INDEXES:
         return f"{reason}. Partition the table by {', '.join(of.columns)}, with a vector index on each partition"
-    return f"{reason}. Give each value an index of its own: {' '.join(_partial(phase, of))}"
+    return f"{reason}. Give each value an index of its own: {' '.join(_partial(params, of))}"
 
 
-def _denser_index(phase: Phase, points: Sequence[Measured]) -> str:
+def _denser_index(params: Params, points: Sequence[Measured]) -> str:
     best = max(points, key=lambda p: p.recall, default=None)
-    recall, _ = apart(best.recall if best else 0.0, phase.params.tune.target_recall, score)
+    recall, _ = apart(best.recall if best else 0.0, params.tune.target_recall, score)
     found = f"the best setting, {best.way}, finds {recall} in {best.p50_ms:.1f} ms. " if best else ""
-    i = phase.params.index
+    i = params.index
     if i.storage == "bit":
         return f"{found}Sort more rows again, index.rerank: {2 * i.rerank}, or go over to index.storage: halfvec"
     if i.method == "ivfflat":
@@ -190,21 +188,21 @@ def _denser_index(phase: Phase, points: Sequence[Measured]) -> str:
     return f"{found}Build again with index.m: {2 * i.m} and index.ef_construction: {2 * i.ef_construction}"
 
 
-def _btree(phase: Phase, columns: Sequence[str]) -> str:
+def _btree(params: Params, columns: Sequence[str]) -> str:
     statement = sql.SQL("CREATE INDEX CONCURRENTLY ON {table} ({columns});")
     listed = sql.SQL(", ").join(map(identifier, columns))
-    return _pasted(statement.format(table=names(phase.params)["table"], columns=listed))
+    return _pasted(statement.format(table=names(params)["table"], columns=listed))
 
 
-def _partial(phase: Phase, of: FilterClass) -> Iterator[str]:
-    n = names(phase.params)
+def _partial(params: Params, of: FilterClass) -> Iterator[str]:
+    n = names(params)
     statement = sql.SQL("CREATE INDEX CONCURRENTLY ON {table} USING {method} ({indexed} {ops}) WHERE {condition};")
     for value in of.shares:
         wanted = [sql.SQL("{} = {}").format(identifier(c), sql.Literal(v)) for c, v in of.allowed(value)]
         yield _pasted(
             statement.format(
                 table=n["table"],
-                method=sql.SQL(phase.params.index.method),
+                method=sql.SQL(params.index.method),
                 indexed=n["indexed"],
                 ops=n["operator_class"],
                 condition=sql.SQL(" AND ").join(wanted),

@@ -10,6 +10,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from psycopg import sql
 
+from runbook_lib.benchmark import replica
+from runbook_lib.benchmark.query_set import Query, exact_of, vector_of, with_exact
 from runbook_lib.benchmark.recall_at_k import SAME_DISTANCE, Nearest
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import identifier, names, spelled
+from runbook_lib.core.phase import Phase
 from runbook_lib.core.session import register_vector
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -44,18 +48,6 @@ FLOAT = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
-class Question:
-    """Which rows a query may be answered with.
-
-    query: number of its vector. allowed: by filter column, the value that a row must have, as PostgreSQL writes it;
-    empty for every row.
-    """
-
-    query: int
-    allowed: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
 class Block:
     """A part of the table: vectors, shape (rows, dimension); codes, shape (rows, filters); keys."""
 
@@ -64,19 +56,35 @@ class Block:
     keys: NDArray[Any]
 
 
-def nearest(
-    connection: db.Connection, params: Params, vectors: FLOAT, questions: Sequence[Question], k: int
-) -> list[Nearest]:
-    """The k nearest rows of every question, in the order of the questions.
+@contextmanager
+def snapshot(phase: Phase) -> Iterator[db.Connection]:
+    """A fresh connection whose statements all see the table as it is at one moment."""
+    with replica.connect(phase, "exact") as connection, connection.transaction():
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        yield connection
 
-    vectors: shape (queries, dimension). connection: in a transaction, where the answers must fit those of other
-    statements. Memory: a few times BLOCK_BYTES and DISTANCE_BYTES, and k rows a question.
+
+def answered(connection: db.Connection, params: Params, queries: Sequence[Query], k: int) -> list[Query]:
+    """The queries with their exact answers, the k nearest rows that their filters let through.
+
+    queries: with vectors; those of one query_id have the same. connection: in a transaction, where the answers must
+    fit those of other statements. Memory: a few times BLOCK_BYTES and DISTANCE_BYTES, and k rows a query.
     """
-    listed = {c: _values(questions, c) for c in params.target.filters}
-    tops = [_Top(group, k) for group in _groups(questions, listed)]
+    return with_exact(queries, nearest(connection, params, queries, k))
+
+
+def nearest(connection: db.Connection, params: Params, queries: Sequence[Query], k: int) -> list[Nearest]:
+    """The answers alone, in the order of the queries."""
+    listed = {c: _values(queries, c) for c in params.target.filters}
+    known = {q.query_id: vector_of(q) for q in queries}
+    if not known:
+        return []
+    vectors = np.asarray(list(known.values()), np.float32)
     if params.vector.type == "halfvec":
         # The server casts the query to the column's type.
         vectors = vectors.astype(np.float16).astype(np.float32)
+    place = {query_id: i for i, query_id in enumerate(known)}
+    tops = [_Top(group, k) for group in _groups(queries, place, listed)]
     numbers = _distances(params.vector.distance, vectors)
     longest = 0.0
     for block in _small_enough(blocks(connection, params, listed), len(vectors)):
@@ -87,8 +95,8 @@ def nearest(
     answers: dict[int, Nearest] = {}
     for top in tops:
         answers |= top.answers()
-    lengths = [float(np.linalg.norm(vectors[q.query])) for q in questions]
-    return [_with_tolerance(params, answers[i], lengths[i], longest) for i in range(len(questions))]
+    lengths = [float(np.linalg.norm(vectors[place[q.query_id]])) for q in queries]
+    return [_with_tolerance(params, answers[i], lengths[i], longest) for i in range(len(queries))]
 
 
 def _longest(vectors: FLOAT) -> float:
@@ -112,7 +120,7 @@ def _small_enough(whole: Iterator[Block], queries: int) -> Iterator[Block]:
             yield Block(block.vectors[part], block.codes[part], block.keys[part])
 
 
-def _values(questions: Sequence[Question], column: str) -> list[str]:
+def _values(questions: Sequence[Query], column: str) -> list[str]:
     return sorted({value for q in questions for name, value in q.allowed if name == column})
 
 
@@ -125,13 +133,15 @@ class _Group:
     wanted: tuple[tuple[int, int], ...]
 
 
-def _groups(questions: Sequence[Question], listed: dict[str, list[str]]) -> Iterator[_Group]:
+def _groups(
+    questions: Sequence[Query], place: Mapping[str, int], listed: Mapping[str, list[str]]
+) -> Iterator[_Group]:
     columns = list(listed)
     for allowed in dict.fromkeys(q.allowed for q in questions):
         places = [i for i, q in enumerate(questions) if q.allowed == allowed]
         # array_position counts from one; zero is any value that no question asks for.
         wanted = tuple((columns.index(c), listed[c].index(value) + 1) for c, value in allowed)
-        yield _Group(np.array(places), np.array([questions[i].query for i in places]), wanted)
+        yield _Group(np.array(places), np.array([place[questions[i].query_id] for i in places]), wanted)
 
 
 class _Top:
@@ -299,19 +309,12 @@ def _uuid(data: bytes) -> str:
     return str(uuid.UUID(bytes=data))
 
 
-def stream_agrees_with_sql(
-    connection: db.Connection,
-    params: Params,
-    vectors: FLOAT,
-    questions: Sequence[Question],
-    found: Sequence[Nearest],
-    k: int,
-) -> Gate:
-    """Gate: plain SQL gives the same distances, in order, to a few of the questions, spread over them."""
+def stream_agrees_with_sql(connection: db.Connection, params: Params, queries: Sequence[Query], k: int) -> Gate:
+    """Gate: plain SQL gives the same distances, in order, to a few of the queries, spread over them."""
     register_vector(connection)
-    n = min(CHECKED, len(questions))
-    chosen = [i * (len(questions) - 1) // max(n - 1, 1) for i in range(n)]
-    alike = sum(_alike(by_sql(connection, params, vectors, questions[i], k), found[i]) for i in chosen)
+    n = min(CHECKED, len(queries))
+    chosen = [queries[i * (len(queries) - 1) // max(n - 1, 1)] for i in range(n)]
+    alike = sum(_alike(by_sql(connection, params, q, k), exact_of([q])[0]) for q in chosen)
     return agreement(params, alike, n)
 
 
@@ -330,32 +333,33 @@ def agreement(params: Params, alike: int, n: int) -> Gate:
     )
 
 
-def by_sql(connection: db.Connection, params: Params, vectors: FLOAT, question: Question, k: int) -> list[db.Row]:
+def by_sql(connection: db.Connection, params: Params, query: Query, k: int) -> list[db.Row]:
     """The same by plain SQL: key (as text) and distance of the k nearest rows."""
     conditions = [
         sql.SQL("t.{c}::text = {v}").format(c=identifier(c), v=sql.Placeholder(f"allowed_{i}"))
-        for i, (c, _) in enumerate(question.allowed)
+        for i, (c, _) in enumerate(query.allowed)
     ]
     n = names(params)
-    query = SQL["nearest"].compose(
+    statement = SQL["nearest"].compose(
         n
         | {
             "query_vector": sql.SQL("%(vector)s::{}").format(n["vector_type"]),
             "filters": sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true"),
         }
     )
-    allowed = {f"allowed_{i}": value for i, (_, value) in enumerate(question.allowed)}
-    values = {"vector": vectors[question.query], "k": k, **allowed}
-    return connection.execute(query, values, prepare=False).fetchall()
+    allowed = {f"allowed_{i}": value for i, (_, value) in enumerate(query.allowed)}
+    values = {"vector": query.vector, "k": k, **allowed}
+    return connection.execute(statement, values, prepare=False).fetchall()
 
 
-def seconds_by_sql(connection: db.Connection, params: Params, vectors: FLOAT, k: int) -> list[float]:
+def seconds_by_sql(connection: db.Connection, params: Params, queries: Sequence[Query], k: int) -> list[float]:
     """Seconds of a few exact queries by plain SQL, without a filter; one before them warms the cache."""
     register_vector(connection)
     seconds = []
-    for i in range(min(CHECKED, len(vectors)) + 1):
+    for i in range(min(CHECKED, len(queries)) + 1):
+        query = replace(queries[i % len(queries)], allowed=())
         started = time.perf_counter()
-        by_sql(connection, params, vectors, Question(i % len(vectors)), k)
+        by_sql(connection, params, query, k)
         seconds.append(time.perf_counter() - started)
     return seconds[1:]
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from runbook_lib.benchmark import plan_diagnosis, relevance_measures, replica
-from runbook_lib.benchmark.prepared import CALLS, Sent, call_prepared, plan_of, scans, use_setting, vector_indexes
+from runbook_lib.benchmark import plan_diagnosis, query_set, replica
+from runbook_lib.benchmark.prepared import CALLS, Sent, call_prepared, plan_of, scans, use, vector_indexes
 from runbook_lib.benchmark.vector_statement import bound
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import identifier, index_name, names, spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import at_least
-from runbook_lib.embeddings import embedding
 from runbook_lib.indexes import partitions
-from runbook_lib.search import combined_filters, search_function
+from runbook_lib.params import Params
+from runbook_lib.search import combined_filters, search_function, statements, ways
 from runbook_lib.sql import load
 
 SQL = load("explain")
@@ -34,14 +34,14 @@ def gates(phase: Phase) -> list[Gate]:
     p = phase.params
     routes = list(dict.fromkeys(["vector", p.cut_over.route]))
     found = [_function_searches_by_index(phase, route) for route in routes]
-    sent: list[tuple[Sent, Exactly | None]] = [(function_query(phase), None)]
+    sent: list[tuple[Sent, Exactly | None]] = [(function_query(phase.connection, p), None)]
     if p.search.application_query:
-        own = application_query(phase)
+        own = application_query(phase.connection, p)
         sent.append((own, _chosen_exact(phase, own)))
     with as_the_application(phase) as connection:
         for s, exact in sent:
             kinds = ("custom",) if s is sent[0][0] else ("custom", "generic")
-            found += [judge(phase, connection, s, kind, exact) for kind in kinds]
+            found += [judge(connection, p, s, kind, exact) for kind in kinds]
     return found
 
 
@@ -57,33 +57,32 @@ class Exactly:
     missed: str
 
 
-def function_query(phase: Phase) -> Sent:
+def function_query(connection: db.Connection, params: Params) -> Sent:
     """The vector query of the search function, with its LIMIT bound."""
-    p = phase.params
-    text = search_function.route_statement(phase.connection, p, "vector", in_function=True)
-    types = search_function.column_types(phase.connection, p)
+    p = params
+    text = statements.route_statement(connection, p, "vector", in_function=True)
+    types = statements.column_types(connection, p)
     return Sent(
         f"the vector query of {p.function_name}",
-        text.as_string(phase.connection).replace("%%", "%"),
+        text.as_string(connection).replace("%%", "%"),
         ("query", "embedding", "k", *p.target.filters),
-        (*_values(phase), *[None] * len(p.target.filters)),
+        (*_values(p), *[None] * len(p.target.filters)),
         ("text", "real[]", "integer", *(types[c] for c in p.target.filters)),
     )
 
 
-def application_query(phase: Phase) -> Sent:
+def application_query(connection: db.Connection, params: Params) -> Sent:
     """The statement of ``search.application_query``, each filter with the value that its column holds most often."""
-    p = phase.params
+    p = params
     text, used = bound(str(p.search.application_query), ["query", "embedding", "k", *p.target.filters])
-    known = dict(zip(("query", "embedding", "k"), _values(phase), strict=True))
-    known |= {c: _usual_value(phase, c) for c in p.target.filters if c in used}
+    known = dict(zip(("query", "embedding", "k"), _values(p), strict=True))
+    known |= {c: _usual_value(connection, p, c) for c in p.target.filters if c in used}
     return Sent("the application's query", text, tuple(used), tuple(known[name] for name in used))
 
 
-def _values(phase: Phase) -> tuple[str, list[float], int]:
-    p = phase.params
-    query = relevance_measures.sample(relevance_measures.read_queries(p), 1)[0]
-    return query.text, [float(x) for x in embedding.query_vectors(p, [query])[0]], p.queries.k
+def _values(params: Params) -> tuple[str, list[float], int]:
+    (query,) = query_set.with_vectors(params, query_set.sample(query_set.read_queries(params), 1))
+    return query.text, [float(x) for x in query_set.vector_of(query)], params.queries.k
 
 
 def _chosen_exact(phase: Phase, sent: Sent) -> Exactly | None:
@@ -106,8 +105,8 @@ def _chosen_exact(phase: Phase, sent: Sent) -> Exactly | None:
 def _missed(phase: Phase, columns: list[str], value: str) -> str:
     """What 70_tune found of these filters through the index, set as the function sets it for no filter at all."""
     tuning = phase.ledger.latest("tuning") or {"chosen": None, "classes": []}
-    limit = search_function.MOST_SCANNED_DEFAULT[phase.params.index.method]
-    way = ("index", tuning["chosen"], search_function.ITERATIVE[phase.params.index.method][1], limit)
+    limit = ways.MOST_SCANNED_DEFAULT[phase.params.index.method]
+    way = ("index", tuning["chosen"], ways.ITERATIVE[phase.params.index.method][1], limit)
     own = [
         c
         for c in tuning["classes"]
@@ -121,44 +120,43 @@ def _missed(phase: Phase, columns: list[str], value: str) -> str:
     return "what the index finds of their answers was not measured"
 
 
-def _usual_value(phase: Phase, column: str) -> str | None:
-    query = SQL["usual_value"].compose(names(phase.params) | {"column": identifier(column)})
-    row = phase.connection.execute(query, {}).fetchone()
+def _usual_value(connection: db.Connection, params: Params, column: str) -> str | None:
+    query = SQL["usual_value"].compose(names(params) | {"column": identifier(column)})
+    row = connection.execute(query, {}).fetchone()
     return row["value"] if row else None
 
 
 @contextmanager
 def as_the_application(phase: Phase) -> Iterator[db.Connection]:
     """A fresh connection with the settings that the search function carries, which sway the planner."""
-    state = search_function.function_state(phase)
+    state = search_function.function_state(phase.connection, phase.params)
     with replica.connect(phase, "plans") as connection:
-        for setting in (state["settings"] or []) if state else []:
-            name, _, value = setting.partition("=")
-            if name != "search_path":
-                use_setting(connection, name, value, local=False)
+        carried = dict(setting.split("=", 1) for setting in (state["settings"] or [] if state else []))
+        carried.pop("search_path", None)
+        use(connection, carried, local=False)
         yield connection
 
 
-def judge(phase: Phase, connection: db.Connection, sent: Sent, kind: str, exact: Exactly | None = None) -> Gate:
+def judge(connection: db.Connection, params: Params, sent: Sent, kind: str, exact: Exactly | None = None) -> Gate:
     """Gate: the plan of this statement reads a vector index below a LIMIT; otherwise it names the cause.
 
     exact: filters of the statement that are to be searched exactly; their own index will do then, and the vector
     index only where it was measured to find enough.
     """
-    indexes = {row["name"] for row in vector_indexes(connection, phase.params)}
+    indexes = {row["name"] for row in vector_indexes(connection, params)}
     found = plan_of(connection, sent, kind)
-    lacking = partitions.without_index(connection, phase.params, spelled(phase.params, "vectors"))
+    lacking = partitions.without_index(connection, params, spelled(params, "vectors"))
     through = found.by_index in indexes and found.limited and not (found.sorted_whole and lacking)
     danger, cause = DANGER, None
     own = f"an index of the filter, for 70_tune chose exact where {exact.where}" if exact else ""
-    vector = f"Index Scan {index_name(phase.params)}" if exact is None or not exact.missed else ""
+    vector = f"Index Scan {index_name(params)}" if exact is None or not exact.missed else ""
     if through and exact and exact.missed:
         cause, danger = (
             plan_diagnosis.through_the_index(sent, exact.missed),
             "the index hides rows that exact search finds",
         )
     elif not through and not (exact and found.by_another_index):
-        cause = plan_diagnosis.diagnose(phase, connection, sent, kind)
+        cause = plan_diagnosis.diagnose(connection, params, sent, kind)
         if found.by_index in indexes and not found.limited:
             danger = "the index ends after some rows; the rest is never returned"
     holds = cause is None or cause.name == plan_diagnosis.TOO_SMALL or _never_arises(connection, cause, indexes, sent)
@@ -194,8 +192,8 @@ def _function_searches_by_index(phase: Phase, route: str) -> Gate:
     with replica.connect(phase, "calls") as connection:
         oids = [row["oid"] for row in vector_indexes(connection, p)]
         with connection.transaction(force_rollback=True):
-            search_function.force_route(connection, p, route)
-            call_prepared(connection, ("text", "real[]", "integer"), call, _values(phase))
+            statements.force_route(connection, p, route)
+            call_prepared(connection, ("text", "real[]", "integer"), call, _values(p))
             found = scans(connection, p, oids)
     cause = None if found >= CALLS else cause_in_the_function(phase)
     return gate(
@@ -213,4 +211,4 @@ def _function_searches_by_index(phase: Phase, route: str) -> Gate:
 def cause_in_the_function(phase: Phase) -> plan_diagnosis.Cause:
     """Why the vector query of the search function does not read the index, with the settings that it carries."""
     with as_the_application(phase) as connection:
-        return plan_diagnosis.diagnose(phase, connection, function_query(phase), "custom")
+        return plan_diagnosis.diagnose(connection, phase.params, function_query(connection, phase.params), "custom")

@@ -1,32 +1,34 @@
-"""Filter classes: each filter column's values by how many rows they let through, and the questions asked of each."""
+"""Filter classes: values by the share of rows that they let through, what is asked of each, and what is found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
+import psycopg
 from psycopg import sql
 
-from runbook_lib.benchmark import exact, relevance_measures, replica
-from runbook_lib.benchmark.recall_at_k import Nearest
+from runbook_lib.benchmark import exact, loop, query_set, replica
+from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.gates import Gate
 from runbook_lib.core.names import identifier, names, spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.session import register_vector
-from runbook_lib.embeddings import embedding
-from runbook_lib.embeddings.sources import as_array
 from runbook_lib.params import Params
-from runbook_lib.search import combined_filters
+from runbook_lib.search import combined_filters, search_function, statements
 from runbook_lib.sql import load
 
 SQL = load("classes")
 
+NOT_LISTED = "values not listed"
+
 # Upper bounds of the share of rows that a value lets through.
 BUCKETS = ((0.01, "below 1 %"), (0.1, "1 to 10 %"), (0.5, "10 to 50 %"), (1.01, "above 50 %"))
-RARE = BUCKETS[0][0]
+RARE, RARE_BUCKET = BUCKETS[0]
 # Values of one class that are measured: few, since each takes its share of the questions.
 MEASURED_VALUES = 4
 # Filters that are given together, which are measured: every pair, and all of them. Others are searched exactly.
@@ -77,60 +79,53 @@ def measured_filters(params: Params) -> list[tuple[str, ...]]:
     return [*((column,) for column in columns), *several]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A query with its vector, its filter, and its exact answers.
-
-    own_key: the row that the query was made from, which every search finds and which therefore counts for none.
-    """
-
-    text: str
-    vector: np.ndarray
-    allowed: tuple[tuple[str, str], ...]
-    exact: Nearest
-    own_key: str | None = None
-
-
-@dataclass(frozen=True)
-class _Query:
-    text: str
-    vector: np.ndarray
-    own_key: str | None = None
-
-
 def find(phase: Phase) -> list[FilterClass]:
     """The unfiltered class first, then those of each filter and of filters given together, rarest first."""
-    return [UNFILTERED, *(c for columns in measured_filters(phase.params) for c in _of_columns(phase, columns))]
+    p = phase.params
+    with replica.connect(phase, "values") as connection:
+        counted = {columns: shares(connection, p, columns) for columns in measured_filters(p)}
+    found = [UNFILTERED]
+    for columns, there in counted.items():
+        for bucket, mine in _by_bucket(there):
+            listed = {} if bucket == RARE_BUCKET else mine
+            found.append(_class(columns, bucket, mine, _spread(list(mine), MEASURED_VALUES), listed))
+    return found
 
 
-def _of_columns(phase: Phase, columns: tuple[str, ...]) -> Iterator[FilterClass]:
-    counted = shares(phase, columns)
-    lower = 0.0
-    for upper, name in BUCKETS:
-        found = {value: share for value, share in counted.items() if lower <= share < upper}
-        lower = upper
-        if found:
-            values = _spread(list(found), MEASURED_VALUES)
-            mean = float(np.mean([found[v] for v in values]))
-            yield FilterClass(columns, name, tuple(values), {} if upper == RARE else found, mean)
+def _by_bucket(there: Mapping[str, float]) -> list[tuple[str, dict[str, float]]]:
+    """Values with their shares, by the bucket that these are in; none that is empty."""
+    found: dict[str, dict[str, float]] = {name: {} for _, name in BUCKETS}
+    for value, share in there.items():
+        found[next(name for upper, name in BUCKETS if share < upper)][value] = share
+    return [(name, mine) for name, mine in found.items() if mine]
 
 
-def shares(phase: Phase, columns: Sequence[str]) -> dict[str, float]:
+def _class(
+    columns: tuple[str, ...],
+    bucket: str,
+    there: Mapping[str, float],
+    values: Sequence[str],
+    listed: dict[str, float],
+) -> FilterClass:
+    """listed: values with a row of their own in the strategies."""
+    mean = float(np.mean([there[v] for v in values]))
+    return FilterClass(columns, bucket, tuple(values), listed, mean)
+
+
+def shares(connection: db.Connection, params: Params, columns: Sequence[str]) -> dict[str, float]:
     """Share of the rows by value: every value above RARE, and a few below, spread over their frequencies."""
-    n = names(phase.params)
-    percent = min(100.0, 100.0 * COUNTED_ROWS / max(row_counts.of(phase.connection, phase.params).n, 1))
+    percent = min(100.0, 100.0 * COUNTED_ROWS / max(row_counts.of(connection, params).n, 1))
     sampled = sql.SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (1)").format(sql.Literal(percent))
     own = [sql.SQL("t.{}").format(identifier(c)) for c in columns]
     query = SQL["values"].compose(
-        n
+        names(params)
         | {
             "columns": sql.SQL(", ").join(own),
             "value": combined_filters.given_value(own),
             "sampled": sampled if percent < 100 else sql.SQL(""),
         }
     )
-    with replica.connect(phase, "values") as connection:
-        found = connection.execute(query, {"rare": RARE, "measured": MEASURED_VALUES}).fetchall()
+    found = connection.execute(query, {"rare": RARE, "measured": MEASURED_VALUES}).fetchall()
     return {row["value"]: row["share"] for row in found}
 
 
@@ -141,35 +136,25 @@ def _spread(values: Sequence[str], n: int) -> list[str]:
     return [values[i * (len(values) - 1) // (n - 1)] for i in range(n)]
 
 
-def questions(phase: Phase, found: Sequence[FilterClass]) -> tuple[dict[FilterClass, list[Asked]], Gate, list[float]]:
+def questions(phase: Phase, found: Sequence[FilterClass]) -> tuple[dict[FilterClass, list[Query]], Gate, list[float]]:
     """Every query put to every class, with its exact answers; a gate on these; and seconds of exact SQL.
 
     Each value of a class takes its turn with the queries, whose subject has nothing to do with it: a search for one
     tenant is not near that tenant's rows, which is what an index finds hardest.
     """
     p = phase.params
-    queries = list(_queries(phase))
-    vectors = np.array([q.vector for q in queries], np.float32)
-    keyed = {c: [exact.Question(i, _filter(c, i)) for i in range(len(queries))] for c in found}
-    asked = [question for c in found for question in keyed[c]]
+    queries = _queries(phase)
+    asked = [replace(query, allowed=_filter(c, i)) for c in found for i, query in enumerate(queries)]
 
-    def look() -> tuple[list[Nearest], Gate, list[float]]:
-        with replica.connect(phase, "exact") as connection, connection.transaction():
-            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            nearest = exact.nearest(connection, p, vectors, asked, p.queries.k)
-            agrees = exact.stream_agrees_with_sql(connection, p, vectors, asked, nearest, p.queries.k)
-            return nearest, agrees, exact.seconds_by_sql(connection, p, vectors, p.queries.k)
+    def look() -> tuple[list[Query], Gate, list[float]]:
+        with exact.snapshot(phase) as connection:
+            answered = exact.answered(connection, p, asked, p.queries.k)
+            agrees = exact.stream_agrees_with_sql(connection, p, answered, p.queries.k)
+            return answered, agrees, exact.seconds_by_sql(connection, p, queries, p.queries.k)
 
-    nearest, agrees, seconds = replica.again(p, look)
-    answers = iter(nearest)
-    result = {
-        c: [
-            Asked(queries[q.query].text, vectors[q.query], q.allowed, next(answers), queries[q.query].own_key)
-            for q in keyed[c]
-        ]
-        for c in found
-    }
-    return result, agrees, seconds
+    answered, agrees, seconds = replica.again(p, look)
+    n = len(queries)
+    return {c: answered[i * n : (i + 1) * n] for i, c in enumerate(found)}, agrees, seconds
 
 
 def _filter(found: FilterClass, i: int) -> tuple[tuple[str, str], ...]:
@@ -177,19 +162,115 @@ def _filter(found: FilterClass, i: int) -> tuple[tuple[str, str], ...]:
     return found.allowed(found.values[i // 2 % len(found.values)]) if found.columns else ()
 
 
-def _queries(phase: Phase) -> Iterator[_Query]:
+def _queries(phase: Phase) -> list[Query]:
     """The query sample; where it is small, rows of the table stand in for what is missing."""
     p = phase.params
-    own = relevance_measures.sample(relevance_measures.read_queries(p), p.tune.queries)
-    yield from map(_Query, (q.text for q in own), embedding.query_vectors(p, own))
+    own = query_set.with_vectors(p, query_set.sample(query_set.read_queries(p), p.tune.queries))
     with replica.connect(phase, "rows") as connection:
         register_vector(connection)
         rows = db.rows(connection, SQL["rows_as_queries"], p, n=p.tune.queries - len(own))
-    for row in rows:
-        yield _Query("", as_array(row["embedding"]), row["key"])
+    return [*own, *query_set.of_rows(rows)]
 
 
 def has_btree(connection: db.Connection, params: Params, columns: Sequence[str]) -> bool:
     """Does an index of the table start with these columns, so that their rows are found without reading others?"""
     row = db.one(connection, SQL["has_btree"], params, table=spelled(params, "table"), columns=list(columns))
     return bool(row["there"])
+
+
+def of_strategies(phase: Phase, chosen: random.Random) -> list[FilterClass]:
+    """The rows of the strategies as classes, each with a few values drawn anew.
+
+    Values that have no row of their own are those that the table holds now, whatever they were when it was tuned.
+    """
+    p, found = phase.params, []
+    rows = db.rows(phase.connection, search_function.SQL["strategies"], p)
+    with replica.connect(phase, "values") as connection:
+        for columns in measured_filters(p):
+            mine = {r["value"]: r["share"] for r in rows if r["filter"] == combined_filters.name(columns)}
+            groups = _by_bucket({v: s for v, s in mine.items() if v is not None})
+            if None in mine:
+                there = shares(connection, p, columns).items()
+                groups.append((NOT_LISTED, {v: s for v, s in there if v not in mine}))
+            for bucket, group in groups:
+                if group:
+                    values = chosen.sample(sorted(group), min(MEASURED_VALUES, len(group)))
+                    found.append(_class(columns, bucket, group, values, {}))
+    return found
+
+
+@dataclass(frozen=True)
+class ClassRecall:
+    """A filter class as it is found now: recall@k, questions asked, and those with fewer rows than there are."""
+
+    of: FilterClass
+    recall: float
+    questions: int
+    short: int
+
+
+def recall_now(phase: Phase, found: Sequence[FilterClass], queries: Sequence[Query]) -> list[ClassRecall]:
+    """Puts the queries to every class: one pass over the table for all exact answers, then the function's own."""
+    p = phase.params
+    asked = _with_exact_answers(phase, found, queries)
+    result = []
+    with replica.connect(phase, "filters") as connection, connection.transaction():
+        statement = statements.filtered_call_statement(connection, p)
+        statements.force_route(connection, p, "vector")
+        for of, mine in zip(found, asked, strict=True):
+            recall = loop.ask(connection, p, statement, mine, p.queries.k).recall()
+            result.append(ClassRecall(of, recall.mean, len(mine), recall.short))
+    return result
+
+
+def _with_exact_answers(phase: Phase, found: Sequence[FilterClass], queries: Sequence[Query]) -> list[list[Query]]:
+    asked = [
+        replace(query, allowed=of.allowed(of.values[i % len(of.values)]))
+        for of in found
+        for i, query in enumerate(queries)
+    ]
+
+    def look() -> list[Query]:
+        with exact.snapshot(phase) as connection:
+            return exact.answered(connection, phase.params, asked, phase.params.queries.k)
+
+    answered, n = replica.again(phase.params, look), len(queries)
+    return [answered[i * n : (i + 1) * n] for i in range(len(found))]
+
+
+@dataclass(frozen=True)
+class Called:
+    """Calls with filters, one for each value: how many, those that failed, those short of rows; the first error."""
+
+    calls: int
+    errors: int
+    short: int
+    problem: str = ""
+
+
+NO_CALLS = Called(0, 0, 0)
+
+
+def call_each(phase: Phase, connection: db.Connection, route: str, queries: Sequence[Query]) -> Called:
+    """Calls the function by a route, wherever reads go now, with each value of each class of filters."""
+    p = phase.params
+    found = of_strategies(phase, random.Random(phase.run_id))  # noqa: S311 - a sample, not a secret
+    wanted = [c.allowed(value) for c in found for value in c.values]
+    asked = [replace(queries[i % len(queries)], allowed=allowed) for i, allowed in enumerate(wanted)]
+    statement = statements.filtered_call_statement(connection, p)
+    matching = statements.matching_statement(connection, p)
+    errors = short = 0
+    problem = ""
+    for query in asked:
+        try:
+            with connection.transaction():
+                statements.force_route(connection, p, route)
+                answers = loop.ask(connection, p, statement, [query], p.queries.k)
+                values = loop.values(p, query, p.queries.k)
+                there = connection.execute(matching, values, prepare=False).fetchone()
+        except psycopg.Error as error:
+            errors += 1
+            problem = problem or f"{dict(query.allowed)}: {error.sqlstate} {error}".splitlines()[0]
+        else:
+            short += there is not None and len(answers.rows[0]) < there["rows"]
+    return Called(len(asked), errors, short, problem)

@@ -8,10 +8,11 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib.benchmark import cheapest_way, explain, filter_classes, sweep
-from runbook_lib.benchmark.filter_classes import Asked, FilterClass
+from runbook_lib.benchmark import cheapest_way, explain, filter_classes, replica
+from runbook_lib.benchmark.filter_classes import FilterClass
+from runbook_lib.benchmark.loop import Measured, measure
 from runbook_lib.benchmark.prepared import call_prepared, scans
-from runbook_lib.benchmark.sweep import Measured, Way
+from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db, row_counts, thresholds
 from runbook_lib.core.display import Table, number, size
 from runbook_lib.core.gates import Gate, gate
@@ -19,7 +20,9 @@ from runbook_lib.core.names import identifier, names
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import apart, at_least, plain, score
 from runbook_lib.indexes import forecast
-from runbook_lib.search import search_function
+from runbook_lib.params import Params
+from runbook_lib.search import statements, ways
+from runbook_lib.search.ways import Way
 from runbook_lib.sql import load
 
 SQL = load("filters")
@@ -69,19 +72,19 @@ def _found_wanting(phase: Phase) -> Iterator[Value]:
     yield from (value for _, value in most_first[: f.most_indexes])
 
 
-def rows_of(phase: Phase, values: Sequence[Value]) -> dict[Value, int]:
+def rows_of(connection: db.Connection, params: Params, values: Sequence[Value]) -> dict[Value, int]:
     """Rows with a vector that each value lets through, counted."""
     found: dict[Value, int] = {}
     for column in dict.fromkeys(v.column for v in values):
         own = [v for v in values if v.column == column]
-        query = SQL["rows_of_values"].compose(names(phase.params) | {"column": identifier(column)})
-        rows = phase.connection.execute(query, {"values": [v.value for v in own]}).fetchall()
+        query = SQL["rows_of_values"].compose(names(params) | {"column": identifier(column)})
+        rows = connection.execute(query, {"values": [v.value for v in own]}).fetchall()
         counted = {row["value"]: int(row["rows"]) for row in rows}
         found |= {v: counted.get(v.value, 0) for v in own}
     return found
 
 
-def questions(phase: Phase, values: Mapping[Value, float]) -> dict[Value, list[Asked]]:
+def questions(phase: Phase, values: Mapping[Value, float]) -> dict[Value, list[Query]]:
     """The queries of 70_tune put to each value, with exact answers. values: with the share of rows of each."""
     keyed = {
         v: FilterClass((v.column,), f"= {v.value}", (v.value,), {v.value: share}, share)
@@ -91,46 +94,46 @@ def questions(phase: Phase, values: Mapping[Value, float]) -> dict[Value, list[A
     return {v: asked[of] for v, of in keyed.items()}
 
 
-def strategy_of(phase: Phase, value: Value) -> dict[str, Any] | None:
+def strategy_of(connection: db.Connection, params: Params, value: Value) -> dict[str, Any] | None:
     """The row by which the function searches this value now; None where it searches it as without a filter."""
-    found = db.rows(phase.connection, SQL["strategy_of"], phase.params, filter=value.column, value=value.value)
+    found = db.rows(connection, SQL["strategy_of"], params, filter=value.column, value=value.value)
     return dict(found[0]) if found else None
 
 
-def way_of(phase: Phase, strategy: Mapping[str, Any] | None) -> Way:
+def way_of(params: Params, strategy: Mapping[str, Any] | None) -> Way:
     """A strategy as a way to search; without one, every row that the filter lets through."""
     if strategy is None:
-        return sweep.exact_way(phase)
+        return ways.exact(params)
     return Way(*(strategy[name] for name in ("scan", "candidates", "iterative_scan", "most_scanned")))
 
 
-def measure_now(phase: Phase, value: Value, asked: Sequence[Asked]) -> Measured:
+def measure_now(phase: Phase, value: Value, asked: Sequence[Query]) -> Measured:
     """The value as the function searches it now, on the held-out half of the questions."""
-    with sweep.session(phase) as connection:
-        return sweep.measure(phase, connection, way_of(phase, strategy_of(phase, value)), asked[1::2])
+    p = phase.params
+    with replica.connect(phase, "tune") as connection:
+        return measure(connection, p, way_of(p, strategy_of(connection, p, value)), asked[1::2])
 
 
-def cheapest_through_the_index(phase: Phase, asked: Sequence[Asked]) -> Measured:
+def cheapest_through_the_index(phase: Phase, asked: Sequence[Query]) -> Measured:
     """The cheapest way through the index that reaches the target on one half of the questions, measured on the other.
 
     Where none does, the way that finds most. An iterative scan in every way: it ends early where the index alone
     fills the page, and goes on where a second filter or dead rows take answers away.
     """
-    method, t = phase.params.index.method, phase.params.tune
-    scan: search_function.Scan = "index" if method == "hnsw" else "relaxed"
+    p, target = phase.params, phase.params.tune.target_recall
     tried: list[Measured] = []
-    with sweep.session(phase) as connection:
-        for n in sorted(set(t.ef_search if method == "hnsw" else t.probes)):
-            way = Way(scan, n, search_function.ITERATIVE[method][1], search_function.MOST_SCANNED_DEFAULT[method])
-            screened = sweep.measure(phase, connection, way, asked[::2][: cheapest_way.SCREENED])
-            if not at_least(screened.high, t.target_recall) or screened.rows_short:
+    with replica.connect(phase, "tune") as connection:
+        for n in ways.candidates(p):
+            way = ways.through_the_index(p, n, "index" if p.index.method == "hnsw" else "relaxed")
+            screened = measure(connection, p, way, asked[::2][: cheapest_way.SCREENED])
+            if not at_least(screened.high, target) or screened.rows_short:
                 tried.append(screened)
                 continue
-            tried.append(sweep.measure(phase, connection, way, asked[::2]))
-            if tried[-1].reaches(t.target_recall):
-                return sweep.measure(phase, connection, way, asked[1::2])
+            tried.append(measure(connection, p, way, asked[::2]))
+            if tried[-1].reaches(target):
+                return measure(connection, p, way, asked[1::2])
         best = max(tried, key=lambda m: m.recall)
-        return sweep.measure(phase, connection, best.way, asked[1::2])
+        return measure(connection, p, best.way, asked[1::2])
 
 
 def scans_by_the_function(phase: Phase, value: Value, oid: int, change: Sequence[db.Statement] = ()) -> int:
@@ -142,32 +145,27 @@ def scans_by_the_function(phase: Phase, value: Value, oid: int, change: Sequence
     with phase.another("calls") as connection, db.rolled_back(connection):
         for statement in change:
             connection.execute(statement.query, statement.values)
-        call_with_value(phase, connection, value)
+        call_with_value(connection, p, value)
         return scans(connection, p, [oid])
 
 
-def call_with_value(phase: Phase, connection: db.Connection, value: Value) -> None:
+def call_with_value(connection: db.Connection, params: Params, value: Value) -> None:
     """Calls the function by the vector route, the value bound: a generic plan of the caller does not know it."""
-    p = phase.params
-    types = ("text", "real[]", "integer", search_function.column_types(phase.connection, p)[value.column])
+    p = params
+    types = ("text", "real[]", "integer", statements.column_types(connection, p)[value.column])
     argument = identifier(f"filter_{value.column}")
     call = sql.SQL("SELECT * FROM {}($1, $2, $3, {} => $4)").format(names(p)["function"], argument)
-    search_function.force_route(connection, p, "vector")
-    call_prepared(connection, types, call, [*explain.function_query(phase).values[:3], value.value])
+    statements.force_route(connection, p, "vector")
+    call_prepared(connection, types, call, [*explain.function_query(connection, p).values[:3], value.value])
 
 
-def rows_of_table(phase: Phase) -> int:
-    """Rows of the table, as the planner estimates them."""
-    return row_counts.of(phase.connection, phase.params).n
-
-
-def fits_in_memory(phase: Phase, values: Sequence[Value]) -> list[Gate]:
+def fits_in_memory(connection: db.Connection, params: Params, values: Sequence[Value]) -> list[Gate]:
     """A gate for the largest build; the others take less, one after the other."""
-    rows = rows_of(phase, values)
+    rows = rows_of(connection, params, values)
     if not rows:
         return []
     largest = max(rows, key=lambda v: rows[v])
-    cost = forecast.forecast(rows[largest], phase.params)
+    cost = forecast.forecast(rows[largest], params)
     wanted, allowed = apart(cost.build_memory_bytes, cost.build_budget_bytes, thresholds.size)
     return [
         gate(
@@ -183,28 +181,21 @@ def fits_in_memory(phase: Phase, values: Sequence[Value]) -> list[Gate]:
     ]
 
 
-def cost_table(phase: Phase, values: Sequence[Value]) -> Table:
+def cost_table(connection: db.Connection, params: Params, values: Sequence[Value]) -> Table:
     """What each index will cost: rows, bytes, memory; and the share of the writes that will pay for it."""
-    rows = rows_of(phase, values)
-    whole = rows_of_table(phase)
+    rows = rows_of(connection, params, values)
+    whole = row_counts.of(connection, params).n
     shown = []
     for value, n in rows.items():
-        cost = forecast.forecast(n, phase.params)
+        cost = forecast.forecast(n, params)
         memory = size(cost.build_memory_bytes)
         shown.append((str(value), value.why, number(n), size(cost.index_bytes), memory, f"{n / max(whole, 1):.1%}"))
     titles = ("value", "why", "rows", "index", "memory of its build", "share of inserts that insert twice")
     return Table(titles, shown, "forecast; a row of another value costs nothing more than today")
 
 
-def as_data(m: Measured) -> dict[str, Any]:
-    return {
-        **vars(m.way),
-        **{k: round(v, 4) if isinstance(v, float) else v for k, v in vars(m).items() if k != "way"},
-    }
-
-
 def figures(m: Mapping[str, Any]) -> tuple[str, ...]:
-    """Way, recall with its interval, rows returned, p50, p95, pages; from what :func:`as_data` wrote."""
+    """Way, recall with its interval, rows returned, p50, p95, pages; from what :meth:`Measured.as_data` gave."""
     way = "exact" if m["scan"] == "exact" else f"{m['candidates']}, {m['iterative_scan'].removesuffix('_order')}"
     recall = f"{m['recall']:.3f} ({m['low']:.3f} to {m['high']:.3f})"
     return (

@@ -16,7 +16,6 @@ from runbook_lib.benchmark.vector_statement import VectorSearch, casts_without_d
 from runbook_lib.core import db, names, row_counts
 from runbook_lib.core.display import number
 from runbook_lib.core.names import OPERATORS, spelled
-from runbook_lib.core.phase import Phase
 from runbook_lib.core.query_plan import QueryPlan
 from runbook_lib.indexes import forecast, partitions
 from runbook_lib.params import Params
@@ -78,22 +77,21 @@ class _Case:
         return "send instead: " + " ".join(named(text, self.sent.names).split())
 
 
-def diagnose(phase: Phase, connection: db.Connection, sent: Sent, kind: str) -> Cause:
+def diagnose(connection: db.Connection, params: Params, sent: Sent, kind: str) -> Cause:
     """Names the cause, tested: the catalogue first, then the statement, then what the planner is told of prices."""
-    p = phase.params
-    found = vector_indexes(connection, p)
+    found = vector_indexes(connection, params)
     if not found:
         return Cause("no_index", "there is no vector index", "run 60_build_index with execute: true")
     usable = [row for row in found if row["usable"]]
     if not usable:
         return _invalid(found[0])
-    if lacking := partitions.without_index(connection, p, spelled(p, "vectors")):
+    if lacking := partitions.without_index(connection, params, spelled(params, "vectors")):
         return Cause(
             "partition_without_index",
             f"no vector index on {', '.join(lacking)}",
             "run 60_build_index with execute: true; it builds what these partitions lack",
         )
-    case = _Case(p, connection, sent, kind, usable[0])
+    case = _Case(params, connection, sent, kind, usable[0])
     if case.uses(sent.text, CHEAP):
         return _of_price(case)
     return _of_statement(case)

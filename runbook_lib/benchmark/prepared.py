@@ -33,15 +33,6 @@ def fresh_name() -> sql.Identifier:
     return sql.Identifier(f"runbook_probe_{next(_probes)}")
 
 
-def use_setting(connection: db.Connection, name: str, value: str, *, local: bool) -> str:
-    """Gives a setting a value, for this transaction (``local``) or this session; returns it as the server writes it.
-
-    Raises psycopg.Error where the server refuses it.
-    """
-    row = connection.execute(SQL["set"].compose({}), {"name": name, "value": value, "local": local}).fetchone()
-    return str(row["value"]) if row else value
-
-
 def call_prepared(
     connection: db.Connection, types: Sequence[str], statement: sql.Composable, values: Sequence[object]
 ) -> None:
@@ -56,7 +47,7 @@ def call_prepared(
     # On PostgreSQL 13 a forced generic plan reaches the EXECUTE of a function, where none ever arises by itself.
     reaches_in = not versions.spares_execute_of_generic_plans(connection.info.server_version)
     for kind in ("force_custom_plan", "auto" if reaches_in else "force_generic_plan"):
-        use_setting(connection, "plan_cache_mode", kind, local=True)
+        use(connection, {"plan_cache_mode": kind})
         for _ in range(EXECUTIONS_TO_A_GENERIC_PLAN):
             connection.execute(execute)
 
@@ -64,6 +55,21 @@ def call_prepared(
 def scans(connection: db.Connection, params: Params, oids: Sequence[int]) -> int:
     """Scans of these indexes that this transaction has begun, by the server's own count."""
     return int(db.one(connection, SQL["scans"], params, oids=list(oids))["scans"])
+
+
+def use_setting(connection: db.Connection, name: str, value: str, *, local: bool) -> str:
+    """Gives a setting a value, for this transaction (``local``) or this session; returns it as the server writes it.
+
+    Raises psycopg.Error where the server refuses it.
+    """
+    row = connection.execute(SQL["set"].compose({}), {"name": name, "value": value, "local": local}).fetchone()
+    return str(row["value"]) if row else value
+
+
+def use(connection: db.Connection, settings: Mapping[str, str], *, local: bool = True) -> None:
+    """The same for several settings."""
+    for name, value in settings.items():
+        use_setting(connection, name, value, local=local)
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,7 @@ def plan_of(
     path = session.users_path(connection) if sent.is_the_applications else nullcontext()
     with connection.transaction(force_rollback=True), path:
         mode = "auto" if kind == "auto" else f"force_{kind}_plan"
-        for setting, value in {**(settings or {}), "plan_cache_mode": mode}.items():
-            use_setting(connection, setting, value, local=True)
+        use(connection, {**(settings or {}), "plan_cache_mode": mode})
         connection.execute(sql.SQL("PREPARE {}{} AS {}").format(name, declared, sql.SQL(sent.text)))
         execute = sql.SQL("EXECUTE {}").format(name)
         if sent.values:

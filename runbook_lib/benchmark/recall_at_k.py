@@ -7,7 +7,7 @@ and no loss. It takes the place of one exact answer at that distance or farther,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,9 @@ Rows = Sequence[tuple[str, float | None]]
 
 # Distances as near as this, for vectors at length 1, are the same: single precision does not tell them apart.
 SAME_DISTANCE = 1e-5
+RESAMPLES, CONFIDENCE, SEED = 2_000, 0.95, 20260225
+# The normal distribution's quantile for that confidence, both sides.
+Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,58 @@ def share(exact: Nearest, got: Rows, own_key: str | None = None) -> float:
     return (len(places) - len(left) + filled) / len(places)
 
 
+@dataclass(frozen=True)
+class Recall:
+    """recall@k of many questions.
+
+    mean: over the questions that have an answer to be found. low, high: its 95 % confidence interval. worst: the mean
+    of the group of questions that is served worst. returned: rows returned of those that there are. short: questions
+    with fewer rows than there are. answers: exact answers of all questions.
+    """
+
+    mean: float
+    low: float
+    high: float
+    worst: float
+    returned: float
+    short: int
+    answers: int
+
+    @property
+    def of_the_target(self) -> float:
+        """The mean for a whole target, which is never perfect by emptiness: 0.0 where there is no answer at all."""
+        return self.mean if self.answers else 0.0
+
+
+def of(
+    exact: Sequence[Nearest],
+    got: Sequence[Rows],
+    own_keys: Sequence[str | None] = (),
+    groups: Sequence[Hashable] = (),
+) -> Recall:
+    """recall@k of the same questions in the same order: exact answers, and what was got.
+
+    own_keys: as for :func:`share`, one a question. groups: what each question was filtered by. Raises ValueError on
+    different lengths.
+    """
+    shares = [share(e, g, own) for e, g, own in zip(exact, got, own_keys or [None] * len(exact), strict=True)]
+    by_group: dict[Hashable, list[float]] = {}
+    for found, group in zip(shares, groups or [None] * len(exact), strict=True):
+        by_group.setdefault(group, []).append(found)
+    wanted = sum(len(e.keys) for e in exact)
+    returned = [len({key for key, _ in g}) for g in got]
+    low, high = interval(shares, wanted)
+    return Recall(
+        mean=mean(shares),
+        low=low,
+        high=high,
+        worst=min(map(mean, by_group.values()), default=1.0),
+        returned=sum(returned) / wanted if wanted else 1.0,
+        short=sum(n < len(e.keys) for n, e in zip(returned, exact, strict=True)),
+        answers=wanted,
+    )
+
+
 def mean(shares: Sequence[float]) -> float:
     """Mean over the questions that have an answer to be found; 1.0 for a filter value of which none was missed, since
     it has none.
@@ -78,14 +133,20 @@ def mean(shares: Sequence[float]) -> float:
     return float(np.mean(known)) if known else 1.0
 
 
-def recall(exact: Sequence[Nearest], got: Sequence[Rows]) -> float:
-    """recall@k of a whole target, a mean over the same questions in the same order; never perfect by emptiness: 0.0
-    where no question has an answer at all. Raises ValueError on different lengths.
+def interval(shares: Sequence[float], answers: int) -> tuple[float, float]:
+    """The 95 % confidence interval of mean recall.
+
+    The wider end of two: a percentile bootstrap over the queries, which knows that a query's answers are missed
+    together, and Wilson's score interval over the answers, which does not turn to certainty where none was missed
+    (Wilson, JASA 22, 1927).
     """
-    shares = [share(e, g) for e, g in zip(exact, got, strict=True)]
-    return 0.0 if all(map(math.isnan, shares)) else mean(shares)
-
-
-def short(exact: Sequence[Nearest], got: Sequence[Rows]) -> int:
-    """Questions that were answered with fewer rows than there are."""
-    return sum(len({key for key, _ in g}) < len(e.keys) for e, g in zip(exact, got, strict=True))
+    known = np.array([s for s in shares if not math.isnan(s)])
+    if not len(known):
+        return 0.0, 1.0
+    middle = float(known.mean())
+    drawn = known[np.random.default_rng(SEED).integers(0, len(known), (RESAMPLES, len(known)))].mean(axis=1)
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    n = max(answers, 1)
+    centre = (middle + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * math.sqrt(middle * (1 - middle) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+    return min(float(low), centre - half), max(float(high), min(1.0, centre + half))

@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 import yaml
 from psycopg import sql
 
-from runbook_lib.benchmark import statement_statistics
-from runbook_lib.benchmark.statement_statistics import Search
 from runbook_lib.cli import legacy_statement, suggest
 from runbook_lib.cli.legacy_statement import LegacyQuery
 from runbook_lib.cli.suggest import SQL, Found, Setting
@@ -28,7 +26,8 @@ from runbook_lib.core import db
 from runbook_lib.core.display import number, size
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.target import load_params
-from runbook_lib.migrate import inputs
+from runbook_lib.migrate import inputs, statement_statistics
+from runbook_lib.migrate.statement_statistics import Search
 from runbook_lib.params import Params
 from runbook_lib.runner.manifest import write_atomically
 

@@ -42,7 +42,7 @@ class ModelAway(RunbookError):
 
 
 class Query(Protocol):
-    """What is asked: see :class:`runbook_lib.benchmark.relevance_measures.Query`."""
+    """What is asked: see :class:`runbook_lib.benchmark.query_set.Query`."""
 
     @property
     def query_id(self) -> str: ...

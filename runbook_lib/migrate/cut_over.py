@@ -10,16 +10,16 @@ from typing import Any
 
 import psycopg
 
-from runbook_lib.benchmark import comparison, relevance_measures, tuned_recall
+from runbook_lib.benchmark import comparison, filter_classes, loop, query_set, relevance_measures
 from runbook_lib.core import db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, GateFailed, Gates, Verdict, collect, gate
 from runbook_lib.core.ledger import SQL as LEDGER_SQL
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, percent
-from runbook_lib.embeddings import embedding
+from runbook_lib.migrate import live_calls
 from runbook_lib.operate import retire_legacy
-from runbook_lib.search import live_shadow, search_function
+from runbook_lib.search import search_function, statements
 from runbook_lib.sql import load
 
 SQL = load("cutover")
@@ -56,8 +56,8 @@ class Step:
     p95_ms: float | None
     legacy_p95_ms: float | None
     p95_at_least_ms: float | None = None
-    filtered: tuned_recall.Called = tuned_recall.NO_CALLS
-    live: live_shadow.Seen | None = None
+    filtered: filter_classes.Called = filter_classes.NO_CALLS
+    live: live_calls.Seen | None = None
     without_rows: int = 0
     errors_drawn: int = 0
 
@@ -89,9 +89,9 @@ def steps_left(phase: Phase) -> list[int]:
     The share that an interrupted run had set is held again, unless its own canary was judged and passed.
     """
     steps = phase.params.cut_over.share_steps_percent
-    if search_function.function_state(phase) is None:
+    if search_function.function_state(phase.connection, phase.params) is None:
         return list(steps)
-    route, share = search_function.current_route(phase)
+    route, share = search_function.current_route(phase.connection, phase.params)
     if route != phase.params.cut_over.route:
         return list(steps)
     proved = share if _was_proved(phase, share) else share - 1
@@ -124,7 +124,7 @@ def apply(phase: Phase) -> Table:
     route = phase.params.cut_over.route
     steps = []
     for share in steps_left(phase):
-        if search_function.current_route(phase) != (route, share):
+        if search_function.current_route(phase.connection, phase.params) != (route, share):
             search_function.move_route(phase, route, share, f"cut-over step {share} %")
         step = _call(phase, share, phase.params.cut_over.hold_s)
         gates = _judge(phase, step)
@@ -137,7 +137,7 @@ def apply(phase: Phase) -> Table:
         steps.append(step)
     if not steps:
         return Table(("",), [("the reads have moved already",)])
-    state = search_function.function_state(phase)
+    state = search_function.function_state(phase.connection, phase.params)
     phase.note("standing", {"settings": state["settings"], "source": state["source"]} if state else {})
     return Table.of([_shown(s) for s in steps], "steps")
 
@@ -151,8 +151,8 @@ def _shown(step: Step) -> dict[str, Any]:
 def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
     """Calls the function as the application does, on a connection that an ordinary caller has, over a time."""
     p = phase.params
-    queries = relevance_measures.sample(relevance_measures.read_queries(p), p.queries.sample)
-    vectors = embedding.query_vectors(p, queries)
+    queries = query_set.sample(query_set.read_queries(p), p.queries.sample)
+    queries = query_set.with_vectors(p, queries)
     texts = [q.text for q in queries]
     drawn = {
         r["text"]
@@ -167,11 +167,8 @@ def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
     began = time.perf_counter()
     with phase.another("canary") as connection:
         for n, i in enumerate(calls, 1):
-            one, vector = [queries[i]], vectors[i : i + 1]
             try:
-                answers = search_function.ask(
-                    connection, p, search_function.call_statement(p), one, vector, p.queries.k
-                )
+                answers = loop.ask(connection, p, statements.call_statement(p), [queries[i]], p.queries.k)
             except psycopg.Error as error:
                 errors += 1
                 errors_drawn += queries[i].text in drawn
@@ -189,8 +186,7 @@ def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
                 overlaps.append(relevance_measures.overlap(expected, keys, p.queries.k))
                 short += len(keys) < len(expected)
             time.sleep(max(0.0, hold_s * n / len(calls) - (time.perf_counter() - began)))
-        asked = [tuned_recall.Question(q.text, v) for q, v in zip(queries, vectors, strict=True)]
-        filtered = tuned_recall.call_each(phase, connection, p.cut_over.route, asked)
+        filtered = filter_classes.call_each(phase, connection, p.cut_over.route, queries)
     if filtered.problem:
         print(f"  call failed: {filtered.problem}")
     return Step(
@@ -208,7 +204,7 @@ def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
         legacy_p95_ms=_p95_ms(seconds["legacy"]),
         p95_at_least_ms=relevance_measures.p95_at_least(seconds[p.cut_over.route]),
         filtered=filtered,
-        live=live_shadow.seen_since(phase, p.cut_over.route, since),
+        live=live_calls.seen_since(phase, p.cut_over.route, since),
     )
 
 
@@ -284,13 +280,13 @@ def _speed(step: Step, route: str, sure: str) -> str:
     return f"p95 {step.p95_ms:.2f} ms in {step.by_new_route} calls; above {sure} with 99 % confidence"
 
 
-def _live_gates(seen: live_shadow.Seen, canary: Callable[..., Gate], again: str, slowdown: float) -> list[Gate]:
+def _live_gates(seen: live_calls.Seen, canary: Callable[..., Gate], again: str, slowdown: float) -> list[Gate]:
     """What users' own calls say: each was answered by the other search as well, in the same moment.
 
     Their times are judged from live.FEWEST_CALLS on.
     """
     limit_ms = max(comparison.FAST_ENOUGH_MS, (seen.other_p95_ms or 0) * slowdown) * LATENCY_TOLERANCE
-    enough = seen.calls >= live_shadow.FEWEST_CALLS
+    enough = seen.calls >= live_calls.FEWEST_CALLS
     p95_ms = seen.p95_ms or 0.0
     p95, limit = apart(p95_ms, limit_ms, milliseconds)
     return [
@@ -302,7 +298,7 @@ def _live_gates(seen: live_shadow.Seen, canary: Callable[..., Gate], again: str,
         *([canary("live_calls_are_fast_enough", at_most(p95_ms, limit_ms),
                   f"p95 {p95} in {seen.calls} live calls",
                   f"at most {limit}, {LATENCY_TOLERANCE:g} × legacy on the same calls, from"
-                  f" {live_shadow.FEWEST_CALLS} calls on",
+                  f" {live_calls.FEWEST_CALLS} calls on",
                   f"look at the load of the server, {again}")] if enough else []),
     ]  # fmt: skip
 
@@ -313,7 +309,7 @@ def verify(phase: Phase) -> Gates:
 
 
 def _route_is(phase: Phase, route: str, share: int) -> Gate:
-    found, found_share = search_function.current_route(phase)
+    found, found_share = search_function.current_route(phase.connection, phase.params)
     return gate(
         "cutover.route_is_set",
         (found, found_share) == (route, share),
@@ -341,7 +337,9 @@ def _function_answers_by_route(phase: Phase) -> Gate:
 
 def undo_plan(phase: Phase) -> db.Plan:
     """One UPDATE of one row, if reads go anywhere but to legacy; where legacy was retired, it is made again first."""
-    if search_function.function_state(phase) is None or search_function.current_route(phase) == ("legacy", 0):
+    if search_function.function_state(phase.connection, phase.params) is None or search_function.current_route(
+        phase.connection, phase.params
+    ) == ("legacy", 0):
         return db.Plan((), phase.connection)
     back: dict[str, Any] = {"route": "legacy", "share_percent": 0}
     move = db.statement(search_function.SQL["move_route"], phase.params, **back)
@@ -365,7 +363,7 @@ def undo(phase: Phase) -> Table:
 
 def verify_undone(phase: Phase) -> Gates:
     """Every read goes to legacy, or there is no function any more."""
-    if search_function.function_state(phase) is None:
+    if search_function.function_state(phase.connection, phase.params) is None:
         gone = gate(
             "cutover.route_is_set", True, phase.params.target.name, found="no function, so no route", needed="none"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 
-from runbook_lib.benchmark import relevance_measures
+from runbook_lib.benchmark import query_set
 from runbook_lib.core import db
 from runbook_lib.core.display import some
 from runbook_lib.core.gates import BadInput, Gate, gate
@@ -41,7 +41,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
 
 def _queries(connection: db.Connection, params: Params, encoding: str, database: str) -> Gate:
     """A character that the encoding lacks is refused by the server before any function sees it, today as well."""
-    queries = relevance_measures.read_queries(params)
+    queries = query_set.read_queries(params)
     missing = db.missing_characters(connection, "".join(q.text for q in queries))
     refused = [q.query_id for q in queries if missing & set(q.text)]
     return gate(

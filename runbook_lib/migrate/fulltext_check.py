@@ -17,7 +17,7 @@ from runbook_lib.core.names import identifier, names, shortened, spelled
 from runbook_lib.core.query_plan import SMALL_PARTITION_ROWS, QueryPlan, explain
 from runbook_lib.indexes import partitions
 from runbook_lib.params import Params
-from runbook_lib.search import search_function
+from runbook_lib.search import search_function, statements
 from runbook_lib.sql import load
 
 SQL = load("fulltext")
@@ -66,7 +66,7 @@ def _expression(connection: db.Connection, params: Params) -> Gate:
     problem, kinds = "", list[str]()
     try:
         with _as_in_the_function(connection, params):
-            names_of_it = search_function.fulltext_names(connection, params)
+            names_of_it = statements.fulltext_names(connection, params)
             cursor = connection.execute(SQL["shape"].compose(names(params) | names_of_it), {}, prepare=False)
             kinds = [c.type_display for c in cursor.description or []]
     except psycopg.Error as error:
@@ -87,7 +87,7 @@ def _expression(connection: db.Connection, params: Params) -> Gate:
 def _config(connection: db.Connection, params: Params) -> Gate:
     """Is it there; and where it was left at its default, is it the one that the tsvector is made with?"""
     wanted = params.search.fulltext_config
-    config = search_function.text_search_config(connection, params)
+    config = statements.text_search_config(connection, params)
     made = _made_with(connection, params) if "fulltext_config" not in params.search.model_fields_set else {}
     other = ", ".join(made.values()) if config and made and config["oid"] not in made else ""
     known = [r["name"] for r in db.rows(connection, SQL["configurations"], params)]
@@ -117,8 +117,7 @@ def _made_with(connection: db.Connection, params: Params) -> dict[int, str]:
     generated = db.rows(connection, SQL["generated"], params, table=table, column=column)
     expression = params.search.fulltext_expression or "".join(row["expression"] for row in generated)
     named = [
-        search_function.text_search_config(connection, params, n.replace("''", "'"))
-        for n in NAMED.findall(expression)
+        statements.text_search_config(connection, params, n.replace("''", "'")) for n in NAMED.findall(expression)
     ]
     return {c["oid"]: c["spelled"] for c in named if c}
 
@@ -156,7 +155,7 @@ def _index(connection: db.Connection, params: Params) -> Gate:
 
 
 def _plan(connection: db.Connection, params: Params) -> QueryPlan:
-    statement = search_function.fulltext_statement(connection, params)
+    statement = statements.fulltext_statement(connection, params)
     with _as_in_the_function(connection, params):
         connection.execute(SQL["without_scans"].compose({}))
         return explain(connection, statement, WORD)
@@ -180,7 +179,7 @@ def _few_rows(connection: db.Connection, params: Params) -> int | None:
 
 def _cannot_be_indexed(connection: db.Connection, params: Params) -> str:
     """What PostgreSQL says to an index on the expression, tried on an empty copy; empty if it takes it."""
-    named = names(params) | search_function.fulltext_names(connection, params)
+    named = names(params) | statements.fulltext_names(connection, params)
     try:
         with _as_in_the_function(connection, params):
             for block in ("create_probe", "index_probe"):

@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from runbook_lib.benchmark import query_set
 from runbook_lib.core import db, free_names, row_counts, session, versions
 from runbook_lib.core.display import some
 from runbook_lib.core.gates import BadInput, Gate, Gates, Verdict, collect, gate
@@ -27,6 +28,7 @@ from runbook_lib.migrate import (
     rights,
 )
 from runbook_lib.params import Params
+from runbook_lib.search import statements
 from runbook_lib.sql import load
 
 SQL = load("inputs")
@@ -86,7 +88,6 @@ def require_table(connection: db.Connection, params: Params) -> None:
 def _files(params: Params) -> Iterator[Gate]:
     """What can be checked without a server: release, model, queries and judgements."""
     # Imported here: both modules load numerical libraries, which the checks of the server do without.
-    from runbook_lib.benchmark import relevance_measures
     from runbook_lib.embeddings import embedding
 
     yield versions.check_wanted(params)
@@ -96,8 +97,8 @@ def _files(params: Params) -> Iterator[Gate]:
         except BadInput as error:
             yield from error.problems
     try:
-        queries = relevance_measures.read_queries(params)
-        relevance_measures.read_judgements(params)
+        queries = query_set.read_queries(params)
+        query_set.read_judgements(params)
         if params.queries.embeddings is not None or not params.embeddings.has_model:
             # Found now rather than in 70_tune, hours later.
             embedding.query_vectors(params, queries)
@@ -396,11 +397,10 @@ def _search(look: _Look) -> Iterator[Gate]:
 
 def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
     """Has PostgreSQL parse and plan the legacy query, which fetches nothing, and looks at the columns it returns."""
-    from runbook_lib.search import search_function
 
     values: dict[str, Any] = {"query": "word", "k": 1} | dict.fromkeys(p.target.filters)
     # LIMIT 0 stops the executor before it reads a row, whatever the query costs.
-    probe = sql.SQL("SELECT * FROM (\n{}\n) AS legacy LIMIT 0").format(search_function.legacy_statement(p))
+    probe = sql.SQL("SELECT * FROM (\n{}\n) AS legacy LIMIT 0").format(statements.legacy_statement(p))
     problem, columns = "", list[str]()
     try:
         with session.users_path(connection), connection.transaction(force_rollback=True):
@@ -424,11 +424,10 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
 
 
 def _judged_keys(look: _Look) -> Gate:
-    from runbook_lib.benchmark import relevance_measures
 
     try:
-        judgements = relevance_measures.read_judgements(look.params)
-        unknown = relevance_measures.unknown_keys(look.connection, look.params, judgements)
+        judgements = query_set.read_judgements(look.params)
+        unknown = query_set.unknown_keys(look.connection, look.params, judgements)
     except BadInput as error:
         return error.problems.gates[0]
     except psycopg.Error as error:

@@ -10,7 +10,6 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.backfill import vector_store
-from runbook_lib.benchmark import replica, statement_statistics
 from runbook_lib.core import db, row_counts, versions
 from runbook_lib.core.display import Table, duration, number, size
 from runbook_lib.core.gates import Gate, Gates, collect, gate
@@ -19,7 +18,7 @@ from runbook_lib.core.phase import Phase, changes
 from runbook_lib.embeddings import masking
 from runbook_lib.indexes import forecast as forecast_module
 from runbook_lib.indexes.forecast import Forecast
-from runbook_lib.migrate import capacity, inputs
+from runbook_lib.migrate import capacity, inputs, replica_checks, statement_statistics
 from runbook_lib.migrate.capacity import Room
 from runbook_lib.migrate.inputs import input_problems as input_problems
 from runbook_lib.sql import load
@@ -280,7 +279,7 @@ def _risks(phase: Phase) -> Iterator[Gate]:
     yield _no_old_snapshot(phase)
     yield _no_prepared_transactions(phase)
     yield from capacity.gates(phase.connection, phase.params, expected(facts(phase), phase))
-    yield from replica.gates(phase)
+    yield from replica_checks.gates(phase)
 
 
 def _no_old_snapshot(phase: Phase) -> Gate:

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
-import numpy as np
 import psycopg
 from psycopg import sql
 
-from runbook_lib.benchmark import recall_at_k, relevance_measures, replica
-from runbook_lib.benchmark.prepared import use_setting
-from runbook_lib.benchmark.relevance_measures import Query
+from runbook_lib.benchmark import loop, query_set, replica
+from runbook_lib.benchmark.loop import Answers
+from runbook_lib.benchmark.prepared import use
+from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase
-from runbook_lib.core.session import register_vector
 from runbook_lib.core.thresholds import apart, at_least, score
-from runbook_lib.embeddings import embedding
 from runbook_lib.migrate import policies
 from runbook_lib.params.data import SeenAs
-from runbook_lib.search import search_function
+from runbook_lib.search import statements
 from runbook_lib.sql import load
 
 SQL = load("policies")
@@ -58,34 +57,32 @@ def gates(phase: Phase, needed: float) -> Iterator[Gate]:
             yield _unknown(str(caller), "there is no such role", NAME_ROLE, needed)
     subject = {r["role"] for r in roles if r["is_subject"]}
     asked = [caller for caller in callers if caller.role in subject]
-    queries = relevance_measures.sample(relevance_measures.read_queries(p), QUESTIONS)
-    vectors = np.asarray(embedding.query_vectors(p, queries)) if asked else None
+    queries = query_set.sample(query_set.read_queries(p), QUESTIONS)
+    queries = query_set.with_vectors(p, queries) if asked else []
     for caller in asked:
-        assert vectors is not None
-        yield _measured(phase, caller, queries, vectors, needed)
+        yield _measured(phase, caller, queries, needed)
 
 
-def _measured(phase: Phase, caller: SeenAs, queries: list[Query], vectors: np.ndarray, needed: float) -> Gate:
+def _measured(phase: Phase, caller: SeenAs, queries: list[Query], needed: float) -> Gate:
     p = phase.params
     try:
-        exact, got = replica.again(p, lambda: _asked(phase, caller, queries, vectors))
+        got = replica.again(p, lambda: _asked(phase, caller, queries))
     except psycopg.Error as error:
         db.raise_if_lost(phase.connection, error)
         lacks = isinstance(error, psycopg.errors.InsufficientPrivilege)
         do = _grants(phase, caller) if lacks else NAME_SETTINGS
         return _unknown(str(caller), f"PostgreSQL says: {str(error).splitlines()[0]}", do, needed)
-    nearest = [recall_at_k.of_rows(exact.rows(q.query_id), p.vector.distance) for q in queries]
-    if not any(n.keys for n in nearest):
+    found = got.recall()
+    if not found.answers:
         return _unknown(str(caller), "this role sees no row with a vector", NAME_SETTINGS, needed)
-    rows = [got.rows(q.query_id) for q in queries]
-    recall, short = recall_at_k.recall(nearest, rows), recall_at_k.short(nearest, rows)
+    recall, short = found.mean, found.short
     shown, least = apart(recall, needed, score)
     return gate(
         "policies.recall_holds_for_callers",
         at_least(recall, needed) and not short,
         str(caller),
         found=f"recall@{p.queries.k} {shown} on {len(queries)} queries, {short} short of rows,"
-        f" p95 {relevance_measures.latency(got.seconds)['p95_ms']:.2f} ms",
+        f" p95 {got.latency()['p95_ms']:.2f} ms",
         needed=f"{least}, no query short of rows",
         danger=DANGER,
         do="name the column of the policies in target.filters and have the application pass it, which 70_tune then"
@@ -111,28 +108,25 @@ def _unknown(subject: str, why: str, do: str, needed: float) -> Gate:
     )
 
 
-def _asked(
-    phase: Phase, caller: SeenAs, queries: list[Query], vectors: np.ndarray
-) -> tuple[search_function.Answers, search_function.Answers]:
-    """Exact answers among the rows that the caller sees, and those of the search function, both as that caller."""
+def _asked(phase: Phase, caller: SeenAs, queries: list[Query]) -> Answers:
+    """Answers of the search function as that caller, with the exact ones among the rows that the caller sees."""
     p = phase.params
-    all_rows = search_function.route_statement(phase.connection, p, "vector", scan="exact")
-    call = search_function.filtered_call_statement(phase.connection, p)
+    asked = [replace(q, allowed=tuple(caller.filters.items())) for q in queries]
+    all_rows = statements.route_statement(phase.connection, p, "vector", scan="exact")
+    call = statements.filtered_call_statement(phase.connection, p)
     with replica.connect(phase, "policies") as connection:
-        register_vector(connection)
+        loop.know_vectors(connection, asked)
         with _as(connection, caller):
             connection.execute(EXACT_ONLY.compose({}))
-            exact = search_function.ask(connection, p, all_rows, queries, vectors, p.queries.k, caller.filters)
+            asked = loop.ask(connection, p, all_rows, asked, p.queries.k).as_exact(p.vector.distance)
         with _as(connection, caller):
-            search_function.force_route(connection, p, "vector")
-            got = search_function.ask(connection, p, call, queries, vectors, p.queries.k, caller.filters)
-    return exact, got
+            statements.force_route(connection, p, "vector")
+            return loop.ask(connection, p, call, asked, p.queries.k)
 
 
 @contextmanager
 def _as(connection: db.Connection, caller: SeenAs) -> Iterator[None]:
     """A transaction in which the session is that caller, with the caller's settings."""
     with connection.transaction(force_rollback=True):
-        for name, value in {**caller.settings, "role": caller.role}.items():
-            use_setting(connection, name, value, local=True)
+        use(connection, {**caller.settings, "role": caller.role})
         yield

@@ -248,7 +248,7 @@ def _ledger(phase: Phase) -> list[db.Statement]:
 
 def _function(phase: Phase) -> list[db.Statement]:
     """Where it is there already, making it again would lock its catalogue rows under calls that are under way."""
-    return [] if search_function.function_state(phase) else list(search_function.plan(phase))
+    return [] if search_function.function_state(phase.connection, phase.params) else list(search_function.plan(phase))
 
 
 def _index(phase: Phase) -> list[db.Statement]:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from psycopg import sql
 
 from runbook_lib.benchmark import (
     cheapest_way,
     exact,
     explain,
     filter_classes,
+    loop,
     plan_diagnosis,
+    query_set,
     relevance_measures,
     replica,
-    sweep,
 )
 from runbook_lib.benchmark.cheapest_way import Choice
-from runbook_lib.benchmark.filter_classes import Asked, FilterClass
-from runbook_lib.benchmark.prepared import reads_index, use_setting
-from runbook_lib.benchmark.sweep import Measured, Way
-from runbook_lib.core import db, query_plan
+from runbook_lib.benchmark.filter_classes import FilterClass
+from runbook_lib.benchmark.loop import Measured
+from runbook_lib.benchmark.prepared import reads_index, use
+from runbook_lib.benchmark.query_set import Query
+from runbook_lib.core import db
 from runbook_lib.core.display import Table, duration
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import index_name, spelled
@@ -33,7 +32,9 @@ from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.progress import SECONDS_BETWEEN_LINES
 from runbook_lib.core.thresholds import apart, at_least, score
 from runbook_lib.migrate import row_security_recall
-from runbook_lib.search import combined_filters, search_function
+from runbook_lib.params import Params
+from runbook_lib.search import combined_filters, search_function, statements, ways
+from runbook_lib.search.ways import Way
 from runbook_lib.sql import load
 
 SQL = load("tune")
@@ -122,38 +123,12 @@ def _row(choice: Choice) -> tuple[Any, ...]:
     return (str(choice.of), f"{choice.of.share:.2%}", str(m.way), *figures, beside)
 
 
-def settings_to_try(phase: Phase) -> Sequence[int]:
-    """ef_search or probes, from the parameters, cheapest first."""
-    t = phase.params.tune
-    return sorted(set(t.ef_search if phase.params.index.method == "hnsw" else t.probes))
-
-
 def plan(phase: Phase) -> db.Plan:
     """What is carried into the search function, with the first setting as an example; measuring only reads."""
-    return db.Plan(tuple(search_function.set_search_setting(phase, settings_to_try(phase)[0])), phase.connection)
-
-
-@contextmanager
-def exactly(phase: Phase) -> Iterator[db.Connection]:
-    """A fresh connection in a transaction that may use no index; nothing prepared earlier can slip in."""
-    with replica.connect(phase, "exact") as connection, connection.transaction():
-        connection.execute(SQL["exact_only"].compose({}))
-        yield connection
-
-
-@contextmanager
-def through_the_index(phase: Phase, value: int) -> Iterator[db.Connection]:
-    """A fresh connection in a transaction with one index setting and the iterative scan of the search function."""
-    method = phase.params.index.method
-    with replica.connect(phase, "index") as connection, connection.transaction():
-        for name, text in ((search_function.SETTING[method], str(value)), search_function.ITERATIVE[method]):
-            use_setting(connection, name, text, local=True)
-        yield connection
-
-
-def uses_index(connection: db.Connection, phase: Phase, statement: sql.Composable, values: dict[str, Any]) -> bool:
-    """Does the plan of this statement, with these values, read our index?"""
-    return reads_index(connection, phase.params, query_plan.explain(connection, statement, values))
+    return db.Plan(
+        tuple(search_function.set_search_setting(phase.connection, phase.params, ways.candidates(phase.params)[0])),
+        phase.connection,
+    )
 
 
 @changes
@@ -167,16 +142,16 @@ def apply(phase: Phase) -> Tuning | Table:
     p = phase.params
     asked, agrees, exact_seconds = filter_classes.questions(phase, filter_classes.find(phase))
     without = asked.pop(filter_classes.UNFILTERED)
-    with sweep.session(phase) as connection:
-        first = cheapest_way.unfiltered(phase, connection, _ways_to_try(phase, connection, without[0]), without)
-        rows = without[0].exact.matching
-        others = [cheapest_way.filtered(phase, connection, c, q, rows) for c, q in _in_turn(asked)]
+    with replica.connect(phase, "tune") as connection:
+        first = cheapest_way.unfiltered(connection, p, _ways_to_try(connection, p, without[0]), without)
+        rows = query_set.exact_of(without)[0].matching
+        others = [cheapest_way.filtered(connection, p, c, q, rows) for c, q in _in_turn(asked)]
     tuning = Tuning(
         k=p.queries.k,
         queries=len(without),
         target_recall=p.tune.target_recall,
         exact_p50_ms=relevance_measures.latency(exact_seconds)["p50_ms"],
-        setting=search_function.SETTING[p.index.method],
+        setting=ways.SETTING[p.index.method],
         choices=(first, *others),
     )
     phase.note("tuning", tuning.as_data() | {"exact": dict(agrees.figures)})
@@ -185,7 +160,7 @@ def apply(phase: Phase) -> Tuning | Table:
     return tuning
 
 
-def _in_turn(asked: Mapping[FilterClass, list[Asked]]) -> Iterator[tuple[FilterClass, list[Asked]]]:
+def _in_turn(asked: Mapping[FilterClass, list[Query]]) -> Iterator[tuple[FilterClass, list[Query]]]:
     """Each filter class with its questions; says now and then how far it has come."""
     started = last_line = time.perf_counter()
     for done, (of, questions) in enumerate(asked.items()):
@@ -197,28 +172,25 @@ def _in_turn(asked: Mapping[FilterClass, list[Asked]]) -> Iterator[tuple[FilterC
         yield of, questions
 
 
-def _ways_to_try(phase: Phase, connection: db.Connection, question: Asked) -> list[Way]:
+def _ways_to_try(connection: db.Connection, params: Params, question: Query) -> list[Way]:
     """Ways to search without a filter; none where PostgreSQL cannot use the index for it.
 
     On a table so small that reading it whole is cheaper there is one, the most thorough: none can be measured through
     the index, and it is this one that serves when the table has grown.
     """
-    method = phase.params.index.method
-    limit = search_function.MOST_SCANNED_DEFAULT[method]
-    ways = [Way("index", n, search_function.ITERATIVE[method][1], limit) for n in settings_to_try(phase)]
-    statement = search_function.route_statement(phase.connection, phase.params, "vector")
-    filters: dict[str, Any] = dict.fromkeys(phase.params.target.filters)
-    values = filters | {"query": question.text, "k": phase.params.queries.k, "embedding": question.vector}
-    if uses_index(connection, phase, statement, values):
-        return ways
-    return [way for way in ways[-1:] if _is_too_small(phase, connection, way)]
+    p = params
+    to_try = [ways.through_the_index(p, n) for n in ways.candidates(p)]
+    statement = statements.route_statement(connection, p, "vector")
+    if reads_index(connection, p, loop.planned(connection, p, statement, question)):
+        return to_try
+    return [way for way in to_try[-1:] if _is_too_small(connection, p, way)]
 
 
-def _is_too_small(phase: Phase, connection: db.Connection, way: Way) -> bool:
+def _is_too_small(connection: db.Connection, params: Params, way: Way) -> bool:
     """Could the index serve these searches, and is a small table read sooner than the index is entered?"""
     with connection.transaction():
-        sweep.set_way(phase, connection, way)
-        cause = plan_diagnosis.diagnose(phase, connection, explain.function_query(phase), "custom")
+        use(connection, way.settings(params.index.method))
+        cause = plan_diagnosis.diagnose(connection, params, explain.function_query(connection, params), "custom")
     return cause.name == plan_diagnosis.TOO_SMALL
 
 
@@ -226,7 +198,10 @@ def _carry_into_function(phase: Phase, tuning: Tuning) -> None:
     """Settings and strategies in one transaction: a call sees all of the old or all of the new."""
     with phase.connection.transaction():
         db.use_search_path(phase.connection)
-        for statement in [*search_function.set_search_setting(phase, tuning.chosen or 0), *strategies(phase, tuning)]:
+        for statement in [
+            *search_function.set_search_setting(phase.connection, phase.params, tuning.chosen or 0),
+            *strategies(phase, tuning),
+        ]:
             phase.do(statement)
 
 
@@ -252,7 +227,7 @@ def _filters(phase: Phase) -> list[str]:
 def _learn(
     phase: Phase, name: str, values: list[str | None], shares: list[float], measured: Measured | None
 ) -> db.Statement:
-    way = measured.way if measured else sweep.exact_way(phase)
+    way = measured.way if measured else ways.exact(phase.params)
     return db.statement(
         search_function.SQL["learn_strategy"],
         phase.params,
@@ -298,10 +273,8 @@ def _target_is_reached(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
 
 
 def _said(phase: Phase, m: dict[str, Any], recall: str) -> str:
-    setting = (
-        "exact" if m["scan"] == "exact" else f"{search_function.SETTING[phase.params.index.method]} {m['candidates']}"
-    )
-    whole = m["scan"] != "exact" and sweep.VECTOR_INDEX not in m["plan"]
+    setting = "exact" if m["scan"] == "exact" else f"{ways.SETTING[phase.params.index.method]} {m['candidates']}"
+    whole = m["scan"] != "exact" and loop.VECTOR_INDEX not in m["plan"]
     return (
         f"recall@{phase.params.queries.k} {recall} ({m['low']:.3f} to {m['high']:.3f}) at {setting},"
         f" p50 {m['p50_ms']:.2f} ms, {m['rows_short']} of {m['questions']} queries short"
@@ -331,10 +304,11 @@ def _class_reaches(phase: Phase, c: dict[str, Any]) -> Gate:
 
 def _function_has_settings(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
     """All of them: a strategy's settings end with the call only where the function has a SET for each."""
-    found = search_function.function_state(phase)
+    found = search_function.function_state(phase.connection, phase.params)
     settings = [s for s in (found["settings"] or [] if found else []) if not s.startswith("search_path")]
     chosen = tuning["chosen"] if tuning else None
-    wanted = [f"{name}={value}" for name, value in search_function.settings(phase.params, chosen or 0)]
+    carried = ways.through_the_index(phase.params, chosen or 0).settings(phase.params.index.method)
+    wanted = [f"{name}={value}" for name, value in carried.items()]
     return gate(
         "tune.function_carries_the_setting",
         sorted(settings) == sorted(wanted) if chosen else None,
@@ -377,11 +351,11 @@ def _way(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def undo_plan(phase: Phase) -> db.Plan:
     """RESET of the function's index settings, and no strategies any more, where it has them."""
-    found = search_function.function_state(phase)
+    found = search_function.function_state(phase.connection, phase.params)
     if found is None:
         return db.Plan((), phase.connection)
     carried = [s.split("=")[0] for s in found["settings"] or [] if not s.startswith("search_path")]
-    statements = [search_function.reset_search_setting(phase, name) for name in carried]
+    statements = [search_function.reset_search_setting(phase.connection, phase.params, name) for name in carried]
     if db.rows(phase.connection, search_function.SQL["strategies"], phase.params):
         # First: a strategy's settings would outlive a call of the function once that has no SET for them.
         statements.insert(0, db.statement(search_function.SQL["forget_strategies"], phase.params))

@@ -10,21 +10,17 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 from psycopg import sql
 
-from runbook_lib.benchmark import comparison, exact, relevance_measures, storage_variants
-from runbook_lib.benchmark.relevance_measures import Query
-from runbook_lib.benchmark.storage_advice import Comparison
-from runbook_lib.benchmark.storage_variants import Asked, Found, Shape
+from runbook_lib.benchmark import comparison, exact, query_set, relevance_measures, storage_variants
+from runbook_lib.benchmark.query_set import Query, exact_of
+from runbook_lib.benchmark.storage_variants import Found, Shape, StorageComparison
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import identifier, shortened, spelled
 from runbook_lib.core.names import index_name as serving_name
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.core.session import register_vector
-from runbook_lib.embeddings import embedding
 from runbook_lib.indexes import building, forecast, partitions
 from runbook_lib.migrate import build_index
 from runbook_lib.params import Params
@@ -92,7 +88,7 @@ def _statement(phase: Phase, block: str, **values: Any) -> db.Statement:
     p = phase.params
     types = db.rows(
         phase.connection,
-        relevance_measures.SQL["key_type"],
+        query_set.SQL["key_type"],
         p,
         table=spelled(p, "table"),
         key=p.target.key,
@@ -117,7 +113,7 @@ def _making(phase: Phase) -> list[db.Statement]:
 def _judged_keys(phase: Phase) -> list[str]:
     """Keys that the judgements name and the table holds, so that nDCG has something to find."""
     marks = comparison.judgements(phase)
-    unknown = set(relevance_measures.unknown_keys(phase.connection, phase.params, marks))
+    unknown = set(query_set.unknown_keys(phase.connection, phase.params, marks))
     keys = {key for judged in marks.values() for key in judged if key not in unknown}
     return sorted(keys)
 
@@ -188,7 +184,7 @@ def check(phase: Phase) -> Gates:
 
 
 @changes
-def apply(phase: Phase) -> Comparison | Table:
+def apply(phase: Phase) -> StorageComparison | Table:
     """Compares, and leaves nothing behind: not at the end, nor after a failure, nor, once run again, after a kill."""
     if not phase.execute:
         return phase.carry_out(plan(phase))
@@ -204,20 +200,17 @@ def apply(phase: Phase) -> Comparison | Table:
     return found
 
 
-def _compare(phase: Phase) -> Comparison:
+def _compare(phase: Phase) -> StorageComparison:
     p, here = phase.params, measured_params(phase.params)
-    queries = relevance_measures.sample(relevance_measures.read_queries(p), p.queries.sample)
+    queries = query_set.sample(query_set.read_queries(p), p.queries.sample)
     marks = comparison.judgements(phase)
-    judged = relevance_measures.sample(
-        [q for q in relevance_measures.read_queries(p) if q.query_id in marks], p.queries.judged_sample
-    )
+    judged = query_set.sample([q for q in query_set.read_queries(p) if q.query_id in marks], p.queries.judged_sample)
     with phase.another("storage exact") as connection:
-        asked = _asked(connection, here, queries, p.queries.k)
-        judged_asked = _asked(connection, here, judged, storage_variants.JUDGED_K)
-        questions = [exact.Question(i) for i in range(len(queries))]
-        agrees = exact.stream_agrees_with_sql(connection, here, asked.vectors, questions, asked.exact, p.queries.k)
-        exact_ms = relevance_measures.latency(exact.seconds_by_sql(connection, here, asked.vectors, p.queries.k))
-    by_exact = {q.query_id: list(n.keys) for q, n in zip(judged, judged_asked.exact, strict=True)}
+        asked = _answered(connection, here, queries, p.queries.k)
+        judged = _answered(connection, here, judged, storage_variants.JUDGED_K)
+        agrees = exact.stream_agrees_with_sql(connection, here, asked, p.queries.k)
+        exact_ms = relevance_measures.latency(exact.seconds_by_sql(connection, here, asked, p.queries.k))
+    by_exact = {q.query_id: list(nearest.keys) for q, nearest in zip(judged, exact_of(judged), strict=True)}
     best = relevance_measures.relevance(by_exact, {q.query_id: marks[q.query_id] for q in judged}) if judged else None
     rows = int(db.one(phase.connection, SQL["rows"], here)["rows"])
     whole = row_counts.of(phase.connection, phase.params, "vectors").n
@@ -226,14 +219,12 @@ def _compare(phase: Phase) -> Comparison:
         with _standing(phase, shape) as (name, built):
             for rerank in _depths(p, shape):
                 with phase.another(f"storage {shape.slug}") as connection:
-                    found = storage_variants.measure(
-                        connection, here, shape, rerank, name, asked, (judged_asked, marks)
-                    )
+                    found = storage_variants.measure(connection, here, shape, rerank, name, asked, (judged, marks))
                 measured.append(_row(p, found, built, rows, max(whole, rows)))
                 print(
                     f"  {measured[-1]['title']}: recall {found.recall:.3f} at {found.setting}, {found.p50_ms:.2f} ms"
                 )
-    return Comparison.of(
+    return StorageComparison.of(
         p,
         measured,
         {
@@ -248,13 +239,8 @@ def _compare(phase: Phase) -> Comparison:
     )
 
 
-def _asked(connection: db.Connection, here: Params, queries: list[Query], k: int) -> Asked:
-    if not queries:
-        return Asked([], np.empty((0, here.vector.dimension), np.float32), [])
-    vectors = np.asarray(embedding.query_vectors(here, queries))
-    register_vector(connection)
-    questions = [exact.Question(i) for i in range(len(queries))]
-    return Asked(queries, vectors, exact.nearest(connection, here, vectors, questions, k))
+def _answered(connection: db.Connection, here: Params, queries: list[Query], k: int) -> list[Query]:
+    return exact.answered(connection, here, query_set.with_vectors(here, queries), k)
 
 
 @contextmanager

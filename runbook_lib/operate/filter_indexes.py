@@ -76,7 +76,7 @@ def is_served(phase: Phase, name: str, value: Value) -> bool:
         known.get("served")
         and row
         and row["usable"]
-        and is_searched_as(partial_index_candidates.strategy_of(phase, value), known)
+        and is_searched_as(partial_index_candidates.strategy_of(phase.connection, phase.params, value), known)
     )
 
 

@@ -157,8 +157,8 @@ def _somebodys_copy(phase: Phase, old: Params, was: db.Row | None) -> list[str]:
 
 
 def _old_serves(old: Phase) -> Gate:
-    verdict, state = old.ledger.phase_verdict(CUT_OVER), search_function.function_state(old)
-    route, share = search_function.current_route(old) if state else ("legacy", 0)
+    verdict, state = old.ledger.phase_verdict(CUT_OVER), search_function.function_state(old.connection, old.params)
+    route, share = search_function.current_route(old.connection, old.params) if state else ("legacy", 0)
     return gate(
         "model_change.replaced_search_serves",
         verdict == Verdict.PASS and (route, share) == (old.params.cut_over.route, 100),
@@ -266,7 +266,9 @@ def plan(phase: Phase) -> db.Plan:
     """The new target's own route moved, which nobody reads yet, then the swap; nothing where they are in place."""
     p, route = phase.params, phase.params.cut_over.route
     move = db.statement(search_function.SQL["move_route"], p, route=route, share_percent=100)
-    moved = search_function.function_state(phase) is not None and search_function.current_route(phase) == (route, 100)
+    moved = search_function.function_state(
+        phase.connection, phase.params
+    ) is not None and search_function.current_route(phase.connection, phase.params) == (route, 100)
     swap = _swap(phase)
     if swap:
         old = replaced(phase).params
@@ -304,7 +306,7 @@ def apply(phase: Phase) -> Table:
 def _note_standing(phase: Phase) -> None:
     """Writes down, for the check that stays, how each target's function is meant to be now."""
     for one in (phase, replaced(phase)):
-        if state := search_function.function_state(one):
+        if state := search_function.function_state(one.connection, one.params):
             one.note("standing", {"settings": state["settings"] or [], "source": state["source"]})
 
 

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import psycopg
 
-from runbook_lib.benchmark import agreement, comparison, relevance_measures
-from runbook_lib.benchmark.relevance_measures import Query
+from runbook_lib.benchmark import comparison, loop, query_set, relevance_measures
+from runbook_lib.benchmark.loop import Variant
+from runbook_lib.benchmark.query_set import Query
+from runbook_lib.core import db
 from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import identifier, names
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, score
-from runbook_lib.embeddings import embedding
 from runbook_lib.operate import model_change
-from runbook_lib.search import search_function
+from runbook_lib.search import search_function, statements
 from runbook_lib.search.function_ownership import BOTH
 
 KIND = "model_comparison"
 TAKE_BACK = "take the swap back: runbook operate PARAMS change_model --undo --execute"
 
 
-def _ask(one: Phase, queries: Sequence[Query], vectors: np.ndarray, k: int) -> search_function.Answers:
-    """Calls a target's function as the application would, by the route that it is to have, wherever reads go now."""
+def _calls(one: Phase, queries: Sequence[Query]) -> Variant:
+    """Calls of a target's function as the application makes them, by the route that it is to have."""
     p = one.params
-    with one.another("models") as connection, connection.transaction():
-        search_function.force_route(connection, p, p.cut_over.route)
-        return search_function.ask(connection, p, search_function.call_statement(p), queries, vectors, k)
+
+    @contextmanager
+    def connected() -> Iterator[db.Connection]:
+        with one.another("models") as connection, connection.transaction():
+            statements.force_route(connection, p, p.cut_over.route)
+            yield connection
+
+    return Variant(p, statements.call_statement(p), query_set.with_vectors(p, queries), connected)
 
 
 @changes
@@ -38,35 +44,28 @@ def measure(phase: Phase) -> Table:
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [("measure both models",)])
     p, old = phase.params, model_change.replaced(phase)
-    queries, marks = relevance_measures.read_queries(p), comparison.judgements(phase)
-    judged = relevance_measures.sample([q for q in queries if q.query_id in marks], p.queries.judged_sample)
-    timed = relevance_measures.sample(queries, p.queries.sample)
+    queries, marks = query_set.read_queries(p), comparison.judgements(phase)
+    judged = query_set.sample([q for q in queries if q.query_id in marks], p.queries.judged_sample)
+    timed = query_set.sample(queries, p.queries.sample)
     sides = {"replaced": old, "new": phase}
-    vectors = {name: np.asarray(embedding.query_vectors(one.params, timed)) for name, one in sides.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    answers: dict[str, dict[str, list[str]]] = {}
-    for _ in range(comparison.ROUNDS):
-        for name, one in sides.items():
-            got = _ask(one, timed, vectors[name], p.queries.k)
-            answers[name], seconds[name] = got.keys, seconds[name] + got.seconds
+    calls = {name: _calls(one, timed) for name, one in sides.items()}
+    answers = loop.in_rounds(calls, p.queries.k, comparison.ROUNDS)
     figures: dict[str, dict[str, Any]] = {}
     scores: dict[str, dict[str, float]] = {}
     for name, one in sides.items():
-        times = {
-            key: round(v, 3) for key, v in relevance_measures.latency(seconds[name]).items() if key.endswith("_ms")
-        }
+        times = comparison.milliseconds(answers[name])
         figures[name] = {"target": one.params.target.name, "dimension": one.params.vector.dimension, **times}
         if judged:
-            asked = np.asarray(embedding.query_vectors(one.params, judged))
-            deep = _ask(one, judged, asked, comparison.JUDGED_DEPTH).keys
+            deep = _calls(one, judged).ask(comparison.JUDGED_DEPTH).keys
             found = relevance_measures.relevance(
                 deep, {q.query_id: marks[q.query_id] for q in judged}, comparison.MEASURES
             )
             figures[name] |= {m: round(found.measures[m], 4) for m in comparison.MEASURES}
             scores[name] = found.per_query
     pair = relevance_measures.paired(scores["replaced"], scores["new"]) if judged else None
-    short = sum(len(answers["new"][i]) < len(keys) for i, keys in answers["replaced"].items())
-    agreed = agreement.agreement(answers["replaced"], answers["new"], p.queries.k)
+    before, after = answers["replaced"].keys, answers["new"].keys
+    short = sum(len(after[i]) < len(keys) for i, keys in before.items())
+    agreed = relevance_measures.agreement(before, after, p.queries.k)
     body = {"judged": len(judged), "timed": len(timed), "short": short, "models": figures, "agreement": agreed}
     phase.note(KIND, body | {"paired": {k: round(v, 5) for k, v in vars(pair).items()} if pair else None})
     said = ", ".join(f"{key} {value}" for key, value in agreed.items())
@@ -171,19 +170,17 @@ def answers_as(phase: Phase, which: str) -> Gate:
     """Calls the application's function and the one that stands behind it, and compares key by key."""
     p, old = phase.params, model_change.replaced(phase).params
     one, behind = (p, p.function_name) if which == "new" else (old, model_change.before_name(old))
-    queries = relevance_measures.sample(relevance_measures.read_queries(p), p.queries.sample)
-    vectors = np.asarray(embedding.query_vectors(one, queries))
+    queries = query_set.sample(query_set.read_queries(p), p.queries.sample)
+    queries = query_set.with_vectors(one, queries)
     direct = search_function.SQL["call"].compose(names(one) | {"function": identifier(old.target.schema_, behind)})
     with phase.another("swapped") as connection:
-        own = search_function.ask(connection, one, direct, queries, vectors, p.queries.k)
+        own = loop.ask(connection, one, direct, queries, p.queries.k).keys
         if which == "new":
             model_change.say_new(connection, phase, old)
-        called = search_function.ask(
-            connection, old, search_function.call_statement(old), queries, vectors, p.queries.k
-        )
-    alike = sum(own.keys[q.query_id] == called.keys[q.query_id] for q in queries)
+        called = loop.ask(connection, old, statements.call_statement(old), queries, p.queries.k)
+    alike = sum(own[q.query_id] == keys for q, keys in zip(queries, called.keys.values(), strict=True))
     by_route = called.answered_by(one.cut_over.route)
-    answered = sum(bool(keys) for keys in called.keys.values())
+    answered = sum(map(bool, called.rows))
     return gate(
         f"models.vectors_of_the_{which}_are_answered_by_it",
         alike == len(queries) and by_route == answered > 0,
@@ -203,7 +200,7 @@ def _others_are_refused(phase: Phase) -> Gate:
     with phase.another("wrong dimension") as connection:
         values = {"query": "word", "embedding": [1.0] * wrong, "k": 1}
         try:
-            connection.execute(search_function.call_statement(old), values)
+            connection.execute(statements.call_statement(old), values)
         except psycopg.errors.DataException as error:
             said = f"{error.diag.message_primary} ({error.diag.message_hint})"
     return gate(

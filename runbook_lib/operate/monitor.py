@@ -7,21 +7,20 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from psycopg import sql
 
 from runbook_lib.benchmark import (
     comparison,
     explain,
+    filter_classes,
     index_recall,
-    ivfflat_drift,
+    loop,
     plan_diagnosis,
+    query_set,
     relevance_measures,
     replica,
-    tuned_recall,
 )
 from runbook_lib.benchmark.prepared import vector_indexes
-from runbook_lib.benchmark.relevance_measures import Query
 from runbook_lib.core import db, row_counts, thresholds, versions
 from runbook_lib.core.display import Table, number, size
 from runbook_lib.core.gates import Gate, Gates, Verdict, collect, gate
@@ -32,12 +31,11 @@ from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import STEPS
 from runbook_lib.core.session import register_vector
 from runbook_lib.core.thresholds import apart, at_least, at_most, change, plain, score
-from runbook_lib.embeddings import embedding
-from runbook_lib.embeddings.sources import as_array
 from runbook_lib.indexes import forecast
 from runbook_lib.migrate import application_settings, build_index, policies, privileges, row_security_recall
+from runbook_lib.operate import ivfflat_drift
 from runbook_lib.params import Params
-from runbook_lib.search import search_function
+from runbook_lib.search import search_function, statements
 from runbook_lib.sql import load
 
 SQL = load("watch")
@@ -127,10 +125,10 @@ def _seen(phase: Phase) -> dict[str, Any]:
             there = db.one(connection, SQL["scans"], p, **asked)
         known = [r["calls"] for r in (row, there) if r["calls"] is not None]
         row |= {"scans": row["scans"] + there["scans"], "calls": sum(known) if known else None}
-    state = search_function.function_state(phase)
+    state = search_function.function_state(phase.connection, phase.params)
     return {
         **row,
-        "route": search_function.current_route(phase)[0] if state else None,
+        "route": search_function.current_route(phase.connection, phase.params)[0] if state else None,
         "settings": sorted(state["settings"] or []) if state else [],
         "source": state["source"] if state else None,
     }
@@ -144,7 +142,11 @@ def _route_is_as_set(phase: Phase) -> Gate:
     """A route that somebody moved past the runbook shows here."""
     set_to = phase.ledger.latest("route")
     expected = (set_to["route"], set_to["share_percent"]) if set_to else ("legacy", 0)
-    found = search_function.current_route(phase) if search_function.function_state(phase) else None
+    found = (
+        search_function.current_route(phase.connection, phase.params)
+        if search_function.function_state(phase.connection, phase.params)
+        else None
+    )
     return gate(
         "watch.route_is_as_set",
         found == expected,
@@ -160,12 +162,10 @@ def _recall_holds(phase: Phase) -> Gate:
     """Recall on other queries at every look, and on rows that are in the table now."""
     p = phase.params
     chosen = random.Random(phase.run_id)  # noqa: S311 - a sample, not a secret
-    queries = relevance_measures.read_queries(p)
+    queries = query_set.read_queries(p)
     queries = chosen.sample(queries, min(p.watch.queries, len(queries)))
-    rows = _some_rows(phase)
-    asked = [*queries, *(Query(f"row {row['key']}", "") for row in rows)]
-    vectors = np.array([*embedding.query_vectors(p, queries), *(as_array(row["embedding"]) for row in rows)])
-    found = index_recall.as_the_application(phase, asked, vectors)
+    rows = query_set.of_rows(_some_rows(phase), counted=True)
+    found = index_recall.as_the_application(phase, [*query_set.with_vectors(p, queries), *rows])
     needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
     shown, least = apart(found, needed, score)
     return gate(
@@ -183,17 +183,15 @@ def _recall_holds(phase: Phase) -> Gate:
 def _recall_holds_by_filter(phase: Phase) -> Iterator[Gate]:
     """The same for each class of filters that 70_tune chose a way for, values drawn anew, by the function itself."""
     p = phase.params
-    if not p.target.filters or search_function.function_state(phase) is None:
+    if not p.target.filters or search_function.function_state(phase.connection, phase.params) is None:
         return
     chosen = random.Random(f"{phase.run_id} filters")  # noqa: S311 - a sample, not a secret
-    found = tuned_recall.strategy_classes(phase, chosen)
-    queries = relevance_measures.read_queries(p)
+    found = filter_classes.of_strategies(phase, chosen)
+    queries = query_set.read_queries(p)
     queries = chosen.sample(queries, min(p.watch.queries, len(queries)))
-    vectors = embedding.query_vectors(p, queries)
-    questions = [tuned_recall.Question(q.text, v) for q, v in zip(queries, vectors, strict=True)]
-    questions += [tuned_recall.Question("", as_array(row["embedding"]), row["key"]) for row in _some_rows(phase)]
+    questions = [*query_set.with_vectors(p, queries), *query_set.of_rows(_some_rows(phase))]
     needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
-    for now in tuned_recall.measure(phase, found, questions) if found else []:
+    for now in filter_classes.recall_now(phase, found, questions) if found else []:
         shown, least = apart(now.recall, needed, score)
         yield gate(
             "watch.recall_holds_by_filter",
@@ -232,14 +230,14 @@ def _relevance_holds(phase: Phase) -> Iterator[Gate]:
     route = p.cut_over.route
     recorded = (phase.ledger.latest("shadow") or {}).get("per_query", {}).get(route, {})
     marks = comparison.judgements(phase)
-    known = [q for q in relevance_measures.read_queries(p) if q.query_id in recorded and q.query_id in marks]
-    queries = relevance_measures.sample(known, p.watch.judged)
+    known = [q for q in query_set.read_queries(p) if q.query_id in recorded and q.query_id in marks]
+    queries = query_set.sample(known, p.watch.judged)
     if not queries:
         return
-    statement = search_function.route_statement(phase.connection, p, route)
+    statement = statements.route_statement(phase.connection, p, route)
     with explain.as_the_application(phase) as connection:
-        vectors = embedding.query_vectors(p, queries)
-        got = search_function.ask(connection, p, statement, queries, vectors, comparison.JUDGED_DEPTH)
+        asked = query_set.with_vectors(p, queries)
+        got = loop.ask(connection, p, statement, asked, comparison.JUDGED_DEPTH)
     now = relevance_measures.relevance(got.keys, {q.query_id: marks[q.query_id] for q in queries}).per_query
     pair = relevance_measures.paired({q.query_id: recorded[q.query_id] for q in queries}, now)
     shown, least = apart(pair.difference, -p.watch.largest_relevance_loss, change)

@@ -10,7 +10,7 @@ from typing import Any
 
 from runbook_lib.backfill import online_copy, partitioned_twin, vector_store
 from runbook_lib.backfill.partitioned_twin import PARTS, WHOLE, TwinState, catalogue, spelled_beside, standing
-from runbook_lib.benchmark import filter_classes, partition_proof
+from runbook_lib.benchmark import filter_classes
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import Table, duration, number, some
 from runbook_lib.core.gates import Gate, Gates, collect, gate
@@ -18,6 +18,7 @@ from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.indexes import building
 from runbook_lib.migrate import policies
+from runbook_lib.operate import partition_proof
 from runbook_lib.sql import load
 
 SQL = load("partitioning")
@@ -124,7 +125,8 @@ def expected(phase: Phase) -> Table:
 def _shares(phase: Phase) -> dict[str, float]:
     """Of the rows, by value of the column that divides them; none where the table is divided by hash, or already."""
     by_value = phase.params.partitioning.method == "list" and standing(phase).serves != "p"
-    return filter_classes.shares(phase, (str(phase.params.partitioning.column),)) if by_value else {}
+    column = str(phase.params.partitioning.column)
+    return filter_classes.shares(phase.connection, phase.params, (column,)) if by_value else {}
 
 
 def shown(phase: Phase) -> Table:

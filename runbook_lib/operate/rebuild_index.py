@@ -206,7 +206,7 @@ def verify_new(phase: Phase) -> Gates:
 
 
 def recall_gate(
-    phase: Phase, name: str, subject: str, was: index_recall.Measured | None, now: index_recall.Measured | None
+    phase: Phase, name: str, subject: str, was: index_recall.IndexRecall | None, now: index_recall.IndexRecall | None
 ) -> Gate:
     """Recall reaches the target, or what it was before where that was less."""
     needed = _needed(phase, was)
@@ -225,7 +225,7 @@ def recall_gate(
     )
 
 
-def _needed(phase: Phase, was: index_recall.Measured | None) -> float:
+def _needed(phase: Phase, was: index_recall.IndexRecall | None) -> float:
     target = phase.params.tune.target_recall
     return min(target, was.recall) if was else target
 
@@ -258,7 +258,7 @@ def _is_in_place(phase: Phase, current: VectorIndex | None) -> Gate:
 def verify(phase: Phase) -> Gates:
     """The index has the options that were asked for, is whole, finds known rows, and nothing is left beside it."""
     gates = [_has_options(phase, asked_for(phase.params)), _nothing_is_left(phase)]
-    if search_function.function_state(phase):
+    if search_function.function_state(phase.connection, phase.params):
         gates.append(storage_switch.function_fits(phase))
     return build_index.verify(phase) + collect(gates)
 

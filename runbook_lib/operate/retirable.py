@@ -11,17 +11,17 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib.benchmark import explain, legacy_usage, relevance_measures
+from runbook_lib.benchmark import explain, loop, query_set
 from runbook_lib.benchmark.replica import is_given
-from runbook_lib.core import db, query_plan, session
+from runbook_lib.core import db, session
 from runbook_lib.core.display import Table, duration, size
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase
-from runbook_lib.embeddings import embedding
 from runbook_lib.indexes.building import rows_with_vector
 from runbook_lib.migrate import build_index
-from runbook_lib.search import search_function
+from runbook_lib.operate import legacy_usage
+from runbook_lib.search import search_function, statements
 from runbook_lib.sql import load
 
 SQL = load("retire")
@@ -121,7 +121,10 @@ def _found(phase: Phase, f: Found) -> bool:
 
 
 def _is_hybrid(phase: Phase) -> bool:
-    return search_function.function_state(phase) is not None and search_function.current_route(phase)[0] == "hybrid"
+    return (
+        search_function.function_state(phase.connection, phase.params) is not None
+        and search_function.current_route(phase.connection, phase.params)[0] == "hybrid"
+    )
 
 
 def shown(phase: Phase) -> Table:
@@ -231,7 +234,7 @@ def _every_server_was_looked_at(phase: Phase) -> Gate:
 def _new_route_does_without(phase: Phase, found: Sequence[Found]) -> Gate:
     """PostgreSQL has no invisible indexes, so the plan is asked; and hybrid needs its full-text index at any size."""
     p = phase.params
-    route = search_function.current_route(phase)[0]
+    route = search_function.current_route(phase.connection, phase.params)[0]
     read = _read_by(phase, route) if route != "legacy" else set[str]()
     hybrid = [f.name for f in found if route == "hybrid" and "tsvector_ops" in f.classes]
     needed = sorted({f.name for f in found if f.name in read} | set(hybrid))
@@ -252,12 +255,10 @@ def _new_route_does_without(phase: Phase, found: Sequence[Found]) -> Gate:
 def _read_by(phase: Phase, route: Any) -> set[str]:
     """The indexes that the route's plan reads, for the first query of the sample."""
     p = phase.params
-    queries = relevance_measures.sample(relevance_measures.read_queries(p), 1)
-    statement = search_function.route_statement(phase.connection, p, route)
-    values: dict[str, Any] = dict.fromkeys(p.target.filters) | {"query": queries[0].text, "k": p.queries.k}
-    values["embedding"] = [float(x) for x in embedding.query_vectors(p, queries)[0]]
+    (query,) = query_set.with_vectors(p, query_set.sample(query_set.read_queries(p), 1))
     with explain.as_the_application(phase) as connection:
-        return set(query_plan.explain(connection, statement, values).indexes)
+        statement = statements.route_statement(connection, p, route)
+        return set(loop.planned(connection, p, statement, query).indexes)
 
 
 def _column_can_go(phase: Phase) -> Iterator[Gate]:

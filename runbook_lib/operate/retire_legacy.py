@@ -14,19 +14,18 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook_lib.benchmark import relevance_measures
+from runbook_lib.benchmark import loop, query_set
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, number, size
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import identifier, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.embeddings import embedding
 from runbook_lib.indexes import building
 from runbook_lib.migrate import expand_schema
 from runbook_lib.operate import retirable
 from runbook_lib.operate.retirable import check as check
 from runbook_lib.operate.retirable import shown as shown
-from runbook_lib.search import search_function
+from runbook_lib.search import search_function, statements
 from runbook_lib.sql import load
 
 SQL = load("retire")
@@ -48,11 +47,11 @@ def _drop(phase: Phase, name: str) -> db.Statement:
 
 def plan(phase: Phase) -> db.Plan:
     """The route kept from legacy, the function without it, then each index; capture and column where asked for."""
-    keep = () if search_function.legacy_is_retired(phase) else (_named(phase, "keep_reads"),)
+    keep = () if search_function.legacy_is_retired(phase.connection, phase.params) else (_named(phase, "keep_reads"),)
     function = (
         ()
-        if not keep and search_function.is_as_planned(phase)
-        else (search_function.create_statement(phase, retired=True),)
+        if not keep and search_function.is_as_planned(phase.connection, phase.params)
+        else (search_function.create_statement(phase.connection, phase.params, retired=True),)
     )
     drops = [_drop(phase, f.name) for f in retirable.chosen(phase)]
     capture = expand_schema.undo_capture_plan(phase) if phase.params.retire.remove_capture else ()
@@ -149,16 +148,14 @@ def _route_cannot_go_back(phase: Phase) -> Gate:
 
 def _function_answers_without(phase: Phase) -> Gate:
     p = phase.params
-    queries = relevance_measures.sample(relevance_measures.read_queries(p), ASKED)
-    route = search_function.current_route(phase)[0]
-    call = search_function.call_statement(p)
-    answers = search_function.ask(
-        phase.connection, p, call, queries, embedding.query_vectors(p, queries), p.queries.k
-    )
+    queries = query_set.sample(query_set.read_queries(p), ASKED)
+    route = search_function.current_route(phase.connection, phase.params)[0]
+    call = statements.call_statement(p)
+    answers = loop.ask(phase.connection, p, call, query_set.with_vectors(p, queries), p.queries.k)
     by_new = answers.answered_by(route)
     try:
         with phase.connection.transaction(force_rollback=True):
-            search_function.ask(phase.connection, p, call, queries[:1], None, p.queries.k)
+            loop.ask(phase.connection, p, call, queries[:1], p.queries.k)
         refused = False
     except psycopg.errors.FeatureNotSupported:
         refused = True
@@ -188,8 +185,11 @@ def undo_plan(phase: Phase) -> db.Plan:
         if not there.get(retired["name"], False):
             leftover = [_drop(phase, retired["name"])] if retired["name"] in there else []
             statements += [*leftover, *_build(phase, retired)]
-    if search_function.legacy_is_retired(phase):
-        statements += [search_function.create_statement(phase, retired=False), _named(phase, "let_reads_back")]
+    if search_function.legacy_is_retired(phase.connection, phase.params):
+        statements += [
+            search_function.create_statement(phase.connection, phase.params, retired=False),
+            _named(phase, "let_reads_back"),
+        ]
     if was.get("capture"):
         statements += expand_schema.plan(phase)
     return db.Plan(tuple(statements), phase.connection)
@@ -225,7 +225,7 @@ def verify_undone(phase: Phase) -> Gates:
     there = {f.name: f for f in retirable.standing(phase) if f.valid}
     right = [i["name"] for i in retired if i["name"] in there and there[i["name"]].definition == i["definition"]]
     wrong = [f"{i['name']} is not as it was" for i in retired if i["name"] not in right]
-    if search_function.legacy_is_retired(phase):
+    if search_function.legacy_is_retired(phase.connection, phase.params):
         wrong.append("the route is kept from it")
     return collect(
         [

@@ -46,7 +46,7 @@ def note_searches(phase: Phase) -> Table:
 def check(phase: Phase) -> Gates:
     """Before anything is changed: the function was swapped, the new column is whole, the old one not searched."""
     old, stage = model_change.replaced(phase), model_change.stage(phase)
-    route, share = search_function.current_route(phase)
+    route, share = search_function.current_route(phase.connection, phase.params)
     swapped = gate(
         "retire_model.new_target_answers",
         stage is not None and (route, share) == (phase.params.cut_over.route, 100),
@@ -140,7 +140,7 @@ def _note_undone(phase: Phase, old: Phase) -> None:
     for name in MIGRATE:
         if name not in STAYS and old.ledger.phase_verdict(name) == Verdict.PASS:
             replace(old.ledger, phase=name).append("phase", {"verdict": "UNDONE", "by": NAME})
-    if state := search_function.function_state(phase):
+    if state := search_function.function_state(phase.connection, phase.params):
         phase.note("standing", {"settings": state["settings"] or [], "source": state["source"]})
 
 

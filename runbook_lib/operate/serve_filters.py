@@ -13,11 +13,12 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook_lib.benchmark import filter_classes, partial_index_candidates
+from runbook_lib.benchmark import partial_index_candidates
+from runbook_lib.benchmark.loop import Measured
 from runbook_lib.benchmark.partial_index_candidates import Value
 from runbook_lib.benchmark.prepared import CALLS
-from runbook_lib.benchmark.sweep import Measured
-from runbook_lib.core import db
+from runbook_lib.benchmark.query_set import Query
+from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import Table, size
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import identifier, spelled, vectors_stand_beside, verbatim
@@ -27,7 +28,7 @@ from runbook_lib.indexes import building, forecast, partitions
 from runbook_lib.indexes.building import none_under_way
 from runbook_lib.operate.filter_indexes import is_searched_as, is_served, made, remember, remembered, wanted
 from runbook_lib.operate.filter_indexes import standing as standing
-from runbook_lib.search import search_function
+from runbook_lib.search import search_function, statements
 from runbook_lib.sql import load
 
 SQL = load("filters")
@@ -77,23 +78,23 @@ def check(phase: Phase) -> Gates:
                 do="name fewer values in filters.partial_indexes, or partition by it (operate/partition_by_filter)",
             ),
             none_under_way("filters.no_build_is_under_way", spelled(p, "vectors"), builds),
-            *partial_index_candidates.fits_in_memory(phase, values),
+            *partial_index_candidates.fits_in_memory(phase.connection, phase.params, values),
         ]
     )
 
 
 def expected(phase: Phase) -> Table:
     """What each index will cost, before it is built."""
-    return partial_index_candidates.cost_table(phase, list(wanted(phase).values()))
+    return partial_index_candidates.cost_table(phase.connection, phase.params, list(wanted(phase).values()))
 
 
 def _create(phase: Phase, name: str, value: Value) -> db.Statement:
     p = phase.params
-    rows = partial_index_candidates.rows_of(phase, [value])[value]
+    rows = partial_index_candidates.rows_of(phase.connection, p, [value])[value]
     lists = {"lists": p.index.lists or forecast.lists_rule(rows)}
     build = building.create_statement(phase.connection, p, partitions.relation(p), name, lists)
     literal = verbatim(sql.Literal(value.value).as_string())
-    condition = search_function.filter_is(phase.connection, phase.params, value.column, literal)
+    condition = statements.filter_is(phase.connection, phase.params, value.column, literal)
     extra = {"build": build.query, "condition": condition}
     return replace(db.statement(SQL["create"], phase.params, extra), values=build.values)
 
@@ -152,8 +153,8 @@ def apply(phase: Phase) -> Table:
             _take_back(phase, name)
     todo = {name: v for name, v in values.items() if not is_served(phase, name, v)}
     shares = {
-        v: n / max(partial_index_candidates.rows_of_table(phase), 1)
-        for v, n in partial_index_candidates.rows_of(phase, list(todo.values())).items()
+        v: n / max(row_counts.of(phase.connection, phase.params).n, 1)
+        for v, n in partial_index_candidates.rows_of(phase.connection, phase.params, list(todo.values())).items()
     }
     asked = partial_index_candidates.questions(phase, shares) if todo else {}
     for name, value in todo.items():
@@ -163,12 +164,12 @@ def apply(phase: Phase) -> Table:
     return shown(phase)
 
 
-def _measure_before(phase: Phase, name: str, value: Value, asked: list[filter_classes.Asked], share: float) -> None:
+def _measure_before(phase: Phase, name: str, value: Value, asked: list[Query], share: float) -> None:
     """Written down before the build: a rerun after an interruption would measure with the new index there."""
     if name in made(phase) and "before" in remembered(phase).get(name, {}):
         return
     before = partial_index_candidates.measure_now(phase, value, asked)
-    row = partial_index_candidates.strategy_of(phase, value)
+    row = partial_index_candidates.strategy_of(phase.connection, phase.params, value)
     remember(
         phase,
         name,
@@ -176,7 +177,7 @@ def _measure_before(phase: Phase, name: str, value: Value, asked: list[filter_cl
         value=value.value,
         share=share,
         strategy=row if row and row["value"] is not None else None,
-        before=partial_index_candidates.as_data(before),
+        before=before.as_data(),
         served=False,
     )
 
@@ -193,7 +194,7 @@ def _build(phase: Phase, name: str, value: Value) -> None:
 
 def _use_or_drop(phase: Phase, name: str, value: Value, after: Measured) -> None:
     known = remembered(phase)[name]
-    through = partial_index_candidates.as_data(after) | {"share": known["share"]}
+    through = after.as_data() | {"share": known["share"]}
     change = _route(phase, value, through)
     scans = partial_index_candidates.scans_by_the_function(phase, value, made(phase)[name]["oid"], change)
     why_not = _why_not(phase, known["before"], after, scans)
@@ -320,7 +321,7 @@ def _back(phase: Phase, name: str) -> list[db.Statement]:
     if not known or not known.get("served"):
         return []
     value = Value(known["column"], known["value"], "")
-    row = partial_index_candidates.strategy_of(phase, value)
+    row = partial_index_candidates.strategy_of(phase.connection, phase.params, value)
     if row is None or row["value"] is None or row["scan"] == "exact":
         return []  # forgotten or tuned again: it needs no index
     if not is_searched_as(row, known):

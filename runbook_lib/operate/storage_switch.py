@@ -13,12 +13,12 @@ from typing import Any
 from psycopg import sql
 
 from runbook_lib.benchmark import index_recall
+from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import index_name, spelled, verbatim
 from runbook_lib.core.phase import Phase
-from runbook_lib.migrate import tune
-from runbook_lib.search import search_function
+from runbook_lib.search import search_function, ways
 from runbook_lib.sql import load
 
 SQL = load("rebuild")
@@ -38,17 +38,23 @@ def changes_function(phase: Phase, serving: str) -> bool:
 
     With the same storage only another ``index.rerank`` stands in its text.
     """
-    if search_function.function_state(phase) is None:
+    if search_function.function_state(phase.connection, phase.params) is None:
         return False
     storage = phase.params.index.storage
-    return serving != storage or (storage == "bit" and not search_function.is_as_planned(phase))
+    return serving != storage or (
+        storage == "bit" and not search_function.is_as_planned(phase.connection, phase.params)
+    )
 
 
 def swap(phase: Phase, renames: db.Statement) -> db.Statement:
     """The renames, and the function made anew, in one transaction; it carries the setting that was proved."""
     proved = phase.ledger.latest(PROVED) or {}
-    known = proved["settings"] if proved.get("run_id") == phase.run_id else search_function.carried_settings(phase)
-    return _together(renames, search_function.create_statement(phase, known).query)
+    known = (
+        proved["settings"]
+        if proved.get("run_id") == phase.run_id
+        else search_function.carried_settings(phase.connection, phase.params)
+    )
+    return _together(renames, search_function.create_statement(phase.connection, phase.params, known).query)
 
 
 def swap_back(phase: Phase, renames: db.Statement, definition: str | None) -> db.Statement:
@@ -74,27 +80,26 @@ def definition(phase: Phase) -> str | None:
 
 
 def before(
-    phase: Phase, asked: index_recall.Questions, index: str, serving: str, others: list[str]
-) -> index_recall.Measured | None:
+    phase: Phase, asked: Sequence[Query], index: str, serving: str, others: list[str]
+) -> index_recall.IndexRecall | None:
     """The index that serves, asked as the function of today asks it."""
-    former = under(phase, serving)
-    statement = search_function.route_statement(phase.connection, former.params, "vector")
-    return index_recall.through(former, replace(asked, statement=statement), index, others)
+    return index_recall.through(under(phase, serving), asked, index, others)
 
 
 def after(
-    phase: Phase, asked: index_recall.Questions, index: str, needed: float, others: list[str]
-) -> index_recall.Measured | None:
+    phase: Phase, asked: Sequence[Query], index: str, needed: float, others: list[str]
+) -> index_recall.IndexRecall | None:
     """The new index, with the first setting that finds as much as is needed: that of today, then higher ones.
 
     The setting is written down for the swap, which carries it into the function; 70_tune finds the best one.
     """
-    carried = search_function.carried_settings(phase)
-    name = search_function.SETTING[phase.params.index.method]
+    carried = search_function.carried_settings(phase.connection, phase.params)
+    name = ways.SETTING[phase.params.index.method]
     now = int(carried.get(name, 0))
     found = None
-    for value in [*([now] if now else []), *(v for v in tune.settings_to_try(phase) if v > now)]:
-        settings = dict(search_function.settings(phase.params, value)) | carried | {name: str(value)}
+    for value in [*([now] if now else []), *(v for v in ways.candidates(phase.params) if v > now)]:
+        own = ways.through_the_index(phase.params, value).settings(phase.params.index.method)
+        settings = own | carried | {name: str(value)}
         found = index_recall.through(phase, asked, index, others, settings)
         if found is None:
             return None
@@ -107,7 +112,7 @@ def after(
 def function_fits(phase: Phase) -> Gate:
     """Gate: the function asks for what the index holds."""
     i = phase.params.index
-    fits = search_function.is_as_planned(phase)
+    fits = search_function.is_as_planned(phase.connection, phase.params)
     wanted = f"the query of index.storage: {i.storage}" + (
         f", index.rerank: {i.rerank}" if i.storage == "bit" else ""
     )

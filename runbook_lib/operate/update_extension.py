@@ -250,13 +250,13 @@ def _recall_is_kept(phase: Phase) -> Gate:
     last = phase.ledger.latest("upgrade")
     before = _recall_of(phase, last["from"]) if last else None
     was = (
-        index_recall.Measured(**{k: before[k] for k in index_recall.Measured.__dataclass_fields__})
+        index_recall.IndexRecall(**{k: before[k] for k in index_recall.IndexRecall.__dataclass_fields__})
         if before
         else None
     )
     now = _measure(phase)
-    measured = {k: now[k] for k in index_recall.Measured.__dataclass_fields__} if "recall" in now else None
-    found = index_recall.Measured(**measured) if measured else None
+    measured = {k: now[k] for k in index_recall.IndexRecall.__dataclass_fields__} if "recall" in now else None
+    found = index_recall.IndexRecall(**measured) if measured else None
     return rebuild_index.recall_gate(phase, "upgrade.recall_is_kept", index_name(phase.params), was, found)
 
 

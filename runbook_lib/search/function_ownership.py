@@ -43,26 +43,25 @@ def check(phase: Phase) -> Gates:
     """Gate of the phases and ways back that would change the search function, or take away what it reads."""
     name = phase.params.target.name
     found = [h for h in standing(phase.connection, phase.params) if _in_the_way(h, name, phase.name)]
-    return collect([_gate(phase, found[0] if found else None)])
+    return collect([_gate(phase.params, found[0] if found else None)])
 
 
-def require_own(phase: Phase) -> None:
+def require_own(connection: db.Connection, params: Params) -> None:
     """Raises GateFailed where another target answers under this target's function: it must not be made again."""
-    p = phase.params
-    for h in standing(phase.connection, p):
-        if (h.old, h.function) == (p.target.name, p.function_name):
-            raise GateFailed(collect([_gate(phase, h)]))
+    for h in standing(connection, params):
+        if (h.old, h.function) == (params.target.name, params.function_name):
+            raise GateFailed(collect([_gate(params, h)]))
 
 
-def _gate(phase: Phase, one: Handover | None) -> Gate:
+def _gate(params: Params, one: Handover | None) -> Gate:
     return gate(
         "handover.no_other_target_relies_on_it",
         one is None,
-        phase.params.function_name,
+        params.function_name,
         found=f"{one.function} was handed over from {one.old} to {one.new}; {one.who}" if one else "none",
         needed="no function handed over from or to this target",
         danger="calls of the application would fail, or be answered by the other model's vectors",
-        do=_way_out(one, phase.params.target.name) if one else "",
+        do=_way_out(one, params.target.name) if one else "",
     )
 
 

@@ -14,7 +14,7 @@ from pgvector.psycopg import register_vector
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings import embedding
-from runbook_lib.search import search_function
+from runbook_lib.search import search_function, statements, ways
 from tests.benchmarks import dictionaries
 
 CALLS, K = 400, 10
@@ -32,7 +32,7 @@ def test_the_function_costs_little_over_its_query(dictionary: Callable[..., Phas
     phase = dictionary()
     p = phase.params
     phase.connection.execute("SELECT '[1]'::vector")
-    for statement in search_function.set_search_setting(phase, EF_SEARCH):
+    for statement in search_function.set_search_setting(phase.connection, phase.params, EF_SEARCH):
         phase.do(statement)
     learned = {"filter": "part", "values": ["noun"], "shares": [0.7], "scan": "index", "candidates": EF_SEARCH}
     more = {"iterative_scan": "strict_order", "most_scanned": 20_000, "recall": 1.0, "p50_ms": 1.0}
@@ -40,13 +40,13 @@ def test_the_function_costs_little_over_its_query(dictionary: Callable[..., Phas
     phase.do(db.statement(search_function.SQL["learn_strategy"], p, **learned, **more))
     search_function.move_route(phase, "vector", 100, "benchmark")
     vectors = np.asarray(embedding.model(p)(dictionaries.definitions(CALLS)), np.float32)
-    bare = search_function.route_statement(phase.connection, p, "vector")
+    bare = statements.route_statement(phase.connection, p, "vector")
     called = "SELECT * FROM search_glosses(%(query)s, %(embedding)s::real[], %(k)s, filter_part => %(part)s)"
     empty: dict[str, Any] = {"query": "", "k": K, "part": None, "subject": None, "letter": None}
     seconds: dict[str, list[float]] = {"bare": [], "function": []}
     with db.connect(p, "benchmark") as connection:
         register_vector(connection)
-        for name, value in search_function.settings(p, EF_SEARCH):
+        for name, value in ways.through_the_index(p, EF_SEARCH).settings(p.index.method).items():
             connection.execute("SELECT set_config(%s, %s, false)", [name, value])
         for vector in vectors:
             values = empty | filters

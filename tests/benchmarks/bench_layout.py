@@ -32,7 +32,7 @@ from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
-from runbook_lib.search import search_function
+from runbook_lib.search import statements
 from tests.benchmarks import bench_load
 from tests.opened import gates_passed
 
@@ -94,7 +94,7 @@ def ask(folder: Path, layout: str, vectors: np.ndarray) -> Iterator[float]:
         register_vector(connection)
         connection.execute("SELECT set_config('hnsw.ef_search', %s, false)", [str(EF_SEARCH)])
         connection.execute("SET hnsw.iterative_scan = strict_order")
-        statement = search_function.route_statement(phase.connection, phase.params, "vector")
+        statement = statements.route_statement(phase.connection, phase.params, "vector")
         values: dict[str, Any] = {"query": "", "k": K}
         plan = connection.execute(
             b"EXPLAIN " + statement.as_bytes(connection), values | {"embedding": vectors[0]}, prepare=False

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from runbook_lib.benchmark.storage_advice import Comparison
+from runbook_lib.benchmark.storage_variants import StorageComparison
 from runbook_lib.core import pictures
 from runbook_lib.core.phase import Phase
 from runbook_lib.operate import compare_storage
@@ -71,7 +71,7 @@ def test_the_table_before_the_choice(dictionary: Callable[..., Phase], tmp_path:
         storage={"sample_rows": 1_000_000},
     )
     found = compare_storage.apply(phase)
-    assert isinstance(found, Comparison)
+    assert isinstance(found, StorageComparison)
     print(f"\n{found}\n{json.dumps(found.as_data())}")
     Path(tmp_path, "storage.svg").write_text(pictures.bytes_against_recall(found.as_data()))
     assert [str(g) for g in compare_storage.verify(phase) if g.verdict != "PASS"] == []

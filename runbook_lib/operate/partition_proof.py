@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runbook_lib.benchmark import filter_classes, partial_index_candidates
+from runbook_lib.benchmark import filter_classes, partial_index_candidates, replica
 from runbook_lib.benchmark.partial_index_candidates import Value
 from runbook_lib.benchmark.prepared import CALLS
 from runbook_lib.core import db
@@ -26,7 +26,8 @@ KIND = "partitioned"
 def values(phase: Phase) -> dict[Value, float]:
     """A few values of the column, from the commonest down, with the share of the rows of each."""
     column = phase.params.partitioning.column or ""
-    shares = filter_classes.shares(phase, (column,))
+    with replica.connect(phase, "values") as connection:
+        shares = filter_classes.shares(connection, phase.params, (column,))
     most_first = sorted(shares, key=lambda v: (-shares[v], v))[:MEASURED_VALUES]
     return {Value(column, v, ""): shares[v] for v in most_first}
 
@@ -37,7 +38,7 @@ def measure(phase: Phase, when: str) -> None:
     asked = partial_index_candidates.questions(phase, found)
     known = remembered(phase)
     for value in found:
-        measured = partial_index_candidates.as_data(partial_index_candidates.measure_now(phase, value, asked[value]))
+        measured = partial_index_candidates.measure_now(phase, value, asked[value]).as_data()
         known[value.value] = known.get(value.value, {"share": found[value]}) | {when: measured}
     phase.note(KIND, {"column": phase.params.partitioning.column, "values": known})
 
@@ -92,7 +93,7 @@ def touched(phase: Phase, value: Value, others: Sequence[str]) -> list[str]:
     """
     p = phase.params
     with phase.another("calls") as connection, connection.transaction(force_rollback=True):
-        partial_index_candidates.call_with_value(phase, connection, value)
+        partial_index_candidates.call_with_value(connection, p, value)
         found = db.rows(connection, SQL["touched"], p, table=spelled(p, "table"), others=list(others))
     return [row["name"] for row in found]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runbook_lib.benchmark import relevance_measures
-from runbook_lib.benchmark.relevance_measures import Query
+from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.phase import Phase
 from runbook_lib.sql import load

@@ -7,12 +7,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.benchmark import filter_classes, relevance_measures, sweep, tuned_recall
+from runbook_lib.benchmark import filter_classes, loop, query_set, replica
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
 from runbook_lib.operate import monitor
-from runbook_lib.search import search_function
+from runbook_lib.search import search_function, ways
 from tests import toy
 from tests.test_search_function import FILTERED, call, learn
 
@@ -78,7 +78,7 @@ def test_filters_given_together_are_measured_and_the_function_reaches_the_target
     search_function.move_route(tuned, "vector", 100, "test")
     for status, views in (("A", 1), ("A", 0), ("B", 1)):
         recalls = []
-        for query in relevance_measures.read_queries(tuned.params)[:20]:
+        for query in query_set.read_queries(tuned.params)[:20]:
             vector = [float(x) for x in toy.embed([query.text])[0]]
             truth = articles.execute(
                 "SELECT (embedding <=> %s::real[]::vector) + 0 FROM articles WHERE status = %s AND views = %s"
@@ -94,8 +94,8 @@ def test_filters_given_together_are_measured_and_the_function_reaches_the_target
     rare = filter_classes.FilterClass(("status", "views"), "", ('["A","1"]',), {}, 0.025)
     asked, _, _ = filter_classes.questions(tuned, [rare])
     (questions,) = asked.values()
-    with sweep.session(tuned) as connection:
-        alone = sweep.measure(tuned, connection, sweep.Way("index", 20, "off", 20_000), questions)
+    with replica.connect(tuned, "tune") as connection:
+        alone = loop.measure(connection, tuned.params, ways.Way("index", 20, "off", 20_000), questions)
     assert alone.recall < 0.5 and alone.rows_short
 
 
@@ -122,8 +122,8 @@ def test_every_class_is_looked_at_with_values_drawn_anew(tuned: Phase, articles:
 
     # What nobody had when it was tuned is measured as the function searches it: exactly.
     articles.execute("UPDATE articles SET status = 'new' WHERE id % 10 = 0")
-    found = tuned_recall.strategy_classes(tuned, random.Random(1))
-    assert ("status", tuned_recall.NOT_LISTED, ("new",)) in [(c.filter, c.bucket, c.values) for c in found]
+    found = filter_classes.of_strategies(tuned, random.Random(1))
+    assert ("status", filter_classes.NOT_LISTED, ("new",)) in [(c.filter, c.bucket, c.values) for c in found]
 
 
 def test_a_class_that_no_longer_reaches_its_target_is_named(tuned: Phase, articles: psycopg.Connection[Any]) -> None:

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from psycopg import sql
 
-from runbook_lib.benchmark import index_recall, replica
+from runbook_lib.benchmark import index_recall, query_set, replica
 from runbook_lib.benchmark.prepared import vector_indexes
-from runbook_lib.benchmark.relevance_measures import Query
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
@@ -23,7 +22,6 @@ from runbook_lib.core.names import as_indexed, names, spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.session import register_vector
 from runbook_lib.core.thresholds import apart, at_least, at_most, plain, score
-from runbook_lib.embeddings.sources import as_array
 from runbook_lib.indexes import partitions
 from runbook_lib.sql import load
 
@@ -76,8 +74,7 @@ def _look(phase: Phase, connection: db.Connection, block: str, built: db.Row, **
 
 def _recall(phase: Phase, rows: Sequence[db.Row]) -> float:
     """Recall on these rows as queries."""
-    vectors = np.array([as_array(row["embedding"]) for row in rows])
-    return index_recall.as_the_application(phase, [Query(row["key"], "") for row in rows], vectors)
+    return index_recall.as_the_application(phase, query_set.of_rows(rows, counted=True))
 
 
 def _newer(sides: db.Row) -> str:

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from runbook_lib.benchmark import replica, statement_statistics
+from runbook_lib.benchmark import replica
 from runbook_lib.core import db, versions
 from runbook_lib.core.display import duration, number
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import statement_statistics
 from runbook_lib.sql import load
 
 SQL = load("retire")

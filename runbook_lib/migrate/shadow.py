@@ -1,0 +1,264 @@
+"""Phase 80: every search answers the same queries side by side, and the one that is to serve is judged."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from runbook_lib.benchmark import comparison, explain, loop, plan_diagnosis, query_set, relevance_measures
+from runbook_lib.benchmark.prepared import reads_index
+from runbook_lib.core import db
+from runbook_lib.core.display import Table, number
+from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.phase import Phase, changes
+from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, score
+from runbook_lib.migrate import slices
+
+# Queries on the sheet that a person judges.
+SHEET_QUERIES = 10
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What phase 80 shows: every search, the classes of queries, and the sheet of the most different answers."""
+
+    tables: tuple[Table, ...]
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.tables))
+
+    def _repr_html_(self) -> str:
+        return "".join(table._repr_html_() for table in self.tables)
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(str(self))
+
+
+@changes
+def apply(phase: Phase) -> Comparison | Table:
+    """Every system answers the same queries; the figures and the winner go into the ledger."""
+    if not phase.execute:
+        return Table(("not carried out (execute is false)",), [(f"measure {', '.join(comparison.systems(phase))}",)])
+    k, route = phase.params.queries.k, phase.params.cut_over.route
+    recorded = phase.ledger.latest("baseline") or {"systems": {"legacy": {}}, "per_query": {}}
+    kept = {m: value for m, value in recorded["systems"]["legacy"].items() if m in comparison.MEASURES}
+    kept |= {key: recorded.get(key, {}) for key in comparison.SINGLE if key != "answers"}
+    result = comparison.measure(phase, comparison.systems(phase), {"legacy": kept})
+    judged = result["legacy"]["judged"]
+    winner = max(result, key=lambda name: result[name]["nDCG@10"]) if judged else None
+    short = {
+        name: sum(len(keys) < len(result["exact"]["answers"][i]) for i, keys in figures["answers"].items())
+        for name, figures in result.items()
+        if name in ("vector", "hybrid")
+    }
+    answers = {name: figures["answers"] for name, figures in result.items()}
+    found = _slices(phase, result) if judged else []
+    reads_index = _reads_the_index(phase)
+    agreed = {
+        name: relevance_measures.agreement(answers["legacy"], answers[name], k) for name in result if name != "legacy"
+    }
+    phase.note(
+        "shadow",
+        {
+            "k": k,
+            "judged": judged,
+            "timed": result["legacy"]["timed"],
+            "winner": winner,
+            "short": short,
+            "vector_reads_the_index": reads_index,
+            "vector_cause": None if reads_index else asdict(explain.cause_in_the_function(phase)),
+            "paired": _paired(result, route) if judged else None,
+            "pairs": {name: _paired(result, name) for name in agreed} if judged else {},
+            "slices": found,
+            "agreement_with_legacy": agreed,
+            "systems": comparison.totals(result),
+            "answers": {route: answers[route]},
+            "per_query": {route: result[route].get("per_query", {})},
+            "moved": comparison.moved(result["legacy"], result[route]),
+        },
+    )
+    agreed_table = Table.of(({"system": n, **a} for n, a in agreed.items()), "answers in common with legacy")
+    slices_table = Table.of(found, f"legacy against {route}, by class of query (nDCG@10)")
+    sheet_of = sheet(phase, answers["legacy"], answers[route])
+    return Comparison((comparison.show(result), agreed_table, *([slices_table] if found else []), sheet_of))
+
+
+def _reads_the_index(phase: Phase) -> bool:
+    """Does the vector search read the index here, as it was asked and timed?"""
+    p = phase.params
+    queries = query_set.sample(query_set.read_queries(p), p.queries.sample)[:1]
+    vector = comparison.variant(phase, "vector", query_set.with_vectors(p, queries))
+    with vector.connected() as connection:
+        return reads_index(connection, p, loop.planned(connection, p, vector.statement, vector.queries[0]))
+
+
+def _slices(phase: Phase, result: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The judged queries by class, legacy against the route."""
+    legacy, route = result["legacy"], phase.params.cut_over.route
+    queries = [q for q in query_set.read_queries(phase.params) if q.query_id in legacy["per_query"]]
+    groups = slices.classes(phase, queries, set(legacy["unanswered"]))
+    scores = {name: result[name]["per_query"] for name in result}
+    return slices.compare(groups, scores, route)
+
+
+def sheet(phase: Phase, old: relevance_measures.Answers, new: relevance_measures.Answers) -> Table:
+    """The queries whose answers differ most, for a person to judge with :func:`judge`: a row an answer."""
+    k = phase.params.queries.k
+    texts = {q.query_id: q.text for q in query_set.read_queries(phase.params)}
+    ids = relevance_measures.most_different(old, new, k, SHEET_QUERIES)
+    keys = sorted({key for i in ids for key in (*old[i][:3], *new[i][:3])})
+    begin = {
+        r["key"]: r["text"] for r in db.rows(phase.connection, comparison.SQL["first_words"], phase.params, keys=keys)
+    }
+    marks = comparison.judgements(phase)
+    rows = [
+        (i, texts[i], side, place, key, begin.get(key, ""), marks.get(i, {}).get(key))
+        for i in ids
+        for side, answers in (("legacy", old), (phase.params.cut_over.route, new))
+        for place, key in enumerate(answers[i][:3], 1)
+    ]
+    columns = ("query_id", "query", "answered by", "place", "key", "row", "relevance")
+    return Table(
+        columns, rows, "the most different answers; comparison.judge(phase, query_id, key, relevance) marks one"
+    )
+
+
+def _paired(result: dict[str, dict[str, Any]], route: str) -> dict[str, float]:
+    """Route against legacy, query by query: mean difference of nDCG@10, its confidence interval and p-value."""
+    found = relevance_measures.paired(result["legacy"]["per_query"], result[route]["per_query"])
+    return {key: round(value, 5) for key, value in vars(found).items()}
+
+
+def verify(phase: Phase) -> Gates:
+    """The route that is to answer is no less relevant than legacy, no slower, and short of no rows."""
+    recorded = phase.ledger.latest("shadow", phase.name)
+    if recorded is None:
+        missing = gate(
+            "compare.searches_were_compared",
+            None,
+            "the query set",
+            found="no comparison",
+            needed="one",
+            danger="readers would be moved on faith",
+            do="run 80_shadow with execute: true",
+        )
+        return collect([missing])
+    route = phase.params.cut_over.route
+    return collect(
+        [
+            _relevance_is_kept(phase, recorded, route),
+            _is_fast_enough(recorded, route, phase.params.cut_over.largest_slowdown),
+            _index_pays(recorded),
+            gate(
+                "compare.no_query_is_short",
+                recorded["short"][route] == 0,
+                route,
+                found=f"{recorded['short'][route]} of {recorded['timed']} queries have fewer rows than exact search",
+                needed="0",
+                danger="users see a short or an empty page",
+                do="raise hnsw.ef_search above k, or VACUUM the table if many rows were deleted",
+                figures=recorded["short"],
+            ),
+        ]
+    )
+
+
+def _relevance_is_kept(phase: Phase, recorded: dict[str, Any], route: str) -> Gate:
+    allowed, unjudged = phase.params.cut_over.largest_relevance_loss, phase.params.cut_over.accept_unjudged
+    new, old = recorded["systems"][route].get("nDCG@10"), recorded["systems"]["legacy"].get("nDCG@10")
+    if new is None or old is None:
+        return gate(
+            "compare.relevance_is_kept",
+            True if unjudged else None,
+            route,
+            found="no judgements" + (", accepted by cut_over.accept_unjudged" if unjudged else ""),
+            needed="judged queries, or cut_over.accept_unjudged: true",
+            danger="nobody knows whether the new answers are better or worse",
+            do="judge a hundred queries into queries.judgements, or set cut_over.accept_unjudged: true in the open",
+        )
+    pair, losing = recorded["paired"], slices.where_legacy_wins(recorded["slices"])
+    shown, needed = apart(new, old - allowed, score)
+    return gate(
+        "compare.relevance_is_kept",
+        at_least(new, old - allowed),
+        route,
+        found=f"nDCG@10 {shown} on {number(recorded['judged'])} judged queries, legacy {old:.3f} (difference"
+        f" {pair['low']:+.3f} to {pair['high']:+.3f}, p = {pair['p_value']:.2g}); best is {recorded['winner']}"
+        + (f"; legacy wins on: {', '.join(losing)}" if losing else ""),
+        needed=f"at least {needed}",
+        danger="users find less than they do today",
+        do="choose the best route in cut_over.route, or another model",
+        figures={"new": new, "legacy": old, "judged": recorded["judged"], **pair},
+    )
+
+
+def _limit_ms(recorded: dict[str, Any], slowdown: float) -> float:
+    return float(max(recorded["systems"]["legacy"]["p95_ms"] * slowdown, comparison.FAST_ENOUGH_MS))
+
+
+def _is_fast_enough(recorded: dict[str, Any], route: str, slowdown: float) -> Gate:
+    """Users feel the slow answers, so against legacy p95 counts, by the slowdown that was accepted."""
+    p95 = {name: figures["p95_ms"] for name, figures in recorded["systems"].items()}
+    limit = _limit_ms(recorded, slowdown)
+    others = [
+        f"{name} would pass (p95 {p95[name]:.2f} ms{_scored(recorded, name)})"
+        for name in ("vector", "hybrid")
+        if name != route and name in p95 and at_most(p95[name], limit)
+    ]
+    shown, most = apart(p95[route], limit, milliseconds)
+    enough = p95[route] / p95["legacy"] if p95["legacy"] else 0.0
+    accept = f"accept it by cut_over.largest_slowdown: {enough + 0.05:.1f}, if its answers are worth the wait"
+    return gate(
+        f"compare.{route}_is_not_slower_than_legacy",
+        at_most(p95[route], limit),
+        route,
+        found=f"p95 {shown}{_scored(recorded, route)}, legacy {p95['legacy']:.2f} ms" + _scored(recorded, "legacy"),
+        needed=f"at most {most}, {slowdown:g} × legacy (cut_over.largest_slowdown)"
+        + (
+            f"; below {comparison.FAST_ENOUGH_MS:g} ms a difference is noise"
+            if limit == comparison.FAST_ENOUGH_MS
+            else ""
+        ),
+        danger="users wait longer than today",
+        do="; or ".join([*(f"cut_over.route: {o}" for o in others), accept, "look at the plan in 70_tune"]),
+        figures={"p95_ms": p95[route], "legacy_p95_ms": p95["legacy"]},
+    )
+
+
+def _scored(recorded: dict[str, Any], name: str) -> str:
+    ndcg = recorded["systems"][name].get("nDCG@10")
+    return "" if ndcg is None else f", nDCG@10 {ndcg:.3f}"
+
+
+def _index_pays(recorded: dict[str, Any]) -> Gate:
+    """That the index pays shows best in the median.
+
+    Where the table is so small that PostgreSQL rightly answers both by reading it whole, which is faster is chance.
+    Where it reads a larger one whole, the cause is named.
+    """
+    new, exact = (recorded["systems"][name]["p50_ms"] for name in ("vector", "exact"))
+    cause = recorded.get("vector_cause") or {}
+    alike = cause.get("name") == plan_diagnosis.TOO_SMALL
+    shown, most = apart(new, max(exact, comparison.FAST_ENOUGH_MS), milliseconds)
+    return gate(
+        "compare.vector_is_not_slower_than_exact",
+        alike or at_most(new, max(exact, comparison.FAST_ENOUGH_MS)),
+        "vector",
+        found=f"p50 {shown}, exact {exact:.2f} ms"
+        + (
+            "; neither reads the index: so few rows are cheaper to read as a whole"
+            if alike
+            else f"; vector does not read the index: {cause['found']}"
+            if cause
+            else ""
+        ),
+        needed=f"at most {most}"
+        + (
+            f" (below {comparison.FAST_ENOUGH_MS:g} ms the difference is noise)"
+            if exact < comparison.FAST_ENOUGH_MS
+            else ""
+        ),
+        danger="the index costs writes and gains nothing",
+        do=cause.get("do") or "look at the plan in 70_tune, at shared_buffers, and at the setting that was chosen",
+        figures={"p50_ms": new, "exact_p50_ms": exact},
+    )

@@ -1,0 +1,180 @@
+"""The statements of the searches: the legacy query, the routes of the search function, and calls of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from psycopg import sql
+
+from runbook_lib.core import db
+from runbook_lib.core.names import as_indexed, identifier, names, spelled, verbatim
+from runbook_lib.params import Params, placeholders
+from runbook_lib.search.ways import Scan
+from runbook_lib.sql import load
+
+SQL = load("search")
+
+Route = Literal["legacy", "vector", "hybrid"]
+
+
+def _placeholders(params: Params, in_function: bool) -> dict[str, sql.Composable]:
+    """How the query text, its vector, k and the filters are written: $n inside the function, %(name)s outside."""
+    vector_type = names(params)["vector_type"]
+    if in_function:
+        own = {
+            name: sql.SQL(f"${i}") for i, name in enumerate(["query", "embedding", "k", *params.target.filters], 1)
+        }
+    else:
+        own = {name: sql.Placeholder(name) for name in ["query", "embedding", "k", *params.target.filters]}  # type: ignore[misc]
+    return {**own, "embedding": sql.SQL("{}::{}").format(own["embedding"], vector_type)}
+
+
+def where_filters(connection: db.Connection, params: Params, places: Mapping[str, sql.Composable]) -> sql.Composable:
+    """Equality with each filter that is given; a filter that is NULL lets every row through."""
+    types = _columns(connection, params)
+    parts = [
+        sql.SQL("({}::{} IS NULL OR {})").format(
+            places[c], verbatim(types[c]["type"]), _equals(identifier("t", c), types[c], places[c])
+        )
+        for c in params.target.filters
+    ]
+    return sql.SQL(" AND ").join(parts) if parts else sql.SQL("true")
+
+
+def filter_is(connection: db.Connection, params: Params, column: str, value: sql.Composable) -> sql.Composable:
+    """The condition of an index on the rows of one value of a filter, as the search function compares them."""
+    return _equals(identifier(column), _columns(connection, params)[column], value)
+
+
+def _equals(column: sql.Composable, type_: db.Row, value: sql.Composable) -> sql.Composable:
+    """By the operator of the column's type, named with its schema: that of citext may be in none of a search path,
+    and what is found in its place compares upper and lower case.
+    """
+    return sql.SQL("{} {} {}::{}").format(column, verbatim(type_["equals"]), value, verbatim(type_["type"]))
+
+
+def column_types(connection: db.Connection, params: Params) -> dict[str, str]:
+    """Types of the key and the filters, by column name; with their schemas, but for PostgreSQL's own."""
+    return {name: row["type"] for name, row in _columns(connection, params).items()}
+
+
+def _columns(connection: db.Connection, params: Params) -> dict[str, db.Row]:
+    """The type of the key and of each filter, and its operator of equality, by column name."""
+    columns = [params.target.key, *params.target.filters]
+    found = db.rows(connection, SQL["column_types"], params, table=spelled(params, "table"), columns=columns)
+    return {row["name"]: row for row in found}
+
+
+def legacy_statement(params: Params, in_function: bool = False) -> sql.Composed:
+    """The search of today. ``:query``, ``:k`` and ``:<filter>`` become bound values; everything else stays."""
+    places = _placeholders(params, in_function) | {
+        "query": sql.SQL("$1") if in_function else sql.Placeholder("query")
+    }
+    pieces = placeholders.split(params.legacy.query, ["query", "k", *params.target.filters])
+    return sql.Composed([places[piece] if is_name else verbatim(piece) for is_name, piece in pieces])
+
+
+def route_statement(
+    connection: db.Connection, params: Params, route: Route, *, in_function: bool = False, scan: Scan = "index"
+) -> sql.Composed:
+    """The query of a route. Outside the function it returns the key and, for vector and hybrid, a score.
+
+    scan: ``relaxed`` is the same as ``index`` for hybrid, which sorts in any case.
+    """
+    if route == "legacy":
+        return legacy_statement(params, in_function)
+    places = _placeholders(params, in_function)
+    sorted_again = scan == "relaxed" or (scan == "index" and params.index.storage != "vector")
+    block = "hybrid" if route == "hybrid" else "relaxed" if sorted_again else "exact_or_vector"
+    n = names(params)
+    return SQL[block].compose(
+        n
+        | {
+            "nearest_first": _nearest_first(params, places["embedding"], scan),
+            "query_text": places["query"],
+            "query_vector": places["embedding"],
+            "k": places["k"],
+            **_how_many(params, places["k"], scan),
+            "filters": where_filters(connection, params, places),
+            **(fulltext_names(connection, params) if route == "hybrid" else {}),
+        }
+    )
+
+
+def fulltext_names(connection: db.Connection, params: Params) -> dict[str, sql.Composable]:
+    """``{fulltext}``, the tsvector of the row ``t``, and ``{fulltext_config}``, by which a query becomes words.
+
+    An expression is for a ``LATERAL (SELECT {fulltext})`` that sees ``t`` alone: there its names are columns of the
+    row, and the planner finds the index on it.
+    """
+    s = params.search
+    config = text_search_config(connection, params)
+    # A comment may end the expression.
+    document = (
+        sql.SQL("({}\n)").format(verbatim(s.fulltext_expression))
+        if s.fulltext_expression
+        else identifier("t", s.fulltext_column or "")
+    )
+    spelled_config = config["spelled"] if config else s.fulltext_config
+    return {
+        "fulltext": document,
+        "fulltext_config": verbatim(f"{sql.Literal(spelled_config).as_string()}::pg_catalog.regconfig"),
+    }
+
+
+def fulltext_statement(connection: db.Connection, params: Params) -> sql.Composed:
+    """Full text alone: the words half of hybrid, without filters."""
+    return SQL["fulltext"].compose(names(params) | fulltext_names(connection, params))
+
+
+def text_search_config(connection: db.Connection, params: Params, name: str = "") -> db.Row | None:
+    """The configuration of that name, or of the parameters: its oid, and its name spelt whole; None if none is."""
+    values = {"config": name or params.search.fulltext_config, "schema": params.target.schema_}
+    found = db.rows(connection, SQL["text_search_config"], params, **values)
+    return found[0] if found else None
+
+
+def _nearest_first(params: Params, vector: sql.Composable, scan: Scan) -> sql.Composable:
+    """The sort key: what the index holds of both vectors, by the operator that it serves."""
+    n = names(params)
+    if scan == "exact":
+        # An expression around the distance is what no vector index can answer.
+        return sql.SQL("({} {} {}) + 0").format(n["row_embedding"], n["distance"], vector)
+    return sql.SQL("{} {} {}").format(n["row_indexed"], n["index_distance"], as_indexed(params, vector))
+
+
+def _how_many(params: Params, k: sql.Composable, scan: Scan) -> dict[str, sql.Composable]:
+    """Rows that are fetched by the sort key, before the full vectors sort them: more than k only for storage bit."""
+    candidates: sql.Composable = sql.Literal(params.search.hybrid_candidates)
+    if params.index.storage != "bit" or scan == "exact":
+        return {"nearest_rows": k, "nearest_candidates": candidates, "candidates": candidates}
+    rows = sql.SQL("{} * {}").format(k, sql.Literal(params.index.rerank))
+    deeper = sql.SQL("greatest({}, {})").format(candidates, rows)
+    return {"nearest_rows": rows, "nearest_candidates": deeper, "candidates": candidates}
+
+
+def call_statement(params: Params) -> sql.Composed:
+    """A call of the function, as the application makes it."""
+    return SQL["call"].compose(names(params))
+
+
+def matching_statement(connection: db.Connection, params: Params) -> sql.Composed:
+    """Counts the rows, up to k, that the filters let through; bound as in :func:`filtered_call_statement`."""
+    filters = where_filters(connection, params, _placeholders(params, in_function=False))
+    return SQL["count_matching"].compose(names(params) | {"filters": filters})
+
+
+def filtered_call_statement(connection: db.Connection, params: Params) -> sql.Composed:
+    """The same with every filter bound by its column's name; NULL lets every row through."""
+    types = column_types(connection, params)
+    given = [
+        sql.SQL(", {} => {}::{}").format(identifier(f"filter_{c}"), sql.Placeholder(c), verbatim(types[c]))
+        for c in params.target.filters
+    ]
+    return SQL["call_filtered"].compose(names(params) | {"filters": sql.SQL("").join(given)})
+
+
+def force_route(connection: db.Connection, params: Params, route: str) -> None:
+    """Names the route of the calls of this transaction, whatever the table says; no row of it is locked."""
+    connection.execute(SQL["force_route"].compose(names(params)), {"route": route})
