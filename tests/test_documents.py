@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from runbook_lib.cli import documents
-from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, short
+from runbook_lib.cli.main import main
+from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, notebook, short
 from runbook_lib.params import reference
 from runbook_lib.runner.manifest import BAD_INPUT, EXIT_CODES, MEANINGS
 
@@ -21,6 +22,7 @@ DOCS = ROOT / "docs"
 SETTINGS_OF = ("citus.", "hnsw.", "ivfflat.")
 GATE = re.compile(r"`([a-z]+\.[a-z_]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+COMMAND = re.compile(r"(?:`|^|bin/)runbook ([a-z][a-z-]+)([^`\n#]*)", re.M)
 MOST_WORDS, MOST_WORDS_IN_README, MOST_PAGES = 11_000, 900, 7
 
 every_page = pytest.mark.parametrize("page", documents.pages(), ids=lambda p: p.name)
@@ -39,6 +41,20 @@ def test_what_a_page_takes_from_the_code_is_current(page: Path) -> None:
 def test_every_part_made_from_the_code_is_on_exactly_one_page() -> None:
     marks = [name for page in documents.pages() for name, _ in documents.MADE.findall(page.read_text("utf-8"))]
     assert sorted(marks) == sorted(documents.PARTS)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_notebooks_table_of_changes_says_what_its_statements_say(name: str) -> None:
+    text = (ROOT / "notebooks" / notebook(name)).read_text("utf-8")
+    assert text == documents.notebook_filled(name, text), "run: python -m runbook_lib.cli.documents"
+
+
+def test_every_statement_that_locks_something_of_the_users_is_in_a_table_of_changes() -> None:
+    tables = "".join((ROOT / "notebooks" / notebook(name)).read_text("utf-8") for name in STEPS)
+    named = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", tables))
+    # Those of trials are rolled back at once; the table of preflight has them in one row.
+    locking = {block.name for block in documents.locking() if not block.name.startswith("trials.")}
+    assert locking - named == set()
 
 
 def words(page: Path) -> int:
@@ -65,6 +81,14 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
         target = page if not path else (page.parent / path)
         assert target.is_file(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [*documents.pages(), ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_every_command_and_option_that_a_page_names_exists(page: Path) -> None:
+    for name, rest in COMMAND.findall(page.read_text("utf-8")):
+        assert name in main.commands, name
+        known = {option for param in main.commands[name].params for option in param.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known, f"{name}{rest}"
 
 
 def test_every_exit_code_has_a_meaning() -> None:

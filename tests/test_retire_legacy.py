@@ -172,7 +172,7 @@ def test_the_way_back_from_the_start_brings_legacy_back_first(
     assert freshness == {"watch.nothing_is_missing": "PASS", "watch.nothing_is_stale": "PASS"}
     assert not monitor._changes_are_captured(_open(path)), "the watch goes on without a queue"
     (first, *_) = cut_over.undo_plan(_open(path)).statements
-    assert first.name == "retire.add_column" and "stands still meanwhile" in first.purpose
+    assert first.name == "retire.add_column" and "locks the whole table" in first.purpose
     step("undo/reads", path)
     assert indexes(articles) == ALL
     assert articles.execute("SELECT route, share_percent FROM runbook.route").fetchone() == ("legacy", 0)
@@ -193,7 +193,7 @@ def test_what_is_made_again_is_named_with_its_size_before_it_is_done(opened: Ope
         "retire.let_reads_back",
     ]
     assert plan.statements[0].purpose.startswith(
-        "Build a retired index again, from its definition in the ledger: articles_prefix, 16"
+        "Rebuild a retired index from its definition in the ledger: articles_prefix, 16"
     )
     text = plan.statements[0].text(phase.connection)
     assert text.startswith("CREATE INDEX CONCURRENTLY articles_prefix ON public.articles USING btree (title")

@@ -1,12 +1,13 @@
 """What the documents take from the code: parameters, locks, exit codes, operations, and the attacks that tests try.
 
 ``python -m runbook_lib.cli.documents`` writes it between the marks ``<!-- made: NAME -->`` and ``<!-- end -->`` of
-README and ``docs/``; a test compares.
+README and ``docs/``, and into the notebooks' tables of changes; a test compares.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from runbook_lib.core.db import BLOCKED_BY, lock_level
-from runbook_lib.core.registry import OPERATE, STEPS, rollback_of, short
+from runbook_lib.core.registry import OPERATE, STEPS, notebook, rollback_of, short
 from runbook_lib.params import Params, reference
 from runbook_lib.runner.manifest import EXIT_CODES, MEANINGS
 from runbook_lib.sql import Block, load
@@ -27,6 +28,18 @@ OWN = re.compile(
     r"on (the queue|the staging table|the table of refused vectors|the runbook's own)|none on the target"
 )
 MARK = "pytest.mark.attack"
+# A row of a notebook's table of changes: a condition, in italics; what happens; the statements that do it. The author
+# names the statements, the rest is made; a row that names none is all the author's.
+CHANGE = re.compile(r"^\| (\*[^*|]+\* )?[^|]*\((`[a-z_]+\.[a-z_]+`(?:, `[a-z_]+\.[a-z_]+`)*)\) \|.*$", re.M)
+# What a lock waits for where its statement says nothing else.
+WAITS_FOR = {
+    "ACCESS EXCLUSIVE": "open transactions on it, in short tries",
+    "SHARE ROW EXCLUSIVE": "open writes on it, in short tries",
+    "SHARE": "open writes on it, in short tries",
+    "SHARE UPDATE EXCLUSIVE": "vacuum and DDL of it, in short tries",
+    "ROW EXCLUSIVE": "locked rows, in short tries",
+    "": "nothing",
+}
 
 
 def pages() -> list[Path]:
@@ -66,7 +79,7 @@ def _as_written(key: str, kind: str, default: str) -> str:
 def locks() -> str:
     """The statements that others may have to wait for, by what their SQL files declare, the strongest lock first."""
     lines: list[str] = []
-    blocks = list(_locking())
+    blocks = list(locking())
     for level, blocked in BLOCKED_BY.items():
         where: dict[str, list[str]] = defaultdict(list)
         for block in blocks:
@@ -78,7 +91,7 @@ def locks() -> str:
     return "\n".join(lines[1:])
 
 
-def _locking() -> Iterator[Block]:
+def locking() -> Iterator[Block]:
     """The blocks that lock something of the user's: not those that write only the runbook's own tables."""
     folder = files("runbook_lib.sql")
     modules = sorted(Path(str(f)).stem for f in folder.iterdir() if str(f).endswith(".sql"))
@@ -118,9 +131,65 @@ def attacks() -> str:
 
 def _place(text: str) -> str:
     """What is locked, and for how long, with the names of the target in words; without the reasons."""
-    words = {"table": "the table", "vectors": "the table of the vectors", "relation": "the table or partition"}
+    words = {
+        "table": "the table",
+        "part": "the table",
+        "vectors": "the table of the vectors",
+        "relation": "the table or partition",
+    }
     place = re.split(r";|, (?:since|while) ", text.strip())[0]
     return re.sub(r"\{(\w+)\}", lambda m: words.get(m[1], f"the {m[1].replace('_', ' ')}"), place)
+
+
+def notebook_filled(step: str, text: str) -> str:
+    """A step's notebook, as JSON, with the rows of its table of changes as the SQL files have them now."""
+    stored = json.loads(text)
+    for cell in stored["cells"]:
+        if cell["cell_type"] == "markdown":
+            source = "".join(cell["source"])
+            made = CHANGE.sub(lambda row: _change(step, row[1] or "", re.findall(r"[\w.]+", row[2])), source)
+            cell["source"] = made.splitlines(keepends=True)
+    return json.dumps(stored, indent=1, ensure_ascii=False) + "\n"
+
+
+def _change(step: str, condition: str, statements: list[str]) -> str:
+    """A row of a table of changes: the first statement says what happens, and under which lock."""
+    block = _block(step, statements[0])
+    names = ", ".join(f"`{s}`" for s in statements)
+    what = re.split(r"\. ", block.purpose)[0].removesuffix(".")
+    cells = [f"{condition}{what} ({names})", *_lock_cells(block.lock), _rolled_back_by(step, block.undo)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _lock_cells(lock: str) -> tuple[str, str, str]:
+    """Lock, whom it blocks, what it waits for."""
+    level = "" if OWN.search(lock) else lock_level(lock)
+    waits = re.search(r"it waits for ([^;]+)", lock)
+    return (
+        f"{level} {_place(lock.removeprefix(level))}".strip() or "none",
+        BLOCKED_BY.get(level, "nobody"),
+        waits[1] if waits else WAITS_FOR[level],
+    )
+
+
+def _block(step: str, statement: str) -> Block:
+    module, _, name = statement.partition(".")
+    try:
+        return load(module)[name]
+    except (KeyError, FileNotFoundError):
+        raise SystemExit(
+            f"notebooks/{notebook(step)}: no statement is called {statement}; correct its table"
+        ) from None
+
+
+def _rolled_back_by(step: str, undo: str) -> str:
+    """The step that rolls a change back, or why there is none; of a rollback, the steps to run again."""
+    if undo.startswith(("none", "its own")):
+        return undo
+    if again := STEPS[step].rolls_back:
+        return f"run {', '.join(f'`{name}`' for name in reversed(again))} again"
+    rollback = next((s.name for s in STEPS.values() if step in s.rolls_back), "")
+    return f"`{rollback}`" if rollback else STEPS[step].no_rollback
 
 
 PARTS = {
@@ -135,3 +204,6 @@ PARTS = {
 if __name__ == "__main__":
     for page in pages():
         page.write_text(filled(page.read_text("utf-8")), "utf-8")
+    for name in STEPS:
+        path = ROOT / "notebooks" / notebook(name)
+        path.write_text(notebook_filled(name, path.read_text("utf-8")), "utf-8")

@@ -1,7 +1,7 @@
 -- Phase 50: from the staging table into the column.
 
 -- name: update
--- purpose: Give each row of a batch its vector, if its text is still the one that the vector was made from.
+-- purpose: Give each row of a batch its vector, if its text is still the text that was embedded.
 -- lock: ROW EXCLUSIVE on {table}, on the rows of one batch, until its commit
 -- undo: schema.drop_columns
 UPDATE {part} t
@@ -95,14 +95,14 @@ SELECT clock_timestamp()::text AS began,
 SELECT t.{key} AS key FROM {table} t WHERE t.{embedding} IS NOT NULL AND NOT {has_text};
 
 -- name: clear_textless
--- purpose: Take the vector from rows whose text is gone.
+-- purpose: Remove the vector of rows whose text is gone.
 -- lock: ROW EXCLUSIVE on {table}, on the rows of one batch
 -- undo: none needed; there is no text to search
 UPDATE {table} t SET {embedding} = NULL, {embedding_hash} = NULL, {embedding_updated_at} = now()
 WHERE t.{key} = ANY (%(keys)s) AND t.{embedding} IS NOT NULL AND NOT {has_text};
 
 -- name: analyze
--- purpose: Let the planner know that the column is filled; while it still believes in NULLs it shuns the index.
+-- purpose: Collect statistics; until then the planner assumes the column is NULL and avoids the index.
 -- lock: SHARE UPDATE EXCLUSIVE on {vectors}, while a sample of its pages is read
 -- undo: none needed
 ANALYZE {vectors};

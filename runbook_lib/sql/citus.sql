@@ -44,21 +44,21 @@ DROP FUNCTION IF EXISTS {text_function}(text[]);
 DROP FUNCTION IF EXISTS {text_hash_function}(text[]);
 
 -- name: create_staging
--- purpose: Make the staging table and distribute it as the table is, so that each vector lies beside its row.
+-- purpose: Create the staging table and distribute it as the table is, so that each vector lies beside its row.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_staging
 {create_staging};
 SELECT create_distributed_table({staging_name}, 'key', colocate_with => {table_name});
 
 -- name: create_rejected
--- purpose: Make the table of refused vectors, a copy of it on every node: a refused key may be none at all.
+-- purpose: Create the table of refused vectors, a copy of it on every node: a refused key may be none at all.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_staging
 {create_rejected};
 SELECT create_reference_table({rejected_name});
 
 -- name: create_queue
--- purpose: Make the queue of changed rows and distribute it as the table is, so that the trigger writes on its own node.
+-- purpose: Create the queue of changed rows and distribute it as the table is, so that the trigger writes on its own node.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_queue
 CREATE TABLE IF NOT EXISTS {queue} AS

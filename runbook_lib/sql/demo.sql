@@ -5,7 +5,7 @@
 SELECT coalesce(obj_description(oid, 'pg_namespace'), '') AS made_by FROM pg_namespace WHERE nspname = 'demo';
 
 -- name: create_database
--- purpose: Make the demo's database, in a locale that is the same on every machine and folds case fast.
+-- purpose: Create the demo's database, in a locale that is the same on every machine and folds case fast.
 -- lock: none
 -- undo: DROP DATABASE
 CREATE DATABASE {database} TEMPLATE template0 LOCALE 'C' LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8';
@@ -24,14 +24,14 @@ CREATE EXTENSION IF NOT EXISTS pg_trgm;
 CREATE EXTENSION IF NOT EXISTS pg_stat_statements;
 
 -- name: create_schema
--- purpose: Make the demo's own schema, marked as such.
+-- purpose: Create the demo's own schema, marked as such.
 -- lock: none
 -- undo: demo.drop_schema
 CREATE SCHEMA demo;
 COMMENT ON SCHEMA demo IS {mark};
 
 -- name: create_table
--- purpose: Make the table, with the tsvector column of a legacy full text search and MITRE's notice.
+-- purpose: Create the table, with the tsvector column of a legacy full text search and MITRE's notice.
 -- lock: none
 -- undo: demo.drop_schema
 CREATE TABLE demo.articles (
@@ -55,7 +55,7 @@ COMMENT ON TABLE demo.articles IS {notice};
 COPY demo.articles (id, title, body, status, category, created_at) FROM STDIN;
 
 -- name: create_indexes
--- purpose: Make the indexes that a legacy search has, after the rows are in.
+-- purpose: Create the indexes that a legacy search has, after the rows are in.
 -- lock: SHARE on the demo's own table
 -- undo: demo.drop_schema
 CREATE INDEX articles_title_trgm ON demo.articles USING gin (title gin_trgm_ops);

@@ -15,7 +15,7 @@ SELECT
 CREATE EXTENSION vector SCHEMA {extension_schema}{version_clause};
 
 -- name: update
--- purpose: Bring the catalogue to the release that the server's library already is.
+-- purpose: Update the catalogue to the release of the server's library.
 -- lock: none on the target
 -- undo: none; pgvector has no way down, and its library is the new one either way
 ALTER EXTENSION vector UPDATE{version_clause};

@@ -22,7 +22,7 @@ SELECT t.{column}::text AS value, count(*) AS rows FROM {from_vectors}
 WHERE t.{column}::text = ANY (%(values)s) AND {row_embedding} IS NOT NULL GROUP BY 1;
 
 -- name: create
--- purpose: Build a vector index on the rows of one filter value, beside the running application.
+-- purpose: Build a vector index on the rows of one filter value, while the application runs.
 -- lock: SHARE UPDATE EXCLUSIVE on {vectors}, for the whole build; it waits for older transactions to end
 -- undo: filters.drop
 {build} WHERE {condition};
@@ -41,7 +41,7 @@ WHERE s.target = {target_name} AND s.filter = %(filter)s AND (s.value = %(value)
 ORDER BY s.value LIMIT 1;
 
 -- name: forget_strategy
--- purpose: Forget how one value of a filter is searched; it is then searched as values that are not listed.
+-- purpose: Forget how one filter value is searched; it is then searched like values that are not listed.
 -- lock: one row of the strategy table
 -- undo: search.learn_strategy
 DELETE FROM {strategy} WHERE target = {target_name} AND filter = %(filter)s AND value = %(value)s;

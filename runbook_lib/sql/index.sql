@@ -1,14 +1,14 @@
 -- The vector index: one on each partition, under one on the parent that holds no row; of an ordinary table just one.
 
 -- name: create_hnsw
--- purpose: Build the HNSW index beside the running application.
+-- purpose: Build the HNSW index while the application runs.
 -- lock: SHARE UPDATE EXCLUSIVE on {relation}, for the whole build; it waits for older transactions to end
 -- undo: index.drop
 CREATE INDEX CONCURRENTLY {index} ON {relation} USING hnsw ({indexed} {operator_class})
     WITH (m = {m}, ef_construction = {ef_construction});
 
 -- name: create_ivfflat
--- purpose: Build the IVFFlat index beside the running application.
+-- purpose: Build the IVFFlat index while the application runs.
 -- lock: SHARE UPDATE EXCLUSIVE on {relation}, for the whole build; it waits for older transactions to end
 -- undo: index.drop
 CREATE INDEX CONCURRENTLY {index} ON {relation} USING ivfflat ({indexed} {operator_class}) WITH (lists = {lists});

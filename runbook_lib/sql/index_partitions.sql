@@ -1,32 +1,32 @@
 -- What only the vector index of a partitioned table needs: PostgreSQL builds, attaches and drops it in other ways.
 
 -- name: create_bracket_hnsw
--- purpose: Make the HNSW index of a partitioned table itself: it holds no row, and turns valid with its last partition.
+-- purpose: Create the HNSW index of the partitioned table itself: it holds no rows, and becomes valid with its last partition.
 -- lock: SHARE on {relation} alone, for milliseconds
 -- undo: index_partitions.drop_bracket
 CREATE INDEX {index} ON ONLY {relation} USING hnsw ({indexed} {operator_class})
     WITH (m = {m}, ef_construction = {ef_construction});
 
 -- name: create_bracket_ivfflat
--- purpose: Make the IVFFlat index of a partitioned table itself: it holds no row, and turns valid with its last partition.
+-- purpose: Create the IVFFlat index of the partitioned table itself: it holds no rows, and becomes valid with its last partition.
 -- lock: SHARE on {relation} alone, for milliseconds
 -- undo: index_partitions.drop_bracket
 CREATE INDEX {index} ON ONLY {relation} USING ivfflat ({indexed} {operator_class}) WITH (lists = {lists});
 
 -- name: attach
--- purpose: Make a partition's index part of its parent's; what is attached already is left alone.
+-- purpose: Attach a partition's index to its parent's; one that is attached already is left alone.
 -- lock: ACCESS EXCLUSIVE on the index of {relation}, for milliseconds; who reads or writes that partition has it open
 -- undo: index_partitions.drop_bracket
 ALTER INDEX {parent_index} ATTACH PARTITION {index};
 
 -- name: drop_bracket
--- purpose: Drop the partitioned index with that of every partition; PostgreSQL cannot do this concurrently.
+-- purpose: Drop the partitioned index with those of all partitions; PostgreSQL cannot do this concurrently.
 -- lock: ACCESS EXCLUSIVE on {relation} and every partition of it, for milliseconds
 -- undo: index_partitions.create_bracket_hnsw, then each partition's
 DROP INDEX IF EXISTS {dropped};
 
 -- name: reindex
--- purpose: Build the invalid index of one partition again in its place.
+-- purpose: Rebuild the invalid index of one partition in place.
 -- lock: SHARE UPDATE EXCLUSIVE on {relation}, for the whole build; it waits for older transactions to end
 -- undo: none needed; the index has the rows that it had
 REINDEX INDEX CONCURRENTLY {index};

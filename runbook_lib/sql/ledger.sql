@@ -1,13 +1,13 @@
 -- The ledger: one append-only table in a schema of its own. Each row carries the hash of the row before it.
 
 -- name: create_schema
--- purpose: Make the runbook's own schema, apart from the application's objects.
+-- purpose: Create the runbook's own schema, separate from the application's objects.
 -- lock: none on the target
 -- undo: ledger.drop_schema
 CREATE SCHEMA IF NOT EXISTS {ledger};
 
 -- name: create_entry
--- purpose: Make the table of everything that was done and proved.
+-- purpose: Create the table of everything that was done and proved.
 -- lock: none on the target
 -- undo: ledger.drop_schema
 CREATE TABLE IF NOT EXISTS {entry} (
@@ -31,13 +31,13 @@ CREATE TABLE IF NOT EXISTS {entry} (
 ALTER TABLE {entry} ADD COLUMN IF NOT EXISTS by_owner boolean;
 
 -- name: create_chain_lock
--- purpose: Make a table that holds nothing: its lock is the turn to write, and only the ledger's owner can take it.
+-- purpose: Create a table that holds nothing: its lock is the turn to write, and only the ledger's owner can take it.
 -- lock: none on the target
 -- undo: ledger.drop_schema
 CREATE TABLE IF NOT EXISTS {chain_lock} ();
 
 -- name: create_claims
--- purpose: Make the table of who is at work on which target and table; only the ledger's owner can write or read it.
+-- purpose: Create the table of who works on which target and table; only the ledger's owner can write or read it.
 -- lock: none on the target
 -- undo: ledger.drop_schema
 CREATE TABLE IF NOT EXISTS {claims} (
@@ -100,7 +100,7 @@ CREATE TRIGGER keep BEFORE TRUNCATE ON {entry}
     FOR EACH STATEMENT EXECUTE FUNCTION {ledger}.chain_entry();
 
 -- name: create_sign_off
--- purpose: Make the function through which a second person signs: it writes sign-offs, and nothing else.
+-- purpose: Create the function through which a second person signs; it writes sign-offs and nothing else.
 -- lock: none on the target
 -- undo: ledger.drop_schema
 CREATE OR REPLACE FUNCTION {ledger}.sign_off(request bigint, bound jsonb, reason text) RETURNS bigint

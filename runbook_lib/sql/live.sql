@@ -10,7 +10,7 @@ FROM pg_proc p
 WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {of_trusted_owner};
 
 -- name: create_log
--- purpose: Make the log of sampled calls: a hash of the text, names of the filters, both answers and times; no text.
+-- purpose: Create the log of sampled calls: a hash of the text, names of the filters, both answers and times; no text.
 -- lock: none on the target
 -- undo: live.drop_log
 CREATE TABLE IF NOT EXISTS {log} (
@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS {log} (
 CREATE INDEX IF NOT EXISTS {log_index} ON {log} (logged_at);
 
 -- name: create_function
--- purpose: Make the function that answers as the search function does, and lets the other search answer a share too.
+-- purpose: Create the function that answers as the search function does, and lets the other search answer a share of the calls too.
 -- lock: none on the target
 -- undo: live.drop_function
 CREATE OR REPLACE FUNCTION {shadow_function}({arguments}) RETURNS {result}
@@ -105,7 +105,7 @@ GRANT INSERT (text_hash, filters, live_route, live_ms, live_keys, other_route, o
     SELECT (logged_at) ON {log} TO {role};
 
 -- name: drop_function
--- purpose: Remove the function that the application called for the time of the shadow.
+-- purpose: Remove the function that the application called during the shadow phase.
 -- lock: none on the target
 -- undo: live.create_function
 DROP FUNCTION IF EXISTS {shadow_function}({identity});

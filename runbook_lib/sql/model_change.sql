@@ -20,7 +20,7 @@ WHERE NOT has_function_privilege(r.role, %(oid)s::oid, 'EXECUTE')
    OR NOT has_column_privilege(r.role, %(vectors)s, %(column)s, 'SELECT');
 
 -- name: swap
--- purpose: Keep the function that serves under another name, and let its own name answer by either model's vectors.
+-- purpose: Keep the current function under another name, and let its own name answer vectors of either model.
 -- lock: none on the target
 -- undo: model_change.swap_back
 {copy};
@@ -50,7 +50,7 @@ IF coalesce(nullif(current_setting({setting}, true), ''), {old_literal}) NOT IN 
     END IF;
 
 -- name: swap_back
--- purpose: Give the name that the application calls the function that it had before, to the letter.
+-- purpose: Restore the former function under the name that the application calls, exactly.
 -- lock: none on the target
 -- undo: model_change.swap
 {original};

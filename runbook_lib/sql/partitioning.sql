@@ -160,7 +160,7 @@ SELECT format('SELECT setval(%%L, s.last_value, s.is_called) FROM %%s s', pg_get
 FROM pg_attribute a WHERE a.attrelid = to_regclass(%(table)s) AND a.attidentity <> '' AND NOT a.attisdropped;
 
 -- name: create_queue
--- purpose: Make the queue of changed keys, and the row that says how far the copy is.
+-- purpose: Create the queue of changed keys, and the row that records how far the copy is.
 -- lock: none on the target
 -- undo: partitioning.drop_queue
 CREATE TABLE {move_queue} (seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, key {key_type});
@@ -170,7 +170,7 @@ ALTER TABLE {move} REPLICA IDENTITY FULL;
 INSERT INTO {move} DEFAULT VALUES;
 
 -- name: create_capture
--- purpose: Make the function that queues changed keys. It runs as its owner: writers need no rights on the ledger.
+-- purpose: Create the function that queues changed keys. It runs as its owner, so writers need no rights on the ledger.
 -- lock: none on the target
 -- undo: partitioning.drop_queue
 CREATE OR REPLACE FUNCTION {move_capture}() RETURNS trigger
@@ -191,7 +191,7 @@ END
 $$;
 
 -- name: create_table
--- purpose: Make the partitioned table, empty, beside the table: columns, defaults, checks, statistics, partitions, key.
+-- purpose: Create the empty partitioned table: columns, defaults, checks, statistics, partitions, key.
 -- lock: none that others wait for; ACCESS SHARE on {table}, for milliseconds
 -- undo: partitioning.drop_table
 CREATE TABLE {parts} (LIKE {table} INCLUDING ALL EXCLUDING INDEXES) PARTITION BY {method} ({column});
@@ -215,7 +215,7 @@ CREATE TABLE {leaf} PARTITION OF {parts} FOR VALUES WITH (MODULUS {modulus}, REM
 ALTER TABLE {relation} OWNER TO {owner};
 
 -- name: create_triggers
--- purpose: Queue the key of every row that is inserted, updated or deleted from here on.
+-- purpose: Queue the key of every row that is inserted, updated or deleted from now on.
 -- lock: SHARE ROW EXCLUSIVE on {table}, for milliseconds; it waits for open writers
 -- undo: partitioning.drop_triggers
 CREATE TRIGGER {move_trigger} AFTER INSERT OR UPDATE OR DELETE ON {table}
@@ -225,7 +225,7 @@ CREATE TRIGGER {move_truncate_trigger} AFTER TRUNCATE ON {table}
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {move_trigger}, ENABLE ALWAYS TRIGGER {move_truncate_trigger};
 
 -- name: drop_triggers
--- purpose: Queue no keys any more.
+-- purpose: Stop queueing changed keys.
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds
 -- undo: partitioning.create_triggers
 DROP TRIGGER IF EXISTS {move_trigger} ON {table};
@@ -236,7 +236,7 @@ DROP TRIGGER IF EXISTS {move_truncate_trigger} ON {table};
 SELECT last_key, rows, copied FROM {move};
 
 -- name: copy_batch
--- purpose: Copy the next rows by key, and write down how far it is, in one transaction.
+-- purpose: Copy the next rows by key, and record the progress, in one transaction.
 -- lock: none that others wait for
 -- undo: partitioning.drop_table
 WITH batch AS (
@@ -281,19 +281,19 @@ SELECT {columns} FROM {table} t WHERE t.{key} = ANY (%(keys)s::{key_type}[]);
 CREATE INDEX {beside_index} ON {parts}{tail};
 
 -- name: analyze
--- purpose: Let the planner know the partitions.
+-- purpose: Collect statistics of the partitions.
 -- lock: none that others wait for
 -- undo: none needed
 ANALYZE {parts};
 
 -- name: lock
--- purpose: Keep everybody out for the last changes and the change of names.
+-- purpose: Lock the table for the last changes and the swap.
 -- lock: ACCESS EXCLUSIVE on {table}, until the end of the transaction
 LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE;
 
 -- name: swap
--- purpose: The partitioned table takes the place of the ordinary one: names, indexes, sequences, triggers, grants.
--- lock: ACCESS EXCLUSIVE on {table}, for the last changes and the change of names
+-- purpose: Swap the partitioned table in for the ordinary one: names, indexes, sequences, triggers, grants.
+-- lock: ACCESS EXCLUSIVE on {table}, for the last changes and the swap
 -- undo: partitioning.swap_back
 DROP TRIGGER {move_trigger} ON {table};
 DROP TRIGGER {move_truncate_trigger} ON {table};
@@ -311,8 +311,8 @@ CREATE TRIGGER {move_truncate_trigger} AFTER TRUNCATE ON {table}
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {move_trigger}, ENABLE ALWAYS TRIGGER {move_truncate_trigger};
 
 -- name: swap_back
--- purpose: The ordinary table takes its place again, with its triggers and every change since.
--- lock: ACCESS EXCLUSIVE on {table}, for the last changes and the change of names
+-- purpose: Swap the ordinary table back, with its triggers and every change since.
+-- lock: ACCESS EXCLUSIVE on {table}, for the last changes and the swap
 -- undo: partitioning.swap
 DROP TRIGGER {move_trigger} ON {table};
 DROP TRIGGER {move_truncate_trigger} ON {table};
@@ -340,7 +340,7 @@ ALTER INDEX {index_was} RENAME TO {index_becomes};
 DROP TABLE IF EXISTS {parts};
 
 -- name: drop_whole
--- purpose: Drop the ordinary table that served before; the way back ends here.
+-- purpose: Drop the ordinary table that served before; after that there is no rollback.
 -- lock: none on {table}
 -- undo: none
 DROP TABLE IF EXISTS {whole};

@@ -6,13 +6,13 @@ SELECT (SELECT o.option_value FROM pg_class c, pg_options_to_table(c.reloptions)
         WHERE c.oid = to_regclass(%(part)s) AND o.option_name = 'fillfactor') AS fillfactor;
 
 -- name: set
--- purpose: Set how full a page is filled, which also says how early it is tidied.
+-- purpose: Set the fillfactor, which also decides how early a page is pruned.
 -- lock: SHARE UPDATE EXCLUSIVE on {part}
 -- undo: pruning.restore_plan
 ALTER TABLE {part} SET (fillfactor = {value});
 
 -- name: reset
--- purpose: Take the setting of how full a page is filled away again.
+-- purpose: Remove the fillfactor setting again.
 -- lock: SHARE UPDATE EXCLUSIVE on {part}
 -- undo: none needed
 ALTER TABLE {part} RESET (fillfactor);

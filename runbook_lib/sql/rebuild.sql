@@ -1,19 +1,19 @@
 -- The vector index built again beside the one that serves, proved, and put into its place.
 
 -- name: drop
--- purpose: Drop an index that serves no longer, or that an unfinished build left over.
+-- purpose: Drop an index that is no longer used, or that an unfinished build left behind.
 -- lock: SHARE UPDATE EXCLUSIVE on {relation}; it waits for older transactions that use the index
--- undo: rebuild.undo builds it again
+-- undo: undo/rebuild_index builds it again
 DROP INDEX CONCURRENTLY IF EXISTS {dropped};
 
 -- name: swap
--- purpose: Give the proved index the name of the one that served, in one transaction.
+-- purpose: Give the proved index the name of the one in use, in one transaction.
 -- lock: SHARE UPDATE EXCLUSIVE on both indexes, for milliseconds
 -- undo: rebuild.swap_back
 ALTER INDEX {renamed} RENAME TO {name};
 
 -- name: swap_back
--- purpose: Give the index that served before its name again, in one transaction.
+-- purpose: Give the former index its name back, in one transaction.
 -- lock: SHARE UPDATE EXCLUSIVE on both indexes, for milliseconds
 -- undo: rebuild.swap
 ALTER INDEX {renamed} RENAME TO {name};

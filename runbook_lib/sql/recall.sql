@@ -5,7 +5,7 @@
 SELECT set_config('statement_timeout', %(ms)s, true);
 
 -- name: hide
--- purpose: Hide an index from this transaction alone, which is rolled back after a few queries.
--- lock: ACCESS EXCLUSIVE on {vectors}, for the milliseconds of those queries
+-- purpose: Hide an index from this transaction only, which is rolled back after a few queries.
+-- lock: ACCESS EXCLUSIVE on {vectors}, for milliseconds
 -- undo: its own rollback
 DROP INDEX {hidden};

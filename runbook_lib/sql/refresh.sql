@@ -7,7 +7,7 @@
 SELECT pg_try_advisory_lock(%(class)s, %(worker)s) AS taken;
 
 -- name: claim
--- purpose: Claim the oldest changes of those that were there when the drain began; what a living worker claimed, or was set aside, is passed over.
+-- purpose: Claim the oldest changes that were queued when the drain began, except those set aside or claimed by a living worker.
 -- lock: ROW EXCLUSIVE on the queue, for milliseconds
 -- undo: refresh.release
 UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = clock_timestamp() WHERE id IN (
@@ -27,7 +27,7 @@ UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = clock_timestamp() WHERE
 ) RETURNING id, key;
 
 -- name: release
--- purpose: Give back what this worker claimed and did not finish.
+-- purpose: Release what this worker claimed and did not finish.
 -- lock: ROW EXCLUSIVE on the queue, for milliseconds
 -- undo: refresh.claim
 UPDATE {queue} SET claimed_by = NULL, claimed_at = NULL WHERE claimed_by = %(worker)s;
@@ -40,19 +40,19 @@ WHERE t.{key} = ANY (%(keys)s)
   AND ({row_embedding} IS NULL OR {row_embedding_hash} IS DISTINCT FROM {text_hash});
 
 -- name: lock_rows
--- purpose: Of these rows, lock those that nobody else has locked, and say which.
+-- purpose: Lock those of these rows that nobody else has locked, and return them.
 -- lock: ROW SHARE on {table}, on the rows of one batch, until its commit
 -- undo: none needed; the locks end with the transaction
 SELECT t.{key} AS key FROM {table} t WHERE t.{key} = ANY (%(keys)s) FOR NO KEY UPDATE SKIP LOCKED;
 
 -- name: lock_rows_beside
--- purpose: Of these rows, share-lock those that no writer has locked, and say which.
+-- purpose: Share-lock those of these rows that no writer has locked, and return them.
 -- lock: ROW SHARE on {table}, on the rows of one batch, until its commit
 -- undo: none needed; the locks end with the transaction
 SELECT t.{key} AS key FROM {table} t WHERE t.{key} = ANY (%(keys)s) FOR SHARE SKIP LOCKED;
 
 -- name: update
--- purpose: Give each row its vector, if its text is still the one that the vector was made from.
+-- purpose: Give each row its vector, if its text is still the text that was embedded.
 -- lock: ROW EXCLUSIVE on {table}, on the rows of one batch, until its commit
 -- undo: schema.drop_columns
 UPDATE {table} t
@@ -60,7 +60,7 @@ SET {embedding} = %(embedding)s, {embedding_hash} = %(text_hash)s, {embedding_up
 WHERE t.{key} = %(key)s AND {text_hash} = %(text_hash)s;
 
 -- name: update_beside
--- purpose: Give each row its vector in the table beside, if its text is still the one that the vector was made from.
+-- purpose: Give each row its vector in the side table, if its text is still the text that was embedded.
 -- lock: ROW EXCLUSIVE on {vectors}; a share lock on the rows of one batch of {table}, until its commit
 -- undo: schema.drop_columns
 INSERT INTO {vectors} AS e ({key}, {embedding}, {embedding_hash}, {embedding_updated_at})
@@ -70,46 +70,46 @@ ON CONFLICT ({key}) DO UPDATE SET {embedding} = excluded.{embedding}, {embedding
     {embedding_updated_at} = excluded.{embedding_updated_at};
 
 -- name: clear
--- purpose: Take the vector from a row whose text is gone.
+-- purpose: Remove the vector of a row whose text is gone.
 -- lock: ROW EXCLUSIVE on {table}, on that row
 -- undo: none needed; there is no text to search
 UPDATE {table} t SET {embedding} = NULL, {embedding_hash} = NULL, {embedding_updated_at} = now()
 WHERE t.{key} = %(key)s AND NOT {has_text};
 
 -- name: clear_beside
--- purpose: Take the vector of a row whose text is gone from the table beside.
+-- purpose: Remove the vector of a row whose text is gone from the side table.
 -- lock: ROW EXCLUSIVE on {vectors}, on that row
 -- undo: none needed; there is no text to search
 DELETE FROM {vectors} e USING {table} t
 WHERE t.{key} = %(key)s AND e.{key} = t.{key} AND NOT {has_text};
 
 -- name: finish
--- purpose: Take finished changes out of the queue, and what was set aside of the same rows.
+-- purpose: Remove finished changes from the queue, and earlier failures of the same rows.
 -- lock: ROW EXCLUSIVE on the queue
 -- undo: none needed; the row has the vector of its text, or is gone
 DELETE FROM {queue} WHERE id = ANY (%(ids)s) OR (key = ANY (%(keys)s) AND attempts >= %(tries)s);
 
 -- name: fail
--- purpose: Count a failed try, with its error, and give the change back; after the last try it is set aside.
+-- purpose: Count a failed try, with its error, and release the change; after the last try it is set aside.
 -- lock: ROW EXCLUSIVE on the queue, for milliseconds
 -- undo: refresh.one_more_try
 UPDATE {queue} SET attempts = attempts + 1, error = %(error)s, claimed_by = NULL, claimed_at = NULL
 WHERE id = ANY (%(ids)s) RETURNING attempts;
 
 -- name: put_off
--- purpose: Give back changes whose row somebody else has locked, and note who may hold it; no try is counted.
+-- purpose: Release changes whose row somebody else has locked, and note who may hold it; this does not count as a try.
 -- lock: ROW EXCLUSIVE on the queue, for milliseconds
 -- undo: none needed; the changes wait as they did before
 UPDATE {queue} SET error = %(error)s, claimed_by = NULL, claimed_at = NULL WHERE id = ANY (%(ids)s);
 
 -- name: one_more_try
--- purpose: Give what was set aside one more try.
+-- purpose: Give changes that were set aside one more try.
 -- lock: ROW EXCLUSIVE on the queue, for milliseconds
 -- undo: none needed; a change that fails again is set aside again
 UPDATE {queue} SET attempts = %(tries)s - 1 WHERE attempts >= %(tries)s;
 
 -- name: settle
--- purpose: Take changes out of the queue whose rows are gone, or have the vector of their text by another way.
+-- purpose: Remove changes from the queue whose rows are gone, or have their vector by other means.
 -- lock: ROW EXCLUSIVE on the queue
 -- undo: none needed; nothing is left to do for these rows
 DELETE FROM {queue} q WHERE NOT EXISTS (

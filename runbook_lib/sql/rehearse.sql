@@ -12,20 +12,20 @@ SELECT has_database_privilege(current_database(), 'CREATE') AS may_create, quote
        (SELECT extversion FROM pg_extension WHERE extname = 'vector') AS pgvector;
 
 -- name: create_scratch
--- purpose: Make the scratch schema of the rehearsal, and mark it as such.
+-- purpose: Create the scratch schema of the rehearsal, and mark it as such.
 -- lock: none on the target
 -- undo: rehearse.drop_scratch
 CREATE SCHEMA {scratch};
 COMMENT ON SCHEMA {scratch} IS {mark};
 
 -- name: drop_scratch
--- purpose: Drop the scratch schema with all that a rehearsal made in it.
+-- purpose: Drop the scratch schema with everything in it.
 -- lock: none on the target
 -- undo: none needed; it held copies only
 DROP SCHEMA IF EXISTS {scratch} CASCADE;
 
 -- name: create_sample
--- purpose: Make an empty table like the target, with its indexes, in the scratch schema.
+-- purpose: Create an empty table like the target, with its indexes, in the scratch schema.
 -- lock: ACCESS SHARE on {table}
 -- undo: rehearse.drop_scratch
 CREATE TABLE {sample} (LIKE {table} INCLUDING STORAGE INCLUDING INDEXES)

@@ -72,31 +72,31 @@ ALTER TABLE {route} ADD CONSTRAINT {retired}
 ALTER TABLE {route} DROP CONSTRAINT IF EXISTS {retired};
 
 -- name: drop_index
--- purpose: Drop an index that only the legacy search read.
+-- purpose: Drop an index that only the legacy search used.
 -- lock: SHARE UPDATE EXCLUSIVE on {table}; it waits for older transactions that use the index
--- undo: retire.undo builds it again, concurrently, from the definition in the ledger
+-- undo: undo/retire_legacy builds it again, concurrently, from the definition in the ledger
 DROP INDEX CONCURRENTLY IF EXISTS {index_to_drop};
 
 -- name: create_index
--- purpose: Build a retired index again, from its definition in the ledger.
+-- purpose: Rebuild a retired index from its definition in the ledger.
 -- lock: SHARE UPDATE EXCLUSIVE on {table}, for the whole build; it waits for older transactions to end
 -- undo: retire.drop_index
 {definition};
 
 -- name: comment_on_index
--- purpose: Give the index its comment again.
+-- purpose: Restore the index's comment.
 -- lock: SHARE UPDATE EXCLUSIVE on the index, for milliseconds
 -- undo: none needed
 COMMENT ON INDEX {commented} IS {comment};
 
 -- name: drop_column
--- purpose: Drop the full-text column, which PostgreSQL made from other columns.
+-- purpose: Drop the generated full-text column.
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds
--- undo: retire.add_column, which writes the whole table anew
+-- undo: retire.add_column, which rewrites the whole table
 ALTER TABLE {table} DROP COLUMN IF EXISTS {fulltext};
 
 -- name: add_column
--- purpose: Make the full-text column again; the whole table is written anew, and stands still meanwhile.
--- lock: ACCESS EXCLUSIVE on {table}, for as long as the whole table takes to be written
+-- purpose: Recreate the generated full-text column, which rewrites and locks the whole table.
+-- lock: ACCESS EXCLUSIVE on {table}, for as long as rewriting it takes
 -- undo: retire.drop_column
 ALTER TABLE {table} ADD COLUMN {fulltext} {column_type} GENERATED ALWAYS AS ({expression}) STORED;

@@ -6,7 +6,7 @@ SELECT coalesce((SELECT sum(pg_stat_get_numscans(o)) FROM unnest(%(oids)s::oid[]
        extract(epoch FROM clock_timestamp())::float8 AS at_s, clock_timestamp()::text AS at;
 
 -- name: forward
--- purpose: Let the name that the application calls answer by the new target alone.
+-- purpose: Let the name that the application calls answer from the new target alone.
 -- lock: none on the target
 -- undo: model_change.swap_back, while the copy of the former function is there
 CREATE OR REPLACE FUNCTION {function}({arguments}) RETURNS {result}

@@ -1,7 +1,7 @@
 -- Phase 30: what is added beside the application's own columns, and how it is taken away again.
 
 -- name: add_columns
--- purpose: Add the vector column, the time it was set, and the hash of the text it was made from; all empty. A session's prepared SELECT * fails once ("cached plan must not change result type"): let the pool reconnect.
+-- purpose: Add three empty columns: the vector, when it was set, and the hash of the text it was made from. A session's prepared SELECT * fails once ("cached plan must not change result type"): let the pool reconnect.
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds; nothing is rewritten
 -- undo: schema.drop_columns
 ALTER TABLE {table}
@@ -10,7 +10,7 @@ ALTER TABLE {table}
     ADD COLUMN IF NOT EXISTS {embedding_hash} bytea;
 
 -- name: create_staging
--- purpose: Make the staging table: one row a key, with the vector and the hash of the text it was made from.
+-- purpose: Create the staging table: one row per key, with the vector and the hash of the text it was made from.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_staging
 CREATE TABLE IF NOT EXISTS {staging} AS
@@ -24,7 +24,7 @@ ALTER TABLE {staging}
     ALTER COLUMN staged_at SET DEFAULT now();
 
 -- name: create_rejected
--- purpose: Make the table of rows and vectors that were refused, each with its reason; a key may be none at all.
+-- purpose: Create the table of rejected rows and vectors, each with its reason; a key may be missing.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_staging
 CREATE TABLE IF NOT EXISTS {rejected} AS
@@ -36,7 +36,7 @@ ALTER TABLE {rejected}
 CREATE INDEX ON {rejected} (key);
 
 -- name: create_queue
--- purpose: Make the queue of rows whose text was inserted or changed; only ever appended to, so no writer waits.
+-- purpose: Create the queue of rows whose text was inserted or changed; it is only appended to, so no writer waits.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_queue
 CREATE TABLE IF NOT EXISTS {queue} AS
@@ -52,7 +52,7 @@ ALTER TABLE {queue}
 CREATE INDEX ON {queue} (key);
 
 -- name: create_capture_function
--- purpose: Make the function that queues a row. It runs as its owner, since writers need no rights on the ledger.
+-- purpose: Create the function that queues a row. It runs as its owner, so writers need no rights on the ledger.
 -- lock: none on the target
 -- undo: schema.drop_capture
 CREATE OR REPLACE FUNCTION {capture_function}() RETURNS trigger
@@ -64,7 +64,7 @@ END
 $$;
 
 -- name: create_triggers
--- purpose: Queue every inserted row, and every row whose text or key changed, byte by byte; other columns queue nothing. ALWAYS: rows that replication brings are queued too.
+-- purpose: Queue every inserted row, and every row whose text or key changed, byte by byte; other columns queue nothing. ALWAYS: replicated rows are queued too.
 -- lock: SHARE ROW EXCLUSIVE on {table}, for milliseconds
 -- undo: schema.drop_capture
 CREATE TRIGGER {insert_trigger} AFTER INSERT ON {table}
@@ -74,7 +74,7 @@ CREATE TRIGGER {update_trigger} AFTER UPDATE ON {table}
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {insert_trigger}, ENABLE ALWAYS TRIGGER {update_trigger};
 
 -- name: drop_triggers
--- purpose: Remove triggers of ours that are incomplete, switched off or of an earlier release; they are created again next.
+-- purpose: Remove our triggers that are incomplete, disabled or of an earlier release; they are recreated next.
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds
 -- undo: schema.create_triggers
 DROP TRIGGER IF EXISTS {insert_trigger} ON {table};
@@ -98,7 +98,7 @@ ALTER TABLE {table}
     DROP COLUMN IF EXISTS {embedding_hash};
 
 -- name: drop_staging
--- purpose: Remove the staging table and the table of refused vectors.
+-- purpose: Remove the staging table and the table of rejected vectors.
 -- lock: none on the target
 -- undo: schema.create_staging, then load again
 DROP TABLE IF EXISTS {staging};

@@ -58,7 +58,7 @@ ORDER BY score DESC, t.{key}
 LIMIT %(k)s;
 
 -- name: create_route
--- purpose: Make the table that says where reads go; moving them is one row in one transaction.
+-- purpose: Create the table that says where reads go; moving them is one row in one transaction.
 -- lock: none on the target
 -- undo: search.drop_function
 CREATE TABLE IF NOT EXISTS {route} (
@@ -70,7 +70,7 @@ CREATE TABLE IF NOT EXISTS {route} (
 );
 
 -- name: create_strategy
--- purpose: Make the table that says how to search by which filter; 70_tune fills it with what it measured.
+-- purpose: Create the table that says how to search by which filter; 70_tune fills it.
 -- lock: none on the target
 -- undo: search.drop_function
 CREATE TABLE IF NOT EXISTS {strategy} (
@@ -94,7 +94,7 @@ COMMENT ON TABLE {strategy} IS 'How the search functions search: one row a filte
     ' any row, they are searched exactly.';
 
 -- name: create_way_to_search
--- purpose: Make the function that says how to search by one value, so that callers need not read all values of all rows.
+-- purpose: Create the function that says how to search by one value, so callers need not read all values of all rows.
 -- lock: none on the target
 -- undo: ledger.drop_schema
 CREATE OR REPLACE FUNCTION {way_to_search}(of_target text, of_filter text, of_value text)
@@ -116,7 +116,7 @@ $$;
 INSERT INTO {route} (target, route, share_percent) VALUES ({target_name}, 'legacy', 0) ON CONFLICT DO NOTHING;
 
 -- name: create_function
--- purpose: Make the one function that the application calls; it answers by the route that the table says.
+-- purpose: Create the one function that the application calls; it answers by the route in the table.
 -- lock: none on the target
 -- undo: search.drop_function
 CREATE OR REPLACE FUNCTION {function}({arguments})
@@ -223,13 +223,13 @@ GRANT SELECT ON {route} TO {role};
 GRANT EXECUTE ON FUNCTION {way_to_search}(text, text, text) TO {role};
 
 -- name: set_search_settings
--- purpose: Give the function the index settings that were found by measuring.
+-- purpose: Give the function the measured index settings.
 -- lock: none on the target
 -- undo: search.reset_search_settings
 ALTER FUNCTION {function}({signature}) SET {setting} = {value};
 
 -- name: reset_search_settings
--- purpose: Take the index settings from the function.
+-- purpose: Remove the index settings from the function.
 -- lock: none on the target
 -- undo: search.set_search_settings
 ALTER FUNCTION {function}({signature}) RESET {setting};
@@ -243,13 +243,13 @@ DELETE FROM {route} WHERE target = {target_name};
 DELETE FROM {strategy} WHERE target = {target_name};
 
 -- name: forget_strategies
--- purpose: Forget how to search by which filter; every search then runs with the function's own settings.
+-- purpose: Forget how to search by which filter; every search then uses the function's own settings.
 -- lock: rows of the strategy table
 -- undo: search.learn_strategy
 DELETE FROM {strategy} WHERE target = {target_name};
 
 -- name: learn_strategy
--- purpose: Write down how to search by a filter's value, or (NULL) by every value of it that is not listed.
+-- purpose: Record how to search by a filter's value, or (NULL) by every value that is not listed.
 -- lock: one row of the strategy table
 -- undo: search.forget_strategies
 INSERT INTO {strategy} (target, filter, value, scan, candidates, iterative_scan, most_scanned, share, recall, p50_ms)

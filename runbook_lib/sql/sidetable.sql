@@ -1,7 +1,7 @@
 -- Vectors in a table of their own, one row a key, beside the table.
 
 -- name: create
--- purpose: Make the table for the vectors; a row that is deleted takes its vector with it.
+-- purpose: Create the side table for the vectors; deleting a row deletes its vector.
 -- lock: SHARE ROW EXCLUSIVE on {table}, for milliseconds
 -- undo: sidetable.drop
 CREATE TABLE {vectors} AS
@@ -17,13 +17,13 @@ ALTER TABLE {vectors}
 {grants};
 
 -- name: drop
--- purpose: Remove the table of the vectors, with them.
+-- purpose: Remove the side table with its vectors.
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds, since its foreign key goes with it
 -- undo: sidetable.create, then load and backfill again
 DROP TABLE IF EXISTS {vectors};
 
 -- name: promote
--- purpose: Let the staging table take the place of the table beside, and make an empty staging table. No row is copied.
+-- purpose: Rename the staging table to become the side table, and create an empty staging table. No row is copied.
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds, while the foreign key moves over
 -- undo: sidetable.drop
 LOCK TABLE {vectors} IN ACCESS EXCLUSIVE MODE;
@@ -42,32 +42,32 @@ ALTER TABLE {vectors}
 
 -- name: delete_orphans
 -- purpose: Remove the vectors of rows that were deleted after they were staged.
--- lock: ROW EXCLUSIVE on the table beside; none on the target
+-- lock: ROW EXCLUSIVE on the side table; none on the target
 -- undo: none needed; their rows are gone
 DELETE FROM {vectors} e WHERE NOT EXISTS (SELECT FROM {table} t WHERE t.{key} = e.{key});
 
 -- name: delete_stale
 -- purpose: Remove the vectors of texts that changed after they were staged; those rows wait in the queue.
--- lock: ROW EXCLUSIVE on the table beside; none on the target
+-- lock: ROW EXCLUSIVE on the side table; none on the target
 -- undo: none needed; the queue brings their new vectors
 DELETE FROM {vectors} e USING {table} t
 WHERE t.{key} = e.{key} AND t.{key} IN (SELECT q.key FROM {queue} q) AND e.{embedding_hash} IS DISTINCT FROM {text_hash};
 
 -- name: validate
--- purpose: Check the foreign key of the rows that were there before it.
--- lock: SHARE UPDATE EXCLUSIVE on the table beside; ROW SHARE on {table}
+-- purpose: Check the foreign key for the rows that existed before it.
+-- lock: SHARE UPDATE EXCLUSIVE on the side table; ROW SHARE on {table}
 -- undo: none needed
 ALTER TABLE {vectors} VALIDATE CONSTRAINT {foreign_key};
 
 -- name: analyze
--- purpose: Tell the planner about the vectors; without it, it would not choose the index for the join.
--- lock: SHARE UPDATE EXCLUSIVE on the table beside; none on the target
+-- purpose: Collect statistics; without them the planner would not choose the index for the join.
+-- lock: SHARE UPDATE EXCLUSIVE on the side table; none on the target
 -- undo: none needed
 ANALYZE {vectors};
 
 -- name: upsert
--- purpose: Give each row of a batch its vector, if its text is still the one that the vector was made from.
--- lock: ROW EXCLUSIVE on the table beside; ROW SHARE on {table}, on the rows of one batch, until its commit
+-- purpose: Give each row of a batch its vector, if its text is still the text that was embedded.
+-- lock: ROW EXCLUSIVE on the side table; ROW SHARE on {table}, on the rows of one batch, until its commit
 -- undo: sidetable.drop
 INSERT INTO {vectors} AS e ({key}, {embedding}, {embedding_hash}, {embedding_updated_at})
 SELECT t.{key}, s.embedding, s.text_hash, now() FROM {staging} s JOIN {table} t ON t.{key} = s.key
@@ -79,12 +79,12 @@ WHERE e.{embedding_hash} IS DISTINCT FROM excluded.{embedding_hash};
 
 -- name: clear_textless
 -- purpose: Remove the vectors of rows whose text is gone.
--- lock: ROW EXCLUSIVE on the table beside; none on the target
+-- lock: ROW EXCLUSIVE on the side table; none on the target
 -- undo: none needed; there is no text to search
 DELETE FROM {vectors} e USING {table} t WHERE t.{key} = e.{key} AND NOT {has_text};
 
 -- name: sizes
--- purpose: Is the table beside empty, and is there anything staged?
+-- purpose: Is the side table empty, and is there anything staged?
 SELECT NOT EXISTS (SELECT FROM {vectors}) AS empty, EXISTS (SELECT FROM {staging}) AS staged;
 
 -- name: is_validated

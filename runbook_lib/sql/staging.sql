@@ -45,19 +45,19 @@ LEFT JOIN LATERAL (
 LEFT JOIN {staging} s ON s.key = g.key;
 
 -- name: forget
--- purpose: Take out staged vectors of older texts before the new ones arrive.
+-- purpose: Remove staged vectors of older texts before the new ones arrive.
 -- lock: ROW EXCLUSIVE on the staging table
 -- undo: load again
 DELETE FROM {staging} WHERE key = ANY (%(keys)s);
 
 -- name: copy
--- purpose: COPY the vectors into the staging table, in binary, a transaction a batch.
+-- purpose: COPY the vectors into the staging table, in binary, one transaction per batch.
 -- lock: ROW EXCLUSIVE on the staging table; none on the target
 -- undo: schema.drop_staging
 COPY {staging} (key, text_hash, embedding) FROM STDIN (FORMAT BINARY);
 
 -- name: reject
--- purpose: Keep each refused row's key, as a key of the table or as the text that is none, its reason and detail.
+-- purpose: Record each rejected row's key, reason and detail.
 -- lock: ROW EXCLUSIVE on the table of refused vectors
 -- undo: schema.drop_staging
 INSERT INTO {rejected} (key, key_text, reason, detail) VALUES (%(key)s, %(key_text)s, %(reason)s, %(detail)s);

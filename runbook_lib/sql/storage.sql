@@ -1,7 +1,7 @@
 -- Operate 50: what an index could hold, compared on the table's own rows.
 
 -- name: create_scratch
--- purpose: Make the scratch table that holds a sample of the vectors; unlogged, so that no replica has to copy it.
+-- purpose: Create the scratch table for a sample of the vectors; unlogged, so no replica has to copy it.
 -- lock: none on the target
 -- undo: storage.drop_scratch
 CREATE UNLOGGED TABLE {scratch} WITH (autovacuum_enabled = off) AS
@@ -9,7 +9,7 @@ CREATE UNLOGGED TABLE {scratch} WITH (autovacuum_enabled = off) AS
 ALTER TABLE {scratch} ADD PRIMARY KEY ({key});
 
 -- name: fill_scratch
--- purpose: Copy vectors of random pages into the scratch table, and those of every judged row.
+-- purpose: Copy vectors of random pages, and those of every judged row, into the scratch table.
 -- lock: none on the target
 -- undo: storage.drop_scratch
 INSERT INTO {scratch} ({key}, {embedding})

@@ -5,19 +5,19 @@
 SELECT set_config('lock_timeout', %(lock_ms)s, true), set_config('statement_timeout', %(statement_ms)s, true);
 
 -- name: create_probe
--- purpose: Make an empty table with the vector column, for the index to be tried on; rolled back.
+-- purpose: Create an empty table with the vector column, to try the index on; rolled back.
 -- lock: none on the target
 -- undo: its own rollback
 CREATE TABLE {probe} ({embedding} {vector_type});
 
 -- name: create_hnsw
--- purpose: Make the index of the parameters on that empty table; CONCURRENTLY cannot be tried in a transaction.
+-- purpose: Create the index of the parameters on that empty table; CONCURRENTLY cannot be tried in a transaction.
 -- lock: none on the target
 -- undo: its own rollback
 CREATE INDEX ON {probe} USING hnsw ({indexed} {operator_class}) WITH (m = {m}, ef_construction = {ef_construction});
 
 -- name: create_ivfflat
--- purpose: Make the index of the parameters on that empty table; CONCURRENTLY cannot be tried in a transaction.
+-- purpose: Create the index of the parameters on that empty table; CONCURRENTLY cannot be tried in a transaction.
 -- lock: none on the target
 -- undo: its own rollback
 CREATE INDEX ON {probe} USING ivfflat ({indexed} {operator_class}) WITH (lists = 1);
@@ -87,7 +87,7 @@ SELECT key FROM (
 ) k ORDER BY place, random();
 
 -- name: lock_rows
--- purpose: Of these rows, lock those that nobody else has locked, so that no writer changes one between two looks.
+-- purpose: Lock those of these rows that nobody else has locked, so no writer changes one between two looks.
 -- lock: ROW SHARE on {table}, on these rows, rolled back at once
 -- undo: its own rollback
 SELECT t.{key} AS key FROM {table} t WHERE t.{key} = ANY (%(keys)s) FOR NO KEY UPDATE SKIP LOCKED;
@@ -132,25 +132,25 @@ WHERE l.pid = pg_backend_pid() AND l.database = (SELECT oid FROM pg_database WHE
 ORDER BY 2;
 
 -- name: disable_trigger
--- purpose: Leave one trigger out of a trial.
+-- purpose: Disable one trigger during a trial.
 -- lock: SHARE ROW EXCLUSIVE on {table}, for milliseconds, rolled back at once
 -- undo: its own rollback
 ALTER TABLE {relation} DISABLE TRIGGER {hook};
 
 -- name: disable_rule
--- purpose: Leave one rule out of a trial.
+-- purpose: Disable one rule during a trial.
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds, rolled back at once
 -- undo: its own rollback
 ALTER TABLE {relation} DISABLE RULE {hook};
 
 -- name: create_harmless_function
--- purpose: Make the function that stands in a trial for one that would act outside of the database.
+-- purpose: Create the function that replaces one that would act outside the database, during a trial.
 -- lock: none on the target
 -- undo: its own rollback
 CREATE FUNCTION pg_temp.runbook_trial() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
 
 -- name: drop_trigger
--- purpose: Take a trigger away for a trial, where it is made again with a function that does nothing.
+-- purpose: Remove a trigger during a trial, to replace it by one that does nothing.
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds, rolled back at once
 -- undo: its own rollback
 DROP TRIGGER {hook} ON {relation};

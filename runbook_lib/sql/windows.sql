@@ -1,7 +1,7 @@
 -- Phase 50: the windows that workers on one or many machines share, and the row by which a DBA steers them.
 
 -- name: create_windows
--- purpose: Make the list of windows; each worker claims one after the other.
+-- purpose: Create the list of batch ranges, which workers claim one after the other.
 -- lock: ACCESS SHARE on {table}
 -- undo: windows.drop
 CREATE TABLE IF NOT EXISTS {window} AS
@@ -20,7 +20,7 @@ ALTER TABLE {window}
     ADD COLUMN done_at timestamptz;
 
 -- name: create_control
--- purpose: Make the row by which a DBA pauses or slows the backfill while it runs.
+-- purpose: Create the row with which a DBA pauses or slows the backfill.
 -- lock: none on the target
 -- undo: windows.drop
 CREATE TABLE IF NOT EXISTS {control} (
