@@ -2,6 +2,7 @@
 
 import ast
 import re
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
@@ -60,6 +61,17 @@ def test_a_cell_out_of_order_is_told_of_a_section_that_is_there(path: Path) -> N
     titles = re.findall(r"^## (.*)$", "\n".join(c.source for c in cells(path, "markdown")), re.M)
     for told in (cell_order.OPEN, cell_order.REQUIRE, cell_order.PLAN, cell_order.PROVE, cell_order.CLOSE):
         assert [title for title in titles if title.startswith(told)], told
+
+
+@notebooks
+def test_a_function_that_its_text_names_can_be_called_in_it(path: Path) -> None:
+    imported: dict[str, str] = {}
+    for cell in cells(path, "code"):
+        for package, names in re.findall(r"^from (runbook_lib[\w.]*) import ([\w, ]+)$", cell.source, re.M):
+            imported |= {name: f"{package}.{name}" for name in names.split(", ")}
+    text = "\n".join(c.source for c in cells(path, "markdown"))
+    for module, function in re.findall(r"`(\w+)\.(\w+)\(phase", text):
+        assert module == "phase" or hasattr(import_module(imported[module]), function), f"{module}.{function}"
 
 
 @notebooks
