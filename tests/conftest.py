@@ -63,12 +63,28 @@ def server() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def database(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    """DSN of an empty database, which the parameters find through the environment; dropped afterwards."""
-    name = f"t_{abs(hash(request.node.nodeid)):x}"
+@pytest.fixture(scope="session")
+def with_articles(server: str) -> str:
+    """Name of a database with the toy table, to be copied: quicker than making the table for each test."""
+    name = "with_articles"
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    with psycopg.connect(make_conninfo(server, dbname=name), autocommit=True) as connection:
+        toy.create_articles(connection)
+    return name
+
+
+@pytest.fixture
+def database(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """DSN of a database, which the parameters find through the environment; dropped afterwards.
+
+    It holds the toy table where the test asks for ``articles``, and is empty elsewhere.
+    """
+    name = f"t_{abs(hash(request.node.nodeid)):x}"
+    origin = request.getfixturevalue("with_articles") if "articles" in request.fixturenames else "template1"
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(origin))
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(create)
         dsn = make_conninfo(server, dbname=name)
         monkeypatch.setenv(DSN_ENV, dsn)
         yield dsn
@@ -79,7 +95,6 @@ def database(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 def articles(database: str) -> Iterator[psycopg.Connection[Any]]:
     """A superuser's connection to a database that holds the toy table."""
     with psycopg.connect(database, autocommit=True) as connection:
-        toy.create_articles(connection)
         yield connection
 
 

@@ -124,4 +124,6 @@ def params(dsn_env: str) -> dict[str, Any]:
         "queries": {"file": "queries.jsonl", "judgements": "judgements.jsonl", "sample": 20},
         "locks": {"timeout_ms": 100, "tries": 3, "longest_wait_between_tries_s": 0.1},
         "search": {"fulltext_column": "tsv"},
+        # Enough to be sure of a choice; with all rows as queries too, tuning took most of a migration.
+        "tune": {"queries": 60},
     }
