@@ -84,6 +84,16 @@ def _imports_of(source: str) -> list[str]:
     return [ast.unparse(s) for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
 
 
+class _Client(PapermillNotebookClient):  # type: ignore[misc]
+    def papermill_execute_cells(self) -> None:
+        """Executes the cells. A kernel in which all of them passed has closed its phase: nothing is left that it could
+        end, and it need not be waited for, which takes as long as its start.
+        """
+        super().papermill_execute_cells()
+        if not any(cell.metadata.get("papermill", {}).get("exception") for cell in self.nb.cells):
+            self.shutdown_kernel = "immediate"
+
+
 class _Engine(NBClientEngine):  # type: ignore[misc]
     """papermill's own, with a kernel that may be there already and is ended with the notebook."""
 
@@ -93,7 +103,7 @@ class _Engine(NBClientEngine):  # type: ignore[misc]
     ) -> Any:
         """Executes the cells; the kernel is ended, whatever happens."""
         kernel = ahead.take(notebook)
-        return PapermillNotebookClient(nb_man, km=kernel, log=logger, coalesce_streams=True).execute(cleanup_kc=True)
+        return _Client(nb_man, km=kernel, log=logger, coalesce_streams=True).execute(cleanup_kc=True)
 
 
 papermill_engines.register(ENGINE, _Engine)
