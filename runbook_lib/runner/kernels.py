@@ -86,8 +86,8 @@ def _imports_of(source: str) -> list[str]:
 
 class _Client(PapermillNotebookClient):  # type: ignore[misc]
     def papermill_execute_cells(self) -> None:
-        """Executes the cells. A kernel in which all of them passed has closed its phase: nothing is left that it could
-        end, and it need not be waited for, which takes as long as its start.
+        """Executes the cells. A kernel in which all of them passed has closed its phase: nothing is left that it
+        could end, and it need not be waited for, which takes as long as its start.
         """
         super().papermill_execute_cells()
         if not any(cell.metadata.get("papermill", {}).get("exception") for cell in self.nb.cells):
