@@ -25,7 +25,7 @@ from runbook_lib.migrate import (
     shadow,
     tune,
 )
-from runbook_lib.operate import monitor
+from runbook_lib.operate import monitor, reads_to_legacy
 from runbook_lib.runner import target_status
 from runbook_lib.search import live_shadow, search_function
 from tests import toy
@@ -307,15 +307,15 @@ def test_undo_under_load_sends_every_read_back_and_no_call_fails(ready: Callable
     phase = ready()
     cut_over.apply(phase)
     with load(database) as seen:
-        cut_over.undo(phase)
-        assert cut_over.verify_undone(phase).passed
+        reads_to_legacy.undo(phase)
+        assert reads_to_legacy.verify_undone(phase).passed
         for _ in range(20):
-            cut_over.undo(phase)
+            reads_to_legacy.undo(phase)
             search_function.move_route(phase, "vector", 100, "back and forth")
-        cut_over.undo(phase)
+        reads_to_legacy.undo(phase)
     assert (seen.errors, seen.empty) == ([], 0) and seen.calls > 10
-    assert cut_over.undo_plan(phase).statements == ()
-    assert cut_over.verify_undone(phase).passed
+    assert reads_to_legacy.undo_plan(phase).statements == ()
+    assert reads_to_legacy.verify_undone(phase).passed
     assert target_status.where_it_stands(phase.params)["summary"].endswith("; reads go to legacy")
     assert monitor._route_is_as_set(phase).verdict == "PASS"
 

@@ -22,8 +22,7 @@ from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.core.target import load_params
 from runbook_lib.indexes import building
-from runbook_lib.migrate import cut_over
-from runbook_lib.operate import legacy_usage, monitor, retirable, retire_legacy
+from runbook_lib.operate import legacy_usage, monitor, reads_to_legacy, retirable, retire_legacy
 from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
@@ -171,7 +170,7 @@ def test_the_way_back_from_the_start_brings_legacy_back_first(
     freshness = {g.name: str(g.verdict) for g in monitor._rows_are_fresh(_open(path), False)}
     assert freshness == {"watch.nothing_is_missing": "PASS", "watch.nothing_is_stale": "PASS"}
     assert not monitor._changes_are_captured(_open(path)), "the watch goes on without a queue"
-    (first, *_) = cut_over.undo_plan(_open(path)).statements
+    (first, *_) = reads_to_legacy.undo_plan(_open(path)).statements
     assert first.name == "retire.add_column" and "locks the whole table" in first.purpose
     step("undo/reads", path)
     assert indexes(articles) == ALL

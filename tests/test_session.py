@@ -28,6 +28,7 @@ from runbook_lib.migrate import (
     shadow,
     tune,
 )
+from runbook_lib.operate import reads_to_legacy
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests import toy
@@ -125,7 +126,7 @@ def test_a_whole_migration_under_hostile_settings(
         assert articles.execute(refused).fetchone() == (toy.ROWS,)
         others = "SELECT relname FROM pg_class c JOIN pg_am a ON a.oid = c.relam WHERE a.amname = 'heap_of_others'"
         assert articles.execute(others).fetchall() == []
-        cut_over.undo(phase)
+        reads_to_legacy.undo(phase)
         for back in (build_index, expand_schema, search_function):
             back.undo(phase)
         there = (

@@ -175,7 +175,7 @@ _STEPS = (
     _rollback(
         "reads",
         "nothing: reads go back to legacy",
-        "migrate.cut_over.undo_plan",
+        "operate.reads_to_legacy.undo_plan",
         of=("90_cut_over", "80_shadow"),
         takes="one row, one transaction: milliseconds",
     ),

@@ -18,7 +18,6 @@ from runbook_lib.core.ledger import SQL as LEDGER_SQL
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, percent
 from runbook_lib.migrate import live_calls
-from runbook_lib.operate import retire_legacy
 from runbook_lib.search import search_function, statements
 from runbook_lib.sql import load
 
@@ -305,10 +304,11 @@ def _live_gates(seen: live_calls.Seen, canary: Callable[..., Gate], again: str, 
 
 def verify(phase: Phase) -> Gates:
     """The route's row and the function's own answers agree: every read goes to the new route."""
-    return collect([_route_is(phase, phase.params.cut_over.route, 100), _function_answers_by_route(phase)])
+    return collect([route_is(phase, phase.params.cut_over.route, 100), _function_answers_by_route(phase)])
 
 
-def _route_is(phase: Phase, route: str, share: int) -> Gate:
+def route_is(phase: Phase, route: str, share: int) -> Gate:
+    """Do reads go this route, at this share in per cent?"""
     found, found_share = search_function.current_route(phase.connection, phase.params)
     return gate(
         "cutover.route_is_set",
@@ -333,39 +333,3 @@ def _function_answers_by_route(phase: Phase) -> Gate:
         do="look at the route table and at the function's source",
         figures=step.as_data(),
     )
-
-
-def undo_plan(phase: Phase) -> db.Plan:
-    """One UPDATE of one row, if reads go anywhere but to legacy; where legacy was retired, it is made again first."""
-    if search_function.function_state(phase.connection, phase.params) is None or search_function.current_route(
-        phase.connection, phase.params
-    ) == ("legacy", 0):
-        return db.Plan((), phase.connection)
-    back: dict[str, Any] = {"route": "legacy", "share_percent": 0}
-    move = db.statement(search_function.SQL["move_route"], phase.params, **back)
-    return db.Plan((*retire_legacy.undo_plan(phase), move), phase.connection)
-
-
-@changes
-def undo(phase: Phase) -> Table:
-    """Sends every read back to the legacy query and writes down that it did; where that was retired, builds its
-    indexes again first.
-    """
-    if not phase.execute:
-        return phase.carry_out(undo_plan(phase))
-    retire_legacy.undo(phase)
-    done = phase.carry_out(undo_plan(phase))
-    noted = phase.ledger.latest("route")
-    if noted and noted["route"] != "legacy":
-        phase.note("route", {"route": "legacy", "share_percent": 0, "reason": "rolled back"})
-    return done
-
-
-def verify_undone(phase: Phase) -> Gates:
-    """Every read goes to legacy, or there is no function any more."""
-    if search_function.function_state(phase.connection, phase.params) is None:
-        gone = gate(
-            "cutover.route_is_set", True, phase.params.target.name, found="no function, so no route", needed="none"
-        )
-        return collect([gone])
-    return collect([_route_is(phase, "legacy", 0)])

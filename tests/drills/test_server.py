@@ -20,7 +20,7 @@ from runbook_lib.cli import embedded
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import open_phase
 from runbook_lib.migrate import baseline, build_index, cut_over, shadow, tune
-from runbook_lib.operate import monitor
+from runbook_lib.operate import monitor, reads_to_legacy
 from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV
@@ -181,8 +181,8 @@ def test_a_standby_promoted_after_the_cut_over_serves_and_is_watched_and_leads_b
         found = cut_over.verify(phase) + monitor.look(phase)
         assert found.passed, str(found)
     with kit.opened(params_file, "undo/reads") as phase:
-        cut_over.undo(phase)
-        assert cut_over.verify_undone(phase).passed
+        reads_to_legacy.undo(phase)
+        assert reads_to_legacy.verify_undone(phase).passed
     assert answers(either) == {"legacy"}
     when = "in a refresh after the cut-over" if step else "after the cut-over"
     kit.nothing_is_lost(either, f"the primary lost {when}, and its standby promoted")
