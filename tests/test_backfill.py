@@ -155,7 +155,7 @@ def test_a_session_may_come_to_help(
 ) -> None:
     phase = loaded()
     params_file = str(write_params(tmp_path))
-    with pytest.raises(BadInput, match="no open window"):
+    with pytest.raises(BadInput, match="no open range"):
         backfill.help_out(params_file)
     with phase.opened():
         batch_ranges.create(phase)

@@ -34,7 +34,7 @@ TYPES = {
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("rows", [10, 25])
-def test_keys_of_any_type_are_cut_into_windows_that_leave_no_gap(
+def test_keys_of_any_type_are_cut_into_ranges_that_leave_no_gap(
     articles: psycopg.Connection[Any], kind: str, rows: int
 ) -> None:
     moods = sql.SQL(", ").join(sql.Literal(f"mood {i}") for i in range(1, 26))

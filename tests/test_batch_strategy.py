@@ -1,4 +1,4 @@
-"""The strategy follows the table's facts, and says why; the first windows show whether it pays."""
+"""The strategy follows the table's facts, and says why; the first ranges show whether it pays."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def test_a_table_with_indexes_is_gone_through_page_by_page(make_params: Callable
     assert batch_strategy.pick(p, 180000, [TABLE], reads_ranges=True, tried=TRIED) == StrategyChoice(
         "page_interleaved",
         "the table has 2 indexes, gin among them; 60 rows tried, 4 of them without leaving their page (HOT), as the"
-        " pages are now; the first windows show how many stay",
+        " pages are now; the first ranges show how many stay",
     )
     assert batch_strategy.pick(p, 180000, [TABLE], reads_ranges=True) == StrategyChoice(
-        "page_interleaved", "the table has 2 indexes, gin among them; the first windows show how many stay"
+        "page_interleaved", "the table has 2 indexes, gin among them; the first ranges show how many stay"
     )
 
 
@@ -119,7 +119,7 @@ def table(articles: psycopg.Connection[Any], prose: str) -> Iterator[Callable[..
 
 @pytest.fixture
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows so small that a table of a few pages has several, and a probe that they suffice for."""
+    """Ranges so small that a table of a few pages has several, and a probe that they suffice for."""
     monkeypatch.setattr(batch_ranges, "FEWEST_BLOCKS_A_WINDOW", 4)
     monkeypatch.setattr(workers, "UPDATES_OF_THE_PROBE", 200)
     monkeypatch.setattr(throttle, "SECONDS_BETWEEN_LOOKS", 0.01)
@@ -137,12 +137,12 @@ def test_where_rows_stay_on_their_page_it_goes_page_by_page_to_the_end(
     assert noted["hot_share"] > batch_strategy.LEAST_HOT_SHARE
 
 
-def test_where_few_stay_the_first_windows_show_it_and_it_goes_on_by_windows(
+def test_where_few_stay_the_first_ranges_show_it_and_it_goes_on_by_whole_ranges(
     table: Callable[..., psycopg.Connection[Any]], open_phase: Open, early: None
 ) -> None:
     connection = table(150)
     noted = _filled(open_phase, batch_rows=20, most_batch_rows=20)
-    assert noted["remark"].startswith("only ") and noted["remark"].endswith("from here window by window")
+    assert noted["remark"].startswith("only ") and noted["remark"].endswith("from here range by range")
     assert noted["hot_share"] < batch_strategy.LEAST_HOT_SHARE and noted["rows"] == ROWS
     assert noted["hot_share"] == pytest.approx(_counted(connection), abs=0.02)
 

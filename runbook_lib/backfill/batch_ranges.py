@@ -1,6 +1,6 @@
-"""The windows of a backfill: cut once, claimed by one worker at a time, taken over from one that is gone or silent.
+"""The ranges of a backfill: cut once, claimed by one worker at a time, taken over from one that is gone or silent.
 
-A worker that wakes up after its window was taken over does no harm: each update asks for the hash of the text.
+A worker that wakes up after its range was taken over does no harm: each update asks for the hash of the text.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from runbook_lib.sql import load
 SQL = load("windows")
 BACKFILL = load("backfill")
 
-# A window is about a second's work: what a dead worker leaves undone, and what is claimed at once.
+# A range is about a second's work: what a dead worker leaves undone, and what is claimed at once.
 BLOCKS_A_WINDOW = 1024
 FEWEST_BLOCKS_A_WINDOW = 64
 ROWS_A_WINDOW = 10_000
-# So many windows for each worker at least, so that none waits long for the last.
+# So many ranges for each worker at least, so that none waits long for the last.
 WINDOWS_A_WORKER = 8
 
 
 @dataclass(frozen=True)
-class Window:
+class BatchRange:
     """A range of heap blocks, its end left out; or of keys, its start left out. ``claims`` counts its workers."""
 
     id: int
@@ -45,7 +45,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Round:
-    """How far the round is. taken_over: windows that more than one worker claimed."""
+    """How far the round is. taken_over: ranges that more than one worker claimed."""
 
     windows: int
     left: int
@@ -94,38 +94,38 @@ def _cut_blocks(connection: db.Connection, params: Params) -> None:
         connection.execute(SQL["cut_blocks"].compose(names(params)), {"part": r.part, "blocks": blocks})
 
 
-def claim(connection: db.Connection, params: Params, worker: str) -> Window | None:
-    """Claims the next window for this worker; None where none is free."""
+def claim(connection: db.Connection, params: Params, worker: str) -> BatchRange | None:
+    """Claims the next range for this worker; None where none is free."""
     lease = params.backfill.lease_s
     found = db.rows(connection, SQL["claim"], params, worker=worker, lease_s=lease)
-    return Window(**found[0]) if found else None
+    return BatchRange(**found[0]) if found else None
 
 
-def still_ours(connection: db.Connection, params: Params, worker: str, window: Window, rows: int) -> bool:
-    """Tells the others that the worker is alive and counts its rows; False where the window was taken over."""
-    return bool(db.rows(connection, SQL["seen"], params, worker=worker, id=window.id, rows=rows))
+def still_ours(connection: db.Connection, params: Params, worker: str, claimed: BatchRange, rows: int) -> bool:
+    """Tells the others that the worker is alive and counts its rows; False where the range was taken over."""
+    return bool(db.rows(connection, SQL["seen"], params, worker=worker, id=claimed.id, rows=rows))
 
 
-def close(connection: db.Connection, params: Params, worker: str, window: Window, rows: int) -> bool:
-    """Marks the window as done; False where it was taken over."""
-    return bool(db.rows(connection, SQL["done"], params, worker=worker, id=window.id, rows=rows))
+def close(connection: db.Connection, params: Params, worker: str, claimed: BatchRange, rows: int) -> bool:
+    """Marks the range as done; False where it was taken over."""
+    return bool(db.rows(connection, SQL["done"], params, worker=worker, id=claimed.id, rows=rows))
 
 
-def passes(connection: db.Connection, params: Params, window: Window) -> Iterator[Sequence[Any]]:
-    """The keys of a window, a list a pass: the largest row of every block, then the next, until none is left.
+def passes(connection: db.Connection, params: Params, claimed: BatchRange) -> Iterator[Sequence[Any]]:
+    """The keys of a range, a list a pass: the largest row of every block, then the next, until none is left.
 
-    A window of keys is one pass.
+    A range of keys is one pass.
     """
-    if window.from_block is None:
-        yield _keys_between(connection, params, window)
+    if claimed.from_block is None:
+        yield _keys_between(connection, params, claimed)
         return
-    values = {"from_tid": f"({window.from_block},0)", "to_tid": f"({window.to_block},0)"}
-    for row in connection.execute(batch_strategy.ranked(connection, params, window.part), values).fetchall():
+    values = {"from_tid": f"({claimed.from_block},0)", "to_tid": f"({claimed.to_block},0)"}
+    for row in connection.execute(batch_strategy.ranked(connection, params, claimed.part), values).fetchall():
         yield row["keys"]
 
 
-def _keys_between(connection: db.Connection, params: Params, window: Window) -> Sequence[Any]:
-    after = sql.SQL("true" if window.after_key is None else "s.key > %(after_key)s")
+def _keys_between(connection: db.Connection, params: Params, claimed: BatchRange) -> Sequence[Any]:
+    after = sql.SQL("true" if claimed.after_key is None else "s.key > %(after_key)s")
     query = BACKFILL["keys_between"].compose(names(params) | {"after": after})
-    row = connection.execute(query, {"after_key": window.after_key, "to_key": window.to_key}).fetchone()
+    row = connection.execute(query, {"after_key": claimed.after_key, "to_key": claimed.to_key}).fetchone()
     return row["keys"] or [] if row else []

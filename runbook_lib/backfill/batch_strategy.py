@@ -59,7 +59,7 @@ def pick(
     params: Params, server_version: int, found: list[Relation], *, reads_ranges: bool, tried: Effects | None = None
 ) -> StrategyChoice:
     """The strategy for these relations. reads_ranges: the planner reads a range of blocks as such. tried: the trial
-    of the UPDATE; it only informs, since the first windows show what stays on its page.
+    of the UPDATE; it only informs, since the first ranges show what stays on its page.
 
     Raises BadInput where the parameters ask for what the server cannot do.
     """
@@ -81,7 +81,7 @@ def pick(
     slow = f", {' and '.join(sorted(set(largest.slow_indexes)))} among them" if largest.slow_indexes else ""
     return StrategyChoice(
         "page_interleaved",
-        f"the table has {largest.indexes} indexes{slow}{forecast}; the first windows show how many stay",
+        f"the table has {largest.indexes} indexes{slow}{forecast}; the first ranges show how many stay",
     )
 
 

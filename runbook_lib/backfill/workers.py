@@ -1,4 +1,4 @@
-"""The workers of a backfill: claim a window, update it batch by batch, rest while the server's health asks for it.
+"""The workers of a backfill: claim a range, update it batch by batch, rest while the server's health asks for it.
 
 Workers are threads with a connection each; the server does the work. The thread that started them looks at the
 server's health, counts, and writes the ledger.
@@ -19,7 +19,7 @@ from typing import Any
 
 from runbook_lib.backfill import batch_ranges, refused_rows, untouched, vector_store
 from runbook_lib.backfill import throttle as throttle_module
-from runbook_lib.backfill.batch_ranges import Window
+from runbook_lib.backfill.batch_ranges import BatchRange
 from runbook_lib.backfill.batch_strategy import LEAST_HOT_SHARE, StrategyChoice
 from runbook_lib.backfill.throttle import Pace, Throttle, first_pace, throttled
 from runbook_lib.core import db
@@ -31,8 +31,8 @@ SQL = load("backfill")
 WINDOWS = load("windows")
 
 SECONDS_BETWEEN_CLAIMS = 0.2
-# After so many updates in windows that are done it is judged whether enough of them stay on their page. Within a
-# window the first pass, of rows that leave, would tell too little.
+# After so many updates in ranges that are done it is judged whether enough of them stay on their page. Within a
+# range the first pass, of rows that leave, would tell too little.
 UPDATES_OF_THE_PROBE = 2000
 # A worker says that it is alive so often within its lease.
 SIGNS_A_LEASE = 4
@@ -59,8 +59,8 @@ class Board:
     stop: threading.Event = field(default_factory=threading.Event)
     hold: threading.Event = field(default_factory=threading.Event)
     batches: queue.SimpleQueue[Batch] = field(default_factory=queue.SimpleQueue)
-    windows: queue.SimpleQueue[list[Batch]] = field(default_factory=queue.SimpleQueue)
-    whole_windows: bool = False
+    ranges: queue.SimpleQueue[list[Batch]] = field(default_factory=queue.SimpleQueue)
+    whole_ranges: bool = False
     most_batch_rows: int | None = None
     rest_ms: int = 0
     refused: dict[Any, str] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class BackfillOutcome:
 
 
 def run(phase: Phase, choice: StrategyChoice, total: int) -> BackfillOutcome:
-    """Works until no window is left, here or elsewhere. total: rows to be done, for the time left.
+    """Works until no range is left, here or elsewhere. total: rows to be done, for the time left.
 
     Raises what stopped a worker, and PausedTooLong; the work goes on from there when it is run again.
     """
@@ -135,11 +135,11 @@ def _count(board: Board, outcome: BackfillOutcome, progress: Progress, choice: S
         outcome.put_off += batch.put_off
         outcome.seconds.append(batch.seconds)
         progress.add(batch.rows, f"{outcome.hot_share:.0%} of the updates touched no index", batch.at)
-    while not board.windows.empty():
-        for batch in board.windows.get():
+    while not board.ranges.empty():
+        for batch in board.ranges.get():
             outcome.judged_rows += batch.rows
             outcome.judged_hot += batch.hot
-    if choice.strategy == "page_interleaved" and not board.whole_windows:
+    if choice.strategy == "page_interleaved" and not board.whole_ranges:
         _judge(board, outcome)
 
 
@@ -148,11 +148,11 @@ def _judge(board: Board, outcome: BackfillOutcome) -> None:
     rows, hot = outcome.judged_rows, outcome.judged_hot
     if rows < UPDATES_OF_THE_PROBE or hot >= LEAST_HOT_SHARE * rows:
         return
-    board.whole_windows = True
+    board.whole_ranges = True
     outcome.remark = (
-        f"only {hot / rows:.0%} of the updates in the first windows stayed on their page: rows too long"
-        " for the room that others leave, or an old snapshot, or a replica's, holds dead rows; from here window by"
-        " window"
+        f"only {hot / rows:.0%} of the updates in the first ranges stayed on their page: rows too long"
+        " for the room that others leave, or an old snapshot, or a replica's, holds dead rows; from here range by"
+        " range"
     )
     print(f"  {outcome.remark}")
 
@@ -170,18 +170,18 @@ def _steer(throttle: Throttle, board: Board) -> None:
 
 
 def work(phase: Phase, board: Board, worker: str) -> None:
-    """One worker: window after window, until none is left or the board says stop."""
+    """One worker: range after range, until none is left or the board says stop."""
     pace = first_pace(phase.params)
     paces = {True: pace, False: pace}
     with phase.another("worker") as connection:
         connection.execute(SQL["session"].compose({}), {"frozen_ms": f"{db.FROZEN_MS}ms"})
         witness = untouched.witness(connection, phase.params, board.seen)
         while not board.stop.is_set():
-            window = batch_ranges.claim(connection, phase.params, worker)
-            if window is not None:
-                _work_on(_Desk(connection, phase, board, worker, window, witness), paces)
+            claimed = batch_ranges.claim(connection, phase.params, worker)
+            if claimed is not None:
+                _work_on(_Desk(connection, phase, board, worker, claimed, witness), paces)
             elif batch_ranges.state(connection, phase.params).left:
-                # Somebody else has them; should that worker die, its windows come free.
+                # Somebody else has them; should that worker die, its ranges come free.
                 board.stop.wait(SECONDS_BETWEEN_CLAIMS)
             else:
                 return
@@ -189,25 +189,25 @@ def work(phase: Phase, board: Board, worker: str) -> None:
 
 @dataclass
 class _Desk:
-    """A worker at one window, and when it last told the others that it is alive."""
+    """A worker at one range, and when it last told the others that it is alive."""
 
     connection: db.Connection
     phase: Phase
     board: Board
     worker: str
-    window: Window
+    claimed: BatchRange
     witness: untouched.Witness | None
     rows: int = 0
     batches: list[Batch] = field(default_factory=list)
     seen: float = field(default_factory=time.monotonic)
 
     def may_go_on(self) -> bool:
-        """Waits while the backfill is held; False if it is stopped, or the window was taken over."""
+        """Waits while the backfill is held; False if it is stopped, or the range was taken over."""
         every = self.phase.params.backfill.lease_s / SIGNS_A_LEASE
         while not self.board.stop.is_set():
             if time.monotonic() - self.seen >= every:
                 if not batch_ranges.still_ours(
-                    self.connection, self.phase.params, self.worker, self.window, self.rows
+                    self.connection, self.phase.params, self.worker, self.claimed, self.rows
                 ):
                     return False
                 self.rows, self.seen = 0, time.monotonic()
@@ -218,7 +218,7 @@ class _Desk:
 
 
 def _work_on(desk: _Desk, paces: dict[bool, Pace]) -> None:
-    """Every pass of a window, in batches; the first pass, whose rows leave their page, has a pace of its own."""
+    """Every pass of a range, in batches; the first pass, whose rows leave their page, has a pace of its own."""
     for n, keys in enumerate(_passes(desk)):
         first, done = n == 0, 0
         while done < len(keys):
@@ -233,13 +233,13 @@ def _work_on(desk: _Desk, paces: dict[bool, Pace]) -> None:
             paces[first] = paces[first].after(batch.rows, batch.seconds)
             if desk.board.rest_ms:
                 desk.board.stop.wait(desk.board.rest_ms / 1000)
-    desk.board.windows.put(desk.batches)
-    batch_ranges.close(desk.connection, desk.phase.params, desk.worker, desk.window, desk.rows)
+    desk.board.ranges.put(desk.batches)
+    batch_ranges.close(desk.connection, desk.phase.params, desk.worker, desk.claimed, desk.rows)
 
 
 def _passes(desk: _Desk) -> Iterator[Sequence[Any]]:
-    passes = batch_ranges.passes(desk.connection, desk.phase.params, desk.window)
-    if not desk.board.whole_windows:
+    passes = batch_ranges.passes(desk.connection, desk.phase.params, desk.claimed)
+    if not desk.board.whole_ranges:
         return passes
     return iter([[key for keys in passes for key in keys]])
 
@@ -258,7 +258,7 @@ def _update(desk: _Desk, keys: Sequence[Any]) -> Batch:
 
 def _transaction(desk: _Desk, keys: Sequence[Any]) -> Batch:
     """A batch of which somebody holds a row is put off to the end instead of waiting longer."""
-    p, part, started = desk.phase.params, desk.window.part, time.perf_counter()
+    p, part, started = desk.phase.params, desk.claimed.part, time.perf_counter()
     statement = vector_store.of(p).write(p, keys, part)
     try:
         with desk.connection.transaction():

@@ -60,7 +60,7 @@ def _to_do(phase: Phase) -> int:
 def apply(phase: Phase) -> Table:
     """Moves every staged vector into the table, then drains the queue of rows that changed meanwhile.
 
-    Windows that are done, and rows that have their vector, are passed over: a run that was stopped goes on.
+    Ranges that are done, and rows that have their vector, are passed over: a run that was stopped goes on.
     """
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
@@ -98,7 +98,7 @@ def _percentiles(outcome: BackfillOutcome) -> tuple[float, float]:
 
 def move_staged(phase: Phase) -> tuple[StrategyChoice, BackfillOutcome]:
     """The backfill itself, without the rows that changed meanwhile: staged vectors to where searches find them. All
-    at once where the store can, then what is left in windows, and last the rows that the windows did not reach.
+    at once where the store can, then what is left in ranges, and last the rows that the ranges did not reach.
 
     Raises GateFailed, before a row is changed, where the UPDATE does more to the table than was agreed to.
     """
@@ -109,7 +109,7 @@ def move_staged(phase: Phase) -> tuple[StrategyChoice, BackfillOutcome]:
     phase.connection.execute(SQL["analyze_staging"].compose(names(phase.params)))
     choice = batch_strategy.choose(phase.connection, phase.params, tried)
     print(f"  {choice}")
-    outcome = _through_windows(phase, choice)
+    outcome = _through_ranges(phase, choice)
     if promoted:
         outcome.rows += promoted
         outcome.seconds.append(seconds)
@@ -134,8 +134,8 @@ def _promote(phase: Phase) -> tuple[int, float]:
     return rows, time.perf_counter() - started
 
 
-def _through_windows(phase: Phase, choice: StrategyChoice) -> BackfillOutcome:
-    """Cuts windows where none are open, and works them off."""
+def _through_ranges(phase: Phase, choice: StrategyChoice) -> BackfillOutcome:
+    """Cuts ranges where none are open, and works them off."""
     connection, params, to_do = phase.connection, phase.params, _to_do(phase)
     if to_do and not batch_ranges.state(connection, params).left:
         batch_ranges.cut(connection, params, choice)
@@ -194,7 +194,7 @@ def _note(phase: Phase, choice: StrategyChoice, outcome: BackfillOutcome, before
 
 
 def _close(phase: Phase, outcome: BackfillOutcome) -> None:
-    """The rows that no window reached: put off, or moved by somebody else while their window was read. First those
+    """The rows that no range reached: put off, or moved by somebody else while their range was read. First those
     that nobody holds, then the others, in short tries.
 
     Raises LockNotObtained, naming rows and holder, where one is held for longer; only such rows are left then.
@@ -253,9 +253,9 @@ def _are_held(phase: Phase, keys: Sequence[Any]) -> LockNotObtained:
 
 
 def help_out(params_file: str) -> Table:
-    """Takes part, from another session or machine, in a backfill that a run has begun; ends when no window is left.
+    """Takes part, from another session or machine, in a backfill that a run has begun; ends when no range is left.
 
-    It claims windows only; the run that began the backfill closes it and proves it. Raises BadInput where nothing
+    It claims ranges only; the run that began the backfill closes it and proves it. Raises BadInput where nothing
     is under way.
     """
     params = load_params(params_file)
@@ -284,7 +284,7 @@ def _nothing_to_help_with(target: str) -> Gate:
         "backfill.is_under_way",
         Verdict.FAIL,
         target,
-        "no open window",
+        "no open range",
         "a run at work on 50_backfill",
         "there is nothing to share",
         "start 50_backfill first, then let others help",

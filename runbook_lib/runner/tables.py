@@ -61,7 +61,7 @@ def backfill(body: Mapping[str, Any]) -> Table | None:
             f"{body['batches']}; {body['batch_p50_ms']} and {body['batch_p95_ms']} ms",
         ),
         ("WAL", size(body["wal_bytes"])),
-        ("workers, windows taken over", f"{body['workers']}, {body['windows_taken_over']}"),
+        ("workers, ranges taken over", f"{body['workers']}, {body['windows_taken_over']}"),
         ("pauses", f"{len(body['pauses'])}"),
     ]
     return "The backfill", ("", ""), rows

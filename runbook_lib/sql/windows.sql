@@ -1,4 +1,4 @@
--- Phase 50: the windows that workers on one or many machines share, and the row by which a DBA steers them.
+-- Phase 50: the ranges that workers on one or many machines share, and the row by which a DBA steers them.
 
 -- name: create_windows
 -- purpose: Create the list of batch ranges, which workers claim one after the other.
@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS {control} (
 INSERT INTO {control} (target) VALUES ({target_name}) ON CONFLICT DO NOTHING;
 
 -- name: drop
--- purpose: Remove the windows and this target's row of control.
+-- purpose: Remove the ranges and this target's row of control.
 -- lock: none on the target
 -- undo: windows.create_windows
 DROP TABLE IF EXISTS {window};
@@ -45,25 +45,25 @@ DROP TABLE IF EXISTS {window};
 DELETE FROM {control} WHERE target = {target_name};
 
 -- name: state
--- purpose: How many windows there are, and how many of them are still to be done.
+-- purpose: How many ranges there are, and how many of them are still to be done.
 SELECT count(*) AS windows, count(*) FILTER (WHERE done_at IS NULL) AS left,
        count(*) FILTER (WHERE claims > 1) AS taken_over, count(DISTINCT claimed_by) AS workers,
        coalesce(sum(rows), 0)::bigint AS rows
 FROM {window};
 
 -- name: forget
--- purpose: Forget the windows of an earlier round.
+-- purpose: Forget the ranges of an earlier round.
 TRUNCATE {window};
 
 -- name: cut_blocks
--- purpose: Cut the heap of the table, or of one partition, into windows of blocks.
+-- purpose: Cut the heap of the table, or of one partition, into ranges of blocks.
 INSERT INTO {window} (part, from_block, to_block)
 SELECT %(part)s, b, b + %(blocks)s
 FROM generate_series(0, greatest(pg_relation_size(to_regclass(%(part)s)) / current_setting('block_size')::int - 1, 0),
                      %(blocks)s) b;
 
 -- name: cut_keys
--- purpose: Cut the staged keys into windows of the same number of rows; by their order alone, since not every type has a max().
+-- purpose: Cut the staged keys into ranges of the same number of rows; by their order alone, since not every type has a max().
 INSERT INTO {window} (part, after_key, to_key)
 SELECT %(part)s, lag(ends.key) OVER (ORDER BY ends.n), ends.key FROM (
     SELECT s.key, row_number() OVER in_order AS n, lead(true) OVER in_order IS NULL AS is_last
@@ -71,7 +71,7 @@ SELECT %(part)s, lag(ends.key) OVER (ORDER BY ends.n), ends.key FROM (
 ) ends WHERE ends.n %% %(rows)s = 0 OR ends.is_last ORDER BY ends.n;
 
 -- name: claim
--- purpose: Claim the next window that nobody has, or whose worker is gone or has not been seen for the lease.
+-- purpose: Claim the next range that nobody has, or whose worker is gone or has not been seen for the lease.
 UPDATE {window} w
 SET claimed_by = %(worker)s, claimed_pid = pg_backend_pid(), seen_at = clock_timestamp(), claims = w.claims + 1,
     claimed_session = (SELECT a.backend_start FROM pg_stat_activity a WHERE a.pid = pg_backend_pid())
@@ -87,17 +87,17 @@ WHERE w.id = (
 ) RETURNING w.id, w.part, w.from_block, w.to_block, w.after_key, w.to_key, w.claims;
 
 -- name: seen
--- purpose: Say that the worker is alive, and what it has done; no row where the window was taken over.
+-- purpose: Say that the worker is alive, and what it has done; no row where the range was taken over.
 UPDATE {window} SET seen_at = clock_timestamp(), rows = rows + %(rows)s
 WHERE id = %(id)s AND claimed_by = %(worker)s AND done_at IS NULL RETURNING id;
 
 -- name: done
--- purpose: Close a window; no row where it was taken over.
+-- purpose: Close a range; no row where it was taken over.
 UPDATE {window} SET seen_at = clock_timestamp(), rows = rows + %(rows)s, done_at = clock_timestamp()
 WHERE id = %(id)s AND claimed_by = %(worker)s AND done_at IS NULL RETURNING id;
 
 -- name: workers
--- purpose: Sessions that hold a window.
+-- purpose: Sessions that hold a range.
 SELECT claimed_pid AS pid FROM {window} WHERE done_at IS NULL AND claimed_pid IS NOT NULL;
 
 -- name: relations
