@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runbook_lib.backfill import partitioned_twin
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import spelled, vectors_stand_beside
@@ -54,9 +55,6 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
 def kept_table_is_as_open(connection: db.Connection, params: Params) -> Iterator[Gate]:
     """After a swap by operate/partition_by_filter: whoever lost rights on the table must not read the one kept
     beside it, nor have them back with the rollback. No gate where both are alike, or there is none."""
-    # Imported here: it knows the phases, and phases know these checks.
-    from runbook_lib.backfill import partitioned_twin
-
     table, whole = params.target.table, partitioned_twin.beside_name(params.target.table, partitioned_twin.WHOLE)
     found = db.rows(
         connection,

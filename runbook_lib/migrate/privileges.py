@@ -6,11 +6,13 @@ granted it since.
 
 from __future__ import annotations
 
+from runbook_lib.backfill import partitioned_twin
 from runbook_lib.core import db
 from runbook_lib.core.display import some
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import changing, names, side_table_name, spelled, vectors_stand_beside
 from runbook_lib.params import Params
+from runbook_lib.search import live_shadow
 from runbook_lib.sql import load
 
 SQL = load("privileges")
@@ -63,10 +65,6 @@ def check(connection: db.Connection, params: Params) -> Gate:
 
 
 def _open(connection: db.Connection, params: Params, values: dict[str, str | None]) -> list[db.Row]:
-    # Imported here: they know the phases, and phases know these checks.
-    from runbook_lib.backfill import partitioned_twin
-    from runbook_lib.search import live_shadow
-
     functions = [params.function_name, live_shadow.function_name(params)]
     own = [*_in_ledger(params), *IN_LEDGER, live_shadow.log_name(params)]
     beside = {
