@@ -185,7 +185,7 @@ def assert_refused(stepped: Stepped, line: str) -> None:
 
 
 def name_of(notebook: str) -> str:
-    return notebook.split("/")[1]
+    return notebook.removeprefix("migrate/")
 
 
 def cell(title: str) -> str:
