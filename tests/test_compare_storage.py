@@ -9,9 +9,9 @@ import numpy as np
 import psycopg
 import pytest
 
+from runbook_lib.benchmark import charts
 from runbook_lib.benchmark import storage_variants as measuring
 from runbook_lib.benchmark.storage_variants import StorageComparison
-from runbook_lib.core import pictures
 from runbook_lib.core.gates import GateFailed
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import MIGRATE
@@ -242,7 +242,7 @@ def test_what_no_index_can_hold_is_not_compared(make_params: Callable[..., Param
 
 
 def test_the_picture_names_every_way_and_the_target(make_params: Callable[..., Params]) -> None:
-    picture = pictures.bytes_against_recall(StorageComparison.of(make_params(), [TODAY, HALF, BIT], FACTS).as_data())
+    picture = charts.bytes_against_recall(StorageComparison.of(make_params(), [TODAY, HALF, BIT], FACTS).as_data())
     for text in (
         "1  vector, as it is, 4.0 ms, today's",
         "2  halfvec, 4.0 ms",

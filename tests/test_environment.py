@@ -9,6 +9,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from runbook_lib.core import versions
+from runbook_lib.migrate import pgvector_releases
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,9 +59,9 @@ def test_compose_pins_a_pgvector_that_was_released_and_is_recent_enough() -> Non
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     tag = re.fullmatch(r"pgvector/pgvector:([\d.]+)-pg(\d+)", compose["services"]["postgres"]["image"])
     assert tag is not None
-    assert versions.release(tag[1]) is not None
-    assert versions.at_least(tag[1], versions.OLDEST_PGVECTOR)
-    assert int(tag[2]) * 10000 >= versions.OLDEST_SERVER
+    assert pgvector_releases.release(tag[1]) is not None
+    assert versions.at_least(tag[1], pgvector_releases.OLDEST_PGVECTOR)
+    assert int(tag[2]) * 10000 >= pgvector_releases.OLDEST_SERVER
 
 
 def test_compose_has_health_checks_and_no_password() -> None:

@@ -7,9 +7,10 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from runbook_lib.core import db, ledger
+from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import Phase
+from runbook_lib.runner import verify
 from tests.conftest import DSN_ENV
 from tests.opened import write
 
@@ -18,7 +19,7 @@ def test_a_new_ledger_verifies(open_phase: Callable[..., Phase]) -> None:
     phase = open_phase()
     for i in range(5):
         phase.ledger.append("note", {"i": i, "text": 'quotes " and \x1f separators'.replace("\x1f", " ")})
-    g = ledger.verify_chain(phase.ledger.connection, phase.params)
+    g = verify.verify_chain(phase.ledger.connection, phase.params)
     assert (g.verdict, g.figures["rows"]) == ("PASS", 5)
 
 
@@ -53,7 +54,7 @@ def test_tampering_is_found_and_named(open_phase: Callable[..., Phase], tamperin
         phase.ledger.append("note", {"i": i})
     write(phase, "ALTER TABLE runbook.entry DISABLE TRIGGER ALL")
     write(phase, tampering)
-    g = ledger.verify_chain(phase.ledger.connection, phase.params)
+    g = verify.verify_chain(phase.ledger.connection, phase.params)
     assert (g.verdict, g.found) == ("FAIL", found)
 
 
@@ -62,7 +63,7 @@ def test_concurrent_writers_make_one_chain(open_phase: Callable[..., Phase]) -> 
     for _ in range(20):
         first.ledger.append("note", {})
         second.ledger.append("note", {})
-    assert ledger.verify_chain(first.ledger.connection, first.params).figures["rows"] == 40
+    assert verify.verify_chain(first.ledger.connection, first.params).figures["rows"] == 40
 
 
 def test_an_absent_ledger_says_not_run(open_phase: Callable[..., Phase]) -> None:
@@ -114,7 +115,7 @@ def test_a_ledger_of_an_earlier_release_is_named_and_brought_up_to_date(open_pha
     phase.ledger.bring_up_to_date()
     assert phase.ledger.phase_verdict("00_preflight") == "PASS"
     phase.ledger.append("note", {})
-    g = ledger.verify_chain(phase.ledger.connection, phase.params)
+    g = verify.verify_chain(phase.ledger.connection, phase.params)
     assert (g.verdict, g.figures["rows"]) == ("PASS", 2)
 
 
@@ -125,7 +126,7 @@ def test_marking_an_older_row_as_the_owners_is_tampering(open_phase: Callable[..
     write(phase, EARLIER)
     phase.ledger.create()
     write(phase, "ALTER TABLE runbook.entry DISABLE TRIGGER ALL; UPDATE runbook.entry SET by_owner = true")
-    g = ledger.verify_chain(phase.ledger.connection, phase.params)
+    g = verify.verify_chain(phase.ledger.connection, phase.params)
     assert (g.verdict, g.found) == ("FAIL", "row 1 (note of 00_preflight, run test-run) was changed")
 
 

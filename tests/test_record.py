@@ -13,9 +13,9 @@ from typing import Any
 import nbformat
 import pytest
 
+from runbook_lib.backfill.progress import Progress
 from runbook_lib.core import db, pictures
 from runbook_lib.core.phase import Phase
-from runbook_lib.core.progress import Progress
 from runbook_lib.core.registry import MIGRATE
 from runbook_lib.runner import manifest, record, review, tables
 from runbook_lib.runner.manifest import PhaseRun

@@ -15,13 +15,14 @@ import psycopg
 import pytest
 
 from runbook_lib.benchmark import comparison
-from runbook_lib.core import db, versions
+from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, GateFailed
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import MIGRATE
 from runbook_lib.core.target import load_params
 from runbook_lib.embeddings import embedding
+from runbook_lib.migrate import pgvector_releases
 from runbook_lib.operate import rebuild_index, update_extension
 from tests import servers, toy
 from tests.conftest import DSN_ENV, write_params
@@ -203,10 +204,10 @@ def test_a_release_without_a_tag_is_not_planned(articles: psycopg.Connection[Any
     assert str(raised.value.problems) == (
         "FAIL    upgrade.releases_are_tagged   vector\n"
         "  found   from 0.8.6 to 0.8.7; not known: 0.8.7\n"
-        "  needed  two releases whose tags are listed in versions.py\n"
+        "  needed  two releases whose tags are listed in pgvector_releases.py\n"
         "  danger  what lies between is not written down, nor whether indexes must be built anew\n"
-        "  do      install a tagged release, 0.8.6 for instance; a newer tag is added to RELEASES in versions.py"
-        " first, with what it fixes"
+        "  do      install a tagged release, 0.8.6 for instance; a newer tag is added to RELEASES in"
+        " pgvector_releases.py first, with what it fixes"
     )
 
 
@@ -272,5 +273,5 @@ def test_undo_says_what_there_is(operation: Phase) -> None:
 
 
 def test_every_release_but_the_last_has_one_to_go_to() -> None:
-    assert versions.release(versions.VACUUMS_HNSW_SAFELY)
-    assert [r.version for r in versions.between("0.8.2", "0.8.6")] == ["0.8.3", "0.8.4", "0.8.5", "0.8.6"]
+    assert pgvector_releases.release(pgvector_releases.VACUUMS_HNSW_SAFELY)
+    assert [r.version for r in pgvector_releases.between("0.8.2", "0.8.6")] == ["0.8.3", "0.8.4", "0.8.5", "0.8.6"]

@@ -5,15 +5,16 @@ from collections.abc import Callable
 import pytest
 
 from runbook_lib.core import versions
+from runbook_lib.migrate import pgvector_releases
 from runbook_lib.params import Params
 
 
 def test_the_table_is_in_order_and_ends_where_the_documents_say() -> None:
-    assert [r.version for r in versions.RELEASES] == sorted(
-        (r.version for r in versions.RELEASES), key=versions.order
+    assert [r.version for r in pgvector_releases.RELEASES] == sorted(
+        (r.version for r in pgvector_releases.RELEASES), key=versions.order
     )
-    assert [r.released for r in versions.RELEASES] == sorted(r.released for r in versions.RELEASES)
-    first, last = versions.release("0.8.2"), versions.release("0.8.6")
+    assert [r.released for r in pgvector_releases.RELEASES] == sorted(r.released for r in pgvector_releases.RELEASES)
+    first, last = pgvector_releases.release("0.8.2"), pgvector_releases.release("0.8.6")
     assert first is not None and (str(first.released), "CVE-2026-3172" in first.fixes[0]) == ("2026-02-25", True)
     assert last is not None and (str(last.released), "CVE-2026-18022" in last.fixes[0]) == ("2026-07-29", True)
 
@@ -26,18 +27,18 @@ def test_versions_compare_as_numbers(older: str, newer: str) -> None:
 
 
 def test_an_update_lists_what_it_brings() -> None:
-    assert [r.version for r in versions.between("0.8.2", "0.8.4")] == ["0.8.3", "0.8.4"]
-    assert versions.between("0.8.6", "0.8.2") == []
+    assert [r.version for r in pgvector_releases.between("0.8.2", "0.8.4")] == ["0.8.3", "0.8.4"]
+    assert pgvector_releases.between("0.8.6", "0.8.2") == []
 
 
 def test_no_wanted_version_is_fine(make_params: Callable[..., Params]) -> None:
-    g = versions.check_wanted(make_params())
+    g = pgvector_releases.check_wanted(make_params())
     assert (g.verdict, g.found) == ("PASS", "not given: the server's default is taken")
 
 
 @pytest.mark.parametrize("wanted", ["0.8.2", "0.8.6"])
 def test_a_safe_release_passes(make_params: Callable[..., Params], wanted: str) -> None:
-    assert versions.check_wanted(make_params(extension={"version": wanted})).verdict == "PASS"
+    assert pgvector_releases.check_wanted(make_params(extension={"version": wanted})).verdict == "PASS"
 
 
 @pytest.mark.parametrize(
@@ -46,22 +47,22 @@ def test_a_safe_release_passes(make_params: Callable[..., Params], wanted: str) 
 def test_a_version_without_a_tag_is_refused_and_the_nearest_named(
     make_params: Callable[..., Params], wanted: str, nearest: str
 ) -> None:
-    g = versions.check_wanted(make_params(extension={"version": wanted}))
+    g = pgvector_releases.check_wanted(make_params(extension={"version": wanted}))
     assert str(g) == (
         "FAIL    versions.wanted_release_is_usable   extension.version\n"
         f"  found   {wanted}: no tag of pgvector known to this runbook carries it\n"
-        "  needed  a release from 0.8.2 to 0.8.6, or newer once it is in versions.py\n"
+        "  needed  a release from 0.8.2 to 0.8.6, or newer once it is in RELEASES\n"
         "  danger  there is nothing to install by that name\n"
         f"  do      set extension.version: {nearest}, or leave the key out"
     )
 
 
 def test_a_release_with_a_known_overflow_is_refused(make_params: Callable[..., Params]) -> None:
-    g = versions.check_wanted(make_params(extension={"version": "0.8.1"}))
+    g = pgvector_releases.check_wanted(make_params(extension={"version": "0.8.1"}))
     assert str(g) == (
         "FAIL    versions.wanted_release_is_usable   extension.version\n"
         "  found   0.8.1, released 2025-09-04\n"
-        "  needed  a release from 0.8.2 to 0.8.6, or newer once it is in versions.py\n"
+        "  needed  a release from 0.8.2 to 0.8.6, or newer once it is in RELEASES\n"
         "  danger  known faults stay in: CVE-2026-3172: buffer overflow in parallel HNSW builds, 0.6.0 to 0.8.1\n"
         "  do      set extension.version: 0.8.2, or leave the key out"
     )
@@ -69,12 +70,12 @@ def test_a_release_with_a_known_overflow_is_refused(make_params: Callable[..., P
 
 @pytest.mark.parametrize("number", [130000, 140004, 150000, 180006])
 def test_supported_servers_pass(number: int) -> None:
-    assert versions.check_server(number).verdict == "PASS"
+    assert pgvector_releases.check_server(number).verdict == "PASS"
 
 
 @pytest.mark.parametrize("number", [140000, 140003])
 def test_servers_whose_concurrent_builds_corrupt_are_refused(number: int) -> None:
-    assert str(versions.check_server(number)) == (
+    assert str(pgvector_releases.check_server(number)) == (
         "FAIL    versions.server_is_supported   PostgreSQL\n"
         f"  found   14.{number % 10}\n"
         "  needed  14.4 or newer 14\n"
@@ -84,7 +85,7 @@ def test_servers_whose_concurrent_builds_corrupt_are_refused(number: int) -> Non
 
 
 def test_a_server_that_pgvector_left_behind_is_refused() -> None:
-    assert str(versions.check_server(120022)) == (
+    assert str(pgvector_releases.check_server(120022)) == (
         "FAIL    versions.server_is_supported   PostgreSQL\n"
         "  found   12.22\n"
         "  needed  13 or newer\n"
@@ -127,9 +128,9 @@ def test_what_older_servers_lack() -> None:
 def test_a_release_is_judged_by_what_is_in_use(
     installed: str, method: str, is_32_bit: bool, refused: list[str], told: list[str]
 ) -> None:
-    assert versions.faults_in_use(installed, method, is_32_bit=is_32_bit) == (refused, told)
+    assert pgvector_releases.faults_in_use(installed, method, is_32_bit=is_32_bit) == (refused, told)
     if installed == "0.8.2":
-        older = versions.faults_in_use("0.8.1", method, is_32_bit=is_32_bit)[0]
+        older = pgvector_releases.faults_in_use("0.8.1", method, is_32_bit=is_32_bit)[0]
         assert older == ["0.8.2: CVE-2026-3172: buffer overflow in parallel HNSW builds, 0.6.0 to 0.8.1"]
 
 

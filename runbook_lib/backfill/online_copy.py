@@ -16,13 +16,13 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from runbook_lib.backfill.progress import Progress
 from runbook_lib.backfill.throttle import first_pace, throttled
 from runbook_lib.core import db
 from runbook_lib.core.display import duration, number
 from runbook_lib.core.gates import RunbookError
 from runbook_lib.core.names import names
 from runbook_lib.core.phase import Phase
-from runbook_lib.core.progress import Progress
 from runbook_lib.sql import Block, load
 
 SQL = load("partitioning")

@@ -21,10 +21,10 @@ from runbook_lib.backfill import batch_ranges, refused_rows, untouched, vector_s
 from runbook_lib.backfill import throttle as throttle_module
 from runbook_lib.backfill.batch_ranges import BatchRange
 from runbook_lib.backfill.batch_strategy import LEAST_HOT_SHARE, StrategyChoice
+from runbook_lib.backfill.progress import Progress
 from runbook_lib.backfill.throttle import Pace, Throttle, first_pace, throttled
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
-from runbook_lib.core.progress import Progress
 from runbook_lib.sql import load
 
 SQL = load("backfill")

@@ -280,9 +280,10 @@ class StorageComparison:
 
     def _repr_html_(self) -> str:
         # Here, because matplotlib takes longer to import than most phases take to run.
+        from runbook_lib.benchmark import charts
         from runbook_lib.core import pictures
 
-        drawn = [pictures.bytes_against_recall(self.as_data())] if self.found else []
+        drawn = [charts.bytes_against_recall(self.as_data())] if self.found else []
         advice = f"<p><strong>{html.escape(self.recommendation)}</strong></p>"
         return self.table()._repr_html_() + advice + pictures.in_a_notebook(drawn)
 

@@ -8,13 +8,16 @@ phases before it were proved. An approval repeats both hashes. Who asked and who
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from runbook_lib.core import bound_inputs, db
+import runbook_lib
+from runbook_lib.core import db
 from runbook_lib.core.gates import Gates, NotApproved, Verdict, gate, not_run
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.registry import (
@@ -22,6 +25,8 @@ from runbook_lib.core.registry import (
     UNDO_OPERATION,
     current,
     names_in_the_ledger,
+    notebook,
+    notebooks,
     operation_of,
     relied_on,
 )
@@ -32,6 +37,9 @@ SQL = load("approval")
 
 # Sections that say how a run is run, and where, not what it does: the approver's own may differ.
 NOT_APPROVED = {"connection", "approval", "notify", "record"}
+
+MISSING = "not there"
+LIBRARY = f"runbook_lib {runbook_lib.__version__}"
 
 DANGER = "one person alone would carry out what the parameters want two to answer for"
 
@@ -131,7 +139,7 @@ def _differing(approved: dict[str, str], now: dict[str, str]) -> list[str]:
 def what_is_asked(step: str, ledger: Ledger, statements: list[dict[str, str]]) -> Asked:
     """What a sign-off of these statements is bound to now."""
     row = evidence(ledger.connection, ledger.params, step)
-    inputs = tuple(sorted(bound_inputs.of(ledger.params, step).items()))
+    inputs = tuple(sorted(bound_inputs(ledger.params, step).items()))
     return Asked(tuple(_sha256(s["sql"]) for s in statements), parameters_sha256(ledger.params), *row, inputs)
 
 
@@ -212,3 +220,46 @@ def _sha256(data: Any) -> str:
 def written_at(row: db.Row) -> str:
     """When a row of the ledger was written, for people."""
     return f"{row['written_at']:%Y-%m-%d %H:%M:%S %Z}"
+
+
+def bound_inputs(params: Params, phase: str) -> dict[str, str]:
+    """SHA-256 of the notebook, the library, and each input file, by what it is; ``not there`` where one is not."""
+    files = {what: path for what, path in _files(params, phase) if path is not None}
+    return {what: _sha256_of_file(path) for what, path in files.items()} | {LIBRARY: _library()}
+
+
+def _files(params: Params, phase: str) -> Iterator[tuple[str, Path | None]]:
+    yield f"notebook {phase}", notebooks() / notebook(phase)
+    e, q = params.embeddings, params.queries
+    yield "embeddings.file", e.file
+    yield "embeddings.ids_file", e.ids_file
+    yield "queries.file", q.file
+    yield "queries.judgements", q.judgements
+    yield "queries.embeddings", q.embeddings
+    yield "model_change.replaces_params", params.model_change.replaces_params
+    if e.callable:
+        try:
+            spec = importlib.util.find_spec(str(e.callable).partition(":")[0])
+        except (ImportError, ValueError):
+            spec = None
+        yield "embeddings.callable", Path(spec.origin if spec and spec.origin else MISSING)
+
+
+def _sha256_of_file(path: Path) -> str:
+    try:
+        if path.suffix == ".ipynb":  # what its cells say; ids and outputs carry nothing out
+            cells = json.loads(path.read_text("utf-8"))["cells"]
+            return hashlib.sha256(json.dumps([c["source"] for c in cells]).encode()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, KeyError):
+        return MISSING
+
+
+@cache
+def _library() -> str:
+    """One hash over the library's own code and statements."""
+    root = Path(runbook_lib.__file__).parent
+    found = sorted(p for suffix in ("py", "sql", "j2") for p in root.rglob(f"*.{suffix}"))
+    lines = "".join(f"{p.relative_to(root)} {_sha256_of_file(p)}\n" for p in found)
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ CREATE = (
     "create_chain_triggers",
     "create_sign_off",
 )
-SEPARATOR = "\x1f"
 # Rows of others that a message names.
 MOST_NAMED = 5
 
@@ -276,31 +274,4 @@ def only_the_owner_wrote(connection: db.Connection, params: Params) -> Gate:
         danger="somebody tried to open a phase or to forge a record; these rows count for nothing",
         do=f"ask who wrote them; REVOKE INSERT ON {spelled(params, 'entry')} from everybody but its owner",
         figures={"rows": len(found)},
-    )
-
-
-def verify_chain(connection: db.Connection, params: Params) -> Gate:
-    """Hashes the whole chain again, outside the database, and names the first row that does not fit."""
-    previous, expected_seq, broken = "", 1, ""
-    rows = db.rows(connection, SQL["chain"], params)
-    for row in rows:
-        text = previous + SEPARATOR + row["hashed_text"]
-        if row["seq"] != expected_seq:
-            broken = f"row {expected_seq} is missing"
-        elif row["previous_hash"] != previous:
-            broken = f"row {row['seq']} does not follow the row before it"
-        elif hashlib.sha256(text.encode()).hexdigest() != row["hash"]:
-            broken = f"row {row['seq']} ({row['kind']} of {row['phase']}, run {row['run_id']}) was changed"
-        if broken:
-            break
-        previous, expected_seq = row["hash"], expected_seq + 1
-    return gate(
-        "ledger.chain_is_whole",
-        not broken,
-        f"{params.ledger.schema_}.entry",
-        found=broken or f"{len(rows)} rows, each fits the one before it",
-        needed="every row as it was written, in order, none missing",
-        danger="somebody changed the record of what was done; its figures cannot be relied on",
-        do="compare with the executed notebooks and a backup from before the named row",
-        figures={"rows": len(rows)},
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runbook_lib.backfill import change_capture, pruning, vector_store
-from runbook_lib.core import db, free_names, session
+from runbook_lib.core import db, session
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import added_columns, spelled, trigger_name
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import citus, partition_checks
 from runbook_lib.params import Params
+from runbook_lib.search import free_names
 from runbook_lib.sql import load
 
 SQL = load("schema")

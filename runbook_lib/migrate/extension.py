@@ -9,6 +9,7 @@ from runbook_lib.core.display import Table, some
 from runbook_lib.core.gates import Gate, Gates, gate
 from runbook_lib.core.names import identifier
 from runbook_lib.core.phase import Phase, changes
+from runbook_lib.migrate import pgvector_releases
 from runbook_lib.sql import load
 
 SQL = load("extension")
@@ -55,7 +56,9 @@ def brings(phase: Phase) -> Table:
     """What the update brings, release by release; empty where nothing changes."""
     installed, default = _state(phase)
     wanted = phase.params.extension.version or default
-    releases = versions.between(installed or versions.OLDEST_PGVECTOR, wanted or versions.OLDEST_PGVECTOR)
+    releases = pgvector_releases.between(
+        installed or pgvector_releases.OLDEST_PGVECTOR, wanted or pgvector_releases.OLDEST_PGVECTOR
+    )
     return Table(
         ("release", "date", "brings", "fixes"),
         [(r.version, f"{r.released:%Y-%m-%d}", r.brings, "; ".join(r.fixes)) for r in releases],
@@ -67,9 +70,9 @@ def verify(phase: Phase) -> Gates:
     """Is the installed release recent enough, and is the loaded library the one that the catalogue speaks of?"""
     installed, default = _state(phase)
     wanted = phase.params.extension.version
-    needed = max(versions.OLDEST_PGVECTOR, wanted or "", key=versions.order)
+    needed = max(pgvector_releases.OLDEST_PGVECTOR, wanted or "", key=versions.order)
     recent = installed is not None and versions.at_least(installed, needed)
-    missing = versions.between(installed, needed) if installed else []
+    missing = pgvector_releases.between(installed, needed) if installed else []
     return Gates(
         (
             gate(

@@ -11,7 +11,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.benchmark import query_set
-from runbook_lib.core import db, free_names, row_counts, session, versions
+from runbook_lib.core import db, row_counts, session, versions
 from runbook_lib.core.display import some
 from runbook_lib.core.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.core.names import spelled
@@ -23,12 +23,13 @@ from runbook_lib.migrate import (
     encoding,
     open_schemas,
     partition_checks,
+    pgvector_releases,
     policies,
     privileges,
     rights,
 )
 from runbook_lib.params import Params
-from runbook_lib.search import statements
+from runbook_lib.search import free_names, statements
 from runbook_lib.sql import load
 
 SQL = load("inputs")
@@ -90,7 +91,7 @@ def _files(params: Params) -> Iterator[Gate]:
     # Imported here: both modules load numerical libraries, which the checks of the server do without.
     from runbook_lib.embeddings import embedding
 
-    yield versions.check_wanted(params)
+    yield pgvector_releases.check_wanted(params)
     for check_model in (embedding.check_dimension, embedding.check_distance):
         try:
             yield check_model(params)
@@ -129,7 +130,7 @@ def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
 
 def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
     server = db.one(connection, SQL["server"], params, administrators=ADMINISTRATORS)
-    yield versions.check_server(connection.info.server_version)
+    yield pgvector_releases.check_server(connection.info.server_version)
     yield _takes_writes(server)
     yield from encoding.check(connection, params)
     yield from _pgvector(connection, params, server)
@@ -181,13 +182,13 @@ def _pgvector(connection: db.Connection, params: Params, server: db.Row) -> Iter
     v = db.one(connection, SQL["pgvector"], params, schema=params.extension.schema_)
     wanted = params.extension.version or v["default_version"]
     offered = sorted(v["offered"], key=versions.order)
-    good = wanted in offered and versions.at_least(wanted, versions.OLDEST_PGVECTOR)
+    good = wanted in offered and versions.at_least(wanted, pgvector_releases.OLDEST_PGVECTOR)
     yield gate(
         "inputs.pgvector_is_available",
         good,
         "vector",
         found=f"the server offers {', '.join(offered)}" if offered else "no files of pgvector on the server",
-        needed=params.extension.version or f"{versions.OLDEST_PGVECTOR} or newer",
+        needed=params.extension.version or f"{pgvector_releases.OLDEST_PGVECTOR} or newer",
         danger="there is no type to store vectors in" if not offered else _faults_left(offered[-1]),
         do="install the server's package (postgresql-NN-pgvector, pgvector_NN), or build the tagged source as shown"
         " in 20_extension",
@@ -218,7 +219,7 @@ def _pgvector(connection: db.Connection, params: Params, server: db.Row) -> Iter
 
 
 def _faults_left(newest: str) -> str:
-    faults = [f for r in versions.between(newest, versions.OLDEST_PGVECTOR) for f in r.fixes]
+    faults = [f for r in pgvector_releases.between(newest, pgvector_releases.OLDEST_PGVECTOR) for f in r.fixes]
     return "; ".join(faults) or "there is nothing to install by that name"
 
 

@@ -15,13 +15,13 @@ import numpy as np
 from pgvector import HalfVector
 from psycopg import sql
 
+from runbook_lib.backfill.progress import Progress
 from runbook_lib.core import db
 from runbook_lib.core.cell_order import SECONDS_BETWEEN_QUESTIONS
 from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import names, spelled
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.core.progress import Progress
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import embedding, masking, packing, sources
 from runbook_lib.params.section import unsound

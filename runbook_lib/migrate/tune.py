@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runbook_lib.backfill.progress import SECONDS_BETWEEN_LINES
 from runbook_lib.benchmark import (
     cheapest_way,
     exact,
@@ -29,7 +30,6 @@ from runbook_lib.core.display import Table, duration
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import index_name, spelled
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.core.progress import SECONDS_BETWEEN_LINES
 from runbook_lib.core.thresholds import apart, at_least, score
 from runbook_lib.migrate import row_security_recall
 from runbook_lib.params import Params
@@ -102,13 +102,14 @@ class Tuning:
 
     def _repr_html_(self) -> str:
         # Here, because matplotlib takes longer to import than most phases take to run.
+        from runbook_lib.benchmark import charts
         from runbook_lib.core import pictures
 
         data = self.as_data()
         advice = [f"<p>{html.escape(f'{c.of}: {c.advice}')}</p>" for c in self.choices if c.advice]
         drawn = [pictures.recall_against_latency(data)] if data["points"] else []
         if len(self.choices) > 1:
-            drawn.append(pictures.rows_by_selectivity(data))
+            drawn.append(charts.rows_by_selectivity(data))
         return self.table()._repr_html_() + "".join(advice) + pictures.in_a_notebook(drawn)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from psycopg import sql
 
 from runbook_lib.benchmark.prepared import use_setting
-from runbook_lib.core import claim, db, free_names
+from runbook_lib.core import claim, db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, Gate, GateFailed, Gates, RunbookError, Verdict, collect, gate
 from runbook_lib.core.names import identifier, shortened, spelled, verbatim
@@ -23,7 +23,7 @@ from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, build_index
 from runbook_lib.params import Params
-from runbook_lib.search import function_ownership, search_function
+from runbook_lib.search import free_names, function_ownership, search_function
 from runbook_lib.search.function_ownership import BOTH, NEW_ONLY
 from runbook_lib.sql import load
 

@@ -21,7 +21,7 @@ from runbook_lib.benchmark import (
     replica,
 )
 from runbook_lib.benchmark.prepared import vector_indexes
-from runbook_lib.core import db, row_counts, thresholds, versions
+from runbook_lib.core import db, row_counts, thresholds
 from runbook_lib.core.display import Table, number, size
 from runbook_lib.core.gates import Gate, Gates, Verdict, collect, gate
 from runbook_lib.core.ledger import SQL as LEDGER_SQL
@@ -32,7 +32,14 @@ from runbook_lib.core.registry import STEPS
 from runbook_lib.core.session import register_vector
 from runbook_lib.core.thresholds import apart, at_least, at_most, change, plain, score
 from runbook_lib.indexes import forecast
-from runbook_lib.migrate import application_settings, build_index, policies, privileges, row_security_recall
+from runbook_lib.migrate import (
+    application_settings,
+    build_index,
+    pgvector_releases,
+    policies,
+    privileges,
+    row_security_recall,
+)
 from runbook_lib.operate import ivfflat_drift
 from runbook_lib.params import Params
 from runbook_lib.search import search_function, statements
@@ -406,7 +413,7 @@ def _extension_is_sound(phase: Phase) -> Gate:
     rows = db.rows(phase.connection, SQL["extension"], phase.params)
     installed = rows[0]["version"] if rows else None
     refused, told = (
-        versions.faults_in_use(installed, phase.params.index.method, is_32_bit=rows[0]["is_32_bit"])
+        pgvector_releases.faults_in_use(installed, phase.params.index.method, is_32_bit=rows[0]["is_32_bit"])
         if installed
         else ([], [])
     )
@@ -416,7 +423,8 @@ def _extension_is_sound(phase: Phase) -> Gate:
         "vector",
         found=(installed or "not installed")
         + (f"; update it at a quiet time, later releases mend {'; '.join(told)}" if told else ""),
-        needed=f"a release without a security fault that matters here and {versions.RELEASES[-1].version} mends",
+        needed="a release without a security fault that matters here and"
+        f" {pgvector_releases.RELEASES[-1].version} mends",
         danger="; ".join(refused) or "there is nothing to search with",
         do="install the server's package of the newer release, then ALTER EXTENSION vector UPDATE",
         figures={"faults": len(refused), "mended_later": len(told)},

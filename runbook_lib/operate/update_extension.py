@@ -15,7 +15,7 @@ from runbook_lib.core.display import Table, number, some
 from runbook_lib.core.gates import BadInput, Gate, Gates, collect, gate
 from runbook_lib.core.names import index_name, spelled
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.migrate import extension
+from runbook_lib.migrate import extension, pgvector_releases
 from runbook_lib.operate import rebuild_index
 from runbook_lib.sql import load
 
@@ -40,7 +40,7 @@ def loaded_release(phase: Phase) -> str | None:
 def check(phase: Phase) -> Gates:
     """Before anything is changed: both releases are known by their tags."""
     installed, wanted = _releases(phase)
-    unknown = [v for v in (installed, wanted) if v is None or versions.release(v) is None]
+    unknown = [v for v in (installed, wanted) if v is None or pgvector_releases.release(v) is None]
     return collect(
         [
             gate(
@@ -49,10 +49,10 @@ def check(phase: Phase) -> Gates:
                 "vector",
                 found=f"from {installed or 'not installed'} to {wanted or 'not available'}"
                 + (f"; not known: {', '.join(str(v) for v in unknown)}" if unknown else ""),
-                needed="two releases whose tags are listed in versions.py",
+                needed="two releases whose tags are listed in pgvector_releases.py",
                 danger="what lies between is not written down, nor whether indexes must be built anew",
-                do=f"install a tagged release, {versions.RELEASES[-1].version} for instance; a newer tag is added to"
-                " RELEASES in versions.py first, with what it fixes",
+                do=f"install a tagged release, {pgvector_releases.RELEASES[-1].version} for instance; a newer tag is"
+                " added to RELEASES in pgvector_releases.py first, with what it fixes",
             )
         ]
     )
@@ -61,7 +61,7 @@ def check(phase: Phase) -> Gates:
 def why_rebuild(phase: Phase) -> str:
     """Why the index must be built anew after the update; empty where it need not."""
     installed, wanted = _releases(phase)
-    safe = versions.VACUUMS_HNSW_SAFELY
+    safe = pgvector_releases.VACUUMS_HNSW_SAFELY
     if phase.params.index.method != "hnsw" or installed is None or versions.at_least(installed, safe):
         return ""
     if wanted is None or not versions.at_least(wanted, safe):
@@ -71,7 +71,7 @@ def why_rebuild(phase: Phase) -> str:
     if not row["vacuums"] and since is None:
         return ""
     times = f"{number(row['vacuums'])} vacuums counted" + (f" since {since:%Y-%m-%d}" if since else "")
-    faults = "; ".join(f for r in versions.between(installed, safe) for f in r.fixes if "vacuum" in f)
+    faults = "; ".join(f for r in pgvector_releases.between(installed, safe) for f in r.fixes if "vacuum" in f)
     return f"{times} under {installed}: {faults}"
 
 
@@ -192,7 +192,7 @@ def _library_is_new(phase: Phase) -> list[Gate]:
             "vector.so of this session",
             found=f"{loaded}, by its own word",
             needed=str(installed),
-            danger="; ".join(f for r in versions.between(loaded, installed or loaded) for f in r.fixes)
+            danger="; ".join(f for r in pgvector_releases.between(loaded, installed or loaded) for f in r.fixes)
             or "catalogue and library are of two releases",
             do="install the server's package of that release; restart the server where shared_preload_libraries"
             " names vector",
@@ -240,7 +240,7 @@ def _index_is_sound(phase: Phase) -> Gate:
         not why,
         index_name(phase.params),
         found=why or "built anew since, or never at risk",
-        needed=f"an HNSW index that no release before {versions.VACUUMS_HNSW_SAFELY} has vacuumed",
+        needed=f"an HNSW index that no release before {pgvector_releases.VACUUMS_HNSW_SAFELY} has vacuumed",
         danger="links that were lost then stay lost: the new library does not bring them back",
         do="run operate/update_extension again with execute: true; it builds the index anew beside this one",
     )

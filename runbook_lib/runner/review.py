@@ -13,7 +13,7 @@ from runbook_lib.core.db import BLOCKED_BY, lock_level
 from runbook_lib.core.display import duration, number, size
 from runbook_lib.core.gates import Verdict
 from runbook_lib.core.registry import STEPS, UNDO, current, rolled_back_by
-from runbook_lib.runner import tables
+from runbook_lib.runner import charts, tables
 from runbook_lib.runner.manifest import BY_HAND, Manifest, Status
 
 Entry = Mapping[str, Any]
@@ -399,7 +399,7 @@ def _bars(measured: Mapping[str, Mapping[str, Any]], measure: str, title: str, s
     scored = {n: float(m[measure]) for n, m in measured.items() if m.get(measure) is not None}
     what = "p50, ms" if measure == "p50_ms" else measure
     said = ", ".join(f"{_name(n)} {_cell(measure, v)}" for n, v in scored.items())
-    drawn = pictures.bars([_name(n) for n in scored], list(scored.values()), what, list(scored).index(best))
+    drawn = charts.bars([_name(n) for n in scored], list(scored.values()), what, list(scored).index(best))
     return Picture(title, Markup(drawn), f"Bars of {what}: {said}.", None, source)  # noqa: S704
 
 
@@ -432,7 +432,7 @@ def _progress(entry: _Found) -> Picture:
     rows += [(f"a batch, {p}", _ms(b[f"batch_{p}_ms"])) for p in ("p50", "p95") if b.get(f"batch_{p}_ms") is not None]
     return Picture(
         "Backfill",
-        Markup(pictures.progress(b["samples"], b["rows"])),  # noqa: S704
+        Markup(charts.progress(b["samples"], b["rows"])),  # noqa: S704
         f"{number(b['rows'])} rows in {duration(b['seconds'])}, rows over time.",
         Figures(("", ""), rows),
         entry.source,

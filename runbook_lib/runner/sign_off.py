@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import psycopg
 from psycopg.types.json import Jsonb
 
-from runbook_lib.core import bound_inputs, db
+from runbook_lib.core import db
 from runbook_lib.core.approval import (
     DANGER,
+    MISSING,
     SQL,
     Asked,
     before,
+    bound_inputs,
     evidence,
     involved_users,
     newest_row,
@@ -81,10 +83,8 @@ def pending(connection: db.Connection, params: Params, phase: str) -> Pending:
         raise _refused(phase, "there is newer evidence than the request rests on", "a request of the newest evidence")
     if parameters_sha256(params) != asked.parameters:
         raise _refused(phase, "the request was made with other parameters", "the parameters of that run")
-    here = {what: sha for what, sha in bound_inputs.of(params, phase).items() if sha != bound_inputs.MISSING}
-    if differing := [
-        what for what, sha in asked.inputs if sha != bound_inputs.MISSING and here.get(what, sha) != sha
-    ]:
+    here = {what: sha for what, sha in bound_inputs(params, phase).items() if sha != MISSING}
+    if differing := [what for what, sha in asked.inputs if sha != MISSING and here.get(what, sha) != sha]:
         found = f"{', '.join(sorted(differing))} differ here from what the request was made with"
         raise _refused(phase, found, "the files of that run")
     user = db.one(connection, SQL["session_user"], params)["name"]

@@ -18,12 +18,13 @@ import nbformat
 
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate, Gates, Verdict, gate
-from runbook_lib.core.ledger import Ledger, only_the_owner_wrote, storable, verify_chain
+from runbook_lib.core.ledger import SQL, Ledger, only_the_owner_wrote, storable
 from runbook_lib.params import Params
 from runbook_lib.runner import manifest as manifests
 from runbook_lib.runner.manifest import Manifest, PhaseRun
 
 LEDGER_COPY = "ledger.json"
+SEPARATOR = "\x1f"
 LONGEST_SHOWN = 60
 UNCHANGED = "as it was when the run wrote it"
 RESTORE = "restore it from a copy, or rely on the ledger alone"
@@ -230,6 +231,33 @@ def _cells(path: Path) -> list[list[str]]:
 
 def _of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def verify_chain(connection: db.Connection, params: Params) -> Gate:
+    """Hashes the whole chain again, outside the database, and names the first row that does not fit."""
+    previous, expected_seq, broken = "", 1, ""
+    rows = db.rows(connection, SQL["chain"], params)
+    for row in rows:
+        text = previous + SEPARATOR + row["hashed_text"]
+        if row["seq"] != expected_seq:
+            broken = f"row {expected_seq} is missing"
+        elif row["previous_hash"] != previous:
+            broken = f"row {row['seq']} does not follow the row before it"
+        elif hashlib.sha256(text.encode()).hexdigest() != row["hash"]:
+            broken = f"row {row['seq']} ({row['kind']} of {row['phase']}, run {row['run_id']}) was changed"
+        if broken:
+            break
+        previous, expected_seq = row["hash"], expected_seq + 1
+    return gate(
+        "ledger.chain_is_whole",
+        not broken,
+        f"{params.ledger.schema_}.entry",
+        found=broken or f"{len(rows)} rows, each fits the one before it",
+        needed="every row as it was written, in order, none missing",
+        danger="somebody changed the record of what was done; its figures cannot be relied on",
+        do="compare with the executed notebooks and a backup from before the named row",
+        figures={"rows": len(rows)},
+    )
 
 
 def _heads(folder: Path, hashes: set[str], kept: str) -> list[Gate]:

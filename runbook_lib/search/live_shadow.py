@@ -11,13 +11,13 @@ from datetime import datetime
 
 from psycopg import sql
 
-from runbook_lib.core import db, free_names
+from runbook_lib.core import db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gates, collect, gate
 from runbook_lib.core.names import identifier, names, shortened, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
-from runbook_lib.search import search_function
+from runbook_lib.search import free_names, search_function
 from runbook_lib.sql import load
 
 SQL = load("live")

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from psycopg import sql
 
-from runbook_lib.core import db, free_names, session
+from runbook_lib.core import db, session
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gates, collect, gate
 from runbook_lib.core.names import identifier, names, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
-from runbook_lib.search import combined_filters, function_ownership, ways
+from runbook_lib.search import combined_filters, free_names, function_ownership, ways
 from runbook_lib.search.statements import Route, column_types, route_statement
 from runbook_lib.sql import DOLLAR_TAG, load
 

@@ -39,11 +39,11 @@ import pyarrow.parquet as pq
 import yaml
 from pgvector.psycopg import register_vector
 
+from runbook_lib.backfill.progress import Progress
 from runbook_lib.cli import embedded
 from runbook_lib.core import db
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
-from runbook_lib.core.progress import Progress
 from runbook_lib.core.target import load_params
 from runbook_lib.embeddings import packing
 from runbook_lib.migrate import expand_schema, extension, load_embeddings

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from runbook_lib.benchmark import charts
 from runbook_lib.benchmark.storage_variants import StorageComparison
-from runbook_lib.core import pictures
 from runbook_lib.core.phase import Phase
 from runbook_lib.operate import compare_storage
 from tests.benchmarks import dictionaries
@@ -73,7 +73,7 @@ def test_the_table_before_the_choice(dictionary: Callable[..., Phase], tmp_path:
     found = compare_storage.apply(phase)
     assert isinstance(found, StorageComparison)
     print(f"\n{found}\n{json.dumps(found.as_data())}")
-    Path(tmp_path, "storage.svg").write_text(pictures.bytes_against_recall(found.as_data()))
+    Path(tmp_path, "storage.svg").write_text(charts.bytes_against_recall(found.as_data()))
     assert [str(g) for g in compare_storage.verify(phase) if g.verdict != "PASS"] == []
     by_title = {r["title"]: r for r in found.found}
     today, half = by_title["vector, as it is"], by_title["halfvec"]
