@@ -15,7 +15,7 @@ SERVERS := $(VENV)/servers/.ready
 
 .PHONY: demo lint check test drills lab run lock clean
 
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4
+PYTEST := $(BIN)/pytest --numprocesses auto
 
 demo: $(READY)
 	$(BIN)/runbook demo
@@ -29,7 +29,7 @@ check: lint
 	$(PYTEST) --dist worksteal -m fast
 
 test: lint $(SERVERS)
-	$(PYTEST) --dist loadfile -m "not drill"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not drill"
 
 drills: $(READY) $(SERVERS)
 	$(PYTEST) --dist load -m drill

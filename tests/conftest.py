@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,10 +39,36 @@ STARTS_ITS_OWN = {
     "test_server_versions",
     "test_update_extension",
 }
+LONGEST = {
+    "test_cut_over",
+    "test_ends",
+    "test_lab",
+    "test_live_shadow",
+    "test_operate",
+    "test_partition_by_filter",
+    "test_partitions",
+    "test_rehearse",
+    "test_replica",
+    "test_runner",
+    "test_serve_filters",
+    "test_server_versions",
+    "test_storage_switch",
+    "test_undo_anywhere",
+    "test_update_extension",
+    "test_wrong_order",
+}
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, since a worker often waits for a kernel or a lock."""
+    return min(4, (os.cpu_count() or 1) + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as fast what starts nothing: no server, no kernel, no program; `make check` runs these."""
+    """Puts the longest files first, so that no worker is left alone with one in the end, and marks as fast what
+    starts nothing: no server, no kernel, no program; `make check` runs these.
+    """
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         starts = item.path.stem in STARTS_ITS_OWN or not ROOT_OF_TESTS.samefile(item.path.parent)
         if not starts and "server" not in getattr(item, "fixturenames", ()):
