@@ -72,7 +72,7 @@ def test_the_command_line_takes_old_and_short_names(
         assert [p.name for p in record_of(result).phases] == ["undo/reads"]
     for name in ("40_rebuild_index", "rebuild_index", REBUILD):
         said = CliRunner().invoke(main, ["operate", path, name, "--undo", "--execute"]).output
-        assert said.startswith(f"✔ nothing to take back: {REBUILD} was never carried out")
+        assert said.startswith(f"✔ nothing to roll back: {REBUILD} was never carried out")
 
 
 def test_a_ledger_of_an_earlier_release_is_read(open_phase: Callable[..., Phase]) -> None:

@@ -108,7 +108,7 @@ def seen(dsn: str) -> tuple[Any, ...]:
 def test_there_and_back_by_the_command(copied: str, tmp_path: Path, name: str) -> None:
     path, before = write_params(tmp_path, **WAY | OPERATIONS[name]), seen(copied)
     assert operate(path, name, "--undo", "--execute").output.splitlines() == [
-        f"✔ nothing to take back: {name} was never carried out on this target, by its ledger"
+        f"✔ nothing to roll back: {name} was never carried out on this target, by its ledger"
     ]
 
     done = operate(path, name, "--execute")
@@ -142,7 +142,7 @@ def test_there_and_back_by_the_command(copied: str, tmp_path: Path, name: str) -
     runs = len(list((tmp_path / "runs").glob("2*")))
     again = operate(path, name, "--undo", "--execute")
     assert again.exit_code == 0
-    assert again.output.startswith(f"✔ nothing to take back: {name} was taken back at 2")
+    assert again.output.startswith(f"✔ nothing to roll back: {name} was rolled back at 2")
     assert f"(run {record.run_id})" in again.output
     assert (seen(copied), len(list((tmp_path / "runs").glob("2*")))) == (before, runs)
     step(UNDO_OF[name], path)
@@ -229,7 +229,7 @@ def test_what_has_no_way_back_says_why_and_starts_nothing(tmp_path: Path, name: 
         f"FAIL    runner.operation_has_a_way_back   {name}",
         f"  found   {why}",
         f"  needed  one of {', '.join(UNDO_OF)}",
-        "  danger  a record would say that something was taken back; nothing was started",
+        "  danger  a record would say that something was rolled back; nothing was started",
         f"  do      {do}",
     ]
     assert not (tmp_path / "runs").exists()
@@ -316,8 +316,8 @@ def test_what_a_later_operation_stands_on_stays(rebuilt: Phase, run: Callable[..
     assert result.error == (
         f"FAIL    phase.no_later_operation_stands_on_it   {REBUILD}\n"
         f"  found   {DIVIDE} was carried out since\n"
-        f"  needed  {DIVIDE} taken back, or never carried out\n"
-        "  danger  what is to be taken back has become part of what the later one made\n"
+        f"  needed  {DIVIDE} rolled back, or never carried out\n"
+        "  danger  what is to be rolled back has become part of what the later one made\n"
         f"  do      run `runbook operate PARAMS {short(DIVIDE)} --undo --execute` first, or leave both as they are"
     )
     replace(rebuilt.ledger, phase=DIVIDE).append("phase", {"verdict": "UNDONE"})

@@ -209,7 +209,7 @@ def check(params_file: Path, quiet: bool) -> None:
 
 
 def _check_search(params: Params) -> int:
-    """The gates of operate/monitor, where there is something to watch; how many passed."""
+    """The gates of operate/monitor, where there is something to look at; how many passed."""
     # Here, because it needs what takes longer to import than the other commands take to run.
     from runbook_lib.operate import monitor
 

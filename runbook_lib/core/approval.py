@@ -83,7 +83,7 @@ class Asked:
 
 
 def check(step: str, ledger: Ledger, execute: bool, planned: Callable[[], list[dict[str, str]]]) -> Gates:
-    """The gate of the sign-off; none for a phase that needs none. Asks for it where it is missing. The way back of an
+    """The gate of the sign-off; none for a phase that needs none. Asks for it where it is missing. The rollback of an
     operation needs one, of its own, where the operation does.
 
     Raises NotApproved, saying what voids an approval that is there: the plan, newer evidence, or who gave it.
@@ -194,7 +194,7 @@ def before(phase: str) -> list[str]:
 def _evidence_of(phase: str) -> dict[str, Any]:
     """Whose rows a sign-off rests on, and the verdicts of the phase itself after which it is used up.
 
-    An operation that has passed is signed anew the next time, and so is its way back.
+    An operation that has passed needs a new sign-off the next time, and so does its rollback.
     """
     one_time = phase in OPERATE or phase in UNDO_OPERATION
     used_up = ["UNDONE", str(Verdict.PASS)] if one_time else ["UNDONE"]

@@ -123,7 +123,7 @@ class Ledger:
         return dict(found[0]["body"]) if found else None
 
     def latest_standing(self, kind: str, *phases: str) -> dict[str, Any] | None:
-        """The body of the newest row of this kind; None where one of these phases was taken back after it."""
+        """The body of the newest row of this kind; None where one of these phases was rolled back after it."""
         if not self.exists():
             return None
         called = [name for phase in phases for name in names_in_the_ledger(phase)]

@@ -308,7 +308,7 @@ class Phase:
             return
         self.ledger.append("phase", {"verdict": verdict})
         for name in rolled_back_by(self.name):
-            # An operation that was killed has no verdict, and is taken back all the same.
+            # An operation that was killed has no verdict, and is rolled back all the same.
             if self.ledger.last_row(name) if name in OPERATE else self.ledger.phase_verdict(name) != "NOT RUN":
                 replace(self.ledger, phase=name).append("phase", {"verdict": "UNDONE", "by": self.name})
 

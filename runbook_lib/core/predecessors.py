@@ -73,14 +73,14 @@ def _no_later_operation_stands_on_it(name: str, ledger: Ledger) -> Gate:
         not stands,
         operation,
         found=f"{later} was carried out since" if stands else "no operation since that relies on it",
-        needed=f"{later} taken back, or never carried out" if later else "none that relies on it",
-        danger="what is to be taken back has become part of what the later one made",
+        needed=f"{later} rolled back, or never carried out" if later else "none that relies on it",
+        danger="what is to be rolled back has become part of what the later one made",
         do=f"run `runbook operate PARAMS {short(later)} --undo --execute` first, or leave both as they are",
     )
 
 
 def _nothing_stands_on_it(name: str, ledger: Ledger) -> Gate:
-    """The ways back are taken in order: what an earlier one takes back must be gone."""
+    """Rollbacks run in order: what an earlier one removes must be gone."""
     earlier = [p for rollback in UNDO[: UNDO.index(name)] for p in STEPS[rollback].rolls_back]
     standing = [p for p in earlier if ledger.phase_verdict(p) == Verdict.PASS]
     ways = [rollback for rollback in UNDO if any(p in STEPS[rollback].rolls_back for p in standing)]
@@ -88,9 +88,9 @@ def _nothing_stands_on_it(name: str, ledger: Ledger) -> Gate:
         "phase.nothing_stands_on_it",
         not standing,
         name,
-        found=f"{', '.join(standing)} still proved" if standing else "later phases are taken back, or never ran",
-        needed="the phases after it taken back first",
-        danger="what they made would stand on nothing",
+        found=f"{', '.join(standing)} still proved" if standing else "later phases are rolled back, or never ran",
+        needed="the phases after it rolled back first",
+        danger="what they made would be orphaned",
         do=f"run {ways[0]} first" if ways else "",
     )
 

@@ -147,7 +147,7 @@ _STEPS = (
         needs="80_shadow",
         no_rollback="the old vectors are gone; they can only be made anew",
         instead="take the old target through its own phases again, as a target that replaces this one; before the"
-        " retirement `change_model --undo` is the way back",
+        " retirement `change_model --undo` rolls back",
     ),
     Step(
         "operate/serve_filters",

@@ -71,7 +71,7 @@ def finish(folder: Path, params: Params, run: Manifest, why: str = "") -> Manife
     """
     with db.connect(params, "runbook lab") as connection:
         entries = Ledger(connection, params, run.run_id, "").entries(run.run_id)
-    # A way back writes UNDONE in the name of the phases that it takes back.
+    # A rollback writes UNDONE in the name of the phases that it rolls back.
     rows = [e for e in entries if current(e["phase"]) in STEPS and e["body"].get("verdict") != "UNDONE"]
     if not rows:
         _remove_copies(folder)

@@ -51,7 +51,7 @@ def rollback_of_operation(operation: str) -> str:
                 operation,
                 STEPS[operation].no_rollback,
                 f"one of {', '.join(map(operation_of, UNDO_OPERATION))}",
-                "a record would say that something was taken back; nothing was started",
+                "a record would say that something was rolled back; nothing was started",
                 STEPS[operation].instead,
             )
         ]
@@ -75,7 +75,7 @@ def check(params: Params, way: str, first: str | None, last: str | None) -> None
         raise BadInput(problems)
     check_stored(order)
     if way == "migrate":
-        # The way back must not depend on what only the way forward needs, a model for instance.
+        # A rollback must not depend on what only the migration needs, a model for instance.
         found = function(INPUTS)(params)
         if found.failed:
             raise BadInput(found.failed)
@@ -140,7 +140,7 @@ def chosen(
             say(f"proved in this database up to {order[order.index(first) - 1]}; going on with {first}")
     operation = operation_of(first) if way == "undo" and first in UNDO_OPERATION else ""
     if operation and (nothing := _nothing_to_take_back(params, operation)):
-        say(f"{SYMBOLS[Status.PASSED]} nothing to take back: {nothing}")
+        say(f"{SYMBOLS[Status.PASSED]} nothing to roll back: {nothing}")
         return ()
     start = order.index(first) if first else 0
     end = order.index(last) + 1 if last else len(order)
@@ -148,7 +148,7 @@ def chosen(
 
 
 def _nothing_to_take_back(params: Params, operation: str) -> str:
-    """Why there is nothing, by the ledger; empty where the operation has written anything since it was taken back.
+    """Why there is nothing, by the ledger; empty where the operation has written anything since it was rolled back.
 
     One that was killed has left no verdict, but its gates.
     """
@@ -158,7 +158,7 @@ def _nothing_to_take_back(params: Params, operation: str) -> str:
         return f"{operation} was never carried out on this target, by its ledger"
     if last["body"].get("verdict") != "UNDONE":
         return ""
-    return f"{operation} was taken back at {last['written_at']:%Y-%m-%d %H:%M:%S %Z} (run {last['run_id']})"
+    return f"{operation} was rolled back at {last['written_at']:%Y-%m-%d %H:%M:%S %Z} (run {last['run_id']})"
 
 
 def _unknown_phase(name: str, order: tuple[str, ...]) -> Gate:
