@@ -10,6 +10,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from runbook_lib.core import db
+from runbook_lib.core.names import index_name
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
@@ -202,7 +203,7 @@ def test_every_way_gives_filtered_answers_best_first(ready: Callable[..., Phase]
 
 def strategy_used(phase: Phase, **filters: Any) -> tuple[str, str]:
     """Whether the vector index was read, by its counter, and how."""
-    name = sql.Literal(f"public.{build_index.index_name(phase.params)}")
+    name = sql.Literal(f"public.{index_name(phase.params)}")
     counter = sql.SQL("SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelid = {}::regclass").format(name)
 
     def scans() -> int:

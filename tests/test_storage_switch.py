@@ -209,7 +209,7 @@ def test_a_query_that_does_not_spell_what_the_index_holds_is_told_how(built: Cal
         index={"storage": "halfvec"},
     )
     sent = explain.application_query(phase.connection, phase.params)
-    cause = plan_diagnosis.diagnose(phase, phase.connection, sent, "custom")
+    cause = plan_diagnosis.diagnose(phase.connection, phase.params, sent, "custom")
     assert cause.name == "not_as_indexed"
     assert cause.found == "sorted by embedding <=> $1::vector(64); the index holds (embedding::halfvec(64))"
     assert cause.do == (
