@@ -58,8 +58,8 @@ def test_every_search_is_measured_and_those_of_the_record_are_there(tuned: Calla
 
 def test_the_queries_that_gained_and_lost_most_by_hand() -> None:
     marks = {"a": {"7": 1, "8": 2}, "b": {"9": 1}, "c": {"7": 1}, "d": {"7": 1}}
-    legacy = comparison._relevance({"a": [], "b": ["9"], "c": ["1", "7"], "d": ["7"]}, marks)
-    new = comparison._relevance({"a": ["1", "8"], "b": ["1", "2", "9"], "c": ["1", "7"], "d": ["7"]}, marks)
+    legacy = comparison.relevance_figures({"a": [], "b": ["9"], "c": ["1", "7"], "d": ["7"]}, marks)
+    new = comparison.relevance_figures({"a": ["1", "8"], "b": ["1", "2", "9"], "c": ["1", "7"], "d": ["7"]}, marks)
     assert new["first_right"] == {"a": (2, "8"), "b": (3, "9"), "c": (2, "7"), "d": (1, "7")}
     # nDCG@10 of a: 2 / log2(3) over 2 + 1 / log2(3); of b: 1 / log2(4) after 1.
     assert comparison.moved(legacy, new) == {

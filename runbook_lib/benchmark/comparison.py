@@ -105,7 +105,7 @@ def measure(
     answers (keys of the timed queries), each by query id, unanswered (ids of judged queries without any answer) and
     marks (a digest of what each query was judged by).
     """
-    asked, marks = _queries(phase, (known or {}).get("legacy", {}))
+    asked, marks = sampled(phase, (known or {}).get("legacy"))
     result: dict[str, dict[str, Any]] = {}
     answers: dict[str, Answers] = {}
     if "legacy" in systems:
@@ -116,7 +116,7 @@ def measure(
         judged, timed = (query_set.with_vectors(phase.params, queries) for queries in asked)
         others = {name: variant(phase, name, timed) for name in names}
         answers |= loop.in_rounds(others, phase.params.queries.k, ROUNDS)
-        result |= {name: _relevance(others[name].ask(JUDGED_DEPTH, judged).keys, marks) for name in names}
+        result |= {name: relevance_figures(others[name].ask(JUDGED_DEPTH, judged).keys, marks) for name in names}
     counts = {"judged": len(asked.judged), "timed": len(asked.timed)}
     return {
         name: {**result[name], **milliseconds(answers[name]), **counts, "answers": answers[name].keys}
@@ -139,12 +139,12 @@ class _Asked(NamedTuple):
         return _Asked(judged, timed)
 
 
-def _queries(phase: Phase, known: Mapping[str, Any]) -> tuple[_Asked, dict[str, dict[str, int]]]:
+def sampled(phase: Phase, known: Mapping[str, Any] | None = None) -> tuple[_Asked, dict[str, dict[str, int]]]:
     """The queries to ask, and the marks of the judged ones; without those that the baseline had no time for."""
     p, queries, marks = phase.params, query_set.read_queries(phase.params), judgements(phase)
     judged = query_set.sample([q for q in queries if q.query_id in marks], p.queries.judged_sample)
     asked = _Asked(judged, query_set.sample(queries, p.queries.sample))
-    left = set(known.get("left", ()))
+    left = set((known or {}).get("left", ()))
     return asked.only({q.query_id for q in queries} - left) if left else asked, marks
 
 
@@ -171,7 +171,7 @@ def _legacy(
     asked = _Asked(asked.judged if holds else answered.judged, answered.timed)
     figures = {key: before[key] for key in (*MEASURES, "per_query", "first_right", "unanswered") if key in before}
     if not holds:
-        figures = _relevance({i: found for i, found in keys.items() if i in deep}, marks)
+        figures = relevance_figures({i: found for i, found in keys.items() if i in deep}, marks)
     figures = {**figures, "marks": digests, "left": [*before.get("left", ()), *left]}
     return asked, figures, found.only(asked.timed, k)
 
@@ -223,7 +223,7 @@ def _no_call_ended(phase: Phase) -> RunbookError:
     )
 
 
-def _relevance(deep: Mapping[str, Sequence[str]], marks: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+def relevance_figures(deep: Mapping[str, Sequence[str]], marks: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """The measures of these answers, the score of each query, and those without an answer; empty without any."""
     if not deep:
         return {}

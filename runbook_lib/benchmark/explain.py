@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -185,15 +185,31 @@ def _never_arises(connection: db.Connection, cause: plan_diagnosis.Cause, indexe
     return plan_of(connection, sent, "auto").by_index in indexes
 
 
+def call_function(
+    connection: db.Connection, params: Params, route: str, given: Mapping[str, str] | None = None
+) -> None:
+    """Calls the function by a route, prepared, wherever reads go now.
+
+    given: values of filters, bound as well: a generic plan of the caller does not know them.
+    """
+    given = given or {}
+    types = statements.column_types(connection, params)
+    filters = [
+        sql.SQL(", {} => ${}").format(identifier(f"filter_{c}"), sql.SQL(str(i))) for i, c in enumerate(given, 4)
+    ]
+    call = sql.SQL("SELECT * FROM {}($1, $2, $3{})").format(names(params)["function"], sql.SQL("").join(filters))
+    statements.force_route(connection, params, route)
+    declared = ("text", "real[]", "integer", *(types[c] for c in given))
+    call_prepared(connection, declared, call, [*_values(params), *given.values()])
+
+
 def _function_searches_by_index(phase: Phase, route: str) -> Gate:
     """Calls the function by a route, prepared, wherever reads go now, and counts the index scans."""
     p = phase.params
-    call = sql.SQL("SELECT * FROM {}($1, $2, $3)").format(names(p)["function"])
     with replica.connect(phase, "calls") as connection:
         oids = [row["oid"] for row in vector_indexes(connection, p)]
         with connection.transaction(force_rollback=True):
-            statements.force_route(connection, p, route)
-            call_prepared(connection, ("text", "real[]", "integer"), call, _values(p))
+            call_function(connection, p, route)
             found = scans(connection, p, oids)
     cause = None if found >= CALLS else cause_in_the_function(phase)
     return gate(

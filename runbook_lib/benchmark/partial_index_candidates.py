@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from psycopg import sql
-
 from runbook_lib.benchmark import cheapest_way, explain, filter_classes, replica
 from runbook_lib.benchmark.filter_classes import FilterClass
 from runbook_lib.benchmark.loop import Measured, measure
-from runbook_lib.benchmark.prepared import call_prepared, scans
+from runbook_lib.benchmark.prepared import scans
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db, row_counts, thresholds
 from runbook_lib.core.display import Table, number, size
@@ -21,7 +19,7 @@ from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import apart, at_least, plain, score
 from runbook_lib.indexes import forecast
 from runbook_lib.params import Params
-from runbook_lib.search import statements, ways
+from runbook_lib.search import ways
 from runbook_lib.search.ways import Way
 from runbook_lib.sql import load
 
@@ -145,18 +143,8 @@ def scans_by_the_function(phase: Phase, value: Value, oid: int, change: Sequence
     with phase.another("calls") as connection, db.rolled_back(connection):
         for statement in change:
             connection.execute(statement.query, statement.values)
-        call_with_value(connection, p, value)
+        explain.call_function(connection, p, "vector", {value.column: value.value})
         return scans(connection, p, [oid])
-
-
-def call_with_value(connection: db.Connection, params: Params, value: Value) -> None:
-    """Calls the function by the vector route, the value bound: a generic plan of the caller does not know it."""
-    p = params
-    types = ("text", "real[]", "integer", statements.column_types(connection, p)[value.column])
-    argument = identifier(f"filter_{value.column}")
-    call = sql.SQL("SELECT * FROM {}($1, $2, $3, {} => $4)").format(names(p)["function"], argument)
-    statements.force_route(connection, p, "vector")
-    call_prepared(connection, types, call, [*explain.function_query(connection, p).values[:3], value.value])
 
 
 def fits_in_memory(connection: db.Connection, params: Params, values: Sequence[Value]) -> list[Gate]:

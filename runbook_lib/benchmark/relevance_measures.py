@@ -58,6 +58,10 @@ class Paired:
     p_value: float
     queries: int
 
+    def as_data(self) -> dict[str, float]:
+        """For the ledger."""
+        return {name: round(value, 5) for name, value in vars(self).items()}
+
 
 def relevance(
     run: Mapping[str, Sequence[str]],

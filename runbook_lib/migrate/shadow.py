@@ -125,8 +125,7 @@ def sheet(phase: Phase, old: relevance_measures.Answers, new: relevance_measures
 
 def _paired(result: dict[str, dict[str, Any]], route: str) -> dict[str, float]:
     """Route against legacy, query by query: mean difference of nDCG@10, its confidence interval and p-value."""
-    found = relevance_measures.paired(result["legacy"]["per_query"], result[route]["per_query"])
-    return {key: round(value, 5) for key, value in vars(found).items()}
+    return relevance_measures.paired(result["legacy"]["per_query"], result[route]["per_query"]).as_data()
 
 
 def verify(phase: Phase) -> Gates:

@@ -74,7 +74,7 @@ def compare(groups: Mapping[str, Sequence[str]], scores: Mapping[str, Scores], r
                 "legacy": round(means["legacy"], 4),
                 "route": round(means[route], 4),
                 "exact": round(means["exact"], 4),
-                **{key: round(value, 5) for key, value in vars(pair).items() if key != "queries"},
+                **pair.as_data(),
                 "blame": _blame(means, route),
                 "lost_by_model": lost.count("model"),
                 "lost_by_index": lost.count("index"),

@@ -202,9 +202,7 @@ def apply(phase: Phase) -> StorageComparison | Table:
 
 def _compare(phase: Phase) -> StorageComparison:
     p, here = phase.params, measured_params(phase.params)
-    queries = query_set.sample(query_set.read_queries(p), p.queries.sample)
-    marks = comparison.judgements(phase)
-    judged = query_set.sample([q for q in query_set.read_queries(p) if q.query_id in marks], p.queries.judged_sample)
+    (judged, queries), marks = comparison.sampled(phase)
     with phase.another("storage exact") as connection:
         asked = _answered(connection, here, queries, p.queries.k)
         judged = _answered(connection, here, judged, storage_variants.JUDGED_K)

@@ -44,9 +44,7 @@ def measure(phase: Phase) -> Table:
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [("measure both models",)])
     p, old = phase.params, model_change.replaced(phase)
-    queries, marks = query_set.read_queries(p), comparison.judgements(phase)
-    judged = query_set.sample([q for q in queries if q.query_id in marks], p.queries.judged_sample)
-    timed = query_set.sample(queries, p.queries.sample)
+    (judged, timed), marks = comparison.sampled(phase)
     sides = {"replaced": old, "new": phase}
     calls = {name: _calls(one, timed) for name, one in sides.items()}
     answers = loop.in_rounds(calls, p.queries.k, comparison.ROUNDS)
@@ -57,17 +55,15 @@ def measure(phase: Phase) -> Table:
         figures[name] = {"target": one.params.target.name, "dimension": one.params.vector.dimension, **times}
         if judged:
             deep = _calls(one, judged).ask(comparison.JUDGED_DEPTH).keys
-            found = relevance_measures.relevance(
-                deep, {q.query_id: marks[q.query_id] for q in judged}, comparison.MEASURES
-            )
-            figures[name] |= {m: round(found.measures[m], 4) for m in comparison.MEASURES}
-            scores[name] = found.per_query
+            found = comparison.relevance_figures(deep, marks)
+            figures[name] |= {m: found[m] for m in comparison.MEASURES}
+            scores[name] = found["per_query"]
     pair = relevance_measures.paired(scores["replaced"], scores["new"]) if judged else None
     before, after = answers["replaced"].keys, answers["new"].keys
     short = sum(len(after[i]) < len(keys) for i, keys in before.items())
     agreed = relevance_measures.agreement(before, after, p.queries.k)
     body = {"judged": len(judged), "timed": len(timed), "short": short, "models": figures, "agreement": agreed}
-    phase.note(KIND, body | {"paired": {k: round(v, 5) for k, v in vars(pair).items()} if pair else None})
+    phase.note(KIND, body | {"paired": pair.as_data() if pair else None})
     said = ", ".join(f"{key} {value}" for key, value in agreed.items())
     return Table.of(figures.values(), f"the same {len(timed)} queries, {len(judged)} judged; in common: {said}")
 

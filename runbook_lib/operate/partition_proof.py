@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runbook_lib.benchmark import filter_classes, partial_index_candidates, replica
+from runbook_lib.benchmark import explain, filter_classes, partial_index_candidates, replica
 from runbook_lib.benchmark.partial_index_candidates import Value
 from runbook_lib.benchmark.prepared import CALLS
 from runbook_lib.core import db
@@ -93,7 +93,7 @@ def touched(phase: Phase, value: Value, others: Sequence[str]) -> list[str]:
     """
     p = phase.params
     with phase.another("calls") as connection, connection.transaction(force_rollback=True):
-        partial_index_candidates.call_with_value(connection, p, value)
+        explain.call_function(connection, p, "vector", {value.column: value.value})
         found = db.rows(connection, SQL["touched"], p, table=spelled(p, "table"), others=list(others))
     return [row["name"] for row in found]
 
