@@ -32,7 +32,7 @@ test: lint $(SERVERS)
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not drill"
 
 drills: $(READY) $(SERVERS)
-	$(PYTEST) --dist load -m drill
+	$(PYTEST) --dist loadfile -m drill
 
 lab: $(READY)
 	$(BIN)/runbook demo --lab
