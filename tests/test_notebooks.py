@@ -95,6 +95,17 @@ def test_cells_call_the_library_and_do_nothing_of_their_own(path: Path) -> None:
 
 
 @notebooks
+def test_what_its_cells_import_and_call_is_there(path: Path) -> None:
+    code = "\n".join(c.source for c in cells(path, "code") if not c.source.startswith("%%"))
+    tree = ast.parse(code)
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    found: dict[str, object] = {}
+    exec(compile(ast.Module(imports, []), str(path), "exec"), found)
+    called = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    assert [ast.unparse(n) for n in called if n.value.id in found and not hasattr(found[n.value.id], n.attr)] == []  # type: ignore[attr-defined]
+
+
+@notebooks
 def test_it_takes_three_parameters_and_changes_nothing_by_default(path: Path) -> None:
     tagged = [c for c in cells(path, "code") if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1
