@@ -143,7 +143,7 @@ def test_what_an_interrupted_build_left_is_named_dropped_and_built_anew(
         "  found   invalid (an earlier concurrent build did not finish)\n"
         "  needed  valid\n"
         "  danger  no query can use it, yet every write still pays for it\n"
-        "  do      run 60_build_index again with execute: true; it drops this index concurrently and builds anew"
+        "  do      run 60_build_index again with execute: true; it drops this index concurrently and builds it again"
     )
     assert [s.name for s in build_index.plan(phase)] == ["index.drop", "index.create_hnsw"]
     build_index.apply(phase)
@@ -233,7 +233,7 @@ def test_killed_between_two_partitions_it_goes_on_with_the_next(
         "  found   invalid: public.articles_bolt_0 has none, public.articles_bolt_1 has none; of 4 partitions\n"
         "  needed  valid, with a valid index on every partition\n"
         "  danger  every search reads the partitions that lack theirs whole, yet every write pays for the others\n"
-        "  do      run 60_build_index again with execute: true; it goes on with the partitions that lack theirs"
+        "  do      run 60_build_index again with execute: true; it continues with the partitions that lack theirs"
     )
     built = {row[0] for row in articles.execute("SELECT oid FROM pg_class WHERE relname LIKE '%_embedding_hnsw'")}
     assert _names(phase)[0] == "create_hnsw articles_bolt_0"

@@ -155,7 +155,7 @@ def test_a_slot_that_the_build_would_break_is_told_its_bound(
         "  found   reader (active, keeps 100 MB of WAL); max_slot_wal_keep_size 1.0 GB\n"
         "  needed  1.3 GB: 100 MB kept now, 256 MB of health.replica_lag_mb, and 1.0 GB of the build, which waits for"
         " no reader\n"
-        "  danger  the server gives the slot up, and its replica or subscriber must be made anew\n"
+        "  danger  the server gives the slot up, and its replica or subscriber must be set up again\n"
         "  do      ALTER SYSTEM SET max_slot_wal_keep_size = '1380MB'; SELECT pg_reload_conf(); or let the reader"
         " catch up first"
     )

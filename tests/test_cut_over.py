@@ -223,7 +223,7 @@ def test_filters_are_tried_by_the_canary_before_any_user_comes_with_them(
         f"  found   1 of {calls} calls with filters failed\n"
         "  needed  0\n"
         "  danger  users would get this answer; every read was sent back to legacy\n"
-        "  do      mend what the error above names, or run 70_tune again, then run 90_cut_over again"
+        "  do      fix what the error above names, or run 70_tune again, then run 90_cut_over again"
     )
     articles.execute("UPDATE runbook.strategy SET candidates = 1, scan = 'index', iterative_scan = 'off'")
     for setting in ("enable_seqscan", "enable_bitmapscan", "enable_sort"):

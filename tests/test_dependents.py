@@ -98,7 +98,7 @@ def test_a_table_with_children_is_refused_and_a_child_is_served(
         ("CREATE TYPE kind AS (id bigint, title text, body text); CREATE TABLE odd OF kind (PRIMARY KEY (id))",
          "a typed table, OF kind", None),
         ("CREATE UNLOGGED TABLE odd (id bigint PRIMARY KEY, title text, body text)", None,
-         "an unlogged table, with its vectors in a table beside it"),
+         "an unlogged table, with its vectors in a side table"),
         ("CREATE TABLE odd (id bigint PRIMARY KEY, title text, body text); DO $$ BEGIN"
          " FOR i IN 1..1596 LOOP EXECUTE format('ALTER TABLE odd ADD COLUMN c%s int', i); END LOOP;"
          " FOR i IN 1..1500 LOOP EXECUTE format('ALTER TABLE odd DROP COLUMN c%s', i); END LOOP; END $$",

@@ -88,7 +88,7 @@ def test_an_endpoint_that_stays_away_ends_the_load_in_plain_words(make_params: M
         f"\n  found   status 502, after 3 tries at {served.url}\n"
         "  needed  an answer\n"
         "  danger  the rows of this batch have no vectors yet; what was done before them is kept\n"
-        "  do      look at the endpoint's limits and state, and run this phase again: it goes on where it was"
+        "  do      look at the endpoint's limits and state, and run this phase again: it resumes where it stopped"
     )
     assert len(served.asked) == 3
 
@@ -227,7 +227,7 @@ def test_texts_that_the_endpoint_refuses_do_not_block_the_others(
         "  found   5 × the model failed on its text: TextRefused (for instance key 155)\n"
         "  needed  none\n"
         "  danger  these rows would have no vector, or that of another row's text\n"
-        "  do      mend the source of these embeddings and run this phase again; it tries them anew"
+        "  do      fix the source of these embeddings and run this phase again; it tries them again"
     )
 
 

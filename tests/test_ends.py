@@ -137,7 +137,7 @@ def test_a_lost_server_is_a_crash_and_the_run_goes_on_after_its_recovery(
         embedded.start(data)
         again, said = run(last=SECOND)
         assert (again.status, said[0]) == (
-            "passed", f"proved in this database up to {FIRST}; going on with {SECOND}",
+            "passed", f"passed in this database up to {FIRST}; resuming with {SECOND}",
         )  # fmt: skip
     finally:
         embedded.stop(data)

@@ -267,7 +267,7 @@ def test_two_targets_on_one_table_do_not_share_columns(open_phase: Callable[...,
         'FAIL    inputs.new_columns_are_free   "public"."articles"\n'
         "  found   embedding, embedding_updated_at, embedding_hash there, not made by this runbook\n"
         "  needed  embedding, embedding_updated_at and embedding_hash free, or made by this runbook\n"
-        "  danger  the backfill would overwrite, and the way back would drop, what somebody else keeps there\n"
+        "  danger  the backfill would overwrite, and undo would drop, what somebody else keeps there\n"
         "  do      name another column in vector.column"
     )
     expand_schema.apply(first)

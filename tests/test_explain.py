@@ -126,7 +126,7 @@ def test_3_an_operator_of_a_schema_off_the_path_keeps_it(ask: Callable[..., str]
     moved = ('CREATE SCHEMA "50% off"', 'ALTER EXTENSION vector SET SCHEMA "50% off"')
     keys = 'embedding OPERATOR("50% off".<=>) $1'
     assert ask(f"SELECT id FROM articles ORDER BY 1 - ({keys}) DESC LIMIT $2", *moved) == message(
-        f"Seq Scan articles; the distance stands inside an expression, 1 - ({keys}) DESC",
+        f"Seq Scan articles; the distance is inside an expression, 1 - ({keys}) DESC",
         'send instead: SELECT id FROM articles ORDER BY embedding OPERATOR("50% off".<=>) :embedding LIMIT :k',
     )
 
@@ -141,7 +141,7 @@ def test_3_an_operator_of_a_schema_off_the_path_keeps_it(ask: Callable[..., str]
 )
 def test_4_an_expression_around_the_distance(ask: Callable[..., str], keys: str, shown: str) -> None:
     assert ask(f"SELECT id FROM articles ORDER BY {keys} LIMIT $2") == message(
-        f"Seq Scan articles; the distance stands inside an expression, {shown}",
+        f"Seq Scan articles; the distance is inside an expression, {shown}",
         "send instead: SELECT id FROM articles ORDER BY embedding <=> :embedding LIMIT :k",
     )
 
@@ -149,7 +149,7 @@ def test_4_an_expression_around_the_distance(ask: Callable[..., str], keys: str,
 def test_4_an_expression_behind_an_alias(ask: Callable[..., str]) -> None:
     text = "SELECT id, 1 - (embedding <=> $1) AS similarity FROM articles ORDER BY similarity DESC LIMIT $2"
     assert ask(text) == message(
-        "Seq Scan articles; the distance stands inside an expression, similarity DESC",
+        "Seq Scan articles; the distance is inside an expression, similarity DESC",
         "send instead: SELECT id, 1 - (embedding <=> :embedding) AS similarity FROM articles"
         " ORDER BY embedding <=> :embedding LIMIT :k",
     )

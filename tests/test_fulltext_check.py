@@ -132,7 +132,7 @@ def test_the_statement_named_makes_the_index_and_its_undo_takes_it_away(judged: 
         'FAIL    inputs.fulltext_index_serves_hybrid   search.fulltext_expression of "public"."articles"\n'
         "  found   no index on a tsvector\n"
         "  needed  a valid GIN or GiST index on exactly this, without a condition\n"
-        "  danger  every hybrid search would read the whole table, and make each row's words anew\n"
+        "  danger  every hybrid search would read the whole table, and compute each row's words again\n"
         f'  do      {create} ANALYZE "public"."articles"; CONCURRENTLY takes SHARE UPDATE EXCLUSIVE, which keeps no'
         " reader and no writer waiting, and waits for transactions older than itself; undo: " + drop
     )

@@ -149,7 +149,7 @@ def test_forced_row_security_would_hide_rows(
     assert [(g.name, g.do) for g in missing(make_params, vector={"layout": "side_table"})] == [
         (
             "inputs.policies_hold_for_vectors",
-            "set vector.layout: column; where the vectors stand beside already, undo/schema first",
+            "set vector.layout: column; if the vectors are in a side table already, undo/schema first",
         )
     ]
     migrator.execute("ALTER TABLE articles FORCE ROW LEVEL SECURITY")

@@ -131,7 +131,7 @@ def test_a_shadow_that_fails_is_logged_and_the_call_has_its_answer(
         " which takes 30 without a problem\n"
         "  needed  0\n"
         "  danger  these calls would fail for users as soon as the reads move\n"
-        "  do      mend what the error names, then DELETE the rows with a problem from the log and run"
+        "  do      fix what the error names, then DELETE the rows with a problem from the log and run"
         " 80_shadow again"
     )
 

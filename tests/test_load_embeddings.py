@@ -133,7 +133,7 @@ def test_refused_vectors_are_kept_with_their_reason_and_tried_again(
         " 1 × a zero vector, which cosine cannot rank (for instance key 6)\n"
         "  needed  none\n"
         "  danger  these rows would have no vector, or that of another row's text\n"
-        "  do      mend the source of these embeddings and run this phase again; it tries them anew"
+        "  do      fix the source of these embeddings and run this phase again; it tries them again"
     )
     load_embeddings.apply(phase)
     assert load_embeddings.verify(phase).passed

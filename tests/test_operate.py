@@ -113,7 +113,7 @@ def _row_factory(connection: psycopg.Connection[Any]) -> Any:
 def test_what_an_operation_rests_on_ends_with_its_phase(name: str) -> None:
     assert relied_on(name)[-1] == STEPS[name].needs
     assert approval.before(name) == list(relied_on(name))
-    assert following(name) == "nothing: an operation stands for itself"
+    assert following(name) == "nothing: an operation is complete in itself"
 
 
 def test_names_are_told_apart() -> None:

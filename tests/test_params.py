@@ -17,7 +17,7 @@ from runbook_lib.params import Params, reference
 from tests.conftest import write_params
 
 DANGER = "a misread parameter would act on the wrong thing; nothing was started"
-MEND = "mend the file and run the same command again"
+MEND = "fix the file and rerun the same command"
 
 
 def _problems(path: Path) -> tuple[Gate, ...]:
@@ -339,7 +339,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> N
     [
         ({"key": "k"}, "the search function has an argument or a result named k; "),
         ({"key": "score"}, "the search function has an argument or a result named score; "),
-        ({"filters": ["tenant", "query"]}, ":query already stands for something else in the statements; "),
+        ({"filters": ["tenant", "query"]}, ":query already means something else in the statements; "),
         ({"filters": ["tenant", "tenant"]}, "a column is named twice"),
     ],
 )

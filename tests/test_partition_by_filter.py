@@ -306,7 +306,7 @@ def test_killed_anywhere_run_again_continues(
     broken = replace(statement, query=statement.query + psycopg.sql.SQL("; SELECT 1 / 0"))
     with pytest.raises(psycopg.errors.DivisionByZero), phase.opened():
         online_copy.swap(partitioned_twin.move(phase), broken)
-    assert str(partitioned_twin.standing(phase)) == "the ordinary table serves, the partitioned one is made beside it"
+    assert str(partitioned_twin.standing(phase)) == "the ordinary table serves, the partitioned one is being filled"
     partition_by_filter.apply(phase)
     assert partition_by_filter.verify_copy(phase).passed
     partition_by_filter.swap(phase)
@@ -369,7 +369,7 @@ def test_a_lost_row_is_found_and_named_and_undo_stops(
         f"  found   {rows[0] + 1:,} rows compared, 1 lacking, 1 too many, 2 different\n"
         "  needed  every row in both, byte by byte, but for changes that wait in the queue\n"
         "  danger  rows would be lost, or come back, with the change of names\n"
-        "  do      take the partitioned table away (partition_by_filter --undo), begin anew, report what differs"
+        "  do      take the partitioned table away (partition_by_filter --undo), start again, report what differs"
     )
     partition_by_filter.undo(phase)
     partition_by_filter.apply(phase)

@@ -35,7 +35,7 @@ def test_a_partitioned_table_is_let_through(parted: psycopg.Connection[Any], mak
     assert gates["inputs.partitions_are_tables"].found == "4 partitions, each a table of this server"
     assert gates[KEY].found == (
         "no valid unique index on this column alone, drawn from nextval('articles_id_seq'::regclass), first in"
-        " articles_pkey, no value stands twice, NOT NULL"
+        " articles_pkey, no value occurs twice, NOT NULL"
     )
 
 

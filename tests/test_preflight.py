@@ -252,7 +252,7 @@ def test_columns_that_the_runbook_made_are_not_in_its_way(
         'FAIL    inputs.new_columns_are_free   "public"."articles"\n'
         "  found   embedding there, not made by this runbook\n"
         "  needed  embedding, embedding_updated_at and embedding_hash free, or made by this runbook\n"
-        "  danger  the backfill would overwrite, and the way back would drop, what somebody else keeps there\n"
+        "  danger  the backfill would overwrite, and undo would drop, what somebody else keeps there\n"
         "  do      name another column in vector.column"
     )
     phase.ledger.append("statement", {"name": "schema.add_columns"})
@@ -271,9 +271,9 @@ def test_a_side_table_that_the_runbook_did_not_make_is_refused(
         'FAIL    inputs.side_table_is_free   "public"."articles_embedding"\n'
         "  found   a table, not made by this runbook\n"
         "  needed  no relation by that name, or the one that this runbook made\n"
-        "  danger  the backfill would put vectors into it, and the way back would drop what somebody else keeps"
+        "  danger  the backfill would put vectors into it, and undo would drop what somebody else keeps"
         " there\n"
-        "  do      name another column in vector.column: the table beside is called articles_<column>; or set"
+        "  do      name another column in vector.column: the side table is called articles_<column>; or set"
         " vector.layout: column"
     )
     assert inputs.input_problems(make_params()).passed, "in the column's layout the name is of no concern"
@@ -314,7 +314,7 @@ def test_a_legacy_query_that_cannot_run_shows_postgresqls_words(
         f"  found   {found}\n"
         "  needed  a SELECT that returns a column named id\n"
         "  danger  there would be no search of today to compare with, nor to go back to\n"
-        "  do      mend legacy.query; try it in psql with values in place of :query and :k"
+        "  do      fix legacy.query; try it in psql with values in place of :query and :k"
     )
     assert articles.execute("SELECT count(*) > 0 FROM articles").fetchone() == (True,)
 
@@ -462,7 +462,7 @@ def test_memory_that_does_not_hold_the_index_says_how_much_would(articles: Conne
         'FAIL    preflight.memory_fits_index   hnsw on "public"."articles"\n'
         "  found   200,000 rows want 136 MB while the index is built\n"
         "  needed  at most 60 MB, of index.maintenance_work_mem_mb: 64\n"
-        "  danger  pgvector writes the unfinished graph to disk and goes on ten times as slowly\n"
+        "  danger  pgvector writes the unfinished graph to disk and continues ten times as slowly\n"
         "  do      set index.maintenance_work_mem_mb: 141, if the server has that to spare;"
         " or index.storage: halfvec (133 MB while it is built, 61 MB after);"
         " or index.method: ivfflat (200 lists, 14 probes to start with, 8.3 MB while it is built, 11 MB after)"

@@ -356,7 +356,7 @@ def test_killed_between_two_partitions_another_run_goes_on_and_undo_leads_back(
         f"  found   invalid: {', '.join(f'{leaf} has none' for leaf in lacking[:3])}{more}; of 4 partitions\n"
         "  needed  valid\n"
         "  danger  nothing can take the place of the index that serves, yet every write pays for what is there\n"
-        "  do      run operate/rebuild_index again with execute: true; it drops what is left and builds anew"
+        "  do      run operate/rebuild_index again with execute: true; it drops what is left and builds it again"
     )
     with pytest.raises(GateFailed):
         phase.prove(rebuild_index.verify_new)

@@ -146,7 +146,7 @@ def test_the_gate_that_stopped_the_run_comes_first_and_open() -> None:
     )  # fmt: skip
     assert found.summary[0] == (
         "The run stopped in 50_backfill. Not begun: 60_build_index, 70_tune, 80_shadow, 90_cut_over."
-        " Running the same command again goes on from there."
+        " Rerun the same command to resume there."
     )
     page, text = page_of(run, entries)
     assert "✘ failed a gate did not pass" in text

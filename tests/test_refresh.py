@@ -93,7 +93,7 @@ def test_a_row_that_the_model_does_not_take_is_set_aside_and_the_rest_goes_on(
         "  found   3 rows after 3 tries each, for instance ValueError\n"
         "  needed  none\n"
         "  danger  these rows keep the vector of their older text, or none\n"
-        "  do      read column error of the queue; mend text or model, and run this again: each gets one more try"
+        "  do      read column error of the queue; fix text or model, and run this again: each gets one more try"
     )
     kept = articles.execute("SELECT DISTINCT attempts, error FROM runbook.articles_queue WHERE key = 5").fetchall()
     assert kept == [(3, "ValueError: cannot take 'poison'")]

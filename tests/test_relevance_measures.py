@@ -91,7 +91,7 @@ def test_a_judgement_of_an_unknown_query_is_refused_in_the_words_of_a_gate(make_
         "  found   query_id q99\n"
         "  needed  a query_id of queries.jsonl\n"
         "  danger  relevance would be measured on other queries or answers than those meant; nothing was started\n"
-        "  do      mend the file and run the same command again"
+        "  do      fix the file and rerun the same command"
     )
 
 

@@ -272,8 +272,8 @@ def test_an_index_that_is_more_than_a_search_is_refused(opened: Open) -> None:
         "  found   nothing is no index of this table; articles_only keeps values unique; articles_pkey keeps values"
         " unique, carries a constraint\n"
         "  needed  indexes of this table that carry no constraint, and that their definition alone brings back\n"
-        "  danger  more would go than a search, or the way back would not lead to what is there now\n"
-        "  do      mend retire.indexes; with an empty list the runbook looks for them itself"
+        "  danger  more would go than a search, or a rollback would not restore what is there now\n"
+        "  do      fix retire.indexes; with an empty list the runbook looks for them itself"
     )
 
 

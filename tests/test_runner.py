@@ -57,7 +57,7 @@ def test_a_run_goes_on_after_what_is_proved(run: Callable[..., Any]) -> None:
     run(last=FIRST)
     result, said = run(last=SECOND)
     assert [p.name for p in record_of(result).phases] == [SECOND]
-    assert said[0] == f"proved in this database up to {FIRST}; going on with {SECOND}"
+    assert said[0] == f"passed in this database up to {FIRST}; resuming with {SECOND}"
     result, said = run(last=SECOND)
     assert (result.folder, result.exit_code) == (None, 0)
     assert said == [f"✔ nothing left to do: {SECOND} has passed in this database"]

@@ -439,7 +439,7 @@ def test_every_row_that_goes_nowhere_is_kept_with_its_reason(
         " 1 × no row of the table has its key (for instance key 9999, vectors.parquet row 202)\n"
         "  needed  none\n"
         "  danger  these rows would have no vector, or that of another row's text\n"
-        "  do      mend the source of these embeddings and run this phase again; it tries them anew"
+        "  do      fix the source of these embeddings and run this phase again; it tries them again"
     )
     first = articles.execute("SELECT embedding::real[] FROM runbook.articles_staging WHERE key = 1").fetchone()
     assert first is not None and np.allclose(first[0], columns["embedding"][0]), "the first of two is kept"

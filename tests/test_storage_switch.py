@@ -232,7 +232,7 @@ def test_the_function_goes_over_with_the_index_and_comes_back_with_it(
         "  found   another query than these parameters make\n"
         "  needed  the query of index.storage: bit, index.rerank: 8\n"
         "  danger  every search would read the whole table\n"
-        "  do      run 70_tune with execute: true; it makes the function anew"
+        "  do      run 70_tune with execute: true; it creates the function again"
     )
     rebuild_index.apply(phase)
     assert function(articles) == was, "nothing that serves is touched before the proof"

@@ -212,7 +212,7 @@ def test_once_the_ordinary_table_is_retired_nothing_is_rolled_back(copied: str, 
     assert str(refused.value.gates.failed[0]) == (
         "FAIL    partitioning.ordinary_table_is_kept   public.articles\n"
         "  found   the partitioned table serves alone\n"
-        "  needed  the ordinary table, serving or kept beside\n"
+        "  needed  the ordinary table, serving or kept\n"
         "  danger  nothing is left to go back to: nothing was changed\n"
         "  do      leave it partitioned; nothing but a copy by hand makes one table of it again"
     )

@@ -165,4 +165,4 @@ def test_a_table_that_refuses_row_after_row_stops_the_backfill(
     articles.execute("DROP TRIGGER late ON articles")
     backfill.apply(phase)
     done = articles.execute("SELECT count(embedding) FROM articles").fetchone()
-    assert done == (toy.ROWS,), "it goes on where it was"
+    assert done == (toy.ROWS,), "it resumes where it stopped"

@@ -205,7 +205,7 @@ def test_a_release_without_a_tag_is_not_planned(articles: psycopg.Connection[Any
         "FAIL    upgrade.releases_are_tagged   vector\n"
         "  found   from 0.8.6 to 0.8.7; not known: 0.8.7\n"
         "  needed  two releases whose tags are listed in pgvector_releases.py\n"
-        "  danger  what lies between is not written down, nor whether indexes must be built anew\n"
+        "  danger  what lies between is not written down, nor whether indexes must be rebuilt\n"
         "  do      install a tagged release, 0.8.6 for instance; a newer tag is added to RELEASES in"
         " pgvector_releases.py first, with what it fixes"
     )
@@ -224,9 +224,7 @@ def test_an_index_is_built_anew_only_if_a_faulty_release_has_vacuumed_it(
         articles.execute("SELECT pg_stat_force_next_flush()")
     names = [s.name for s in update_extension.plan(operation)]
     assert names == ["extension.update", *(["index.create_hnsw", "rebuild.swap", "rebuild.drop"] if anew else [])]
-    assert update_extension.brings(operation).rows[-1][2] == (
-        "built anew, concurrently" if anew else "stays as it is"
-    )
+    assert update_extension.brings(operation).rows[-1][2] == ("rebuilt, concurrently" if anew else "stays as it is")
 
 
 def test_interrupted_after_the_update_the_rerun_still_builds_the_index_anew(
@@ -238,7 +236,7 @@ def test_interrupted_after_the_update_the_rerun_still_builds_the_index_anew(
     update_extension.apply(operation)
     failed = {g.name: g for g in update_extension.verify(operation).failed}["upgrade.index_is_not_of_a_faulty_vacuum"]
     assert failed.do == (
-        "run operate/update_extension again with execute: true; it builds the index anew beside this one"
+        "run operate/update_extension again with execute: true; it builds the index again next to this one"
     )
     assert [s.name for s in update_extension.plan(operation)] == ["index.create_hnsw", "rebuild.swap", "rebuild.drop"]
     update_extension.build_beside(operation)

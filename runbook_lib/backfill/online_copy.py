@@ -140,7 +140,7 @@ def catch_up(move: Move, few: int | None = None) -> int:
                     found=f"{number(progress.done)} changes applied, {number(waiting)} or more still wait",
                     needed=f"{number(enough)} at most, within {p.longest_catch_up_minutes:g} minutes",
                     danger="the swap would make everybody wait for all of them",
-                    do="run this again at a quieter time; it goes on where it was",
+                    do="run this again at a quieter time; it resumes where it stopped",
                 )
     return progress.done
 

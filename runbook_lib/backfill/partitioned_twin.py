@@ -66,10 +66,10 @@ class TwinState:
 
     def __str__(self) -> str:
         if self.swapped:
-            return "the partitioned table serves, the ordinary one is kept level beside it"
+            return "the partitioned table serves, the ordinary one is kept current"
         if self.retired:
             return "the partitioned table serves alone"
-        return "the ordinary table serves" + (", the partitioned one is made beside it" if self.parts else "")
+        return "the ordinary table serves" + (", the partitioned one is being filled" if self.parts else "")
 
 
 def standing(phase: Phase) -> TwinState:

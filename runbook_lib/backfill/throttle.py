@@ -103,7 +103,7 @@ class Pause:
                 found=f"paused for {lasted}: {reasons}",
                 needed=f"a pause of at most {longest} (health.longest_pause_minutes)",
                 danger="a run that waits for ever holds its place in the schedule and tells nobody",
-                do="remove the cause, then run this phase again: it goes on where it was",
+                do="remove the cause, then run this phase again: it resumes where it stopped",
             )
 
     def end(self) -> None:

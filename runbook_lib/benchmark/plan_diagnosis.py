@@ -206,7 +206,7 @@ def _changes(case: _Case) -> Iterator[Change]:
     )
     yield (
         "expression",
-        f"the distance stands inside an expression, {' '.join(search.keys.split())}",
+        f"the distance is inside an expression, {' '.join(search.keys.split())}",
         changed(lambda s: s.bare()),
     )
     yield (

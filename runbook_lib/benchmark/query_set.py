@@ -153,7 +153,7 @@ class _Problems:
     def add(self, path: Path, line: int | None, found: str, needed: str) -> None:
         subject = str(path) if line is None else f"{path}:{line}"
         danger = "relevance would be measured on other queries or answers than those meant; nothing was started"
-        do = "mend the file and run the same command again"
+        do = "fix the file and rerun the same command"
         self.gates.append(Gate(self.gate_name, Verdict.FAIL, subject, found, needed, danger, do))
 
     def raise_if_any(self) -> None:

@@ -32,7 +32,7 @@ from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.sql import load as load_sql
 
 SQL = load_sql("demo")
-MARK = "Demo data of the pgvector runbook; `runbook demo` drops this schema and makes it anew."
+MARK = "Demo data of the pgvector runbook; `runbook demo` drops this schema and creates it again."
 
 CATALOGUE = files("cwe2").joinpath("database_v49")
 CWE = "{http://cwe.mitre.org/cwe-7}"

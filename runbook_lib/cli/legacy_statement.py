@@ -120,7 +120,7 @@ def _equalities(query: str, filters: Mapping[str, str]) -> tuple[str, list[str]]
 def _with_limit(query: str) -> tuple[str, str]:
     if ANY_LIMIT.search(query):
         fixed = re.sub(r"\bLIMIT\s+\d+\s*$", "LIMIT :k", query, flags=re.I)
-        return fixed, "the number of rows wanted stands at the end"
+        return fixed, "the number of rows wanted is at the end"
     return f"{query}\nLIMIT :k", "the statement had no LIMIT; the application took the first rows"
 
 

@@ -15,7 +15,7 @@ from runbook_lib.core.redaction import redacted
 
 INTERRUPTED = (
     "Interrupted. The statement under way was cancelled in the server; what was committed before it stays.\n"
-    "Run this cell again to go on from there."
+    "Run this cell again to resume."
 )
 
 # How the phase that is open now is ended: called with why, and with what comes next.

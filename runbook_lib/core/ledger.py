@@ -243,7 +243,7 @@ def _on_a_standby(connection: db.Connection) -> Gate:
         "the primary",
         "nothing can be written there; nothing was started",
         "name the primary in the DSN, or all servers with target_session_attrs=read-write; where the primary is lost,"
-        " promote the standby first: the run goes on where its ledger says",
+        " promote the standby first: the run resumes where its ledger says",
     )
 
 

@@ -145,7 +145,7 @@ _STEPS = (
         "removes the old model's column, index, queue and triggers, once no server sends its vectors any more",
         ("operate.retire_model.plan",),
         needs="80_shadow",
-        no_rollback="the old vectors are gone; they can only be made anew",
+        no_rollback="the old vectors are gone; they can only be made again",
         instead="take the old target through its own phases again, as a target that replaces this one; before the"
         " retirement `change_model --undo` rolls back",
     ),
@@ -355,6 +355,6 @@ def following(name: str) -> str:
     """What comes after a phase or its rollback; an operation stands for itself."""
     order = next((order for order in (MIGRATE, UNDO) if name in order), ())
     if not order:
-        return "nothing: an operation stands for itself"
+        return "nothing: an operation is complete in itself"
     here = order.index(name) + 1
     return order[here] if here < len(order) else "nothing: this was the last"

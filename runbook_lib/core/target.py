@@ -38,5 +38,5 @@ def _gate(problem: Problem) -> Gate:
         problem.found,
         problem.needed,
         "a misread parameter would act on the wrong thing; nothing was started",
-        problem.do or "mend the file and run the same command again",
+        problem.do or "fix the file and rerun the same command",
     )

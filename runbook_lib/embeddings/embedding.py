@@ -154,7 +154,7 @@ def _must_take_probes(ask: Model, texts: list[str], error: Exception) -> None:
             found=f"{type(error).__name__} on {len(texts)} texts; on {len(PROBES)} probe texts {said(of_probes)}",
             needed="vectors for the probe texts",
             danger=NOT_EMBEDDED,
-            do="see to the model, and run this phase again: it goes on where it was",
+            do="see to the model, and run this phase again: it resumes where it stopped",
         ) from None
 
 
@@ -267,7 +267,7 @@ def check_dimension(params: Params) -> Gate:
         first = next(iter(rows.faults), 0)
         found = f"row {rows.places[first]}, key {rows.keys[first]}: {rows.faults.get(first)}"
         found = f"{needed} dimensions" if holds else found
-        do = "set vector.dimension to what the vectors have, or make them anew with the model that the column is for"
+        do = "set vector.dimension to what the vectors have, or make them again with the model that the column is for"
     return gate(
         "embed.model_dimension_fits",
         holds,

@@ -129,7 +129,7 @@ def _ask(
             found=f"{error}, after {e.request_tries} tries at {e.url}",
             needed="an answer",
             danger="the rows of this batch have no vectors yet; what was done before them is kept",
-            do="look at the endpoint's limits and state, and run this phase again: it goes on where it was",
+            do="look at the endpoint's limits and state, and run this phase again: it resumes where it stopped",
         ) from None
 
 

@@ -119,7 +119,7 @@ def lines_of(path: Path, *, encoding: str = "utf-8", newline: str | None = None)
 
 def bad_file(path: Path | str, found: str, needed: str, danger: str) -> BadInput:
     """A source that cannot be read at all."""
-    do = "mend the file, or make it anew from the table's rows, and run the same command again"
+    do = "fix the file, or export it again from the table's rows, and rerun the same command"
     return BadInput([Gate("embed.file_is_readable", Verdict.FAIL, str(path), found, needed, danger, do)])
 
 

@@ -41,10 +41,10 @@ def is_valid(index: VectorIndex) -> Gate:
     begun, partitioned = bool(index.own), len(index.parts) > 1
     if partitioned:
         danger = "every search reads the partitions that lack theirs whole, yet every write pays for the others"
-        resume = "it goes on with the partitions that lack theirs"
+        resume = "it continues with the partitions that lack theirs"
     else:
         danger = "no query can use it, yet every write still pays for it"
-        resume = "it drops this index concurrently and builds anew"
+        resume = "it drops this index concurrently and builds it again"
     return gate(
         "index.is_valid",
         index.usable,

@@ -27,7 +27,7 @@ TAILS: dict[str, Role] = {"": "current", "_new": "new", "_old": "old"}
 OF_REINDEX = re.compile(r"_cc(new|old)\d*$")
 WHAT_IT_IS = {
     "current": "serves",
-    "new": "built beside, not in its place yet",
+    "new": "built, not in its place yet",
     "old": "served before; dropped as the last step",
     "leftover": "left by a REINDEX CONCURRENTLY that did not finish",
     "other": "not the runbook's",

@@ -135,7 +135,7 @@ def _memory_fits_index(params: Params, expects: Forecast) -> Gate:
         f"{ix.method} on {spelled(params, 'table')}",
         found=f"{number(expects.rows)} rows want {wanted} while the index is built",
         needed=f"at most {allowed}, of index.maintenance_work_mem_mb: {ix.maintenance_work_mem_mb}",
-        danger="pgvector writes the unfinished graph to disk and goes on ten times as slowly"
+        danger="pgvector writes the unfinished graph to disk and continues ten times as slowly"
         if ix.method == "hnsw"
         else "pgvector refuses to build",
         do=forecast.ways_out(expects.rows, params, wanted_bytes=expects.build_memory_bytes),
@@ -230,7 +230,7 @@ def _slots_bear_the_build(params: Params, expects: Forecast, room: Room, slots: 
         + (allowed if bounded else "unlimited"),
         needed=f"{needed}: {size(lag)} kept now, {size(behind)} of health.replica_lag_mb, and"
         f" {size(expects.index_bytes)} of the build, which waits for no reader",
-        danger="the server gives the slot up, and its replica or subscriber must be made anew",
+        danger="the server gives the slot up, and its replica or subscriber must be set up again",
         do=f"ALTER SYSTEM SET max_slot_wal_keep_size = '{-(-wanted // MB)}MB'; SELECT pg_reload_conf();"
         " or let the reader catch up first",
         figures={"wanted_bytes": wanted, "kept_bytes": lag, "allowed_bytes": bound if bounded else -1},

@@ -249,7 +249,7 @@ def _judge(phase: Phase, step: Step) -> Gates:
                    f"at most {limit}, {LATENCY_TOLERANCE:g} × the slowest of legacy now and 80_shadow",
                    f"look at the load of the server, {again}"),
             *([canary("no_filtered_call_fails", f.errors == 0, f"{f.errors} of {f.calls} calls with filters failed",
-                      "0", f"mend what the error above names, or run 70_tune again, {again}"),
+                      "0", f"fix what the error above names, or run 70_tune again, {again}"),
                canary("no_filtered_answer_is_short", f.short == 0, f"{f.short} of {f.calls} calls with filters",
                       "0", f"run 70_tune again, {again}")] if f.calls else []),
             *(_live_gates(step.live, canary, again, c.largest_slowdown) if step.live else []),
@@ -263,7 +263,7 @@ def _no_call_fails(step: Step, canary: Callable[..., Gate], again: str) -> Gate:
     found = f"{failed} of {calls} calls failed"
     if step.errors > failed:
         found += f"; and {step.errors - failed} that legacy answers, as before"
-    return canary("no_call_fails", failed == 0, found, "0", f"mend what the errors above name, {again}")
+    return canary("no_call_fails", failed == 0, found, "0", f"fix what the errors above name, {again}")
 
 
 def _is_fast_enough(step: Step, limit_ms: float) -> bool:

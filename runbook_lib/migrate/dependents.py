@@ -55,7 +55,7 @@ def _kind_of_table(params: Params, facts: db.Row, columns: Mapping[str, db.Row])
             "dependents.table_is_kept",
             False,
             table,
-            found="a temporary table" if temporary else "an unlogged table, with its vectors in a table beside it",
+            found="a temporary table" if temporary else "an unlogged table, with its vectors in a side table",
             needed="a table of every session" if temporary else "a logged table, or vector.layout: column",
             danger="no other session has it"
             if temporary

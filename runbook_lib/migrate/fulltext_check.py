@@ -146,7 +146,7 @@ def _index(connection: db.Connection, params: Params) -> Gate:
         found=found,
         needed="a valid GIN or GiST index on exactly this, without a condition",
         danger="every hybrid search would read the whole table"
-        + (", and make each row's words anew" if params.search.fulltext_expression else ""),
+        + (", and compute each row's words again" if params.search.fulltext_expression else ""),
         do="name the configuration, as in to_tsvector('english', body), and call IMMUTABLE functions only"
         if refused
         else _how_to_make(connection, params, plan, others),

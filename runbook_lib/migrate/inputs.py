@@ -35,7 +35,7 @@ from runbook_lib.sql import load
 SQL = load("inputs")
 
 NOTHING_STARTED = "nothing was started; the run would break half-way"
-MEND = "mend the params file and run the same command again"
+MEND = "fix the params file and rerun the same command"
 KEY_TYPES = ("bigint", "integer", "uuid", "text", "character varying")
 # Roles that managed services let install extensions instead of a superuser: Amazon, Google, Microsoft.
 ADMINISTRATORS = ["rds_superuser", "cloudsqlsuperuser", "azure_pg_admin"]
@@ -420,7 +420,7 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
         found=f"PostgreSQL says: {problem}" if problem else f"it returns {', '.join(columns)}",
         needed=f"a SELECT that returns a column named {key}",
         danger="there would be no search of today to compare with, nor to go back to",
-        do="mend legacy.query; try it in psql with values in place of :query and :k",
+        do="fix legacy.query; try it in psql with values in place of :query and :k",
     )
 
 

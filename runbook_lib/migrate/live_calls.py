@@ -114,7 +114,7 @@ def _nothing_failed(phase: Phase, rows: list[db.Row], *, timed: bool) -> Gate:
         found=found,
         needed="0",
         danger="these calls would fail for users as soon as the reads move",
-        do="mend what the error names, then DELETE the rows with a problem from the log and run 80_shadow again",
+        do="fix what the error names, then DELETE the rows with a problem from the log and run 80_shadow again",
         figures={"calls": len(rows), "problems": len(problems)},
     )
 

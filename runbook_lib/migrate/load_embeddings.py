@@ -85,7 +85,7 @@ def source(phase: Phase) -> Table:
         first = next(embedding.stored(phase.params, phase.connection), None)
         checked = first is not None and first.text_hashes is not None
         tie = (
-            "text_hash or text beside each vector: one of an older text is refused"
+            "text_hash or text with each vector: one of an older text is refused"
             if checked
             else "none given: each vector is taken for that of the text as it is now"
         )
@@ -344,7 +344,7 @@ def _nothing_was_refused(phase: Phase, counts: db.Row) -> Gate:
         found="; ".join(f"{number(r['rows'])} × {r['reason']} ({_instance(phase, r)})" for r in refused) or "none",
         needed=f"at most {number(accepted)}, as embeddings.accept_refused_rows says" if accepted else "none",
         danger="these rows would have no vector, or that of another row's text",
-        do="mend the source of these embeddings and run this phase again; it tries them anew",
+        do="fix the source of these embeddings and run this phase again; it tries them again",
         figures={"refused": total, "accepted": accepted},
     )
 

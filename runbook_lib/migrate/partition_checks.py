@@ -72,7 +72,7 @@ def key_is_unique(connection: db.Connection, params: Params, table: db.Row, not_
         "no valid unique index on this column alone",
         f"drawn from {one_source}" if one_source else "no default that draws it from one source",
         f"first in {facts['led_index']}" if facts["led_index"] else "first in no index",
-        *([f"{twice[0]['key']} stands twice"] if twice else ["no value stands twice"] if may_count else []),
+        *([f"{twice[0]['key']} stands twice"] if twice else ["no value occurs twice"] if may_count else []),
         "NOT NULL" if not_null else "NULL allowed",
     ]
     todo = [

@@ -89,7 +89,7 @@ def between(older: str, newer: str) -> list[Release]:
 
 
 def faults_in_use(installed: str, method: str, *, is_32_bit: bool) -> tuple[list[str], list[str]]:
-    """What later releases mend that concerns who uses this: security faults, for which a release is refused, and the
+    """What later releases fix that concerns who uses this: security faults, for which a release is refused, and the
     others, which are told. Each with its release.
 
     method: of the index here; what concerns the other method alone, or 32-bit servers alone, is left out.

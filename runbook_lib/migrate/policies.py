@@ -48,7 +48,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
             needed="vectors in the table itself, where its policies hold for them",
             danger="whoever may read the table would read the keys and vectors of every row in the table beside,"
             " whatever the policies say",
-            do="set vector.layout: column; where the vectors stand beside already, undo/schema first",
+            do="set vector.layout: column; if the vectors are in a side table already, undo/schema first",
         )
 
 
@@ -73,6 +73,6 @@ def kept_table_is_as_open(connection: db.Connection, params: Params) -> Iterator
             partitioned_twin.spelled_beside(params, partitioned_twin.WHOLE),
             found="; ".join(f"{row['relation']} alone: {row['line']}" for row in found),
             needed=f"the privileges and policies of {spelled(params, 'table')}",
-            danger="rows can be read past what was changed on the table since the swap, and a way back undoes it",
+            danger="rows can be read past what was changed on the table since the swap, and a rollback undoes it",
             do=f"make the same change on {partitioned_twin.spelled_beside(params, partitioned_twin.WHOLE)}",
         )

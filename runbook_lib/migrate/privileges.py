@@ -52,7 +52,7 @@ def check(connection: db.Connection, params: Params) -> Gate:
     return gate(
         "privileges.only_what_is_meant",
         not found,
-        f"schema {params.ledger.schema_}, and what the runbook made beside the table",
+        f"schema {params.ledger.schema_}, and what the runbook made next to the table",
         found=some(list(revokes), MOST_NAMED, "; ")
         or "nobody else may write or read them" + _by_default(connection, params, values),
         needed="for callers: the search function, the route, and the way to search by a value; for approvers: reads"

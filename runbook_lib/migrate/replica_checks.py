@@ -48,7 +48,7 @@ def _is_reachable(variable: str, problem: str) -> Gate:
         found=problem or "reachable",
         needed="a connection to the replica, with pgvector's library where the extension is installed",
         danger="nothing could be measured, and 70_tune would stop half-way through the migration",
-        do="mend the DSN, the replica's pg_hba.conf or its packages, or take search.read_dsn_env out",
+        do="fix the DSN, the replica's pg_hba.conf or its packages, or take search.read_dsn_env out",
     )
 
 

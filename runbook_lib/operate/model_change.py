@@ -144,7 +144,7 @@ def _targets_fit(phase: Phase, old: Params) -> Gate:
         found="; ".join(wrong) or f"one table, {old.vector.column} and {new.vector.column}, alike but for the model",
         needed="the same table, key, filters, database and ledger; a name, a column and a function of its own",
         danger="the function could not answer for the other without the application noticing",
-        do="mend the params file of the new target; filters in the same order",
+        do="fix the params file of the new target; filters in the same order",
     )
 
 

@@ -182,7 +182,7 @@ def _recall_holds(phase: Phase) -> Gate:
         found=f"recall@{p.queries.k} {shown} on {len(queries)} queries and {len(rows)} rows",
         needed=f"{least}, the target less watch.largest_recall_loss",
         danger="the index hides answers that exact search finds",
-        do="run 70_tune again; if a higher setting does not reach it, build the index anew",
+        do="run 70_tune again; if a higher setting does not reach it, rebuild the index",
         figures={"recall": found, "queries": len(queries), "rows": len(rows)},
     )
 
@@ -371,7 +371,7 @@ def _index_is_lean(phase: Phase, seen: dict[str, Any]) -> Gate:
         found=f"{size(seen['bytes'])}, {times} × the forecast of {number(there)} rows",
         needed=f"at most {most} ×",
         danger="searches read pages of rows that are gone, and the index no longer fits where it did",
-        do="build the index anew, concurrently: operate's rebuild, or undo/index and 60_build_index",
+        do="rebuild the index, concurrently: operate's rebuild, or undo/index and 60_build_index",
         figures={"bytes": seen["bytes"], "forecast_bytes": expected},
     )
 
@@ -422,7 +422,7 @@ def _extension_is_sound(phase: Phase) -> Gate:
         installed is not None and not refused,
         "vector",
         found=(installed or "not installed")
-        + (f"; update it at a quiet time, later releases mend {'; '.join(told)}" if told else ""),
+        + (f"; update it at a quiet time, later releases fix {'; '.join(told)}" if told else ""),
         needed="a release without a security fault that matters here and"
         f" {pgvector_releases.RELEASES[-1].version} mends",
         danger="; ".join(refused) or "there is nothing to search with",

@@ -243,7 +243,7 @@ def rows_are_equal(phase: Phase) -> Gate:
         f" {d['different']} different",
         needed="every row in both, byte by byte, but for changes that wait in the queue",
         danger="rows would be lost, or come back, with the change of names",
-        do="take the partitioned table away (partition_by_filter --undo), begin anew, report what differs",
+        do="take the partitioned table away (partition_by_filter --undo), start again, report what differs",
         figures=dict(d),
     )
 
@@ -329,7 +329,7 @@ def check_undo(phase: Phase) -> Gates:
                 not found.retired,
                 _subject(phase),
                 found=str(found),
-                needed="the ordinary table, serving or kept beside",
+                needed="the ordinary table, serving or kept",
                 danger="nothing is left to go back to: nothing was changed",
                 do="leave it partitioned; nothing but a copy by hand makes one table of it again",
             ),
@@ -374,7 +374,7 @@ def verify_undone(phase: Phase) -> Gates:
                 found == TwinState("r", False, False, False),
                 _subject(phase),
                 found=str(found),
-                needed="the ordinary table, and nothing beside it",
+                needed="the ordinary table, and nothing else",
                 danger="every write would be queued for a table that nobody reads",
                 do="run `runbook operate PARAMS partition_by_filter --undo --execute` again",
             )

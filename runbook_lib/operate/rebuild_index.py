@@ -238,7 +238,7 @@ def _is_whole(new: VectorIndex) -> Gate:
         found=index_proof.validity(new),
         needed="valid",
         danger="nothing can take the place of the index that serves, yet every write pays for what is there",
-        do="run operate/rebuild_index again with execute: true; it drops what is left and builds anew",
+        do="run operate/rebuild_index again with execute: true; it drops what is left and builds it again",
         figures={"bytes": new.bytes} if new.own else {},
     )
 

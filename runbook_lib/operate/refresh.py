@@ -92,7 +92,7 @@ def verify(phase: Phase) -> Gates:
                 else "none",
                 needed="none",
                 danger="these rows keep the vector of their older text, or none",
-                do="read column error of the queue; mend text or model, and run this again: each gets one more try",
+                do="read column error of the queue; fix text or model, and run this again: each gets one more try",
                 figures={"set_aside": state.set_aside},
             ),
         ]

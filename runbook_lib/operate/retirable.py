@@ -188,8 +188,8 @@ def _indexes_can_go(phase: Phase, found: Sequence[Found]) -> Gate:
         table_name(phase),
         found="; ".join(wrong) or ", ".join(f.name for f in found) or "no index is left that only legacy reads",
         needed="indexes of this table that carry no constraint, and that their definition alone brings back",
-        danger="more would go than a search, or the way back would not lead to what is there now",
-        do="mend retire.indexes; with an empty list the runbook looks for them itself",
+        danger="more would go than a search, or a rollback would not restore what is there now",
+        do="fix retire.indexes; with an empty list the runbook looks for them itself",
         figures={"indexes": [f.name for f in found], "bytes": sum(f.bytes for f in found)},
     )
 
@@ -206,7 +206,7 @@ def _reads_have_left(phase: Phase) -> Gate:
         phase.params.target.name,
         found=f"{row['route']} at {row['share_percent']} % since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC",
         needed=f"vector or hybrid at 100 % for {days:g} days",
-        danger="the reads may yet have to go back, and without its indexes legacy is no way back",
+        danger="the reads may yet have to go back, and without its indexes they cannot go back to legacy",
         do=f"run this again from {from_then.astimezone(UTC):%Y-%m-%d %H:%M} UTC on"
         if left
         else "run 90_cut_over with execute: true first",

@@ -366,7 +366,7 @@ def verify_undone(phase: Phase) -> Gates:
                 found=", ".join(left) or "none",
                 needed="none",
                 danger="every write to their rows still pays for them",
-                do="run the way back again; a drop that timed out leaves an invalid index",
+                do="run the rollback again; a drop that timed out leaves an invalid index",
             )
         ]
     )

@@ -123,7 +123,7 @@ def function_fits(phase: Phase) -> Gate:
         found=wanted if fits else "another query than these parameters make",
         needed=wanted,
         danger="every search would read the whole table",
-        do="run 70_tune with execute: true; it makes the function anew",
+        do="run 70_tune with execute: true; it creates the function again",
     )
 
 

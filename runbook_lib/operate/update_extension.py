@@ -50,7 +50,7 @@ def check(phase: Phase) -> Gates:
                 found=f"from {installed or 'not installed'} to {wanted or 'not available'}"
                 + (f"; not known: {', '.join(str(v) for v in unknown)}" if unknown else ""),
                 needed="two releases whose tags are listed in pgvector_releases.py",
-                danger="what lies between is not written down, nor whether indexes must be built anew",
+                danger="what lies between is not written down, nor whether indexes must be rebuilt",
                 do=f"install a tagged release, {pgvector_releases.RELEASES[-1].version} for instance; a newer tag is"
                 " added to RELEASES in pgvector_releases.py first, with what it fixes",
             )
@@ -92,7 +92,7 @@ def brings(phase: Phase) -> Table:
     """What each release between fixes, and whether the index must be built anew."""
     found = extension.brings(phase)
     why = why_rebuild(phase) or _pending(phase)
-    last = ("index", "", "built anew, concurrently" if why else "stays as it is", why)
+    last = ("index", "", "rebuilt, concurrently" if why else "stays as it is", why)
     return Table(found.columns, [*found.rows, last], found.caption)
 
 
@@ -239,10 +239,10 @@ def _index_is_sound(phase: Phase) -> Gate:
         "upgrade.index_is_not_of_a_faulty_vacuum",
         not why,
         index_name(phase.params),
-        found=why or "built anew since, or never at risk",
+        found=why or "rebuilt since, or never at risk",
         needed=f"an HNSW index that no release before {pgvector_releases.VACUUMS_HNSW_SAFELY} has vacuumed",
         danger="links that were lost then stay lost: the new library does not bring them back",
-        do="run operate/update_extension again with execute: true; it builds the index anew beside this one",
+        do="run operate/update_extension again with execute: true; it builds the index again next to this one",
     )
 
 

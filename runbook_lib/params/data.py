@@ -92,8 +92,7 @@ class Target(Section):
             )
         if taken := sorted(PLACEHOLDERS.intersection(value)):
             raise ValueError(
-                f":{taken[0]} already stands for something else in the statements;"
-                " use a generated column of another name"
+                f":{taken[0]} already means something else in the statements; use a generated column of another name"
             )
         if len(set(value)) < len(value):
             raise ValueError("a column is named twice")

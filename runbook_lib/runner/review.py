@@ -273,7 +273,7 @@ def _summary(
     if stopped:
         left = [p.name for p in run.phases if p.status == Status.PENDING]
         after = f" Not begun: {', '.join(left)}." if left else ""
-        lines.append(f"The run stopped in {stopped.name}.{after} Running the same command again goes on from there.")
+        lines.append(f"The run stopped in {stopped.name}.{after} Rerun the same command to resume there.")
     if not run.execute:
         lines.append(
             "Nothing was carried out: each notebook shows the statements that it would run, and their locks."

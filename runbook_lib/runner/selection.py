@@ -137,7 +137,7 @@ def chosen(
             say(f"{SYMBOLS[Status.PASSED]} nothing left to do: {last or 'every phase'} has passed in this database")
             return ()
         if first != order[0]:
-            say(f"proved in this database up to {order[order.index(first) - 1]}; going on with {first}")
+            say(f"passed in this database up to {order[order.index(first) - 1]}; resuming with {first}")
     operation = operation_of(first) if way == "undo" and first in UNDO_OPERATION else ""
     if operation and (nothing := _nothing_to_take_back(params, operation)):
         say(f"{SYMBOLS[Status.PASSED]} nothing to roll back: {nothing}")

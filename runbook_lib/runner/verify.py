@@ -272,7 +272,7 @@ def _heads(folder: Path, hashes: set[str], kept: str) -> list[Gate]:
             what,
             found=f"{head[:16]} is a row of the chain" if head in hashes else f"no row has the hash {head[:16]}",
             needed="a row of the ledger's chain",
-            danger="rows were cut off the end of the ledger, or the whole chain was written anew",
+            danger="rows were cut off the end of the ledger, or the whole chain was rewritten",
             do="compare with a backup of the database from the end of the run",
         )
         for what, head in heads.items()

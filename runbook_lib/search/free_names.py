@@ -77,7 +77,7 @@ def _new_columns(connection: db.Connection, params: Params, columns: Collection[
         if taken
         else "free",
         needed=f"{vector}, {vector}_updated_at and {vector}_hash free, or made by this runbook",
-        danger="the backfill would overwrite, and the way back would drop, what somebody else keeps there",
+        danger="the backfill would overwrite, and undo would drop, what somebody else keeps there",
         do="name another column in vector.column",
     )
 
@@ -94,8 +94,8 @@ def _side_table(connection: db.Connection, params: Params) -> Gate:
         spelled(params, "vectors"),
         found=f"{kind}, {'made by this runbook' if ours else 'not made by this runbook'}" if found else "free",
         needed="no relation by that name, or the one that this runbook made",
-        danger="the backfill would put vectors into it, and the way back would drop what somebody else keeps there",
-        do=f"name another column in vector.column: the table beside is called {params.target.table}_<column>;"
+        danger="the backfill would put vectors into it, and undo would drop what somebody else keeps there",
+        do=f"name another column in vector.column: the side table is called {params.target.table}_<column>;"
         " or set vector.layout: column",
     )
 
