@@ -15,7 +15,7 @@ from runbook_lib.core.display import Table, number, some
 from runbook_lib.core.gates import BadInput, Gate, Gates, collect, gate
 from runbook_lib.core.names import index_name, spelled
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.migrate import extension, pgvector_releases
+from runbook_lib.migrate import build_index, extension, pgvector_releases
 from runbook_lib.operate import rebuild_index
 from runbook_lib.sql import load
 
@@ -135,8 +135,8 @@ def apply(phase: Phase) -> Table:
     return phase.carry_out(update)
 
 
-def _serving(phase: Phase) -> int | None:
-    return next((s.oid for s in rebuild_index.standing(phase) if s.role == "current"), None)
+def _serving(phase: Phase) -> int:
+    return build_index.index(phase).oid
 
 
 def _pending(phase: Phase) -> str:
@@ -144,7 +144,9 @@ def _pending(phase: Phase) -> str:
     last = phase.ledger.latest("upgrade")
     if not last or not last["why_rebuild"]:
         return ""
-    return str(last["why_rebuild"]) if last["index"] == _serving(phase) else ""
+    # Earlier releases wrote down the oid of a partition's.
+    serving = {own.oid for own in build_index.index(phase).own.values()}
+    return str(last["why_rebuild"]) if last["index"] in serving else ""
 
 
 def must_rebuild(phase: Phase) -> bool:
