@@ -448,3 +448,18 @@ def test_a_name_that_something_else_has_is_said(either: Filled, articles: psycop
     articles.execute("DROP TABLE articles_embedding_hnsw")
     build_index.apply(phase)
     assert build_index.verify(phase).passed
+
+
+def test_an_invalid_parent_above_valid_partitions_is_dropped_and_built_anew(
+    parted: Filled, articles: psycopg.Connection[Any]
+) -> None:
+    phase = parted()
+    build_index.apply(phase)
+    articles.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'articles_embedding_hnsw'::regclass")
+    assert "invalid: the index of the parent; of 4 partitions" in str(build_index.verify(phase))
+    assert [s.name for s in build_index.plan(phase)][:2] == [
+        "index_partitions.drop_bracket",
+        "index_partitions.create_bracket_hnsw",
+    ]
+    build_index.apply(phase)
+    assert build_index.verify(phase).passed
