@@ -413,7 +413,7 @@ def test_a_plan_that_merges_every_partitions_index_is_good_and_one_that_lacks_on
     sent = Sent("the application's query", NEAREST, ("embedding", "k"), ("[1,2,3,4,5,6,7,8]", 10))
 
     def judged(connection: db.Connection) -> str:
-        return str(explain.judge(phase, connection, sent, "custom"))
+        return str(explain.judge(connection, phase.params, sent, "custom"))
 
     with db.rolled_back(phase.connection):
         phase.connection.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off")
