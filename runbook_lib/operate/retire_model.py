@@ -127,7 +127,7 @@ def apply(phase: Phase) -> Table:
     if forget := _forget(phase, old):
         model_change.let_calls_end(phase)
         rows += [(s.purpose, round(phase.do(s).seconds, 3)) for s in forget]
-    rows += [tuple(row) for row in build_index.undo(old).rows]
+    rows += [(what, seconds) for _, what, _, seconds in build_index.undo(old).rows]
     # Under the old target's name, as its own ways back write them down.
     rows += [
         (s.purpose, round(old.do(s).seconds, 3)) for s in (*live_shadow.undo_plan(old), *expand_schema.undo_plan(old))
