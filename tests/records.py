@@ -11,6 +11,14 @@ RUN_ID = "20261122T190501Z-articles"
 SECONDS = (2.1, 9.4, 1.9, 2.2, 6.3, 5.1, 4.9, 8.8, 7.6, 4.2)
 
 
+MOVED = {
+    "better": 1203, "worse": 301, "alike": 389,
+    "gains": [{"query_id": "q1", "difference": 1.0, "before": None, "after": [1, "41"]},
+              {"query_id": "q2", "difference": 0.3, "before": [7, "40"], "after": [2, "42"]}],
+    "losses": [{"query_id": "q3", "difference": -1.0, "before": [1, "43"], "after": None}],
+}  # fmt: skip
+
+
 def make_manifest(**changes: Any) -> Manifest:
     """A migration that passed; keyword arguments replace fields."""
     phases = tuple(
@@ -39,7 +47,8 @@ def make_manifest(**changes: Any) -> Manifest:
 
 def entry(phase: str, kind: str, body: dict[str, Any], run_id: str = RUN_ID) -> dict[str, Any]:
     """One row of the ledger."""
-    return {"run_id": run_id, "target": "articles", "phase": phase, "kind": kind, "body": body}
+    writer = {"written_by": "migrator", "hash": "e" * 64}
+    return {"run_id": run_id, "target": "articles", "phase": phase, "kind": kind, "body": body} | writer
 
 
 def gate(name: str, verdict: str = "PASS", **changes: Any) -> dict[str, Any]:
@@ -131,7 +140,7 @@ def make_entries() -> list[dict[str, Any]]:
         }),
         entry("70_tune", "gate", gate("tune.recall_is_reached")),
         entry("80_shadow", "shadow", {
-            "k": 10, "judged": 1893, "timed": 200, "winner": "hybrid",
+            "k": 10, "judged": 1893, "timed": 200, "winner": "hybrid", "moved": MOVED,
             "systems": {"legacy": system(0.221, 14.2), "exact": system(0.312, 4.4), "vector": system(0.309, 1.1),
                         "hybrid": system(0.368, 2.6)},
         }),

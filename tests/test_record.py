@@ -6,19 +6,23 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from click.testing import CliRunner
 
 from runbook_lib.backfill.progress import Progress
+from runbook_lib.cli import main
 from runbook_lib.core import db, pictures
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import MIGRATE
-from runbook_lib.runner import manifest, record, review, tables
+from runbook_lib.runner import figures, history, manifest, record, review
 from runbook_lib.runner.manifest import PhaseRun
+from tests.conftest import write_params
 from tests.records import RUN_ID, entry, gate, make_entries, make_manifest, statement
 
 VOID = {"meta", "br", "path", "use", "rect", "line", "circle", "img", "hr", "col", "input", "link"}
@@ -71,19 +75,114 @@ def needs_nothing_else(page: str) -> bool:
     )
 
 
-def test_a_reviewer_reads_what_changed_under_which_locks_and_what_was_proved() -> None:
-    summary = list(review.collect(make_manifest(), make_entries()).summary)
-    assert summary == [
-        "938 rows of public.articles got a vector in 920 ms.",
-        "Reads now go to: hybrid, every call.",
-        "4 statements changed something. The strongest lock was ACCESS EXCLUSIVE (1 statement, the longest 312 ms),"
-        " which blocks every read and write; 1 statement had to try again for its lock.",
-        "The run took 53.0 s. 10 gates passed; none failed.",
-        "With hnsw.ef_search = 80 the index finds 97.4% of the exact 10 nearest rows in 1.04 ms at the median; exact"
-        " search takes 4.4 ms (200 queries).",
-        "On 1,893 judged queries, hybrid answers best: nDCG@10 0.368; vectors, exact 0.312, vectors, by index 0.309,"
-        " legacy search 0.221.",
+def answers(found: review.Record) -> list[list[str]]:
+    """What the ten questions are answered with, in their order."""
+    assert len(found.questions) == 10
+    return [list(q.answers) for q in found.questions]
+
+
+def test_a_reviewer_reads_the_answers_to_ten_questions() -> None:
+    run = make_manifest(user="ada", server="articles at db:5432")
+    assert answers(review.collect(run, make_entries())) == [
+        [
+            "938 rows of public.articles got a vector in 920 ms.",
+            "Reads now go to: hybrid, every call.",
+            "4 statements changed something.",
+        ],
+        [
+            "The strongest lock was ACCESS EXCLUSIVE (1 statement, the longest 312 ms),"
+            " which blocks every read and write; 1 statement had to try again for its lock."
+        ],
+        [
+            "OS user ada on host db-tools as role migrator, on articles at db:5432. It took 53.0 s.",
+            "Versions: PostgreSQL 18.6, pgvector 0.8.6, runbook 0.1.0.",
+        ],
+        ["No step of this run waits for a sign-off (approval.phases names none)."],
+        [
+            "10 gates passed; none failed.",
+            "With hnsw.ef_search = 80 the index finds 97.4% of the exact 10 nearest rows in 1.04 ms at the median;"
+            " exact search takes 4.4 ms (200 queries).",
+        ],
+        [
+            "On 1,893 judged queries, hybrid answers best: nDCG@10 0.368; vectors, exact 0.312, vectors, by index"
+            " 0.309, legacy search 0.221.",
+            "Of these queries 1,203 are answered better, 301 worse, 389 alike.",
+        ],
+        [
+            "Disk: 1.5 MB of index.",
+            "Memory: the index answers fast while its 1.5 MB are cached; its build was to need 1.8 MB.",
+            "Writes: how much slower they become was not measured.",
+        ],
+        ["Nothing: every gate was judged, and no parameter lets one pass."],
+        [
+            "First reads (removes nothing: reads go back to legacy): one row, one transaction: milliseconds.",
+            "Back to where it began: 5 steps, the last extension.",
+        ],
+        [
+            f"The ledger ended with {'e' * 64} when this page was made; the run's own head is in manifest.json."
+            " Keep it elsewhere, and check with --head."
+        ],
     ]
+    page, _ = page_of(run, make_entries())
+    assert page.index("10. Is the record untampered?") < page.index('<h2 id="moved">')
+    assert f"<code>runbook verify /srv/runbook/params/articles.yaml {RUN_ID}</code>" in page
+
+
+def test_what_is_not_known_yet_is_said_in_words() -> None:
+    run = make_manifest(
+        phases=(PhaseRun("00_preflight", "passed"), PhaseRun("10_baseline", "waiting")),
+        parameters={
+            "approval": {"phases": ["10_baseline"]},
+            "accept": {"triggers": ["touch", "audit"]},
+            "cut_over": {"accept_unjudged": True, "largest_slowdown": 1.0},
+        },
+    )
+    baseline = entry("10_baseline", "baseline", {"systems": {}, "left": ["q1"]})
+    said = answers(review.collect(run, [baseline]))
+    assert said[1] == ["None: nothing was changed."]
+    assert said[3] == ["10_baseline waits for approval, or for its hours."]
+    assert said[4][1] == "No recall yet: 70_tune has not run."
+    assert said[5] == ["Not known yet: 80_shadow has not run."]
+    assert said[6] == ["Not known yet: 50_backfill and 60_build_index have not run."]
+    assert said[7] == [
+        "Accepted by accept.triggers: touch, audit.",
+        "Accepted by cut_over.accept_unjudged: True.",
+        f"Not in this run: {', '.join(MIGRATE[2:])}.",
+        "1 query did not fit into queries.baseline_minutes and were left out.",
+    ]
+
+
+def test_a_sign_off_is_told_with_who_gave_it() -> None:
+    given = gate("approval.is_given", found="by eve at 2026-11-22 19:04: read it")
+    found = review.collect(make_manifest(), [entry("90_cut_over", "gate", given)])
+    assert answers(found)[3] == ["90_cut_over: by eve at 2026-11-22 19:04: read it."]
+
+
+def test_gains_and_losses_show_the_right_answer_before_and_after() -> None:
+    texts = review.Texts({"q1": "wing flutter"}, {"41": "On flutter of wings"})
+    page, text = page_of(make_manifest(), make_entries(), texts=texts)
+    gains, losses = review.collect(make_manifest(), make_entries(), texts=texts).moved
+    assert gains.rows == [("wing flutter", "not found", "1", "On flutter of wings"), ("q2", "7", "2", "42")]
+    assert losses.rows == [("q3", "1", "not found", "43")], "the key, where the row is gone"
+    assert "Largest gains query before after right answer wing flutter not found 1 On flutter of wings" in text
+    assert '<a href="#moved">' in page
+
+
+def test_the_p99_of_too_few_queries_is_not_shown() -> None:
+    entries = make_entries()
+    shown = review.collect(make_manifest(), entries).comparison
+    assert shown is not None and "p99" in shown.columns
+    next(e["body"] for e in entries if e["kind"] == "shadow")["timed"] = 99
+    shown = review.collect(make_manifest(), entries).comparison
+    assert shown is not None and "p99" not in shown.columns and "p95" in shown.columns
+
+
+def test_repetitions_of_a_statement_are_one_line() -> None:
+    batch = statement("Write a batch.", "ROW EXCLUSIVE on the target", 0.25, rows=100)
+    entries = [*make_entries(), *(entry("50_backfill", "statement", batch) for _ in range(3))]
+    last = review.collect(make_manifest(), entries).statements[-1]
+    assert (last["times"], last["seconds"], last["rows"]) == (3, 0.75, 300)
+    assert "50_backfill · 3 times" in page_of(make_manifest(), entries)[1]
 
 
 def test_the_record_of_an_operation_says_which_and_its_own_locks() -> None:
@@ -111,7 +210,7 @@ def test_a_lock_is_the_level_that_it_names(lock: str, level: str) -> None:
 def test_the_page_stands_alone_and_shows_every_part() -> None:
     page, text = page_of(make_manifest(), make_entries(), pages=MIGRATE)
     assert needs_nothing_else(page)
-    for heading in ("Summary", "Figures", "Phases", "Statements that changed something", "Gates",
+    for heading in ("Summary", "Gains and losses", "Figures", "Phases", "Statements that changed something", "Gates",
                     "Forecast against actual", "How to roll back", "Versions, parameters and hashes"):  # fmt: skip
         assert f">{heading}</h2>" in page
     assert all(f'href="{name}.html"' in page for name in MIGRATE)
@@ -144,7 +243,7 @@ def test_the_gate_that_stopped_the_run_comes_first_and_open() -> None:
     assert (found.gates[0]["phase"], found.gates[0]["stopping"][0]["name"]) == (
         "50_backfill", "backfill.no_row_is_missing",
     )  # fmt: skip
-    assert found.summary[0] == (
+    assert answers(found)[0][0] == (
         "The run stopped in 50_backfill. Not begun: 60_build_index, 70_tune, 80_shadow, 90_cut_over."
         " Rerun the same command to resume there."
     )
@@ -166,7 +265,7 @@ def test_a_plan_claims_no_change() -> None:
     phases = tuple(PhaseRun(name, "planned") for name in MIGRATE)
     seen = entry("00_preflight", "gate", gate("table.fits", "NOT RUN"))
     found = review.collect(make_manifest(execute=False, status="planned", phases=phases), [seen])
-    assert found.summary == [
+    assert answers(found)[0] == [
         "Nothing was carried out: each notebook shows the statements that it would run, and their locks."
     ]
     assert not found.rollback
@@ -235,6 +334,11 @@ def test_the_list_of_runs_is_newest_first_and_a_section_a_target(tmp_path: Path)
     WellFormed(page)
     order = ["public.a", "run-1/index.html", "public.b", "run-2/index.html", "run-0/index.html"]
     assert sorted(order, key=page.index) == order
+    assert "articles/index.html" not in page
+    (tmp_path / "articles").mkdir()
+    (tmp_path / "articles" / "index.html").touch()
+    record.write_list(tmp_path)
+    assert 'href="articles/index.html"' in (tmp_path / "index.html").read_text()
 
 
 def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
@@ -280,7 +384,7 @@ def test_filters_classes_and_backfill_have_tables_of_their_own() -> None:
         {"column": None, "bucket": "all", "chosen": point},
         {"column": "status", "bucket": "1 to 10 %", "chosen": point, "practice": {"recall": 0.7, "p50_ms": 2.0}},
     ]}  # fmt: skip
-    found = tables.filters(tuning)
+    found = figures._filters(tuning)
     assert found is not None and found[2] == [
         (
             "status, 1 to 10 % of the rows",
@@ -292,11 +396,13 @@ def test_filters_classes_and_backfill_have_tables_of_their_own() -> None:
     ]
     lost = {"slice": "short", "queries": 9, "legacy": 0.5, "route": 0.4, "low": -0.2, "high": 0.1, "p_value": 0.3,
             "difference": -0.1, "blame": "model"}  # fmt: skip
-    classes = tables.slices({"slices": [lost]})
+    classes = figures._slices({"slices": [lost]})
     assert classes is not None and classes[2] == [
         ("short", 9, "0.500", "0.400", "-0.200 to +0.100, p = 0.3", "legacy wins: model")
     ]
-    assert tables.filters({}) is tables.slices({}) is tables.backfill({}) is None, "older records are shown without"
+    assert figures._filters({}) is figures._slices({}) is figures._backfill({}) is None, (
+        "older records are shown without"
+    )
 
 
 def test_a_backfill_in_several_attempts_is_told_as_one() -> None:
@@ -332,3 +438,97 @@ def test_recall_ends_at_one() -> None:
     tuning = next(e["body"] for e in make_entries() if e["kind"] == "tuning")
     shown = re.findall(r">([01]\.\d{3})<", pictures.recall_against_latency(tuning))
     assert shown and max(map(float, shown)) <= 1.0
+
+
+def row(
+    phase: str, kind: str, body: dict[str, Any], run_id: str, second: int, by: str = "migrator"
+) -> dict[str, Any]:
+    at = datetime(2026, 11, 22, 19, 0, second, tzinfo=UTC)
+    return entry(phase, kind, body, run_id) | {"written_by": by, "written_at": at, "hash": "e" * 64}
+
+
+def rows_of_two_runs_and_one_by_hand() -> list[dict[str, Any]]:
+    """A run that built the index; work by hand that rolled it back; a run that built it again, and was killed."""
+    first, by_hand, last = (
+        "20261122T190000Z-articles",
+        "20261122T190010Z-articles-by-hand",
+        "20261122T190020Z-articles",
+    )
+    index = {"name": "i", "method": "hnsw", "seconds": 60.0, "bytes": 1_048_576}
+    return [
+        row("migrate", "run", {"status": "started", "host": "db-tools", "user": "ada"}, first, 0),
+        row(
+            "60_build_index",
+            "statement",
+            statement("Build the index.", "SHARE UPDATE EXCLUSIVE on x", 60.0),
+            first,
+            1,
+        ),
+        row("60_build_index", "index", index, first, 2),
+        row("60_build_index", "phase", {"verdict": "PASS"}, first, 3),
+        row("migrate", "record", {"manifest": {"status": "passed", "host": "db-tools", "user": "ada"}}, first, 4),
+        row("60_build_index", "approval", {"reason": "read <it>"}, "approval-of-row-1", 5, "eve"),
+        row(
+            "undo/index", "statement", statement("Drop the index.", "SHARE UPDATE EXCLUSIVE on x", 0.25), by_hand, 10
+        ),
+        row("undo/index", "phase", {"verdict": "PASS"}, by_hand, 11),
+        row("60_build_index", "phase", {"verdict": "UNDONE", "by": "undo/index"}, by_hand, 12),
+        row("by hand", "run", {"status": "passed", "host": "laptop", "user": "bob"}, by_hand, 13),
+        row("migrate", "run", {"status": "started", "host": "db-tools", "user": "ada"}, last, 20),
+        row("60_build_index", "index", index | {"seconds": 65.0}, last, 21),
+        row("60_build_index", "phase", {"verdict": "PASS"}, last, 22),
+        row("70_tune", "gate", gate("tune.x"), last, 23),
+    ]
+
+
+def test_the_page_of_a_target_tells_its_migration_across_runs() -> None:
+    entries = rows_of_two_runs_and_one_by_hand()
+    first, by_hand, last = dict.fromkeys(e["run_id"] for e in entries if e["kind"] != "approval")
+    told = history.collect("articles", "public.articles", "/srv/a.yaml", entries, {first})
+    built = next(s for s in told.steps if s.name == "60_build_index")
+    assert (built.verdict, built.by, built.run_id) == ("PASS", "migrator", last)
+    assert [s.name for s in told.steps] == list(MIGRATE)
+    assert [(r.run_id, r.status, r.by, r.steps, r.statements, r.by_hand) for r in told.runs] == [
+        (last, "", "migrator (ada@db-tools)", ["PASS: 60_build_index", "not closed: 70_tune"], 0, False),
+        (by_hand, "passed", "migrator (bob@laptop)", ["PASS: undo/index", "rolled back: 60_build_index"], 1, True),
+        (first, "passed", "migrator (ada@db-tools)", ["PASS: 60_build_index"], 1, False),
+    ]
+    assert told.sign_offs == [("60_build_index", "eve", "2026-11-22T19:00:05+00:00", "read <it>")]
+    assert [(t.value, t.source) for t in told.tiles] == [("1.0 MB", last)]
+    (back,) = told.rollback
+    assert back.takes == f"250 ms, measured in run {by_hand}; building it again took 65.0 s"
+    page = record.target_page(told)
+    text = " ".join(" ".join(WellFormed(page).texts).split())
+    assert needs_nothing_else(page) and page.count("../index.html") == 1
+    assert f'href="../{first}/index.html"' in page and f'href="../{last}/' not in page and last in page
+    assert "read &lt;it&gt;" in page and "no end noted" in text and "Derived from the ledger" in text
+    assert "runbook undo /srv/a.yaml --to index --execute" in text
+
+
+def test_a_target_that_never_ran_has_a_page_that_says_so() -> None:
+    page = record.target_page(history.collect("articles", "public.articles", "/srv/a.yaml", []))
+    text = " ".join(" ".join(WellFormed(page).texts).split())
+    assert "None has left a row in the ledger." in text and "Nothing has passed" in text
+
+
+def test_the_page_of_a_target_is_made_from_the_ledger_alone(
+    open_phase: Callable[..., Phase], tmp_path: Path, articles: Any
+) -> None:
+    path = write_params(tmp_path)
+    phase = open_phase("60_build_index")
+    phase.ledger.append("phase", {"verdict": "PASS"})
+    key = articles.execute("SELECT id::text FROM articles ORDER BY id LIMIT 1").fetchone()[0]
+    moved = {"gains": [{"query_id": "1", "difference": 1.0, "before": None, "after": [1, key]}]}
+    phase.ledger.append("shadow", {"moved": moved})
+    for _ in range(2):
+        told = CliRunner().invoke(main.main, ["record", str(path)])
+        assert told.exit_code == 0, told.output
+    page = tmp_path / "runs" / "articles" / "index.html"
+    assert told.output.strip() == str(page.resolve())
+    assert phase.run_id in page.read_text() and f"../{phase.run_id}/" not in page.read_text()
+    texts = record._texts(phase.connection, phase.params, phase.ledger.entries())
+    assert texts.queries and texts.rows.keys() == {key} and texts.rows[key]
+    folder = tmp_path / "runs" / "elsewhere"
+    page.parent.rename(folder)
+    page.parent.symlink_to(folder)
+    assert "where a link leads" in CliRunner().invoke(main.main, ["record", str(path)]).output

@@ -21,11 +21,11 @@ from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, load_embeddings, preflight
 from runbook_lib.operate import extrapolate, rehearse, sample, whole_table
 from runbook_lib.params import Params
-from runbook_lib.runner import review
+from runbook_lib.runner import figures
 from tests import partitioned, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
-from tests.records import make_manifest
+from tests.records import RUN_ID
 from tests.stepping import step
 
 Connection = psycopg.Connection[Any]
@@ -334,9 +334,9 @@ def test_the_notebook_runs_right_after_preflight_and_plans_without_a_trace(
     assert done == [f"rehearse.{n}" for n in ("create_scratch", "create_sample", "fill_sample", "drop_scratch")] * 2
     entries = phase.ledger.entries()
     assert all(SCRATCH not in str(e["body"].get("lines", "")) for e in entries)
-    before = review._forecast(review._Newest(make_manifest(), [e for e in entries if e["kind"] != "rehearsal"]))
+    before = figures.forecast(figures.Newest(RUN_ID, [e for e in entries if e["kind"] != "rehearsal"]))
     assert before and "rehearsed" not in str(before)
-    after = review._forecast(review._Newest(make_manifest(), entries))
+    after = figures.forecast(figures.Newest(RUN_ID, entries))
     rows = {what: (foreseen, actual) for what, foreseen, actual, _ in after}
     assert "rehearsed" in rows["size of the index"][0] and "rehearsed" in rows["time of the build"][0]
 

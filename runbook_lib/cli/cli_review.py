@@ -67,18 +67,24 @@ def verify(params_file: Path, run_id: str, head: str) -> None:
 
 @click.command()
 @PARAMS
-@click.argument("run_id", metavar="RUN_ID")
-def record(params_file: Path, run_id: str) -> None:
-    """Write and seal a missing record from ledger and notebooks: of a run whose disk was full, or of work in
-    JupyterLab that was killed.
+@click.argument("run_id", metavar="[RUN_ID]", required=False)
+def record(params_file: Path, run_id: str | None) -> None:
+    """Write the page of the target's whole migration, from the ledger alone: runs/TARGET/index.html.
+
+    With RUN_ID: write and seal a missing record from ledger and notebooks, of a run whose disk was full, or of work
+    in JupyterLab that was killed.
     """
     from runbook_lib.runner import by_hand, runner
+    from runbook_lib.runner import record as records
 
     with plain_errors():
         params = load_params(params_file)
-        settled = run_id in by_hand.settle(params)
+        settled = by_hand.settle(params)
+        if run_id is None:
+            click.echo(str(records.write_derived(params, str(params_file.resolve()))))
+            return
         page = params.record.runs_dir / run_id / "index.html"
-        click.echo(str(page if settled else runner.write_again(params_file, run_id)))
+        click.echo(str(page if run_id in settled else runner.write_again(params_file, run_id)))
 
 
 @click.command()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+
+import psycopg
 
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.registry import STEPS, current
@@ -64,4 +67,5 @@ def prune(params: Params, run: Manifest) -> None:
     for folder in passed[keep:]:
         shutil.rmtree(folder, ignore_errors=True)
     if passed[keep:]:
-        record.write_list(params.record.runs_dir)
+        with suppress(BadInput, psycopg.Error):  # the run has ended; pages of others may wait for the next
+            record.write_derived(params, run.params_file)

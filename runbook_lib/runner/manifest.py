@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import getpass
 import json
 import os
 import re
@@ -88,7 +89,8 @@ class PhaseRun:
 class Manifest:
     """One run. Times are ISO 8601 in UTC; ``parameters`` and everything else is free of secrets.
 
-    head: hash of the ledger's row that seals the record; empty where there is none.
+    user, server: of the operating system, and where the connection led to; empty where they were not noted. head:
+    hash of the ledger's row that seals the record; empty where there is none.
     """
 
     run_id: str
@@ -108,6 +110,8 @@ class Manifest:
     head: str = ""
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
+    user: str = ""
+    server: str = ""
 
     @property
     def operation(self) -> str:
@@ -127,6 +131,14 @@ class Manifest:
         """The same run with this phase's newer state."""
         phases = tuple(phase if p.name == phase.name else p for p in self.phases)
         return dataclasses.replace(self, phases=phases)
+
+
+def os_user() -> str:
+    """Who this process belongs to; the number alone where the system has no name for it, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def now() -> str:

@@ -187,6 +187,7 @@ def first_manifest(
     run_id: str, params: Params, params_file: Path, way: str, execute: bool, chosen: tuple[str, ...]
 ) -> Manifest:
     """The manifest of a run that begins now."""
+    versions, server = _server(params)
     return Manifest(
         run_id=run_id,
         target=params.target.name,
@@ -199,12 +200,15 @@ def first_manifest(
         finished="",
         params_file=str(params_file),
         parameters=params.for_record(),
-        versions=_versions(params),
+        versions=versions,
+        user=manifests.os_user(),
+        server=server,
         phases=tuple(PhaseRun(name) for name in chosen),
     )
 
 
-def _versions(params: Params) -> dict[str, str]:
+def _server(params: Params) -> tuple[dict[str, str], str]:
+    """Versions, and the database and server that the connection leads to; empty where it cannot be reached."""
     own = {
         "python": platform.python_version(),
         "runbook": runbook_lib.__version__,
@@ -213,10 +217,12 @@ def _versions(params: Params) -> dict[str, str]:
     }
     try:
         with db.connect(params, "runbook-runner") as connection:
-            server = db.one(connection, SQL["versions"], params)
+            found, info = db.one(connection, SQL["versions"], params), connection.info
+            server = f"{info.dbname} at {info.host}:{info.port}"
     except (BadInput, psycopg.Error):
-        return own
-    return own | {"PostgreSQL": str(server["postgresql"]), "pgvector": str(server["pgvector"] or "not installed")}
+        return own, ""
+    versions = {"PostgreSQL": str(found["postgresql"]), "pgvector": str(found["pgvector"] or "not installed")}
+    return own | versions, server
 
 
 def _run_claimed(folder: Path, params: Params, manifest: Manifest, stop: Stop, say: Say, verbose: bool) -> Manifest:
@@ -276,7 +282,7 @@ def _run_phases(
         status=outcome.status,
         exit_code=exit_code,
         finished=manifests.now(),
-        versions=manifest.versions | _versions(params),
+        versions=manifest.versions | _server(params)[0],
     )
 
 
@@ -381,6 +387,7 @@ def _note_run(params: Params, manifest: Manifest, status: str) -> bool:
                     "started": manifest.started,
                     "host": manifest.host,
                     "pid": manifest.pid,
+                    "user": manifest.user,
                 },
             )
     except (BadInput, psycopg.Error):

@@ -24,6 +24,11 @@ SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_activity a
 SELECT count(*) AS sessions FROM pg_catalog.pg_stat_activity
 WHERE datname = current_database() AND starts_with(application_name, %(prefix)s) AND backend_type = 'client backend';
 
+-- name: first_words
+-- purpose: How the rows of these keys begin; keys is an array literal, and takes the type of the key.
+SELECT t.{key}::text AS key, left(regexp_replace({text}, '\s+', ' ', 'g'), 80) AS text
+FROM {table} t WHERE t.{key} = ANY (%(keys)s);
+
 -- name: timeline
 -- purpose: The number of the server's timeline, which grows when a standby is promoted or a backup recovered.
 SELECT ('x' || pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8))
