@@ -469,11 +469,11 @@ def test_the_replaced_target_does_not_break_the_function_while_both_answer(
     model_change.apply(phase)
     close(phase)
     swapped = definition(articles)
-    way = "migrate" if name in MIGRATE else "undo"
-    if way == "undo":
+    notebook = f"migrate/{name}" if name in MIGRATE else name
+    if notebook == name:
         step("undo/reads", folder / "toy.yaml")
     with pytest.raises(GateFailed) as raised:
-        step(f"{way}/{name}", folder / "toy.yaml")
+        step(notebook, folder / "toy.yaml")
     assert str(raised.value.gates.failed[0]) == (
         "FAIL    handover.no_other_target_relies_on_it   search_articles\n"
         "  found   search_articles was handed over from articles to articles_v2; both answer\n"
