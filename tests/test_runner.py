@@ -26,7 +26,7 @@ from runbook_lib.core.gates import BadInput
 from runbook_lib.core.registry import NOTEBOOKS_ENV
 from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
-from runbook_lib.runner import folders, manifest, runner, verify
+from runbook_lib.runner import folders, manifest, record, runner, verify
 from tests import small_notebooks
 from tests.conftest import write_params
 from tests.records import make_manifest
@@ -369,7 +369,7 @@ def test_older_records_of_what_a_schedule_repeats_are_removed_where_the_paramete
     recorded(2, "operate/rebuild_index")
     made = [recorded(n, "operate/refresh") for n in range(3, 7)]
     (tmp_path / "runs" / "run-9").symlink_to(tmp_path / "runs" / "run-1")
-    folders.prune(p, made[-1])
+    record.prune(p, made[-1])
     left = sorted(f.name for f in (tmp_path / "runs").glob("run-*"))
     assert left == ["run-1", "run-2", "run-5", "run-6", "run-9"], "those that passed, but the newest two"
     assert "run-3" not in (tmp_path / "runs" / "index.html").read_text()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-
-import psycopg
 
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.registry import STEPS, current
@@ -51,21 +48,17 @@ def no_record(runs_dir: Path, error: OSError) -> Gate:
     )
 
 
-def prune(params: Params, run: Manifest) -> None:
+def prune(params: Params, run: Manifest) -> bool:
     """Removes the oldest records of an operation that a schedule repeats, where the parameters say how many to keep.
 
-    Only of runs that passed, and never what a link leads to; what they did stands in the ledger.
+    Only of runs that passed, and never what a link leads to; what they did is in the ledger. Was any removed?
     """
     keep, name = params.record.keep, run.phases[0].name
     if keep is None or not STEPS[name].repeated or run.status != Status.PASSED:
-        return
-    from runbook_lib.runner import record
-
+        return False
     runs = manifests.all_runs(params.record.runs_dir)
     mine = ((f, m) for f, m in runs if m.target == run.target and [current(p.name) for p in m.phases] == [name])
     passed = [folder for folder, m in mine if m.status == Status.PASSED]
     for folder in passed[keep:]:
         shutil.rmtree(folder, ignore_errors=True)
-    if passed[keep:]:
-        with suppress(BadInput, psycopg.Error):  # the run has ended; pages of others may wait for the next
-            record.write_derived(params, run.params_file)
+    return bool(passed[keep:])

@@ -6,6 +6,7 @@ import errno
 import json
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -130,6 +131,13 @@ def _queries(params: Params) -> dict[str, str]:
         return {str(line["query_id"]): str(line["text"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def prune(params: Params, run: Manifest) -> None:
+    """Removes old records as ``record.keep`` asks for it, and takes them off the pages that list them."""
+    if folders.prune(params, run):
+        with suppress(BadInput, psycopg.Error):  # the run has ended; these pages may wait for the next
+            write_derived(params, run.params_file)
 
 
 def write_list(runs_dir: Path) -> None:

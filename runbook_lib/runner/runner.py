@@ -109,7 +109,9 @@ def run(
         manifest = finish(folder, params, manifest, say)
         if manifest.head:
             say(f"the ledger ends with {manifest.head}")
-    folders.prune(params, manifest)
+    from runbook_lib.runner import record
+
+    record.prune(params, manifest)
     assert manifest.exit_code is not None
     error = next((p.error for p in manifest.phases if p.error), "")
     if manifest.status == Status.PASSED and manifest.exit_code:
