@@ -104,8 +104,8 @@ def test_a_switch_turns_at_its_release(switch: Callable[[int], bool], first: int
     assert [switch(v) for v in (130000, first - 1, first, 180006)] == [first <= 130000, False, True, True]
 
 
-def test_nobody_but_versions_compares_release_numbers() -> None:
+def test_two_modules_alone_compare_release_numbers() -> None:
     package = Path(runbook_lib.__file__).parent
     for path in package.rglob("*.py"):
-        if path.stem != "versions":
+        if path.stem not in ("versions", "pgvector_releases"):
             assert not re.search(r"[<>]=?\s*1[3-9]0{4}|server_version(_num)?\s*[<>]", path.read_text()), path
