@@ -1,4 +1,4 @@
-"""Evidence that nothing was lost: every row is held against an embedding made anew of the text it has now."""
+"""Evidence that nothing was lost: every row is held against an embedding made again of the text it has now."""
 
 from __future__ import annotations
 

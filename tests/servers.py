@@ -125,7 +125,7 @@ def dump(dsn: str) -> str:
     """The schema as the newest pg_dump sees it, without the ledger's own schema."""
     command = [str(POSTGRES_BIN_PATH / "pg_dump"), "--schema-only", "--exclude-schema=runbook", dsn]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # pg_dump guards its scripts with a key that is drawn anew each time.
+    # pg_dump guards its scripts with a key that is drawn again each time.
     return "\n".join(line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict")))
 
 

@@ -140,5 +140,5 @@ def test_a_database_that_does_not_know_its_characters_is_refused(
         "  danger  one text in Latin-1 among those in UTF-8 stops loading, backfill and refresh, whenever it is"
         " written\n"
         "  do      make a database in UTF8 and restore into it what pg_dump --encoding wrote, naming the encoding"
-        " that the texts have; what is in no encoding must be mended first"
+        " that the texts have; what is in no encoding must be fixed first"
     )

@@ -1,4 +1,4 @@
-"""The whole way with IVFFlat, there and back; and lists that have aged are found, named and made anew."""
+"""The whole way with IVFFlat, there and back; and lists that have aged are found, named and made again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole way there and the whole way back, through papermill, on the toy table."""
+"""The whole way there and the whole rollback, through papermill, on the toy table."""
 
 import json
 from collections.abc import Callable

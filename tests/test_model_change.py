@@ -380,7 +380,7 @@ def test_the_command_takes_it_back_with_a_record_and_not_after_the_retirement(
         "  found   it answers by articles_v2, and search_articles_before is gone\n"
         "  needed  the function of articles, kept under that name\n"
         "  danger  nothing is left to go back to: nothing was changed\n"
-        "  do      make articles anew by its own phases, with this target as the one that it replaces"
+        "  do      make articles again by its own phases, with this target as the one that it replaces"
     )
 
 
@@ -622,7 +622,7 @@ def test_retired_the_name_answers_by_the_new_model_and_nothing_of_the_old_is_lef
         articles.execute(CALL, [text, old_vector(text)])
     step("operate/retire_model", retire(folder, 0))
     assert dump(copied) == left, "twice does nothing"
-    # The old target's own ways back find nothing to do, and leave the function that is the new one's now.
+    # The old target's own rollbacks find nothing to do, and leave the function that is the new one's now.
     with pytest.raises(RunbookError, match="search_articles_before is gone"):
         model_change.undo(opened())
     with pytest.raises(GateFailed, match="nothing is left to do here: the function is part of articles_v2"):
@@ -662,7 +662,7 @@ def test_a_retirement_killed_anywhere_goes_on(
             phase.connection.execute(statement.query)
     if so_far == 1:
         model_change.undo(phase)
-        assert definition(articles) == before and model_change.verify_undone(phase).passed, "there is a way back yet"
+        assert definition(articles) == before and model_change.verify_undone(phase).passed, "there is a rollback yet"
         model_change.apply(phase)
     retire_model.apply(phase)
     assert retire_model.verify(phase).passed

@@ -1,4 +1,4 @@
-"""A table becomes a partitioned one while it is written to: no row lost, no writer refused, and the same way back."""
+"""A table becomes a partitioned one while it is written to: no row lost, no writer refused, and the same rollback."""
 
 import random
 import tempfile
@@ -262,7 +262,7 @@ def test_by_hash_a_truncate_and_a_changed_key_are_followed(
     assert (row.verdict, row.found[:25]) == ("PASS", "HASH (status), 3 partitions"[:25])
     partition_by_filter.retire(phase)
     assert articles.execute("SELECT to_regclass('articles_whole')").fetchone() == (None,)
-    assert partition_by_filter.undo_plan(phase).statements == (), "the way back ended"
+    assert partition_by_filter.undo_plan(phase).statements == (), "the rollback ended"
     row_id = articles.execute("INSERT INTO articles (title) VALUES ('next') RETURNING id").fetchone()
     assert row_id and row_id[0] > 1000, "the identity goes on where it was"
 

@@ -316,7 +316,7 @@ def _close(phase: Phase) -> None:
 
 @pytest.fixture
 def migrated(articles: psycopg.Connection[Any], tmp_path: Path) -> Callable[..., Path]:
-    """A partitioned table whose index is built; returns the params file, written anew with other options."""
+    """A partitioned table whose index is built; returns the params file, rewritten with other options."""
     articles.execute("DROP TABLE articles")
     partitioned.create_articles(articles, "list")
     step_all("migrate", MIGRATE[:7], write_params(tmp_path, **OF_PARTITIONS))

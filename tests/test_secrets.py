@@ -41,7 +41,7 @@ NO_DSN = """import os
 os.environ[phase.params.connection.dsn_env] += " nonsense='"
 open_phase('00_preflight', params_file, run_id, False)"""
 
-# A cell with a typing error, mended; then the server is restarted, and the notebook's first cell is run again.
+# A cell with a typing error, fixed; then the server is restarted, and the notebook's first cell is run again.
 DISPLAY_LOST = """import psycopg, pytest, sqlalchemy
 from runbook_lib.core import sqlmagic
 with pytest.raises(sqlalchemy.exc.ProgrammingError):

@@ -1,4 +1,4 @@
-"""The way back leads home from anywhere: after each phase, and after one that failed half-way."""
+"""The rollback leads home from anywhere: after each phase, and after one that failed half-way."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_after_each_phase(points: Points, monkeypatch: pytest.MonkeyPatch, tmp_p
     dsn = points.after[after]
     monkeypatch.setenv(DSN_ENV, dsn)
     with psycopg.connect(dsn) as connection:
-        # The share of the work that this copy has behind it; a test of the way back from nothing cannot fail.
+        # The share of the work that this copy has behind it; a test of the rollback from nothing cannot fail.
         proved = connection.execute("SELECT count(DISTINCT phase) FROM runbook.entry WHERE kind = 'phase'").fetchone()
     assert proved == (MIGRATE.index(after) + 1,)
     path = write_params(tmp_path, **WAY)

@@ -97,7 +97,7 @@ def test_rehearsal_data_of_an_older_release_is_taken_to_a_newer_one_without_new_
             "upgrade.recall_is_kept": "PASS",
         }
         assert found["upgrade.loaded_library_is_that_release"] == ("PASS", "0.8.6, by its own word")
-        assert "rebuild.new_index_finds_as_much" in found, "an index that 0.8.2 has vacuumed is built anew"
+        assert "rebuild.new_index_finds_as_much" in found, "an index that 0.8.2 has vacuumed is rebuilt"
         assert vectors(connection) == before
         assert connection.execute("SELECT 'articles_embedding_hnsw'::regclass::oid::bigint").fetchone() != serving
         notebook(path)
@@ -107,7 +107,7 @@ def test_rehearsal_data_of_an_older_release_is_taken_to_a_newer_one_without_new_
         ).fetchall()
         assert [name for (name,) in made] == ["extension.update", "index.create_hnsw", "rebuild.swap", "rebuild.drop"]
 
-    # The way back: the older package serves the data and the newer catalogue.
+    # The rollback: the older package serves the data and the newer catalogue.
     with servers.running(OLD, data) as dsn, psycopg.connect(dsn, autocommit=True) as connection:
         answer = connection.execute(
             "SELECT id, answered_by"

@@ -43,7 +43,7 @@ def test_the_staging_table_takes_its_place(staged: Callable[..., Phase], article
     assert backfill.verify(phase).passed
     assert proved(articles) == toy.ROWS
     assert articles.execute("SELECT id, xmin FROM articles ORDER BY id").fetchall() == before, "no row was written"
-    assert expand_schema.plan(phase).statements == (), "the staging table was made anew"
+    assert expand_schema.plan(phase).statements == (), "the staging table was made again"
     recorded = phase.ledger.latest("backfill")
     assert recorded is not None and (recorded["rows"], recorded["strategy"]) == (toy.ROWS, "side_table")
 

@@ -76,7 +76,7 @@ def state(connection: db.Connection, params: Params) -> Round:
 
 
 def cut(connection: db.Connection, params: Params, choice: StrategyChoice) -> None:
-    """Cuts the work anew, in one transaction: no worker sees half of it."""
+    """Cuts the work again, in one transaction: no worker sees half of it."""
     with connection.transaction():
         connection.execute(SQL["forget"].compose(names(params)))
         if choice.strategy == "page_interleaved":

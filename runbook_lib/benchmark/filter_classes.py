@@ -179,7 +179,7 @@ def has_btree(connection: db.Connection, params: Params, columns: Sequence[str])
 
 
 def of_strategies(phase: Phase, chosen: random.Random) -> list[FilterClass]:
-    """The rows of the strategies as classes, each with a few values drawn anew.
+    """The rows of the strategies as classes, each with a few values drawn again.
 
     Values that have no row of their own are those that the table holds now, whatever they were when it was tuned.
     """

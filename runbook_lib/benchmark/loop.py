@@ -212,7 +212,7 @@ class Measured:
 
 
 def measure(connection: db.Connection, params: Params, way: Way, queries: Sequence[Query]) -> Measured:
-    """Puts queries with exact answers as the search function does: planned anew, with the settings of the way."""
+    """Puts queries with exact answers as the search function does: planned again, with the settings of the way."""
     return replica.again(params, lambda: _measure(connection, params, way, queries))
 
 

@@ -144,7 +144,7 @@ def read_judgements(params: Params) -> dict[str, dict[str, int]]:
 
 
 class _Problems:
-    """Gathers what is wrong with a file, so that all of it can be mended at once."""
+    """Gathers what is wrong with a file, so that all of it can be fixed at once."""
 
     def __init__(self, gate_name: str) -> None:
         self.gate_name = gate_name

@@ -81,7 +81,7 @@ def _catch_up(connection: db.Connection, params: Params, written: str) -> None:
 
 
 def again(params: Params, measure: Callable[[], T]) -> T:
-    """Measures, and measures anew where the standby cancelled a query so that it could go on replaying.
+    """Measures, and measures again where the standby cancelled a query so that it could go on replaying.
 
     Raises RunbookError where that happens every time.
     """

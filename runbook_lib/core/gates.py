@@ -156,7 +156,7 @@ class RunbookError(Exception):
 class BadInput(RunbookError):
     """Parameters, files or a server that the runbook cannot work with; found before anything was changed.
 
-    problems: every one found, each as a gate with verdict FAIL, so that all can be mended at once.
+    problems: every one found, each as a gate with verdict FAIL, so that all can be fixed at once.
     """
 
     def __init__(self, problems: Iterable[Gate]) -> None:

@@ -183,7 +183,7 @@ def stored_bytes_per_row(dimension: int, kind: str, row_bytes: int) -> int:
 def table_growth_bytes(rows: int, dimension: int, kind: str, row_bytes: int) -> int:
     """How much the table grows while the vectors arrive, at most.
 
-    Each row is written anew with its vector; the old version's room comes back with the next vacuum, not before.
+    Each row is rewritten with its vector; the old version's room comes back with the next vacuum, not before.
     """
     new_version = TUPLE_HEADER + LINE_POINTER + row_bytes + TIMESTAMP_AND_HASH
     return rows * (new_version + stored_bytes_per_row(dimension, kind, row_bytes))

@@ -31,7 +31,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
         needed="a database with an encoding; UTF8 has every character",
         danger="one text in Latin-1 among those in UTF-8 stops loading, backfill and refresh, whenever it is written",
         do="make a database in UTF8 and restore into it what pg_dump --encoding wrote, naming the encoding that the"
-        " texts have; what is in no encoding must be mended first",
+        " texts have; what is in no encoding must be fixed first",
     )
     if known and encoding != "UTF8":
         # Of a file that cannot be read, inputs.queries_are_readable tells.

@@ -1,4 +1,4 @@
-"""Phase 20: pgvector installed or updated; the way back removes it only where the runbook brought it."""
+"""Phase 20: pgvector installed or updated; the rollback removes it only where the runbook brought it."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class _Look:
 
 
 def input_problems(params: Params) -> Gates:
-    """Every input checked, all problems at once, on a connection of its own; ``failed`` names what must be mended.
+    """Every input checked, all problems at once, on a connection of its own; ``failed`` names what must be fixed.
 
     A server that cannot be reached is one of the problems, not an exception; files are checked all the same.
     """

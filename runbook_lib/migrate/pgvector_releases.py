@@ -21,7 +21,7 @@ CORRUPTING_SERVERS = range(140000, 140004)
 
 @dataclass(frozen=True)
 class Release:
-    """A tagged release of pgvector: what it brought and what it mended, as far as it matters to a migration."""
+    """A tagged release of pgvector: what it brought and what it fixed, as far as it matters to a migration."""
 
     version: str
     released: date
@@ -95,10 +95,10 @@ def faults_in_use(installed: str, method: str, *, is_32_bit: bool) -> tuple[list
     method: of the index here; what concerns the other method alone, or 32-bit servers alone, is left out.
     """
     other = "IVFFlat" if method == "hnsw" else "HNSW"
-    mended = [(r.version, fix) for r in RELEASES if order(r.version) > order(installed) for fix in r.fixes]
+    fixed = [(r.version, fix) for r in RELEASES if order(r.version) > order(installed) for fix in r.fixes]
     mine = [
         (version, fix)
-        for version, fix in mended
+        for version, fix in fixed
         if other.lower() not in fix.lower() and (is_32_bit or "32-bit" not in fix)
     ]
     refused = [f"{version}: {fix}" for version, fix in mine if fix.startswith("CVE-")]

@@ -1,4 +1,4 @@
-"""What a role needs that is no superuser: each right that is missing is named, with the grant that mends it."""
+"""What a role needs that is no superuser: each right that is missing is named, with the grant that provides it."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ def _renamed(function: db.Row) -> str:
 
 
 def names_of_both(phase: Phase, function: db.Row) -> dict[str, sql.Composable]:
-    """What the blocks need beside the names of the replaced target; arguments come from the catalogue."""
+    """What the blocks need besides the names of the replaced target; arguments come from the catalogue."""
     p, old = phase.params, replaced(phase).params
     schema, by_setting = old.target.schema_, p.model_change.tell_apart == "setting"
     vector = identifier(function["passed"][1])
@@ -286,7 +286,7 @@ def apply(phase: Phase) -> Table:
     old = replaced(phase)
     claim.take_for_notebook(phase.ledger.connection, old.params, phase.run_id)
     was = facts(phase, old.params.function_name)
-    # Before the swap: the way back is proved against this, even where this process ends in between.
+    # Before the swap: the rollback is proved against this, even where this process ends in between.
     phase.note("model_change", {"function": old.params.function_name, "before": was["definition"] if was else ""})
     done = []
     for statement in todo:
@@ -311,7 +311,7 @@ def _note_standing(phase: Phase) -> None:
 
 
 def check_undo(phase: Phase) -> Gates:
-    """Before the way back: the former function is kept, unless the replaced target answers alone already."""
+    """Before the rollback: the former function is kept, unless the replaced target answers alone already."""
     old = replaced(phase).params
     gone = stage(phase) is not None and facts(phase, before_name(old)) is None
     return collect(
@@ -325,7 +325,7 @@ def check_undo(phase: Phase) -> Gates:
                 else "kept, or in its place",
                 needed=f"the function of {old.target.name}, kept under that name",
                 danger="nothing is left to go back to: nothing was changed",
-                do=f"make {old.target.name} anew by its own phases, with this target as the one that it replaces",
+                do=f"make {old.target.name} again by its own phases, with this target as the one that it replaces",
             )
         ]
     )

@@ -188,7 +188,7 @@ def _recall_holds(phase: Phase) -> Gate:
 
 
 def _recall_holds_by_filter(phase: Phase) -> Iterator[Gate]:
-    """The same for each class of filters that 70_tune chose a way for, values drawn anew, by the function itself."""
+    """The same for each class of filters that 70_tune chose a way for, values drawn again, by the function itself."""
     p = phase.params
     if not p.target.filters or search_function.function_state(phase.connection, phase.params) is None:
         return
@@ -409,7 +409,7 @@ def _standing(phase: Phase) -> dict[str, Any] | None:
 
 
 def _extension_is_sound(phase: Phase) -> Gate:
-    """Judged by what is in use here: what a later release mends of the other index method is no fault of this one."""
+    """Judged by what is in use here: what a later release fixes of the other index method is no fault of this one."""
     rows = db.rows(phase.connection, SQL["extension"], phase.params)
     installed = rows[0]["version"] if rows else None
     refused, told = (
@@ -424,7 +424,7 @@ def _extension_is_sound(phase: Phase) -> Gate:
         found=(installed or "not installed")
         + (f"; update it at a quiet time, later releases fix {'; '.join(told)}" if told else ""),
         needed="a release without a security fault that matters here and"
-        f" {pgvector_releases.RELEASES[-1].version} mends",
+        f" {pgvector_releases.RELEASES[-1].version} fixes",
         danger="; ".join(refused) or "there is nothing to search with",
         do="install the server's package of the newer release, then ALTER EXTENSION vector UPDATE",
         figures={"faults": len(refused), "mended_later": len(told)},

@@ -307,7 +307,7 @@ def _is_divided(phase: Phase) -> Gate:
 
 
 def keep_level(phase: Phase) -> Table:
-    """Brings the ordinary table level after the swap, so that the way back stays short."""
+    """Brings the ordinary table level after the swap, so that the rollback stays short."""
     if not phase.execute or not standing(phase).swapped:
         return shown(phase)
     applied = online_copy.catch_up(partitioned_twin.move(phase))
@@ -320,7 +320,7 @@ def _taking_away(phase: Phase) -> list[db.Statement]:
 
 
 def check_undo(phase: Phase) -> Gates:
-    """Before the way back: the ordinary table is still there."""
+    """Before the rollback: the ordinary table is still there."""
     found = standing(phase)
     return collect(
         [
@@ -349,7 +349,7 @@ def undo_plan(phase: Phase) -> db.Plan:
 
 @changes
 def undo(phase: Phase) -> Table:
-    """Carries out the way back: changes since the swap are applied first, and every row is compared before the drop.
+    """Rolls back: changes since the swap are applied first, and every row is compared before the drop.
 
     Raises GateFailed where a row differs; both tables are then left as they are.
     """
@@ -383,7 +383,7 @@ def verify_undone(phase: Phase) -> Gates:
 
 
 def retire_plan(phase: Phase) -> db.Plan:
-    """Capture, ordinary table and queue dropped; from here on there is no way back."""
+    """Capture, ordinary table and queue dropped; from here on there is no rollback."""
     if not standing(phase).swapped:
         return db.Plan((), phase.connection)
     extra = partitioned_twin.move(phase).extra | {"whole": partitioned_twin.beside(phase.params, WHOLE)}

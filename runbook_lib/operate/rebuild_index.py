@@ -354,7 +354,7 @@ def _built_back(phase: Phase, found: list[VectorIndex], last: dict[str, Any]) ->
 
 @changes
 def undo(phase: Phase) -> Table:
-    """Carries out the way back; does nothing where the index is the one that served before."""
+    """Rolls back; does nothing where the index is the one that served before."""
     todo = _undoing(phase)
     if phase.execute:
         _note_the_way_back(phase)
@@ -362,13 +362,13 @@ def undo(phase: Phase) -> Table:
 
 
 def _note_the_way_back(phase: Phase) -> None:
-    """Written down first: interrupted between its steps, the next way back must not take them for those of a swap."""
+    """Written down first: interrupted between its steps, the next rollback must not take them for those of a swap."""
     found, last = standing(phase), storage_switch.last_swap(phase)
     current, roles = one(found, "current"), {s.role for s in found}
     if last.get("goes_back") or current is None or "old" in roles:
         return
     if "new" in roles:
-        # Nothing was swapped: an earlier swap is not this way back's to undo, nor to be proved by it.
+        # Nothing was swapped: an earlier swap is not this rollback's to undo, nor to be proved by it.
         phase.note("rebuild", {"run_id": None, "before": current.options, "storage": current.storage})
     elif last:
         phase.note("rebuild", last | {"run_id": None, "goes_back": True})

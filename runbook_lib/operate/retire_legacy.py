@@ -1,7 +1,7 @@
 """Operate 80: the legacy search retired, once nobody has used it for long enough: its indexes, its branch, its disk.
 
 Afterwards reads cannot go back to it by mistake, since without its indexes it reads the whole table: the route is
-kept from it by a constraint. The way back builds the indexes again, from the definitions in the ledger, first.
+kept from it by a constraint. The rollback builds the indexes again, from the definitions in the ledger, first.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def plan(phase: Phase) -> db.Plan:
 def apply(phase: Phase) -> Table:
     """Retires it, statement by statement; interrupted anywhere, the next run goes on.
 
-    What is to go is written down before the first of it goes: the way back relies on that.
+    What is to go is written down before the first of it goes: the rollback relies on that.
     """
     todo = plan(phase)
     if not phase.execute:
@@ -208,7 +208,7 @@ def _build(phase: Phase, retired: dict[str, Any]) -> Iterator[db.Statement]:
 
 @changes
 def undo(phase: Phase) -> Table:
-    """Carries out the way back; reads stay where they are until undo/reads moves them."""
+    """Rolls back; reads stay where they are until undo/reads moves them."""
     todo = undo_plan(phase)
     if not phase.execute or not todo.statements:
         return phase.carry_out(todo)

@@ -61,7 +61,7 @@ def check(phase: Phase) -> Gates:
 
 
 def _is_quiet(phase: Phase, old: Phase) -> Gate:
-    """The scans of the old index against those of the last look; a look that finds more begins to count anew."""
+    """The scans of the old index against those of the last look; a look that finds more starts counting again."""
     last, now = phase.ledger.latest(KIND), _seen(old)
     wanted = phase.params.model_change.quiet_hours
     searched = now["scans"] - (last["scans"] if last else 0)
@@ -128,7 +128,7 @@ def apply(phase: Phase) -> Table:
         model_change.let_calls_end(phase)
         rows += [(s.purpose, round(phase.do(s).seconds, 3)) for s in forget]
     rows += [(what, seconds) for _, what, _, seconds in build_index.undo(old).rows]
-    # Under the old target's name, as its own ways back write them down.
+    # Under the old target's name, as its own rollbacks write them down.
     rows += [
         (s.purpose, round(old.do(s).seconds, 3)) for s in (*live_shadow.undo_plan(old), *expand_schema.undo_plan(old))
     ]

@@ -1,6 +1,6 @@
 """Vector indexes of their own for filter values that are searched badly: measured, built, used or taken back.
 
-The search function plans its inner statement anew in each call, with the value as a constant, so the planner knows
+The search function plans its inner statement again in each call, with the value as a constant, so the planner knows
 that a partial index holds every row that is asked for. What sends a value to its index is its row in the strategy
 table; the function itself stays as it is.
 """
@@ -348,7 +348,7 @@ def undo_plan(phase: Phase) -> db.Plan:
 
 @changes
 def undo(phase: Phase) -> Table:
-    """Carries out the way back without blocking reads or writes; does nothing where there is no such index."""
+    """Rolls back without blocking reads or writes; does nothing where there is no such index."""
     if not phase.execute:
         return phase.carry_out(undo_plan(phase))
     return Table(("what", "seconds"), [row for name in list(made(phase)) for row in _take_back(phase, name)])

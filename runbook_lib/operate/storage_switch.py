@@ -47,7 +47,7 @@ def changes_function(phase: Phase, serving: str) -> bool:
 
 
 def swap(phase: Phase, renames: db.Statement) -> db.Statement:
-    """The renames, and the function made anew, in one transaction; it carries the setting that was proved."""
+    """The renames, and the function made again, in one transaction; it carries the setting that was proved."""
     proved = phase.ledger.latest(PROVED) or {}
     known = (
         proved["settings"]
@@ -133,7 +133,7 @@ def last_swap(phase: Phase) -> dict[str, Any]:
 
 
 def holds_again(phase: Phase, found: Sequence[str]) -> Gate:
-    """Gate of the way back: the index holds what it held before the last swap. found: of the index that serves."""
+    """Gate of the rollback: the index holds what it held before the last swap. found: of the index that serves."""
     needed = last_swap(phase).get("storage") or (found[0] if found else "an index")
     return gate(
         "rebuild.index_holds_what_it_held",

@@ -1,4 +1,4 @@
-"""From one release of pgvector to a newer one: the vectors stay, the index is built anew where it must be.
+"""From one release of pgvector to a newer one: the vectors stay, the index is rebuilt where it must be.
 
 The package on the server is the administrator's to install; the fixes are in its library. What is done here is the
 catalogue's part, the proof that the new library is the one at work, and recall before and after.
@@ -59,7 +59,7 @@ def check(phase: Phase) -> Gates:
 
 
 def why_rebuild(phase: Phase) -> str:
-    """Why the index must be built anew after the update; empty where it need not."""
+    """Why the index must be rebuilt after the update; empty where it need not."""
     installed, wanted = _releases(phase)
     safe = pgvector_releases.VACUUMS_HNSW_SAFELY
     if phase.params.index.method != "hnsw" or installed is None or versions.at_least(installed, safe):
@@ -76,7 +76,7 @@ def why_rebuild(phase: Phase) -> str:
 
 
 def plan(phase: Phase) -> db.Plan:
-    """ALTER EXTENSION UPDATE where the catalogue is behind, then the index where it must be built anew.
+    """ALTER EXTENSION UPDATE where the catalogue is behind, then the index where it must be rebuilt.
 
     Raises BadInput for a release that no known tag carries.
     """
@@ -89,7 +89,7 @@ def plan(phase: Phase) -> db.Plan:
 
 
 def brings(phase: Phase) -> Table:
-    """What each release between fixes, and whether the index must be built anew."""
+    """What each release between fixes, and whether the index must be rebuilt."""
     found = extension.brings(phase)
     why = why_rebuild(phase) or _pending(phase)
     last = ("index", "", "rebuilt, concurrently" if why else "stays as it is", why)
@@ -125,7 +125,7 @@ def _recall_of(phase: Phase, release: str | None) -> dict[str, Any] | None:
 
 @changes
 def apply(phase: Phase) -> Table:
-    """Updates the catalogue. No row of the table is touched, no vector made anew."""
+    """Updates the catalogue. No row of the table is touched, no vector made again."""
     update = extension.plan(phase)
     if phase.execute and update.statements:
         installed, wanted = _releases(phase)
@@ -140,7 +140,7 @@ def _serving(phase: Phase) -> int:
 
 
 def _pending(phase: Phase) -> str:
-    """Why the last update asks for an index built anew, as long as the index of that time still serves."""
+    """Why the last update asks for a rebuilt index, as long as the index of that time still serves."""
     last = phase.ledger.latest("upgrade")
     if not last or not last["why_rebuild"]:
         return ""
@@ -150,7 +150,7 @@ def _pending(phase: Phase) -> str:
 
 
 def must_rebuild(phase: Phase) -> bool:
-    """Is the index still to be built anew, or a rebuild half done?"""
+    """Is the index still to be rebuilt, or a rebuild half done?"""
     return bool(_pending(phase)) or any(s.role in ("new", "old") for s in rebuild_index.standing(phase))
 
 
@@ -163,7 +163,7 @@ def build_beside(phase: Phase) -> Table:
 
 
 def verify_new(phase: Phase) -> Gates:
-    """The index built anew, proved before it takes its place; one that stays as it is, present."""
+    """The rebuilt index, proved before it takes its place; one that stays as it is, present."""
     return rebuild_index.verify_new(phase) if must_rebuild(phase) else rebuild_index.check(phase)
 
 
@@ -271,7 +271,7 @@ def way_back(phase: Phase) -> Table:
     """What can be taken back, and who does it."""
     last = phase.ledger.latest("upgrade") or {"from": "the release before", "to": "this one"}
     return Table(
-        ("what", "way back"),
+        ("what", "rollback"),
         [
             ("library", f"the administrator installs the package of {last['from']} and restarts the server"),
             (

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from runbook_lib.params.section import AnyPath, Name, Section
 
-# Binary codes alone find about a third of the nearest rows; fewer candidates than this times k mend little of it.
+# Binary codes alone find about a third of the nearest rows; fewer candidates than this times k recover little of it.
 LEAST_RERANK = 4
 
 

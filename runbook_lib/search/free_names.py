@@ -83,7 +83,7 @@ def _new_columns(connection: db.Connection, params: Params, columns: Collection[
 
 
 def _side_table(connection: db.Connection, params: Params) -> Gate:
-    """The table for the vectors beside the target, which the promotion would drop and the way back too."""
+    """The table for the vectors beside the target, which the promotion would drop and the rollback too."""
     name, schema = side_table_name(params), params.target.schema_
     found = db.rows(connection, SQL["table"], params, schema=schema, table=name)
     ours = bool(found) and _made_by_runbook(connection, params, "sidetable.create", "sidetable.drop")

@@ -40,7 +40,7 @@ def standing(connection: db.Connection, params: Params) -> list[Handover]:
 
 
 def check(phase: Phase) -> Gates:
-    """Gate of the phases and ways back that would change the search function, or take away what it reads."""
+    """Gate of the phases and rollbacks that would change the search function, or take away what it reads."""
     name = phase.params.target.name
     found = [h for h in standing(phase.connection, phase.params) if _in_the_way(h, name, phase.name)]
     return collect([_gate(phase.params, found[0] if found else None)])

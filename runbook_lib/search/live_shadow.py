@@ -51,7 +51,7 @@ def _facts(connection: db.Connection, params: Params, function: str) -> db.Row:
 
 
 def _names(connection: db.Connection, params: Params) -> dict[str, sql.Composable]:
-    """What the blocks need beside the common names; arguments and settings come from the catalogue."""
+    """What the blocks need besides the common names; arguments and settings come from the catalogue."""
     p = params
     facts = _facts(connection, p, p.function_name)
     passed = [identifier(name) for name in facts["passed"]]

@@ -26,7 +26,7 @@ DEFAULT_K = 10
 def _function_names(
     connection: db.Connection, params: Params, retired: bool | None = None
 ) -> dict[str, sql.Composable]:
-    """What the blocks about the function need beside the common names.
+    """What the blocks about the function need besides the common names.
 
     retired: the function is to be without its legacy branch; as the route has it if not given.
     """
@@ -241,7 +241,7 @@ def move_route(phase: Phase, route: Route, share_percent: int, reason: str) -> d
 def set_search_setting(connection: db.Connection, params: Params, value: int) -> list[db.Statement]:
     """Statements that carry the tuned setting, and an iterative scan, into the function.
 
-    Where the function still searches what another ``index.storage`` held, it is made anew first. Carry them out
+    Where the function still searches what another ``index.storage`` held, it is made again first. Carry them out
     with pgvector's library loaded: a role that is no superuser may not name a setting that the server does not know
     yet.
     """

@@ -27,7 +27,7 @@ FROM pg_stat_user_indexes WHERE relid = to_regclass(%(table)s);
 SELECT indexrelname::text AS name, idx_scan AS scans FROM pg_stat_user_indexes WHERE relid = to_regclass(%(table)s);
 
 -- name: counted_since
--- purpose: The time, and since when this database's reads are counted; a crash forgets them, and begins anew.
+-- purpose: The time, and since when this database's reads are counted; a crash forgets them, and starts over.
 SELECT extract(epoch FROM clock_timestamp())::float8 AS at_s,
        extract(epoch FROM greatest(d.stats_reset, b.stats_reset))::float8 AS reset_s
 FROM pg_stat_database d, pg_stat_bgwriter b WHERE d.datname = current_database();

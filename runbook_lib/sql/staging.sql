@@ -17,7 +17,7 @@ WHERE {after} AND {has_text}
 ORDER BY t.{key} LIMIT %(batch_rows)s;
 
 -- name: forget_seen
--- purpose: Begin anew the list of keys that this session has read; it tells a key that comes twice from a rerun.
+-- purpose: Start over the list of keys that this session has read; it tells a key that comes twice from a rerun.
 -- lock: none on the target; the list is a temporary table
 -- undo: none needed; the list ends with the session
 DROP TABLE IF EXISTS pg_temp.runbook_seen;

@@ -106,7 +106,7 @@ def lost(dsn: str, layout: str = "column") -> int:
 
 
 def nothing_is_lost(dsn: str, *broken: str, layout: str = "column") -> None:
-    """Holds every row against an embedding made anew, and counts it for the table of what was broken."""
+    """Holds every row against an embedding made again, and counts it for the table of what was broken."""
     found = lost(dsn, layout)
     for what in broken:
         times, rows = BROKEN.get(what, (0, 0))

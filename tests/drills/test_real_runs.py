@@ -2,7 +2,7 @@
 
 ``runbook run`` and ``runbook operate`` as a scheduler starts them. A round kills each of the three in turn, each in
 the run that goes on after the one before; then the same command once more has to pass, and every row is held against
-an embedding made anew of its text.
+an embedding made again of its text.
 """
 
 import random
