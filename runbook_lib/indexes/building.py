@@ -20,7 +20,7 @@ from psycopg import sql
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, duration, number
 from runbook_lib.core.gates import Gate, RunbookError, gate
-from runbook_lib.core.names import identifier, names
+from runbook_lib.core.names import identifier, names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.indexes import forecast, partitions, vector_index
 from runbook_lib.indexes.partitions import Part
@@ -28,7 +28,7 @@ from runbook_lib.indexes.vector_index import Options, VectorIndex
 from runbook_lib.params import Params
 from runbook_lib.sql import Block, load
 
-SQL, OF_PARTITIONS = load("index"), load("index_partitions")
+SQL, OF_PARTITIONS, WATCH = load("index"), load("index_partitions"), load("watch")
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 10.0
@@ -271,6 +271,10 @@ def _note_whole(phase: Phase, index: VectorIndex) -> None:
                 f"{body['partition']}: {n}" if several else n for body in noted.values() for n in body["notices"]
             ],
             "samples": samples,
+            # Rows that were dead before are not in the index.
+            "dead_before": db.one(
+                phase.connection, WATCH["size"], phase.params, table=spelled(phase.params, "vectors")
+            ),
             # What the age of its lists is told by.
             **({"rows": sum(rows)} if rows else {}),
         },

@@ -1,13 +1,14 @@
 -- Operate 20: what is looked at again and again. All of it only reads.
 
 -- name: size
--- purpose: Rows alive and dead by the statistics; partitions are added up.
+-- purpose: Rows alive and dead by the statistics, and how often they were vacuumed; partitions are added up.
 WITH RECURSIVE part AS (
     SELECT to_regclass(%(table)s)::oid AS oid
     UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
 )
 SELECT coalesce(sum(pg_stat_get_live_tuples(c.oid)), 0)::bigint AS live,
-       coalesce(sum(pg_stat_get_dead_tuples(c.oid)), 0)::bigint AS dead
+       coalesce(sum(pg_stat_get_dead_tuples(c.oid)), 0)::bigint AS dead,
+       coalesce(sum(pg_stat_get_vacuum_count(c.oid) + pg_stat_get_autovacuum_count(c.oid)), 0)::bigint AS vacuums
 FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
 
 -- name: freshness
