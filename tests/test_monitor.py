@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from runbook_lib.benchmark import loop
 from runbook_lib.cli.main import main
+from runbook_lib.core import db
 from runbook_lib.core.gates import Gate
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import (
@@ -111,27 +112,28 @@ def test_rows_that_died_before_the_index_was_built_are_not_counted_against_it(
     tuned: Callable[..., Phase], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The backfill leaves a dead row for each, which no vacuum has seen yet; the index was built without them."""
-    monkeypatch.setattr(monitor, "FEWEST_ROWS_FOR_DEAD", 0)
-    articles.execute("ALTER TABLE articles SET (autovacuum_enabled = off)")
     phase = tuned()
-    before = (phase.ledger.latest("index") or {})["dead_before"]
-    assert before["dead"] > 0.2 * before["live"]
-    gate = monitor._dead_rows_are_few(phase)
-    assert gate.verdict == "PASS" and "that died before the index was built" in gate.found, str(gate)
-
-    def update(times: int) -> None:
-        for _ in range(times):
-            articles.execute("UPDATE articles SET views = views + 1")
-        articles.execute("SELECT pg_stat_force_next_flush()")
-
-    update(4)
-    assert monitor._dead_rows_are_few(phase).verdict == "FAIL"
+    noted = phase.ledger.latest("index") or {}
+    assert noted["dead_before"].keys() == {"live", "dead", "vacuums"}
+    counted = dict(db.one(phase.connection, monitor.SQL["size"], phase.params, table="public.articles"))
     articles.execute("VACUUM articles")
-    gate = monitor._dead_rows_are_few(phase)
-    assert gate.verdict == "PASS" and gate.found.startswith("0 dead rows"), str(gate)
-    update(1)
-    gate = monitor._dead_rows_are_few(phase)
-    assert gate.verdict == "FAIL" and "before the index" not in gate.found, "since a vacuum, all of them count"
+    later = db.one(phase.connection, monitor.SQL["size"], phase.params, table="public.articles")
+    assert later["vacuums"] > counted["vacuums"], "a vacuum takes away what died before"
+
+    def judged(dead: int, vacuums: int) -> tuple[str, str]:
+        found = {"live": 2000, "dead": dead, "vacuums": vacuums}
+        with monkeypatch.context() as patch:
+            patch.setattr(monitor.db, "one", lambda *a, **k: found)
+            gate = monitor._dead_rows_are_few(phase)
+        return str(gate.verdict), gate.found
+
+    monkeypatch.setattr(
+        type(phase.ledger), "latest", lambda *a: {"dead_before": {"live": 2000, "dead": 2000, "vacuums": 3}}
+    )
+    before = ", without 2,000 that died before the index was built"
+    assert judged(2000, 3) == ("PASS", f"0 dead rows, 0 % of all{before}")
+    assert judged(4000, 3) == ("FAIL", f"2,000 dead rows, 50 % of all{before}")
+    assert judged(2000, 4) == ("FAIL", "2,000 dead rows, 50 % of all"), "since a vacuum, all of them count"
 
 
 def test_rows_that_escaped_the_capture_are_counted(

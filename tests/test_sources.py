@@ -257,7 +257,8 @@ def test_a_small_file_that_unpacks_to_more_than_memory_is_bad_input(
     if kind == "a text for all rows":
         table = pa.table({"id": range(64), "embedding": [[1.0, 2, 3]] * 64, "text": ["x" * 2**20] * 64})
     else:
-        zeros = pa.array(np.zeros(2**24, dtype=np.float32))
+        # Far more than the allocators of Arrow keep of what other tests have freed: a limit does not reach that.
+        zeros = pa.array(np.zeros(2**26, dtype=np.float32))
         table = pa.table({"id": [1], "embedding": pa.ListArray.from_arrays([0, len(zeros)], zeros)})
     path = tmp_path / FILES.get(kind, "vectors.parquet")
     if path.suffix == ".parquet":
@@ -268,7 +269,7 @@ def test_a_small_file_that_unpacks_to_more_than_memory_is_bad_input(
         with pa.ipc.new_stream(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as sink:
             sink.write_table(table)
     del table
-    assert path.stat().st_size < 10_000
+    assert path.stat().st_size < 40_000
     limit = resource.getrlimit(resource.RLIMIT_DATA)
     monkeypatch.setattr(memory, "MOST_BYTES_A_BATCH", 32 * 1024**2)
     with pytest.raises(BadInput, match=r"found   rows that unpack to more than 0\.0 GB"):

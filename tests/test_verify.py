@@ -138,7 +138,7 @@ def test_a_forged_record_is_found_by_a_head_kept_elsewhere(sealed: Path, article
     [
         ("exit_code", 1), ("host", "elsewhere"), ("started", "2020-01-01T00:00:00+00:00"), ("finished", ""),
         ("versions", {}), ("parameters", {}), ("params_file", "other.yaml"), ("notes", ["all is well"]),
-        ("seconds", 1.0), ("way", "undo"), ("table", "public.other"), ("pid", 1),
+        ("seconds", -1.0), ("way", "undo"), ("table", "public.other"), ("pid", 1),
     ],
 )  # fmt: skip
 def test_whatever_is_changed_in_the_manifest_is_named(sealed: Path, key: str, value: Any) -> None:
