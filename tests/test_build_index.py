@@ -17,7 +17,7 @@ from runbook_lib.core.gates import LockNotObtained, RunbookError
 from runbook_lib.core.names import names
 from runbook_lib.core.phase import Phase
 from runbook_lib.indexes import building, index_proof, partitions, vector_index
-from runbook_lib.indexes.building import Step
+from runbook_lib.indexes.building import BuildStep
 from runbook_lib.migrate import build_index
 from tests import partitioned
 
@@ -40,7 +40,7 @@ def either(request: pytest.FixtureRequest, filled: Filled) -> Filled:
     return request.getfixturevalue("parted") if request.param == "partitioned" else filled  # type: ignore[no-any-return]
 
 
-def _steps(phase: Phase) -> list[Step]:
+def _steps(phase: Phase) -> list[BuildStep]:
     return building.build_steps(phase.connection, build_index.index(phase))
 
 

@@ -170,7 +170,7 @@ def test_a_route_that_fails_outright_goes_back_too(
 
 def test_short_answers_and_slow_ones_are_named(ready: Callable[..., Phase]) -> None:
     phase = ready()
-    step = cut_over.Step(
+    step = cut_over.CanaryStep(
         10, 40, 8, 8, 0, short=2, overlap=0.95, errors=0, p95_ms=1e6, legacy_p95_ms=9, p95_at_least_ms=5e5
     )
     assert [g.name for g in cut_over._judge(phase, step).failed] == [
@@ -247,8 +247,8 @@ def test_users_own_calls_judge_the_canary_too(ready: Callable[..., Phase], datab
 
 def test_what_is_wrong_with_users_calls_is_named(ready: Callable[..., Phase]) -> None:
     phase = ready()
-    step = cut_over.Step(10, 40, 8, 8, empty=0, short=0, overlap=1.0, errors=0, p95_ms=1.0, legacy_p95_ms=9)
-    bad = replace(step, live=live_calls.Seen(calls=40, problems=1, empty=2, p95_ms=41.0, other_p95_ms=20.0))
+    step = cut_over.CanaryStep(10, 40, 8, 8, empty=0, short=0, overlap=1.0, errors=0, p95_ms=1.0, legacy_p95_ms=9)
+    bad = replace(step, live=live_calls.LiveCalls(calls=40, problems=1, empty=2, p95_ms=41.0, other_p95_ms=20.0))
     assert [(g.name, g.found, g.needed) for g in cut_over._judge(phase, bad).failed] == [
         ("cutover.no_live_shadow_fails", "1 sampled live calls", "0"),
         ("cutover.no_live_answer_is_empty", "2 of 40 live calls, where legacy had an answer", "0"),
@@ -258,7 +258,7 @@ def test_what_is_wrong_with_users_calls_is_named(ready: Callable[..., Phase]) ->
             "at most 40.00 ms, 2 × legacy on the same calls, from 30 calls on",
         ),
     ]
-    few = replace(step, live=live_calls.Seen(calls=29, p95_ms=41.0, other_p95_ms=20.0))
+    few = replace(step, live=live_calls.LiveCalls(calls=29, p95_ms=41.0, other_p95_ms=20.0))
     judged = cut_over._judge(phase, few)
     assert judged.passed and "cutover.live_calls_are_fast_enough" not in {g.name for g in judged}
 
@@ -270,7 +270,7 @@ def test_killed_in_a_step_the_next_run_goes_on_from_the_share_it_finds(
     phase = ready()
     call = cut_over._call
 
-    def killed(phase: Phase, share: int, hold_s: float = 0) -> cut_over.Step:
+    def killed(phase: Phase, share: int, hold_s: float = 0) -> cut_over.CanaryStep:
         if share == stopped_at:
             raise KeyboardInterrupt
         return call(phase, share, hold_s)

@@ -75,7 +75,7 @@ def needs_nothing_else(page: str) -> bool:
     )
 
 
-def answers(found: review.Record) -> list[list[str]]:
+def answers(found: review.RecordPage) -> list[list[str]]:
     """What the ten questions are answered with, in their order."""
     assert len(found.questions) == 10
     return [list(q.answers) for q in found.questions]

@@ -48,7 +48,7 @@ FLOAT = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
-class Block:
+class VectorBlock:
     """A part of the table: vectors, shape (rows, dimension); codes, shape (rows, filters); keys."""
 
     vectors: FLOAT
@@ -111,13 +111,13 @@ def _with_tolerance(params: Params, found: Nearest, length: float, longest: floa
     return replace(found, same=max(SAME_DISTANCE * max(map(abs, found.distances)), lost))
 
 
-def _small_enough(whole: Iterator[Block], queries: int) -> Iterator[Block]:
+def _small_enough(whole: Iterator[VectorBlock], queries: int) -> Iterator[VectorBlock]:
     """The blocks, cut so that their distances to so many queries take at most DISTANCE_BYTES."""
     rows = max(1, DISTANCE_BYTES // (np.dtype(np.float64).itemsize * max(queries, 1)))
     for block in whole:
         for i in range(0, len(block.keys), rows):
             part = slice(i, i + rows)
-            yield Block(block.vectors[part], block.codes[part], block.keys[part])
+            yield VectorBlock(block.vectors[part], block.codes[part], block.keys[part])
 
 
 def _values(questions: Sequence[Query], column: str) -> list[str]:
@@ -154,7 +154,7 @@ class _Top:
         self.distance: NDArray[Any] = np.empty(0)
         self.key: NDArray[Any] | None = None
 
-    def add(self, distances: FLOAT, block: Block) -> None:
+    def add(self, distances: FLOAT, block: VectorBlock) -> None:
         """Takes in the rows of a block that are no farther than the k-th found so far."""
         rows = np.arange(len(block.keys))
         for column, code in self.group.wanted:
@@ -230,7 +230,7 @@ def _rounded(distances: FLOAT) -> FLOAT:
     return distances
 
 
-def blocks(connection: db.Connection, params: Params, listed: Mapping[str, Sequence[str]]) -> Iterator[Block]:
+def blocks(connection: db.Connection, params: Params, listed: Mapping[str, Sequence[str]]) -> Iterator[VectorBlock]:
     """The rows that have a vector, a block at a time.
 
     listed: the values of each filter column that matter; a row's code is the place of its value, from one.
@@ -277,7 +277,7 @@ class _Layout:
         self.spell: Callable[[bytes], str] = _uuid if key_type == "uuid" else bytes.decode
         self.started = False
 
-    def read(self, data: bytes) -> tuple[Block, bytes]:
+    def read(self, data: bytes) -> tuple[VectorBlock, bytes]:
         """The whole rows in it, and the beginning of one that is not whole yet."""
         at = 0 if self.started else HEADER_BYTES
         self.started = True
@@ -291,7 +291,7 @@ class _Layout:
         if len(rows) and not (rows["vector_length"] == self.vector_length).all():
             raise ValueError("COPY sent rows of another layout than the vector column's type and dimension")
         codes = rows["codes"]["code"] if self.codes else np.empty((len(rows), 0))
-        return Block(rows["vector"].astype(np.float32), codes.astype(np.int32), keys), rest
+        return VectorBlock(rows["vector"].astype(np.float32), codes.astype(np.int32), keys), rest
 
     def _of_any_length(self, data: bytes, at: int) -> tuple[NDArray[Any], NDArray[Any], bytes]:
         head, heads, keys = self.head.itemsize, [], []

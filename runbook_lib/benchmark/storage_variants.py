@@ -123,7 +123,7 @@ def is_todays(params: Params, shape: Shape) -> bool:
 
 
 @dataclass(frozen=True)
-class Found:
+class MeasuredShape:
     """A shape, measured at the smallest setting that reaches the target, or else at the one that finds most.
 
     rerank: so many times k rows are sorted again; 1 where none are. ndcg: None where nothing is judged. per_query:
@@ -150,7 +150,7 @@ def measure(
     index: str,
     asked: Sequence[Query],
     judged: tuple[Sequence[Query], dict[str, dict[str, int]]],
-) -> Found:
+) -> MeasuredShape:
     """The settings from the cheapest on, until the target recall is reached; then latency and relevance there.
 
     connection: of its own, since it keeps the settings. params: of the table that holds the index. asked: with exact
@@ -172,7 +172,7 @@ def measure(
     timed = [loop.ask(connection, params, statement, asked, k) for _ in range(TIMED_PASSES)]
     times = relevance_measures.latency([s for answers in timed for s in answers.seconds])
     relevance = _relevance(connection, params, statement, *judged)
-    return Found(
+    return MeasuredShape(
         shape=shape,
         rerank=rerank,
         setting=best[1],

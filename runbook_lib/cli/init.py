@@ -21,13 +21,13 @@ from psycopg import sql
 
 from runbook_lib.cli import legacy_statement, suggest
 from runbook_lib.cli.legacy_statement import LegacyQuery
-from runbook_lib.cli.suggest import SQL, Found, Setting
+from runbook_lib.cli.suggest import SQL, FoundTable, Setting
 from runbook_lib.core import db
 from runbook_lib.core.display import number, size
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.target import load_params
 from runbook_lib.migrate import inputs, statement_statistics
-from runbook_lib.migrate.statement_statistics import Search
+from runbook_lib.migrate.statement_statistics import CountedSearch
 from runbook_lib.params import Params
 from runbook_lib.runner.manifest import write_atomically
 
@@ -96,7 +96,7 @@ def write(wishes: Wishes, output: Path | None, *, force: bool, ask: Ask, say: Sa
 
 def _settings(
     connection: db.Connection,
-    found: Found,
+    found: FoundTable,
     wishes: Wishes,
     queries: str,
     ask: Ask,
@@ -199,13 +199,13 @@ def _which_table(connection: db.Connection, draft: Params, wishes: Wishes, ask: 
     return (chosen[0]["schema"], chosen[0]["table"]) if chosen else (wishes.schema or "public", answer)
 
 
-def _table(connection: db.Connection, draft: Params, wishes: Wishes, ask: Ask) -> tuple[str, Found]:
+def _table(connection: db.Connection, draft: Params, wishes: Wishes, ask: Ask) -> tuple[str, FoundTable]:
     """The table's name, and what is found in it. Raises BadInput where there is no such table."""
     schema, table = _which_table(connection, draft, wishes, ask)
     return table, suggest.look(connection, _draft(wishes, schema=schema, table=table, key="?", text_columns=["?"]))
 
 
-def _which_key(found: Found, wishes: Wishes, ask: Ask) -> str:
+def _which_key(found: FoundTable, wishes: Wishes, ask: Ask) -> str:
     key = wishes.key or ask("key", found.keys[0] if found.keys else "")
     if key in found.columns and key in found.keys:
         return key
@@ -221,7 +221,7 @@ def _which_key(found: Found, wishes: Wishes, ask: Ask) -> str:
     )
 
 
-def _which_texts(found: Found, key: str, seen: LegacyQuery | None, wishes: Wishes, ask: Ask) -> list[str]:
+def _which_texts(found: FoundTable, key: str, seen: LegacyQuery | None, wishes: Wishes, ask: Ask) -> list[str]:
     candidates = suggest.texts(found, key, seen.query if seen else "")
     texts = list(wishes.text_columns or _list(ask("text columns, title first", ", ".join(candidates))))
     bad = [t for t in texts if t not in found.columns or not found.columns[t]["is_text"]]
@@ -238,7 +238,7 @@ def _which_texts(found: Found, key: str, seen: LegacyQuery | None, wishes: Wishe
 
 
 def _which_filters(
-    found: Found, key: str, texts: Sequence[str], seen: LegacyQuery | None, wishes: Wishes, ask: Ask
+    found: FoundTable, key: str, texts: Sequence[str], seen: LegacyQuery | None, wishes: Wishes, ask: Ask
 ) -> list[str]:
     """What today's search filters by; where that is not known, the columns that few values share."""
     if wishes.filters is not None:
@@ -270,7 +270,7 @@ def _which_model(wishes: Wishes, ask: Ask) -> tuple[dict[str, str], int]:
 
 def _which_legacy(
     connection: db.Connection,
-    found: Found,
+    found: FoundTable,
     key: str,
     wishes: Wishes,
     ask: Ask,
@@ -307,7 +307,7 @@ def _from_file(path: Path, kinds: Mapping[str, str]) -> LegacyQuery:
     return LegacyQuery(text.strip().rstrip(";"), tuple(used))
 
 
-def _statements(connection: db.Connection, found: Found, say: Say) -> tuple[Search, ...]:
+def _statements(connection: db.Connection, found: FoundTable, say: Say) -> tuple[CountedSearch, ...]:
     """Searches of this table that pg_stat_statements has seen; none, and a word why, where it cannot be read."""
     columns = [name for name, column in found.columns.items() if column["is_text"]]
     seen = statement_statistics.look(connection, found.draft, columns, MOST_STATEMENTS)
@@ -316,7 +316,7 @@ def _statements(connection: db.Connection, found: Found, say: Say) -> tuple[Sear
     return seen.searches
 
 
-def _cannot_be_used(connection: db.Connection, found: Found, key: str, candidate: LegacyQuery) -> str:
+def _cannot_be_used(connection: db.Connection, found: FoundTable, key: str, candidate: LegacyQuery) -> str:
     """Why this query cannot stand in the file; empty if PostgreSQL plans it and it returns the key."""
     if candidate.unknown:
         return f"what stood for {', '.join(candidate.unknown)} is not kept by pg_stat_statements"
@@ -329,7 +329,7 @@ def _cannot_be_used(connection: db.Connection, found: Found, key: str, candidate
     return "" if gate.verdict is Verdict.PASS else gate.found
 
 
-def _placeholder(found: Found, key: str, texts: Sequence[str], filters: Sequence[str]) -> LegacyQuery:
+def _placeholder(found: FoundTable, key: str, texts: Sequence[str], filters: Sequence[str]) -> LegacyQuery:
     """A plain ILIKE over the text columns, for a table whose search is not known."""
     quoted = {name: sql.Identifier(name).as_string() for name in (key, *texts, *filters)}
     conditions = " OR ".join(f"t.{quoted[t]} ILIKE '%' || :query || '%'" for t in texts)

@@ -62,7 +62,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundTable:
     """The table as it is. columns by name; keys, the primary key first; readers: roles that may SELECT.
 
     fulltext: by index, the longest expression of type tsvector that it is on; the longest first.
@@ -82,14 +82,14 @@ class Found:
         return spelled(self.draft, "table")
 
 
-def look(connection: db.Connection, draft: Params) -> Found:
+def look(connection: db.Connection, draft: Params) -> FoundTable:
     """Reads the catalogue and the statistics of the table that the draft names. Raises BadInput if it is no table."""
     inputs.require_table(connection, draft)
     relation, target = spelled(draft, "table"), draft.target
     whole = row_counts.of(connection, draft)
     columns = db.rows(connection, SQL["columns"], draft, relation=relation, schema=target.schema_, table=target.table)
     keys = db.rows(connection, SQL["keys"], draft, relation=relation)
-    return Found(
+    return FoundTable(
         draft,
         whole.n,
         not whole.counted,
@@ -115,7 +115,7 @@ def _is_few(column: db.Row) -> bool:
     return column["n_distinct"] is not None and 1 < column["n_distinct"] <= MOST_FILTER_VALUES
 
 
-def texts(found: Found, key: str, search_of_today: str = "") -> list[str]:
+def texts(found: FoundTable, key: str, search_of_today: str = "") -> list[str]:
     """Columns whose text is worth embedding: titles first, then by their place in the table.
 
     Where the search of today is known, only those that it names behind its WHERE, if it names any.
@@ -133,7 +133,7 @@ def texts(found: Found, key: str, search_of_today: str = "") -> list[str]:
     return sorted(named or good, key=lambda name: TITLE_NAMES.search(name.lower()) is None)
 
 
-def filters(found: Found, key: str, text_columns: Sequence[str]) -> list[str]:
+def filters(found: FoundTable, key: str, text_columns: Sequence[str]) -> list[str]:
     """Columns that few values share, and that are short enough to be compared."""
     return [
         name
@@ -146,7 +146,7 @@ def filters(found: Found, key: str, text_columns: Sequence[str]) -> list[str]:
 
 
 def target(
-    found: Found, way_in: Setting, name: str, key: str, text_columns: Sequence[str], chosen: Sequence[str]
+    found: FoundTable, way_in: Setting, name: str, key: str, text_columns: Sequence[str], chosen: Sequence[str]
 ) -> list[Setting]:
     """Sections connection and target."""
     others = [f for f in filters(found, key, text_columns) if f not in chosen]
@@ -171,7 +171,7 @@ def target(
     ]
 
 
-def vector(found: Found, source: Mapping[str, str], dimension: int) -> list[Setting]:
+def vector(found: FoundTable, source: Mapping[str, str], dimension: int) -> list[Setting]:
     """Sections vector and embeddings: vector as long as it can be indexed, halfvec beyond."""
     limit = MAX_INDEXED_DIMENSION["vector"]
     kind = "vector" if dimension <= limit else "halfvec"
@@ -186,7 +186,7 @@ def vector(found: Found, source: Mapping[str, str], dimension: int) -> list[Sett
     ]
 
 
-def extension(connection: db.Connection, found: Found) -> list[Setting]:
+def extension(connection: db.Connection, found: FoundTable) -> list[Setting]:
     """Section extension, where pgvector is in another schema than it is taken to be in."""
     schema = session.pgvectors_schema(connection)
     usual = schema in ("", found.draft.extension.schema_)
@@ -200,7 +200,7 @@ def queries(file: str, *, given: bool) -> list[Setting]:
     return [Setting("queries", "file", file, f"{why}; {without}" if why else without), Setting("queries", "k", 10)]
 
 
-def search(found: Found) -> list[Setting]:
+def search(found: FoundTable) -> list[Setting]:
     """Section search: full text, by a column or else by an index on an expression; and who reads the table today."""
     settings = []
     columns = [(name, c["expression"] or "") for name, c in found.columns.items() if c["type"] == "tsvector"]
@@ -223,13 +223,13 @@ def search(found: Found) -> list[Setting]:
     return settings
 
 
-def _config(found: Found, expression: str, where: str) -> Setting:
+def _config(found: FoundTable, expression: str, where: str) -> Setting:
     config = re.search(r"to_tsvector\('((?:[^']|'')+)'::regconfig", expression)
     value = config[1].replace("''", "'") if config else found.server["text_search_config"].removeprefix("pg_catalog.")
     return Setting("search", "fulltext_config", value, f"by {where if config else 'default_text_search_config'}")
 
 
-def index(found: Found, kind: str, dimension: int) -> list[Setting]:
+def index(found: FoundTable, kind: str, dimension: int) -> list[Setting]:
     """Section index: HNSW in memory; IVFFlat where the graph would take too much of what the server seems to have."""
     rows = round(found.rows * ROOM_TO_GROW)
     graph = rows * forecast.hnsw_build_bytes_per_row(16, dimension, kind)
@@ -257,7 +257,7 @@ def index(found: Found, kind: str, dimension: int) -> list[Setting]:
     ]
 
 
-def render(found: Found, settings: Sequence[Setting]) -> str:
+def render(found: FoundTable, settings: Sequence[Setting]) -> str:
     """The params file: sections in the order given, the reason above each line."""
     lines = [
         f"# {found.name}, {number(found.rows)} rows. Written by `runbook init` from what the server says.",
@@ -285,7 +285,7 @@ def _yaml(key: str, value: Any) -> str:
     return str(yaml.safe_dump({key: value}, default_flow_style=False, **options)).strip()
 
 
-def starter_queries(connection: db.Connection, found: Found, column: str) -> str:
+def starter_queries(connection: db.Connection, found: FoundTable, column: str) -> str:
     """JSON lines: the first words of texts sampled from the column, spread over the sample; each said a starter."""
     whole = found.rows < preflight.SAMPLE_WHOLE_PAGES_FROM_ROWS
     percent = sql.Literal(min(100.0, 200.0 * SAMPLED_TITLES / max(found.rows, 1)))

@@ -41,7 +41,7 @@ class ModelAway(RunbookError):
     """The model fails on harmless texts too, so no row is to blame."""
 
 
-class Query(Protocol):
+class AskedText(Protocol):
     """What is asked: see :class:`runbook_lib.benchmark.query_set.Query`."""
 
     @property
@@ -75,7 +75,7 @@ def _as_made(params: Params) -> Model:
     )
 
 
-def query_vectors(params: Params, queries: Sequence[Query]) -> Vectors:
+def query_vectors(params: Params, queries: Sequence[AskedText]) -> Vectors:
     """Vectors of these queries, shape (number of queries, dimension): from ``queries.embeddings``, or by the model.
 
     Raises BadInput where there is neither, or a query without its vector.

@@ -46,7 +46,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Step:
+class BuildStep:
     """A statement, the table or partition that it is about, and what kind of statement it is.
 
     index: the name of what is built. in_short_tries: in a transaction that waits briefly for its locks; every other
@@ -109,12 +109,12 @@ def build_steps(
     options: Options | None = None,
     of_partitions: Mapping[str, Options] | None = None,
     drop: Block = SQL["drop"],
-) -> list[Step]:
+) -> list[BuildStep]:
     """What is left to do until the index is whole: what holds no row, then each leaf's, attached once it is built.
 
     options, of_partitions: in place of the parameters', the latter by partition. drop: drops what was left invalid.
     """
-    params, todo = index.params, list[Step]()
+    params, todo = index.params, list[BuildStep]()
     by_oid = {part.oid: part for part in index.parts}
     for part in index.parts:
         if part.kind not in (partitions.PARTITIONED, partitions.TABLE):
@@ -128,14 +128,14 @@ def build_steps(
             largest = replace(part, rows=max((leaf.rows for leaf in index.leaves), default=0))
             bracket = not part.is_leaf
             create = create_statement(connection, params, largest if bracket else part, name, given, bracket=bracket)
-            todo.append(Step(part, create, name, in_short_tries=bracket))
+            todo.append(BuildStep(part, create, name, in_short_tries=bracket))
         above = by_oid.get(part.parent or 0)
         if above is not None and (own is None or not index.is_attached(part)):
             pair = {
                 "parent_index": identifier(above.schema, index.name_on(above)),
                 "index": identifier(part.schema, name),
             }
-            todo.append(Step(part, _about(params, OF_PARTITIONS["attach"], part, pair), in_short_tries=True))
+            todo.append(BuildStep(part, _about(params, OF_PARTITIONS["attach"], part, pair), in_short_tries=True))
     if not todo and index.own and not index.usable and not index.lacking:
         # A parent's that turned invalid never turns valid again, whatever is attached to it.
         scratch = replace(index, own={})
@@ -145,16 +145,16 @@ def build_steps(
     return sorted(todo, key=lambda step: step.part.is_leaf)
 
 
-def _repair(index: VectorIndex, part: Part, drop: Block) -> Step:
+def _repair(index: VectorIndex, part: Part, drop: Block) -> BuildStep:
     """An invalid index goes; one that is part of another cannot be dropped alone, and is built again in its place."""
     name = index.name_on(part)
     if index.is_attached(part):
         again = {"index": identifier(part.schema, name)}
-        return Step(part, _about(index.params, OF_PARTITIONS["reindex"], part, again), name)
-    return Step(part, _about(index.params, drop, part, {"dropped": identifier(part.schema, name)}))
+        return BuildStep(part, _about(index.params, OF_PARTITIONS["reindex"], part, again), name)
+    return BuildStep(part, _about(index.params, drop, part, {"dropped": identifier(part.schema, name)}))
 
 
-def drop_steps(index: VectorIndex, drop: Block = SQL["drop"]) -> list[Step]:
+def drop_steps(index: VectorIndex, drop: Block = SQL["drop"]) -> list[BuildStep]:
     """A leaf's index that is part of no other goes concurrently; that of a parent, with all that it holds, under a
     short lock, since PostgreSQL has no other way.
     """
@@ -163,17 +163,17 @@ def drop_steps(index: VectorIndex, drop: Block = SQL["drop"]) -> list[Step]:
     for part in sorted(alone, key=lambda part: (not part.is_leaf, -part.level)):
         block = drop if part.is_leaf else OF_PARTITIONS["drop_bracket"]
         name = {"dropped": identifier(part.schema, index.name_on(part))}
-        todo.append(Step(part, _about(index.params, block, part, name), in_short_tries=not part.is_leaf))
+        todo.append(BuildStep(part, _about(index.params, block, part, name), in_short_tries=not part.is_leaf))
     return todo
 
 
-def plan(phase: Phase, steps: Sequence[Step]) -> db.Plan:
+def plan(phase: Phase, steps: Sequence[BuildStep]) -> db.Plan:
     """The statements of these steps."""
     return db.Plan(tuple(step.statement for step in steps), phase.connection)
 
 
 @changes
-def build(phase: Phase, left: Callable[[], Sequence[Step]], built: Callable[[], VectorIndex]) -> Table:
+def build(phase: Phase, left: Callable[[], Sequence[BuildStep]], built: Callable[[], VectorIndex]) -> Table:
     """Carries out what is left until nothing is, then writes down what the whole index took.
 
     A partition that appears meanwhile is taken too, one that is gone is passed over. Raises LockNotObtained where a
@@ -193,7 +193,7 @@ def build(phase: Phase, left: Callable[[], Sequence[Step]], built: Callable[[], 
 
 
 @changes
-def carry_out(phase: Phase, steps: Sequence[Step]) -> Table:
+def carry_out(phase: Phase, steps: Sequence[BuildStep]) -> Table:
     """Carries out these steps, each by its own way."""
     if not phase.execute:
         return phase.carry_out(plan(phase, steps))
@@ -204,7 +204,7 @@ def _table(rows: Sequence[tuple[Any, ...]]) -> Table:
     return Table(("table", "what", "lock", "seconds"), rows)
 
 
-def _numbered(todo: Sequence[Step]) -> Iterator[tuple[Step, str]]:
+def _numbered(todo: Sequence[BuildStep]) -> Iterator[tuple[BuildStep, str]]:
     leaves = list(dict.fromkeys(step.part.oid for step in todo if step.part.is_leaf))
     for step in todo:
         counts = step.part.is_leaf and len(leaves) > 1
@@ -212,7 +212,7 @@ def _numbered(todo: Sequence[Step]) -> Iterator[tuple[Step, str]]:
         yield step, f"{place}{step.part.shown}"
 
 
-def _take(phase: Phase, step: Step, where: str) -> tuple[Any, ...]:
+def _take(phase: Phase, step: BuildStep, where: str) -> tuple[Any, ...]:
     """Carries out one step; returns its row of the table. Raises RunbookError where its index's name is taken."""
     part = step.part
     if part.oid and not partitions.is_there(phase.connection, phase.params, part):
@@ -231,7 +231,7 @@ def _take(phase: Phase, step: Step, where: str) -> tuple[Any, ...]:
     return (part.shown, step.statement.purpose, step.statement.lock, round(seconds, 3))
 
 
-def _concurrently(phase: Phase, step: Step) -> Built:
+def _concurrently(phase: Phase, step: BuildStep) -> Built:
     built = concurrently(phase, step.statement)
     if step.index:
         found = partitions.indexes(phase.connection, phase.params, [step.part])

@@ -7,7 +7,7 @@ from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gates, collect
 from runbook_lib.core.phase import Phase
 from runbook_lib.indexes import building, index_proof, vector_index
-from runbook_lib.indexes.building import Step
+from runbook_lib.indexes.building import BuildStep
 from runbook_lib.indexes.building import in_the_way as in_the_way
 from runbook_lib.indexes.vector_index import VectorIndex
 
@@ -17,7 +17,7 @@ def index(phase: Phase) -> VectorIndex:
     return vector_index.find(phase.connection, phase.params)
 
 
-def _left(phase: Phase) -> list[Step]:
+def _left(phase: Phase) -> list[BuildStep]:
     return building.build_steps(phase.connection, index(phase))
 
 

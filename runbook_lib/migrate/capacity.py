@@ -32,7 +32,7 @@ BAD_WAL_STATUS = ("unreserved", "lost")
 
 
 @dataclass(frozen=True)
-class Seen:
+class ServerMachine:
     """Bytes, and how they are known; None where nobody looked, and why not."""
 
     bytes: int | None
@@ -51,8 +51,8 @@ class Room:
     """What the server has to spare. free_disk: where the table's data stand. shared_memory: of /dev/shm, what is
     free. slot_keeps_bytes: -1 without a bound, None before PostgreSQL 13."""
 
-    free_disk: Seen
-    shared_memory: Seen
+    free_disk: ServerMachine
+    shared_memory: ServerMachine
     shared_memory_type: str
     max_wal_bytes: int
     slot_keeps_bytes: int | None
@@ -82,34 +82,36 @@ def _is_here(pid: int, database: str) -> bool:
     return title.startswith("postgres") and f" {database} " in title
 
 
-def _free_disk(params: Params, places: dict[str, Any], here: bool) -> Seen:
+def _free_disk(params: Params, places: dict[str, Any], here: bool) -> ServerMachine:
     if (stated := params.preflight.free_disk_gb) is not None:
-        return Seen(round(stated * GB), "by preflight.free_disk_gb")
+        return ServerMachine(round(stated * GB), "by preflight.free_disk_gb")
     where = places.get("tablespace") or places.get("data_directory")
     if not here:
-        return Seen(None, "the server is on another machine; state preflight.free_disk_gb, as df says there")
+        return ServerMachine(None, "the server is on another machine; state preflight.free_disk_gb, as df says there")
     if where is None:
-        return Seen(None, "this role may not know data_directory; GRANT pg_read_all_settings, or state"
+        return ServerMachine(None, "this role may not know data_directory; GRANT pg_read_all_settings, or state"
                     " preflight.free_disk_gb")  # fmt: skip
     try:
         found = os.statvfs(where)
     except OSError as error:
-        return Seen(None, f"{where}: {error.strerror}; state preflight.free_disk_gb, as df says there")
-    return Seen(found.f_bavail * found.f_frsize, f"free at {where}")
+        return ServerMachine(None, f"{where}: {error.strerror}; state preflight.free_disk_gb, as df says there")
+    return ServerMachine(found.f_bavail * found.f_frsize, f"free at {where}")
 
 
-def _shared_memory(params: Params, kind: str, here: bool) -> Seen:
+def _shared_memory(params: Params, kind: str, here: bool) -> ServerMachine:
     if (stated := params.preflight.shared_memory_mb) is not None:
-        return Seen(stated * MB, "by preflight.shared_memory_mb")
+        return ServerMachine(stated * MB, "by preflight.shared_memory_mb")
     if kind != "posix":
-        return Seen(None, f"dynamic_shared_memory_type is {kind}, which /dev/shm does not bound")
+        return ServerMachine(None, f"dynamic_shared_memory_type is {kind}, which /dev/shm does not bound")
     if not here:
-        return Seen(None, "the server is on another machine; state preflight.shared_memory_mb, as df /dev/shm says")
+        return ServerMachine(
+            None, "the server is on another machine; state preflight.shared_memory_mb, as df /dev/shm says"
+        )
     try:
         found = os.statvfs(SHARED_MEMORY)
     except OSError as error:
-        return Seen(None, f"{SHARED_MEMORY}: {error.strerror}")
-    return Seen(found.f_bavail * found.f_frsize, f"free at {SHARED_MEMORY}")
+        return ServerMachine(None, f"{SHARED_MEMORY}: {error.strerror}")
+    return ServerMachine(found.f_bavail * found.f_frsize, f"free at {SHARED_MEMORY}")
 
 
 def gates(connection: db.Connection, params: Params, expects: Forecast) -> Iterator[Gate]:

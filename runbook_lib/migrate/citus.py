@@ -65,7 +65,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
         return
     yield _by_its_key(params, subject, found)
     yield _fits(params, subject, found)
-    yield from _nodes(connection, params, found)
+    yield from _nodes(connection, params)
     yield gate(
         "inputs.distributed_is_accepted",
         params.target.distributed == "accept_untested",
@@ -116,7 +116,7 @@ def _fits(params: Params, subject: str, found: Distribution) -> Gate:
     )
 
 
-def _nodes(connection: db.Connection, params: Params, found: Distribution) -> Iterator[Gate]:
+def _nodes(connection: db.Connection, params: Params) -> Iterator[Gate]:
     nodes = db.rows(connection, SQL["nodes"], params)
     here = db.one(connection, SQL["triggers_here"], params)["triggers"]
     lost = [n["node"] for n in nodes if not n["success"]]

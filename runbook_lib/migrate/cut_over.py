@@ -30,7 +30,7 @@ MOST_ERRORS_SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Step:
+class CanaryStep:
     """One share of the calls, held for a number of calls and a time: what the function answered, and how fast.
 
     drawn: calls that the share should send to the new route, by the hash of their text; the figures below, but for
@@ -56,7 +56,7 @@ class Step:
     legacy_p95_ms: float | None
     p95_at_least_ms: float | None = None
     filtered: filter_classes.Called = filter_classes.NO_CALLS
-    live: live_calls.Seen | None = None
+    live: live_calls.LiveCalls | None = None
     without_rows: int = 0
     errors_drawn: int = 0
 
@@ -141,13 +141,13 @@ def apply(phase: Phase) -> Table:
     return Table.of([_shown(s) for s in steps], "steps")
 
 
-def _shown(step: Step) -> dict[str, Any]:
+def _shown(step: CanaryStep) -> dict[str, Any]:
     """One row of the table of steps."""
     figures = {name: value for name, value in vars(step).items() if name not in ("filtered", "live")}
     return figures | {"with_filters": step.filtered.calls, "live_calls": step.live.calls if step.live else None}
 
 
-def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
+def _call(phase: Phase, share: int, hold_s: float = 0) -> CanaryStep:
     """Calls the function as the application does, on a connection that an ordinary caller has, over a time."""
     p = phase.params
     queries = query_set.sample(query_set.read_queries(p), p.queries.sample)
@@ -188,7 +188,7 @@ def _call(phase: Phase, share: int, hold_s: float = 0) -> Step:
         filtered = filter_classes.call_each(phase, connection, p.cut_over.route, queries)
     if filtered.problem:
         print(f"  call failed: {filtered.problem}")
-    return Step(
+    return CanaryStep(
         share_percent=share,
         calls=len(calls),
         drawn=sum(texts[i] in drawn for i in calls),
@@ -211,7 +211,7 @@ def _p95_ms(seconds: list[float]) -> float | None:
     return round(relevance_measures.latency(seconds)["p95_ms"], 3) if seconds else None
 
 
-def _judge(phase: Phase, step: Step) -> Gates:
+def _judge(phase: Phase, step: CanaryStep) -> Gates:
     """The canary's gates: no error, no short answer, the share that was set, speed and answers as 80_shadow found."""
     c = phase.params.cut_over
     shadow = phase.ledger.latest("shadow") or {"systems": {}}
@@ -257,7 +257,7 @@ def _judge(phase: Phase, step: Step) -> Gates:
     )  # fmt: skip
 
 
-def _no_call_fails(step: Step, canary: Callable[..., Gate], again: str) -> Gate:
+def _no_call_fails(step: CanaryStep, canary: Callable[..., Gate], again: str) -> Gate:
     """Calls that legacy answers fail as they did before; they judge the function only where no call was drawn."""
     failed, calls = (step.errors_drawn, step.drawn) if step.drawn else (step.errors, step.calls)
     found = f"{failed} of {calls} calls failed"
@@ -266,12 +266,12 @@ def _no_call_fails(step: Step, canary: Callable[..., Gate], again: str) -> Gate:
     return canary("no_call_fails", failed == 0, found, "0", f"fix what the errors above name, {again}")
 
 
-def _is_fast_enough(step: Step, limit_ms: float) -> bool:
+def _is_fast_enough(step: CanaryStep, limit_ms: float) -> bool:
     """Is there no proof that p95 is above the limit? The p95 of a few calls is that of one stray call."""
     return step.p95_ms is not None and at_most(step.p95_at_least_ms or 0.0, limit_ms)
 
 
-def _speed(step: Step, route: str, sure: str) -> str:
+def _speed(step: CanaryStep, route: str, sure: str) -> str:
     if step.p95_ms is None:
         return f"{route} answered no call"
     if step.p95_at_least_ms is None:
@@ -279,7 +279,7 @@ def _speed(step: Step, route: str, sure: str) -> str:
     return f"p95 {step.p95_ms:.2f} ms in {step.by_new_route} calls; above {sure} with 99 % confidence"
 
 
-def _live_gates(seen: live_calls.Seen, canary: Callable[..., Gate], again: str, slowdown: float) -> list[Gate]:
+def _live_gates(seen: live_calls.LiveCalls, canary: Callable[..., Gate], again: str, slowdown: float) -> list[Gate]:
     """What users' own calls say: each was answered by the other search as well, in the same moment.
 
     Their times are judged from live.FEWEST_CALLS on.

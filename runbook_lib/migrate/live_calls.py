@@ -50,7 +50,7 @@ def _figures(rows: list[db.Row], live: str, filters: tuple[str, ...]) -> dict[st
 
 
 @dataclass(frozen=True)
-class Seen:
+class LiveCalls:
     """Sampled live calls that a route answered: how many, empty where the other search was not, and p95 of both.
 
     problems: sampled calls in which the search that was not live failed.
@@ -63,14 +63,14 @@ class Seen:
     other_p95_ms: float | None = None
 
 
-def seen_since(phase: Phase, route: str, since: datetime) -> Seen | None:
+def seen_since(phase: Phase, route: str, since: datetime) -> LiveCalls | None:
     """What the live calls say of a route since a moment; None where no live call is sampled."""
     if not phase.params.shadow.sample_percent or not live_shadow.has_log(phase.connection, phase.params):
         return None
     rows = live_shadow.logged(phase.connection, phase.params, since)
     whole = [row for row in rows if row["problem"] is None]
     mine = [row for row in whole if row["live_route"] == route]
-    return Seen(
+    return LiveCalls(
         calls=len(mine),
         problems=len(rows) - len(whole),
         empty=sum(not row["live_keys"] and bool(row["other_keys"]) for row in mine),

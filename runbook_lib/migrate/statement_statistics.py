@@ -38,7 +38,7 @@ _BETWEEN = r"(?:(?!\m(?:from|by|where|and|or|select|on)\M)(?:,\s*[$']|[^,;<>])){
 
 
 @dataclass(frozen=True)
-class Search:
+class CountedSearch:
     """A statement that searches the table. id: of pg_stat_statements. mean_ms: of its execution."""
 
     id: str
@@ -58,7 +58,7 @@ class Counted:
     as far as that is told. entries, most, calls: of all statements of the server.
     """
 
-    searches: tuple[Search, ...]
+    searches: tuple[CountedSearch, ...]
     why: str = ""
     reset_s: float | None = None
     thrown_out: int = 0
@@ -101,7 +101,7 @@ def look(connection: db.Connection, params: Params, text_columns: Sequence[str],
         return Counted((), f"pg_stat_statements cannot be read: {str(error).splitlines()[0]}")
     assert counted is not None
     return Counted(
-        tuple(Search(**row) for row in searches),
+        tuple(CountedSearch(**row) for row in searches),
         reset_s=since["reset_s"] if since else None,
         thrown_out=since["thrown_out"] if since else 0,
         hidden=counted["hidden"],

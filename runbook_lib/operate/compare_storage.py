@@ -14,7 +14,7 @@ from psycopg import sql
 
 from runbook_lib.benchmark import comparison, exact, query_set, relevance_measures, storage_variants
 from runbook_lib.benchmark.query_set import Query, exact_of
-from runbook_lib.benchmark.storage_variants import Found, Shape, StorageComparison
+from runbook_lib.benchmark.storage_variants import MeasuredShape, Shape, StorageComparison
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
@@ -255,7 +255,7 @@ def _standing(phase: Phase, shape: Shape) -> Iterator[tuple[str, dict[str, Any]]
     building.concurrently(phase, _drop_index(phase, shape))
 
 
-def _row(p: Params, found: Found, built: dict[str, Any], rows: int, whole: int) -> dict[str, Any]:
+def _row(p: Params, found: MeasuredShape, built: dict[str, Any], rows: int, whole: int) -> dict[str, Any]:
     """One row of the table, and of the ledger."""
     shape = found.shape
     figures = asdict(found) | {"shape": None}

@@ -21,7 +21,7 @@ from runbook_lib.core.names import identifier, index_name, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, score
 from runbook_lib.indexes import building, index_proof, vector_index
-from runbook_lib.indexes.building import Step, none_under_way
+from runbook_lib.indexes.building import BuildStep, none_under_way
 from runbook_lib.indexes.vector_index import Options, VectorIndex, asked_for, listed, one, planned_name, stored
 from runbook_lib.migrate import build_index
 from runbook_lib.operate import storage_switch
@@ -47,7 +47,7 @@ def _may_become(phase: Phase, found: VectorIndex) -> bool:
     return found.storage == phase.params.index.storage and found.has_options(asked_for(phase.params))
 
 
-def _drops(found: Iterable[VectorIndex | None]) -> list[Step]:
+def _drops(found: Iterable[VectorIndex | None]) -> list[BuildStep]:
     return [step for index in found if index for step in building.drop_steps(index, SQL["drop"])]
 
 
@@ -64,7 +64,7 @@ def is_done(phase: Phase) -> bool:
     return current is None or (current.usable and _may_become(phase, current))
 
 
-def _building(phase: Phase) -> list[Step]:
+def _building(phase: Phase) -> list[BuildStep]:
     found = standing(phase)
     new, drops = one(found, "new"), _leftovers(found)
     if one(found, "old") or is_done(phase):
@@ -80,7 +80,7 @@ def building_plan(phase: Phase) -> db.Plan:
     return building.plan(phase, _building(phase))
 
 
-def _swapping(phase: Phase) -> list[Step]:
+def _swapping(phase: Phase) -> list[BuildStep]:
     found = standing(phase)
     roles, current, old = {x.role for x in found}, one(found, "current"), one(found, "old")
     if old or ("new" not in roles and is_done(phase)):
@@ -94,7 +94,7 @@ def swapping_plan(phase: Phase) -> db.Plan:
     return building.plan(phase, _swapping(phase))
 
 
-def _swap(phase: Phase, current: VectorIndex | None) -> Step:
+def _swap(phase: Phase, current: VectorIndex | None) -> BuildStep:
     """The renames; the search function goes over with them where it must."""
     new = vector_index.find(phase.connection, phase.params, "_new")
     renames = _renames(phase, "swap", [(current, "_old"), (new, "")])
@@ -102,7 +102,7 @@ def _swap(phase: Phase, current: VectorIndex | None) -> Step:
     return replace(renames, statement=storage_switch.swap(phase, renames.statement)) if goes_over else renames
 
 
-def _renames(phase: Phase, block: str, pairs: list[tuple[VectorIndex | None, str]]) -> Step:
+def _renames(phase: Phase, block: str, pairs: list[tuple[VectorIndex | None, str]]) -> BuildStep:
     """Each index of a tree gets the name with another tail, in the order of the pairs, all in one transaction."""
     made = [
         db.statement(SQL[block], phase.params, {"renamed": qualified, "name": identifier(name)})
@@ -111,7 +111,7 @@ def _renames(phase: Phase, block: str, pairs: list[tuple[VectorIndex | None, str
         for qualified, name in _new_names(index, tail)
     ]
     together = replace(made[0], query=sql.SQL(";\n").join([statement.query for statement in made]))
-    return Step(vector_index.find(phase.connection, phase.params).parts[0], together, in_short_tries=True)
+    return BuildStep(vector_index.find(phase.connection, phase.params).parts[0], together, in_short_tries=True)
 
 
 def _new_names(index: VectorIndex, tail: str) -> list[tuple[sql.Composable, str]]:
@@ -305,13 +305,13 @@ def _former(phase: Phase) -> tuple[Options, dict[str, Options]]:
     return before, of_partitions
 
 
-def _undoing(phase: Phase) -> list[Step]:
+def _undoing(phase: Phase) -> list[BuildStep]:
     found, last = standing(phase), storage_switch.last_swap(phase)
     current, new, old = (one(found, role) for role in ("current", "new", "old"))
     drops = _drops(_leftovers(found))
     if old and not last.get("goes_back"):
         renames = _renames(phase, "swap_back", [(current, "_new"), (old, "")])
-        back = replace(renames, statement=storage_switch.swap_back(phase, renames.statement, last.get("function")))
+        back = replace(renames, statement=storage_switch.swap_back(renames.statement, last.get("function")))
         return [*drops, back, *_drops([current.called("_new") if current else None])]
     if new and not last.get("goes_back"):
         return [*drops, *_drops([new])]
@@ -326,7 +326,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     return building.plan(phase, _undoing(phase))
 
 
-def _built_back(phase: Phase, found: list[VectorIndex], last: dict[str, Any]) -> list[Step]:
+def _built_back(phase: Phase, found: list[VectorIndex], last: dict[str, Any]) -> list[BuildStep]:
     """The index built again as it was, put into its place, and the other one dropped: what is left of these steps."""
     current, new, old = (one(found, role) for role in ("current", "new", "old"))
     options, of_partitions = _former(phase)
@@ -348,7 +348,7 @@ def _built_back(phase: Phase, found: list[VectorIndex], last: dict[str, Any]) ->
         phase.connection, former, options=options, of_partitions=of_partitions, drop=SQL["drop"]
     )
     renames = _renames(phase, "swap", [(current, "_old"), (former, "")])
-    back = replace(renames, statement=storage_switch.swap_back(phase, renames.statement, last.get("function")))
+    back = replace(renames, statement=storage_switch.swap_back(renames.statement, last.get("function")))
     return [*_drops([None if keeps else new]), *built, back, *_drops([current.called("_old")])]
 
 

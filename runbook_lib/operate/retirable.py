@@ -38,7 +38,7 @@ KIND = "retired"
 
 
 @dataclass(frozen=True)
-class Found:
+class Retirable:
     """An index of the table. held: why it cannot be retired, empty where it can."""
 
     name: str
@@ -64,12 +64,12 @@ def table_name(phase: Phase) -> str:
     return f"{phase.params.target.schema_}.{phase.params.target.table}"
 
 
-def standing(phase: Phase) -> list[Found]:
+def standing(phase: Phase) -> list[Retirable]:
     """The table's indexes but the vector indexes, valid or not, each with its definition spelt whole."""
     with session.fixed_path(phase.connection):
         rows = db.rows(phase.connection, SQL["indexes"], phase.params, table=spelled(phase.params, "table"))
     return [
-        Found(
+        Retirable(
             r["name"],
             r["definition"],
             r["comment"],
@@ -101,7 +101,7 @@ def was_retired(phase: Phase) -> dict[str, Any]:
     return {} if last.get("undone") else last
 
 
-def chosen(phase: Phase) -> list[Found]:
+def chosen(phase: Phase) -> list[Retirable]:
     """The indexes to retire that are there: those named, or those that only a legacy search can have read."""
     named = set(phase.params.retire.indexes) or None
     begun = {i["name"] for i in was_retired(phase).get("indexes", [])}
@@ -112,7 +112,7 @@ def chosen(phase: Phase) -> list[Found]:
     ]
 
 
-def _found(phase: Phase, f: Found) -> bool:
+def _found(phase: Phase, f: Retirable) -> bool:
     p = phase.params
     if not f.is_of_a_search or (_is_hybrid(phase) and "tsvector_ops" in f.classes):
         return False
@@ -144,7 +144,7 @@ def shown(phase: Phase) -> Table:
     )
 
 
-def rebuild_seconds(phase: Phase, found: Found, rows: int) -> float:
+def rebuild_seconds(phase: Phase, found: Retirable, rows: int) -> float:
     """Seconds to build an index again: timed on some rows, in a table of this session's own, and scaled to all."""
     percent = min(100.0, 200.0 * TIMED_ROWS / max(rows, 1))
     table = re.escape(found.definition.split(" USING ")[0].rsplit(" ON ", 1)[1])
@@ -177,7 +177,7 @@ def check(phase: Phase) -> Gates:
     )
 
 
-def _indexes_can_go(phase: Phase, found: Sequence[Found]) -> Gate:
+def _indexes_can_go(phase: Phase, found: Sequence[Retirable]) -> Gate:
     gone = {i["name"] for i in was_retired(phase).get("indexes", [])}
     unknown = set(phase.params.retire.indexes) - {f.name for f in found} - gone
     held = [f"{f.name} {f.held}" for f in found if f.held]
@@ -231,7 +231,7 @@ def _every_server_was_looked_at(phase: Phase) -> Gate:
     )
 
 
-def _new_route_does_without(phase: Phase, found: Sequence[Found]) -> Gate:
+def _new_route_does_without(phase: Phase, found: Sequence[Retirable]) -> Gate:
     """PostgreSQL has no invisible indexes, so the plan is asked; and hybrid needs its full-text index at any size."""
     p = phase.params
     route = search_function.current_route(phase.connection, phase.params)[0]

@@ -57,7 +57,7 @@ def swap(phase: Phase, renames: db.Statement) -> db.Statement:
     return _together(renames, search_function.create_statement(phase.connection, phase.params, known).query)
 
 
-def swap_back(phase: Phase, renames: db.Statement, definition: str | None) -> db.Statement:
+def swap_back(renames: db.Statement, definition: str | None) -> db.Statement:
     """The renames back, and the former function, where it had gone over."""
     if not definition:
         return renames

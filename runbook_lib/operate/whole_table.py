@@ -73,11 +73,11 @@ def body(phase: Phase, facts: Facts, found: Sequence[Sample]) -> dict[str, Any]:
         "whole": {
             name: {"forecast": getattr(expects, name), **whole[name].as_data()} for name in FIGURES if name in whole
         },
-        "remarks": _remarks(phase, facts, expects, found, whole["wal_bytes"].expected),
+        "remarks": _remarks(facts, expects, found, whole["wal_bytes"].expected),
     }
 
 
-def _remarks(phase: Phase, facts: Facts, expects: Forecast, found: Sequence[Sample], wal_bytes: float) -> list[str]:
+def _remarks(facts: Facts, expects: Forecast, found: Sequence[Sample], wal_bytes: float) -> list[str]:
     """What the figures do not hold, said openly."""
     last, remarks = found[-1], []
     if random := last.vectors_from.get("random"):

@@ -20,7 +20,7 @@ from runbook_lib.params.data import (
     Target,
     Vector,
 )
-from runbook_lib.params.run import Approval, Ledger, Notify, Record, Run
+from runbook_lib.params.run import Approval, LedgerSection, Notify, RecordSection, Run
 from runbook_lib.params.section import Section
 from runbook_lib.params.work import (
     Backfill,
@@ -88,8 +88,8 @@ class Params(Section):
     approval: Approval = Approval()
     run: Run = Run()
     notify: Notify = Notify()
-    record: Record = Record()
-    ledger: Ledger = Ledger()
+    record: RecordSection = RecordSection()
+    ledger: LedgerSection = LedgerSection()
 
     @model_validator(mode="after")
     def fits_together(self, info: ValidationInfo) -> Self:

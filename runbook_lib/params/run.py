@@ -117,7 +117,7 @@ class Notify(Section):
         return value
 
 
-class Record(Section):
+class RecordSection(Section):
     """What a run leaves."""
 
     runs_dir: AnyPath = Field(Path("runs"), description="Folder of the runs, relative to the params file.")
@@ -139,7 +139,7 @@ class Record(Section):
         return {"owner": 0o700, "group": 0o750, "everyone": 0o755}[self.readable_by]
 
 
-class Ledger(Section):
+class LedgerSection(Section):
     """The runbook's own schema in the target database."""
 
     schema_: ShortName = Field("runbook", alias="schema", description="Schema of the ledger and the staging table.")

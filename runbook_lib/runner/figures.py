@@ -61,7 +61,7 @@ class Picture(NamedTuple):
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
-class Found(NamedTuple):
+class Figure(NamedTuple):
     """A body of the ledger, and the earlier run that wrote it; empty for this one."""
 
     body: Mapping[str, Any]
@@ -80,21 +80,21 @@ class Newest:
         for i, e in enumerate(entries):
             if e["kind"] == "phase" and e["body"].get("verdict") == "UNDONE":
                 undone[current(e["phase"])] = i
-        self._found: dict[str, Found] = {}
-        self._backfills: list[Found] = []
+        self._found: dict[str, Figure] = {}
+        self._backfills: list[Figure] = []
         for i, e in enumerate(entries):
             own = e["run_id"] == run_id
             if own or i > undone.get(current(e["phase"]), -1):
                 if e["kind"] == "backfill":
-                    self._backfills.append(Found(e["body"], "" if own else e["run_id"]))
+                    self._backfills.append(Figure(e["body"], "" if own else e["run_id"]))
                 earlier = self._found.get(e["kind"])
                 if own or earlier is None or earlier.source:
-                    self._found[e["kind"]] = Found(e["body"], "" if own else e["run_id"])
+                    self._found[e["kind"]] = Figure(e["body"], "" if own else e["run_id"])
 
-    def __call__(self, kind: str) -> Found | None:
+    def __call__(self, kind: str) -> Figure | None:
         return self._found.get(kind)
 
-    def backfill(self) -> Found | None:
+    def backfill(self) -> Figure | None:
         """Every attempt since the columns were added, as one: what they did is added up, the rest is the longest's.
 
         A backfill that went on after a stop, or was run again, did not migrate only the rows of its last attempt.
@@ -105,7 +105,7 @@ class Newest:
         bodies = [found.body for found in self._backfills]
         summed = {key: sum(b.get(key) or 0 for b in bodies) for key in ADDED_UP if key in longest.body}
         own = any(not found.source and found.body["rows"] for found in self._backfills)
-        return Found({**longest.body, **summed, "attempts": len(bodies)}, "" if own else longest.source)
+        return Figure({**longest.body, **summed, "attempts": len(bodies)}, "" if own else longest.source)
 
 
 def _measures(system: Mapping[str, Any], timed: int) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _measures(system: Mapping[str, Any], timed: int) -> dict[str, Any]:
     return found if enough else {k: v for k, v in found.items() if k != "p99_ms"}
 
 
-def systems(found: Newest) -> tuple[dict[str, dict[str, Any]], Found] | None:
+def systems(found: Newest) -> tuple[dict[str, dict[str, Any]], Figure] | None:
     """Each search with its measures, from the newest comparison, or from the baseline alone."""
     for kind in ("shadow", "baseline"):
         if (entry := found(kind)) and entry.body.get("systems"):
@@ -301,7 +301,7 @@ def _bars(measured: Mapping[str, Mapping[str, Any]], measure: str, title: str, s
     return Picture(title, Markup(svg), f"Bars of {what}: {said}.", None, source)  # noqa: S704
 
 
-def _recall(entry: Found) -> Picture:
+def _recall(entry: Figure) -> Picture:
     tuning = entry.body
     points = list(tuning["points"])
     marked = next((i for i, p in enumerate(points) if pictures.is_chosen(tuning, p)), None)
@@ -323,7 +323,7 @@ def _recall(entry: Found) -> Picture:
     )
 
 
-def _progress(entry: Found) -> Picture:
+def _progress(entry: Figure) -> Picture:
     b = entry.body
     return Picture(
         "Backfill",

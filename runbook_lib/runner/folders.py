@@ -9,12 +9,12 @@ from pathlib import Path
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.registry import STEPS, current
 from runbook_lib.params import Params
-from runbook_lib.params.run import Record
+from runbook_lib.params.run import RecordSection
 from runbook_lib.runner import manifest as manifests
 from runbook_lib.runner.manifest import Manifest, Status
 
 
-def new_folder(record: Record, target: str, kind: str = "") -> Path:
+def new_folder(record: RecordSection, target: str, kind: str = "") -> Path:
     """The folder of a new run; its name is the run's id. Raises BadInput where it cannot be made."""
     runs_dir = record.runs_dir
     stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{target}" + (f"-{kind}" if kind else "")

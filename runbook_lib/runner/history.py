@@ -20,7 +20,7 @@ APPROVALS = "approval-of-row-"
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTold:
     """A phase or an operation by its newest verdict. by: the database role. run_id: empty where it never ran."""
 
     name: str
@@ -53,7 +53,7 @@ class History:
     table: str
     params_file: str
     pages: Collection[str]
-    steps: Sequence[Step]
+    steps: Sequence[StepTold]
     runs: Sequence[Run]
     sign_offs: Sequence[tuple[str, str, str, str]]
     tiles: Sequence[Tile]
@@ -88,15 +88,15 @@ def collect(
     )
 
 
-def _steps(entries: Sequence[Entry]) -> list[Step]:
+def _steps(entries: Sequence[Entry]) -> list[StepTold]:
     """Every phase, and every operation that ever ran, in the order of the runbook."""
     newest = {current(e["phase"]): e for e in entries if e["kind"] == "phase"}
     steps = []
     for name in (*MIGRATE, *OPERATE):
         if e := newest.get(name):
-            steps.append(Step(name, e["body"]["verdict"], _when(e["written_at"]), e["written_by"], e["run_id"]))
+            steps.append(StepTold(name, e["body"]["verdict"], _when(e["written_at"]), e["written_by"], e["run_id"]))
         elif name in MIGRATE:
-            steps.append(Step(name, str(Verdict.NOT_RUN)))
+            steps.append(StepTold(name, str(Verdict.NOT_RUN)))
     return steps
 
 

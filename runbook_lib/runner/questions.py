@@ -10,7 +10,7 @@ from runbook_lib.core.db import BLOCKED_BY, lock_level
 from runbook_lib.core.display import duration, number, size
 from runbook_lib.core.registry import MIGRATE, current, rolled_back_by, short
 from runbook_lib.runner import rollbacks
-from runbook_lib.runner.figures import Entry, Found, Newest, chosen, ms, name, systems
+from runbook_lib.runner.figures import Entry, Figure, Newest, chosen, ms, name, systems
 from runbook_lib.runner.manifest import Manifest, Status
 from runbook_lib.runner.rollbacks import Rollback
 
@@ -96,7 +96,7 @@ def _queries(n: int) -> str:
     return f"{number(n)} {'query' if n == 1 else 'queries'}"
 
 
-def _from(entry: Found) -> str:
+def _from(entry: Figure) -> str:
     return f" Measured in run {entry.source}." if entry.source else ""
 
 

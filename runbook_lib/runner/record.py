@@ -31,7 +31,7 @@ from runbook_lib.runner import folders, history, manifest, rollbacks
 from runbook_lib.runner.figures import Entry
 from runbook_lib.runner.history import History
 from runbook_lib.runner.manifest import SYMBOLS, Manifest, Status
-from runbook_lib.runner.review import Record, Texts, collect
+from runbook_lib.runner.review import RecordPage, Texts, collect
 from runbook_lib.sql import load
 
 SQL = load("runner")
@@ -159,7 +159,7 @@ def list_page(runs_dir: Path) -> str:
     return _templates().get_template("runs.html.j2").render(targets=targets)
 
 
-def render(record: Record) -> str:
+def render(record: RecordPage) -> str:
     """The page, self-contained: no script, no address of another server."""
     return _templates().get_template("record.html.j2").render(r=record, run=record.manifest)
 

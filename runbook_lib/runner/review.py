@@ -25,7 +25,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Record:
+class RecordPage:
     """Plain data of one run: all that its page shows."""
 
     manifest: Manifest
@@ -50,7 +50,7 @@ def collect(
     pages: Iterable[str] = (),
     notes: Sequence[str] = (),
     texts: Texts | None = None,
-) -> Record:
+) -> RecordPage:
     """All that the page shows, from the manifest and the target's ledger.
 
     entries: rows of every run of this target, in order. pages: phases whose notebook has a page. Figures that this
@@ -64,7 +64,7 @@ def collect(
     passed = {p.name for p in run.phases if p.status == Status.PASSED} if done else set()
     rollback = rollbacks.of(passed, found, entries)
     head = next((e["hash"] for e in reversed(entries) if e.get("hash")), "")
-    return Record(
+    return RecordPage(
         manifest=run,
         questions=questions.answer(run, found, own, gates, rollback, head),
         tiles=figures.tiles(found),
