@@ -64,7 +64,7 @@ def _rollback(name: str, does: str, *plans: str, of: tuple[str, ...], takes: str
 
 _STEPS = (
     _phase("00_preflight", "reads, and tries what the phases will do in rolled-back transactions", reads_only=True),
-    _phase("10_baseline", "measures the legacy search, and makes the search function", "search.search_function.plan"),
+    _phase("10_baseline", "measures the legacy search, creates the search function", "search.search_function.plan"),
     _phase("20_extension", "installs or updates pgvector", "migrate.extension.plan"),
     _phase("30_expand_schema", "adds columns, staging table and change capture", "migrate.expand_schema.plan"),
     _phase("40_load_embeddings", "loads the vectors into the staging table", "migrate.load_embeddings.plan"),
@@ -76,7 +76,7 @@ _STEPS = (
     Step(
         "operate/rehearse",
         Kind.OPERATION,
-        "carries out the migration on samples of the table before the real one, and says what the whole will take",
+        "carries out the migration on samples of the table, and forecasts what the whole will take",
         ("operate.rehearse.plan",),
         needs="00_preflight",
         no_rollback="it leaves nothing: its samples are dropped when it ends",
@@ -89,8 +89,8 @@ _STEPS = (
         "embeds rows that were inserted or changed, by draining the queue that the triggers fill",
         ("operate.refresh.plan",),
         needs="50_backfill",
-        no_rollback="each row has the vector of the text that it has now; older vectors are kept nowhere",
-        instead="nothing is to be done; to have no vectors, `runbook undo PARAMS --execute`",
+        no_rollback="each row has the vector of its current text; older vectors are not kept",
+        instead="nothing needs to be done; to remove all vectors, `runbook undo PARAMS --execute`",
         concurrent=True,
         repeated=True,
     ),
@@ -99,8 +99,8 @@ _STEPS = (
         Kind.OPERATION,
         "checks whether the search still meets the accepted baseline",
         needs="70_tune",
-        no_rollback="it only reads, and writes its look into the ledger",
-        instead="nothing is to be done",
+        no_rollback="it only reads, and records its findings in the ledger",
+        instead="nothing needs to be done",
         concurrent=True,
         repeated=True,
     ),
@@ -112,7 +112,7 @@ _STEPS = (
         needs="60_build_index",
         no_rollback="pgvector has no script from a newer release to an older one, and the vectors were never touched",
         instead="the administrator installs the package of the older release and restarts the server; from 0.8.0 on"
-        " the catalogue of a newer one is served by it",
+        " it works with the catalogue of a newer one",
     ),
     Step(
         "operate/rebuild_index",
@@ -124,8 +124,7 @@ _STEPS = (
     Step(
         "operate/compare_storage",
         Kind.OPERATION,
-        "builds each index format on your own rows, one after the other, and compares size, build time, recall,"
-        " latency and relevance on the same queries",
+        "compares size, build time, recall, latency and relevance of each index format on your own rows",
         ("operate.compare_storage.plan",),
         needs="50_backfill",
         no_rollback="it leaves nothing: its scratch table and its indexes are dropped when it ends",
@@ -134,15 +133,15 @@ _STEPS = (
     Step(
         "operate/change_model",
         Kind.OPERATION,
-        "lets the search function answer with vectors of a new model as well as the old one, so that the"
-        " application's servers can move one by one",
+        "lets the search function accept vectors of a new model as well as the old, so that the application's servers"
+        " can move one by one",
         ("operate.model_change.plan",),
         needs="80_shadow",
     ),
     Step(
         "operate/retire_model",
         Kind.OPERATION,
-        "removes the old model's column, index, queue and triggers, once no server sends its vectors any more",
+        "removes the old model's column, index, queue and triggers, once no server sends its vectors",
         ("operate.retire_model.plan",),
         needs="80_shadow",
         no_rollback="the old vectors are gone; they can only be made again",
