@@ -6,6 +6,7 @@ from typing import Any
 import nbformat
 import papermill
 import psutil
+import pytest
 
 from runbook_lib.runner import kernels
 
@@ -33,6 +34,23 @@ def test_a_kernel_has_imported_what_its_cells_import_and_stops_with_its_notebook
         assert list(ahead._ready) == [second]
         assert executed(second, ahead).cells[0].outputs[0].text == "1\n"
         assert list(ahead._ready) == [third]
+    assert not [p for p in set(psutil.Process().children(recursive=True)) - before if p.is_running()]
+
+
+def test_a_kernel_that_was_started_is_ended_where_that_of_the_next_notebook_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = notebook(tmp_path, "first", "print(1)"), notebook(tmp_path, "second", "print(2)")
+    before, start = set(psutil.Process().children(recursive=True)), kernels._started
+
+    def none_for_the_second(path: Path) -> Any:
+        if path == second:
+            raise OSError("no process left")
+        return start(path)
+
+    monkeypatch.setattr(kernels, "_started", none_for_the_second)
+    with pytest.raises(OSError, match="no process left"), kernels.ahead([first, second]) as ahead:
+        ahead.take(first)
     assert not [p for p in set(psutil.Process().children(recursive=True)) - before if p.is_running()]
 
 

@@ -34,11 +34,11 @@ class Kernels:
         self._ready: dict[Path, AsyncKernelManager] = {}
 
     def take(self, notebook: Path) -> AsyncKernelManager:
-        """The kernel of this notebook; starts that of the next one."""
-        taken = self._ready.pop(notebook, None) or _started(notebook)
-        if (following := self._following.get(notebook)) and following not in self._ready:
-            self._ready[following] = _started(following)
-        return taken
+        """The kernel of this notebook; starts that of the next one. Until it is handed over, :meth:`end` ends it."""
+        for wanted in (notebook, self._following.get(notebook)):
+            if wanted and wanted not in self._ready:
+                self._ready[wanted] = _started(wanted)
+        return self._ready.pop(notebook)
 
     def end(self) -> None:
         """Ends what was not taken."""
