@@ -14,13 +14,15 @@ from typing import Any
 import nbformat
 import pytest
 from click.testing import CliRunner
+from pydantic import BaseModel
 
 from runbook_lib.backfill.progress import Progress
 from runbook_lib.cli import main
 from runbook_lib.core import db, pictures
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import MIGRATE
-from runbook_lib.runner import figures, history, manifest, record, review
+from runbook_lib.params import Params
+from runbook_lib.runner import figures, history, manifest, questions, record, review
 from runbook_lib.runner.manifest import PhaseRun
 from tests.conftest import write_params
 from tests.records import RUN_ID, entry, gate, make_entries, make_manifest, statement
@@ -97,7 +99,7 @@ def test_a_reviewer_reads_the_answers_to_ten_questions() -> None:
             "OS user ada on host db-tools as role migrator, on articles at db:5432. It took 53.0 s.",
             "Versions: PostgreSQL 18.6, pgvector 0.8.6, runbook 0.1.0.",
         ],
-        ["No step of this run waits for a sign-off (approval.phases names none)."],
+        ["No step waits for a sign-off (approval.phases names none)."],
         [
             "10 gates passed; none failed.",
             "With hnsw.ef_search = 80 the index finds 97.4% of the exact 10 nearest rows in 1.04 ms at the median;"
@@ -113,7 +115,7 @@ def test_a_reviewer_reads_the_answers_to_ten_questions() -> None:
             "Memory: the index answers fast while its 1.5 MB are cached; its build was to need 1.8 MB.",
             "Writes: how much slower they become was not measured.",
         ],
-        ["Nothing: every gate was judged, and no parameter lets one pass."],
+        ["Nothing: no parameter lets a gate pass."],
         [
             "First reads (removes nothing: reads go back to legacy): one row, one transaction: milliseconds.",
             "Back to where it began: 5 steps, the last extension.",
@@ -139,16 +141,49 @@ def test_what_is_not_known_yet_is_said_in_words() -> None:
     )
     baseline = entry("10_baseline", "baseline", {"systems": {}, "left": ["q1"]})
     said = answers(review.collect(run, [baseline]))
-    assert said[1] == ["None: nothing was changed."]
+    assert said[1] == ["None: no statement ran."]
     assert said[3] == ["10_baseline waits for approval, or for its hours."]
-    assert said[4][1] == "No recall yet: 70_tune has not run."
-    assert said[5] == ["Not known yet: 80_shadow has not run."]
-    assert said[6] == ["Not known yet: 50_backfill and 60_build_index have not run."]
+    assert said[4] == [
+        "0 gates passed; none failed. Not proved: 10_baseline.",
+        "No recall yet: 70_tune measured none.",
+    ]
+    assert said[5] == ["Not known yet: no comparison by 80_shadow."]
+    assert said[6] == ["Not known yet: no figures of 50_backfill or 60_build_index."]
     assert said[7] == [
         "Accepted by accept.triggers: touch, audit.",
         "Accepted by cut_over.accept_unjudged: True.",
         f"Not in this run: {', '.join(MIGRATE[2:])}.",
         "1 query did not fit into queries.baseline_minutes and were left out.",
+    ]
+
+
+def test_nothing_is_answered_from_a_ledger_that_could_not_be_read() -> None:
+    phases = (PhaseRun("00_preflight", "passed"), PhaseRun("10_baseline", "crashed", error="the server is gone"))
+    said = answers(review.collect(make_manifest(phases=phases), [], notes=["The ledger could not be read"]))
+    assert said[0] == [
+        "The run stopped in 10_baseline. Rerun the same command to resume there.",
+        questions.UNREAD,
+    ]
+    assert [said[n] for n in (1, 3, 4, 5, 6)] == [[questions.UNREAD]] * 5
+    assert said[9][0].startswith("The ledger could not be read")
+
+
+def test_every_parameter_that_accepts_something_is_told_where_it_does() -> None:
+    accepting = {
+        f"{section}.{name}": field.get_default()
+        for section, model in Params.model_fields.items()
+        if isinstance(model.annotation, type) and issubclass(model.annotation, BaseModel)
+        for name, field in model.annotation.model_fields.items()
+        if section == "accept" or name.startswith("accept_")
+    }
+    assert len(accepting) == 8
+    assert accepting.items() <= questions.ACCEPTING.items()
+
+
+def test_a_sign_off_that_the_parameters_ever_asked_for_still_waits() -> None:
+    noted = entry("approval", "waits", {"phases": ["40_rebuild_index"]})
+    assert answers(review.collect(make_manifest(), [noted]))[3] == [
+        "Nothing in this run; operate/rebuild_index waits for a sign-off (approval.phases)."
     ]
 
 

@@ -132,7 +132,7 @@ def test_there_and_back_by_the_command(copied: str, tmp_path: Path, name: str) -
         [(UNDO_OF[name], "passed")],
     )
     page = (tmp_path / "runs" / record.run_id / "index.html").read_text()
-    assert f"Taken back on public.articles: {name}." in page
+    assert f"Rolled back on public.articles: {name}." in page
     assert CliRunner().invoke(main, ["verify", str(path), record.run_id]).exit_code == 0
     assert ledger_rows(copied, "phase")[-2:] == [
         (UNDO_OF[name], {"verdict": "PASS"}),

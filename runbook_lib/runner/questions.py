@@ -25,6 +25,7 @@ ACCEPTING: dict[str, Any] = {
     "accept.publications": [],
     "accept.open_schemas": [],
     "target.distributed": None,
+    "target.key_from_one_source": False,
     "embeddings.accept_refused_rows": 0,
     "partitioning.accept_wider_key": False,
     "cut_over.accept_unjudged": False,
@@ -32,6 +33,8 @@ ACCEPTING: dict[str, Any] = {
     "cut_over.largest_slowdown": 1.0,
     "retire.accept_unseen_standbys": False,
 }
+PLAN_ONLY = "Nothing was carried out: each notebook shows the statements that it would run, and their locks."
+UNREAD = "Not known: the ledger could not be read when this page was made."
 
 
 class Question(NamedTuple):
@@ -58,24 +61,34 @@ def answer(
     gates: Sequence[Mapping[str, Any]],
     rollback: Sequence[Rollback],
     head: str,
+    *,
+    read: bool,
 ) -> list[Question]:
     """The ten, in the order in which a reviewer asks them.
 
-    own: the run's rows of the ledger. gates: grouped by phase. head: hash of the ledger's newest row.
+    own: the run's rows of the ledger. gates: grouped by phase. head: hash of the ledger's newest row. read: False
+    where the ledger could not be read; then nothing is said of what it would tell.
     """
+
+    def known(told: list[str]) -> list[str]:
+        return told if read else [UNREAD]
+
     statements = [e["body"] for e in own if e["kind"] == "statement"]
+    changed, locks = [PLAN_ONLY], ["None was taken; the plan names those to come."]
+    if run.execute:
+        changed, locks = known(_what_changed(run, found, statements)), known(_locks(statements))
     shown = ("statements", "statements") if statements else ("phases", "phases")
     if any(e["kind"] == "planned" for e in own):
         shown = ("planned", "planned statements")
     params_file = shlex.quote(run.params_file)
     return [
-        Question("What changed?", _what_changed(run, found, statements), shown),
-        Question("Which was the strongest lock, for how long, and what waited?", _locks(run, statements), shown),
+        Question("What changed?", [*_stopped(run), *changed], shown),
+        Question("Which was the strongest lock, for how long, and what waited?", locks, shown),
         Question("Who ran it, where?", _who(run, own), ("evidence", "versions and parameters")),
-        Question("Who signed what?", _signed(run, own), ("gates", "gates")),
-        Question("Was it proved?", _proved(run, found, gates), ("figures", "figures")),
-        Question("Is the new search better for users?", _better(found), ("moved", "gains and losses")),
-        Question("What does it cost?", _cost(found), ("forecast", "forecast and actual")),
+        Question("Who signed what?", known(_signed(run, found, own)), ("gates", "gates")),
+        Question("Was it proved?", known(_proved(run, found, gates)), ("figures", "figures")),
+        Question("Is the new search better for users?", known(_better(found)), ("moved", "gains and losses")),
+        Question("What does it cost?", known(_cost(found)), ("forecast", "forecast and actual")),
         Question("What was skipped or accepted?", _accepted(run, found), ("evidence", "parameters")),
         Question("How is it rolled back?", *_rolled_back(run, rollback)),
         Question(
@@ -100,20 +113,20 @@ def _from(entry: Figure) -> str:
     return f" Measured in run {entry.source}." if entry.source else ""
 
 
+def _stopped(run: Manifest) -> list[str]:
+    stopped = next((p.name for p in run.phases if p.error), None)
+    if stopped is None:
+        return []
+    left = [p.name for p in run.phases if p.status == Status.PENDING]
+    after = f" Not begun: {', '.join(left)}." if left else ""
+    return [f"The run stopped in {stopped}.{after} Rerun the same command to resume there."]
+
+
 def _what_changed(run: Manifest, found: Newest, statements: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
-    if stopped := next((p for p in run.phases if p.error), None):
-        left = [p.name for p in run.phases if p.status == Status.PENDING]
-        after = f" Not begun: {', '.join(left)}." if left else ""
-        lines.append(f"The run stopped in {stopped.name}.{after} Rerun the same command to resume there.")
-    if not run.execute:
-        lines.append(
-            "Nothing was carried out: each notebook shows the statements that it would run, and their locks."
-        )
-        return lines
     back = [n for p in run.phases if p.status == Status.PASSED for n in rolled_back_by(p.name)]
     if back or run.way in ("undo", "undo_operation"):
-        lines.append(f"Taken back on {run.table}: {', '.join(back) or 'nothing'}.")
+        lines.append(f"Rolled back on {run.table}: {', '.join(back) or 'nothing'}.")
     if (entry := found.backfill()) and not entry.source:
         rows, seconds = entry.body["rows"], entry.body["seconds"]
         lines.append(f"{count(rows, 'row')} of {run.table} got a vector in {duration(seconds)}.")
@@ -125,18 +138,18 @@ def _what_changed(run: Manifest, found: Newest, statements: Sequence[Mapping[str
     return lines
 
 
-def _locks(run: Manifest, statements: Sequence[Mapping[str, Any]]) -> list[str]:
+def _locks(statements: Sequence[Mapping[str, Any]]) -> list[str]:
     def strength(s: Mapping[str, Any]) -> int:
         return LOCKS.index(level) if (level := lock_level(s["lock"])) else len(LOCKS)
 
     if not statements:
-        return ["None: nothing was changed." if run.execute else "None was taken; the plan names those to come."]
+        return ["None: no statement ran."]
     strongest = min(statements, key=lambda s: (strength(s), -s["seconds"]))
     if strength(strongest) == len(LOCKS):
         return ["None took a lock on the table that keeps others waiting."]
     same = [s for s in statements if strength(s) == strength(strongest)]
     retried = sum(s.get("tries", 1) > 1 for s in statements)
-    waits = f"{count(retried, 'statement')} had to try again for its lock" if retried else "none waited for its lock"
+    waits = f"{count(retried, 'statement') if retried else 'none'} had to try again for its lock"
     return [
         f"The strongest lock was {LOCKS[strength(strongest)]} ({count(len(same), 'statement')}, the longest"
         f" {duration(max(s['seconds'] for s in same))}), which blocks {strongest['blocks']}; {waits}."
@@ -154,22 +167,29 @@ def _who(run: Manifest, own: Sequence[Entry]) -> list[str]:
     return [f"{person}{role}, on {run.server or 'a server that was not noted'}.{took}", f"Versions: {versions}."]
 
 
-def _signed(run: Manifest, own: Sequence[Entry]) -> list[str]:
+def _signed(run: Manifest, found: Newest, own: Sequence[Entry]) -> list[str]:
     given = [e for e in own if e["kind"] == "gate" and e["body"]["name"] == "approval.is_given"]
-    wanted = run.parameters.get("approval", {}).get("phases", [])
+    # Also those that the parameters named once: taking one out of the file does not free it.
+    noted = entry.body["phases"] if (entry := found("waits")) else []
+    wanted = sorted({*map(current, noted), *run.parameters.get("approval", {}).get("phases", [])})
     lines = [f"{e['phase']}: {e['body']['found']}." for e in given if e["body"]["verdict"] == "PASS"]
     waiting = [p.name for p in run.phases if p.status == Status.WAITING]
     lines += [f"{', '.join(waiting)} waits for approval, or for its hours."] if waiting else []
     if not lines and wanted:
         lines.append(f"Nothing in this run; {', '.join(wanted)} waits for a sign-off (approval.phases).")
-    return lines or ["No step of this run waits for a sign-off (approval.phases names none)."]
+    return lines or ["No step waits for a sign-off (approval.phases names none)."]
 
 
 def _proved(run: Manifest, found: Newest, gates: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     if run.execute:
         passed, stopping = sum(g["passed"] for g in gates), sum(len(g["stopping"]) for g in gates)
-        lines.append(f"{count(passed, 'gate')} passed" + (f", {stopping} did not." if stopping else "; none failed."))
+        unproved = [p.name for p in run.phases if p.status != Status.PASSED]
+        lines.append(
+            f"{count(passed, 'gate')} passed"
+            + (f", {stopping} did not." if stopping else "; none failed.")
+            + (f" Not proved: {', '.join(unproved)}." if unproved else "")
+        )
     if (entry := found("tuning")) and (point := chosen(entry.body)):
         t = entry.body
         lines.append(
@@ -178,14 +198,14 @@ def _proved(run: Manifest, found: Newest, gates: Sequence[Mapping[str, Any]]) ->
             f" {ms(t['exact_p50_ms'])} ({_queries(t['queries'])})." + _from(entry)
         )
     else:
-        lines.append("No recall: no setting met the target." if entry else "No recall yet: 70_tune has not run.")
+        lines.append("No recall: no setting met the target." if entry else "No recall yet: 70_tune measured none.")
     return lines
 
 
 def _better(found: Newest) -> list[str]:
     compared = systems(found)
     if compared is None or found("shadow") is None:
-        return ["Not known yet: 80_shadow has not run."]
+        return ["Not known yet: no comparison by 80_shadow."]
     measured, entry = compared
     scored = {n: m["nDCG@10"] for n, m in measured.items() if m.get("nDCG@10") is not None}
     if len(scored) < 2:
@@ -205,7 +225,7 @@ def _cost(found: Newest) -> list[str]:
     disk = [f"{size(index.body['bytes'])} of index"] if index else []
     disk += [f"{size(b)} more of table" for b in [(backfill.body if backfill else {}).get("table_growth_bytes")] if b]
     if not disk:
-        return ["Not known yet: 50_backfill and 60_build_index have not run."]
+        return ["Not known yet: no figures of 50_backfill or 60_build_index."]
     wal = (backfill.body if backfill else {}).get("wal_bytes")
     lines = [f"Disk: {', '.join(disk)}" + (f"; the backfill wrote {size(wal)} of WAL." if wal else ".")]
     if index:
@@ -231,7 +251,7 @@ def _accepted(run: Manifest, found: Newest) -> list[str]:
     baseline = found("baseline")
     if baseline and (left := baseline.body.get("left")):
         lines.append(f"{_queries(len(left))} did not fit into queries.baseline_minutes and were left out.")
-    return lines or ["Nothing: every gate was judged, and no parameter lets one pass."]
+    return lines or ["Nothing: no parameter lets a gate pass."]
 
 
 def _rolled_back(run: Manifest, rollback: Sequence[Rollback]) -> tuple[list[str], tuple[str, str], str]:

@@ -55,6 +55,7 @@ def collect(
 
     entries: rows of every run of this target, in order. pages: phases whose notebook has a page. Figures that this
     run did not measure come from the newest run that did, named as their source, unless they were undone since.
+    notes: why the ledger could not be read.
     """
     entries, texts = list(entries), texts or Texts()
     own = [e for e in entries if e["run_id"] == run.run_id]
@@ -66,7 +67,7 @@ def collect(
     head = next((e["hash"] for e in reversed(entries) if e.get("hash")), "")
     return RecordPage(
         manifest=run,
-        questions=questions.answer(run, found, own, gates, rollback, head),
+        questions=questions.answer(run, found, own, gates, rollback, head, read=not notes),
         tiles=figures.tiles(found),
         moved=questions.moved(found, texts.queries, texts.rows),
         phases=_phases(run, gates, set(pages)),
