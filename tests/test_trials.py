@@ -1,6 +1,5 @@
 """Each kind of statement of a later phase is tried before anything is changed, and nothing of it stays."""
 
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -156,12 +155,11 @@ def test_after_the_columns_only_rows_without_a_vector_are_tried(articles: Connec
     db.use_search_path(phase.connection)
     expand_schema.apply(phase)
     articles.execute("UPDATE articles SET embedding = '[1,1,1,1,1,1,1,1]', embedding_hash = 'x' WHERE id > 3")
+    # Their page has room again, for a new version of each.
+    articles.execute("VACUUM articles")
     gates = {g.name: g for g in trials.gates(phase.connection, phase.params)}
-    found = gates["trial.update_takes_every_row"].found
-    assert re.fullmatch(
-        r"3 rows tried, each took it, [0-3] of them without leaving their page \(HOT\), as the pages are now;"
-        " rolled back",
-        found,
+    assert gates["trial.update_takes_every_row"].found == (
+        "3 rows tried, each took it, 3 of them without leaving their page (HOT), as the pages are now; rolled back"
     )
     assert "trial.columns_can_be_added" not in gates
 
