@@ -88,24 +88,31 @@ def test_losing_classes_are_named_in_the_gate(tuned: Callable[..., Phase]) -> No
     assert gate.found.endswith("; legacy wins on: codes and names (7 queries, -0.120, p = 0.04, by the model)")
 
 
+SLOWER = {"systems": {"vector": {"p50_ms": 28.0}, "exact": {"p50_ms": 26.66}}}
+
+
+def recorded_without_the_index(phase: Phase) -> dict[str, Any]:
+    """What 80_shadow records of vectors that are not searched by the index."""
+    shadow.apply(phase)
+    recorded = phase.ledger.latest("shadow")
+    assert recorded is not None and recorded["vector_reads_the_index"] is False
+    return recorded
+
+
 def test_searches_that_both_read_a_small_table_whole_are_not_told_apart_by_chance(
     tuned: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     articles.execute(
         sql.SQL("ALTER DATABASE {} SET random_page_cost = 4").format(sql.Identifier(articles.info.dbname))
     )
-    phase = tuned()
-    shadow.apply(phase)
-    recorded = phase.ledger.latest("shadow")
-    assert recorded is not None and recorded["vector_reads_the_index"] is False
-    slower = {"vector": {"p50_ms": 28.0}, "exact": {"p50_ms": 26.66}}
-    assert str(shadow._index_pays(recorded | {"systems": slower})) == (
+    recorded = recorded_without_the_index(tuned())
+    assert str(shadow._index_pays(recorded | SLOWER)) == (
         "PASS    compare.vector_is_not_slower_than_exact   vector\n"
         "  found   p50 28.00 ms, exact 26.66 ms; neither reads the index: so few rows are cheaper to read as a"
         " whole\n"
         "  needed  at most 26.66 ms"
     )
-    assert shadow._index_pays({"systems": slower}).verdict == "FAIL"
+    assert shadow._index_pays(SLOWER).verdict == "FAIL"
 
 
 def test_a_table_read_whole_for_another_cause_is_no_excuse(
@@ -113,11 +120,8 @@ def test_a_table_read_whole_for_another_cause_is_no_excuse(
 ) -> None:
     phase = tuned()
     articles.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'articles_embedding_hnsw'::regclass")
-    shadow.apply(phase)
-    recorded = phase.ledger.latest("shadow")
-    assert recorded is not None and recorded["vector_reads_the_index"] is False
-    slower = {"vector": {"p50_ms": 28.0}, "exact": {"p50_ms": 26.66}}
-    assert str(shadow._index_pays(recorded | {"systems": slower})) == (
+    recorded = recorded_without_the_index(phase)
+    assert str(shadow._index_pays(recorded | SLOWER)) == (
         "FAIL    compare.vector_is_not_slower_than_exact   vector\n"
         "  found   p50 28.00 ms, exact 26.66 ms; vector does not read the index: articles_embedding_hnsw is invalid:"
         " a build did not finish\n"
