@@ -10,7 +10,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from runbook_lib.backfill import batch_ranges, batch_strategy, throttle, workers
+from runbook_lib.backfill import batch_ranges, batch_strategy, throttle, update_effects, workers
 from runbook_lib.backfill.batch_strategy import Relation, StrategyChoice
 from runbook_lib.backfill.update_effects import Effects
 from runbook_lib.cli import demo
@@ -189,8 +189,13 @@ def test_where_few_stay_the_first_ranges_show_it_and_it_goes_on_by_whole_ranges(
 
 @pytest.mark.parametrize(("fillfactor", "stays"), [(100, False), (30, True)])
 def test_the_trial_counts_the_rows_that_find_room_on_their_page(
-    table: Callable[..., psycopg.Connection[Any]], open_phase: Open, fillfactor: int, stays: bool
+    table: Callable[..., psycopg.Connection[Any]],
+    open_phase: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    fillfactor: int,
+    stays: bool,
 ) -> None:
+    monkeypatch.setattr(update_effects, "BUDGET_S", 10.0)
     table(400, fillfactor=fillfactor)
     phase = open_phase("50_backfill", vector=VECTOR, embeddings=SOURCE)
     for module in (extension, expand_schema):

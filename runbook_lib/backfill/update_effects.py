@@ -192,6 +192,7 @@ def attempt(connection: db.Connection, params: Params, prepared: Prepared) -> Tr
 def _more_and_more(bench: Bench, keys: Sequence[Any], hooks: Sequence[Hook]) -> tuple[Effects, Sequence[Any]]:
     """Effects on a few rows, then on more, as many as the time allows; and rows that showed them."""
     effects, telling, size, place = Effects(), keys[:FIRST_ROWS], FIRST_ROWS, 0
+    may_tell = bool(hooks) or _tells_on_its_own(bench)
     until = time.perf_counter() + BUDGET_S
     while size and (place < len(keys) or not place):
         size_before = size
@@ -206,12 +207,12 @@ def _more_and_more(bench: Bench, keys: Sequence[Any], hooks: Sequence[Hook]) -> 
             return effects, part.kept[:FIRST_ROWS]
         if part.touches and not touched:
             telling = keys[place - size : place]
-        if place >= LEAST_ROWS and not hooks and not _tells_on_its_own(bench):
+        if place >= LEAST_ROWS and not may_tell:
             break
         now = time.perf_counter()
         size = min(size * GROWTH, int((until - now) / max((now - started) / size, 1e-6)))
         # A trigger may act on one row in ten: so many are tried however slow a busy server is.
-        size = max(size, min(LEAST_ROWS - place, size_before * GROWTH), 0)
+        size = max(size, min(LEAST_ROWS - place, size_before * GROWTH) if may_tell else 0, 0)
     return effects, telling
 
 

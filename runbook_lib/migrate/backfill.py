@@ -128,10 +128,16 @@ def _promote(phase: Phase) -> tuple[int, float]:
     """Carries out what moves all vectors at once; returns the rows that it moved, and the seconds."""
     started = time.perf_counter()
     statements = vector_store.of(phase.params).promotion(phase)
-    rows = int(db.one(phase.connection, SQL["staged_rows"], phase.params)["rows"]) if statements else 0
+    if not statements:
+        return 0, 0.0
+    staged = _staged(phase)
     for statement in statements:
         phase.do(statement)
-    return rows, time.perf_counter() - started
+    return staged - _staged(phase), time.perf_counter() - started
+
+
+def _staged(phase: Phase) -> int:
+    return int(db.one(phase.connection, SQL["staged_rows"], phase.params)["rows"])
 
 
 def _through_ranges(phase: Phase, choice: StrategyChoice) -> BackfillOutcome:
