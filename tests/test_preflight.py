@@ -85,7 +85,7 @@ def test_a_table_that_cannot_be_read_is_not_taken_for_one_without_text(
     assert (unread.verdict, unread.found, unread.do) == (
         "UNKNOWN",
         "could not be read: canceling statement due to lock timeout",
-        "see to what the server says, then run the same command again",
+        "resolve what the server reports, then rerun the same command",
     )
 
 

@@ -321,7 +321,7 @@ def verify(phase: Phase) -> Gates:
                 + waiting,
                 needed="0",
                 danger="the new search never finds these rows",
-                do="run 40_load_embeddings and this phase again; both go on where they were",
+                do="run 40_load_embeddings and this phase again; both resume where they stopped",
                 figures={key: left[key] for key in ("missing", "with_text", "newer")} | {"queued": queued["rows"]},
             ),
             gate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from psycopg import sql
 
 from runbook_lib.core import db, versions
@@ -10,6 +12,7 @@ from runbook_lib.core.gates import Gate, Gates, gate
 from runbook_lib.core.names import identifier
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import pgvector_releases
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("extension")
@@ -17,6 +20,78 @@ SQL = load("extension")
 # A setting that every release since 0.8.0 defines: the catalogue may say so while an older library is loaded.
 SETTING_OF_A_NEW_LIBRARY = "hnsw.iterative_scan"
 SHOWN = 3
+
+
+def check(connection: db.Connection, params: Params, server: db.Row) -> Iterator[Gate]:
+    """Before anything is started: is the release offered, may this role install it, and is its schema the right one?
+
+    server: of ``inputs.sql``.
+    """
+    v = db.one(connection, SQL["offered"], params, schema=params.extension.schema_)
+    wanted = params.extension.version or v["default_version"]
+    offered = sorted(v["offered"], key=versions.order)
+    good = wanted in offered and versions.at_least(wanted, pgvector_releases.OLDEST_PGVECTOR)
+    yield gate(
+        "inputs.pgvector_is_available",
+        good,
+        "vector",
+        found=f"the server offers {', '.join(offered)}" if offered else "no files of pgvector on the server",
+        needed=params.extension.version or f"{pgvector_releases.OLDEST_PGVECTOR} or newer",
+        danger="there is no type to store vectors in" if not offered else _faults_left(offered[-1]),
+        do="install the server's package (postgresql-NN-pgvector, pgvector_NN), or build the tagged source as shown"
+        " in 20_extension",
+        figures={"default_version": v["default_version"], "installed": v["installed"]},
+    )
+    current = v["installed"] is not None and wanted is not None and versions.at_least(v["installed"], wanted)
+    yield _may_make_extension(server, v, current)
+    if v["installed"] is not None:
+        yield gate(
+            "inputs.extension_is_in_its_schema",
+            v["installed_schema"] == params.extension.schema_,
+            "vector",
+            found=f"in schema {v['installed_schema']}",
+            needed=f"in schema {params.extension.schema_}, as extension.schema says",
+            danger="every statement names pgvector's type and operators with their schema, and would not find them",
+            do=f"extension: {{schema: {v['installed_schema']}}} in the params file",
+        )
+    else:
+        yield gate(
+            "inputs.extension_schema_exists",
+            v["schema_there"],
+            params.extension.schema_,
+            found="there" if v["schema_there"] else "no such schema",
+            needed="a schema for CREATE EXTENSION",
+            danger="20_extension would be refused by the server",
+            do="CREATE SCHEMA, or name another in extension.schema",
+        )
+
+
+def _faults_left(newest: str) -> str:
+    faults = [f for r in pgvector_releases.between(newest, pgvector_releases.OLDEST_PGVECTOR) for f in r.fixes]
+    return "; ".join(faults) or "there is nothing to install by that name"
+
+
+def _may_make_extension(server: db.Row, v: db.Row, current: bool) -> Gate:
+    role = server["quoted_role"]
+    by_trust = v["trusted"] and (v["owned"] if v["installed"] else v["may_create_in_database"])
+    if current:
+        how: str | None = f"{v['installed']} is installed already"
+    elif server["superuser"]:
+        how = f"{role} is a superuser"
+    elif server["administrator_of"]:
+        how = f"{role} is a member of {', '.join(server['administrator_of'])}"
+    else:
+        how = "the extension is trusted on this server" if by_trust else None
+    verb = "ALTER EXTENSION vector UPDATE" if v["installed"] else "CREATE EXTENSION vector"
+    return gate(
+        "inputs.may_make_extension",
+        how is not None,
+        f"database {server['database']}",
+        found=how or f"{role} is no superuser, and vector is not a trusted extension here",
+        needed="a role that may install pgvector, or pgvector installed",
+        danger="20_extension would be refused by the server",
+        do=f"have a superuser run in this database: {verb};",
+    )
 
 
 def _state(phase: Phase) -> tuple[str | None, str | None]:

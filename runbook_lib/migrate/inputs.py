@@ -11,7 +11,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.benchmark import query_set
-from runbook_lib.core import db, row_counts, session, versions
+from runbook_lib.core import db, row_counts, session
 from runbook_lib.core.display import some
 from runbook_lib.core.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.core.names import spelled
@@ -21,6 +21,7 @@ from runbook_lib.migrate import (
     consent,
     dependents,
     encoding,
+    extension,
     open_schemas,
     partition_checks,
     pgvector_releases,
@@ -35,7 +36,7 @@ from runbook_lib.sql import load
 SQL = load("inputs")
 
 NOTHING_STARTED = "nothing was started; the run would break half-way"
-MEND = "fix the params file and rerun the same command"
+FIX_PARAMS = "fix the params file and rerun the same command"
 KEY_TYPES = ("bigint", "integer", "uuid", "text", "character varying")
 # Roles that managed services let install extensions instead of a superuser: Amazon, Google, Microsoft.
 ADMINISTRATORS = ["rds_superuser", "cloudsqlsuperuser", "azure_pg_admin"]
@@ -133,7 +134,7 @@ def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
     yield pgvector_releases.check_server(connection.info.server_version)
     yield _takes_writes(server)
     yield from encoding.check(connection, params)
-    yield from _pgvector(connection, params, server)
+    yield from extension.check(connection, params, server)
     found = _find_table(connection, params)
     yield _table_gate(connection, params, found)
     if found is None or found["kind"] not in ("r", "p"):
@@ -178,74 +179,6 @@ def _takes_writes(server: db.Row) -> Gate:
     )
 
 
-def _pgvector(connection: db.Connection, params: Params, server: db.Row) -> Iterator[Gate]:
-    v = db.one(connection, SQL["pgvector"], params, schema=params.extension.schema_)
-    wanted = params.extension.version or v["default_version"]
-    offered = sorted(v["offered"], key=versions.order)
-    good = wanted in offered and versions.at_least(wanted, pgvector_releases.OLDEST_PGVECTOR)
-    yield gate(
-        "inputs.pgvector_is_available",
-        good,
-        "vector",
-        found=f"the server offers {', '.join(offered)}" if offered else "no files of pgvector on the server",
-        needed=params.extension.version or f"{pgvector_releases.OLDEST_PGVECTOR} or newer",
-        danger="there is no type to store vectors in" if not offered else _faults_left(offered[-1]),
-        do="install the server's package (postgresql-NN-pgvector, pgvector_NN), or build the tagged source as shown"
-        " in 20_extension",
-        figures={"default_version": v["default_version"], "installed": v["installed"]},
-    )
-    current = v["installed"] is not None and wanted is not None and versions.at_least(v["installed"], wanted)
-    yield _may_make_extension(server, v, current)
-    if v["installed"] is not None:
-        yield gate(
-            "inputs.extension_is_in_its_schema",
-            v["installed_schema"] == params.extension.schema_,
-            "vector",
-            found=f"in schema {v['installed_schema']}",
-            needed=f"in schema {params.extension.schema_}, as extension.schema says",
-            danger="every statement names pgvector's type and operators with their schema, and would not find them",
-            do=f"extension: {{schema: {v['installed_schema']}}} in the params file",
-        )
-    else:
-        yield gate(
-            "inputs.extension_schema_exists",
-            v["schema_there"],
-            params.extension.schema_,
-            found="there" if v["schema_there"] else "no such schema",
-            needed="a schema for CREATE EXTENSION",
-            danger=NOTHING_STARTED,
-            do="CREATE SCHEMA, or name another in extension.schema",
-        )
-
-
-def _faults_left(newest: str) -> str:
-    faults = [f for r in pgvector_releases.between(newest, pgvector_releases.OLDEST_PGVECTOR) for f in r.fixes]
-    return "; ".join(faults) or "there is nothing to install by that name"
-
-
-def _may_make_extension(server: db.Row, v: db.Row, current: bool) -> Gate:
-    role = server["quoted_role"]
-    by_trust = v["trusted"] and (v["owned"] if v["installed"] else v["may_create_in_database"])
-    if current:
-        how: str | None = f"{v['installed']} is installed already"
-    elif server["superuser"]:
-        how = f"{role} is a superuser"
-    elif server["administrator_of"]:
-        how = f"{role} is a member of {', '.join(server['administrator_of'])}"
-    else:
-        how = "the extension is trusted on this server" if by_trust else None
-    verb = "ALTER EXTENSION vector UPDATE" if v["installed"] else "CREATE EXTENSION vector"
-    return gate(
-        "inputs.may_make_extension",
-        how is not None,
-        f"database {server['database']}",
-        found=how or f"{role} is no superuser, and vector is not a trusted extension here",
-        needed="a role that may install pgvector, or pgvector installed",
-        danger="20_extension would be refused by the server",
-        do=f"have a superuser run in this database: {verb};",
-    )
-
-
 def _find_table(connection: db.Connection, params: Params) -> db.Row | None:
     target = params.target
     found = db.rows(connection, SQL["table"], params, schema=target.schema_, table=target.table)
@@ -253,10 +186,10 @@ def _find_table(connection: db.Connection, params: Params) -> db.Row | None:
 
 
 def _table_gate(connection: db.Connection, params: Params, found: db.Row | None) -> Gate:
-    do = "name the table behind it" if found else MEND
+    do = "name the table behind it" if found else FIX_PARAMS
     if found is None:
         tables = [(r["schema"], r["table"]) for r in db.rows(connection, SQL["tables"], params)]
-        do = _nearest_table(connection, params, tables) or MEND
+        do = _nearest_table(connection, params, tables) or FIX_PARAMS
     return gate(
         "inputs.table_exists",
         found is not None and found["kind"] in ("r", "p"),
@@ -338,7 +271,7 @@ def _text_column(look: _Look, column: str) -> Gate:
         f"{column} of {look.subject}",
         found=look.columns[column]["type"],
         needed="a column of text",
-        danger="the model embeds text; what it would make of this type nobody has judged",
+        danger="the model embeds text; how it would embed this type is unknown",
         do="leave the column out of target.text_columns, or add a text column that holds what should be found",
     )
 
@@ -361,7 +294,7 @@ def _some_row_has_text(look: _Look) -> Gate:
         found=found,
         needed=f"a row with text in {columns}",
         danger="there would be nothing to embed, and nothing to measure a search by",
-        do="see to what the server says, then run the same command again"
+        do="resolve what the server reports, then rerun the same command"
         if holds is None
         else "name the columns that hold text in target.text_columns"
         if there["rows"]
@@ -398,7 +331,6 @@ def _search(look: _Look) -> Iterator[Gate]:
 
 def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
     """Has PostgreSQL parse and plan the legacy query, which fetches nothing, and looks at the columns it returns."""
-
     values: dict[str, Any] = {"query": "word", "k": 1} | dict.fromkeys(p.target.filters)
     # LIMIT 0 stops the executor before it reads a row, whatever the query costs.
     probe = sql.SQL("SELECT * FROM (\n{}\n) AS legacy LIMIT 0").format(statements.legacy_statement(p))
@@ -425,7 +357,6 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
 
 
 def _judged_keys(look: _Look) -> Gate:
-
     try:
         judgements = query_set.read_judgements(look.params)
         unknown = query_set.unknown_keys(look.connection, look.params, judgements)

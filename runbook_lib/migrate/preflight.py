@@ -18,7 +18,7 @@ from runbook_lib.core.phase import Phase, changes
 from runbook_lib.embeddings import masking
 from runbook_lib.indexes import forecast as forecast_module
 from runbook_lib.indexes.forecast import Forecast
-from runbook_lib.migrate import capacity, inputs, replica_checks, statement_statistics
+from runbook_lib.migrate import capacity, extension, inputs, replica_checks, statement_statistics
 from runbook_lib.migrate.capacity import Room
 from runbook_lib.migrate.inputs import input_problems as input_problems
 from runbook_lib.sql import load
@@ -164,7 +164,7 @@ def facts(phase: Phase) -> Facts:
     whole = row_counts.of(c, p)
     n = whole.n
     sample = _sample(phase, n, not_seen)
-    pgvector = db.one(c, inputs.SQL["pgvector"], p, schema=p.extension.schema_)
+    pgvector = db.one(c, extension.SQL["offered"], p, schema=p.extension.schema_)
     sessions = db.rows(c, SQL["snapshots"], p)
     if hidden := db.one(c, SQL["hidden_sessions"], p)["hidden"]:
         not_seen["sessions"] = f"{hidden} sessions hidden from this role: GRANT pg_read_all_stats to it"

@@ -1,5 +1,18 @@
 -- Phase 20: pgvector on the server, installed or updated, and removed only where the runbook brought it.
 
+-- name: offered
+-- purpose: The versions of pgvector that this server offers, the default one and the installed one.
+SELECT
+    (SELECT a.default_version FROM pg_available_extensions a WHERE a.name = 'vector') AS default_version,
+    (SELECT a.installed_version FROM pg_available_extensions a WHERE a.name = 'vector') AS installed,
+    ARRAY(SELECT v.version FROM pg_available_extension_versions v WHERE v.name = 'vector') AS offered,
+    coalesce((SELECT bool_or(v.trusted) FROM pg_available_extension_versions v WHERE v.name = 'vector'), false) AS trusted,
+    (SELECT pg_has_role(e.extowner, 'USAGE') FROM pg_extension e WHERE e.extname = 'vector') AS owned,
+    (SELECT n.nspname::text FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
+     WHERE e.extname = 'vector') AS installed_schema,
+    to_regnamespace(quote_ident(%(schema)s)) IS NOT NULL AS schema_there,
+    has_database_privilege(current_database(), 'CREATE') AS may_create_in_database;
+
 -- name: state
 -- purpose: What of pgvector is installed, what the server offers by default, and whether it offers a version at all.
 SELECT

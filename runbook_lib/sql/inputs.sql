@@ -10,19 +10,6 @@ SELECT current_user AS role, current_database() AS database, quote_ident(current
     ARRAY(SELECT r.rolname::text FROM pg_roles r
           WHERE r.rolname = ANY (%(administrators)s) AND pg_has_role(r.oid, 'USAGE')) AS administrator_of;
 
--- name: pgvector
--- purpose: The versions of pgvector that this server offers, the default one and the installed one.
-SELECT
-    (SELECT a.default_version FROM pg_available_extensions a WHERE a.name = 'vector') AS default_version,
-    (SELECT a.installed_version FROM pg_available_extensions a WHERE a.name = 'vector') AS installed,
-    ARRAY(SELECT v.version FROM pg_available_extension_versions v WHERE v.name = 'vector') AS offered,
-    coalesce((SELECT bool_or(v.trusted) FROM pg_available_extension_versions v WHERE v.name = 'vector'), false) AS trusted,
-    (SELECT pg_has_role(e.extowner, 'USAGE') FROM pg_extension e WHERE e.extname = 'vector') AS owned,
-    (SELECT n.nspname::text FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
-     WHERE e.extname = 'vector') AS installed_schema,
-    to_regnamespace(quote_ident(%(schema)s)) IS NOT NULL AS schema_there,
-    has_database_privilege(current_database(), 'CREATE') AS may_create_in_database;
-
 -- name: table
 -- purpose: The relation by that name, of whatever kind, and who owns it.
 SELECT c.oid::bigint AS oid, c.relkind::text AS kind, quote_ident(pg_get_userbyid(c.relowner)) AS owner,
