@@ -62,6 +62,8 @@ TRIGRAM_WAL_A_BYTE = 26
 # An inverted index of words has about so many entries for one of trigrams.
 WORDS_FOR_TRIGRAMS = 0.15
 PROMOTE_US_A_ROW = 0.3
+# What the forecast of the backfill rests on.
+NO_HOT = "if every update enters every index"
 HNSW_US = 24
 HNSW_EF_CONSTRUCTION = 64
 HNSW_DIMENSION = 384
@@ -201,14 +203,13 @@ def backfill_wal_bytes(
     row_bytes: int,
     indexes: int,
     table_bytes: int,
-    hot_share: float = 0.0,
     trigram_bytes: float = 0.0,
 ) -> int:
     """WAL of the backfill's UPDATE: each row's new version with its vector, an entry in each index, and one full
     image of every page of the table and of what it grows by.
 
-    hot_share: share of the updates that stay on their page, and so write to no index; 0 to 1. trigram_bytes: text of
-    a row that inverted indexes hold, as of trigrams.
+    Updates that stay on their page (HOT) write to no index; how many do shows only during the backfill, so none is
+    counted on. trigram_bytes: text of a row that inverted indexes hold, as of trigrams.
 
     Checkpoints during the backfill repeat the full images, and how many entries a text makes is the text's own: the
     record shows what it came to.
@@ -216,8 +217,8 @@ def backfill_wal_bytes(
     value = vector_bytes(dimension, kind)
     toasted = stored_bytes_per_row(dimension, kind, row_bytes) != value
     chunks = math.ceil(value / TOAST_CHUNK) if toasted else 0
-    records = 1 + chunks + indexes * (1 - hot_share)
-    inverted = TRIGRAM_WAL_A_BYTE * trigram_bytes * (1 - hot_share)
+    records = 1 + chunks + indexes
+    inverted = TRIGRAM_WAL_A_BYTE * trigram_bytes
     return round(rows * (value + row_bytes + TIMESTAMP_AND_HASH + WAL_A_RECORD * records + inverted)) + table_bytes
 
 
@@ -308,8 +309,8 @@ class Forecast:
             ("growth of the table until the next vacuum, at most", size(self.table_growth_bytes)),
             ("staging table", size(self.staging_bytes)),
             ("free disk for all of these", size(self.disk_bytes)),
-            ("WAL, if every update enters every index; checkpoints add to it", size(self.wal_bytes)),
-            ("loading, without the model; backfill; build: as measured elsewhere", self._times()),
+            (f"WAL {NO_HOT}; checkpoints add to it", size(self.wal_bytes)),
+            (f"loading, without the model; backfill {NO_HOT}; build: as measured elsewhere", self._times()),
             ("parallel workers of the build", number(self.workers)),
         ]
         if self.max_wal_bytes:
@@ -340,16 +341,15 @@ def forecast(
     table_bytes: int = 0,
     indexes: int = 1,
     trigram_bytes: float = 0.0,
-    hot_share: float = 0.0,
     max_wal_bytes: int | None = None,
     largest_partition: float = 1.0,
 ) -> Forecast:
     """The forecast for this many rows under these parameters.
 
     row_bytes: average width of a row today. table_bytes: size of the table today. indexes: how many it has;
-    trigram_bytes: text of a row that inverted ones hold, as of trigrams. hot_share: share of the backfill's updates
-    that write to no index. max_wal_bytes: the server's max_wal_size. largest_partition: share of the rows in the
-    largest partition, 0 to 1. Vectors beside the table move by a rename: no row is written again.
+    trigram_bytes: text of a row that inverted ones hold, as of trigrams. max_wal_bytes: the server's max_wal_size.
+    largest_partition: share of the rows in the largest partition, 0 to 1. Vectors in a side table move by a rename:
+    no row is written again.
     """
     v, ix = params.vector, params.index
     index_bytes, _, budget, _ = _build_of(rows, params)
@@ -364,10 +364,8 @@ def forecast(
     else:
         growth = table_growth_bytes(rows, v.dimension, v.type, row_bytes)
         staging = staging_bytes(rows, v.dimension, v.type)
-        moved = backfill_wal_bytes(
-            rows, v.dimension, v.type, row_bytes, indexes, table_bytes, hot_share, trigram_bytes
-        )
-        moving = rows * (BACKFILL_US_A_ROW + TRIGRAM_NS_A_BYTE / 1e3 * trigram_bytes * (1 - hot_share)) / 1e6
+        moved = backfill_wal_bytes(rows, v.dimension, v.type, row_bytes, indexes, table_bytes, trigram_bytes)
+        moving = rows * (BACKFILL_US_A_ROW + TRIGRAM_NS_A_BYTE / 1e3 * trigram_bytes) / 1e6
     inline = stored_bytes_per_row(v.dimension, v.type, row_bytes) == vector_bytes(v.dimension, v.type)
     heap = growth if beside else table_bytes + (growth if inline else 0)
     workers = build_workers(round(heap * largest_partition), ix.maintenance_work_mem_mb, ix.parallel_workers)

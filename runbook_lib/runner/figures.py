@@ -357,10 +357,10 @@ def forecast(found: Newest) -> list[tuple[str, str, str, str]]:
         "index_bytes": "size of the index",
         "build_memory_bytes": "memory for the build",
         "table_growth_bytes": "growth of the table",
-        "wal_bytes": "write-ahead log",
+        "wal_bytes": "write-ahead log (forecast: load, backfill without HOT, build; actual: backfill)",
         "staging_bytes": "staging table",
         "build_seconds": "time of the build",
-        "backfill_seconds": "time of the backfill",
+        "backfill_seconds": "time of the backfill (forecast: without HOT)",
     }
     rows = []
     for key, foreseen in foreseen_by.items():
