@@ -341,7 +341,7 @@ def test_what_cannot_be_served_is_refused_first(
 def test_a_table_beside_or_a_partitioned_one_takes_no_partial_index(open_phase: Open) -> None:
     phase = open_phase("operate/serve_filters", **TARGET, vector={"layout": "side_table"})
     (failed,) = (g for g in serve_filters.check(phase).failed if g.name == "filters.table_takes_partial_indexes")
-    assert failed.found == "the vectors stand in a table of their own, without the filters"
+    assert failed.found == "the vectors are in a table of their own, without the filters"
     write(phase, "DROP TABLE articles; CREATE TABLE public.articles (id bigint) PARTITION BY HASH (id)")
     phase = replace(
         phase, params=phase.params.model_copy(update={"vector": open_phase(**{"name": "x"}).params.vector})

@@ -315,7 +315,7 @@ def test_vectors_beside_the_table_are_told_why_no_index_of_their_own_helps(
     articles.execute("CREATE INDEX ON articles (status)")
     few = filter_classes.FilterClass(("status",), "10 to 50 %", ("a",), {"a": 0.2}, 0.2)
     assert advice(phase, few).endswith(
-        'The vectors stand in "public"."articles_embedding", which lacks status: an index for these rows alone needs'
+        'The vectors are in "public"."articles_embedding", which lacks status: an index for these rows alone needs'
         " vector.layout: column"
     )
 

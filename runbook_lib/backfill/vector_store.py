@@ -15,7 +15,7 @@ from psycopg import sql
 from runbook_lib.backfill.throttle import first_pace, in_turn
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, number
-from runbook_lib.core.names import identifier, names, side_table_name, spelled, vectors_stand_beside, verbatim
+from runbook_lib.core.names import has_side_table, identifier, names, side_table_name, spelled, verbatim
 from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -40,11 +40,11 @@ class VectorStore:
     """One way to keep the vectors.
 
     name: as ``vector.layout`` says it. in_the_table: the backfill updates the table's own rows, so that its triggers,
-    rules, checks and indexes take part. lock_rows, write_row, clear_row: blocks of refresh.sql. create, drop: make it
-    and take it away again. write: the statement that moves a batch of staged vectors. promotion: what moves all of
-    them at once, as far as it is still to be done. clear_textless: takes the vectors of rows without text.
-    not_hot_us: of one core, for an update of the table that is not HOT, with the vector index. search_times: p50 of a
-    search against one in the column.
+    rules, checks and indexes take part; and an index on the vectors may name its other columns. lock_rows, write_row,
+    clear_row: blocks of refresh.sql. create, drop: make it and remove it. write: the statement that moves a batch of
+    staged vectors. promotion: what moves all of them at once, as far as it is still to be done. clear_textless:
+    removes the vectors of rows without text. not_hot_us: of one core, for an update of the table that is not HOT,
+    with the vector index. search_times: p50 of a search against one in the column.
     """
 
     name: str
@@ -72,7 +72,7 @@ class VectorStore:
 
 def of(params: Params) -> VectorStore:
     """The one that the parameters ask for."""
-    return SIDE_TABLE if vectors_stand_beside(params) else COLUMN
+    return SIDE_TABLE if has_side_table(params) else COLUMN
 
 
 def _update(params: Params, keys: Sequence[Any] | None, part: str | None) -> db.Statement:

@@ -8,12 +8,13 @@ from typing import Any
 
 from psycopg import sql
 
+from runbook_lib.backfill import vector_store
 from runbook_lib.benchmark import filter_classes
 from runbook_lib.benchmark.filter_classes import FilterClass
 from runbook_lib.benchmark.loop import Measured, measure
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
-from runbook_lib.core.names import identifier, names, spelled, vectors_stand_beside
+from runbook_lib.core.names import identifier, names, spelled
 from runbook_lib.core.thresholds import apart, at_least, score
 from runbook_lib.params import Params
 from runbook_lib.search import ways
@@ -167,10 +168,10 @@ def _advice(
         reason += f"; the index, at {best.way}, finds {best.recall:.3f} in {best.p50_ms:.1f} ms"
     if not filter_classes.has_btree(connection, params, of.columns):
         return f"{reason}. Find its rows by an index: {_btree(params, of.columns)}"
-    if vectors_stand_beside(params):
+    if not vector_store.of(params).in_the_table:
         # Neither a partial index nor a partition of the vectors can know a column of the other table.
-        beside = f"{spelled(params, 'vectors')}, which lacks {', '.join(of.columns)}"
-        return f"{reason}. The vectors stand in {beside}: an index for these rows alone needs vector.layout: column"
+        there = f"{spelled(params, 'vectors')}, which lacks {', '.join(of.columns)}"
+        return f"{reason}. The vectors are in {there}: an index for these rows alone needs vector.layout: column"
     if not of.shares or len(of.shares) > MOST_PARTIAL_INDEXES:
         return f"{reason}. Partition the table by {', '.join(of.columns)}, with a vector index on each partition"
     return f"{reason}. Give each value an index of its own: {' '.join(_partial(params, of))}"

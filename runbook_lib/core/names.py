@@ -74,7 +74,7 @@ def added_columns(params: Params) -> list[str]:
     return [column, f"{column}_updated_at", f"{column}_hash"]
 
 
-def vectors_stand_beside(params: Params) -> bool:
+def has_side_table(params: Params) -> bool:
     """Are the vectors in a table of their own?"""
     return params.vector.layout == "side_table"
 
@@ -266,7 +266,7 @@ def _counted(ledger: str) -> sql.Composed:
 
 def _where_vectors_stand(params: Params) -> dict[str, sql.Composable]:
     table = identifier(params.target.schema_, params.target.table)
-    beside = vectors_stand_beside(params)
+    beside = has_side_table(params)
     vectors = identifier(params.target.schema_, side_table_name(params)) if beside else table
     column, alias = params.vector.column, "e" if beside else "t"
     parts = {"table": table, "vectors": vectors, "key": identifier(params.target.key)}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runbook_lib.core.display import Table, duration, number, size
+from runbook_lib.core.names import has_side_table
 from runbook_lib.params import Params
 
 PAGE = 8192
@@ -356,7 +357,7 @@ def forecast(
     # Partitions are indexed one after the other, so the largest decides what memory a build wants.
     _, memory, _, lists = _build_of(round(rows * largest_partition), params)
     staged = rows * (vector_bytes(v.dimension, v.type) + STAGING_WAL_A_ROW)
-    beside = v.layout == "side_table"
+    beside = has_side_table(params)
     if beside:
         # The staging table becomes the table beside, and its bytes are counted there.
         growth, staging, moved = staging_bytes(rows, v.dimension, v.type), 0, 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runbook_lib.core import db
-from runbook_lib.core.names import side_table_name, spelled, vectors_stand_beside
+from runbook_lib.core.names import has_side_table, side_table_name, spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -68,7 +68,7 @@ def tree(connection: db.Connection, params: Params, table: str) -> list[Part]:
 
 def relation(params: Params) -> Part:
     """The relation that holds the vectors, or will, by its name alone: as one leaf, whatever it is."""
-    name = side_table_name(params) if vectors_stand_beside(params) else params.target.table
+    name = side_table_name(params) if has_side_table(params) else params.target.table
     schema = params.target.schema_
     return Part(0, None, 0, schema, name, f"{schema}.{name}", TABLE, 0)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
+from runbook_lib.backfill import vector_store
 from runbook_lib.core import db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, gate
@@ -101,8 +102,8 @@ def _fits(params: Params, subject: str, found: Distribution) -> Gate:
     problems = []
     if int(found.version.split(".")[0]) < OLDEST_CITUS:
         problems.append((f"Citus {found.version}", f"update Citus to {OLDEST_CITUS} or newer"))
-    if params.vector.layout != "column":
-        problems.append(("vector.layout: side_table", "set vector.layout: column"))
+    if (store := vector_store.of(params)) is not vector_store.COLUMN:
+        problems.append((f"vector.layout: {store.name}", f"set vector.layout: {vector_store.COLUMN.name}"))
     if params.backfill.strategy == "page_interleaved":
         problems.append(("backfill.strategy: page_interleaved", "set backfill.strategy: auto"))
     return gate(

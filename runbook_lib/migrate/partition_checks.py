@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from psycopg import sql
 
+from runbook_lib.backfill import vector_store
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import spelled, vectors_stand_beside
+from runbook_lib.core.names import spelled
 from runbook_lib.indexes import partitions
 from runbook_lib.params import Params
 
@@ -65,8 +66,8 @@ def key_is_unique(connection: db.Connection, params: Params, table: db.Row, not_
     column = sql.Identifier(key).as_string(connection)
     facts = db.one(connection, partitions.SQL["key"], params, oid=table["oid"], key=key)
     one_source = facts["drawn_from"] or ("target.key_from_one_source" if params.target.key_from_one_source else None)
-    beside = vectors_stand_beside(params)
-    may_count = not_null and one_source and facts["led_index"] and not beside
+    in_the_table = vector_store.of(params).in_the_table
+    may_count = not_null and one_source and facts["led_index"] and in_the_table
     twice = db.rows(connection, partitions.SQL["twice"], params) if may_count else []
     found = [
         "no valid unique index on this column alone",
@@ -78,7 +79,7 @@ def key_is_unique(connection: db.Connection, params: Params, table: db.Row, not_
     todo = [
         (not_null, f"ALTER TABLE {subject} ALTER COLUMN {column} SET NOT NULL;"),
         (facts["led_index"], f"make an index that begins with {column} on {subject} and each partition;"),
-        (not beside, "set vector.layout: column, since a foreign key needs a unique index on the key alone;"),
+        (in_the_table, "set vector.layout: column, since a foreign key needs a unique index on the key alone;"),
         (
             one_source,
             f"PostgreSQL keeps a partitioned table unique only by keys that hold its partition key: if {column} is"

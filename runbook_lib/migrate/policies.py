@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from runbook_lib.backfill import partitioned_twin
+from runbook_lib.backfill import partitioned_twin, vector_store
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import spelled, vectors_stand_beside
+from runbook_lib.core.names import spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -39,7 +39,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
             do=f"have a superuser run: ALTER ROLE {found['role']} BYPASSRLS;",
         )
     yield from kept_table_is_as_open(connection, params)
-    if found["is_on"] and vectors_stand_beside(params):
+    if found["is_on"] and not vector_store.of(params).in_the_table:
         yield gate(
             "inputs.policies_hold_for_vectors",
             False,

@@ -6,11 +6,11 @@ granted it since.
 
 from __future__ import annotations
 
-from runbook_lib.backfill import partitioned_twin
+from runbook_lib.backfill import partitioned_twin, vector_store
 from runbook_lib.core import db
 from runbook_lib.core.display import some
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import changing, names, side_table_name, spelled, vectors_stand_beside
+from runbook_lib.core.names import changing, names, side_table_name, spelled
 from runbook_lib.params import Params
 from runbook_lib.search import live_shadow
 from runbook_lib.sql import load
@@ -45,7 +45,7 @@ def check(connection: db.Connection, params: Params) -> Gate:
         "ledger": spelled(params, "ledger"),
         "schema": spelled(params, "schema"),
         "table": params.target.table,
-        "vectors": side_table_name(params) if vectors_stand_beside(params) else None,
+        "vectors": None if vector_store.of(params).in_the_table else side_table_name(params),
     }
     found = [row for row in _open(connection, params, values) if not _is_meant(row)]
     revokes = dict(_said_and_revoke(row) for row in found)

@@ -13,6 +13,7 @@ from typing import Any
 
 from psycopg import sql
 
+from runbook_lib.backfill import vector_store
 from runbook_lib.benchmark import partial_index_candidates
 from runbook_lib.benchmark.loop import Measured
 from runbook_lib.benchmark.partial_index_candidates import Value
@@ -21,7 +22,7 @@ from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import Table, size
 from runbook_lib.core.gates import Gate, Gates, collect, gate
-from runbook_lib.core.names import identifier, spelled, vectors_stand_beside, verbatim
+from runbook_lib.core.names import identifier, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, plain, score
 from runbook_lib.indexes import building, forecast, partitions
@@ -39,16 +40,16 @@ def check(phase: Phase) -> Gates:
     p, values = phase.params, list(wanted(phase).values())
     table = spelled(p, "table")
     kind = db.one(phase.connection, SQL["table_kind"], p, table=table)
-    beside, partitioned = vectors_stand_beside(p), bool(kind["partitioned"])
+    in_the_table, partitioned = vector_store.of(p).in_the_table, bool(kind["partitioned"])
     builds = db.one(phase.connection, SQL["builds_under_way"], p, vectors=spelled(p, "vectors"))["builds"]
     return collect(
         [
             gate(
                 "filters.table_takes_partial_indexes",
-                not beside and not partitioned,
+                in_the_table and not partitioned,
                 f"{p.target.schema_}.{p.target.table}",
-                found="the vectors stand in a table of their own, without the filters"
-                if beside
+                found="the vectors are in a table of their own, without the filters"
+                if not in_the_table
                 else "partitioned"
                 if partitioned
                 else "an ordinary table that holds vectors and filters",

@@ -9,7 +9,7 @@ import psycopg
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate, Verdict, gate
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.names import side_table_name, spelled, vectors_stand_beside
+from runbook_lib.core.names import has_side_table, side_table_name, spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -31,7 +31,7 @@ KINDS = {
 def check(connection: db.Connection, params: Params, columns: Collection[str]) -> Iterator[Gate]:
     """The gates of what phase 30 makes. columns: those that the table has."""
     yield _new_columns(connection, params, columns)
-    if vectors_stand_beside(params):
+    if has_side_table(params):
         yield _side_table(connection, params)
     yield _function(connection, params, params.function_name)
 
