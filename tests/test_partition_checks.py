@@ -44,9 +44,9 @@ def test_a_key_that_stands_twice_is_refused(parted: psycopg.Connection[Any], mak
     assert str(_gates(make_params())[KEY]) == (
         'FAIL    inputs.key_identifies_rows   id of "public"."articles"\n'
         "  found   no valid unique index on this column alone, drawn from nextval('articles_id_seq'::regclass), first"
-        " in articles_pkey, 7 stands twice, NOT NULL\n"
-        "  needed  NOT NULL, with a unique index of its own; or drawn from one source, standing once, and first in an"
-        " index\n"
+        " in articles_pkey, 7 occurs twice, NOT NULL\n"
+        "  needed  NOT NULL, with a unique index of its own; or drawn from one source, occurring once, and first in"
+        " an index\n"
         "  danger  a row would get no vector, or every batch would read the whole table\n"
         '  do      give the rows that share a value of "id" values of their own;'
     )

@@ -64,7 +64,7 @@ def pick(
     Raises BadInput where the parameters ask for what the server cannot do.
     """
     if not vector_store.of(params).in_the_table:
-        return StrategyChoice("side_table", "vector.layout: the staging table takes its place beside the table")
+        return StrategyChoice("side_table", "vector.layout: the staging table becomes the side table")
     if params.target.distributed:
         return StrategyChoice("key_ranges", "the table is distributed: its pages lie on other servers")
     largest = max(found, key=lambda r: r.blocks, default=None)
@@ -129,7 +129,7 @@ def ranked(connection: db.Connection, params: Params, part: str) -> sql.Composed
 
 
 def _row_bytes(connection: db.Connection, params: Params) -> sql.Composable:
-    """What decides a row's size on its page; a value that stands in TOAST leaves only its pointer."""
+    """What decides a row's size on its page; a value in TOAST leaves only its pointer."""
     table, added = spelled(params, "table"), added_columns(params)
     wide = db.rows(connection, WINDOWS["wide_columns"], params, table=table, added=added)
     one = "CASE WHEN pg_column_size({c}) > {most} THEN {pointer} ELSE coalesce(pg_column_size({c}), 0) END"
@@ -137,6 +137,6 @@ def _row_bytes(connection: db.Connection, params: Params) -> sql.Composable:
     parts = [sql.SQL(one).format(c=identifier("t", row["name"]), **limits) for row in wide]
     if not parts:
         return sql.SQL("0")
-    # Together too long, the longest of them stands in TOAST, whatever its own length.
+    # Together too long, the longest of them goes to TOAST, whatever its own length.
     together = "{all} - CASE WHEN {all} > {most} THEN greatest({each}) - {pointer} ELSE 0 END"
     return sql.SQL(together).format(all=sql.SQL(" + ").join(parts), each=sql.SQL(", ").join(parts), **limits)

@@ -34,7 +34,7 @@ CITUS = load("citus")
 LOCK_CLASS = 0x72627266
 # Rows of the first transaction of a drain: with a vector index on the table a row may take milliseconds.
 FIRST_ROWS = 20
-# A worker that is alive but stands still, stopped by a debugger for instance, loses its claims after this long.
+# A worker that is alive but hangs, in a debugger for instance, loses its claims after this long.
 LEASE_S = 900
 
 

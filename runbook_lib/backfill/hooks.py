@@ -1,7 +1,7 @@
 """The triggers and rules that an UPDATE of the table may set off, and which of them act outside of the database.
 
 A rollback undoes what a trigger did to tables. It undoes neither a call to another server nor a file; whoever does
-such things is recognised by its source, and stands aside in a trial for a function that does nothing.
+such things is recognised by its source, and is replaced in a trial by a function that does nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rows moved from a table in use into another: copied by key, kept level by a queue, swapped in one transaction.
 
 Copying comes first and catching up after it, never both at once: a row that is copied late is then never older than
-one that was caught up. A key in the queue stands for the row as it is when the key is taken, so taking it twice, or
+one that was caught up. A key in the queue means the row as it is when the key is taken, so taking it twice, or
 after another change, does no harm.
 """
 
@@ -41,7 +41,7 @@ class TooManyChanges(Exception):
 class Move:
     """Which table the rows go to, and how SQL spells what they are made of.
 
-    extra: the names that the blocks of partitioning.sql need beside the common ones.
+    extra: the names that the blocks of partitioning.sql need besides the common ones.
     """
 
     phase: Phase

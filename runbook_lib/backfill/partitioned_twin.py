@@ -47,7 +47,7 @@ def column(phase: Phase) -> str:
 
 @dataclass(frozen=True)
 class TwinState:
-    """serves: relkind of the table. parts, whole: does it stand beside? begun: are queue and checkpoint there?"""
+    """serves: relkind of the table. parts, whole: is the other table kept? begun: are queue and checkpoint there?"""
 
     serves: str | None
     parts: bool
@@ -73,7 +73,7 @@ class TwinState:
 
 
 def standing(phase: Phase) -> TwinState:
-    """Where the move stands, by the catalogue."""
+    """How far the move has come, by the catalogue."""
     p = phase.params
     row = db.one(
         phase.connection,

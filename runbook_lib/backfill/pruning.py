@@ -37,7 +37,7 @@ def plan(phase: Phase, parts: Sequence[str]) -> list[db.Statement]:
 
 @changes
 def apply(phase: Phase, parts: Sequence[str]) -> None:
-    """Carries the plan out, what was there before written down first; goes on without it where the table is held."""
+    """Writes down what was there, then carries out the plan; continues without it where the table is held."""
     statements = plan(phase, parts)
     if not statements:
         return

@@ -81,7 +81,7 @@ class Pause:
     line: LiveLine | None = None
 
     def go_by(self, stops: Sequence[health.Answer]) -> None:
-        """Begins, goes on with, or ends a pause. Raises PausedTooLong."""
+        """Begins, continues or ends a pause. Raises PausedTooLong."""
         if not stops:
             self.end()
             return

@@ -181,7 +181,7 @@ SIDE_TABLE = VectorStore(
     promotion=_promotion,
     clear_textless=lambda connection, params: iter([_of_side_table(connection, params, "clear_textless")]),
     not_hot_us=108,
-    # p50 3.62 and 3.19 ms, 1,000 calls of either in turn on a busy server, ef_search 40, strict iterative scan
+    # p50 3.62 and 3.19 ms, 1,000 alternating calls of each on a busy server, ef_search 40, strict iterative scan
     # (tests/benchmarks/bench_layout.py).
     search_times=1.13,
 )

@@ -92,7 +92,7 @@ class BackfillOutcome:
 def run(phase: Phase, choice: StrategyChoice, total: int) -> BackfillOutcome:
     """Works until no range is left, here or elsewhere. total: rows to be done, for the time left.
 
-    Raises what stopped a worker, and PausedTooLong; the work goes on from there when it is run again.
+    Raises what stopped a worker, and PausedTooLong; a rerun resumes from there.
     """
     board, outcome = Board(rest_ms=phase.params.backfill.pause_between_batches_ms), BackfillOutcome()
     outcome.refused, outcome.seen = board.refused, board.seen

@@ -60,7 +60,7 @@ def _to_do(phase: Phase) -> int:
 def apply(phase: Phase) -> Table:
     """Moves every staged vector into the table, then drains the queue of rows that changed meanwhile.
 
-    Ranges that are done, and rows that have their vector, are passed over: a run that was stopped goes on.
+    Ranges that are done, and rows that have their vector, are passed over: a run that was stopped resumes.
     """
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
@@ -117,7 +117,7 @@ def move_staged(phase: Phase) -> tuple[StrategyChoice, BackfillOutcome]:
     try:
         _close(phase, outcome)
     finally:
-        # What was done stands in the record, even where somebody holds the last rows.
+        # What was done is in the record, even where somebody holds the last rows.
         statement = vector_store.of(phase.params).write(phase.params, None, None)
         phase.note_statement(db.Done(statement, outcome.rows - promoted, _elapsed(outcome), 1))
         _note(phase, choice, outcome, before)

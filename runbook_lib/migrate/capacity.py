@@ -1,6 +1,6 @@
 """Does the plan fit into the server: memory of the build, shared memory, disk, and the WAL that slots hold back.
 
-What stands on the server's machine can be looked at only where the server runs beside this process, or where the
+The server's machine can be looked at only where the server runs next to this process, or where the
 parameters state it. What nobody has looked at is said to be unknown, and never passes a gate.
 """
 
@@ -48,7 +48,7 @@ class ServerMachine:
 
 @dataclass(frozen=True)
 class Room:
-    """What the server has to spare. free_disk: where the table's data stand. shared_memory: of /dev/shm, what is
+    """What the server has to spare. free_disk: where the table's data lie. shared_memory: of /dev/shm, what is
     free. slot_keeps_bytes: -1 without a bound, None before PostgreSQL 13."""
 
     free_disk: ServerMachine
@@ -166,7 +166,7 @@ def _shared_memory_holds_build(params: Params, expects: Forecast, room: Room) ->
 
 
 def _held_wal(expects: Forecast, room: Room, slots: list[db.Row]) -> int:
-    """WAL that may stand on the disk at once: between two checkpoints, or all that a slot is allowed to hold."""
+    """WAL that may be on the disk at once: between two checkpoints, or all that a slot is allowed to hold."""
     held = room.max_wal_bytes
     if slots:
         bound = room.slot_keeps_bytes

@@ -148,7 +148,7 @@ def _nodes(connection: db.Connection, params: Params) -> Iterator[Gate]:
 
 
 def names_of(params: Params) -> dict[str, sql.Composable]:
-    """What the blocks of ``citus.sql`` name beside :func:`runbook_lib.core.names.names`."""
+    """What the blocks of ``citus.sql`` name besides :func:`runbook_lib.core.names.names`."""
     n = names(params)
     literal = {
         f"{name}_name": verbatim(sql.Literal(spelled(params, name)).as_string())

@@ -116,7 +116,7 @@ def _was_proved(phase: Phase, share: int) -> bool:
 def apply(phase: Phase) -> Table:
     """Raises the share step by step, each judged by its calls; a failed one sends every read back to legacy.
 
-    Interrupted, the reads stay where they are, and the next run goes on from there.
+    Interrupted, the reads stay where they are, and the next run resumes from there.
     """
     if not phase.execute:
         return phase.carry_out(plan(phase))

@@ -1,4 +1,4 @@
-"""Phase 30: the vector column beside the relational data, the staging table, and the capture of changes."""
+"""Phase 30: the vector column next to the relational data, the staging table, and the capture of changes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _making(params: Params, name: str) -> db.Statement:
 
 @changes
 def apply(phase: Phase) -> Table:
-    """Carries out the plan. Each statement is a transaction of its own; killed between two, a rerun goes on.
+    """Carries out the plan. Each statement is a transaction of its own; killed between two, a rerun resumes.
 
     Raises BadInput where another target, or somebody else, has made the columns since preflight.
     """

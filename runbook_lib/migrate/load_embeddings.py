@@ -1,6 +1,6 @@
 """Phase 40: embeds the texts, or reads embeddings made elsewhere, and copies them into the staging table.
 
-The database is asked for the rows that still want a vector, so a load that was stopped goes on where it was.
+The database is asked for the rows that still want a vector, so a load that was stopped resumes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RowsToStage:
 
 @dataclass
 class _Tally:
-    """What a load counts beside its rows."""
+    """What a load counts besides its rows."""
 
     masked: Counter[str] = field(default_factory=Counter)
     texts: int = 0

@@ -58,7 +58,7 @@ def _is_no_partition(subject: str, root: str) -> Gate:
 def key_is_unique(connection: db.Connection, params: Params, table: db.Row, not_null: bool) -> Gate:
     """Gate: the key of a partitioned table that no index holds unique by itself, since it is not partitioned by it.
 
-    Each vector goes to the row whose text has the hash that it was made of, so a key that stood twice would leave a
+    Each vector goes to the row whose text has the hash that it was made of, so a key that occurs twice would leave a
     row without its vector and never give one the vector of another text. It is asked for all the same: drawn from
     one source, or so by the parameters, counted once, and led by an index.
     """
@@ -73,7 +73,7 @@ def key_is_unique(connection: db.Connection, params: Params, table: db.Row, not_
         "no valid unique index on this column alone",
         f"drawn from {one_source}" if one_source else "no default that draws it from one source",
         f"first in {facts['led_index']}" if facts["led_index"] else "first in no index",
-        *([f"{twice[0]['key']} stands twice"] if twice else ["no value occurs twice"] if may_count else []),
+        *([f"{twice[0]['key']} occurs twice"] if twice else ["no value occurs twice"] if may_count else []),
         "NOT NULL" if not_null else "NULL allowed",
     ]
     todo = [
@@ -93,7 +93,7 @@ def key_is_unique(connection: db.Connection, params: Params, table: db.Row, not_
         bool(may_count) and not twice,
         f"{key} of {subject}",
         found=", ".join(found),
-        needed="NOT NULL, with a unique index of its own; or drawn from one source, standing once, and first in an"
+        needed="NOT NULL, with a unique index of its own; or drawn from one source, occurring once, and first in an"
         " index",
         danger="a row would get no vector, or every batch would read the whole table",
         do=" ".join(text for held, text in todo if not held).rstrip(";") + ";",

@@ -46,7 +46,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
             spelled(params, "vectors"),
             found=f"{table} has row level security, and vector.layout is side_table",
             needed="vectors in the table itself, where its policies hold for them",
-            danger="whoever may read the table would read the keys and vectors of every row in the table beside,"
+            danger="whoever may read the table would read the keys and vectors of every row in the side table,"
             " whatever the policies say",
             do="set vector.layout: column; if the vectors are in a side table already, undo/schema first",
         )

@@ -31,7 +31,7 @@ FOR_CALLERS = {
     ("log", "logged_at", "SELECT"),
     *(("log", column, "INSERT") for column in WRITTEN_BY_CALLERS),
 }
-# Whoever signs is not the application, whose password stands in more places.
+# Whoever signs is not the application, whose password is kept in more places.
 FOR_APPROVERS = {("entry", "", "SELECT"), ("sign_off", "", "EXECUTE")}
 FOR_READERS_OF_THE_TABLE = {("vectors", "", "SELECT")}
 # Made there for every target, and named nowhere else but in the blocks that make them.

@@ -21,7 +21,7 @@ from runbook_lib.sql import load
 
 SQL = load("statements")
 
-# Regular expressions of PostgreSQL. A character of an operator, and what may stand before a SELECT.
+# Regular expressions of PostgreSQL. A character of an operator, and what may come before a SELECT.
 _SIGN = r"-+*/<>=~!@#%^&|`?"
 _WHOLE = rf"(?:^|[^{_SIGN}])(?:{{}})(?:$|[^{_SIGN}])"
 READS = r"^(?:\s|\(|/\*(?:[^*]|\*[^/])*\*/|--[^\n]*\n)*(?:select|with|declare)\M"

@@ -190,7 +190,7 @@ def _with_time(g: Gate, held_s: float) -> Gate:
 
 def _prepared(connection: db.Connection, params: Params) -> update_effects.Prepared | None:
     """For the trial of the UPDATE, read before anything is locked; None where it is not to be tried: vectors
-    beside the table, or a vector index that would keep what was rolled back, or no row left to fill."""
+    in a side table, or a vector index that would keep what was rolled back, or no row left to fill."""
     if not _updates_rows(connection, params):
         return None
     added = added_columns(params)

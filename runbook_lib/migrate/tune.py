@@ -75,7 +75,7 @@ class Tuning:
         }
 
     def table(self) -> Table:
-        """One row a class: the choice on the held-out questions, common practice beside it."""
+        """One row a class: the choice on the held-out questions, next to common practice."""
         titles = (
             "filter",
             "rows let through",

@@ -112,7 +112,7 @@ ANALYZE {vectors};
 SELECT count(*) AS changes, count(DISTINCT key) AS rows FROM {queue};
 
 -- name: server_counts
--- purpose: Where the WAL stands, and how large the relation that holds the vectors is.
+-- purpose: The position of the WAL, and how large the relation that holds the vectors is.
 WITH RECURSIVE part AS (
     SELECT to_regclass(%(table)s)::oid AS oid
     UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid

@@ -27,7 +27,7 @@ UPDATE {probe} SET {changed} = 'a';
 UPDATE {probe} SET {changed} = {changed};
 
 -- name: arrived
--- purpose: How often the made-up row stands in the queue, as this transaction sees it.
+-- purpose: How often the made-up row is in the queue, as this transaction sees it.
 SELECT count(*)::int AS queued FROM {queue} WHERE key = ANY (%(keys)s::{key_type}[]);
 
 -- name: triggers_of

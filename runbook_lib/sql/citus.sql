@@ -44,7 +44,7 @@ DROP FUNCTION IF EXISTS {text_function}(text[]);
 DROP FUNCTION IF EXISTS {text_hash_function}(text[]);
 
 -- name: create_staging
--- purpose: Create the staging table and distribute it as the table is, so that each vector lies beside its row.
+-- purpose: Create the staging table and distribute it as the table is, so that each vector lies next to its row.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_staging
 {create_staging};

@@ -47,7 +47,7 @@ FROM pg_attribute a LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid
 WHERE a.attrelid = %(oid)s AND a.attname = %(key)s AND NOT a.attisdropped;
 
 -- name: twice
--- purpose: One key that stands twice; no row where every key stands once. It reads every key.
+-- purpose: One key that occurs twice; no row where every key occurs once. It reads every key.
 SELECT t.{key}::text AS key FROM {table} t GROUP BY t.{key} HAVING count(*) > 1 LIMIT 1;
 
 -- name: captured

@@ -1,4 +1,4 @@
--- Phase 30: what is added beside the application's own columns, and how it is taken away again.
+-- Phase 30: what is added to the application's own columns, and how it is removed.
 
 -- name: add_columns
 -- purpose: Add three empty columns: the vector, when it was set, and the hash of the text it was made from. A session's prepared SELECT * fails once ("cached plan must not change result type"): let the pool reconnect.

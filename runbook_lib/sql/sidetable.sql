@@ -1,4 +1,4 @@
--- Vectors in a table of their own, one row a key, beside the table.
+-- Vectors in a side table: one row a key.
 
 -- name: create
 -- purpose: Create the side table for the vectors; deleting a row deletes its vector.

@@ -102,7 +102,7 @@ FROM {table} t WHERE t.{key} = ANY (%(keys)s);
 pg_catalog.hashtextextended(t.{column}::text COLLATE "C", 0::bigint);
 
 -- name: staged
--- purpose: What stands for the staging table in the trial: vectors of these rows' texts as they are now.
+-- purpose: What takes the place of the staging table in the trial: vectors of these rows' texts as they are now.
 (SELECT t.{key} AS key, {text_hash} AS text_hash,
         pg_catalog.array_fill(0.5::real, ARRAY[{dimension}])::{vector_type} AS embedding
  FROM {table} t WHERE t.{key} = ANY (%(keys)s));
