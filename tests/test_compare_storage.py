@@ -86,6 +86,9 @@ def test_every_shape_is_measured_and_nothing_is_left(
     assert found.facts["exact_ndcg"] is not None and 0 < found.facts["exact_ndcg"] <= 1
     assert phase.ledger.latest("storage") == found.as_data()
     assert "per_query" not in found.as_data()["found"][0]
+    frame = found.to_frame()
+    assert frame["title"].tolist() == [r["title"] for r in found.found] and frame["bytes"].dtype == "int64"
+    assert found.table().to_frame()["p95 (ms)"].dtype == "float64"
     assert "nothing: exact search" in str(found.table()) and html.escape(found.recommendation) in found._repr_html_()
 
 

@@ -9,6 +9,7 @@ from psycopg.conninfo import make_conninfo
 
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput
+from runbook_lib.core.ledger import HEADS
 from runbook_lib.core.phase import Phase
 from runbook_lib.runner import verify
 from tests.conftest import DSN_ENV
@@ -66,11 +67,32 @@ def test_concurrent_writers_make_one_chain(open_phase: Callable[..., Phase]) -> 
     assert verify.verify_chain(first.ledger.connection, first.params).figures["rows"] == 40
 
 
+def test_a_frame_of_the_ledger_holds_its_rows_or_those_of_a_kind_or_a_part_of_the_newest(
+    open_phase: Callable[..., Phase],
+) -> None:
+    phase = open_phase()
+    assert list(phase.ledger.to_frame().columns) == [*HEADS, "body"] and len(phase.ledger.to_frame()) == 0
+    for seconds in (1.5, 2):
+        phase.ledger.append("toy", {"seconds": seconds, "kind": "its own", "way": {"lists": 3}})
+    phase.ledger.append("sweep", {"points": [{"recall": 0.5}, {"recall": 1}], "by": {"a": {"n": 1}, "b": 2}})
+    whole = phase.ledger.to_frame()
+    assert whole["kind"].tolist() == ["toy", "toy", "sweep"] and whole["written_at"].dtype.kind == "M"
+    toys = phase.ledger.to_frame("toy")
+    assert toys["seconds"].tolist() == [1.5, 2] and toys["way.lists"].dtype == "int64"
+    assert toys["kind"].tolist() == ["toy"] * 2 and toys["body.kind"].tolist() == ["its own"] * 2
+    assert phase.ledger.to_frame("sweep", "points")["recall"].tolist() == [0.5, 1]
+    assert phase.ledger.to_frame("sweep", "by")["name"].tolist() == ["a", "b"]
+    assert len(phase.ledger.to_frame("toy", run_id="another")) == len(phase.ledger.to_frame("none", "points")) == 0
+    with pytest.raises(ValueError, match="no part 'point' in the newest row of kind 'sweep'; there are: by, points"):
+        phase.ledger.to_frame("sweep", "point")
+
+
 def test_an_absent_ledger_says_not_run(open_phase: Callable[..., Phase]) -> None:
     phase = open_phase()
     write(phase, "DROP SCHEMA runbook CASCADE")
     assert not phase.ledger.exists()
     assert phase.ledger.phase_verdict("00_preflight") == "NOT RUN"
+    assert len(phase.ledger.to_frame()) == len(phase.ledger.to_frame("tuning", "points")) == 0
 
 
 def test_a_statement_waits_briefly_and_names_the_blocker(open_phase: Callable[..., Phase]) -> None:

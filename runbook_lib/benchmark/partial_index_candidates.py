@@ -12,11 +12,11 @@ from runbook_lib.benchmark.loop import Measured, measure
 from runbook_lib.benchmark.prepared import scans
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db, row_counts, thresholds
-from runbook_lib.core.display import Table, number, size
+from runbook_lib.core.display import Amount, Table, number, share, size
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import identifier, names
 from runbook_lib.core.phase import Phase
-from runbook_lib.core.thresholds import apart, at_least, plain, score
+from runbook_lib.core.thresholds import apart, at_least, milliseconds, plain, score
 from runbook_lib.indexes import forecast
 from runbook_lib.params import Params
 from runbook_lib.search import ways
@@ -177,20 +177,20 @@ def cost_table(connection: db.Connection, params: Params, values: Sequence[Value
     for value, n in rows.items():
         cost = forecast.forecast(n, params)
         memory = size(cost.build_memory_bytes)
-        shown.append((str(value), value.why, number(n), size(cost.index_bytes), memory, f"{n / max(whole, 1):.1%}"))
+        shown.append((str(value), value.why, number(n), size(cost.index_bytes), memory, share(n / max(whole, 1), 1)))
     titles = ("value", "why", "rows", "index", "memory of its build", "share of inserts that insert twice")
     return Table(titles, shown, "forecast; a row of another value costs nothing more than today")
 
 
-def figures(m: Mapping[str, Any]) -> tuple[str, ...]:
+def figures(m: Mapping[str, Any]) -> tuple[Any, ...]:
     """Way, recall with its interval, rows returned, p50, p95, pages; from what :meth:`Measured.as_data` gave."""
     way = "exact" if m["scan"] == "exact" else f"{m['candidates']}, {m['iterative_scan'].removesuffix('_order')}"
     recall = f"{m['recall']:.3f} ({m['low']:.3f} to {m['high']:.3f})"
     return (
         way,
-        recall,
-        f"{m['returned']:.0%}",
-        f"{m['p50_ms']:.2f} ms",
-        f"{m['p95_ms']:.2f} ms",
-        f"{m['buffers']:,}",
+        Amount(recall, m["recall"]),
+        share(m["returned"]),
+        milliseconds(m["p50_ms"]),
+        milliseconds(m["p95_ms"]),
+        number(m["buffers"]),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from psycopg import sql
 
@@ -14,13 +14,16 @@ from runbook_lib.benchmark.prepared import use
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.benchmark.recall_at_k import Recall
 from runbook_lib.core import db
-from runbook_lib.core.display import Table, duration, number, size
+from runbook_lib.core.display import Table, duration, frame_of, number, size
 from runbook_lib.core.names import identifier, indexed, names, of_pgvector
-from runbook_lib.core.thresholds import apart, at_least, score
+from runbook_lib.core.thresholds import apart, at_least, milliseconds, score
 from runbook_lib.params import Params
 from runbook_lib.params.data import MAX_INDEXED_DIMENSION
 from runbook_lib.search import statements, ways
 from runbook_lib.sql import load
+
+if TYPE_CHECKING:
+    import pandas
 
 SQL = load("storage")
 
@@ -244,8 +247,8 @@ class StorageComparison:
         exact = (
             "nothing: exact search",
             *[""] * 5,
-            "1.000",
-            f"{f['exact_p50_ms']:.2f} ms",
+            score(1.0),
+            milliseconds(f["exact_p50_ms"]),
             "",
             _ndcg(f["exact_ndcg"]),
             "",
@@ -268,9 +271,13 @@ class StorageComparison:
         setting = f"{'ef_search' if r['method'] == 'hnsw' else 'probes'} {r['setting']}"
         return (
             r["title"], size(r["bytes"]), number(r["bytes_a_row"]), size(r["whole_bytes"]),
-            "" if r["build_s"] is None else duration(r["build_s"]), setting, f"{r['recall']:.3f}",
-            f"{r['p50_ms']:.2f} ms", f"{r['p95_ms']:.2f} ms", _ndcg(r["ndcg"]), said,
+            "" if r["build_s"] is None else duration(r["build_s"]), setting, score(r["recall"]),
+            milliseconds(r["p50_ms"]), milliseconds(r["p95_ms"]), _ndcg(r["ndcg"]), said,
         )  # fmt: skip
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row an index format, with every figure of it."""
+        return frame_of(self.as_data()["found"])
 
     def __str__(self) -> str:
         return f"{self.table()}\n{self.recommendation}"
@@ -289,7 +296,7 @@ class StorageComparison:
 
 
 def _ndcg(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None else score(value)
 
 
 def _key(row: dict[str, Any] | None) -> str | None:

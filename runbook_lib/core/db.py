@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import sql
@@ -15,12 +15,15 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
 from runbook_lib.core import closed, conninfo_masking, redaction, session
-from runbook_lib.core.display import duration, statement_html
+from runbook_lib.core.display import duration, frame, statement_html
 from runbook_lib.core.gates import BadInput, Gate, LockNotObtained, Verdict
 from runbook_lib.core.names import changing, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.params.section import LONE_SURROGATE
 from runbook_lib.sql import Block
+
+if TYPE_CHECKING:
+    import pandas
 
 Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
@@ -249,6 +252,12 @@ class Plan:
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         printer.text(str(self))
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row a statement: name, purpose, lock, blocks, undo, sql."""
+        heads = ("name", "purpose", "lock", "blocks", "undo", "sql")
+        told = [(s.name, s.purpose, s.lock, s.blocks, s.undo, s.text(self.connection)) for s in self.statements]
+        return frame(heads, told)
 
     def _repr_html_(self) -> str:
         if not self.statements:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
 
 from IPython.core.getipython import get_ipython
 from IPython.display import display
 from pygments.lexers import PostgresLexer
 from pygments.token import Comment, Keyword, Name, Number, String
+
+if TYPE_CHECKING:
+    import pandas
 
 # Inline, because a saved notebook and its HTML carry no style sheet of ours.
 CELL = "padding:.25em .6em;text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:break-word"
@@ -40,31 +45,104 @@ SQL_COLOURS = {
 NO_FORMULAS = "mathjax_ignore"
 
 
-def number(value: float) -> str:
+class Amount(str):
+    """A figure as people read it, which keeps its value and unit for :meth:`Table.to_frame`."""
+
+    value: float
+    unit: str
+
+    def __new__(cls, text: str, value: float, unit: str = "") -> Amount:
+        """unit: of the value, not of the text; empty for counts and scores."""
+        made = super().__new__(cls, text)
+        made.value, made.unit = value, unit
+        return made
+
+
+def number(value: float) -> Amount:
     """A figure as people read it: thousands apart, three significant digits below a hundred."""
     if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return Amount(f"{value:,}", value)
+    return Amount(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}", value)
 
 
-def size(n_bytes: float) -> str:
+def size(n_bytes: float) -> Amount:
     """Bytes in the unit that keeps the figure short, 1024 to the next."""
     units = ("B", "kB", "MB", "GB", "TB")
+    shown, unit = n_bytes, units[0]
     for unit in units:
-        if abs(n_bytes) < 1024 or unit == units[-1]:
-            return f"{n_bytes:.0f} {unit}" if n_bytes >= 10 or unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return ""
+        if abs(shown) < 1024 or unit == units[-1]:
+            break
+        shown /= 1024
+    return Amount(f"{shown:.0f} {unit}" if shown >= 10 or unit == "B" else f"{shown:.1f} {unit}", n_bytes, "bytes")
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float) -> Amount:
     """Seconds as milliseconds, seconds, minutes or hours."""
+    return Amount(_duration(seconds), seconds, "s")
+
+
+def _duration(seconds: float) -> str:
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def share(of_one: float, digits: int = 0) -> Amount:
+    """A share as per cent."""
+    return Amount(f"{of_one:.{digits}%}", of_one, "share")
+
+
+def frame(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> pandas.DataFrame:
+    """Rows as a DataFrame: numbers, durations and sizes as numbers, their unit in the column's title; timestamps as
+    such. A column of mixed kinds or units stays as it is shown.
+    """
+    # Here, because it takes half a second to import, and few kernels need it.
+    import pandas
+
+    series = [_typed(name or f"column {i + 1}", [row[i] for row in rows]) for i, name in enumerate(columns)]
+    index = pandas.RangeIndex(len(rows))
+    return pandas.concat(series, axis=1) if series else pandas.DataFrame(index=index)
+
+
+def frame_of(records: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
+    """Plain data as a DataFrame, a row a record; a record in a record becomes columns, ``chosen.recall``."""
+    flat = [_flat(record) for record in records]
+    columns = list(dict.fromkeys(name for record in flat for name in record))
+    return frame(columns, [[record.get(name) for name in columns] for record in flat])
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        inner = _flat(value) if isinstance(value, Mapping) and value else {}
+        found |= {f"{name}.{key}": v for key, v in inner.items()} or {name: value}
+    return found
+
+
+def _typed(name: str, values: list[Any]) -> pandas.Series[Any]:
+    import pandas
+
+    there = [v for v in values if v is not None and v != ""]
+    units = {v.unit if isinstance(v, Amount) else "" for v in there}
+    is_number = [isinstance(v, Amount | int | float | Decimal) and not isinstance(v, bool) for v in there]
+    if there and all(is_number) and len(units) == 1:
+        bare = [_bare(v) for v in values]
+        unit = units.pop()
+        return pandas.Series(bare, name=name if unit in name else f"{name} ({unit})")
+    if there and all(isinstance(v, datetime) for v in there):
+        aware = all(v.tzinfo is not None for v in there)
+        return pandas.Series(pandas.to_datetime(pandas.Series(values, dtype=object), utc=aware), name=name)
+    return pandas.Series([str(v) if isinstance(v, Amount) else v for v in values], name=name)
+
+
+def _bare(value: Any) -> Any:
+    """The number that a figure shows. Decimals become floats, as in pandas.read_sql: few methods take them."""
+    if isinstance(value, Amount):
+        return value.value
+    return None if value is None or value == "" else float(value) if isinstance(value, Decimal) else value
 
 
 def some(names: Sequence[object], most: int, between: str = ", ") -> str:
@@ -90,6 +168,8 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int | float):
         return number(value)
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S %Z}".rstrip()
     return str(value)
 
 
@@ -114,6 +194,10 @@ class Table:
         rows = list(records)
         columns = list(rows[0]) if rows else ["nothing"]
         return cls(columns, [[row[c] for c in columns] for row in rows], caption)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The rows as a DataFrame, as :func:`frame` makes it."""
+        return frame([str(c) for c in self.columns], self.rows)
 
     def __str__(self) -> str:
         cells = [list(self.columns), *[[one_line(_text(v)) for v in row] for row in self.rows]]

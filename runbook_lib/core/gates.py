@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from runbook_lib.core.display import Table, one_line
+from runbook_lib.core.display import Table, frame_of, one_line
 from runbook_lib.core.redaction import redacted
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class Verdict(StrEnum):
@@ -104,6 +107,10 @@ class Gates:
         return Gates(
             tuple(replace(g, verdict=Verdict.NOT_RUN) if g.verdict is Verdict.PASS else g for g in self.gates)
         )
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row a gate; each of their figures is a column, such as ``figures.recall``, in the unit that it names."""
+        return frame_of({**vars(g), "verdict": str(g.verdict)} for g in self.gates)
 
     def __str__(self) -> str:
         return "\n".join(str(g) for g in self.gates)

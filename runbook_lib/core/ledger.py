@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
 from runbook_lib.core import closed, db
-from runbook_lib.core.display import some
+from runbook_lib.core.display import frame, frame_of, some
 from runbook_lib.core.gates import BadInput, Gate, Gates, LockNotObtained, Verdict, gate
 from runbook_lib.core.names import names, spelled
 from runbook_lib.core.redaction import redacted
 from runbook_lib.core.registry import names_in_the_ledger
 from runbook_lib.params import Params
 from runbook_lib.sql import load
+
+if TYPE_CHECKING:
+    import pandas
 
 SQL = load("ledger")
 CREATE = (
@@ -31,6 +34,8 @@ CREATE = (
     "create_chain_triggers",
     "create_sign_off",
 )
+# Of every row, in a DataFrame.
+HEADS = ("seq", "written_at", "written_by", "run_id", "phase", "kind")
 # Rows of others that a message names.
 MOST_NAMED = 5
 
@@ -146,9 +151,37 @@ class Ledger:
         """The rows that count of a run, or of every run of this target, in order; sign-offs among them."""
         return db.rows(self.connection, SQL["entries"], self.params, run_id=run_id) if self.exists() else []
 
+    def to_frame(self, kind: str = "", part: str = "", run_id: str | None = None) -> pandas.DataFrame:
+        """The rows that count of this target, or of one of its runs, oldest first.
+
+        kind: only these rows (``statement``, ``gate``, ``tuning``, …), each item of their body a column. part: a list
+        in the body of the newest of them, a row an element: ``to_frame("tuning", "points")``. Raises ValueError for a
+        part that is not there, and names those that are.
+        """
+        found = [r for r in self.entries(run_id) if kind in ("", r["kind"])]
+        if part:
+            return frame_of(_elements(kind, found[-1]["body"], part) if found else ())
+        if not kind:
+            return frame((*HEADS, "body"), [[r[name] for name in (*HEADS, "body")] for r in found])
+        bodies = [{f"body.{k}" if k in HEADS else k: v for k, v in r["body"].items()} for r in found]
+        return frame_of({name: r[name] for name in HEADS} | body for r, body in zip(found, bodies, strict=True))
+
     def all_entries(self, run_id: str | None = None) -> list[DictRow]:
         """All rows of a run, or of every run of this target, in order, whoever wrote them."""
         return db.rows(self.connection, SQL["all_entries"], self.params, run_id=run_id) if self.exists() else []
+
+
+def _elements(kind: str, body: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
+    """A list in a body, or a mapping with the names of its elements, as records."""
+    parts = {name: value for name, value in body.items() if isinstance(value, list | dict)}
+    if part not in parts:
+        raise ValueError(
+            f"no part {part!r} in the newest row of kind {kind!r}; there are: {', '.join(parts) or 'none'}"
+        )
+    found = parts[part]
+    named = [{"name": name} for name in found] if isinstance(found, dict) else [{} for _ in found]
+    values = found.values() if isinstance(found, dict) else found
+    return [n | (v if isinstance(v, dict) else {"value": v}) for n, v in zip(named, values, strict=True)]
 
 
 def as_data(g: Gate) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Phase:
     """What a notebook works with.
 
     connection: for the work, in autocommit; read-only in the server but inside :meth:`opened`. ledger: on a
-    connection of its own. execute: False only prints. order: how far this session has come.
+    connection of its own. execute: False only prints. order: how far this session has come. judged: its gates.
     """
 
     name: str
@@ -63,12 +63,18 @@ class Phase:
     connection: WhileOpen[db.Connection] = WhileOpen()  # noqa: RUF009 - a descriptor, which a dataclass knows
     ledger: WhileOpen[Ledger] = WhileOpen()  # noqa: RUF009
     order: Order = field(default_factory=lambda: Order(""))
+    judged: list[Gate] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.order.name = self.order.name or self.name
 
     def __repr__(self) -> str:
         return f"<{self.name} of run {self.run_id}, {self.order.ended or 'open'}>"
+
+    @property
+    def gates(self) -> Gates:
+        """Every gate that was judged in this session, as it was found last; also those that stopped it."""
+        return Gates(tuple({(g.name, g.subject): g for g in self.judged}.values()))
 
     def where_am_i(self) -> Table:
         """Target, server, phase, and where the migration stands by the ledger."""
@@ -286,6 +292,7 @@ class Phase:
 
         A run that carries nothing out leaves the ledger as it is: what was proved there stays proved.
         """
+        self.judged.extend(gates)
         if not self.execute:
             for g in gates:
                 self._note_in_plan("gate", as_data(g))

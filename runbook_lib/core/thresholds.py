@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from runbook_lib.core import display
+from runbook_lib.core.display import Amount
 
 # Differences below this are what floating point makes of equal figures.
 ROUNDING = 1e-9
@@ -40,9 +41,9 @@ def apart(found: float, needed: float, write: Writer) -> tuple[str, str]:
     return texts
 
 
-def score(value: float, more: int = 0) -> str:
+def score(value: float, more: int = 0) -> Amount:
     """Recall, nDCG and the like: three digits."""
-    return f"{value:.{3 + more}f}"
+    return Amount(f"{value:.{3 + more}f}", value)
 
 
 def change(value: float, more: int = 0) -> str:
@@ -50,9 +51,9 @@ def change(value: float, more: int = 0) -> str:
     return f"{value:+.{3 + more}f}"
 
 
-def milliseconds(value: float, more: int = 0) -> str:
+def milliseconds(value: float, more: int = 0) -> Amount:
     """A time that a search takes."""
-    return f"{value:.{2 + more}f} ms"
+    return Amount(f"{value:.{2 + more}f} ms", value, "ms")
 
 
 def plain(value: float, more: int = 0) -> str:
@@ -61,9 +62,9 @@ def plain(value: float, more: int = 0) -> str:
     return text.rstrip("0").rstrip(".")
 
 
-def percent(share: float, more: int = 0) -> str:
+def percent(share: float, more: int = 0) -> Amount:
     """A share of one as per cent."""
-    return f"{plain(100 * share, more)} %"
+    return Amount(f"{plain(100 * share, more)} %", share, "share")
 
 
 def size(n_bytes: float, more: int = 0) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runbook_lib.core.display import Table, duration, number, size
 from runbook_lib.core.names import has_side_table
 from runbook_lib.params import Params
+
+if TYPE_CHECKING:
+    import pandas
 
 PAGE = 8192
 PAGE_HEADER = 24
@@ -323,6 +326,10 @@ class Forecast:
 
     def _times(self) -> str:
         return "; ".join(duration(s) for s in (self.load_seconds, self.backfill_seconds, self.build_seconds))
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The table as a DataFrame."""
+        return self.table().to_frame()
 
     def __str__(self) -> str:
         return str(self.table())

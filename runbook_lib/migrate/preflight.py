@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import sql
@@ -22,6 +22,9 @@ from runbook_lib.migrate import capacity, extension, inputs, replica_checks, sta
 from runbook_lib.migrate.capacity import Room
 from runbook_lib.migrate.inputs import input_problems as input_problems
 from runbook_lib.sql import load
+
+if TYPE_CHECKING:
+    import pandas
 
 SQL = load("preflight")
 
@@ -137,6 +140,10 @@ class Facts:
             yield "searches seen", f"not seen: {self.not_seen['statements']}"
         for calls, mean_ms, text in self.legacy_statements or ():
             yield f"search seen {number(calls)} times", f"{duration(mean_ms / 1000)} on average: {text}"
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The table as a DataFrame."""
+        return self.table().to_frame()
 
     def __str__(self) -> str:
         return str(self.table())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runbook_lib.benchmark import comparison, explain, loop, plan_diagnosis, query_set, relevance_measures
 from runbook_lib.benchmark.prepared import reads_index
@@ -14,6 +14,9 @@ from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, score
 from runbook_lib.migrate import slices
 
+if TYPE_CHECKING:
+    import pandas
+
 # Queries on the sheet that a person judges.
 SHEET_QUERIES = 10
 
@@ -23,6 +26,10 @@ class Comparison:
     """What phase 80 shows: every search, the classes of queries, and the sheet of the most different answers."""
 
     tables: tuple[Table, ...]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row a search, with its figures; those of single queries: :func:`comparison.per_query`."""
+        return self.tables[0].to_frame()
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self.tables))

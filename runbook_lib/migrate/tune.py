@@ -6,7 +6,7 @@ import html
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runbook_lib.backfill.progress import SECONDS_BETWEEN_LINES
 from runbook_lib.benchmark import (
@@ -26,16 +26,19 @@ from runbook_lib.benchmark.loop import Measured
 from runbook_lib.benchmark.prepared import reads_index, use
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
-from runbook_lib.core.display import Table, duration
+from runbook_lib.core.display import Amount, Table, duration, share
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import index_name, spelled
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.core.thresholds import apart, at_least, score
+from runbook_lib.core.thresholds import apart, at_least, milliseconds, score
 from runbook_lib.migrate import row_security_recall
 from runbook_lib.params import Params
 from runbook_lib.search import combined_filters, search_function, statements, ways
 from runbook_lib.search.ways import Way
 from runbook_lib.sql import load
+
+if TYPE_CHECKING:
+    import pandas
 
 SQL = load("tune")
 
@@ -94,6 +97,10 @@ class Tuning:
             " and how far it scans",
         )
 
+    def to_frame(self) -> pandas.DataFrame:
+        """The sweep of every filter class, as :func:`sweep` gives it."""
+        return _sweep(self.as_data()).to_frame()
+
     def __str__(self) -> str:
         return "\n".join([str(self.table()), *(f"{c.of}: {c.advice}" for c in self.choices if c.advice)])
 
@@ -116,12 +123,36 @@ class Tuning:
 def _row(choice: Choice) -> tuple[Any, ...]:
     m, practice = choice.chosen, choice.practice
     beside = f"{practice.recall:.3f}, {practice.returned:.0%} of rows, {practice.p50_ms:.2f} ms"
+    of = (str(choice.of), share(choice.of.share, 2))
     if m is None:
-        return (str(choice.of), f"{choice.of.share:.2%}", "none", *[""] * 6, beside)
-    times = [f"{v:.2f} ms" for v in (m.p50_ms, m.p95_ms, m.p99_ms)]
-    recall = f"{m.recall:.3f} ({m.low:.3f} to {m.high:.3f})"
-    figures = (recall, f"{m.returned:.0%}", *times, m.buffers)
-    return (str(choice.of), f"{choice.of.share:.2%}", str(m.way), *figures, beside)
+        return (*of, "none", *[""] * 6, beside)
+    times = [milliseconds(v) for v in (m.p50_ms, m.p95_ms, m.p99_ms)]
+    recall = Amount(f"{m.recall:.3f} ({m.low:.3f} to {m.high:.3f})", m.recall)
+    return (*of, str(m.way), recall, share(m.returned), *times, m.buffers, beside)
+
+
+def sweep(phase: Phase) -> Table:
+    """Every way that was measured, for each filter class, as the ledger has it: where and how it was asked, recall
+    with its interval, latency; held_out where it is the chosen way on the other half of the queries.
+    """
+    return _sweep(phase.ledger.latest("tuning") or {})
+
+
+# What tells a measured way from another, and what was found for it.
+SWEEP = (
+    *("scan", "candidates", "iterative_scan", "most_scanned", "questions", "recall", "low", "high", "returned"),
+    *("rows_short", "p50_ms", "p95_ms", "p99_ms", "buffers", "plan"),
+)
+
+
+def _sweep(tuning: Mapping[str, Any]) -> Table:
+    rows = [
+        (c["column"] or "", c["bucket"], c["share"], held_out, *(p.get(name) for name in SWEEP))
+        for c in tuning.get("classes", ())
+        for held_out, points in ((False, c["points"]), (True, [c["chosen"]] if c["chosen"] else []))
+        for p in points
+    ]
+    return Table(("filter", "bucket", "share", "held_out", *SWEEP), rows)
 
 
 def plan(phase: Phase) -> db.Plan:

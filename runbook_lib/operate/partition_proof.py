@@ -9,7 +9,7 @@ from runbook_lib.benchmark import explain, filter_classes, partial_index_candida
 from runbook_lib.benchmark.partial_index_candidates import Value
 from runbook_lib.benchmark.prepared import CALLS
 from runbook_lib.core import db
-from runbook_lib.core.display import Table
+from runbook_lib.core.display import Table, share
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase
@@ -54,7 +54,7 @@ def shown(phase: Phase) -> Table:
     """Before and after, a row a value."""
     column, k = phase.params.partitioning.column, phase.params.queries.k
     rows = [
-        (f"{column} = {value}", f"{m['share']:.1%}", when, *partial_index_candidates.figures(m[when]))
+        (f"{column} = {value}", share(m["share"], 1), when, *partial_index_candidates.figures(m[when]))
         for value, m in remembered(phase).items()
         for when in ("before", "after")
         if when in m

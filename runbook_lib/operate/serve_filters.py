@@ -20,7 +20,7 @@ from runbook_lib.benchmark.partial_index_candidates import Value
 from runbook_lib.benchmark.prepared import CALLS
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db, row_counts
-from runbook_lib.core.display import Table, size
+from runbook_lib.core.display import Table, share, size
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import identifier, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
@@ -228,7 +228,7 @@ def shown(phase: Phase) -> Table:
     rows = [
         (
             f"{m['column']} = {m['value']}",
-            f"{m['share']:.1%}",
+            share(m["share"], 1),
             when,
             *partial_index_candidates.figures(m[when]),
             _verdict(m) if i else "",

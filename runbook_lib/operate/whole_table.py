@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runbook_lib.backfill import vector_store
-from runbook_lib.core.display import Table, duration, number, size
+from runbook_lib.core.display import Table, duration, number, share, size
 from runbook_lib.core.phase import Phase
 from runbook_lib.indexes.forecast import Forecast
 from runbook_lib.migrate import preflight
@@ -146,7 +146,7 @@ def shown(phase: Phase) -> Table:
                 number(s["vectors"]),
                 1e6 * s["load_seconds"] / s["vectors"],
                 1e6 * s["backfill_seconds"] / s["vectors"],
-                f"{s['hot_share']:.0%}",
+                share(s["hot_share"]),
                 size((s["load_wal_bytes"] + s["backfill_wal_bytes"] + s["build_wal_bytes"]) / s["vectors"]),
                 size(s["index_bytes"] / s["vectors"]),
                 duration(s["build_seconds"]),

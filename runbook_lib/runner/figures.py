@@ -362,18 +362,18 @@ def forecast(found: Newest) -> list[tuple[str, str, str, str]]:
         "build_seconds": "time of the build",
         "backfill_seconds": "time of the backfill (forecast: without HOT)",
     }
-    rows = []
+    rows: list[tuple[str, str, str, str]] = []
     for key, foreseen in foreseen_by.items():
         if not isinstance(foreseen, int | float):
             continue
         shown = duration if key.endswith("_seconds") else size
         was = actual.get(key)
-        said = shown(was) if was is not None else "not measured"
+        said: str = shown(was) if was is not None else "not measured"
         if key == "build_memory_bytes" and index:
             over = any("no longer fits" in n for n in index.body.get("notices", ()))
             said = "did not fit into maintenance_work_mem" if over else "the build stayed within maintenance_work_mem"
         ratio = f"{was / foreseen:.2f} ×" if was is not None and foreseen else ""
-        expected = shown(foreseen)
+        expected: str = shown(foreseen)
         if r := rehearsed.get(key):
             expected += f"; rehearsed {shown(r['low'])} to {shown(r['high'])}"
         rows.append((names.get(key, key.replace("_", " ")), expected, said, ratio))
