@@ -1,6 +1,8 @@
 """The server of the demo and the tests: started, and waited for."""
 
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +38,19 @@ def test_it_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.0)
     with pytest.raises(subprocess.TimeoutExpired):
         embedded.start(tmp_path / "data")
+
+
+def test_its_user_is_made_by_one_start_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[str] = []
+    most: list[int] = []
+
+    def slow(name: str) -> None:
+        inside.append(name)
+        time.sleep(0.02)
+        most.append(len(inside))
+        inside.remove(name)
+
+    monkeypatch.setattr(embedded, "ensure_user_exists", slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: embedded._make_user(), range(8)))
+    assert most == [1] * 8

