@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -91,7 +92,9 @@ def test_run_status_and_verify(runbook: Callable[..., Result], tmp_path: Path) -
     assert (after["next"], after["phases"][0]["verdict"], after["last_run"]["status"]) == (
         "10_baseline", "PASS", "passed",
     )  # fmt: skip
-    assert "next is 10_baseline; reads go to legacy" in runbook("status", path).stdout
+    shown = runbook("status", path).stdout
+    assert f"\nnext      runbook run {path} --execute\n" in shown and "\nreads     legacy\n" in shown
+    assert f"\nrecord    passed, {os.path.relpath(tmp_path / 'runs' / run_id)}"[:70] in shown
 
     assert runbook("verify", path, run_id).exit_code == 0
     notebook = tmp_path / "runs" / run_id / f"{FIRST}.ipynb"

@@ -201,7 +201,7 @@ def test_a_full_disk_while_saving_is_a_crash_that_says_so(
     [
         ({"first": "50_backfil"}, "no such phase", "did you mean 50_backfill?"),
         ({"first": "50_backfill", "last": "10_baseline"}, "10_baseline comes before 50_backfill", "swap them"),
-        ({"way": "undo", "last": "30_schema"}, "no such phase", "did you mean undo/schema?"),
+        ({"way": "undo", "last": "30_schema"}, "no such rollback", "did you mean schema?"),
     ],
 )
 def test_a_wrong_phase_starts_nothing(

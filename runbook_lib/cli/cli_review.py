@@ -7,32 +7,35 @@ from pathlib import Path
 
 import click
 
+from runbook_lib.cli import completion
 from runbook_lib.cli.console import GATE_DID_NOT_PASS, PARAMS, echo_styled, plain_errors
-from runbook_lib.core import db
-from runbook_lib.core.gates import Verdict
-from runbook_lib.core.registry import current
-from runbook_lib.core.target import load_params
-from runbook_lib.runner import sign_off
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO_OPERATION, current, waits
 from runbook_lib.runner.manifest import BAD_INPUT, SYMBOLS, Status
 
 
-@click.command()
+@click.command(epilog=f"Steps that can wait: {', '.join(filter(waits, (*MIGRATE, *OPERATE)))}.")
 @PARAMS
-@click.argument("phase", metavar="PHASE")
+@click.argument("phase", metavar="PHASE", shell_complete=completion.approvable)
 @click.option("--reason", default="", help="Goes into the ledger and the record.")
 @click.option("--yes", is_flag=True, help="Do not ask; for those who have read what is approved.")
 def approve(params_file: Path, phase: str, reason: str, yes: bool) -> None:
-    """Approve a phase that waits: shows its plan and evidence, and asks.
+    """Approve a phase that waits. Shows its plan and evidence, and asks.
 
     \b
-    Run it as a different database user from the one that ran the phase. The approver needs, on the ledger's schema:
+    Run it as a different database user from the one that ran the phase. The
+    approver needs, on the ledger's schema:
       GRANT USAGE ON SCHEMA runbook TO approver;
       GRANT SELECT ON runbook.entry TO approver;
       GRANT EXECUTE ON FUNCTION runbook.sign_off TO approver;
     They allow sign-offs and nothing else.
     """
+    from runbook_lib.core import db
+    from runbook_lib.core.target import load_params
+    from runbook_lib.runner import selection, sign_off
+
     with plain_errors():
         phase = current(phase)
+        selection.require_known(phase, (*MIGRATE, *OPERATE, *UNDO_OPERATION))
         params = load_params(params_file)
         with db.connect(params, "runbook approve") as connection:
             shown = sign_off.pending(connection, params, phase)
@@ -50,12 +53,14 @@ def approve(params_file: Path, phase: str, reason: str, yes: bool) -> None:
 
 @click.command()
 @PARAMS
-@click.argument("run_id", metavar="RUN_ID")
+@click.argument("run_id", metavar="RUN_ID", shell_complete=completion.run_ids)
 @click.option(
     "--head", default="", metavar="SHA256", help="The head of the ledger that a run printed, kept elsewhere."
 )
 def verify(params_file: Path, run_id: str, head: str) -> None:
-    """Check that the record is unchanged: the ledger's chain, and each file against it."""
+    """Check that a record is unchanged. Checks the ledger's chain, and each file against it."""
+    from runbook_lib.core.gates import Verdict
+    from runbook_lib.core.target import load_params
     from runbook_lib.runner import verify as verification
 
     with plain_errors():
@@ -67,13 +72,14 @@ def verify(params_file: Path, run_id: str, head: str) -> None:
 
 @click.command()
 @PARAMS
-@click.argument("run_id", metavar="[RUN_ID]", required=False)
+@click.argument("run_id", metavar="[RUN_ID]", required=False, shell_complete=completion.run_ids)
 def record(params_file: Path, run_id: str | None) -> None:
-    """Write the page of the target's whole migration, from the ledger alone: runs/TARGET/index.html.
+    """Write the page of the whole migration. It is runs/TARGET/index.html, made from the ledger alone.
 
     With RUN_ID: write and seal a missing record from ledger and notebooks, of a run whose disk was full, or of work
     in JupyterLab that was killed.
     """
+    from runbook_lib.core.target import load_params
     from runbook_lib.runner import by_hand, runner
     from runbook_lib.runner import record as records
 
@@ -88,16 +94,16 @@ def record(params_file: Path, run_id: str | None) -> None:
 
 
 @click.command()
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", metavar="A", shell_complete=completion.run_ids)
+@click.argument("b", metavar="B", shell_complete=completion.run_ids)
 @click.option("--runs-dir", default="runs", type=click.Path(path_type=Path), help="Where run ids are looked up.")
 @click.option("--notebooks/--no-notebooks", default=True, help="Compare the executed notebooks too.")
 def diff(a: str, b: str, runs_dir: Path, notebooks: bool) -> None:
-    """Compare two runs, by id or folder: figures first, then the notebooks.
+    """Compare two runs, by id or folder. Figures first, then the notebooks.
 
     \b
     Exit codes, as of diff(1):
-      0  the same figures, gates and statements; times are shown and do not count, nor do the notebooks
+      0  the same figures, gates and statements; times and notebooks do not count
       1  they differ
       2  one of them cannot be read
     """

@@ -1,4 +1,8 @@
-"""What every command shares: results on stdout, progress and errors on stderr, and exit codes that mean something."""
+"""What every command shares: results on stdout, progress and errors on stderr, and exit codes that mean something.
+
+The commands import what they work with when they are called: `--help` and the Tab key need none of it, and it takes a
+second.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,8 @@ from types import FrameType
 from typing import Any, TextIO
 
 import click
-import psycopg
 
-from runbook_lib.core.display import plain
-from runbook_lib.core.gates import BadInput, GateFailed, RunbookError
+from runbook_lib.cli import completion
 from runbook_lib.core.redaction import redacted
 from runbook_lib.runner.manifest import BAD_INPUT, EXIT_CODES, MEANINGS, Status
 
@@ -24,14 +26,11 @@ GATE_DID_NOT_PASS = EXIT_CODES[Status.FAILED]
 CRASHED = EXIT_CODES[Status.CRASHED]
 COLOURS = {"✔": "green", "✘": "red", "■": "yellow", "⏸": "yellow"}
 
-PARAMS = click.argument("params_file", metavar="PARAMS", type=click.Path(path_type=Path))
+PARAMS = click.argument(
+    "params_file", metavar="PARAMS", type=click.Path(path_type=Path), shell_complete=completion.params_files
+)
 
 EXIT_CODES_HELP = "\b\nExit codes:\n" + "".join(f"  {code}  {meaning}\n" for code, (meaning, _) in MEANINGS.items())
-
-COMPLETION_HELP = """\b
-Tab completion, for bash (or zsh_source, fish_source):
-  eval "$(_RUNBOOK_COMPLETE=bash_source runbook)"
-"""
 
 
 def say(line: str) -> None:
@@ -71,6 +70,8 @@ class _Plain:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        from runbook_lib.core.display import plain
+
         with _whether_or_not_read(self.stream):
             self.stream.write(plain(redacted(text)))
         return len(text)
@@ -105,6 +106,10 @@ def plain_errors() -> Iterator[None]:
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
+    import psycopg
+
+    from runbook_lib.core.gates import BadInput, GateFailed, RunbookError
+
     try:
         yield
     except BadInput as error:

@@ -10,8 +10,6 @@ from pathlib import Path
 import click
 
 from runbook_lib.cli.console import PARAMS, plain_errors, say, terminated_like_interrupted
-from runbook_lib.core.target import load_params
-from runbook_lib.runner import by_hand
 from runbook_lib.runner import manifest as manifests
 from runbook_lib.runner.manifest import SYMBOLS, Status
 
@@ -21,12 +19,12 @@ from runbook_lib.runner.manifest import SYMBOLS, Status
 @click.option("--no-browser", is_flag=True, help="Print the address, open no browser.")
 @click.option("--port", type=int, help="Port of JupyterLab; the first free one from 8888 if not given.")
 def lab(params_file: Path, no_browser: bool, port: int | None) -> None:
-    """Step through the notebooks in JupyterLab, on working copies below runs/; Ctrl-C ends it and makes the record.
+    """Step through the notebooks in JupyterLab. It opens copies below runs/; Ctrl-C ends it and makes the record.
 
     \b
     Examples:
       runbook lab params/articles.yaml
-      runbook lab params/articles.yaml --no-browser --port 8890      # then ssh -L 8890:localhost:8890
+      runbook lab params/articles.yaml --no-browser --port 8890    # for ssh -L
     """
     with plain_errors():
         open_lab(params_file, no_browser=no_browser, port=port)
@@ -34,6 +32,9 @@ def lab(params_file: Path, no_browser: bool, port: int | None) -> None:
 
 def open_lab(params_file: Path, *, no_browser: bool = False, port: int | None = None) -> None:
     """JupyterLab on the copies, in a group of processes of its own, so that Ctrl-C reaches it once and through us."""
+    from runbook_lib.core.target import load_params
+    from runbook_lib.runner import by_hand
+
     for settled in by_hand.settle(load_params(params_file)):
         say(f"{settled} had been killed; what it had carried out is recorded now")
     folder = by_hand.begin(params_file)
@@ -57,6 +58,8 @@ def open_lab(params_file: Path, *, no_browser: bool = False, port: int | None = 
 
 
 def _command(folder: Path, no_browser: bool, port: int | None) -> list[str]:
+    from runbook_lib.runner import by_hand
+
     root = by_hand.root(folder)
     start = (folder / f"{by_hand.START}.ipynb").relative_to(root)
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}"]

@@ -11,14 +11,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import runbook_lib
-from runbook_lib.cli import cli_review
+from runbook_lib.cli import cli_review, completion
 from runbook_lib.cli.console import (
-    COMPLETION_HELP,
     EXIT_CODES_HELP,
     PARAMS,
     plain_errors,
@@ -27,15 +26,12 @@ from runbook_lib.cli.console import (
     terminated_like_interrupted,
 )
 from runbook_lib.cli.lab import lab, open_lab
-from runbook_lib.core.display import Table
-from runbook_lib.core.gates import BadInput, GateFailed
-from runbook_lib.core.registry import OPERATE, UNDO_OPERATION, short
-from runbook_lib.core.target import load_params
-from runbook_lib.migrate import inputs
-from runbook_lib.params import Params
-from runbook_lib.runner import runner, selection, target_status
-from runbook_lib.runner.manifest import SYMBOLS, Status
-from runbook_lib.runner.runner import RunResult
+from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION, short
+from runbook_lib.runner.manifest import BAD_INPUT, SYMBOLS, Status
+
+if TYPE_CHECKING:
+    from runbook_lib.params import Params
+    from runbook_lib.runner.runner import RunResult
 
 DEMO_DSN_ENV = "RUNBOOK_DEMO_DSN"
 DEMO_PARAMS = Path("params/demo.yaml")
@@ -67,7 +63,8 @@ EXECUTE = click.option("--execute", is_flag=True, help="Carry it out. Without it
 @click.group(
     cls=_Suggesting,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=f"{EXIT_CODES_HELP}\n{COMPLETION_HELP}",
+    epilog=f"Phases: {', '.join(MIGRATE)}.\n\nOperations: {', '.join(map(short, OPERATE))}.\n\n"
+    f"{EXIT_CODES_HELP}\n{completion.HELP}",
     no_args_is_help=True,
 )
 @click.version_option(runbook_lib.__version__, prog_name="runbook")
@@ -76,12 +73,12 @@ def main() -> None:
 
     \b
     Examples:
-      runbook init --dsn-env ARTICLES_DSN           # write a params file from a live table
+      runbook init --dsn-env ARTICLES_DSN           # a params file from a table
       runbook check params/articles.yaml            # would it work?
       runbook run params/articles.yaml              # the plan; changes nothing
-      runbook run params/articles.yaml --execute    # carry it out; rerun to resume
-      runbook status params/articles.yaml
-      runbook lab params/articles.yaml              # step through the notebooks, on copies
+      runbook run params/articles.yaml --execute    # carry it out, or resume
+      runbook status params/articles.yaml           # what is next
+      runbook lab params/articles.yaml              # step through the notebooks
       runbook approve params/articles.yaml 90_cut_over
       runbook operate params/articles.yaml refresh --execute
       runbook undo params/articles.yaml --execute --to reads
@@ -92,17 +89,23 @@ for command in (lab, cli_review.approve, cli_review.record, cli_review.verify, c
     main.add_command(command)
 
 
-@main.command(epilog=EXIT_CODES_HELP)
+@main.command(epilog=f"{completion.listed('Phases', MIGRATE)}\n{EXIT_CODES_HELP}")
 @PARAMS
 @EXECUTE
 @click.option(
-    "--from", "first", metavar="PHASE", help="First phase; with --execute, by default the first that has not passed."
+    "--from",
+    "first",
+    metavar="PHASE",
+    help="First phase; with --execute, by default the first that has not passed.",
+    shell_complete=completion.phases,
 )
-@click.option("--to", "last", metavar="PHASE", help="Last phase.")
+@click.option("--to", "last", metavar="PHASE", help="Last phase.", shell_complete=completion.phases)
 @QUIET
 @VERBOSE
 def run(params_file: Path, execute: bool, first: str | None, last: str | None, quiet: bool, verbose: bool) -> None:
     """Run the phases in order and leave a record."""
+    from runbook_lib.runner import runner
+
     with plain_errors():
         _end(
             runner.run(params_file, execute=execute, first=first, last=last, say=_progress(quiet), verbose=verbose),
@@ -110,14 +113,18 @@ def run(params_file: Path, execute: bool, first: str | None, last: str | None, q
         )
 
 
-@main.command(epilog=EXIT_CODES_HELP)
+@main.command(epilog=f"{completion.listed('Rollbacks, and what each removes', UNDO)}\n{EXIT_CODES_HELP}")
 @PARAMS
 @EXECUTE
-@click.option("--to", "last", metavar="NAME", help="Last rollback; all by default.")
+@click.option(
+    "--to", "last", metavar="NAME", help="Last rollback; all by default.", shell_complete=completion.rollbacks
+)
 @QUIET
 @VERBOSE
 def undo(params_file: Path, execute: bool, last: str | None, quiet: bool, verbose: bool) -> None:
-    """Roll back: reads first, then every object the runbook created, step by step."""
+    """Roll back, step by step. Reads first, then every object that the runbook created."""
+    from runbook_lib.runner import runner
+
     with plain_errors():
         _end(
             runner.run(params_file, execute=execute, last=last, way="undo", say=_progress(quiet), verbose=verbose),
@@ -126,25 +133,27 @@ def undo(params_file: Path, execute: bool, last: str | None, quiet: bool, verbos
 
 
 @main.command(
-    epilog=f"Operations: {', '.join(map(short, OPERATE))}.\n\n"
+    epilog=f"{completion.listed('Operations', OPERATE)}\n"
     f"With a rollback: {', '.join(map(short, UNDO_OPERATION))}.\n\n"
     f"{EXIT_CODES_HELP}"
 )
 @PARAMS
-@click.argument("name", metavar="OPERATION")
+@click.argument("name", metavar="OPERATION", shell_complete=completion.operations)
 @EXECUTE
 @click.option("--undo", "take_back", is_flag=True, help="Roll the operation back.")
 @QUIET
 @VERBOSE
 def operate(params_file: Path, name: str, execute: bool, take_back: bool, quiet: bool, verbose: bool) -> None:
-    """Run one operation on a table that was migrated: refresh, monitor, update, rebuild and others.
+    """Run one operation on a migrated table.
 
     \b
     Examples:
-      runbook operate params/articles.yaml refresh --execute --quiet          # from cron
-      runbook operate params/articles.yaml rebuild_index                      # the plan
-      runbook operate params/articles.yaml rebuild_index --undo --execute     # its rollback
+      runbook operate params/articles.yaml refresh --execute -q    # from cron
+      runbook operate params/articles.yaml rebuild_index           # the plan
+      runbook operate params/articles.yaml rebuild_index --undo    # undo plan
     """
+    from runbook_lib.runner import runner, selection
+
     with plain_errors():
         way, chosen = ("undo", selection.rollback_of_operation(name)) if take_back else ("operate", name)
         _end(
@@ -164,11 +173,10 @@ def operate(params_file: Path, name: str, execute: bool, take_back: bool, quiet:
 @main.command(name="help-out", epilog=EXIT_CODES_HELP)
 @PARAMS
 def help_out(params_file: Path) -> None:
-    """Help with a backfill that a run has begun, from this machine; ends when no range of rows is left.
+    """Help with a backfill from this machine. It ends when no range of rows is left.
 
     The run that began it finishes and proves it. A helper that stops costs nothing: its range is taken over.
     """
-    # Here, because it needs what takes longer to import than the other commands take to run.
     from runbook_lib.migrate import backfill
 
     with plain_errors():
@@ -179,17 +187,18 @@ def help_out(params_file: Path) -> None:
 @PARAMS
 @QUIET
 def check(params_file: Path, quiet: bool) -> None:
-    """Check parameters and inputs; after a migration, that the search still meets the baseline. Starts nothing.
+    """Check parameters and inputs. After a migration, also that the search meets the baseline. Starts nothing.
 
     What can only be tried is tried and rolled back: this locks the table for a few tenths of a second at most, and
     every wait is bounded.
 
     Exits with 2 and every problem if a run would not start, with 1 and every failed gate if the search regressed.
     """
-    with plain_errors():
-        # Here, because it needs what takes longer to import than the other commands take to run.
-        from runbook_lib.migrate import trials
+    from runbook_lib.core.gates import BadInput
+    from runbook_lib.core.target import load_params
+    from runbook_lib.migrate import inputs, trials
 
+    with plain_errors():
         params = load_params(params_file)
         gates = inputs.input_problems(params)
         if gates.failed:
@@ -210,7 +219,7 @@ def check(params_file: Path, quiet: bool) -> None:
 
 def _check_search(params: Params) -> int:
     """The gates of operate/monitor, where there is something to look at; how many passed."""
-    # Here, because it needs what takes longer to import than the other commands take to run.
+    from runbook_lib.core.gates import GateFailed
     from runbook_lib.operate import monitor
 
     gates = monitor.check(params)
@@ -238,12 +247,12 @@ def _names(value: str) -> tuple[str, ...]:
 @click.option("--output", type=click.Path(path_type=Path), help="The file to write; params/TABLE.yaml if not given.")
 @click.option("--force", is_flag=True, help="Overwrite files that are there.")
 def init_(output: Path | None, force: bool, **wishes: Any) -> None:
-    """Write a params file from the live table: asks at a terminal, otherwise takes what it finds.
+    """Write a params file from a live table. Asks at a terminal; otherwise takes what it finds.
 
     \b
     Examples:
       runbook init --dsn-env ARTICLES_DSN
-      runbook init --service articles --table articles --legacy-query-file search.sql
+      runbook init --service articles --legacy-query-file search.sql
     """
     from runbook_lib.cli import init
 
@@ -263,16 +272,29 @@ def init_(output: Path | None, force: bool, **wishes: Any) -> None:
 @PARAMS
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(params_file: Path, as_json: bool) -> None:
-    """Show the state of the target, from the ledger in its database."""
+    """Show where the target stands, and what is next. One screen; quick on a table of any size."""
+    from runbook_lib.core import db
+    from runbook_lib.core.gates import BadInput
+    from runbook_lib.core.target import load_params
+    from runbook_lib.runner import status_rows, status_screen, target_status
+
     with plain_errors():
         params = load_params(params_file)
-        found = target_status.where_it_stands(params)
+        try:
+            stands = target_status.where_it_stands(params)
+            rows = status_rows.look(params) if target_status.has_vectors(stands) else {}
+        except BadInput as error:
+            first = next(iter(error.problems))
+            if first.name != db.REACHABLE:
+                raise
+            # The server's first words; libpq asks a question after them, and lists every address that it tried.
+            found = first.found.partition(" Is the server running")[0]
+            say(f"{params.target.schema_}.{params.target.table}: {found}; {first.do}")
+            sys.exit(BAD_INPUT)
         if as_json:
-            click.echo(json.dumps(found, indent=2, ensure_ascii=False, default=str))
-            return
-        phases = [(p["name"], p["verdict"], p["run_id"], p["at"]) for p in found["phases"]]
-        click.echo(f"{found['table']}: {found['summary']}\n")
-        click.echo(str(Table(("phase", "verdict", "run", "at"), phases)))
+            click.echo(json.dumps({**stands, "rows": rows}, indent=2, ensure_ascii=False, default=str))
+        else:
+            click.echo(status_screen.of(stands, rows, str(params_file)))
 
 
 @main.command()
@@ -282,7 +304,9 @@ def status(params_file: Path, as_json: bool) -> None:
 @click.option("--stop", is_flag=True, help="Only stop a server that was left over.")
 @click.option("--rows", default=0, show_default=True, help="Grow the table with real passages to so many rows.")
 def demo(lab: bool, stop: bool, rows: int) -> None:
-    """Run the whole migration on real data, on an embedded PostgreSQL below runs/."""
+    """Run a whole migration of real data. Its embedded PostgreSQL is below runs/."""
+    from runbook_lib.runner import runner
+
     try:
         with warnings.catch_warnings():
             # The package warns about a runtime folder that it does not use here, and logs each of its steps.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,8 +81,11 @@ def load(path: str | Path, steps: StepNames | None = None) -> Params:
         data = yaml.load(path.read_text("utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
         texts = list(_texts(data))
     except OSError as error:
+        others = [other.name for other in path.parent.glob("*.y*ml")] if isinstance(error, FileNotFoundError) else []
+        near = difflib.get_close_matches(path.name, others, n=1)
+        do = f"did you mean {path.with_name(near[0])}?" if near else ""
         raise Unusable(
-            [Problem("file_is_readable", str(path), error.strerror or "unreadable", "a YAML file")]
+            [Problem("file_is_readable", str(path), error.strerror or "unreadable", "a YAML file", do)]
         ) from error
     except YAML_ERRORS as error:
         # Without its cause, which may quote a line of the file, be it a secret.
@@ -189,6 +193,10 @@ def _from_pydantic(path: Path, error: Any) -> Problem:
     needed = error["msg"].removeprefix("Value error, ")
     # Where a section's keys do not fit each other, what the section is for would help nobody.
     do = "" if isinstance(error["input"], dict) else _describe(error["loc"])
+    if error["type"] == "literal_error":
+        values = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+        near = difflib.get_close_matches(str(error["input"]), values, n=1)
+        do = f"did you mean {near[0]}?" if near else do
     return Problem("value_is_valid", subject, found, needed[:1].lower() + needed[1:], do)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import re
@@ -77,13 +78,13 @@ def find(name: str, runs_dir: Path) -> Side:
     """A run by its folder, or by its id below ``runs_dir``. Raises BadInput where there is no such record."""
     folder = next((f for f in (Path(name), runs_dir / name) if (f / manifests.FILE).is_file()), None)
     if folder is None:
-        raise BadInput([_no_record(name, f"no {manifests.FILE} there, nor in {runs_dir / name}")])
+        raise BadInput([_no_record(name, f"no {manifests.FILE} there, nor in {runs_dir / name}", runs_dir)])
     try:
         copy = folder / LEDGER_COPY
         rows = json.loads(copy.read_text("utf-8")) if copy.is_file() else []
         return Side(folder, manifests.read(folder), [*rows, *plans.read(folder)])
     except (OSError, ValueError) as error:
-        raise BadInput([_no_record(name, " ".join(str(error).split()))]) from error
+        raise BadInput([_no_record(name, " ".join(str(error).split()), runs_dir)]) from error
 
 
 def compare(a: Side, b: Side) -> Difference:
@@ -200,7 +201,8 @@ def _plain(value: Any) -> Any:
     return plain(value) if isinstance(value, str) else value
 
 
-def _no_record(name: str, found: str) -> Gate:
+def _no_record(name: str, found: str, runs_dir: Path) -> Gate:
+    near = difflib.get_close_matches(Path(name).name, [run.run_id for _, run in manifests.all_runs(runs_dir)], n=1)
     return Gate(
         "rundiff.record_is_there",
         Verdict.FAIL,
@@ -208,5 +210,5 @@ def _no_record(name: str, found: str) -> Gate:
         found,
         "a run's folder, or its id",
         "there is nothing to compare",
-        "look into index.html of the runs folder, or say --runs-dir",
+        f"did you mean {near[0]}?" if near else "look into index.html of the runs folder, or say --runs-dir",
     )

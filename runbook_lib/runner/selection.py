@@ -40,7 +40,7 @@ def rollback_of_operation(operation: str) -> str:
     """The name of the rollback of an operation. Raises BadInput where there is none, saying why."""
     operation = current(operation, "operate")
     if operation not in OPERATE:
-        raise BadInput([_unknown_phase(operation, OPERATE)])
+        raise BadInput([_unknown_step(operation, OPERATE)])
     if rollback := rollback_of(operation):
         return rollback
     raise BadInput(
@@ -61,7 +61,7 @@ def rollback_of_operation(operation: str) -> str:
 def check(params: Params, way: str, first: str | None, last: str | None) -> None:
     """Raises BadInput for phases, notebooks, parameters or a server that a run cannot be made of."""
     order = _order(way, first)
-    problems = [_unknown_phase(p, order) for p in (first, last) if p is not None and p not in order]
+    problems = [_unknown_step(p, order) for p in (first, last) if p is not None and p not in order]
     if not problems and first and last and order.index(first) > order.index(last):
         problems = [
             _bad_choice("runner.range_is_in_order", f"{first} to {last}", f"{last} comes before {first}", "swap them")
@@ -161,13 +161,21 @@ def _nothing_to_take_back(params: Params, operation: str) -> str:
     return f"{operation} was rolled back at {last['written_at']:%Y-%m-%d %H:%M:%S %Z} (run {last['run_id']})"
 
 
-def _unknown_phase(name: str, order: tuple[str, ...]) -> Gate:
+def require_known(name: str, names: tuple[str, ...]) -> None:
+    """Raises BadInput, naming the nearest, where this is none of these steps."""
+    if name not in names:
+        raise BadInput([_unknown_step(name, names)])
+
+
+def _unknown_step(name: str, order: tuple[str, ...]) -> Gate:
+    """order: the steps that could be meant, of one kind or, for a sign-off, of several."""
     names = {old: new for old, new in OLD_NAMES.items() if new in order}
     names |= {short(p): p for p in order} | {p: p for p in order}
     near = [names[n] for n in difflib.get_close_matches(name, names, n=1, cutoff=0.4)]
     near += [p for p in order if p.startswith(name[:2])]
-    do = f"did you mean {near[0]}?" if near else f"phases: {', '.join(order)}"
-    return _bad_choice("runner.phase_is_known", name, "no such phase", do)
+    kind = STEPS[order[0]].kind
+    do = f"did you mean {short(near[0])}?" if near else f"one of {', '.join(map(short, order))}"
+    return _bad_choice(f"runner.{kind}_is_known", name, f"no such {kind}", do)
 
 
 def _bad_choice(name: str, subject: str, found: str, do: str) -> Gate:
@@ -176,7 +184,7 @@ def _bad_choice(name: str, subject: str, found: str, do: str) -> Gate:
         Verdict.FAIL,
         subject,
         found,
-        "phases of this runbook, in their order",
-        "another phase than the one meant would run; nothing was started",
+        "steps of this runbook, in their order",
+        "another step than the one meant would run; nothing was started",
         do,
     )
