@@ -42,12 +42,12 @@ os.environ[phase.params.connection.dsn_env] += " nonsense='"
 open_phase('00_preflight', params_file, run_id, False)"""
 
 # A cell with a typing error, fixed; then the server is restarted, and the notebook's first cell is run again.
-DISPLAY_LOST = """import psycopg, pytest, sqlalchemy
+DISPLAY_LOST = """import psycopg, pytest
 from runbook_lib.core import sqlmagic
-with pytest.raises(sqlalchemy.exc.ProgrammingError):
+with pytest.raises(sqlmagic.ReadFailed):
     get_ipython().run_line_magic("sql", "SELECT no_such_column")
 %sql SELECT 1 AS one
-with pytest.raises(sqlalchemy.exc.ProgrammingError):
+with pytest.raises(sqlmagic.ReadFailed):
     get_ipython().run_line_magic("sql", "SELECT no_such_column")
 ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE '%%display'"
 assert phase.connection.execute(ended, {}).rowcount == 1

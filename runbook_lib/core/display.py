@@ -102,6 +102,8 @@ def frame(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> pandas.DataF
     # Here, because it takes half a second to import, and few kernels need it.
     import pandas
 
+    # Else JupyterLab typesets what is between two dollar signs.
+    pandas.set_option("display.html.use_mathjax", False)
     series = [_typed(name or f"column {i + 1}", [row[i] for row in rows]) for i, name in enumerate(columns)]
     index = pandas.RangeIndex(len(rows))
     return pandas.concat(series, axis=1) if series else pandas.DataFrame(index=index)
