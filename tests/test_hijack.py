@@ -44,6 +44,11 @@ INSTALLED = {
     "runbook.chain_entry",
     "runbook.sign_off",
     "runbook.way_to_search",
+    "runbook.check_vector",
+    "runbook.articles_by_legacy",
+    "runbook.articles_by_vector",
+    "runbook.articles_by_vector_exact",
+    "runbook.articles_by_hybrid",
 }
 CLOSED_PATH = "search_path=pg_catalog, pg_temp"
 VECTOR = [float(x) for x in toy.embed(["cookie leaks"])[0]]
@@ -94,6 +99,8 @@ def test_a_whole_migration_calls_nothing_that_others_have_planted(
             done.end("was ended by the test", "nothing")
         paths = dict(articles.execute(PATHS).fetchall())
         assert set(paths) >= INSTALLED
+        # The legacy query's names, and nothing else of this function, are found where the application finds them.
+        assert "search_path=public, pg_temp" in paths.pop("runbook.articles_by_legacy")
         assert {name: path for name, path in paths.items() if CLOSED_PATH not in path.split("; ")} == {}
         assert attackers.called(articles, mallory) == []
         attackers.call_inexactly(database)
@@ -182,7 +189,7 @@ def test_a_function_that_others_have_made_under_our_name_is_neither_replaced_nor
         attackers.make(articles, mallory, f"CREATE FUNCTION search_articles(query varchar, {theirs} {body}")
         assert (
             search_function.function_state(phase.connection, phase.params)["function"]
-            == "search_articles(text,real[],integer)"
+            == "search_articles(text,real[],integer,double precision)"
         )  # type: ignore[index]
         assert live_shadow.plan(phase).statements[1].text(phase.connection).count("query varchar") == 0
 

@@ -45,7 +45,7 @@ def indexed(filled: Callable[..., Phase], tenants: Connection) -> Callable[..., 
         build_index.apply(phase)
         search_function.apply(phase)
         for name, value in (("hnsw.ef_search", "10"), ("hnsw.iterative_scan", "off")):
-            write(phase, f"ALTER FUNCTION search_articles(text, real[], integer) SET {name} = {value}")
+            write(phase, f"ALTER FUNCTION search_articles(text, real[], integer, float8) SET {name} = {value}")
         return phase
 
     return make
@@ -58,7 +58,7 @@ def test_answers_that_a_caller_misses_under_the_policies_fail(indexed: Callable[
     (gate,) = row_security_recall.gates(phase, 0.9)
     assert gate.verdict is Verdict.FAIL and gate.figures["recall"] < 0.5 and gate.figures["short"] > 0
     assert gate.subject == "one_tenant (app.tenant = 7, enable_seqscan = off, enable_sort = off)"
-    write(phase, "ALTER FUNCTION search_articles(text, real[], integer) SET hnsw.iterative_scan = strict_order")
+    write(phase, "ALTER FUNCTION search_articles(text, real[], integer, float8) SET hnsw.iterative_scan = strict_order")
     (gate,) = row_security_recall.gates(phase, 0.9)
     assert gate.verdict is Verdict.PASS and gate.figures["recall"] == 1.0
 

@@ -501,7 +501,7 @@ def test_undo_leaves_no_function_no_route_and_no_strategy_and_twice_does_nothing
 def test_a_function_that_is_left_says_so(ready: Callable[..., Phase]) -> None:
     assert str(search_function.verify_undone(ready())) == (
         "FAIL    search.function_is_gone   search_articles\n"
-        "  found   search_articles(text,real[],integer,text,integer)\n"
+        "  found   search_articles(text,real[],integer,text,integer,double precision)\n"
         "  needed  no such function\n"
         "  danger  the table is not as it was\n"
         "  do      run undo/search_function again"

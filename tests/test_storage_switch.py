@@ -71,9 +71,10 @@ def held(connection: psycopg.Connection[Any]) -> dict[str, tuple[bool, str, str]
 
 def function(connection: psycopg.Connection[Any]) -> str:
     row = connection.execute(
-        "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE proname = 'search_articles'"
+        "SELECT string_agg(pg_get_functiondef(oid), '' ORDER BY proname) FROM pg_proc"
+        " WHERE proname ~ '^(search_articles|articles_by_.*)$'"
     ).fetchone()
-    return str(row[0]) if row else ""
+    return str(row[0] or "") if row else ""
 
 
 def own_columns(connection: psycopg.Connection[Any]) -> list[str]:

@@ -18,6 +18,9 @@ HASH_BYTES = 16
 DIGITS_IN_A_NAME = 8
 
 
+# The search function has one function for each; those that other parameters would need are not made.
+WAYS_TO_ANSWER = ("legacy", "vector", "vector_relaxed", "vector_exact", "hybrid", "hybrid_exact")
+
 # Of a text: which of a hundred shares of the calls it falls into. Exact to the types, so that nothing shadows it.
 DRAW = sql.SQL(
     "pg_catalog.abs(pg_catalog.hashtextextended(coalesce(query_text, ''), 0::pg_catalog.int8)"
@@ -77,6 +80,11 @@ def added_columns(params: Params) -> list[str]:
 def has_side_table(params: Params) -> bool:
     """Are the vectors in a table of their own?"""
     return params.vector.layout == "side_table"
+
+
+def function_of(params: Params, way: str) -> str:
+    """Name of the function, in the ledger's schema, that answers in one of WAYS_TO_ANSWER."""
+    return f"{params.target.name}_by_{way}"
 
 
 def operator_class(params: Params) -> str:
@@ -165,7 +173,10 @@ def names(params: Params) -> dict[str, sql.Composable]:
     be searched, and ``{with_vectors}`` every row of the target, both with alias ``t`` for the target;
     ``{row_embedding}``, ``{row_embedding_hash}`` and ``{row_embedding_updated_at}`` are that row's.
 
-    ``{of_trusted_owner}`` is the condition that no stranger has made the function ``p``.
+    ``{by_legacy}``, ``{by_vector}`` and so on are the functions, one for each way, that answer for ``{function}``.
+
+    ``{of_trusted_owner}`` is the condition that no stranger has made the function ``p``; ``{is_called}`` that it is,
+    of those named like the search function, the one that answers, and none of those that pass other types on to it.
 
     ``{counted}`` is the ledger's rows that open phases and seal records: those that its owner's role wrote.
 
@@ -221,6 +232,8 @@ def _names(params: Params) -> dict[str, sql.Composable]:
         "route": identifier(ledger, "route"),
         "strategy": identifier(ledger, "strategy"),
         "way_to_search": identifier(ledger, "way_to_search"),
+        "check_vector": identifier(ledger, "check_vector"),
+        **{f"by_{way}": identifier(ledger, function_of(params, way)) for way in WAYS_TO_ANSWER},
         "staging": identifier(ledger, f"{target.name}_staging"),
         "rejected": identifier(ledger, f"{target.name}_rejected"),
         "queue": identifier(ledger, f"{target.name}_queue"),
@@ -236,6 +249,9 @@ def _names(params: Params) -> dict[str, sql.Composable]:
         "update_trigger": identifier(trigger_name(params, "update")),
         "function": identifier(target.schema_, params.function_name),
         "of_trusted_owner": _of_trusted_owner(params),
+        "is_called": sql.SQL("(p.proargtypes[1] = 'pg_catalog.float4[]'::pg_catalog.regtype AND {})").format(
+            _of_trusted_owner(params)
+        ),
         "target_name": sql.Literal(target.name),
         "draw": DRAW,
         **_where_vectors_stand(params),

@@ -17,7 +17,7 @@ from runbook_lib.core.names import identifier, names, shortened, spelled
 from runbook_lib.core.query_plan import SMALL_PARTITION_ROWS, QueryPlan, explain
 from runbook_lib.indexes import partitions
 from runbook_lib.params import Params
-from runbook_lib.search import search_function, statements
+from runbook_lib.search import function_text, statements
 from runbook_lib.sql import load
 
 SQL = load("fulltext")
@@ -164,7 +164,7 @@ def _plan(connection: db.Connection, params: Params) -> QueryPlan:
 @contextmanager
 def _as_in_the_function(connection: db.Connection, params: Params) -> Iterator[None]:
     """A transaction in which names mean what they mean in the search function; rolled back."""
-    path = ", ".join(identifier(schema).as_string() for schema in search_function.function_path(connection, params))
+    path = ", ".join(identifier(schema).as_string() for schema in function_text.expression_path(connection, params))
     with db.rolled_back(connection):
         connection.execute(SQL["path"].compose({}), {"path": path.replace("%%", "%")})
         yield

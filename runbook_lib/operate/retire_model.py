@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from psycopg import sql
+
 from runbook_lib.benchmark.prepared import vector_indexes
 from runbook_lib.core import claim, db
 from runbook_lib.core.display import Table, number
@@ -112,8 +114,9 @@ def _forget(phase: Phase, old: Phase) -> list[db.Statement]:
     if copy is None or model_change.stage(phase) is None:
         return []
     extra = model_change.names_of_both(phase, copy)
-    own = {"function": extra["before"], "signature": extra["identity"]}
-    return [db.statement(search_function.SQL["drop_function"], old.params, own)]
+    before = sql.SQL("{}({})").format(extra["before"], extra["identity"])
+    own = search_function.answering(old.connection, old.params)
+    return [search_function.drop_statement(old.params, [before, *own])]
 
 
 @changes

@@ -16,7 +16,7 @@ from runbook_lib.benchmark import index_recall
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import index_name, spelled, verbatim
+from runbook_lib.core.names import WAYS_TO_ANSWER, function_of, index_name, spelled, verbatim
 from runbook_lib.core.phase import Phase
 from runbook_lib.search import search_function, ways
 from runbook_lib.sql import load
@@ -73,10 +73,12 @@ def _together(renames: db.Statement, function: sql.Composed) -> db.Statement:
 
 
 def definition(phase: Phase) -> str | None:
-    """The search function as it could be made again, settings and all; None where there is none."""
+    """The search function, and those that answer for it, as they could be made again; None where there are none."""
     p = phase.params
-    found = db.rows(phase.connection, SQL["definition"], p, schema=spelled(p, "schema"), function=p.function_name)
-    return str(found[0]["definition"]) if found else None
+    own = {"by_route": [function_of(p, way) for way in WAYS_TO_ANSWER], "ledger": spelled(p, "ledger")}
+    called = {"schema": spelled(p, "schema"), "function": p.function_name}
+    found = db.one(phase.connection, SQL["definition"], p, **called, **own)["definition"]
+    return str(found) if found else None
 
 
 def before(

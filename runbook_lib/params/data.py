@@ -14,7 +14,9 @@ from runbook_lib.params.section import AnyPath, Name, NewColumn, Section, ShortN
 MAX_DIMENSION = 16_000
 MAX_INDEXED_DIMENSION = {"vector": 2000, "halfvec": 4000, "bit": 64_000}
 # Arguments and results of the search function beside the key and the filters.
-NAMES_IN_THE_FUNCTION = frozenset({"query_text", "query_embedding", "k", "score", "answered_by"})
+NAMES_IN_THE_FUNCTION = frozenset(
+    {"query_text", "query_embedding", "k", "min_similarity", "score", "answered_by", "similarity", "rank"}
+)
 # What :name may stand for in legacy.query and search.application_query, beside the filters.
 PLACEHOLDERS = frozenset({"query", "embedding", "k"})
 # How a file of vectors tells its format.

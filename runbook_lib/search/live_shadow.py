@@ -57,8 +57,10 @@ def _names(connection: db.Connection, params: Params) -> dict[str, sql.Composabl
     passed = [identifier(name) for name in facts["passed"]]
     filters = [
         sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(argument, verbatim(sql.Literal(column).as_string()))
-        for column, argument in zip(p.target.filters, passed[3:], strict=True)
+        for column, argument in zip(p.target.filters, passed[3:-1], strict=True)
     ]
+    # By the function's own name: a variable in it may be called as a column is.
+    results = [(identifier(function_name(p), name), identifier("answer", name)) for name in facts["results"]]
     return names(p) | {
         "log": _log(p),
         "log_index": identifier(f"{p.target.name}_shadow_log_at"),
@@ -68,11 +70,22 @@ def _names(connection: db.Connection, params: Params) -> dict[str, sql.Composabl
         "result": verbatim(facts["result"]),
         "settings": sql.SQL(" ").join(_setting(s) for s in facts["settings"]),
         "passed": sql.SQL(", ").join(passed),
+        "take_over": sql.SQL("\n        ").join(sql.SQL("{} := {};").format(*pair) for pair in results),
+        "drop_outdated": _drop_outdated(connection, p, facts),
         "filters_given": sql.SQL(", ").join(filters),
         "new_route": sql.Literal(p.cut_over.route),
         "sample_percent": sql.Literal(p.shadow.sample_percent),
         "most_calls": sql.Literal(p.shadow.calls_per_minute),
     }
+
+
+def _drop_outdated(connection: db.Connection, params: Params, facts: db.Row) -> sql.Composable:
+    """Part of the statement that makes the function: one of an earlier release has other arguments or columns."""
+    own = {"schema": spelled(params, "schema"), "function": function_name(params)}
+    shadow = next(iter(db.rows(connection, SQL["function_facts"], params, **own)), facts)
+    if all(shadow[fact] == facts[fact] for fact in ("arguments", "result")):
+        return sql.SQL("")
+    return sql.SQL("DROP FUNCTION {};\n").format(verbatim(shadow["function"]))
 
 
 def _setting(setting: str) -> sql.Composable:

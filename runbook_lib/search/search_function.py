@@ -2,99 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 from psycopg import sql
 
-from runbook_lib.core import db, session
+from runbook_lib.core import closed, db
 from runbook_lib.core.display import Table
-from runbook_lib.core.gates import Gates, collect, gate
-from runbook_lib.core.names import identifier, names, spelled, verbatim
+from runbook_lib.core.gates import BadInput, Gates, collect, gate
+from runbook_lib.core.names import WAYS_TO_ANSWER, function_of, identifier, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
-from runbook_lib.search import combined_filters, free_names, function_ownership, ways
-from runbook_lib.search.statements import Route, column_types, route_statement
-from runbook_lib.sql import DOLLAR_TAG, load
+from runbook_lib.search import free_names, function_ownership, function_text, ways
+from runbook_lib.search.function_text import DEFAULT_K as DEFAULT_K
+from runbook_lib.search.function_text import Function
+from runbook_lib.search.statements import Route
+from runbook_lib.sql import load
 
 SQL = load("search")
-
-# Rows that a call gets which does not say how many, or says NULL.
-DEFAULT_K = 10
-
-
-def _function_names(
-    connection: db.Connection, params: Params, retired: bool | None = None
-) -> dict[str, sql.Composable]:
-    """What the blocks about the function need besides the common names.
-
-    retired: the function is to be without its legacy branch; as the route has it if not given.
-    """
-    p = params
-    types = column_types(connection, p)
-    filter_types = [verbatim(types[c]) for c in p.target.filters]
-    arguments = [
-        sql.SQL("query_text text"),
-        sql.SQL("query_embedding real[] DEFAULT NULL"),
-        sql.SQL("k integer DEFAULT {}").format(sql.Literal(DEFAULT_K)),
-        *(
-            sql.SQL("{} {} DEFAULT NULL").format(identifier(f"filter_{c}"), kind)
-            for c, kind in zip(p.target.filters, filter_types, strict=True)
-        ),
-    ]
-    using = ["query_text", "query_embedding", "k", *(f"filter_{c}" for c in p.target.filters)]
-    hybrid: Route = "hybrid" if p.search.has_fulltext else "vector"
-    return {
-        "arguments": sql.SQL(", ").join(arguments),
-        "signature": sql.SQL(", ").join([sql.SQL("text, real[], integer"), *filter_types]),
-        "key_type": verbatim(types[p.target.key]),
-        "using": sql.SQL(", ").join(map(identifier, using)),
-        "search_path": sql.SQL(", ").join(map(identifier, function_path(connection, p))),
-        # Made again, the function would lose what 70_tune gave it.
-        "kept_settings": _set_clauses(carried_settings(connection, params)),
-        "choose_way": _choose_way(p),
-        "default_k": sql.Literal(DEFAULT_K),
-        "refuse_vector": SQL["refuse_vector"].compose(
-            {
-                "dimension": sql.Literal(p.vector.dimension),
-                # Under l2 a vector of zeros is a place like any other.
-                "refuses_zero": sql.Literal(p.vector.distance != "l2"),
-            }
-        ),
-        "vector_query": _as_literal(connection, params, "vector"),
-        "vector_relaxed_query": _as_literal(connection, params, "vector", "relaxed"),
-        "vector_exact_query": _as_literal(connection, params, "vector", "exact"),
-        "hybrid_query": _as_literal(connection, params, hybrid),
-        "hybrid_exact_query": _as_literal(connection, params, hybrid, "exact"),
-        "legacy_answer": _legacy_answer(
-            connection, params, legacy_is_retired(connection, params) if retired is None else retired, using
-        ),
-    }
-
-
-def _choose_way(params: Params) -> sql.Composable:
-    """The part of the function that looks up how to search by the filters that are given."""
-    filters = params.target.filters
-    if not filters:
-        return sql.SQL("NULL")  # there is one way to search
-    method = params.index.method
-    given = [identifier(f"filter_{c}") for c in filters]
-    return SQL["choose_way"].compose(
-        names(params)
-        | {
-            "filter_arguments": sql.SQL(", ").join(given),
-            "asked_filter": combined_filters.given_name(filters, given),
-            "asked_value": combined_filters.given_value(given),
-            "setting": sql.Literal(ways.SETTING[method]),
-            "iterative_setting": sql.Literal(ways.ITERATIVE[method][0]),
-            "most_scanned_setting": sql.Literal(ways.MOST_SCANNED[method]),
-        }
-    )
-
-
-def _set_clauses(settings: Mapping[str, str]) -> sql.Composable:
-    clauses = [sql.SQL("SET {} = {}").format(sql.SQL(name), sql.Literal(v)) for name, v in settings.items()]
-    return sql.SQL(" ").join(clauses)
 
 
 def retired_constraint(params: Params) -> str:
@@ -109,54 +34,35 @@ def legacy_is_retired(connection: db.Connection, params: Params) -> bool:
     return bool(row["retired"])
 
 
-def _legacy_answer(connection: db.Connection, params: Params, retired: bool, using: Sequence[str]) -> sql.Composable:
-    message = f"the legacy search behind {params.function_name} was retired"
-    return SQL["refuse_legacy" if retired else "answer_by_legacy"].compose(
-        {
-            "retired_message": verbatim(sql.Literal(message).as_string()),
-            "legacy_query": _as_literal(connection, params, "legacy"),
-            "using": sql.SQL(", ").join(map(identifier, using)),
-            "users_path": _users_path(connection, params),
-        }
+def _wanted(
+    connection: db.Connection,
+    params: Params,
+    settings: Mapping[str, str] | None = None,
+    retired: bool | None = None,
+) -> list[Function]:
+    """The functions that these parameters make. settings, retired: as they are now if not given."""
+    return function_text.functions(
+        connection,
+        params,
+        carried_settings(connection, params) if settings is None else settings,
+        legacy_is_retired(connection, params) if retired is None else retired,
     )
 
 
-def _users_path(connection: db.Connection, params: Params) -> sql.Composable:
-    """Part of the function: the legacy query's names resolve as they do for the application, temporary ones last,
-    where the function's own path is narrower. The SET of the function ends it with the call.
+def _installed(connection: db.Connection, params: Params, wanted: list[Function]) -> list[db.Row]:
+    """This target's functions as the catalogue has them, each with ``fits``, whether CREATE OR REPLACE would do, and
+    ``same``, whether that would change nothing.
     """
-    came_with = session.inherited(connection)
-    wanted = list(dict.fromkeys([params.target.schema_, *came_with]))
-    if set(wanted) <= set(function_path(connection, params)):
-        return sql.SQL("")
-    path = ", ".join(identifier(schema).as_string() for schema in [*wanted, "pg_temp"])
-    return sql.SQL("PERFORM pg_catalog.set_config('search_path', {}, true);\n        ").format(sql.Literal(path))
-
-
-def function_path(connection: db.Connection, params: Params) -> list[str]:
-    """The function's search path: pg_catalog first, pg_temp last. Between them, for an expression, the table's schema
-    and those that the session sees; none of them where others may create.
-    """
-    if not params.search.fulltext_expression:
-        return ["pg_catalog", "pg_temp"]
-    row = connection.execute("SELECT current_schemas(false) AS seen").fetchone()
-    wanted = [params.target.schema_, *(row["seen"] if row else [])]
-    closed_off = [row["schema"] for row in session.open_schemas(connection)]
-    between = [schema for schema in wanted if schema not in (*closed_off, "pg_catalog", "pg_temp")]
-    return ["pg_catalog", *dict.fromkeys(between), "pg_temp"]
-
-
-def _as_literal(connection: db.Connection, params: Params, route: Route, scan: ways.Scan = "index") -> sql.Composable:
-    """A route's query as a string for EXECUTE, with the columns that the function returns."""
-    p = params
-    text = route_statement(connection, p, route, in_function=True, scan=scan)
-    key = names(p)["key"] if route == "legacy" else sql.Identifier("key")
-    score = sql.SQL("NULL::double precision") if route == "legacy" else sql.SQL("q.score")
-    wrapped = sql.SQL("SELECT q.{}, {}, {} FROM (\n{}\n) q").format(
-        key, score, sql.SQL(f"'{route}'::pg_catalog.text"), text
+    return db.rows(
+        connection,
+        SQL["installed"],
+        params,
+        wanted=json.dumps([f.wanted(connection) for f in wanted]),
+        schema=spelled(params, "schema"),
+        function=params.function_name,
+        ledger=spelled(params, "ledger"),
+        by_route=[*(function_of(params, way) for way in WAYS_TO_ANSWER), *(f.name for f in wanted)],
     )
-    # legacy_statement has doubled its per cent signs for a client; the others hold none.
-    return sql.SQL(sql.Literal(wrapped.as_string(connection)).as_string(connection))
 
 
 def create_statement(
@@ -166,19 +72,75 @@ def create_statement(
     *,
     retired: bool | None = None,
 ) -> db.Statement:
-    """CREATE OR REPLACE of the function, with the index settings that it carries.
+    """Makes the function and those that answer for it, in one transaction, with the index settings that it carries.
 
+    One that has other arguments or results by now is dropped first; who may call it and its comment stay.
     settings_of: by name, in place of those that it carries now. retired: without its legacy branch; as the route has
-    it if not given. Raises GateFailed where another target took it over.
+    it if not given. Raises GateFailed where another target took it over, BadInput where it is needed as it is.
     """
     function_ownership.require_own(connection, params)
     free_names.require_function(connection, params, params.function_name)
-    kept = carried_settings(connection, params) if settings_of is None else settings_of
-    return db.statement(
-        SQL["create_function"],
-        params,
-        _function_names(connection, params, retired) | {"kept_settings": _set_clauses(kept)},
-    )
+    wanted = _wanted(connection, params, settings_of, retired)
+    installed = _installed(connection, params, wanted)
+    outdated = [row for row in installed if not row["fits"]]
+    _require_no_dependents(params, outdated)
+    called = [row for row in installed if row["is_called"]]
+    everything = sql.SQL(", ").join(f.signature for f in wanted)
+    made = [
+        *(sql.SQL("DROP FUNCTION {}").format(verbatim(row["function"])) for row in outdated),
+        *(f.made for f in reversed(wanted)),
+    ]
+    parts, kept = [_in_order(made)], _kept(called, outdated, wanted[0].signature, everything)
+    if kept:
+        parts.append(sql.SQL("{}\n{}").format(sql.SQL(closed.MARK), _in_order(kept)))
+    return db.statement(SQL["create_function"], params, {"parts": sql.SQL(";\n\n").join(parts)})
+
+
+def _in_order(statements: Sequence[sql.Composable]) -> sql.Composable:
+    return sql.SQL(";\n\n").join(statements)
+
+
+def _kept(
+    called: list[db.Row], outdated: list[db.Row], function: sql.Composable, everything: sql.Composable
+) -> list[sql.Composable]:
+    """Statements that give those who may call the function the rest too, and a new one what the old one had."""
+    callers = {(c["role"], c["grants"]): None for row in called for c in row["callers"]}
+    kept: list[sql.Composable] = [
+        sql.SQL("GRANT EXECUTE ON FUNCTION {} TO {}{}").format(
+            everything,
+            sql.SQL("PUBLIC") if role is None else identifier(role),
+            sql.SQL(" WITH GRANT OPTION" if grants else ""),
+        )
+        for role, grants in callers
+    ]
+    for row in outdated:
+        if row["is_called"] and row["comment"]:
+            comment = verbatim(sql.Literal(row["comment"]).as_string())
+            kept.append(sql.SQL("COMMENT ON FUNCTION {} IS {}").format(function, comment))
+        if row["is_called"] and row["owner"]:
+            kept.append(sql.SQL("ALTER FUNCTION {} OWNER TO {}").format(function, identifier(row["owner"])))
+    return kept
+
+
+def _require_no_dependents(params: Params, dropped: list[db.Row]) -> None:
+    """Raises BadInput where a view or the like is made on a function that must be dropped."""
+    found = [f"{what} needs {row['function']}" for row in dropped for what in row["needed_by"]]
+    if found:
+        raise BadInput(
+            [
+                gate(
+                    "search.nothing_depends_on_the_function",
+                    False,
+                    params.function_name,
+                    found="; ".join(found),
+                    needed="nothing that is made on it",
+                    danger="with other arguments or columns it must be dropped and made again, which PostgreSQL"
+                    " refuses while something depends on it; DROP … CASCADE would drop that too",
+                    do="keep the definition (SELECT pg_get_viewdef of a view), drop it, run this again, and make it"
+                    " again; nothing was changed",
+                )
+            ]
+        )
 
 
 def carried_settings(connection: db.Connection, params: Params) -> dict[str, str]:
@@ -190,32 +152,26 @@ def carried_settings(connection: db.Connection, params: Params) -> dict[str, str
 
 
 def is_as_planned(connection: db.Connection, params: Params) -> bool:
-    """Is the function there, with the very text that these parameters make?"""
-    found = function_state(connection, params)
-    if found is None:
-        return False
-    text = db.statement(SQL["create_function"], params, _function_names(connection, params)).text(connection)
-    # What ends the statement encloses the body; a name may hold another.
-    body = text.split(DOLLAR_TAG.findall(text)[-1])[1]
-    return bool(found["source"] == hashlib.md5(body.encode(), usedforsecurity=False).hexdigest())
+    """Are the function and those that answer for it there, with the very text that these parameters make?"""
+    wanted = _wanted(connection, params)
+    return sum(bool(row["same"]) for row in _installed(connection, params, wanted)) == len(wanted)
 
 
 def plan(phase: Phase) -> db.Plan:
     """The tables of routes and strategies, this target's route, the function, and the grants.
 
-    Raises GateFailed where another target took the function over.
+    Raises GateFailed where another target took the function over, BadInput where it is needed as it is.
     """
-    function_ownership.require_own(phase.connection, phase.params)
-    free_names.require_function(phase.connection, phase.params, phase.params.function_name)
-    extra = _function_names(phase.connection, phase.params)
-    start = [] if legacy_is_retired(phase.connection, phase.params) else ["start_with_legacy"]
-    blocks = ["create_route", "create_strategy", "create_way_to_search", *start, "create_function"]
-    statements = [db.statement(SQL[b], phase.params, extra) for b in blocks]
+    connection, p = phase.connection, phase.params
+    create = create_statement(connection, p)
+    start = [] if legacy_is_retired(connection, p) else ["start_with_legacy"]
+    tables = [db.statement(SQL[b], p) for b in ("create_route", "create_strategy", "create_way_to_search", *start)]
+    everything = sql.SQL(", ").join(f.signature for f in _wanted(connection, p))
     grants = [
-        db.statement(SQL["grant"], phase.params, extra | {"role": identifier(role)})
-        for role in phase.params.search.grant_to
+        db.statement(SQL["grant"], p, {"functions": everything, "role": identifier(role)})
+        for role in p.search.grant_to
     ]
-    return db.Plan((*statements, *grants), phase.connection)
+    return db.Plan((*tables, create, *grants), connection)
 
 
 @changes
@@ -245,7 +201,6 @@ def set_search_setting(connection: db.Connection, params: Params, value: int) ->
     with pgvector's library loaded: a role that is no superuser may not name a setting that the server does not know
     yet.
     """
-    extra, method = _function_names(connection, params), params.index.method
     anew = (
         []
         if function_state(connection, params) is None or is_as_planned(connection, params)
@@ -257,17 +212,26 @@ def set_search_setting(connection: db.Connection, params: Params, value: int) ->
             db.statement(
                 SQL["set_search_settings"],
                 params,
-                extra | {"setting": sql.SQL(name), "value": sql.Literal(text)},
+                {
+                    "signature": _signature(connection, params),
+                    "setting": sql.SQL(name),
+                    "value": sql.Literal(text),
+                },
             )
-            for name, text in ways.through_the_index(params, value).settings(method).items()
+            for name, text in ways.through_the_index(params, value).settings(params.index.method).items()
         ),
     ]
 
 
 def reset_search_setting(connection: db.Connection, params: Params, name: str) -> db.Statement:
     """A statement that takes one index setting from the function."""
-    extra = _function_names(connection, params) | {"setting": sql.SQL(name)}
+    extra = {"signature": _signature(connection, params), "setting": sql.SQL(name)}
     return db.statement(SQL["reset_search_settings"], params, extra)
+
+
+def _signature(connection: db.Connection, params: Params) -> sql.Composable:
+    """Name and types of the function that the application calls."""
+    return _wanted(connection, params)[0].signature
 
 
 def function_state(connection: db.Connection, params: Params) -> db.Row | None:
@@ -279,13 +243,26 @@ def function_state(connection: db.Connection, params: Params) -> db.Row | None:
 
 
 def undo_plan(phase: Phase) -> db.Plan:
-    """DROP FUNCTION and the route's row, if they are there."""
+    """DROP of the functions and the route's row, if they are there.
+
+    Raises BadInput where a view or the like is made on one of them.
+    """
     if function_state(phase.connection, phase.params) is None:
         return db.Plan((), phase.connection)
-    return db.Plan(
-        (db.statement(SQL["drop_function"], phase.params, _function_names(phase.connection, phase.params)),),
-        phase.connection,
-    )
+    installed = _installed(phase.connection, phase.params, [])
+    _require_no_dependents(phase.params, installed)
+    dropped = [verbatim(row["function"]) for row in installed]
+    return db.Plan((drop_statement(phase.params, dropped),), phase.connection)
+
+
+def drop_statement(params: Params, functions: Sequence[sql.Composable]) -> db.Statement:
+    """Drops these functions, with the target's route and strategies."""
+    return db.statement(SQL["drop_function"], params, {"functions": sql.SQL(", ").join(functions)})
+
+
+def answering(connection: db.Connection, params: Params) -> list[sql.Composable]:
+    """The functions that answer for the one that the application calls, as DROP wants them."""
+    return [verbatim(r["function"]) for r in _installed(connection, params, []) if not r["is_called"]]
 
 
 @changes

@@ -14,20 +14,38 @@ from runbook_lib.search.ways import Scan
 from runbook_lib.sql import load
 
 SQL = load("search")
+ROUTES = load("routes")
 
 Route = Literal["legacy", "vector", "hybrid"]
 
 
 def _placeholders(params: Params, in_function: bool) -> dict[str, sql.Composable]:
     """How the query text, its vector, k and the filters are written: $n inside the function, %(name)s outside."""
-    vector_type = names(params)["vector_type"]
-    if in_function:
-        own = {
-            name: sql.SQL(f"${i}") for i, name in enumerate(["query", "embedding", "k", *params.target.filters], 1)
-        }
-    else:
-        own = {name: sql.Placeholder(name) for name in ["query", "embedding", "k", *params.target.filters]}  # type: ignore[misc]
-    return {**own, "embedding": sql.SQL("{}::{}").format(own["embedding"], vector_type)}
+    asked = ["query", "embedding", "k", *params.target.filters]
+    own: dict[str, sql.Composable] = {
+        name: sql.SQL(f"${i}") if in_function else sql.Placeholder(name) for i, name in enumerate(asked, 1)
+    }
+    return {**own, "embedding": sql.SQL("{}::{}").format(own["embedding"], names(params)["vector_type"])}
+
+
+def min_similarity(params: Params) -> sql.SQL:
+    """The smallest similarity of a call, inside a function: its last argument."""
+    return sql.SQL(f"${4 + len(params.target.filters)}")
+
+
+def similarity(params: Params, distance: sql.Composable) -> sql.Composed:
+    """Of a row to the query, from the distance of their vectors: the larger, the more alike, whatever the distance.
+
+    The cosine; the inner product, of which pgvector has the negative; for l2 1 at the same place, towards 0 far away.
+    """
+    forms = {"cosine": "1 - {}", "inner_product": "-{}", "l2": "1 / (1 + {})"}
+    return sql.SQL(forms[params.vector.distance]).format(distance)
+
+
+def similarity_of_score(params: Params, score: sql.Composable) -> sql.Composed:
+    """The same from the score of the vector route, which is the distance negated."""
+    forms = {"cosine": "1 + {}", "inner_product": "{}", "l2": "1 / (1 - {})"}
+    return sql.SQL(forms[params.vector.distance]).format(score)
 
 
 def where_filters(connection: db.Connection, params: Params, places: Mapping[str, sql.Composable]) -> sql.Composable:
@@ -76,19 +94,26 @@ def legacy_statement(params: Params, in_function: bool = False) -> sql.Composed:
 
 
 def route_statement(
-    connection: db.Connection, params: Params, route: Route, *, in_function: bool = False, scan: Scan = "index"
+    connection: db.Connection,
+    params: Params,
+    route: Route,
+    *,
+    in_function: bool = False,
+    scan: Scan = "index",
+    indent: int = 0,
 ) -> sql.Composed:
-    """The query of a route. Outside the function it returns the key and, for vector and hybrid, a score.
+    """The query of a route: the key; for vector and hybrid a score, the best first; for hybrid the similarity too.
 
-    scan: ``relaxed`` is the same as ``index`` for hybrid, which sorts in any case.
+    scan: ``relaxed`` is the same as ``index`` for hybrid, which sorts in any case. indent: blanks before its lines.
     """
     if route == "legacy":
         return legacy_statement(params, in_function)
     places = _placeholders(params, in_function)
     sorted_again = scan == "relaxed" or (scan == "index" and params.index.storage != "vector")
     block = "hybrid" if route == "hybrid" else "relaxed" if sorted_again else "exact_or_vector"
-    n = names(params)
-    return SQL[block].compose(
+    n, least = names(params), min_similarity(params)
+    alike = similarity(params, sql.SQL("distance"))
+    return ROUTES[block].compose(
         n
         | {
             "nearest_first": _nearest_first(params, places["embedding"], scan),
@@ -97,8 +122,15 @@ def route_statement(
             "k": places["k"],
             **_how_many(params, places["k"], scan),
             "filters": where_filters(connection, params, places),
+            "row_similarity": similarity(
+                params, sql.SQL("({} {} {})").format(n["row_embedding"], n["distance"], places["embedding"])
+            ),
+            "near_enough": sql.SQL("({m} IS NULL OR {s} >= {m})").format(m=least, s=alike)
+            if in_function
+            else sql.SQL("true"),
             **(fulltext_names(connection, params) if route == "hybrid" else {}),
-        }
+        },
+        indent,
     )
 
 
@@ -125,7 +157,7 @@ def fulltext_names(connection: db.Connection, params: Params) -> dict[str, sql.C
 
 def fulltext_statement(connection: db.Connection, params: Params) -> sql.Composed:
     """Full text alone: the words half of hybrid, without filters."""
-    return SQL["fulltext"].compose(names(params) | fulltext_names(connection, params))
+    return ROUTES["fulltext"].compose(names(params) | fulltext_names(connection, params))
 
 
 def text_search_config(connection: db.Connection, params: Params, name: str = "") -> db.Row | None:

@@ -31,12 +31,14 @@ class Block:
     undo: str
     text: str
 
-    def compose(self, names: Mapping[str, sql.Composable]) -> sql.Composed:
+    def compose(self, names: Mapping[str, sql.Composable], indent: int = 0) -> sql.Composed:
         """The statement with its identifiers in place; values stay placeholders.
 
-        A name may hold what ends the body of a function: then another tag encloses the body.
+        A name may hold what ends the body of a function: then another tag encloses the body. indent: blanks in front
+        of the block's own lines after the first, not of those that a name brings: they may be part of a string.
         """
-        composed = sql.SQL(self.text).format(**dict[str, Any](names))
+        text = self.text.replace("\n", "\n" + " " * indent)
+        composed = sql.SQL(text).format(**dict[str, Any](names))
         tags = set(DOLLAR_TAG.findall(self.text))
         if not tags:
             return composed
@@ -45,7 +47,7 @@ class Block:
         if whole.count(tag) == self.text.count(tag):
             return composed
         other = next(t for n in count(1) if (t := f"$runbook{n}$") not in whole)
-        return sql.SQL(self.text.replace(tag, other)).format(**dict[str, Any](names))
+        return sql.SQL(text.replace(tag, other)).format(**dict[str, Any](names))
 
 
 @cache

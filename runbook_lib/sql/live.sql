@@ -5,9 +5,10 @@
 -- purpose: The search function's arguments, result and settings.
 SELECT pg_get_function_arguments(p.oid) AS arguments, pg_get_function_identity_arguments(p.oid) AS identity,
        pg_get_function_result(p.oid) AS result, coalesce(p.proconfig, '{{}}') AS settings,
-       p.proargnames[1:p.pronargs] AS passed
-FROM pg_proc p
-WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {of_trusted_owner};
+       p.proargnames[1:p.pronargs] AS passed, p.proargnames[p.pronargs + 1:] AS results,
+       format('%%I.%%I(%%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)) AS function
+FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {is_called};
 
 -- name: create_log
 -- purpose: Create the log of sampled calls: a hash of the text, names of the filters, both answers and times; no text.
@@ -32,7 +33,7 @@ CREATE INDEX IF NOT EXISTS {log_index} ON {log} (logged_at);
 -- purpose: Create the function that answers as the search function does, and lets the other search answer a share of the calls too.
 -- lock: none on the target
 -- undo: live.drop_function
-CREATE OR REPLACE FUNCTION {shadow_function}({arguments}) RETURNS {result}
+{drop_outdated}CREATE OR REPLACE FUNCTION {shadow_function}({arguments}) RETURNS {result}
 LANGUAGE plpgsql VOLATILE {settings} AS $runbook$
 DECLARE
     answer     record;
@@ -46,9 +47,8 @@ DECLARE
     forced     text := current_setting('runbook.route', true);
 BEGIN
     FOR answer IN SELECT * FROM {function}({passed}) LOOP
-        {key} := answer.{key};
-        score := answer.score;
-        answered_by := answer.answered_by;
+        {take_over}
+        live := answer.answered_by;
         live_keys := live_keys || answer.{key}::text;
         RETURN NEXT;
     END LOOP;
@@ -65,7 +65,6 @@ BEGIN
             RETURN;
         END IF;
         -- The answer says by which route it came; one without rows does not.
-        live := answered_by;
         IF live IS NULL THEN
             SELECT r.route INTO live FROM {route} r
             WHERE r.target = {target_name} AND {draw} OPERATOR(pg_catalog.<) r.share_percent;
@@ -119,7 +118,7 @@ DROP TABLE IF EXISTS {log};
 -- name: what_is_there
 -- purpose: Is there a function of that name, and a log?
 SELECT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s
-               AND {of_trusted_owner}) AS function,
+               AND {is_called}) AS function,
        to_regclass(%(log)s) IS NOT NULL AS log;
 
 -- name: logged

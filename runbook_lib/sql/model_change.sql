@@ -11,7 +11,8 @@ SELECT p.oid::bigint AS oid, pg_get_functiondef(p.oid) AS definition, p.prosrc A
              FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
              WHERE a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner ORDER BY 1) AS callers
 FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {of_trusted_owner};
+WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {of_trusted_owner}
+ORDER BY {is_called} DESC NULLS LAST LIMIT 1;
 
 -- name: callers_without_rights
 -- purpose: Of the roles that call the function now, those that may not call the other one or read its vectors.

@@ -19,6 +19,8 @@ ALTER INDEX {renamed} RENAME TO {name};
 ALTER INDEX {renamed} RENAME TO {name};
 
 -- name: definition
--- purpose: The search function as a statement that makes it again.
-SELECT pg_get_functiondef(p.oid) AS definition FROM pg_proc p
-WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {of_trusted_owner};
+-- purpose: The search function, and those that answer for it, as statements that make them again.
+SELECT string_agg(pg_get_functiondef(p.oid), E';\n' ORDER BY p.pronamespace = to_regnamespace(%(schema)s), p.proname) AS definition
+FROM pg_proc p
+WHERE p.pronamespace = to_regnamespace(%(ledger)s) AND p.proname = ANY (%(by_route)s)
+   OR p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {is_called};

@@ -1,61 +1,5 @@
--- The searches that are compared, and the function that the application calls. {query_text}, {query_vector} and {k}
--- are bound values for a client, $1 $2 $3 inside the function.
-
--- name: exact_or_vector
--- purpose: The nearest rows by distance; with the index, or by reading every row.
-SELECT t.{key} AS key, -({row_embedding} {distance} {query_vector}) AS score
-FROM {from_vectors}
-WHERE {filters} AND {row_embedding} IS NOT NULL
-ORDER BY {nearest_first}
-LIMIT {k};
-
--- name: relaxed
--- purpose: The nearest rows through an index that finds them nearly in order; sorted by their vectors once found.
-WITH nearest AS MATERIALIZED (
-    SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
-    FROM {from_vectors}
-    WHERE {filters} AND {row_embedding} IS NOT NULL
-    ORDER BY {nearest_first}
-    LIMIT {nearest_rows}
-)
-SELECT key, -distance AS score FROM nearest ORDER BY distance + 0 LIMIT {k};
-
--- name: hybrid
--- purpose: Nearest rows and best full-text rows, merged by reciprocal rank fusion (Cormack et al. 2009, constant 60).
-WITH nearest AS MATERIALIZED (
-    SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
-    FROM {from_vectors}
-    WHERE {filters} AND {row_embedding} IS NOT NULL
-    ORDER BY {nearest_first}
-    LIMIT {nearest_candidates}
-), words AS (
-    SELECT pg_catalog.replace(
-        pg_catalog.plainto_tsquery({fulltext_config}, {query_text})::pg_catalog.text, ' & ', ' | '
-    )::pg_catalog.tsquery AS any_word
-), matching AS MATERIALIZED (
-    SELECT t.{key} AS key, pg_catalog.ts_rank(d.document, w.any_word, 1) AS rank
-    FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d, words w
-    WHERE d.document OPERATOR(pg_catalog.@@) w.any_word AND {filters}
-    ORDER BY rank DESC, t.{key}
-    LIMIT {candidates}
-), votes AS (
-    SELECT key, pg_catalog.row_number() OVER (ORDER BY distance, key) AS place FROM nearest
-    UNION ALL
-    SELECT key, pg_catalog.row_number() OVER (ORDER BY rank DESC, key) FROM matching
-)
-SELECT key, pg_catalog.sum(1.0 / (60 + place))::double precision AS score
-FROM votes GROUP BY key
-ORDER BY score DESC, key
-LIMIT {k};
-
--- name: fulltext
--- purpose: Full text alone, as in hybrid, any word of the query, best rank first.
-SELECT t.{key} AS key, ts_rank(d.document, w.any_word, 1) AS score
-FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d,
-     (SELECT replace(plainto_tsquery({fulltext_config}, %(query)s)::text, ' & ', ' | ')::tsquery AS any_word) w
-WHERE d.document @@ w.any_word
-ORDER BY score DESC, t.{key}
-LIMIT %(k)s;
+-- Where reads go, how to search by which filter, and the functions that the application calls; their texts are in
+-- search_function.sql, the searches in them in routes.sql.
 
 -- name: create_route
 -- purpose: Create the table that says where reads go; moving them is one row in one transaction.
@@ -116,108 +60,20 @@ $$;
 INSERT INTO {route} (target, route, share_percent) VALUES ({target_name}, 'legacy', 0) ON CONFLICT DO NOTHING;
 
 -- name: create_function
--- purpose: Create the one function that the application calls; it answers by the route in the table.
+-- purpose: Create the one function that the application calls, and the ones that answer for it by the route in the table.
 -- lock: none on the target
 -- undo: search.drop_function
-CREATE OR REPLACE FUNCTION {function}({arguments})
-RETURNS TABLE ({key} {key_type}, score double precision, answered_by text)
-LANGUAGE plpgsql STABLE SET search_path = {search_path} {kept_settings} AS $runbook$
-DECLARE
-    chosen       text := 'legacy';
-    way          text := 'index';
-    how          record;
-    asked_filter text;
-    asked_value  text;
-BEGIN
-    k := coalesce(k, {default_k});
-    IF k < 0 THEN
-        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = pg_catalog.format('k is %%s, needed: 0 or more', k);
-    END IF;
-    IF query_embedding IS NOT NULL THEN
-        {refuse_vector};
-        -- A shadow, or who measures, names the route of a call in this setting; nobody else has a reason to.
-        chosen := nullif(pg_catalog.current_setting('runbook.route', true), '');
-        IF chosen IS NULL THEN
-            -- The share is drawn by the text, so that a query is answered by one route as long as the share stands.
-            SELECT r.route INTO chosen FROM {route} r
-            WHERE r.target OPERATOR(pg_catalog.=) {target_name}::pg_catalog.text
-              AND {draw} OPERATOR(pg_catalog.<) r.share_percent;
-        END IF;
-        chosen := coalesce(chosen, 'legacy');
-    END IF;
-    {choose_way};
-    IF chosen = 'vector' AND way = 'exact' THEN
-        RETURN QUERY EXECUTE {vector_exact_query} USING {using};
-    ELSIF chosen = 'vector' AND way = 'relaxed' THEN
-        RETURN QUERY EXECUTE {vector_relaxed_query} USING {using};
-    ELSIF chosen = 'vector' THEN
-        RETURN QUERY EXECUTE {vector_query} USING {using};
-    ELSIF chosen = 'hybrid' AND way = 'exact' THEN
-        RETURN QUERY EXECUTE {hybrid_exact_query} USING {using};
-    ELSIF chosen = 'hybrid' THEN
-        RETURN QUERY EXECUTE {hybrid_query} USING {using};
-    ELSE
-        {legacy_answer};
-    END IF;
-END
-$runbook$;
-
--- name: refuse_vector
--- purpose: Part of the function: a vector that no row can be compared with is an error on every route, not only later.
-IF pg_catalog.cardinality(query_embedding) <> {dimension} THEN
-            RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = pg_catalog.format(
-                'query_embedding has %%s dimensions, the vectors searched have %%s',
-                pg_catalog.cardinality(query_embedding), {dimension});
-        ELSIF pg_catalog.array_position(query_embedding, 'NaN'::pg_catalog.float4) IS NOT NULL
-            OR pg_catalog.array_position(query_embedding, 'Infinity'::pg_catalog.float4) IS NOT NULL
-            OR pg_catalog.array_position(query_embedding, '-Infinity'::pg_catalog.float4) IS NOT NULL
-            OR pg_catalog.array_position(query_embedding, NULL::pg_catalog.float4) IS NOT NULL
-        THEN
-            RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
-                MESSAGE = 'query_embedding holds NaN, infinity or NULL, which no vector may hold';
-        ELSIF {refuses_zero} AND query_embedding = pg_catalog.array_fill(0::pg_catalog.float4, ARRAY[{dimension}]) THEN
-            RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
-                MESSAGE = 'query_embedding is a vector of zeros, which has no direction to compare';
-        END IF;
-
--- name: answer_by_legacy
--- purpose: Part of the function: the legacy search answers.
-{users_path}RETURN QUERY EXECUTE {legacy_query} USING {using};
-
--- name: refuse_legacy
--- purpose: Part of the function once legacy is retired: without its indexes it would read the whole table.
-RAISE EXCEPTION USING ERRCODE = 'feature_not_supported', MESSAGE = {retired_message},
-            HINT = 'Pass query_embedding. undo/reads brings the legacy search back, with its indexes.';
+{parts};
 
 -- name: legacy_is_retired
 -- purpose: Is the route kept from going back to legacy?
 SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass(%(route)s) AND conname = %(name)s) AS retired;
 
--- name: choose_way
--- purpose: Part of the function, for a target with filters: how to search by those that are given.
-IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
-        asked_filter := {asked_filter};
-        asked_value := {asked_value};
-        SELECT w.* INTO how FROM {way_to_search}({target_name}::pg_catalog.text, asked_filter, asked_value) w;
-        IF how.scan = 'unmeasured' THEN
-            -- How few rows several filters let through together nobody has measured; to read them all misses none.
-            IF num_nonnulls({filter_arguments}) > 1 THEN
-                way := 'exact';
-            END IF;
-        ELSIF FOUND THEN
-            way := how.scan;
-            -- They end with this call: the function has a SET for each of them.
-            PERFORM pg_catalog.set_config({setting}, how.candidates::pg_catalog.text, true),
-                    pg_catalog.set_config({iterative_setting}, how.iterative_scan, true),
-                    pg_catalog.set_config({most_scanned_setting}, how.most_scanned::pg_catalog.text, true);
-        END IF;
-    END IF;
-
 -- name: grant
 -- purpose: Let the application's role call the function and read the route.
 -- lock: none on the target
 -- undo: search.drop_function
-GRANT EXECUTE ON FUNCTION {function}({signature}) TO {role};
+GRANT EXECUTE ON FUNCTION {functions} TO {role};
 GRANT USAGE ON SCHEMA {ledger} TO {role};
 GRANT SELECT ON {route} TO {role};
 GRANT EXECUTE ON FUNCTION {way_to_search}(text, text, text) TO {role};
@@ -226,19 +82,19 @@ GRANT EXECUTE ON FUNCTION {way_to_search}(text, text, text) TO {role};
 -- purpose: Give the function the measured index settings.
 -- lock: none on the target
 -- undo: search.reset_search_settings
-ALTER FUNCTION {function}({signature}) SET {setting} = {value};
+ALTER FUNCTION {signature} SET {setting} = {value};
 
 -- name: reset_search_settings
 -- purpose: Remove the index settings from the function.
 -- lock: none on the target
 -- undo: search.set_search_settings
-ALTER FUNCTION {function}({signature}) RESET {setting};
+ALTER FUNCTION {signature} RESET {setting};
 
 -- name: drop_function
--- purpose: Remove the search function, this target's route and its strategies.
+-- purpose: Remove the search function with those that answer for it, this target's route and its strategies.
 -- lock: none on the target
 -- undo: search.create_function
-DROP FUNCTION IF EXISTS {function}({signature});
+DROP FUNCTION IF EXISTS {functions};
 DELETE FROM {route} WHERE target = {target_name};
 DELETE FROM {strategy} WHERE target = {target_name};
 
@@ -278,11 +134,46 @@ SELECT route, share_percent, changed_at, changed_by, clock_timestamp() AS now FR
 SELECT query_text AS text FROM unnest(%(texts)s::text[]) AS query_text WHERE {draw} < %(share_percent)s;
 
 -- name: function_state
--- purpose: The function as the catalogue has it.
+-- purpose: The function that the application calls, as the catalogue has it.
 SELECT p.oid::regprocedure::text AS function, p.provolatile AS volatility, p.prosecdef AS security_definer,
        p.proconfig AS settings, md5(p.prosrc) AS source
 FROM pg_proc p
-WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {of_trusted_owner};
+WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {is_called};
+
+-- name: installed
+-- purpose: This target's functions: who may call them, what is made on them, and whether they are as wanted.
+WITH wanted AS (
+    SELECT w.schema, w.name, w.source, w.names,
+           (SELECT string_agg(to_regtype(t.name)::oid::text, ' ' ORDER BY t.i)
+            FROM unnest(w.takes) WITH ORDINALITY AS t (name, i)) AS takes,
+           (SELECT string_agg(to_regtype(t.name)::oid::text, ' ' ORDER BY t.i)
+            FROM unnest(w.types) WITH ORDINALITY AS t (name, i)) AS types
+    FROM jsonb_to_recordset(%(wanted)s::jsonb)
+        AS w (schema text, name text, source text, names text[], takes text[], types text[])
+)
+SELECT format('%%I.%%I(%%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)) AS function,
+       p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {is_called} AS is_called,
+       w.names IS NOT NULL AS fits, w.source IS NOT DISTINCT FROM md5(p.prosrc) AS same,
+       obj_description(p.oid, 'pg_proc') AS comment,
+       CASE WHEN p.proowner <> current_user::regrole THEN pg_get_userbyid(p.proowner)::text END AS owner,
+       ARRAY(SELECT jsonb_build_object('role', CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee) END,
+                                       'grants', a.is_grantable)
+             FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+             WHERE a.grantee <> p.proowner AND a.privilege_type = 'EXECUTE' ORDER BY a.grantee) AS callers,
+       ARRAY(SELECT DISTINCT coalesce((SELECT 'view ' || r.ev_class::regclass FROM pg_rewrite r
+                                       WHERE d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid),
+                                      pg_describe_object(d.classid, d.objid, d.objsubid))
+             FROM pg_depend d
+             WHERE d.refclassid = 'pg_proc'::regclass AND d.refobjid = p.oid AND d.deptype IN ('n', 'a')
+             ORDER BY 1) AS needed_by
+FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+LEFT JOIN wanted w ON to_regnamespace(quote_ident(w.schema)) = n.oid AND w.name = p.proname
+    AND w.takes = p.proargtypes::text AND w.names = p.proargnames
+    AND w.types = array_to_string(coalesce(p.proallargtypes, p.proargtypes::oid[]), ' ')
+WHERE p.pronamespace = to_regnamespace(%(ledger)s) AND p.proname = ANY (%(by_route)s)
+   OR p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s
+      AND 'answered_by' = ANY (p.proargnames) AND {of_trusted_owner}
+ORDER BY 1;
 
 -- name: column_types
 -- purpose: The types of the key and the filters, without their lengths, which a cast would cut a longer value to; and

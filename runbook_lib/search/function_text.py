@@ -1,0 +1,300 @@
+"""The functions that are installed for a target, as text: the one that the application calls, and those that answer
+for it, one for each route.
+
+``search_<target>`` checks its arguments, finds the route, and asks one of ``<target>_by_<route>`` in the ledger's
+schema, which holds that route's query and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from runbook_lib.core import db, session
+from runbook_lib.core.names import WAYS_TO_ANSWER, function_of, identifier, names, verbatim
+from runbook_lib.params import Params
+from runbook_lib.search import combined_filters, ways
+from runbook_lib.search.statements import (
+    Route,
+    column_types,
+    legacy_statement,
+    min_similarity,
+    route_statement,
+    similarity_of_score,
+)
+from runbook_lib.sql import DOLLAR_TAG, load
+
+SQL = load("search_function")
+
+# Rows that a call gets which does not say how many, or says NULL.
+DEFAULT_K = 10
+CLOSED = ("pg_catalog", "pg_temp")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Of a function. type: as SQL spells it. default: as SQL, empty for none."""
+
+    name: str
+    type: str
+    default: str = ""
+
+    def declared(self) -> sql.Composable:
+        default = f" DEFAULT {self.default}" if self.default else ""
+        return sql.SQL("{} {}").format(identifier(self.name), verbatim(self.type + default))
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function to be installed. made: the statement that makes it. results: the columns of its rows."""
+
+    schema: str
+    name: str
+    arguments: Sequence[Argument]
+    results: Sequence[Argument]
+    made: sql.Composed
+
+    @property
+    def signature(self) -> sql.Composable:
+        """Name and types, as GRANT and DROP want them."""
+        types = sql.SQL(", ").join(verbatim(a.type) for a in self.arguments)
+        return sql.SQL("{}({})").format(identifier(self.schema, self.name), types)
+
+    def wanted(self, connection: db.Connection) -> dict[str, object]:
+        """What the catalogue will say of it."""
+        text = self.made.as_string(connection).replace("%%", "%")
+        # What ends the statement encloses the body; a name may hold another.
+        body = text.split(DOLLAR_TAG.findall(text)[-1])[1]
+        columns = [*self.arguments, *self.results]
+        return {
+            "schema": self.schema,
+            "name": self.name,
+            "takes": [a.type for a in self.arguments],
+            "names": [a.name for a in columns],
+            "types": [a.type for a in columns],
+            "source": hashlib.md5(body.encode(), usedforsecurity=False).hexdigest(),
+        }
+
+
+def functions(
+    connection: db.Connection, params: Params, settings: Mapping[str, str], retired: bool
+) -> list[Function]:
+    """All of a target, the one that the application calls first.
+
+    settings: of pgvector, which it carries. retired: its legacy branch is gone.
+    """
+    answering = [*_by_route(connection, params)]
+    if retired:
+        answering = [f for f in answering if f.name != function_of(params, "legacy")]
+    return [_search(connection, params, settings, retired), *answering, _check_vector(params)]
+
+
+def filter_arguments(connection: db.Connection, params: Params) -> list[Argument]:
+    """The arguments for the filters: NULL, the default, lets every row through."""
+    types = column_types(connection, params)
+    return [Argument(f"filter_{column}", types[column], "NULL") for column in params.target.filters]
+
+
+def _arguments(connection: db.Connection, params: Params) -> list[Argument]:
+    return [
+        Argument("query_text", "text"),
+        Argument("query_embedding", "real[]", "NULL"),
+        Argument("k", "integer", str(DEFAULT_K)),
+        *filter_arguments(connection, params),
+        Argument("min_similarity", "double precision", "NULL"),
+    ]
+
+
+def _search(connection: db.Connection, params: Params, settings: Mapping[str, str], retired: bool) -> Function:
+    p, arguments = params, _arguments(connection, params)
+    results = [
+        Argument(p.target.key, column_types(connection, p)[p.target.key]),
+        Argument("score", "double precision"),
+        Argument("answered_by", "text"),
+        Argument("similarity", "double precision"),
+        Argument("rank", "integer"),
+    ]
+    filters = bool(p.target.filters)
+    made = SQL["search"].compose(
+        names(p)
+        | {
+            "arguments": sql.SQL(", ").join(a.declared() for a in arguments),
+            "results": sql.SQL(", ").join(a.declared() for a in results),
+            "default_k": sql.Literal(DEFAULT_K),
+            "kept_settings": _set_clauses(settings),
+            "dimension": sql.Literal(p.vector.dimension),
+            # Under l2 a vector of zeros is a place like any other.
+            "refuses_zero": sql.Literal(p.vector.distance != "l2"),
+            "declared": _more(SQL["choose_way_variables"].compose({}, 4)) if filters else sql.SQL(""),
+            "choose_way": _more(_choose_way(p)) if filters else sql.SQL(""),
+            "answers": _answers(p, arguments, retired),
+        }
+    )
+    return Function(p.target.schema_, p.function_name, arguments, results, made)
+
+
+def _more(statement: sql.Composable) -> sql.Composable:
+    """A statement, or declarations, below others in the body of the function."""
+    return sql.SQL("\n    {};").format(statement)
+
+
+def _answers(params: Params, arguments: Sequence[Argument], retired: bool) -> sql.Composable:
+    """The part of the function that asks the function of the route and the way that were chosen."""
+    branches = [
+        ("chosen = 'vector' AND way = 'exact'", "vector", "vector_exact"),
+        ("chosen = 'vector' AND way = 'relaxed'", "vector", "vector_relaxed"),
+        ("chosen = 'vector'", "vector", "vector"),
+        ("chosen = 'hybrid' AND way = 'exact'", "hybrid", "hybrid_exact"),
+        ("chosen = 'hybrid'", "hybrid", "hybrid"),
+    ]
+    made = set(_ways(params))
+    # Without words of its own to search, hybrid is the search by the vectors.
+    given = [
+        (
+            c if params.search.has_fulltext else c.replace("chosen = 'vector'", "chosen IN ('vector', 'hybrid')"),
+            r,
+            way,
+        )
+        for c, r, way in branches
+        if way in made
+    ]
+    passed = sql.SQL(", ").join(identifier(a.name) for a in arguments)
+
+    def answer(route: str, way: str) -> sql.Composable:
+        own = {"answered_by": sql.Literal(route), "by_route": names(params)[f"by_{way}"], "passed": passed}
+        return SQL["answer"].compose(own, 8)
+
+    parts = [
+        sql.SQL("{} {} THEN\n        {};\n    ").format(
+            sql.SQL("ELSIF" if i else "IF"), sql.SQL(condition), answer(route, way)
+        )
+        for i, (condition, route, way) in enumerate(given)
+    ]
+    message = verbatim(sql.Literal(f"the legacy search behind {params.function_name} was retired").as_string())
+    last = SQL["refuse_legacy"].compose({"retired_message": message}, 8) if retired else answer("legacy", "legacy")
+    return sql.SQL("{}ELSE\n        {};\n    END IF;").format(sql.SQL("").join(parts), last)
+
+
+def _choose_way(params: Params) -> sql.Composable:
+    """The part of the function that looks up how to search by the filters that are given."""
+    filters, method = params.target.filters, params.index.method
+    given = [identifier(f"filter_{c}") for c in filters]
+    return SQL["choose_way"].compose(
+        names(params)
+        | {
+            "filter_arguments": sql.SQL(", ").join(given),
+            "asked_filter": combined_filters.given_name(filters, given),
+            "asked_value": combined_filters.given_value(given),
+            "setting": sql.Literal(ways.SETTING[method]),
+            "iterative_setting": sql.Literal(ways.ITERATIVE[method][0]),
+            "most_scanned_setting": sql.Literal(ways.MOST_SCANNED[method]),
+        },
+        4,
+    )
+
+
+def _set_clauses(settings: Mapping[str, str]) -> sql.Composable:
+    clauses = [sql.SQL("SET {} = {}").format(sql.SQL(name), sql.Literal(v)) for name, v in settings.items()]
+    return sql.SQL(" ").join(clauses)
+
+
+# What each is, for who reads it; how it scans.
+WHAT: Mapping[str, tuple[str, Route, ways.Scan]] = {
+    "legacy": ("The search from before the migration, as params.legacy.query has it.", "legacy", "index"),
+    "vector": ("The nearest rows by their vectors, through the index.", "vector", "index"),
+    "vector_relaxed": (
+        "The nearest rows through the index, which may find them out of order: sorted once found.",
+        "vector",
+        "relaxed",
+    ),
+    "vector_exact": ("The nearest of all rows that the filters let through; no vector index.", "vector", "exact"),
+    "hybrid": ("The nearest rows through the index and the best by their words, merged.", "hybrid", "index"),
+    "hybrid_exact": ("The same as hybrid, with the nearest of all rows; no vector index.", "hybrid", "exact"),
+}
+
+
+def _ways(params: Params) -> list[str]:
+    """Those of WAYS_TO_ANSWER that this target needs, whatever its index holds."""
+    return [
+        way
+        for way in WAYS_TO_ANSWER
+        if (params.target.filters or way in ("legacy", "vector", "hybrid"))
+        and (params.search.has_fulltext or not way.startswith("hybrid"))
+    ]
+
+
+def _by_route(connection: db.Connection, params: Params) -> list[Function]:
+    p = params
+    arguments = [Argument(a.name, a.type) for a in _arguments(connection, p)]
+    key_type = column_types(connection, p)[p.target.key]
+    results = [
+        Argument("key", key_type),
+        Argument("similarity", "double precision"),
+        Argument("score", "double precision"),
+    ]
+    # A name may run over two lines, and a comment may not.
+    numbered = ", ".join(f"${i} {' '.join(a.name.split())}" for i, a in enumerate(arguments, 1))
+    made = []
+    for way in _ways(p):
+        what, route, scan = WHAT[way]
+        own = {
+            "by_route": names(p)[f"by_{way}"],
+            "arguments": sql.SQL(", ").join(a.declared() for a in arguments),
+            "key_type": verbatim(key_type),
+            "default_k": sql.Literal(DEFAULT_K),
+            "search_path": sql.SQL(", ").join(map(identifier, _path(connection, p, route))),
+            "what": sql.SQL(what),
+            "arguments_by_number": verbatim(numbered),
+            "query": _query(connection, p, route, scan),
+        }
+        made.append(Function(p.ledger.schema_, function_of(p, way), arguments, results, SQL["by_route"].compose(own)))
+    return made
+
+
+def _query(connection: db.Connection, params: Params, route: Route, scan: ways.Scan) -> sql.Composable:
+    """A route's query with the columns that its function returns."""
+    if route == "legacy":
+        own = {"key": names(params)["key"], "query": legacy_statement(params, in_function=True)}
+        return SQL["legacy"].compose(own, 4)
+    if route == "hybrid":
+        return route_statement(connection, params, route, in_function=True, scan=scan, indent=4)
+    own = {
+        "similarity": similarity_of_score(params, sql.SQL("best.score")),
+        "min_similarity": min_similarity(params),
+        "query": route_statement(connection, params, route, in_function=True, scan=scan, indent=8),
+    }
+    return SQL["vector"].compose(own, 4)
+
+
+def _path(connection: db.Connection, params: Params, route: Route) -> list[str]:
+    """The search path of a route's function. Legacy's names resolve as they do for the application, temporary ones
+    last; an expression's as in :func:`expression_path`.
+    """
+    if route == "legacy":
+        return list(dict.fromkeys([params.target.schema_, *session.inherited(connection), "pg_temp"]))
+    return expression_path(connection, params) if route == "hybrid" else list(CLOSED)
+
+
+def expression_path(connection: db.Connection, params: Params) -> list[str]:
+    """The path of the words half: pg_catalog first, pg_temp last. Between them, for an expression, the table's schema
+    and those that the session sees; none of them where others may create.
+    """
+    if not params.search.fulltext_expression:
+        return list(CLOSED)
+    row = connection.execute("SELECT current_schemas(false) AS seen").fetchone()
+    wanted = [params.target.schema_, *(row["seen"] if row else [])]
+    closed_off = [row["schema"] for row in session.open_schemas(connection)]
+    between = [schema for schema in wanted if schema not in (*closed_off, *CLOSED)]
+    return ["pg_catalog", *dict.fromkeys(between), "pg_temp"]
+
+
+def _check_vector(params: Params) -> Function:
+    arguments = [
+        Argument("query_embedding", "real[]"),
+        Argument("dimension", "integer"),
+        Argument("refuses_zero", "boolean"),
+    ]
+    return Function(params.ledger.schema_, "check_vector", arguments, [], SQL["check_vector"].compose(names(params)))

@@ -1,0 +1,126 @@
+-- The functions that are installed for a target: the one that the application calls, one for each way to answer, and
+-- the check of a query's vector. All run with their caller's rights. search.create_function puts them together.
+
+-- name: search
+-- purpose: What the application calls: it checks its arguments, finds the route, and lets that route's function answer.
+CREATE OR REPLACE FUNCTION {function}({arguments})
+RETURNS TABLE ({results})
+LANGUAGE plpgsql STABLE ROWS {default_k}
+SET search_path = pg_catalog, pg_temp {kept_settings} AS $runbook$
+#variable_conflict use_variable
+DECLARE
+    chosen text := 'legacy';{declared}
+BEGIN
+    k := coalesce(k, {default_k});
+    IF k < 0 THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = pg_catalog.format('k is %%s, needed: 0 or more', k);
+    END IF;
+    IF query_embedding IS NOT NULL THEN
+        PERFORM {check_vector}(query_embedding, {dimension}, {refuses_zero});
+        -- A shadow, or who measures, names the route of a call in this setting; nobody else has a reason to.
+        chosen := nullif(pg_catalog.current_setting('runbook.route', true), '');
+        IF chosen IS NULL THEN
+            -- The share is drawn by the text, so that a query is answered by one route as long as the share stands.
+            SELECT r.route INTO chosen FROM {route} r
+            WHERE r.target OPERATOR(pg_catalog.=) {target_name}::pg_catalog.text
+              AND {draw} OPERATOR(pg_catalog.<) r.share_percent;
+        END IF;
+        chosen := coalesce(chosen, 'legacy');
+    END IF;{choose_way}
+    {answers}
+END
+$runbook$;
+
+-- name: choose_way
+-- purpose: Part of the function, for a target with filters: how to search by those that are given.
+IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
+    asked_filter := {asked_filter};
+    asked_value := {asked_value};
+    SELECT w.* INTO how FROM {way_to_search}({target_name}::pg_catalog.text, asked_filter, asked_value) w;
+    IF how.scan = 'unmeasured' THEN
+        -- How few rows several filters let through together nobody has measured; to read them all misses none.
+        IF num_nonnulls({filter_arguments}) > 1 THEN
+            way := 'exact';
+        END IF;
+    ELSIF FOUND THEN
+        way := how.scan;
+        -- They end with this call: the function has a SET for each of them.
+        PERFORM pg_catalog.set_config({setting}, how.candidates::pg_catalog.text, true),
+                pg_catalog.set_config({iterative_setting}, how.iterative_scan, true),
+                pg_catalog.set_config({most_scanned_setting}, how.most_scanned::pg_catalog.text, true);
+    END IF;
+END IF;
+
+-- name: choose_way_variables
+-- purpose: Part of the function, for a target with filters: its variables.
+
+way    text := 'index';
+how    record;
+asked_filter text;
+asked_value  text;
+
+-- name: answer
+-- purpose: Part of the function: one route's function answers.
+RETURN QUERY
+SELECT answer.key, answer.score, {answered_by}, answer.similarity, answer.rank::pg_catalog.int4
+FROM {by_route}({passed}) WITH ORDINALITY AS answer (key, similarity, score, rank);
+
+-- name: refuse_legacy
+-- purpose: Part of the function once legacy is retired: without its indexes it would read the whole table.
+RAISE EXCEPTION USING ERRCODE = 'feature_not_supported', MESSAGE = {retired_message},
+    HINT = 'Pass query_embedding. undo/reads brings the legacy search back, with its indexes.';
+
+-- name: by_route
+-- purpose: One way to answer, planned anew for the values of each call: the k best rows, best first.
+CREATE OR REPLACE FUNCTION {by_route}({arguments})
+RETURNS TABLE (key {key_type}, similarity double precision, score double precision)
+LANGUAGE plpgsql STABLE ROWS {default_k}
+SET search_path = {search_path} SET plan_cache_mode = force_custom_plan AS $runbook$
+-- {what}
+-- {arguments_by_number}
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    {query};
+END
+$runbook$;
+
+-- name: legacy
+-- purpose: Part of the legacy route's function: its query, as it was given.
+SELECT legacy.{key}, NULL::double precision, NULL::double precision
+FROM (
+{query}
+) legacy
+
+-- name: vector
+-- purpose: Part of the vector route's functions: the nearest rows, with their similarity, which grows as the distance shrinks.
+SELECT best.key, {similarity}, best.score
+FROM (
+    {query}
+) best
+WHERE {min_similarity} IS NULL OR {similarity} >= {min_similarity}
+
+-- name: check_vector
+-- purpose: A vector that no row can be compared with is an error on every route, not only once reads have moved.
+CREATE OR REPLACE FUNCTION {check_vector}(query_embedding real[], dimension integer, refuses_zero boolean)
+RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $runbook$
+BEGIN
+    IF cardinality(query_embedding) <> dimension THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = format(
+            'query_embedding has %%s dimensions, the vectors searched have %%s',
+            cardinality(query_embedding), dimension);
+    ELSIF array_position(query_embedding, 'NaN'::float4) IS NOT NULL
+        OR array_position(query_embedding, 'Infinity'::float4) IS NOT NULL
+        OR array_position(query_embedding, '-Infinity'::float4) IS NOT NULL
+        OR array_position(query_embedding, NULL::float4) IS NOT NULL
+    THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'query_embedding holds NaN, infinity or NULL, which no vector may hold';
+    ELSIF refuses_zero AND query_embedding = array_fill(0::float4, ARRAY[dimension]) THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'query_embedding is a vector of zeros, which has no direction to compare';
+    END IF;
+END
+$runbook$;
