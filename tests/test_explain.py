@@ -428,7 +428,7 @@ def test_14_what_the_index_finds_is_what_70_tune_measured(
     open_phase: Callable[..., Phase], low: float | None, missed: str
 ) -> None:
     target = {"name": "articles", "table": "articles", "key": "id", "text_columns": ["title", "body"]}
-    phase = open_phase("70_tune", **{**FILTERED, "target": target | {"filters": ["status"]}})
+    phase = open_phase("70_tune", target=target | {"filters": ["status"]})
     search_function.apply(phase)
     learn(phase, "status", None, "exact")
     point = {

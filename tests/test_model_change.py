@@ -293,7 +293,8 @@ def test_undo_leads_back_to_the_letter_and_twice_does_nothing(
     phase = opened()
     model_change.apply(phase)
     assert articles.execute(
-        "SELECT has_function_privilege('app_of_models', 'search_articles_before(text, real[], int, float8)', 'EXECUTE')"
+        "SELECT has_function_privilege('app_of_models', 'search_articles_before(text, real[], int, float8)',"
+        " 'EXECUTE')"
     ).fetchone() == (True,)
     assert [s.name for s in model_change.plan(phase)] == []
     model_change.apply(phase)

@@ -58,7 +58,8 @@ def test_answers_that_a_caller_misses_under_the_policies_fail(indexed: Callable[
     (gate,) = row_security_recall.gates(phase, 0.9)
     assert gate.verdict is Verdict.FAIL and gate.figures["recall"] < 0.5 and gate.figures["short"] > 0
     assert gate.subject == "one_tenant (app.tenant = 7, enable_seqscan = off, enable_sort = off)"
-    write(phase, "ALTER FUNCTION search_articles(text, real[], integer, float8) SET hnsw.iterative_scan = strict_order")
+    signature = "search_articles(text, real[], integer, float8)"
+    write(phase, f"ALTER FUNCTION {signature} SET hnsw.iterative_scan = strict_order")
     (gate,) = row_security_recall.gates(phase, 0.9)
     assert gate.verdict is Verdict.PASS and gate.figures["recall"] == 1.0
 
