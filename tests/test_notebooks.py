@@ -119,3 +119,21 @@ def test_it_opens_the_phase_of_its_own_name_and_closes_it_last(path: Path) -> No
     opened = re.findall(r'open_phase\("([^"]+)"', "\n".join(code))
     assert [ROOT / notebook(name) for name in opened] == [path]
     assert code[-1] == "phase.close()"
+
+
+@notebooks
+def test_it_says_how_its_figures_become_a_frame_and_names_what_is_there(path: Path) -> None:
+    text = next(c.source for c in cells(path, "markdown") if "## Must be true now" in c.source)
+    assert "`gates.to_frame()`" in text and "`phase.gates.to_frame()`" in text and "read-only" in text
+    code = "\n".join(c.source for c in cells(path, "code"))
+    frames = re.findall(r"`([\w.]+)\.to_frame\(([^`]*)\)`", text)
+    assert len(frames) == 3
+    for of, arguments in frames:
+        assert of in ("phase.gates", "phase.ledger") or f"{of} = " in code
+        assert of != "phase.ledger" or arguments.split(",")[0].strip('"') in kinds()
+
+
+def kinds() -> set[str]:
+    """Kinds of rows that the library writes into the ledger."""
+    library = "\n".join(p.read_text() for p in (ROOT.parent / "runbook_lib").glob("*/*.py"))
+    return set(re.findall(r'(?:\.(?:note|append)\(\s*|^KIND = )"([a-z_ ]+)"', library, re.M))

@@ -24,6 +24,7 @@ NO_HISTORY = "--HistoryManager.hist_file=:memory:"
 IMPORTS = "--IPKernelApp.exec_lines="
 # What the first %%sql cell of a notebook imports, which takes as long as all else.
 OF_SQL_CELLS = "import sql.magic"
+OF_FRAMES = "import pandas"
 
 
 class Kernels:
@@ -77,11 +78,12 @@ def _imports(notebook: Path) -> str:
 def _imports_of(source: str) -> list[str]:
     if source.startswith("%%sql"):
         return [OF_SQL_CELLS]
+    frames = [OF_FRAMES] if ".to_frame(" in source else []
     try:
         statements = ast.parse(source).body
     except SyntaxError:
         return []
-    return [ast.unparse(s) for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
+    return frames + [ast.unparse(s) for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
 
 
 class _Client(PapermillNotebookClient):  # type: ignore[misc]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from IPython.display import Markdown
@@ -32,6 +33,10 @@ from runbook_lib.params import Params
 from runbook_lib.runner import manifest
 from runbook_lib.sql import load
 
+if TYPE_CHECKING:
+    import pandas
+
+T = TypeVar("T")
 SQL, SEARCH, LEDGER = load("status"), load("search"), load("ledger")
 # Each question to the ledger; one of many years is read in less.
 LONGEST_LOOK = "10s"
@@ -45,10 +50,19 @@ def where_it_stands(params: Params) -> dict[str, Any]:
 
     Raises BadInput where the server cannot be reached, or the ledger not be read.
     """
+    return _asked(params, partial(_stands, params))
+
+
+def ledger_rows(params_file: str | Path, kind: str = "", part: str = "") -> pandas.DataFrame:
+    """The ledger of this file's target as :meth:`Ledger.to_frame` gives it. Raises BadInput as the others do."""
+    return _asked(load_params(params_file), lambda ledger: ledger.to_frame(kind, part))
+
+
+def _asked(params: Params, question: Callable[[Ledger], T]) -> T:
     with db.connect(params, "runbook status") as connection:
         connection.execute(sql.SQL("SET statement_timeout = {}").format(sql.Literal(LONGEST_LOOK)))
         try:
-            return _stands(params, Ledger(connection, params, "", ""))
+            return question(Ledger(connection, params, "", ""))
         except psycopg.errors.InsufficientPrivilege as error:
             raise BadInput([_may_not_read(connection, params, error)]) from error
 
