@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from runbook_lib.backfill.progress import Progress
 from runbook_lib.cli import main
 from runbook_lib.core import db, pictures
+from runbook_lib.core.display import Table
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import MIGRATE
 from runbook_lib.params import Params
@@ -349,6 +350,17 @@ def test_a_notebook_page_stands_alone_and_leads_back(tmp_path: Path) -> None:
     assert needs_nothing_else(page) and "https://cdn" not in page
     assert 'href="index.html"' in page and "ansi-red-fg" in page and "\x1b" not in page
     assert "In&nbsp;[" not in page and "In [" not in page
+
+
+def test_every_table_of_a_notebook_scrolls_by_itself_and_can_be_reached_by_keyboard(tmp_path: Path) -> None:
+    tables = [Table(("a",), [("</table>",)])._repr_html_(), Table(("a",), [(1,)]).to_frame()._repr_html_()]
+    shown = [nbformat.v4.new_output("display_data", {"text/html": html}) for html in tables]
+    cells = [nbformat.v4.new_markdown_cell("| what | lock |\n|---|---|\n| it | none |")]
+    cells.append(nbformat.v4.new_code_cell("tables", outputs=shown))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "50_backfill.ipynb")
+    page = record.notebook_page(tmp_path / "50_backfill.ipynb", make_manifest())
+    assert page.count("<table") == page.count("</table></div>") == 3
+    assert len(re.findall(r'class="scroll" tabindex="0" role="region" aria-label="Table"><table', page)) == 3
 
 
 def test_half_a_notebook_has_no_page(tmp_path: Path) -> None:

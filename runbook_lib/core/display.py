@@ -33,13 +33,13 @@ ROW_STYLES = {
     "gate-not-run": "border-left:.4em solid #6e7781",
 }
 
-# JupyterLab's own colours, which follow its theme; the second value is for a page without them.
+# JupyterLab's own colours, which follow its theme; else those of the record's page.
 SQL_COLOURS = {
-    Keyword: "var(--jp-mirror-editor-keyword-color, #0550ae)",
-    Name.Builtin: "var(--jp-mirror-editor-builtin-color, #6639ba)",
-    String: "var(--jp-mirror-editor-string-color, #a31515)",
-    Number: "var(--jp-mirror-editor-number-color, #0a6640)",
-    Comment: "var(--jp-mirror-editor-comment-color, #59636e)",
+    Keyword: "var(--jp-mirror-editor-keyword-color, var(--sql-keyword, #0550ae))",
+    Name.Builtin: "var(--jp-mirror-editor-builtin-color, var(--sql-builtin, #6639ba))",
+    String: "var(--jp-mirror-editor-string-color, var(--sql-string, #a31515))",
+    Number: "var(--jp-mirror-editor-number-color, var(--sql-number, #0a6640))",
+    Comment: "var(--jp-mirror-editor-comment-color, var(--sql-comment, #59636e))",
 }
 # Keeps JupyterLab from typesetting what stands between two dollar signs as a formula.
 NO_FORMULAS = "mathjax_ignore"

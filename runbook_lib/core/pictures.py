@@ -18,7 +18,7 @@ AS_CSS = {
     INK: "var(--ink, currentColor)",
     LINE: "var(--line, #8885)",
     ACCENT: "var(--accent, #2f7fd1)",
-    SOFT: "var(--bar, #9aa9b8)",
+    SOFT: "var(--bar, #7d8fa2)",
     CHOSEN: "var(--pass, #2c9a4b)",
 }
 

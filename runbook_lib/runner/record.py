@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -35,6 +36,10 @@ from runbook_lib.runner.review import RecordPage, Texts, collect
 from runbook_lib.sql import load
 
 SQL = load("runner")
+# A wide table of a notebook scrolls by itself, by the arrow keys too, and its edge says that there is more.
+TABLE = re.compile(r"<table\b.*?</table>", re.S)
+CODE_LIGHT, CODE_DARK = "default", "github-dark"
+SCROLLS = '<div class="scroll" tabindex="0" role="region" aria-label="Table">'
 
 HEADLINES = {
     Status.RUNNING: "still running when this page was made",
@@ -176,6 +181,7 @@ def notebook_page(path: Path, run: Manifest) -> str:
     options = {"template_name": "basic", "exclude_input_prompt": True, "exclude_output_prompt": True}
     exporter = HTMLExporter(**options)  # type: ignore[no-untyped-call]
     body, _resources = exporter.from_notebook_node(notebook)
+    body = TABLE.sub(rf"{SCROLLS}\g<0></div>", body)
     phase = next((p for p in run.phases if p.file == path.stem), None)
     page = _templates().get_template("notebook.html.j2")
     return page.render(run=run, phase=phase, body=Markup(body), stopped_at=bool(marked))  # noqa: S704
@@ -205,8 +211,8 @@ def _templates() -> jinja2.Environment:
         "gate_symbols": dict(GATE_SYMBOLS),
         "headlines": dict(HEADLINES),
         "undo": rollbacks.command,
-        "code_light": Markup(HtmlFormatter(style="default").get_style_defs(".highlight")),  # noqa: S704
-        "code_dark": Markup(HtmlFormatter(style="github-dark").get_style_defs(".highlight")),  # noqa: S704
+        "code_light": Markup(HtmlFormatter(style=CODE_LIGHT).get_style_defs(".highlight")),  # noqa: S704
+        "code_dark": Markup(HtmlFormatter(style=CODE_DARK).get_style_defs(".highlight")),  # noqa: S704
     }
     return environment
 
