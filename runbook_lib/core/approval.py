@@ -83,20 +83,23 @@ class Asked:
 
 
 def check(step: str, ledger: Ledger, execute: bool, planned: Callable[[], list[dict[str, str]]]) -> Gates:
-    """The gate of the sign-off; none for a phase that needs none. Asks for it where it is missing. The rollback of an
-    operation needs one, of its own, where the operation does.
+    """The gate of the sign-off; none for a phase that needs none. Asks for it where it is missing; a plan only says
+    so. The rollback of an operation needs one, of its own, where the operation does.
 
     Raises NotApproved, saying what voids an approval that is there: the plan, newer evidence, or who gave it.
     """
     if operation_of(step) not in waiting_steps(ledger, execute):
         return Gates(())
     needed = "the sign-off of another database user"
-    if not execute:
-        return Gates((not_run("approval.is_given", step, needed),))
+    given = newest_row(ledger.connection, ledger.params, step, "approval") if ledger.exists() else None
+    none = f"{step} has no sign-off"
+    if given is None and not execute:
+        return _asked_for_later(step, none, needed)
     statements = planned()
     asked = what_is_asked(step, ledger, statements)
-    given = newest_row(ledger.connection, ledger.params, step, "approval")
-    refused = _void(step, ledger, asked, given) if given else f"{step} has no sign-off"
+    refused = _void(step, ledger, asked, given) if given else none
+    if refused and not execute:
+        return _asked_for_later(step, refused, needed)
     if given is None or refused:
         _ask(ledger, asked, statements)
         raise NotApproved(
@@ -118,6 +121,11 @@ def check(step: str, ledger: Ledger, execute: bool, planned: Callable[[], list[d
             ),
         )
     )
+
+
+def _asked_for_later(step: str, found: str, needed: str) -> Gates:
+    """Of a plan: what is approved is what the step would run when its turn has come, so that it asks then."""
+    return Gates((not_run("approval.is_given", step, f"{found}; it asks for one when it is about to run", needed),))
 
 
 def waiting_steps(ledger: Ledger, note: bool = False) -> set[str]:

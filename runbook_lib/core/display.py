@@ -31,6 +31,7 @@ ROW_STYLES = {
     "gate-fail": "border-left:.4em solid #b3261e;font-weight:600",
     "gate-unknown": "border-left:.4em solid #9a6700;font-weight:600",
     "gate-not-run": "border-left:.4em solid #6e7781",
+    "gate-would-pass": "border-left:.4em dotted #1a7f37",
 }
 
 # JupyterLab's own colours, which follow its theme; else those of the record's page.

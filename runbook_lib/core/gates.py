@@ -15,15 +15,23 @@ if TYPE_CHECKING:
 
 
 class Verdict(StrEnum):
-    """What a gate found. Only PASS opens the next phase."""
+    """What a gate found. Only PASS opens the next phase; in a plan, WOULD PASS was looked at and holds."""
 
     PASS = "PASS"  # noqa: S105 - a verdict, not a password
     FAIL = "FAIL"
     UNKNOWN = "UNKNOWN"
     NOT_RUN = "NOT RUN"
+    WOULD_PASS = "WOULD PASS"  # noqa: S105
 
 
-SYMBOLS = {Verdict.PASS: "✔", Verdict.FAIL: "✘", Verdict.UNKNOWN: "?", Verdict.NOT_RUN: "–"}
+SYMBOLS = {
+    Verdict.PASS: "✔",
+    Verdict.FAIL: "✘",
+    Verdict.UNKNOWN: "?",
+    Verdict.NOT_RUN: "–",
+    Verdict.WOULD_PASS: "○",
+}
+STOPPING = (Verdict.FAIL, Verdict.UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,9 @@ class Gate:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.verdict:<8}{self.name}   {one_line(self.subject)}"]
+        lines = [f"{self.verdict + ' ':<8}{self.name}   {one_line(self.subject)}"]
         parts = {"found": self.found, "needed": self.needed}
-        if self.verdict is not Verdict.PASS:
+        if self.verdict in STOPPING:
             parts |= {"danger": self.danger, "do": self.do}
         return "\n".join(lines + _said(parts))
 
@@ -72,9 +80,9 @@ def gate(
     return Gate(name, verdict, subject, str(found), str(needed), danger, do, figures or {})
 
 
-def not_run(name: str, subject: str, needed: str) -> Gate:
-    """The gate of a phase that only printed its plan: nothing was looked at, so nothing is claimed."""
-    return Gate(name, Verdict.NOT_RUN, subject, "not looked at (execute is false)", needed)
+def not_run(name: str, subject: str, found: str, needed: str) -> Gate:
+    """The gate of a plan whose fact is not there yet, so nothing is claimed. found: after what it will be known."""
+    return Gate(name, Verdict.NOT_RUN, subject, found, needed)
 
 
 @dataclass(frozen=True)
@@ -94,18 +102,18 @@ class Gates:
 
     @property
     def failed(self) -> tuple[Gate, ...]:
-        """The gates that stop the run: FAIL and UNKNOWN. NOT RUN stops nothing and opens nothing."""
-        return tuple(g for g in self.gates if g.verdict in (Verdict.FAIL, Verdict.UNKNOWN))
+        """The gates that stop the run: FAIL and UNKNOWN. NOT RUN and WOULD PASS stop nothing and open nothing."""
+        return tuple(g for g in self.gates if g.verdict in STOPPING)
 
     @property
     def passed(self) -> bool:
         """True only if there is a gate and every gate says PASS."""
         return bool(self.gates) and all(g.verdict is Verdict.PASS for g in self.gates)
 
-    def without_pass(self) -> Gates:
-        """The same gates for a run that carries nothing out: what would pass says NOT RUN."""
+    def in_a_plan(self) -> Gates:
+        """The same gates, just looked at, for a run that carries nothing out: those that hold say WOULD PASS."""
         return Gates(
-            tuple(replace(g, verdict=Verdict.NOT_RUN) if g.verdict is Verdict.PASS else g for g in self.gates)
+            tuple(replace(g, verdict=Verdict.WOULD_PASS) if g.verdict is Verdict.PASS else g for g in self.gates)
         )
 
     def to_frame(self) -> pandas.DataFrame:

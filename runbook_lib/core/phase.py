@@ -34,15 +34,11 @@ from runbook_lib.core.gates import (
     OutsideWindow,
     Verdict,
     collect,
-    not_run,
 )
 from runbook_lib.core.ledger import Ledger, as_data
 from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, following, function, rolled_back_by, waits
 from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
-
-NEEDED = "the phase carried out"
-
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,7 +105,8 @@ class Phase:
         this notebook takes before it changes anything.
 
         Only when all of them have passed may this session change anything. Raises GateFailed, OutsideWindow,
-        NotApproved. A run that carries nothing out says where things stand, and takes the looks.
+        NotApproved. A run that carries nothing out takes the looks too: what holds says WOULD PASS, and what an
+        earlier step of its plan is to bring about says NOT RUN.
         """
         self._must_be_connected()
         self.order.required = False
@@ -118,8 +115,8 @@ class Phase:
             gates = self._way_here()
             for look in looks:
                 with self.order.look(_name(look)):
-                    found = look(self) if self.execute else look(self).without_pass()
-                gates += self._judge(found)
+                    found = look(self)
+                gates += self._judge(found if self.execute else found.in_a_plan())
         except (GateFailed, NotApproved, OutsideWindow) as error:
             self.order.unproved[cell_order.REQUIRE] = _why(error)
             raise
@@ -132,7 +129,7 @@ class Phase:
     def _way_here(self) -> Gates:
         gates = collect(predecessors.gates(self.name, self.ledger, self.params))
         if not self.execute:
-            return gates.without_pass() + self._judge(self._sign_off())
+            return self._judge(plans.on_the_way(self.name, gates) + self._sign_off())
         gates = self._judge(gates)
         if waits(self.name):
             gates += self._judge(maintenance_window.clocks_agree(self.ledger.connection, self.params))
@@ -268,13 +265,14 @@ class Phase:
     def prove(self, look: Callable[[Phase], Gates], *, ahead: bool = False, midway: bool = False) -> Gates:
         """Looks at the database and judges; raises GateFailed, after showing the gates.
 
-        A run that carries nothing out says NOT RUN without looking, except ``ahead`` of any change: then it looks,
-        and what would pass says NOT RUN. midway: the step goes on after these gates, so they do not close it.
+        A run that carries nothing out looks as well where the look is ``ahead`` of any change, and at what is there
+        already: what holds says WOULD PASS. What only the step itself brings about says NOT RUN. midway: the step
+        goes on after these gates, so they do not close it.
         """
         self._must_be_connected()
         name = _name(look)
         if not self.execute:
-            return self._judge(look(self).without_pass() if ahead else Gates((not_run(name, self.name, NEEDED),)))
+            return self._judge(look(self).in_a_plan() if ahead else self._foreseen(name, look))
         self.order.must_be_required()
         self._must_still_rest()
         with self.order.look(name):
@@ -286,6 +284,20 @@ class Phase:
         del self.order.unproved[name]
         self.order.proved = not midway
         return gates
+
+    def _foreseen(self, name: str, look: Callable[[Phase], Gates]) -> Gates:
+        """What the step is to prove: looked at only where the step has nothing left to do, or is a phase that has
+        passed, and would not measure again. The server is not kept busy for it for long.
+        """
+        left, step = len(self.planned()), STEPS.get(self.name)
+        there = not left or (self.name in MIGRATE and self.ledger.phase_verdict(self.name) == Verdict.PASS)
+        if step is not None and not step.measures and there:
+            try:
+                with plans.bounded(self.connection):
+                    return plans.of_what_is_there(self.name, look(self))
+            except psycopg.Error as error:
+                db.raise_if_lost(self.connection, error)
+        return plans.not_there_yet(name, self.name, left, look)
 
     def _judge(self, gates: Gates) -> Gates:
         """Writes the gates down; shows the table first and raises after it, so that the record holds both.

@@ -1,20 +1,72 @@
-"""What a run that only plans leaves: its gates and statements, in the shape of ledger rows, in a file of its folder.
+"""A run that only plans: what it can know before the first change, and what it leaves.
 
-The ledger gets no row of it, and may not even be there.
+Its gates and statements are in a file of its folder, in the shape of ledger rows. The ledger gets no row of it, and
+may not even be there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
+from runbook_lib.core import db
+from runbook_lib.core.gates import Gate, Gates, Verdict, not_run
 from runbook_lib.core.redaction import redacted
+from runbook_lib.core.registry import OPERATE, UNDO_OPERATION
 from runbook_lib.params import Params
 
 FILE = "plan.jsonl"
+# Of one statement that looks at what is there: a plan is made again and again, on tables of any size.
+LONGEST_LOOK_S = 60
+# What the steps before it in the same plan bring about; an operation has none before it.
+BROUGHT_ABOUT = ("phase.predecessor_passed", "phase.nothing_stands_on_it")
+
+
+def on_the_way(step: str, gates: Gates) -> Gates:
+    """The gates of a step's order, in a plan: an earlier step may be in the same plan, and is to pass before it."""
+    alone = step in (*OPERATE, *UNDO_OPERATION)
+    names = () if alone else BROUGHT_ABOUT
+    return _not_yet(gates, names, "the steps before it").in_a_plan()
+
+
+def of_what_is_there(step: str, gates: Gates) -> Gates:
+    """The proof of a step, looked at in a plan: what does not hold today is what the step is there for."""
+    return _not_yet(gates, {g.name for g in gates}, step).in_a_plan()
+
+
+def _not_yet(gates: Gates, names: Collection[str], after: str) -> Gates:
+    def told(g: Gate) -> Gate:
+        if g.verdict is Verdict.PASS or g.name not in names:
+            return g
+        return replace(g, verdict=Verdict.NOT_RUN, found=f"{g.found}; known only after {after}")
+
+    return Gates(tuple(map(told, gates)))
+
+
+@contextmanager
+def bounded(connection: db.Connection) -> Iterator[None]:
+    """No statement of a block takes longer than LONGEST_LOOK_S."""
+    limit = "SELECT pg_catalog.set_config('statement_timeout', %s::text, false)"
+    connection.execute(limit, [f"{LONGEST_LOOK_S}s"])
+    try:
+        yield
+    finally:
+        with suppress(psycopg.Error):
+            connection.execute(limit, ["0"])
+
+
+def not_there_yet(name: str, step: str, statements: int, look: Any) -> Gates:
+    """The one gate of a look that a plan cannot take. look: its function, which says in a sentence what it proves."""
+    left = f", which has {statements} statement{'s' if statements != 1 else ''} to run" if statements else ""
+    proves = " ".join((look.__doc__ or "").split("\n\n")[0].split())
+    return Gates((not_run(name, step, f"known only after {step}{left}", proves),))
 
 
 def note(params: Params, run_id: str, step: str, kind: str, body: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ class Step:
     has to be rolled back first. no_rollback: of an operation, why there is none. instead: what to do in its place.
     concurrent: it only reads, or shares its work by claims on rows, so it needs no claim on the target. repeated: a
     schedule repeats it, so its records may be pruned. takes: of a rollback of phases, how long it takes, whatever the
-    size of the table.
+    size of the table. measures: what it proves is measured or made anew each time, so that no plan can look at it.
     """
 
     name: str
@@ -52,10 +52,11 @@ class Step:
     reads_only: bool = False
     repeated: bool = False
     takes: str = ""
+    measures: bool = False
 
 
-def _phase(name: str, does: str, *plans: str, reads_only: bool = False) -> Step:
-    return Step(name, Kind.PHASE, does, plans, reads_only=reads_only)
+def _phase(name: str, does: str, *plans: str, reads_only: bool = False, measures: bool = False) -> Step:
+    return Step(name, Kind.PHASE, does, plans, reads_only=reads_only, measures=measures)
 
 
 def _rollback(name: str, does: str, *plans: str, of: tuple[str, ...], takes: str = "", after: str = "") -> Step:
@@ -64,14 +65,19 @@ def _rollback(name: str, does: str, *plans: str, of: tuple[str, ...], takes: str
 
 _STEPS = (
     _phase("00_preflight", "reads, and tries what the phases will do in rolled-back transactions", reads_only=True),
-    _phase("10_baseline", "measures the legacy search, creates the search function", "search.search_function.plan"),
+    _phase(
+        "10_baseline",
+        "measures the legacy search, creates the search function",
+        "search.search_function.plan",
+        measures=True,
+    ),
     _phase("20_extension", "installs or updates pgvector", "migrate.extension.plan"),
     _phase("30_expand_schema", "adds columns, staging table and change capture", "migrate.expand_schema.plan"),
     _phase("40_load_embeddings", "loads the vectors into the staging table", "migrate.load_embeddings.plan"),
     _phase("50_backfill", "moves the vectors into the table in batches", "migrate.backfill.plan"),
     _phase("60_build_index", "builds the vector index concurrently", "migrate.build_index.plan"),
-    _phase("70_tune", "finds the cheapest setting that meets the target recall", "migrate.tune.plan"),
-    _phase("80_shadow", "compares the new search with the legacy search", "search.live_shadow.plan"),
+    _phase("70_tune", "finds the cheapest setting that meets the target recall", "migrate.tune.plan", measures=True),
+    _phase("80_shadow", "compares the new search with the legacy search", "search.live_shadow.plan", measures=True),
     _phase("90_cut_over", "moves the reads to the new search", "migrate.cut_over.plan"),
     Step(
         "operate/rehearse",
@@ -82,6 +88,7 @@ _STEPS = (
         no_rollback="it leaves nothing: its samples are dropped when it ends",
         instead="after a kill run operate/rehearse again, which drops them first",
         concurrent=True,
+        measures=True,
     ),
     Step(
         "operate/refresh",
@@ -113,6 +120,7 @@ _STEPS = (
         no_rollback="pgvector has no script from a newer release to an older one, and the vectors were never touched",
         instead="the administrator installs the package of the older release and restarts the server; from 0.8.0 on"
         " it works with the catalogue of a newer one",
+        measures=True,
     ),
     Step(
         "operate/rebuild_index",
@@ -120,6 +128,7 @@ _STEPS = (
         "rebuilds the vector index",
         ("operate.rebuild_index.plan",),
         needs="60_build_index",
+        measures=True,
     ),
     Step(
         "operate/compare_storage",
@@ -129,6 +138,7 @@ _STEPS = (
         needs="50_backfill",
         no_rollback="it leaves nothing: its scratch table and its indexes are dropped when it ends",
         instead="after a kill run operate/compare_storage again, which drops what is left",
+        measures=True,
     ),
     Step(
         "operate/change_model",
@@ -137,6 +147,7 @@ _STEPS = (
         " can move one by one",
         ("operate.model_change.plan",),
         needs="80_shadow",
+        measures=True,
     ),
     Step(
         "operate/retire_model",
@@ -154,6 +165,7 @@ _STEPS = (
         "gives slow or low-recall filter values a partial vector index",
         ("operate.serve_filters.plan",),
         needs="70_tune",
+        measures=True,
     ),
     Step(
         "operate/partition_by_filter",
@@ -162,6 +174,7 @@ _STEPS = (
         " its index",
         ("operate.partition_by_filter.plan",),
         needs="70_tune",
+        measures=True,
     ),
     Step(
         "operate/retire_legacy",
