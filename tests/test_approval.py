@@ -126,11 +126,14 @@ def test_an_approval_is_shown_given_and_stands_in_the_record(
     assert (gate.name, gate.verdict) == ("approval.is_given", "PASS")
     assert gate.found.startswith(f"by {approver} at ") and gate.found.endswith(": change 4711")
     assert "approval.is_given" in [e["body"].get("name") for e in waiting.ledger.entries()]
+    planned = approval.check(PHASE, waiting.ledger, False, waiting.planned).in_a_plan()
+    assert [str(g.verdict) for g in planned] == ["WOULD PASS"]
 
 
 def test_a_plan_needs_no_sign_off_and_says_that_it_would(open_phase: Callable[..., Phase]) -> None:
     gate = open_phase(PHASE, execute=False, **WAITING).require().gates[-1]
     assert (gate.name, gate.verdict) == ("approval.is_given", "NOT RUN")
+    assert gate.found == f"{PHASE} has no sign-off; it asks for one when it is about to run"
 
 
 @pytest.mark.attack

@@ -100,7 +100,8 @@ def test_a_plan_changes_nothing_at_all(
     assert dump(database) == before
     assert articles.execute("SELECT to_regnamespace('runbook')").fetchone() == (None,)
     page = (planned.folder / "index.html").read_text()
-    assert "NOT RUN" in page and ">PASS<" not in page
+    assert "NOT RUN" in page and "WOULD PASS" in page and "✔ PASS" not in page
+    assert "runbook run" in page and "strongest lock, ACCESS EXCLUSIVE" in page
 
 
 def test_a_handful_of_rows_that_legacy_never_finds_go_there_and_back(

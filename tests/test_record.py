@@ -301,11 +301,9 @@ def test_a_plan_claims_no_change() -> None:
     phases = tuple(PhaseRun(name, "planned") for name in MIGRATE)
     seen = entry("00_preflight", "gate", gate("table.fits", "NOT RUN"))
     found = review.collect(make_manifest(execute=False, status="planned", phases=phases), [seen])
-    assert answers(found)[0] == [
-        "Nothing was carried out: each notebook shows the statements that it would run, and their locks."
-    ]
+    assert found.questions[0].answers == ["No statement that changes anything, as far as it can be known now."]
     assert not found.rollback
-    assert {p["gates"] for p in found.phases} == {""}
+    assert {p["gates"] for p in found.phases} == {"0 of 1", ""}
 
 
 def test_figures_of_an_earlier_run_are_marked_and_those_undone_are_gone() -> None:

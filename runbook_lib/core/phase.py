@@ -36,7 +36,7 @@ from runbook_lib.core.gates import (
     collect,
 )
 from runbook_lib.core.ledger import Ledger, as_data
-from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, following, function, rolled_back_by, waits
+from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, following, function, rolled_back_by, waits
 from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
 
@@ -204,7 +204,8 @@ class Phase:
         statements = [s for plan in (step.plans if step else ()) for s in function(plan)(self)]
         return db.rendered(statements, self.connection)
 
-    def _note_in_plan(self, kind: str, body: Mapping[str, Any]) -> None:
+    def note_in_plan(self, kind: str, body: Mapping[str, Any]) -> None:
+        """A row of figures for the page of a plan, which the ledger does not hold."""
         plans.note(self.params, self.run_id, self.name, kind, body)
 
     def carry_out(self, plan: db.Plan) -> Table:
@@ -287,10 +288,13 @@ class Phase:
 
     def _foreseen(self, name: str, look: Callable[[Phase], Gates]) -> Gates:
         """What the step is to prove: looked at only where the step has nothing left to do, or is a phase that has
-        passed, and would not measure again. The server is not kept busy for it for long.
+        passed, and would not measure again; of a rollback only where nothing else is to be rolled back before it.
+        The server is not kept busy for it for long.
         """
         left, step = len(self.planned()), STEPS.get(self.name)
         there = not left or (self.name in MIGRATE and self.ledger.phase_verdict(self.name) == Verdict.PASS)
+        if self.name in UNDO:
+            there = there and not predecessors.gone(self.name, self.ledger, self.params, 0)
         if step is not None and not step.measures and there:
             try:
                 with plans.bounded(self.connection):
@@ -307,7 +311,7 @@ class Phase:
         self.judged.extend(gates)
         if not self.execute:
             for g in gates:
-                self._note_in_plan("gate", as_data(g))
+                self.note_in_plan("gate", as_data(g))
         elif self.ledger.exists():
             self.ledger.append_gates(gates)
         if gates.failed:
@@ -344,7 +348,7 @@ class Phase:
             self._append_verdicts(verdict)
         else:
             for planned in self.planned():
-                self._note_in_plan("planned", planned)
+                self.note_in_plan("planned", planned)
         self.end("is closed", _after(self.name))
         return Table(
             ("phase", "verdict", "next"), [(self.name, verdict if self.execute else "NOT RUN", following(self.name))]

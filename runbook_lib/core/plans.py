@@ -26,6 +26,7 @@ FILE = "plan.jsonl"
 # Of one statement that looks at what is there: a plan is made again and again, on tables of any size.
 LONGEST_LOOK_S = 60
 # What the steps before it in the same plan bring about; an operation has none before it.
+KNOWN_AFTER = "known only after"
 BROUGHT_ABOUT = ("phase.predecessor_passed", "phase.nothing_stands_on_it")
 
 
@@ -45,7 +46,7 @@ def _not_yet(gates: Gates, names: Collection[str], after: str) -> Gates:
     def told(g: Gate) -> Gate:
         if g.verdict is Verdict.PASS or g.name not in names:
             return g
-        return replace(g, verdict=Verdict.NOT_RUN, found=f"{g.found}; known only after {after}")
+        return replace(g, verdict=Verdict.NOT_RUN, found=f"{g.found}; {KNOWN_AFTER} {after}")
 
     return Gates(tuple(map(told, gates)))
 
@@ -66,7 +67,7 @@ def not_there_yet(name: str, step: str, statements: int, look: Any) -> Gates:
     """The one gate of a look that a plan cannot take. look: its function, which says in a sentence what it proves."""
     left = f", which has {statements} statement{'s' if statements != 1 else ''} to run" if statements else ""
     proves = " ".join((look.__doc__ or "").split("\n\n")[0].split())
-    return Gates((not_run(name, step, f"known only after {step}{left}", proves),))
+    return Gates((not_run(name, step, f"{KNOWN_AFTER} {step}{left}", proves),))
 
 
 def note(params: Params, run_id: str, step: str, kind: str, body: Mapping[str, Any]) -> None:

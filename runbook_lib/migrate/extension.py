@@ -142,7 +142,7 @@ def brings(phase: Phase) -> Table:
 
 
 def verify(phase: Phase) -> Gates:
-    """Is the installed release recent enough, and is the loaded library the one that the catalogue speaks of?"""
+    """The installed release is recent enough, and the loaded library is the one that the catalogue speaks of."""
     installed, default = _state(phase)
     wanted = phase.params.extension.version
     needed = max(pgvector_releases.OLDEST_PGVECTOR, wanted or "", key=versions.order)
@@ -215,7 +215,7 @@ def undo(phase: Phase) -> Table:
 
 
 def verify_undone(phase: Phase) -> Gates:
-    """Is pgvector gone, or does it stay for a reason that is not ours?"""
+    """pgvector is gone, or stays for a reason that is not ours."""
     installed, _ = _state(phase)
     users = _users(phase) if installed else []
     if installed is None:

@@ -85,8 +85,10 @@ def _p95(milliseconds: Any) -> float | None:
 
 
 def verify(phase: Phase) -> Gates:
-    """No sampled call failed in the other search; and, from :data:`FEWEST_CALLS` calls on, the new route is as fast
-    on live calls as legacy. Both searches answered the same calls, whichever of them was live.
+    """No sampled call failed in the other search; and, once there are enough, the new route is as fast on live calls
+    as legacy.
+
+    Enough are FEWEST_CALLS. Both searches answered the same calls, whichever of them was live.
     """
     rows = live_shadow.logged(phase.connection, phase.params)
     times: dict[str, list[float]] = {}

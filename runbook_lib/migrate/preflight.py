@@ -328,9 +328,9 @@ def _no_prepared_transactions(phase: Phase) -> Gate:
     )
 
 
-def plan_body(phase: Phase) -> dict[str, Any]:
+def plan_body(phase: Phase, found: Facts | None = None) -> dict[str, Any]:
     """What this migration will do to this table, by the figures of today: the body of the ledger's row ``plan``."""
-    found = facts(phase)
+    found = found or facts(phase)
     expects = expected(found, phase)
     return {
         "fingerprint": phase.params.fingerprint(),
@@ -347,6 +347,7 @@ def plan_body(phase: Phase) -> dict[str, Any]:
             "table_growth_bytes": expects.table_growth_bytes,
             "staging_bytes": expects.staging_bytes,
             "wal_bytes": expects.wal_bytes,
+            "load_seconds": round(expects.load_seconds, 1),
             "build_seconds": round(expects.build_seconds, 1),
             "backfill_seconds": round(expects.backfill_seconds, 1),
         },
@@ -357,7 +358,10 @@ def plan_body(phase: Phase) -> dict[str, Any]:
 @changes
 def take(phase: Phase) -> Forecast:
     """Makes the ledger and writes the plan into it, where the run carries things out; shows the forecast."""
+    found = facts(phase)
     if phase.execute:
         phase.ledger.create()
-        phase.note("plan", plan_body(phase))
-    return expected(facts(phase), phase)
+        phase.note("plan", plan_body(phase, found))
+    else:
+        phase.note_in_plan("plan", plan_body(phase, found))
+    return expected(found, phase)

@@ -18,20 +18,20 @@ SQL = load("refresh")
 def plan(phase: Phase) -> db.Plan:
     """The UPDATE that a drain sends for each row; empty where nothing waits.
 
-    Raises BadInput where there is no queue to drain.
+    Raises BadInput where there is no queue to drain, unless it only plans.
     """
-    if phase.execute:
-        _require_queue(phase)
-    if phase.execute and not (state := change_queue.waiting(phase)).waiting + state.set_aside:
+    there = _queue_is_there(phase)
+    if there and not (state := change_queue.waiting(phase)).waiting + state.set_aside:
         return db.Plan((), phase.connection)
     block = SQL[vector_store.of(phase.params).write_row]
     update = db.statement(block, phase.params, key=None, text_hash=None, embedding=None)
     return db.Plan((update,), phase.connection)
 
 
-def _require_queue(phase: Phase) -> None:
+def _queue_is_there(phase: Phase) -> bool:
     queue = spelled(phase.params, "queue")
-    if not db.one(phase.connection, SQL["queue_is_there"], phase.params, queue=queue)["there"]:
+    there = bool(db.one(phase.connection, SQL["queue_is_there"], phase.params, queue=queue)["there"])
+    if not there and phase.execute:
         raise BadInput(
             [
                 Gate(
@@ -46,6 +46,7 @@ def _require_queue(phase: Phase) -> None:
                 )
             ]
         )
+    return there
 
 
 @changes

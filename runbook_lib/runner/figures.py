@@ -343,11 +343,12 @@ def forecast(found: Newest) -> list[tuple[str, str, str, str]]:
     if not plan or not plan.body.get("forecast"):
         return []
     foreseen_by = plan.body["forecast"]
-    index, backfill = found("index"), found.backfill()
+    index, backfill, load = found("index"), found.backfill(), found("load")
     rehearsal = found("rehearsal")
     rehearsed = rehearsal.body["whole"] if rehearsal else {}
     actual = {
         "index_bytes": index.body.get("bytes") if index else None,
+        "load_seconds": load.body.get("seconds") if load else None,
         "build_seconds": index.body.get("seconds") if index else None,
         "table_growth_bytes": backfill.body.get("table_growth_bytes") if backfill else None,
         "wal_bytes": backfill.body.get("wal_bytes") if backfill else None,
@@ -359,6 +360,7 @@ def forecast(found: Newest) -> list[tuple[str, str, str, str]]:
         "table_growth_bytes": "growth of the table",
         "wal_bytes": "write-ahead log (forecast: load, backfill without HOT, build; actual: backfill)",
         "staging_bytes": "staging table",
+        "load_seconds": "time of loading (forecast: without the model)",
         "build_seconds": "time of the build",
         "backfill_seconds": "time of the backfill (forecast: without HOT)",
     }

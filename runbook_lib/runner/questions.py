@@ -33,7 +33,6 @@ ACCEPTING: dict[str, Any] = {
     "cut_over.largest_slowdown": 1.0,
     "retire.accept_unseen_standbys": False,
 }
-PLAN_ONLY = "Nothing was carried out: each notebook shows the statements that it would run, and their locks."
 UNREAD = "Not known: the ledger could not be read when this page was made."
 
 
@@ -74,28 +73,24 @@ def answer(
         return told if read else [UNREAD]
 
     statements = [e["body"] for e in own if e["kind"] == "statement"]
-    changed, locks = [PLAN_ONLY], ["None was taken; the plan names those to come."]
-    if run.execute:
-        changed, locks = known(_what_changed(run, found, statements)), known(_locks(statements))
+    changed, locks = known(_what_changed(run, found, statements)), known(_locks(statements))
     shown = ("statements", "statements") if statements else ("phases", "phases")
-    if any(e["kind"] == "planned" for e in own):
-        shown = ("planned", "planned statements")
     params_file = shlex.quote(run.params_file)
     return [
-        Question("What changed?", [*_stopped(run), *changed], shown),
+        Question("What changed?", [*stopped(run), *changed], shown),
         Question("Which was the strongest lock, for how long, and what waited?", locks, shown),
-        Question("Who ran it, where?", _who(run, own), ("evidence", "versions and parameters")),
+        Question("Who ran it, where?", who(run, own), ("evidence", "versions and parameters")),
         Question("Who signed what?", known(_signed(run, found, own)), ("gates", "gates")),
         Question("Was it proved?", known(_proved(run, found, gates)), ("figures", "figures")),
         Question("Is the new search better for users?", known(_better(found)), ("moved", "gains and losses")),
         Question("What does it cost?", known(_cost(found)), ("forecast", "forecast and actual")),
-        Question("What was skipped or accepted?", _accepted(run, found), ("evidence", "parameters")),
+        Question("What was skipped or accepted?", accepted(run, found), ("evidence", "parameters")),
         Question("How is it rolled back?", *_rolled_back(run, rollback)),
         Question(
             "Is the record untampered?",
-            [_head(run, head)],
+            [_head(head)],
             ("hashes", "hashes"),
-            f"runbook verify {params_file} {run.run_id}" if run.execute else "",
+            f"runbook verify {params_file} {run.run_id}",
         ),
     ]
 
@@ -113,13 +108,14 @@ def _from(entry: Figure) -> str:
     return f" Measured in run {entry.source}." if entry.source else ""
 
 
-def _stopped(run: Manifest) -> list[str]:
-    stopped = next((p.name for p in run.phases if p.error), None)
-    if stopped is None:
+def stopped(run: Manifest) -> list[str]:
+    """Where a run has ended before its last step; empty where it has not."""
+    at = next((p.name for p in run.phases if p.error), None)
+    if at is None:
         return []
     left = [p.name for p in run.phases if p.status == Status.PENDING]
     after = f" Not begun: {', '.join(left)}." if left else ""
-    return [f"The run stopped in {stopped}.{after} Rerun the same command to resume there."]
+    return [f"The run stopped in {at}.{after} Rerun the same command to resume there."]
 
 
 def _what_changed(run: Manifest, found: Newest, statements: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -156,7 +152,8 @@ def _locks(statements: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _who(run: Manifest, own: Sequence[Entry]) -> list[str]:
+def who(run: Manifest, own: Sequence[Entry]) -> list[str]:
+    """By which people and roles, on which server, in which versions."""
     roles = sorted({e["written_by"] for e in own if e.get("written_by") and e["kind"] != "approval"})
     person = f"OS user {run.user} on host {run.host}" if run.user else f"Host {run.host}; the OS user was not noted"
     role = f" as role {', '.join(roles)}" if roles else ""
@@ -181,15 +178,13 @@ def _signed(run: Manifest, found: Newest, own: Sequence[Entry]) -> list[str]:
 
 
 def _proved(run: Manifest, found: Newest, gates: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = []
-    if run.execute:
-        passed, stopping = sum(g["passed"] for g in gates), sum(len(g["stopping"]) for g in gates)
-        unproved = [p.name for p in run.phases if p.status != Status.PASSED]
-        lines.append(
-            f"{count(passed, 'gate')} passed"
-            + (f", {stopping} did not." if stopping else "; none failed.")
-            + (f" Not proved: {', '.join(unproved)}." if unproved else "")
-        )
+    passed, stopping = sum(g["passed"] for g in gates), sum(len(g["stopping"]) for g in gates)
+    unproved = [p.name for p in run.phases if p.status != Status.PASSED]
+    lines = [
+        f"{count(passed, 'gate')} passed"
+        + (f", {stopping} did not." if stopping else "; none failed.")
+        + (f" Not proved: {', '.join(unproved)}." if unproved else "")
+    ]
     if (entry := found("tuning")) and (point := chosen(entry.body)):
         t = entry.body
         lines.append(
@@ -237,14 +232,14 @@ def _cost(found: Newest) -> list[str]:
     return [*lines, f"Writes: how much slower they become was not measured.{said}"]
 
 
-def _accepted(run: Manifest, found: Newest) -> list[str]:
+def accepted(run: Manifest, found: Newest) -> list[str]:
     lines = []
     for key, nothing in ACCEPTING.items():
         section, _, field = key.partition(".")
         value = (run.parameters.get(section) or {}).get(field, nothing)
         if value != nothing:
             lines.append(f"Accepted by {key}: {', '.join(value) if isinstance(value, list) else value}.")
-    if run.way == "migrate" and run.execute:
+    if run.way == "migrate":
         names = {current(p.name) for p in run.phases}
         if skipped := [p for p in MIGRATE if p not in names]:
             lines.append(f"Not in this run: {', '.join(skipped)}.")
@@ -264,9 +259,7 @@ def _rolled_back(run: Manifest, rollback: Sequence[Rollback]) -> tuple[list[str]
     return lines, ("back", "how to roll back"), rollbacks.command(run.params_file, first.name)
 
 
-def _head(run: Manifest, head: str) -> str:
-    if not run.execute:
-        return "A plan leaves no row in the ledger, so there is nothing to check."
+def _head(head: str) -> str:
     kept = f"The ledger ended with {head} when this page was made" if head else "The ledger could not be read"
     return f"{kept}; the run's own head is in manifest.json. Keep it elsewhere, and check with --head."
 

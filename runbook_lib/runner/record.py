@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import nbformat
 import psycopg
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from nbconvert import HTMLExporter
 from papermill.execute import ERROR_MARKER_TAG
 from pygments.formatters import HtmlFormatter
@@ -40,6 +40,8 @@ SQL = load("runner")
 TABLE = re.compile(r"<table\b.*?</table>", re.S)
 CODE_LIGHT, CODE_DARK = "default", "github-dark"
 SCROLLS = '<div class="scroll" tabindex="0" role="region" aria-label="Table">'
+
+CODE = re.compile("`([^`]+)`")
 
 HEADLINES = {
     Status.RUNNING: "still running when this page was made",
@@ -203,6 +205,7 @@ def _templates() -> jinja2.Environment:
         "when": _when,
         "figures": _figures,
         "json": _json,
+        "code": _code,
         "shell": shlex.quote,
         "short": short,
     }
@@ -223,6 +226,11 @@ def _when(iso: str) -> str:
 
 def _figures(figures: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} = {number(v) if isinstance(v, int | float) else v}" for k, v in figures.items())
+
+
+def _code(text: str) -> Markup:
+    """A sentence as HTML; what stands in backquotes is a command."""
+    return Markup(CODE.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
 
 
 def _json(value: Any) -> str:

@@ -8,8 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from runbook_lib.core.db import lock_level
-from runbook_lib.core.gates import Verdict
-from runbook_lib.runner import figures, questions, rollbacks
+from runbook_lib.core.gates import STOPPING, Verdict
+from runbook_lib.runner import approver, figures, questions, rollbacks
 from runbook_lib.runner.figures import Entry, Figures, Newest, Picture, Tile
 from runbook_lib.runner.manifest import BY_HAND, Manifest, Status
 from runbook_lib.runner.questions import Moved, Question
@@ -41,6 +41,7 @@ class RecordPage:
     tables: Sequence[tuple[str, Figures]]
     forecast: Sequence[tuple[str, str, str, str]]
     rollback: Sequence[Rollback]
+    later: Figures | None = None
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -65,19 +66,28 @@ def collect(
     passed = {p.name for p in run.phases if p.status == Status.PASSED} if done else set()
     rollback = rollbacks.of(passed, found, entries)
     head = next((e["hash"] for e in reversed(entries) if e.get("hash")), "")
+    planned = [
+        s | {"undone_by": approver.undone_by(s["phase"])} for s in _folded(e for e in own if e["kind"] == "planned")
+    ]
+    asked = (
+        questions.answer(run, found, own, gates, rollback, head, read=not notes)
+        if run.execute
+        else approver.answer(run, found, own, planned, read=not notes)
+    )
     return RecordPage(
         manifest=run,
-        questions=questions.answer(run, found, own, gates, rollback, head, read=not notes),
-        tiles=figures.tiles(found),
+        questions=asked,
+        tiles=figures.tiles(found) if run.execute else approver.tiles(run, found, own, planned),
+        later=None if run.execute else approver.later(own),
         moved=questions.moved(found, texts.queries, texts.rows),
         phases=_phases(run, gates, set(pages)),
         gates=gates,
         statements=_folded(e for e in own if e["kind"] == "statement"),
-        planned=_folded(e for e in own if e["kind"] == "planned"),
+        planned=planned,
         pictures=figures.drawn(found),
         comparison=figures.comparison(found),
         tables=figures.tables(found),
-        forecast=figures.forecast(found),
+        forecast=figures.forecast(found) if run.execute or any(e["kind"] == "plan" for e in own) else [],
         rollback=rollback,
         notes=[*run.notes, *notes],
     )
@@ -117,20 +127,20 @@ def _gates(own: Sequence[Entry]) -> list[dict[str, Any]]:
             by_phase.setdefault(e["phase"], {})[(e["body"]["name"], e["body"]["subject"])] = e["body"]
     groups = []
     for phase, gates in by_phase.items():
-        stopping = [g for g in gates.values() if g["verdict"] in (Verdict.FAIL, Verdict.UNKNOWN)]
+        stopping = [g for g in gates.values() if g["verdict"] in STOPPING]
         others = [g for g in gates.values() if g not in stopping]
-        passed = sum(g["verdict"] == Verdict.PASS for g in others)
-        groups.append({"phase": phase, "stopping": stopping, "others": others, "passed": passed})
+        passed, would = (sum(g["verdict"] == v for g in others) for v in (Verdict.PASS, Verdict.WOULD_PASS))
+        groups.append({"phase": phase, "stopping": stopping, "others": others, "passed": passed, "would": would})
     return sorted(groups, key=lambda group: not group["stopping"])
 
 
 def _phases(run: Manifest, gates: Sequence[Mapping[str, Any]], pages: set[str]) -> list[dict[str, Any]]:
-    # In a plan no gate is run: that none passed would read as a failure.
-    count = {g["phase"]: (g["passed"], len(g["stopping"]) + len(g["others"])) for g in gates if run.execute}
+    kind = "passed" if run.execute else "would"
+    count = {g["phase"]: f"{g[kind]} of {len(g['stopping']) + len(g['others'])}" for g in gates}
     return [
         vars(p)
         | {
-            "gates": "{} of {}".format(*count[p.name]) if p.name in count else "",
+            "gates": count.get(p.name, ""),
             "page": f"{p.file}.html" if p.name in pages else "",
         }
         for p in run.phases

@@ -162,7 +162,7 @@ def undo(phase: Phase) -> Table:
 
 
 def verify_undone(phase: Phase) -> Gates:
-    """Neither of them is left."""
+    """Neither the sampling function nor its log is left."""
     there = _what_is_there(phase.connection, phase.params)
     left = [name for name, is_there in there.items() if is_there]
     gone = gate(
