@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,10 +23,11 @@ from runbook_lib.benchmark.query_set import Query, exact_of, vector_of, with_exa
 from runbook_lib.benchmark.recall_at_k import SAME_DISTANCE, Nearest
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import identifier, names, spelled
+from runbook_lib.core.names import identifier, names, spelled, verbatim
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.session import register_vector
 from runbook_lib.params import Params
+from runbook_lib.search import conditions
 from runbook_lib.sql import load
 
 SQL = load("exact")
@@ -42,6 +43,8 @@ DECIMALS = 6
 # How far two may differ that sum the same products in another order, relative to a distance.
 RELATIVE_TOLERANCE = 1e-4
 CHECKED = 5
+# Of a number that COPY sends, the sign left out.
+BITS = 31
 COMPONENT = {"vector": ">f4", "halfvec": ">f2"}
 KEY_TYPES = {"smallint": ">i2", "integer": ">i4", "bigint": ">i8"}
 FLOAT = NDArray[np.floating[Any]]
@@ -49,7 +52,9 @@ FLOAT = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class VectorBlock:
-    """A part of the table: vectors, shape (rows, dimension); codes, shape (rows, filters); keys."""
+    """A part of the table: vectors, shape (rows, dimension); codes, shape (rows, codes), a bit for each condition of
+    :class:`_Conditions`; keys.
+    """
 
     vectors: FLOAT
     codes: NDArray[np.int32]
@@ -75,7 +80,7 @@ def answered(connection: db.Connection, params: Params, queries: Sequence[Query]
 
 def nearest(connection: db.Connection, params: Params, queries: Sequence[Query], k: int) -> list[Nearest]:
     """The answers alone, in the order of the queries."""
-    listed = {c: _values(queries, c) for c in params.target.filters}
+    asked = _Conditions(queries)
     known = {q.query_id: vector_of(q) for q in queries}
     if not known:
         return []
@@ -84,10 +89,10 @@ def nearest(connection: db.Connection, params: Params, queries: Sequence[Query],
         # The server casts the query to the column's type.
         vectors = vectors.astype(np.float16).astype(np.float32)
     place = {query_id: i for i, query_id in enumerate(known)}
-    tops = [_Top(group, k) for group in _groups(queries, place, listed)]
+    tops = [_Top(group, k) for group in _groups(queries, place, asked)]
     numbers = _distances(params.vector.distance, vectors)
     longest = 0.0
-    for block in _small_enough(blocks(connection, params, listed), len(vectors)):
+    for block in _small_enough(blocks(connection, params, asked), len(vectors)):
         distances = numbers(block.vectors)
         longest = max(longest, _longest(block.vectors))
         for top in tops:
@@ -120,27 +125,32 @@ def _small_enough(whole: Iterator[VectorBlock], queries: int) -> Iterator[Vector
             yield VectorBlock(block.vectors[part], block.codes[part], block.keys[part])
 
 
-def _values(questions: Sequence[Query], column: str) -> list[str]:
-    return sorted({value for q in questions for name, value in q.allowed if name == column})
+class _Conditions:
+    """Each filter with each value that is asked for, as a bit of one of the numbers that come with every row."""
+
+    def __init__(self, questions: Iterable[Query]) -> None:
+        self.all = sorted({condition for q in questions for condition in q.allowed})
+        self.place = {condition: divmod(i, BITS) for i, condition in enumerate(self.all)}
+
+    @property
+    def numbers(self) -> list[list[tuple[str, str]]]:
+        """Conditions, a list a number."""
+        return [self.all[i : i + BITS] for i in range(0, len(self.all), BITS)]
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Questions with the same filters: their places, the numbers of their vectors, and the code of each filter."""
+    """Questions with the same filters: their places, the numbers of their vectors, and the bit of each condition."""
 
     places: NDArray[np.intp]
     queries: NDArray[np.intp]
     wanted: tuple[tuple[int, int], ...]
 
 
-def _groups(
-    questions: Sequence[Query], place: Mapping[str, int], listed: Mapping[str, list[str]]
-) -> Iterator[_Group]:
-    columns = list(listed)
+def _groups(questions: Sequence[Query], place: Mapping[str, int], asked: _Conditions) -> Iterator[_Group]:
     for allowed in dict.fromkeys(q.allowed for q in questions):
         places = [i for i, q in enumerate(questions) if q.allowed == allowed]
-        # array_position counts from one; zero is any value that no question asks for.
-        wanted = tuple((columns.index(c), listed[c].index(value) + 1) for c, value in allowed)
+        wanted = tuple(asked.place[condition] for condition in allowed)
         yield _Group(np.array(places), np.array([place[questions[i].query_id] for i in places]), wanted)
 
 
@@ -157,8 +167,8 @@ class _Top:
     def add(self, distances: FLOAT, block: VectorBlock) -> None:
         """Takes in the rows of a block that are no farther than the k-th found so far."""
         rows = np.arange(len(block.keys))
-        for column, code in self.group.wanted:
-            rows = rows[block.codes[rows, column] == code]
+        for number, bit in self.group.wanted:
+            rows = rows[(block.codes[rows, number] >> bit) & 1 == 1]
         self.matching += len(rows)
         if not len(rows):
             return
@@ -230,17 +240,14 @@ def _rounded(distances: FLOAT) -> FLOAT:
     return distances
 
 
-def blocks(connection: db.Connection, params: Params, listed: Mapping[str, Sequence[str]]) -> Iterator[VectorBlock]:
-    """The rows that have a vector, a block at a time.
-
-    listed: the values of each filter column that matter; a row's code is the place of its value, from one.
-    """
+def blocks(connection: db.Connection, params: Params, asked: _Conditions) -> Iterator[VectorBlock]:
+    """The rows that have a vector and that a search may give, a block at a time."""
     key = params.target.key
     key_type = db.one(connection, SQL["key_type"], params, table=spelled(params, "table"), key=key)["type"]
-    layout = _Layout(params.vector.type, params.vector.dimension, len(listed), key_type)
+    layout = _Layout(params.vector.type, params.vector.dimension, len(asked.numbers), key_type)
     held: list[bytes] = []
     size = 0
-    with connection.cursor() as cursor, cursor.copy(_copy_out(params, listed)) as copy:
+    with connection.cursor() as cursor, cursor.copy(_copy_out(connection, params, asked)) as copy:
         for data in copy:
             held.append(bytes(data))
             size += len(data)
@@ -252,13 +259,20 @@ def blocks(connection: db.Connection, params: Params, listed: Mapping[str, Seque
     yield block
 
 
-def _copy_out(params: Params, listed: Mapping[str, Sequence[str]]) -> sql.Composed:
-    code = "coalesce(array_position({}::text[], {}::text), 0), "
-    codes = [sql.SQL(code).format(sql.Literal(list(v)), sql.Identifier("t", c)) for c, v in listed.items()]
+def _copy_out(connection: db.Connection, params: Params, asked: _Conditions) -> sql.Composed:
+    bit = sql.SQL("((({}) IS TRUE)::integer << {})")
+    filters = {f.name: f for f in params.target.each_filter}
+    numbers = []
+    for number in asked.numbers:
+        literals = [(name, verbatim(sql.Literal(value).as_string())) for name, value in number]
+        held = [conditions.holds(connection, params, filters[name], value) for name, value in literals]
+        bits = sql.SQL(" | ").join(bit.format(c, sql.Literal(i)) for i, c in enumerate(held))
+        numbers.append(sql.SQL("({}), ").format(bits))
+    parts = {n: names(params)[n] for n in ("row_embedding", "from_vectors", "always")}
+    parts |= {"key": identifier("t", params.target.key), "codes": sql.Composed(numbers)}
     # COPY takes no bound values, so nothing here is read for placeholders; the block has no literal per cent sign.
-    plain = {name: sql.SQL(spelled(params, name)) for name in ("row_embedding", "from_vectors")}
-    key = sql.Identifier("t", params.target.key)
-    return SQL["copy_out"].compose(plain | {"key": key, "codes": sql.Composed(codes)})
+    plain = {n: sql.SQL(part.as_string(connection).replace("%%", "%")) for n, part in parts.items()}
+    return SQL["copy_out"].compose(plain)
 
 
 class _Layout:
@@ -335,16 +349,16 @@ def agreement(params: Params, alike: int, n: int) -> Gate:
 
 def by_sql(connection: db.Connection, params: Params, query: Query, k: int) -> list[db.Row]:
     """The same by plain SQL: key (as text) and distance of the k nearest rows."""
-    conditions = [
-        sql.SQL("t.{c}::text = {v}").format(c=identifier(c), v=sql.Placeholder(f"allowed_{i}"))
-        for i, (c, _) in enumerate(query.allowed)
+    filters, n = {f.name: f for f in params.target.each_filter}, names(params)
+    held = [
+        conditions.holds(connection, params, filters[name], sql.Placeholder(f"allowed_{i}"))
+        for i, (name, _) in enumerate(query.allowed)
     ]
-    n = names(params)
     statement = SQL["nearest"].compose(
         n
         | {
             "query_vector": sql.SQL("%(vector)s::{}").format(n["vector_type"]),
-            "filters": sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true"),
+            "filters": sql.SQL(" AND ").join([n["always"], *held]),
         }
     )
     allowed = {f"allowed_{i}": value for i, (_, value) in enumerate(query.allowed)}

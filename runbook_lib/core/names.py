@@ -173,6 +173,8 @@ def names(params: Params) -> dict[str, sql.Composable]:
     be searched, and ``{with_vectors}`` every row of the target, both with alias ``t`` for the target;
     ``{row_embedding}``, ``{row_embedding_hash}`` and ``{row_embedding_updated_at}`` are that row's.
 
+    ``{always}`` is the condition on ``t`` of every search; true where there is none.
+
     ``{by_legacy}``, ``{by_vector}`` and so on are the functions, one for each way, that answer for ``{function}``.
 
     ``{of_trusted_owner}`` is the condition that no stranger has made the function ``p``; ``{is_called}`` that it is,
@@ -218,6 +220,7 @@ def _names(params: Params) -> dict[str, sql.Composable]:
         "text_hash": sql.SQL("substring(pg_catalog.sha256(pg_catalog.convert_to({}, 'UTF8')) from 1 for {})").format(
             text, sql.Literal(HASH_BYTES)
         ),
+        "always": sql.SQL("({})").format(verbatim(target.always)) if target.always else sql.SQL("true"),
         "first_text_column": identifier(target.text_columns[0]),
         "new_text_differs": sql.SQL(" OR ").join(
             # As text and by its bytes, as it is hashed: to citext and to some collations other letters are equal.

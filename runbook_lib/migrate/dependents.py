@@ -100,7 +100,7 @@ def _kind_of_table(params: Params, facts: db.Row, columns: Mapping[str, db.Row])
 
 def _filters(connection: db.Connection, params: Params, columns: Mapping[str, db.Row]) -> Iterator[Gate]:
     """Has PostgreSQL plan what is done with a filter: equality, groups and order. It reads no row."""
-    for column in params.target.filters:
+    for column in params.target.filter_columns:
         if column not in columns:
             continue
         kind, said = columns[column]["type"], ""

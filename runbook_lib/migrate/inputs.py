@@ -22,6 +22,7 @@ from runbook_lib.migrate import (
     dependents,
     encoding,
     extension,
+    filter_checks,
     open_schemas,
     partition_checks,
     pgvector_releases,
@@ -148,8 +149,10 @@ def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
         yield _key_is_unique(look)
     for column in params.target.text_columns:
         yield _text_column(look, column)
-    for column in params.target.filters:
+    for column in params.target.filter_columns:
         yield _filter_column(look, column)
+    if not params.target.distributed:
+        yield from filter_checks.check(connection, params)
     yield from rights.check(look.connection, look.params, look.server, look.table)
     yield from policies.check(connection, params)
     yield privileges.check(connection, params)

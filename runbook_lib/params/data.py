@@ -7,7 +7,8 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from runbook_lib.params.placeholders import is_one_expression, split
+from runbook_lib.params.filters import Expression, Filter, Filters, filters_of, placeholders_of
+from runbook_lib.params.placeholders import is_one_expression, split, written
 from runbook_lib.params.section import AnyPath, Name, NewColumn, Section, ShortName
 
 # pgvector's limits for a column, and for what an index holds; README of pgvector, "Indexing".
@@ -17,8 +18,6 @@ MAX_INDEXED_DIMENSION = {"vector": 2000, "halfvec": 4000, "bit": 64_000}
 NAMES_IN_THE_FUNCTION = frozenset(
     {"query_text", "query_embedding", "k", "min_similarity", "score", "answered_by", "similarity", "rank"}
 )
-# What :name may stand for in legacy.query and search.application_query, beside the filters.
-PLACEHOLDERS = frozenset({"query", "embedding", "k"})
 # How a file of vectors tells its format.
 FORMATS = {
     ".parquet": "parquet",
@@ -71,7 +70,15 @@ class Target(Section):
         None, description="Table distributed by Citus: proceed with statements never run on a cluster."
     )
     text_columns: list[Name] = Field(min_length=1, description="Columns to embed, in this order.")
-    filters: list[Name] = Field([], description="Columns that the application filters by equality.")
+    filters: Filters = Field(
+        {},
+        description="What the application filters by: a list of columns, compared for equality, or a mapping:"
+        ' `status:` for a column, `max_price: {type: numeric, where: "t.price <= :max_price"}` for a condition on'
+        " the row t.",
+    )
+    always: Expression | None = Field(
+        None, description='Condition on the row t of every search, such as "t.deleted_at IS NULL".'
+    )
 
     @field_validator("key")
     @classmethod
@@ -83,22 +90,22 @@ class Target(Section):
             )
         return value
 
-    @field_validator("filters")
+    @field_validator("always")
     @classmethod
-    def filters_are_no_other_placeholders(cls, value: list[str]) -> list[str]:
-        # psycopg's own placeholders end at the first closing bracket.
-        if bracketed := [name for name in value if ")" in name]:
-            raise ValueError(
-                f"{bracketed[0]} holds a closing bracket, which no placeholder can; use a generated column of another"
-                " name"
-            )
-        if taken := sorted(PLACEHOLDERS.intersection(value)):
-            raise ValueError(
-                f":{taken[0]} already means something else in the statements; use a generated column of another name"
-            )
-        if len(set(value)) < len(value):
-            raise ValueError("a column is named twice")
+    def always_takes_no_value(cls, value: str | None) -> str | None:
+        if value is not None and (named := placeholders_of(value)):
+            raise ValueError(f"{written(named[0])}: a condition of every search takes no value")
         return value
+
+    @property
+    def each_filter(self) -> tuple[Filter, ...]:
+        """The filters, in the order of the search function's arguments."""
+        return filters_of(self.filters)
+
+    @property
+    def filter_columns(self) -> list[str]:
+        """The columns that are compared with a value."""
+        return [f.column for f in self.each_filter if f.column is not None]
 
 
 class Vector(Section):

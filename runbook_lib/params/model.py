@@ -97,12 +97,13 @@ class Params(Section):
             raise ValueError("cut_over.route: hybrid needs search.fulltext_column or search.fulltext_expression")
         if len(set(self.target.text_columns)) < len(self.target.text_columns):
             raise ValueError("target.text_columns names a column twice")
-        if unknown := set(self.filters.partial_indexes) - set(self.target.filters):
-            raise ValueError(f"filters.partial_indexes: {min(unknown)} is not among target.filters")
+        columns = "" if len(self.target.filter_columns) == len(self.target.filters) else " as a column"
+        if unknown := set(self.filters.partial_indexes) - set(self.target.filter_columns):
+            raise ValueError(f"filters.partial_indexes: {min(unknown)} is not among target.filters{columns}")
         if unknown := {c for caller in self.search.seen_as for c in caller.filters} - set(self.target.filters):
             raise ValueError(f"search.seen_as: {min(unknown)} is not among target.filters")
-        if self.partitioning.column and self.partitioning.column not in self.target.filters:
-            raise ValueError(f"partitioning.column: {self.partitioning.column} is not among target.filters")
+        if self.partitioning.column and self.partitioning.column not in self.target.filter_columns:
+            raise ValueError(f"partitioning.column: {self.partitioning.column} is not among target.filters{columns}")
         self._index_can_hold_the_vectors()
         return self
 

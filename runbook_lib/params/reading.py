@@ -6,7 +6,8 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -209,13 +210,16 @@ def _shown(loc: tuple[Any, ...], value: Any) -> str:
 
 
 def _section(loc: tuple[Any, ...]) -> type[BaseModel] | None:
-    model: type[BaseModel] = Params
+    """The section at that place of the file: of the model, or one that a list or a mapping of sections holds."""
+    kind: Any = Params
     for part in loc:
-        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return None
-        model = field.annotation
-    return model
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = next((f.annotation for n, f in kind.model_fields.items() if part in (n, f.alias)), None)
+        elif get_origin(kind) in (list, dict):
+            kind = get_args(kind)[-1]
+        if get_origin(kind) is UnionType:
+            kind = next((k for k in get_args(kind) if k is not type(None)), None)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def _valid_names(loc: tuple[Any, ...]) -> list[str]:

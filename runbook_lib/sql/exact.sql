@@ -2,7 +2,7 @@
 
 -- name: copy_out
 -- purpose: Every vector once, with the codes of its filters and its key, in the order in which they lie on disk.
-COPY (SELECT {codes}{row_embedding}, {key} FROM {from_vectors} WHERE {row_embedding} IS NOT NULL)
+COPY (SELECT {codes}{row_embedding}, {key} FROM {from_vectors} WHERE {row_embedding} IS NOT NULL AND {always})
     TO STDOUT (FORMAT BINARY);
 
 -- name: key_type

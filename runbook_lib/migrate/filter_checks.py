@@ -1,0 +1,127 @@
+"""Can a search be filtered as the parameters say? Each condition is planned, and what it reads is looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import psycopg
+from psycopg import sql
+
+from runbook_lib.backfill import update_effects
+from runbook_lib.core import db
+from runbook_lib.core.display import some
+from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.names import names, spelled, verbatim
+from runbook_lib.params import Params
+from runbook_lib.params.filters import Filter
+from runbook_lib.params.placeholders import written
+from runbook_lib.search import conditions
+from runbook_lib.search.function_path import as_in_the_function
+from runbook_lib.sql import load
+
+SQL = load("filter_checks")
+
+SHOWN = 5
+PROBE = "runbook_probe"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What PostgreSQL makes of a condition. lacking: privileges of the application's roles."""
+
+    problem: str = ""
+    volatile: bool = False
+    lacking: Sequence[db.Row] = ()
+
+
+def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
+    """A gate for each condition of target.filters, and for target.always; none where columns are all there is."""
+    t = params.target
+    asked = [(f"target.filters.{f.name}", f) for f in t.each_filter if f.column is None]
+    found: list[tuple[str, Filter | None, _Found]] = []
+    found += [(subject, f, _looked_at(connection, params, f)) for subject, f in asked]
+    if t.always:
+        found.append(("target.always", None, _of_condition(connection, params, names(params)["always"])))
+    for subject, f, seen in found:
+        value = f", {written(f.name)} of type {f.type}" if f else ""
+        yield gate(
+            "inputs.condition_can_be_planned",
+            not seen.problem,
+            subject,
+            found=f"PostgreSQL says: {seen.problem}" if seen.problem else "planned",
+            needed=f"one condition on a row t of {spelled(params, 'table')}{value}",
+            danger="every search with it would fail",
+            do="try it in psql: SELECT … FROM the table t WHERE …; name what is in other schemas with its schema",
+        )
+        if seen.volatile:
+            yield _volatile(subject)
+    if t.always or asked:
+        yield _privileges(params, [row for _, _, seen in found for row in seen.lacking])
+
+
+def _volatile(subject: str) -> Gate:
+    return gate(
+        "inputs.condition_is_stable",
+        False,
+        subject,
+        found="a volatile function, such as random() or clock_timestamp()",
+        needed="STABLE or IMMUTABLE functions alone, such as now()",
+        danger="the same search would let other rows through each time, and no recall could be measured",
+        do="leave the function out, or declare your own STABLE if it changes nothing",
+    )
+
+
+def _privileges(params: Params, lacking: Sequence[db.Row]) -> Gate:
+    said = list(dict.fromkeys(f"{row['role']} lacks {row['privilege']}" for row in lacking))
+    grants = list(dict.fromkeys(row["granted"] for row in lacking))
+    return gate(
+        "inputs.callers_may_read_what_filters_read",
+        not lacking,
+        "search.grant_to and search.seen_as",
+        found=some(said, SHOWN, "; ") or f"{len(callers(params))} roles may read it",
+        needed="SELECT on the columns, EXECUTE on the functions that the conditions name",
+        danger="the search function runs with its caller's rights: their searches with these filters would fail",
+        do=f"have their owner run: {' '.join(grants)}",
+    )
+
+
+def callers(params: Params) -> list[str]:
+    """The roles that call the search function."""
+    s = params.search
+    return list(dict.fromkeys([*s.grant_to, *(caller.role for caller in s.seen_as)]))
+
+
+def _looked_at(connection: db.Connection, params: Params, f: Filter) -> _Found:
+    try:
+        with connection.transaction(force_rollback=True):
+            there = db.rows(connection, SQL["type_of"], params, type=f.type)
+    except psycopg.Error as error:
+        db.raise_if_lost(connection, error)
+        return _Found(update_effects.said(error))
+    if not there:
+        return _Found(f"type {f.type} does not exist, or is none of a value")
+    value = sql.SQL("NULL::{}").format(verbatim(f.type))
+    return _of_condition(connection, params, conditions.holds(connection, params, f, value))
+
+
+def _of_condition(connection: db.Connection, params: Params, condition: sql.Composable) -> _Found:
+    """As in the search function, where its search path is; nothing of it stays."""
+    parts = names(params) | {"condition": condition}
+    try:
+        with as_in_the_function(connection, params):
+            row = connection.execute(SQL["plan"].compose(parts), {}, prepare=False).fetchone()
+            connection.execute(SQL["create_probe"].compose(parts), {}, prepare=False)
+            lacking = db.rows(connection, SQL["lacking"], params, roles=callers(params))
+    except psycopg.Error as error:
+        db.raise_if_lost(connection, error)
+        return _Found(update_effects.said(error))
+    plan = row["QUERY PLAN"][0]["Plan"] if row else {}
+    return _Found("", _keeps_apart(plan), lacking)
+
+
+def _keeps_apart(node: Mapping[str, object]) -> bool:
+    if node.get("Node Type") == "Subquery Scan" and node.get("Alias") == PROBE:
+        return True
+    below = node.get("Plans", [])
+    return isinstance(below, list) and any(_keeps_apart(each) for each in below)
