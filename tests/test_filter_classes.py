@@ -91,7 +91,7 @@ def test_filters_given_together_are_measured_and_the_function_reaches_the_target
     assert call(tuned.connection, "cookie leaks", status="B", views=0) == []
 
     # The way of either filter alone would have left most of them out.
-    rare = filter_classes.FilterClass(("status", "views"), "", ('["A","1"]',), {}, 0.025)
+    rare = filter_classes.of_values(("status", "views"), "", {'["A","1"]': 0.025}, ['["A","1"]'], {})
     asked, _, _ = filter_classes.questions(tuned, [rare])
     (questions,) = asked.values()
     with replica.connect(tuned, "tune") as connection:

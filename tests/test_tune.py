@@ -276,6 +276,10 @@ DEAR = ways.Way("exact", 20, "off", 20_000)
 INDEX = ways.Way("relaxed", 60, "relaxed_order", 100_000)
 
 
+def of_values(bucket: str, shares: dict[str, float], *columns: str) -> filter_classes.FilterClass:
+    return filter_classes.of_values(columns or ("status",), bucket, shares, list(shares), shares)
+
+
 def advice(phase: Phase, bucket: filter_classes.FilterClass) -> str:
     points = [measured(DEAR, p50_ms=40), measured(INDEX, recall=0.74, p50_ms=28)]
     return cheapest_way._advice(phase.connection, phase.params, bucket, points, points[0])
@@ -285,8 +289,8 @@ def test_a_dear_class_is_told_what_to_build_and_why(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     phase = ready()
-    few = filter_classes.FilterClass(("status",), "10 to 50 %", ("a", "b's"), {"a": 0.2, "b's": 0.2}, 0.2)
-    many = filter_classes.FilterClass(("status",), "1 to 10 %", ("a",), {f"v{i}": 0.02 for i in range(40)}, 0.02)
+    few = of_values("10 to 50 %", {"a": 0.2, "b's": 0.2})
+    many = of_values("1 to 10 %", {f"v{i}": 0.02 for i in range(40)})
     reason = "exact takes 40.0 ms and 10 pages; the index, at 60, relaxed, 100,000, finds 0.740 in 28.0 ms. "
     assert advice(phase, few) == (
         f'{reason}Find its rows by an index: CREATE INDEX CONCURRENTLY ON "public"."articles" ("status");'
@@ -307,7 +311,7 @@ def test_filters_given_together_are_told_an_index_on_all_of_them(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     phase = ready()
-    both = filter_classes.FilterClass(("status", "views"), "1 to 10 %", ('["a","1"]',), {'["a","1"]': 0.02}, 0.02)
+    both = of_values("1 to 10 %", {'["a","1"]': 0.02}, "status", "views")
     articles.execute("CREATE INDEX ON articles (status)")
     assert advice(phase, both).endswith(
         'Find its rows by an index: CREATE INDEX CONCURRENTLY ON "public"."articles" ("status", "views");'
@@ -321,7 +325,7 @@ def test_vectors_beside_the_table_are_told_why_no_index_of_their_own_helps(
 ) -> None:
     phase = ready(vector={"layout": "side_table"})
     articles.execute("CREATE INDEX ON articles (status)")
-    few = filter_classes.FilterClass(("status",), "10 to 50 %", ("a",), {"a": 0.2}, 0.2)
+    few = of_values("10 to 50 %", {"a": 0.2})
     assert advice(phase, few).endswith(
         'The vectors are in "public"."articles_embedding", which lacks status: an index for these rows alone needs'
         " vector.layout: column"
@@ -365,7 +369,7 @@ def test_a_long_sweep_says_how_far_it_has_come(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tune, "SECONDS_BETWEEN_LINES", -1.0)
-    found = {filter_classes.FilterClass(("status",), bucket, (), {}, 0.1): [] for bucket in ("rare", "usual")}
+    found = {of_values(bucket, {"a": 0.1}): [] for bucket in ("rare", "usual")}
     assert list(tune._in_turn(found)) == list(found.items())
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("  1 of 2 filter classes measured, about ") and line.endswith("left; now status, usual")

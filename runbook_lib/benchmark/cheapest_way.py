@@ -17,7 +17,7 @@ from runbook_lib.core import db
 from runbook_lib.core.names import identifier, names, spelled
 from runbook_lib.core.thresholds import apart, at_least, score
 from runbook_lib.params import Params
-from runbook_lib.search import ways
+from runbook_lib.search import combined_filters, ways
 from runbook_lib.search.ways import Way
 
 # Questions that say whether a way is worth measuring in full.
@@ -59,8 +59,9 @@ class Choice:
         return {
             "column": self.of.filter,
             "bucket": self.of.bucket,
-            "values": self.of.shown(),
+            "values": list(self.of.values),
             "shares": self.of.shares,
+            "listed": self.of.listed,
             "share": self.of.share,
             "chosen": self.chosen.as_data() if self.chosen else None,
             "practice": self.practice.as_data(),
@@ -157,15 +158,17 @@ def _advice(
     """What would make this class fast, with the measured reason and the statement; empty where nothing is needed."""
     if chosen is None:
         return _denser_index(params, points)
-    if not of.columns and chosen.reads_every_row:
+    if of.filter is None and chosen.reads_every_row:
         return SO_SMALL
-    if not of.columns or chosen.way.scan != "exact" or chosen.p50_ms <= SLOW_MS:
+    if of.filter is None or chosen.way.scan != "exact" or chosen.p50_ms <= SLOW_MS:
         return ""
     through = [p for p in points if p.way.scan != "exact"]
     best = max(through, key=lambda p: p.recall, default=None)
     reason = f"exact takes {chosen.p50_ms:.1f} ms and {chosen.buffers:,} pages"
     if best:
         reason += f"; the index, at {best.way}, finds {best.recall:.3f} in {best.p50_ms:.1f} ms"
+    if not of.columns:
+        return f"{reason}. An index that finds the rows of these conditions would help"
     if not filter_classes.has_btree(connection, params, of.columns):
         return f"{reason}. Find its rows by an index: {_btree(params, of.columns)}"
     if not vector_store.of(params).in_the_table:
@@ -199,7 +202,8 @@ def _partial(params: Params, of: FilterClass) -> Iterator[str]:
     n = names(params)
     statement = sql.SQL("CREATE INDEX CONCURRENTLY ON {table} USING {method} ({indexed} {ops}) WHERE {condition};")
     for value in of.shares:
-        wanted = [sql.SQL("{} = {}").format(identifier(c), sql.Literal(v)) for c, v in of.allowed(value)]
+        parts = zip(of.columns, combined_filters.parts(of.columns, value), strict=True)
+        wanted = [sql.SQL("{} = {}").format(identifier(c), sql.Literal(v)) for c, v in parts]
         yield _pasted(
             statement.format(
                 table=n["table"],

@@ -11,7 +11,8 @@ import numpy as np
 import psycopg
 from psycopg import sql
 
-from runbook_lib.benchmark import exact, loop, query_set, replica
+from runbook_lib.benchmark import exact, filter_values, loop, query_set, replica
+from runbook_lib.benchmark.filter_values import Allowed
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.gates import Gate
@@ -19,7 +20,7 @@ from runbook_lib.core.names import identifier, names, spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.session import register_vector
 from runbook_lib.params import Params
-from runbook_lib.search import combined_filters, search_function, statements
+from runbook_lib.search import combined_filters, search_function, share_classes, statements
 from runbook_lib.sql import load
 
 SQL = load("classes")
@@ -41,39 +42,60 @@ COUNTED_ROWS = 1_000_000
 class FilterClass:
     """Values of a filter, or of several given together, that let through a like share of the rows.
 
-    columns: none for searches without a filter. values: those measured, as the strategies write them. shares: of
-    every value that is listed in the search function's strategies; empty for rare values, too many to list.
+    filter: its name in the strategies; None for searches without one. asked: those measured, each as filters with
+    their values. shares: of every value that is listed in the search function's strategies; empty for rare values,
+    too many to list. listed: the value that stands for a class by the share that is expected; empty for others.
     """
 
-    columns: tuple[str, ...]
+    filter: str | None
     bucket: str
-    values: tuple[str, ...]
+    asked: tuple[Allowed, ...]
     shares: dict[str, float] = field(hash=False)
     share: float
+    listed: str = ""
 
     @property
-    def filter(self) -> str | None:
-        """The filter's name in the strategies; None for searches without one."""
-        return combined_filters.name(self.columns) if self.columns else None
+    def columns(self) -> tuple[str, ...]:
+        """The columns, where the class is one of values of columns."""
+        return () if self.listed or not self.asked else tuple(name for name, _ in self.asked[0])
 
-    def allowed(self, value: str) -> tuple[tuple[str, str], ...]:
-        """What each column must hold for one of the values."""
-        return tuple(zip(self.columns, combined_filters.parts(self.columns, value), strict=True))
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What is measured, for a person to read."""
+        if self.listed:
+            return tuple(combined_filters.AND.join(f"{name} = {v}" for name, v in each) for each in self.asked)
+        return tuple(combined_filters.AND.join(v for _, v in each) for each in self.asked)
 
-    def shown(self) -> list[str]:
-        """The values measured, for a person to read."""
-        return [combined_filters.AND.join(combined_filters.parts(self.columns, value)) for value in self.values]
+    def in_strategies(self) -> dict[str | None, float]:
+        """The values of its rows in the strategies with their shares; None for those that are not listed."""
+        found: dict[str | None, float] = {}
+        return found | self.shares or {self.listed or None: self.share}
 
     def __str__(self) -> str:
-        return f"{self.filter}, {self.bucket}" if self.columns else self.bucket
+        return f"{self.filter}, {self.bucket}" if self.filter else self.bucket
 
 
-UNFILTERED = FilterClass((), "unfiltered", (), {}, 1.0)
+UNFILTERED = FilterClass(None, "unfiltered", (), {}, 1.0)
+
+
+def of_values(
+    columns: Sequence[str],
+    bucket: str,
+    there: Mapping[str, float],
+    values: Sequence[str],
+    listed: Mapping[str, float],
+) -> FilterClass:
+    """Values of columns, as the strategies write them. there: with their shares. listed: those with a row of their
+    own in the strategies.
+    """
+    asked = tuple(tuple(zip(columns, combined_filters.parts(columns, v), strict=True)) for v in values)
+    mean = float(np.mean([there[v] for v in values]))
+    return FilterClass(combined_filters.name(columns), bucket, asked, dict(listed), mean)
 
 
 def measured_filters(params: Params) -> list[tuple[str, ...]]:
-    """Each filter alone, then pairs, then all of them together, which let through the fewest rows."""
-    columns = params.target.filters
+    """Each column alone, then pairs, then all of them together, which let through the fewest rows."""
+    columns = params.target.filter_columns
     pairs: list[tuple[str, ...]] = list(combinations(columns, 2))
     several = [*pairs[: MOST_TOGETHER - 1], tuple(columns)] if len(columns) > 2 else pairs
     return [*((column,) for column in columns), *several]
@@ -84,12 +106,29 @@ def find(phase: Phase) -> list[FilterClass]:
     p = phase.params
     with replica.connect(phase, "values") as connection:
         counted = {columns: shares(connection, p, columns) for columns in measured_filters(p)}
+        asked = filter_values.by_class(connection, p, query_set.read_queries(p), random.Random(1))  # noqa: S311
     found = [UNFILTERED]
     for columns, there in counted.items():
         for bucket, mine in _by_bucket(there):
             listed = {} if bucket == RARE_BUCKET else mine
-            found.append(_class(columns, bucket, mine, _spread(list(mine), MEASURED_VALUES), listed))
-    return found
+            found.append(of_values(columns, bucket, mine, _spread(list(mine), MEASURED_VALUES), listed))
+    return [*found, *_expected(p, asked)]
+
+
+def _expected(params: Params, asked: Mapping[tuple[str, str], Mapping[Allowed, float]]) -> list[FilterClass]:
+    """The classes of conditions, by the share that is expected of them, rarest first."""
+    names_of_them = names_of_conditions(params)
+    places = sorted(asked, key=lambda place: (names_of_them.index(place[0]), share_classes.NAMES.index(place[1])))
+    return [
+        FilterClass(name, f"expected {listed}", tuple(mine), {}, float(np.mean(list(mine.values()))), listed)
+        for (name, listed), mine in ((place, asked[place]) for place in places)
+    ]
+
+
+def names_of_conditions(params: Params) -> list[str]:
+    """What the strategies call filters that no value is looked up for; none where all are columns."""
+    conditions = [f.name for f in params.target.each_filter if f.column is None]
+    return [*conditions, share_classes.TOGETHER] if conditions else []
 
 
 def _by_bucket(there: Mapping[str, float]) -> list[tuple[str, dict[str, float]]]:
@@ -98,18 +137,6 @@ def _by_bucket(there: Mapping[str, float]) -> list[tuple[str, dict[str, float]]]
     for value, share in there.items():
         found[next(name for upper, name in BUCKETS if share < upper)][value] = share
     return [(name, mine) for name, mine in found.items() if mine]
-
-
-def _class(
-    columns: tuple[str, ...],
-    bucket: str,
-    there: Mapping[str, float],
-    values: Sequence[str],
-    listed: dict[str, float],
-) -> FilterClass:
-    """listed: values with a row of their own in the strategies."""
-    mean = float(np.mean([there[v] for v in values]))
-    return FilterClass(columns, bucket, tuple(values), listed, mean)
 
 
 def shares(connection: db.Connection, params: Params, columns: Sequence[str]) -> dict[str, float]:
@@ -157,9 +184,13 @@ def questions(phase: Phase, found: Sequence[FilterClass]) -> tuple[dict[FilterCl
     return {c: answered[i * n : (i + 1) * n] for i, c in enumerate(found)}, agrees, seconds
 
 
-def _filter(found: FilterClass, i: int) -> tuple[tuple[str, str], ...]:
-    # Two queries in a row take the same value: one for tuning, one to be held out.
-    return found.allowed(found.values[i // 2 % len(found.values)]) if found.columns else ()
+def _filter(found: FilterClass, i: int) -> Allowed:
+    if found.shares:
+        # Two queries in a row take the same value: one for tuning, one to be held out.
+        return found.asked[i // 2 % len(found.asked)]
+    # Other values will be asked for than these: every second of them is held out too, as every second query is.
+    even = len(found.asked) // 2 * 2 or len(found.asked)
+    return found.asked[i % even] if even else ()
 
 
 def _queries(phase: Phase) -> list[Query]:
@@ -195,8 +226,10 @@ def of_strategies(phase: Phase, chosen: random.Random) -> list[FilterClass]:
             for bucket, group in groups:
                 if group:
                     values = chosen.sample(sorted(group), min(MEASURED_VALUES, len(group)))
-                    found.append(_class(columns, bucket, group, values, {}))
-    return found
+                    found.append(of_values(columns, bucket, group, values, {}))
+        asked = filter_values.by_class(connection, p, query_set.read_queries(p), chosen)
+    tuned = {(r["filter"], r["value"]) for r in rows}
+    return [*found, *_expected(p, {place: mine for place, mine in asked.items() if place in tuned})]
 
 
 @dataclass(frozen=True)
@@ -224,11 +257,7 @@ def recall_now(phase: Phase, found: Sequence[FilterClass], queries: Sequence[Que
 
 
 def _with_exact_answers(phase: Phase, found: Sequence[FilterClass], queries: Sequence[Query]) -> list[list[Query]]:
-    asked = [
-        replace(query, allowed=of.allowed(of.values[i % len(of.values)]))
-        for of in found
-        for i, query in enumerate(queries)
-    ]
+    asked = [replace(query, allowed=of.asked[i % len(of.asked)]) for of in found for i, query in enumerate(queries)]
 
     def look() -> list[Query]:
         with exact.snapshot(phase) as connection:
@@ -255,7 +284,7 @@ def call_each(phase: Phase, connection: db.Connection, route: str, queries: Sequ
     """Calls the function by a route, wherever reads go now, with each value of each class of filters."""
     p = phase.params
     found = of_strategies(phase, random.Random(phase.run_id))  # noqa: S311 - a sample, not a secret
-    wanted = [c.allowed(value) for c in found for value in c.values]
+    wanted = [allowed for c in found for allowed in c.asked]
     asked = [replace(queries[i % len(queries)], allowed=allowed) for i, allowed in enumerate(wanted)]
     statement = statements.filtered_call_statement(connection, p)
     matching = statements.matching_statement(connection, p)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from runbook_lib.benchmark import cheapest_way, explain, filter_classes, replica
-from runbook_lib.benchmark.filter_classes import FilterClass
 from runbook_lib.benchmark.loop import Measured, measure
 from runbook_lib.benchmark.prepared import scans
 from runbook_lib.benchmark.query_set import Query
@@ -85,7 +84,7 @@ def rows_of(connection: db.Connection, params: Params, values: Sequence[Value]) 
 def questions(phase: Phase, values: Mapping[Value, float]) -> dict[Value, list[Query]]:
     """The queries of 70_tune put to each value, with exact answers. values: with the share of rows of each."""
     keyed = {
-        v: FilterClass((v.column,), f"= {v.value}", (v.value,), {v.value: share}, share)
+        v: filter_classes.of_values((v.column,), f"= {v.value}", {v.value: share}, (v.value,), {v.value: share})
         for v, share in values.items()
     }
     asked, _, _ = filter_classes.questions(phase, list(keyed.values()))

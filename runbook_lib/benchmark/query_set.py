@@ -22,6 +22,7 @@ from runbook_lib.embeddings import embedding
 from runbook_lib.embeddings.sources import as_array, read_json
 from runbook_lib.params import Params
 from runbook_lib.params.section import LONE_SURROGATE, unsound
+from runbook_lib.search import combined_filters
 from runbook_lib.sql import load
 
 SQL = load("evaluate")
@@ -35,15 +36,16 @@ INTEGERS = {"smallint": 16, "integer": 32, "bigint": 64}
 class Query:
     """One query, as it is put to a search.
 
-    vector: shape (dimension,); None for a search that needs none. allowed: by filter column, the value that a row
-    must have, as PostgreSQL writes it; empty for every row. own_key: the row that the query was made from, which
-    counts for none of its answers. exact: its exact answers, where recall is measured.
+    vector: shape (dimension,); None for a search that needs none. allowed: by filter, its value as PostgreSQL reads
+    it; empty for every row. filters: what the query file says that it came with, likewise. own_key: the row that the
+    query was made from, which counts for none of its answers. exact: its exact answers, where recall is measured.
     """
 
     query_id: str
     text: str
     vector: NDArray[Any] | None = field(default=None, compare=False)
     allowed: tuple[tuple[str, str], ...] = ()
+    filters: tuple[tuple[str, str], ...] = field(default=(), compare=False)
     own_key: str | None = None
     exact: Nearest | None = field(default=None, compare=False)
 
@@ -103,14 +105,32 @@ def read_queries(params: Params) -> list[Query]:
             problems.add(path, line, f"text: {unsound(text)}", "a text that can be stored in UTF-8")
         elif query_id in lines:
             problems.add(path, line, f"query_id {query_id} again, as in line {lines[query_id]}", "each query_id once")
+        elif wrong := _wrong_filters(params, record.get("filters")):
+            problems.add(path, line, f"filters: {wrong}", "an object: a value by the name of each of target.filters")
         else:
             lines[query_id] = line
-            queries.append(Query(query_id, text))
+            queries.append(Query(query_id, text, filters=_allowed(params, record.get("filters") or {})))
     problems.raise_if_any()
     if not queries:
         problems.add(path, None, "no queries", "at least one query")
         problems.raise_if_any()
     return queries
+
+
+def _wrong_filters(params: Params, given: object) -> str:
+    """What is wrong with the filters of a query; empty where nothing is."""
+    if given is None:
+        return ""
+    if not isinstance(given, dict):
+        return f"a JSON {type(given).__name__}"
+    unknown = [ascii(name)[1:-1] for name in given if name not in params.target.filters]
+    return f"{', '.join(unknown)} not among target.filters" if unknown else ""
+
+
+def _allowed(params: Params, given: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    """The filters in the order of the parameters, as PostgreSQL reads their values; null lets every row through."""
+    names_given = [name for name in params.target.filters if given.get(name) is not None]
+    return tuple((name, combined_filters.text_of(given[name])) for name in names_given)
 
 
 def read_judgements(params: Params) -> dict[str, dict[str, int]]:

@@ -241,19 +241,18 @@ def strategies(phase: Phase, tuning: Tuning) -> list[db.Statement]:
     """Statements that write down how to search by which filter value."""
     learned = [db.statement(search_function.SQL["forget_strategies"], phase.params)]
     for choice in tuning.choices[1:]:
-        of = choice.of
-        values: list[str | None] = list(of.shares) or [None]
-        shares = list(of.shares.values()) or [of.share]
-        learned.append(_learn(phase, str(of.filter), values, shares, choice.chosen))
+        listed = choice.of.in_strategies()
+        learned.append(_learn(phase, str(choice.of.filter), list(listed), list(listed.values()), choice.chosen))
     # A value that did not exist when this was measured is rare: its few rows are read, and none is missed.
-    measured_rare = {c.of.filter for c in tuning.choices if c.of.columns and not c.of.shares}
+    measured_rare = {c.of.filter for c in tuning.choices if None in c.of.in_strategies()}
     unlisted = [name for name in _filters(phase) if name not in measured_rare]
     return learned + [_learn(phase, name, [None], [0.0], None) for name in unlisted]
 
 
 def _filters(phase: Phase) -> list[str]:
     """Each filter, and each set of filters given together that is measured, as the strategies name them."""
-    return [combined_filters.name(columns) for columns in filter_classes.measured_filters(phase.params)]
+    columns = [combined_filters.name(columns) for columns in filter_classes.measured_filters(phase.params)]
+    return [*columns, *filter_classes.names_of_conditions(phase.params)]
 
 
 def _learn(
@@ -361,7 +360,11 @@ def _function_has_strategies(phase: Phase, tuning: dict[str, Any] | None) -> lis
     found = db.rows(phase.connection, search_function.SQL["strategies"], phase.params)
     has = {(r["filter"], r["value"]): _way(r) for r in found}
     classes_of_filters = tuning["classes"][1:]
-    wanted = {(c["column"], v): _way(c["chosen"]) for c in classes_of_filters for v in (list(c["shares"]) or [None])}
+    wanted = {
+        (c["column"], v): _way(c["chosen"])
+        for c in classes_of_filters
+        for v in (list(c["shares"]) or [c.get("listed") or None])
+    }
     wrong = [f"{c} = {v}: not as chosen" for (c, v), way in wanted.items() if has.get((c, v)) != way]
     wrong += [f"{c}: nothing for values that are not listed" for c in filters if (c, None) not in has]
     return [

@@ -203,7 +203,7 @@ def _recall_holds_by_filter(phase: Phase) -> Iterator[Gate]:
         yield gate(
             "watch.recall_holds_by_filter",
             at_least(now.recall, needed),
-            f"{now.of} ({', '.join(now.of.shown())})",
+            f"{now.of} ({', '.join(now.of.values)})",
             found=f"recall@{p.queries.k} {shown} on {now.questions} questions, {now.short} short of rows",
             needed=f"{least}, the target less watch.largest_recall_loss",
             danger="searches with this filter hide answers that exact search finds",

@@ -339,7 +339,7 @@ class Search(Section):
 class Queries(Section):
     """Representative queries, and judgements if you have them."""
 
-    file: AnyPath = Field(description='JSON lines: {"query_id": …, "text": …}.')
+    file: AnyPath = Field(description='JSON lines: {"query_id": …, "text": …}; its own filters as "filters": {…}.')
     judgements: AnyPath | None = Field(None, description='JSON lines: {"query_id": …, "key": …, "relevance": …}.')
     embeddings: AnyPath | None = Field(
         None,

@@ -39,6 +39,28 @@ def parts(columns: Sequence[str], value: str) -> list[str]:
     return list(json.loads(value)) if len(columns) > 1 else [value]
 
 
+def array_of(elements: Sequence[object]) -> str:
+    """An array literal; None is NULL, a list an array inside."""
+    return "{" + ",".join(map(_element, elements)) + "}"
+
+
+def _element(value: object) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, list):
+        return array_of(value)
+    return '"' + text_of(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def text_of(value: object) -> str:
+    """A value of JSON as PostgreSQL reads it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return array_of(value) if isinstance(value, list) else str(value)
+
+
 def _literal(text: str) -> sql.Composable:
     """A string of SQL, with its per cent signs doubled as a statement with bound values needs them."""
     return verbatim(sql.Literal(text).as_string())

@@ -2,13 +2,15 @@
 
 -- name: values
 -- purpose: Share of the rows by value, rarest first: every common value, and a few rare ones spread over their ranks.
--- A row that lacks one of the columns counts, and has no value.
+-- A row that lacks one of the columns counts, and has no value; what the columns hold equal is one value.
 WITH counted AS (
-    SELECT CASE WHEN num_nulls({columns}) = 0 THEN {value} END AS value, count(*) AS n
-    FROM {table} t {sampled} GROUP BY 1
+    SELECT CASE WHEN num_nulls({columns}) = 0 THEN {value} END AS value,
+           count(*) FILTER (WHERE {always}) AS n, count(*) AS of_all
+    FROM {table} t {sampled} GROUP BY {columns}
 ), ranked AS (
-    SELECT value, n / sum(n) OVER ()::double precision AS share, row_number() OVER (ORDER BY n, value) AS place
-    FROM counted
+    SELECT value, n / sum(of_all) OVER ()::double precision AS share,
+           row_number() OVER (PARTITION BY value IS NULL ORDER BY n, value) AS place
+    FROM counted WHERE n > 0 OR value IS NULL
 ), rare AS (
     SELECT count(*) AS n FROM ranked WHERE share < %(rare)s AND value IS NOT NULL
 )

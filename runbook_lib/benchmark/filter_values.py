@@ -1,0 +1,205 @@
+"""Values to measure filters with that are conditions: from the queries' own, else from what the column holds that the
+condition compares with its value.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from runbook_lib.benchmark.query_set import Query
+from runbook_lib.core import db, row_counts
+from runbook_lib.core.names import names, spelled, verbatim
+from runbook_lib.params import Params
+from runbook_lib.params.filters import Filter, pieces
+from runbook_lib.search import combined_filters, conditions, share_classes
+from runbook_lib.sql import load
+
+SQL = load("filter_values")
+
+Allowed = tuple[tuple[str, str], ...]
+
+# What is measured of a class: half of them tune it, the others are held out.
+VALUES = 8
+# Candidates that are drawn for several filters together, and rows in which a column's values are looked up.
+DRAWN, SAMPLED_ROWS = 600, 100_000
+# Values of a column like in frequency that are taken, and sizes of the sets made of them.
+OF_A_FREQUENCY, SETS = 6, (1, 2, 4, 16)
+# Shares at which an ordered column is cut, a few in each class.
+CUTS = (
+    *(0.0001, 0.0002, 0.0005, 0.0008, 0.0015, 0.0025, 0.005, 0.008, 0.015, 0.025, 0.05, 0.08, 0.15, 0.25),
+    *(0.4, 0.6, 0.8, 0.95, 1.0),
+)
+
+NAME = r'(?:"(?:[^"]|"")+"|[^\W\d]\w*)'
+COLUMN = rf"(?P<alias>{NAME})\s*\.\s*(?P<column>{NAME})(?:\s*::\s*[\w.\[\]]+)?"
+VALUE = ":value:"
+ORDER = r"(?P<operator><=|>=|<|>|=|@>|&&)"
+AFTER = re.compile(rf"{COLUMN}\s*{ORDER}\s*(?P<any>(?:ANY|any|Any)\s*\(\s*)?{VALUE}")
+BEFORE = re.compile(rf"{VALUE}\s*(?P<operator><=|>=|<|>|=|<@|&&)\s*(?P<any>)\(?{COLUMN}")
+TURNED = {"<=": ">=", ">=": "<=", "<": ">", ">": "<", "<@": "@>"}
+KEYWORDS = r"(?!(?:WHERE|ON|JOIN|INNER|LEFT|CROSS|GROUP|ORDER|LIMIT)\b)"
+RELATION = rf"\b(?:FROM|JOIN)\s+(?:ONLY\s+)?(?P<relation>{NAME}(?:\s*\.\s*{NAME})?)"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a condition compares with its value: a column of the relation, as SQL names both, by an operator.
+
+    any: with the elements of the value. ours: the relation is the target.
+    """
+
+    relation: str
+    column: str
+    operator: str
+    any: bool
+    ours: bool
+
+
+def compared(f: Filter, table: str) -> Compared | None:
+    """What the condition of a filter compares with its value; None where that is not to be told from its text."""
+    text = "".join(VALUE if is_name else piece for is_name, piece in pieces(f))
+    if match := AFTER.search(text):
+        operator = match["operator"]
+    elif match := BEFORE.search(text):
+        operator = TURNED.get(match["operator"], match["operator"])
+    else:
+        return None
+    alias = _unquoted(match["alias"])
+    if alias == "t":
+        return Compared(table, match["column"], operator, bool(match["any"]), True)
+    for found in re.finditer(rf"{RELATION}(?:\s+(?:AS\s+)?{KEYWORDS}(?P<alias>{NAME}))?", text, re.I):
+        own = found["alias"] or re.split(r"\s*\.\s*(?=[^\"]*(?:\"[^\"]*\"[^\"]*)*$)", found["relation"])[-1]
+        if _unquoted(own) == alias:
+            return Compared(found["relation"], match["column"], operator, bool(match["any"]), False)
+    return None
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1].replace('""', '"') if name.startswith('"') else name.lower()
+
+
+def of_filters(connection: db.Connection, params: Params, queries: Sequence[Query]) -> dict[str, list[str]]:
+    """Values by the name of each filter, the queries' own first; an empty list where none are known."""
+    found: dict[str, list[str]] = {}
+    for f in params.target.each_filter:
+        own = [value for q in queries for name, value in q.filters if name == f.name]
+        found[f.name] = list(dict.fromkeys([*own, *_held(connection, params, f)]))
+    return found
+
+
+def _held(connection: db.Connection, params: Params, f: Filter) -> Iterator[str]:
+    """Values that let through rows, of many frequencies, from what the column holds that is compared with them."""
+    table = spelled(params, "table")
+    kind = conditions.types(connection, params)[f.name]
+    where = Compared(table, f"t.{sql.Identifier(f.column).as_string()}", "=", False, True) if f.column else None
+    if where is None and (where := compared(f, table)) is None:
+        return
+    rows = row_counts.of(connection, params).n if where.ours else None
+    percent = min(100.0, 100.0 * SAMPLED_ROWS / max(rows, 1)) if rows else 100.0
+    parts = names(params) | {
+        "relation": verbatim(where.relation),
+        "column": verbatim(where.column if f.column else f"t.{where.column}"),
+        "type": verbatim(kind),
+        "sampled": sql.SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (1)").format(sql.Literal(percent))
+        if percent < 100
+        else sql.SQL(""),
+    }
+    if where.operator in ("<", "<=", ">", ">="):
+        cuts = CUTS if where.operator in ("<", "<=") else [1 - cut for cut in CUTS]
+        values = connection.execute(SQL["cuts"].compose(parts), {"cuts": list(cuts)}).fetchone()
+        yield from (v for v in (values["values"] if values else None) or [] if v is not None)
+        return
+    block = "elements" if where.operator in ("@>", "&&") else "frequencies"
+    of_one = sql.SQL(kind.removesuffix("[]")) if kind.endswith("[]") else verbatim(kind)
+    found = connection.execute(
+        SQL[block].compose(parts | {"of_one": of_one}), {"most": OF_A_FREQUENCY, "rows": SAMPLED_ROWS}
+    ).fetchall()
+    values_found = [row["value"] for row in found]
+    yield from _sets(values_found) if where.any or where.operator in ("@>", "&&") else values_found
+
+
+def _sets(values: Sequence[str]) -> Iterator[str]:
+    """Arrays of one and of several of the values, as PostgreSQL writes them."""
+    chosen = random.Random(1)  # noqa: S311 - a sample, not a secret
+    for size in SETS:
+        sets = [[v] for v in values] if size == 1 else [chosen.sample(values, size) for _ in values[: 2 * VALUES]]
+        for elements in sets if size <= len(values) else []:
+            yield combined_filters.array_of(elements)
+
+
+class Estimate:
+    """The share of the rows that the planner expects filters to let through; what the search function asks too."""
+
+    def __init__(self, connection: db.Connection, params: Params) -> None:
+        self.connection, self.params = connection, params
+        self.rows = self._rows(conditions.SQL["rows_in_all"].compose(names(params)), {})
+        places = {name: sql.Placeholder(name) for name in params.target.filters}
+        self.conditions = conditions.each(connection, params, places)
+
+    def of(self, allowed: Allowed) -> float:
+        """0 to 1."""
+        held = [names(self.params)["always"], *(self.conditions[name] for name, _ in allowed)]
+        query = conditions.SQL["rows_let_through"].compose(
+            names(self.params) | {"filters": sql.SQL(" AND ").join(held)}
+        )
+        return min(1.0, self._rows(query, dict(allowed)) / max(self.rows, 1.0))
+
+    def _rows(self, query: sql.Composed, values: Mapping[str, str]) -> float:
+        row = self.connection.execute(query, values, prepare=False).fetchone()
+        return float(row["QUERY PLAN"][0]["Plan"]["Plan Rows"]) if row else 0.0
+
+
+def by_class(
+    connection: db.Connection, params: Params, queries: Sequence[Query], chosen: random.Random
+) -> dict[tuple[str, str], dict[Allowed, float]]:
+    """What to ask of conditions: by the name of the filter, or TOGETHER, and the class of the share that is expected
+    of them, at most VALUES each with that share; those that let no row through are left out.
+    """
+    own = [f.name for f in params.target.each_filter if f.column is None]
+    if not own:
+        return {}
+    known, estimate = of_filters(connection, params, queries), Estimate(connection, params)
+    found: dict[tuple[str, str], dict[Allowed, float]] = {}
+
+    def add(name: str, asked: Allowed) -> None:
+        share = estimate.of(asked)
+        place = found.setdefault((name, share_classes.of(share)), {})
+        if len(place) < VALUES and asked not in place and _any_row(connection, params, estimate, asked):
+            place[asked] = share
+
+    for name in own:
+        for value in chosen.sample(known[name], len(known[name])):
+            add(name, ((name, value),))
+    usable = [name for name in params.target.filters if known[name]]
+    several = [q.filters for q in queries if len(q.filters) > 1]
+    several += [_drawn(chosen, params, known, usable) for _ in range(DRAWN if len(usable) > 1 else 0)]
+    for asked in several:
+        if any(name in own for name, _ in asked):
+            add(share_classes.TOGETHER, asked)
+    return {place: asked for place, asked in found.items() if asked}
+
+
+def _drawn(
+    chosen: random.Random, params: Params, known: Mapping[str, Sequence[str]], usable: Sequence[str]
+) -> Allowed:
+    """Some of the filters, in the order of the parameters, each with one of its values."""
+    some = set(chosen.sample(usable, chosen.randint(2, len(usable))))
+    return tuple((name, chosen.choice(known[name])) for name in params.target.filters if name in some)
+
+
+def _any_row(connection: db.Connection, params: Params, estimate: Estimate, asked: Allowed) -> bool:
+    held = [names(params)["always"], *(estimate.conditions[name] for name, _ in asked)]
+    query = SQL["any_row"].compose(names(params) | {"filters": sql.SQL(" AND ").join(held)})
+    row = connection.execute(query, dict(asked), prepare=False).fetchone()
+    return bool(row and row["there"])
+
+
+def unknown(connection: db.Connection, params: Params, queries: Sequence[Query]) -> list[str]:
+    """Conditions for which no value is known."""
+    known = of_filters(connection, params, queries)
+    return [f.name for f in params.target.each_filter if f.column is None and not known[f.name]]
