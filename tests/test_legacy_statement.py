@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runbook_lib.cli.legacy_statement import LegacyQuery, of_statement
+from runbook_lib.cli.legacy_statement import LegacyQuery, conditions_by_name, of_statement
 
 FILTERS = {"status": "text", "lang id": "integer"}
 
@@ -49,6 +49,60 @@ def told(text: str) -> LegacyQuery:
 def test_placeholders_are_told_by_what_stands_around_them(text: str, query: str) -> None:
     found = told(text)
     assert (found.query, found.complete) == (query, True)
+
+
+@pytest.mark.parametrize(
+    ("condition", "query", "name", "filter"),
+    [
+        (
+            "a.price <= $2",
+            "(:max_price::numeric IS NULL OR a.price <= :max_price)",
+            "max_price",
+            {"type": "numeric", "where": "t.price <= :max_price"},
+        ),
+        (
+            '"Made At">$2::timestamptz',
+            '(:min_Made_At::timestamp with time zone IS NULL OR "Made At" > :min_Made_At)',
+            "min_Made_At",
+            {"type": "timestamp with time zone", "where": 't."Made At" > :min_Made_At'},
+        ),
+        (
+            "status IN ($2, $3, $4)",
+            "(:status_any::text[] IS NULL OR status = ANY (:status_any))",
+            "status_any",
+            {"type": "text[]", "where": "t.status = ANY (:status_any)"},
+        ),
+        (
+            "status IN ($2 /*, ... */)",
+            "(:status_any::text[] IS NULL OR status = ANY (:status_any))",
+            "status_any",
+            {"type": "text[]", "where": "t.status = ANY (:status_any)"},
+        ),
+        (
+            "tags @> $2",
+            "(:has_tags::text[] IS NULL OR tags @> :has_tags)",
+            "has_tags",
+            {"type": "text[]", "where": "t.tags @> :has_tags"},
+        ),
+    ],
+)
+def test_a_range_a_set_and_an_array_are_proposed_as_filters(
+    condition: str, query: str, name: str, filter: dict[str, str]
+) -> None:
+    kinds = {"status": "text", "price": "numeric", "Made At": "timestamp with time zone", "tags": "text[]"}
+    found = of_statement(f"SELECT id FROM a WHERE t ILIKE $1 AND {condition} LIMIT $5", kinds, "english")
+    assert query in found.query and found.complete
+    assert (found.filters, found.conditions) == ((name,), {name: filter})
+    assert f"a comparison is a filter that may be absent: {name}" in found.assumed
+
+
+def test_placeholders_that_a_person_named_are_proposed_as_filters() -> None:
+    kinds = {"price": "numeric", "tenant": "bigint"}
+    text = "SELECT id FROM a WHERE (:dear::numeric IS NULL OR a.price <= :dear) AND tenant = ANY (:ours) LIMIT :k"
+    assert conditions_by_name(text, kinds) == {
+        "dear": {"type": "numeric", "where": "t.price <= :dear"},
+        "ours": {"type": "bigint[]", "where": "t.tenant = ANY (:ours)"},
+    }
 
 
 def test_every_assumption_is_said() -> None:

@@ -29,6 +29,7 @@ from runbook_lib.core.target import load_params
 from runbook_lib.migrate import inputs, statement_statistics
 from runbook_lib.migrate.statement_statistics import CountedSearch
 from runbook_lib.params import Params
+from runbook_lib.params.filters import Condition
 from runbook_lib.runner.manifest import write_atomically
 
 T = TypeVar("T")
@@ -114,7 +115,7 @@ def _settings(
     vector = suggest.vector(found, source, dimension)
     kind = next(s.value for s in vector if s.key == "type")
     settings = [
-        *suggest.target(found, way_in, _short_name(found.draft.target.table), key, texts, filters),
+        *suggest.target(found, way_in, _short_name(found.draft.target.table), key, texts, _as_filters(filters, seen)),
         *vector,
         *suggest.extension(connection, found),
         Setting("legacy", "query", search_of_today.query, "; ".join(search_of_today.assumed)),
@@ -246,11 +247,16 @@ def _which_filters(
     else:
         suggested = list(seen.filters) if seen else suggest.filters(found, key, texts)[:MOST_FILTERS]
         filters = _list(ask("filters of the application, - for none", ", ".join(suggested)))
-    unknown = [f for f in filters if f not in found.columns]
+    unknown = [f for f in filters if f not in found.columns and not (seen and f in seen.conditions)]
     if unknown:
         shown = ", ".join(found.columns)
         raise _problem("filter_is_found", found.name, f"no {', '.join(unknown)}", "columns of the table", shown)
     return filters
+
+
+def _as_filters(names: Sequence[str], seen: LegacyQuery | None) -> dict[str, Any]:
+    """The filters by name, as the file has them: nothing for a column, type and condition for another."""
+    return {name: dict(seen.conditions[name]) if seen and name in seen.conditions else None for name in names}
 
 
 def _list(answer: str) -> list[str]:
@@ -304,7 +310,8 @@ def _from_file(path: Path, kinds: Mapping[str, str]) -> LegacyQuery:
             "legacy_is_readable", str(path), error.strerror or "unreadable", "a file", "mend it"
         ) from error
     used = [name for name in kinds if re.search(rf"(?<![:\w]):{re.escape(name)}\b", text)]
-    return LegacyQuery(text.strip().rstrip(";"), tuple(used))
+    conditions = legacy_statement.conditions_by_name(text, kinds)
+    return LegacyQuery(text.strip().rstrip(";"), (*used, *conditions), conditions=conditions)
 
 
 def _statements(connection: db.Connection, found: FoundTable, say: Say) -> tuple[CountedSearch, ...]:
@@ -322,7 +329,9 @@ def _cannot_be_used(connection: db.Connection, found: FoundTable, key: str, cand
         return f"what stood for {', '.join(candidate.unknown)} is not kept by pg_stat_statements"
     if not candidate.complete:
         return "the text of the user is not to be seen in it"
-    target = found.draft.target.model_copy(update={"key": key, "filters": list(candidate.filters)})
+    conditions = {name: Condition(**given) for name, given in candidate.conditions.items()}
+    filters = {name: conditions.get(name) for name in candidate.filters}
+    target = found.draft.target.model_copy(update={"key": key, "filters": filters})
     legacy_section = found.draft.legacy.model_copy(update={"query": candidate.query})
     probe = found.draft.model_copy(update={"target": target, "legacy": legacy_section})
     gate = inputs.legacy_query_runs(connection, probe)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from runbook_lib.params import placeholders
 
@@ -28,18 +28,30 @@ SIMILARITY = re.compile(rf"(?P<head>\b(?:similarity|strpos|word_similarity)\([^(
 INSIDE = r'(?:[^"]|"")+'
 NAMED = rf'(?P<column>(?:(?:"{INSIDE}"|\w+)\.)?(?:"(?P<quoted>{INSIDE})"|(?P<plain>\w+)))'
 EQUALS = re.compile(rf"{NAMED}\s*=\s*{PART}")
+# pg_stat_statements of PostgreSQL 18 writes a list of constants as one with a comment.
+LISTED = rf"(?:=\s*ANY\s*\(\s*{PART}\s*\)|IN\s*\(\s*{PART}(?:\s*,\s*{PART}|\s*/\*, \.\.\. \*/)*\s*\))"
+COMPARED = re.compile(
+    rf"{NAMED}\s*(?:(?P<operator><=|>=|<(?![@<=>-])|>(?!>)|@>|&&)\s*{PART}|(?P<listed>{LISTED}))", re.I
+)
+# The same in a query that a person wrote, with names.
+BY_NAME = rf"""{NAMED}\s*(?P<operator><=|>=|<|>|=|@>|&&)\s*(?P<any>ANY\s*\(\s*)?:(?P<name>[^\W\d]\w*)"""
+PREFIX = {"<": "max", "<=": "max", ">": "min", ">=": "min", "@>": "has", "&&": "shares"}
 CLAUSE = re.compile(r"(?<=\s)(?:FROM|WHERE|GROUP\s+BY|ORDER\s+BY|LIMIT)\b", re.I)
 UNKNOWN = re.compile(r"\$\d+")
 
 
 @dataclass(frozen=True)
 class LegacyQuery:
-    """A query with :query, :k and :<filter>; what was assumed; and the placeholders that could not be told."""
+    """A query with :query, :k and :<filter>; what was assumed; and the placeholders that could not be told.
+
+    filters: all of them, those of ``conditions`` among them, which have a type and a condition on the row t.
+    """
 
     query: str
     filters: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    conditions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -64,11 +76,16 @@ def of_statement(text: str, filters: Mapping[str, str], text_search_config: str)
     query, used = _equalities(query, filters)
     if used:
         assumed.append(f"an equality is a filter that may be absent: {', '.join(used)}")
+    query, conditions = _comparisons(query, filters)
+    if conditions:
+        assumed.append(f"a comparison is a filter that may be absent: {', '.join(conditions)}")
     if ":k" not in query:
         query, missing = _with_limit(query)
         assumed.append(missing)
     unknown = tuple(dict.fromkeys(UNKNOWN.findall(query)))
-    return LegacyQuery(query if "\n" in query else _laid_out(query), tuple(used), tuple(assumed), unknown)
+    return LegacyQuery(
+        query if "\n" in query else _laid_out(query), (*used, *conditions), tuple(assumed), unknown, conditions
+    )
 
 
 def _laid_out(query: str) -> str:
@@ -107,7 +124,7 @@ def _equalities(query: str, filters: Mapping[str, str]) -> tuple[str, list[str]]
     used: list[str] = []
 
     def named(match: re.Match[str]) -> str:
-        column = (match["quoted"] or match["plain"].lower()).replace('""', '"')
+        column = _column(match)
         if column not in filters:
             return match[0]
         _once(used, column)
@@ -115,6 +132,49 @@ def _equalities(query: str, filters: Mapping[str, str]) -> tuple[str, list[str]]
         return f"({value}::{filters[column]} IS NULL OR {match['column']} = {value})"
 
     return EQUALS.sub(named, query), used
+
+
+def _comparisons(query: str, filters: Mapping[str, str]) -> tuple[str, dict[str, dict[str, str]]]:
+    """Ranges, sets and arrays. filters: as in :func:`of_statement`."""
+    found: dict[str, dict[str, str]] = {}
+
+    def named(match: re.Match[str]) -> str:
+        column = _column(match)
+        if column not in filters:
+            return match[0]
+        kind, operator = filters[column], match["operator"]
+        if operator in ("@>", "&&") and not kind.endswith("[]"):
+            return match[0]
+        name = re.sub(r"\W", "_", f"{PREFIX[operator]}_{column}" if operator else f"{column}_any")
+        value = placeholders.written(name)
+        test = f"{operator} {value}" if operator else f"= ANY ({value})"
+        kind = kind if operator else f"{kind}[]"
+        found[name] = {"type": kind, "where": f"t.{_quoted(column)} {test}"}
+        return f"({value}::{kind} IS NULL OR {match['column']} {test})"
+
+    return COMPARED.sub(named, query), found
+
+
+def conditions_by_name(query: str, columns: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Of a query that a person wrote: what placeholders that are no columns are compared with. columns: types."""
+    found: dict[str, dict[str, str]] = {}
+    for match in re.finditer(BY_NAME, query, re.I):
+        column, name = _column(match), match["name"]
+        if column not in columns or name in columns or name in ("query", "k"):
+            continue
+        test = f"{match['operator']} {'ANY (' if match['any'] else ''}:{name}{')' if match['any'] else ''}"
+        kind = f"{columns[column]}[]" if match["any"] else columns[column]
+        found.setdefault(name, {"type": kind, "where": f"t.{_quoted(column)} {test}"})
+    return found
+
+
+def _column(match: re.Match[str]) -> str:
+    return (match["quoted"] or match["plain"].lower()).replace('""', '"')
+
+
+def _quoted(column: str) -> str:
+    plain = re.fullmatch(r"[a-z_][a-z0-9_]*", column)
+    return column if plain else '"' + column.replace('"', '""') + '"'
 
 
 def _with_limit(query: str) -> tuple[str, str]:

@@ -146,11 +146,13 @@ def filters(found: FoundTable, key: str, text_columns: Sequence[str]) -> list[st
 
 
 def target(
-    found: FoundTable, way_in: Setting, name: str, key: str, text_columns: Sequence[str], chosen: Sequence[str]
+    found: FoundTable, way_in: Setting, name: str, key: str, text_columns: Sequence[str], chosen: Mapping[str, Any]
 ) -> list[Setting]:
-    """Sections connection and target."""
+    """Sections connection and target. chosen: filters as the file has them, by name."""
     others = [f for f in filters(found, key, text_columns) if f not in chosen]
     why = "columns that the application filters by, with equality"
+    if any(chosen.values()):
+        why = "what the application filters by: columns, with equality, and conditions on the row t"
     if others:
         why += f"; few values also share: {', '.join(others)}"
     # CREATE INDEX counts the rows, but only ANALYZE looks at their values.
@@ -167,7 +169,7 @@ def target(
         Setting("target", "table", t.table),
         Setting("target", "key", key, f"{found.columns[key]['type']}, NOT NULL and unique"),
         Setting("target", "text_columns", list(text_columns), f"{wide}embedded together, in this order"),
-        Setting("target", "filters", list(chosen), why),
+        Setting("target", "filters", dict(chosen) if any(chosen.values()) else list(chosen), why),
     ]
 
 
@@ -279,7 +281,7 @@ def _yaml(key: str, value: Any) -> str:
         block = f"{key}: |\n" + textwrap.indent("\n".join(x.rstrip() for x in text.expandtabs().splitlines()), "  ")
         if yaml.safe_load(block)[key].split() == text.split():
             return block
-    options: dict[str, Any] = {"allow_unicode": True, "width": 10_000}
+    options: dict[str, Any] = {"allow_unicode": True, "width": 10_000, "sort_keys": False}
     if isinstance(value, list):
         return f"{key}: {yaml.safe_dump(value, default_flow_style=True, **options).strip()}"
     return str(yaml.safe_dump({key: value}, default_flow_style=False, **options)).strip()
