@@ -24,7 +24,7 @@ from runbook_lib.migrate import (
     tune,
 )
 from runbook_lib.operate import monitor, rebuild_index
-from runbook_lib.search import live_shadow, search_function, statements
+from runbook_lib.search import conditions, live_shadow, search_function
 from tests import attackers, toy
 from tests.test_search_function import FILTERED, call
 
@@ -157,7 +157,7 @@ def test_a_filter_of_citext_in_an_open_schema_is_compared_by_the_operator_of_its
             search_function.move_route(phase, route, 100, "test")  # type: ignore[arg-type]
             answers = [call(articles, "cookie leaks", status=given) for given in ("Stable", "STABLE", "Draft")]
             assert len(answers[0]) == 10 and answers[0] == answers[1] and answers[2] == [], route
-        condition = statements.filter_is(phase.connection, phase.params, "status", sql.Literal("x"))
+        condition = conditions.filter_is(phase.connection, phase.params, "status", sql.Literal("x"))
         assert condition.as_string() == "\"status\" OPERATOR(public.=) 'x'::public.shown"
 
 

@@ -20,7 +20,7 @@ from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("partitioning")
-SEARCH = load("search")
+CONDITIONS = load("conditions")
 
 PARTS, WHOLE = "_parts", "_whole"
 
@@ -96,7 +96,7 @@ def move(phase: Phase) -> Move:
     """From the table that serves to the one beside it."""
     p = phase.params
     columns = [row["name"] for row in catalogue(phase, "columns")]
-    key = db.one(phase.connection, SEARCH["column_types"], p, table=spelled(p, "table"), columns=[p.target.key])
+    key = db.one(phase.connection, CONDITIONS["column_types"], p, table=spelled(p, "table"), columns=[p.target.key])
 
     def listed(alias: str = "") -> sql.Composable:
         return sql.SQL(", ").join(identifier(*([alias] if alias else []), c) for c in columns)

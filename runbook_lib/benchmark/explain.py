@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from psycopg import sql
 
@@ -18,7 +19,7 @@ from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import at_least
 from runbook_lib.indexes import partitions
 from runbook_lib.params import Params
-from runbook_lib.search import combined_filters, search_function, statements, ways
+from runbook_lib.search import combined_filters, conditions, search_function, statements, ways
 from runbook_lib.sql import load
 
 SQL = load("explain")
@@ -61,7 +62,7 @@ def function_query(connection: db.Connection, params: Params) -> Sent:
     """The vector query of the search function, with its LIMIT bound."""
     p = params
     text = statements.route_statement(connection, p, "vector", in_function=True)
-    types = statements.column_types(connection, p)
+    types = conditions.types(connection, p)
     return Sent(
         f"the vector query of {p.function_name}",
         text.as_string(connection).replace("%%", "%"),
@@ -75,8 +76,9 @@ def application_query(connection: db.Connection, params: Params) -> Sent:
     """The statement of ``search.application_query``, each filter with the value that its column holds most often."""
     p = params
     text, used = bound(str(p.search.application_query), ["query", "embedding", "k", *p.target.filters])
-    known = dict(zip(("query", "embedding", "k"), _values(p), strict=True))
-    known |= {c: _usual_value(connection, p, c) for c in p.target.filters if c in used}
+    known: dict[str, Any] = dict(zip(("query", "embedding", "k"), _values(p), strict=True))
+    known |= {c: _usual_value(connection, p, c) for c in p.target.filter_columns if c in used}
+    known |= dict.fromkeys(name for name in p.target.filters if name not in known)
     return Sent("the application's query", text, tuple(used), tuple(known[name] for name in used))
 
 
@@ -193,7 +195,7 @@ def call_function(
     given: values of filters, bound as well: a generic plan of the caller does not know them.
     """
     given = given or {}
-    types = statements.column_types(connection, params)
+    types = conditions.types(connection, params)
     filters = [
         sql.SQL(", {} => ${}").format(identifier(f"filter_{c}"), sql.SQL(str(i))) for i, c in enumerate(given, 4)
     ]

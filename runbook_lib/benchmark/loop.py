@@ -94,9 +94,15 @@ def values(params: Params, query: Query, k: int) -> dict[str, Any]:
 
 
 def ask(
-    connection: db.Connection, params: Params, statement: sql.Composed, queries: Sequence[Query], k: int
+    connection: db.Connection,
+    params: Params,
+    statement: sql.Composed | Callable[[Query], sql.Composed],
+    queries: Sequence[Query],
+    k: int,
 ) -> Answers:
     """Runs a search for every query, one after the other, and times each on the client.
+
+    statement: one for all, or what makes that of a query.
 
     Never prepared: psycopg's automatic prepare would keep an index plan in spite of a setting that forbids it.
     """
@@ -106,9 +112,9 @@ def ask(
     its_own = statement == statements.legacy_statement(params)
     with session.users_path(connection) if its_own else nullcontext():
         for query in queries:
-            bound = values(params, query, k)
+            bound, own = values(params, query, k), statement(query) if callable(statement) else statement
             started = time.perf_counter()
-            rows = connection.execute(statement, bound, prepare=False).fetchall()
+            rows = connection.execute(own, bound, prepare=False).fetchall()
             answers.seconds.append(time.perf_counter() - started)
             answers.rows.append([(str(row[_key(params, row)]), _distance(row)) for row in rows])
             if rows and "answered_by" in rows[0]:
@@ -217,12 +223,20 @@ def measure(connection: db.Connection, params: Params, way: Way, queries: Sequen
 
 
 def _measure(connection: db.Connection, params: Params, way: Way, queries: Sequence[Query]) -> Measured:
-    k, statement = params.queries.k, statements.route_statement(connection, params, "vector", scan=way.scan)
+    k, by_filters = params.queries.k, dict[tuple[str, ...], sql.Composed]()
+
+    def statement(query: Query) -> sql.Composed:
+        """As the search function has it: with the conditions of the filters that are given, and no others."""
+        given = tuple(name for name, _ in query.allowed)
+        if given not in by_filters:
+            by_filters[given] = statements.route_statement(connection, params, "vector", scan=way.scan, given=given)
+        return by_filters[given]
+
     with connection.transaction():
         use(connection, way.settings(params.index.method))
         ask(connection, params, statement, queries[:WARM_UP], k)
         answers = ask(connection, params, statement, queries, k)
-        plans = [explain(connection, statement, values(params, q, k), CARRIED_OUT) for q in queries[:EXPLAINED]]
+        plans = [explain(connection, statement(q), values(params, q, k), CARRIED_OUT) for q in queries[:EXPLAINED]]
         found_by = dict.fromkeys(_found_by(connection, params, plan) for plan in plans)
     recall, times = answers.recall(), answers.latency()
     return Measured(

@@ -18,8 +18,9 @@ HASH_BYTES = 16
 DIGITS_IN_A_NAME = 8
 
 
-# The search function has one function for each; those that other parameters would need are not made.
-WAYS_TO_ANSWER = ("legacy", "vector", "vector_relaxed", "vector_exact", "hybrid", "hybrid_exact")
+# The search function has one function for each; those that other parameters would need are not made. The last of
+# them answers nothing: it tells the share of the rows by which one of the others is chosen.
+WAYS_TO_ANSWER = ("legacy", "vector", "vector_relaxed", "vector_exact", "hybrid", "hybrid_exact", "share")
 
 # Of a text: which of a hundred shares of the calls it falls into. Exact to the types, so that nothing shadows it.
 DRAW = sql.SQL(

@@ -29,7 +29,7 @@ from runbook_lib.indexes import building, forecast, partitions
 from runbook_lib.indexes.building import none_under_way
 from runbook_lib.operate.filter_indexes import is_searched_as, is_served, made, remember, remembered, wanted
 from runbook_lib.operate.filter_indexes import standing as standing
-from runbook_lib.search import search_function, statements
+from runbook_lib.search import conditions, search_function
 from runbook_lib.sql import load
 
 SQL = load("filters")
@@ -95,7 +95,7 @@ def _create(phase: Phase, name: str, value: Value) -> db.Statement:
     lists = {"lists": p.index.lists or forecast.lists_rule(rows)}
     build = building.create_statement(phase.connection, p, partitions.relation(p), name, lists)
     literal = verbatim(sql.Literal(value.value).as_string())
-    condition = statements.filter_is(phase.connection, phase.params, value.column, literal)
+    condition = conditions.filter_is(phase.connection, phase.params, value.column, literal)
     extra = {"build": build.query, "condition": condition}
     return replace(db.statement(SQL["create"], phase.params, extra), values=build.values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
 from psycopg import sql
@@ -10,6 +11,7 @@ from runbook_lib.core import db
 from runbook_lib.core.names import identifier, names, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.params.filters import Filter, pieces
+from runbook_lib.params.placeholders import TOKEN
 from runbook_lib.sql import load
 
 SQL = load("conditions")
@@ -73,6 +75,16 @@ def where(
     if params.target.always:
         parts.append(names(params)["always"])
     return sql.SQL(" AND ").join(parts) if parts else sql.SQL("true")
+
+
+def has_subquery(f: Filter) -> bool:
+    """Does the condition read another table?"""
+    return re.search(r"\bselect\b", TOKEN.sub(" ", f.where), re.I) is not None
+
+
+def are_expressions(params: Params) -> bool:
+    """Do names of the user's stand in what the parameters write as conditions?"""
+    return params.target.always is not None or any(f.column is None for f in params.target.each_filter)
 
 
 def _holds(f: Filter, kind: db.Row, value: sql.Composable, *alias: str) -> sql.Composable:

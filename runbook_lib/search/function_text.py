@@ -16,10 +16,9 @@ from psycopg import sql
 from runbook_lib.core import db, session
 from runbook_lib.core.names import WAYS_TO_ANSWER, function_of, identifier, names, verbatim
 from runbook_lib.params import Params
-from runbook_lib.search import combined_filters, ways
+from runbook_lib.search import combined_filters, conditions, share_classes, ways
 from runbook_lib.search.statements import (
     Route,
-    column_types,
     legacy_statement,
     min_similarity,
     route_statement,
@@ -32,6 +31,8 @@ SQL = load("search_function")
 # Rows that a call gets which does not say how many, or says NULL.
 DEFAULT_K = 10
 CLOSED = ("pg_catalog", "pg_temp")
+# Where a query that is put together takes the conditions of the filters that are given.
+GIVEN = "/* given */"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def functions(
 
     settings: of pgvector, which it carries. retired: its legacy branch is gone.
     """
-    answering = [*_by_route(connection, params)]
+    answering = [*_by_route(connection, params), *_share(connection, params)]
     if retired:
         answering = [f for f in answering if f.name != function_of(params, "legacy")]
     return [_search(connection, params, settings, retired), *answering, _check_vector(params)]
@@ -94,7 +95,7 @@ def functions(
 
 def filter_arguments(connection: db.Connection, params: Params) -> list[Argument]:
     """The arguments for the filters: NULL, the default, lets every row through."""
-    types = column_types(connection, params)
+    types = conditions.types(connection, params)
     return [Argument(f"filter_{column}", types[column], "NULL") for column in params.target.filters]
 
 
@@ -111,7 +112,7 @@ def _arguments(connection: db.Connection, params: Params) -> list[Argument]:
 def _search(connection: db.Connection, params: Params, settings: Mapping[str, str], retired: bool) -> Function:
     p, arguments = params, _arguments(connection, params)
     results = [
-        Argument(p.target.key, column_types(connection, p)[p.target.key]),
+        Argument(p.target.key, conditions.types(connection, p)[p.target.key]),
         Argument("score", "double precision"),
         Argument("answered_by", "text"),
         Argument("similarity", "double precision"),
@@ -180,14 +181,26 @@ def _answers(params: Params, arguments: Sequence[Argument], retired: bool) -> sq
 
 def _choose_way(params: Params) -> sql.Composable:
     """The part of the function that looks up how to search by the filters that are given."""
-    filters, method = params.target.filters, params.index.method
-    given = [identifier(f"filter_{c}") for c in filters]
+    t, method = params.target, params.index.method
+    given = {name: identifier(f"filter_{name}") for name in t.filters}
+    columns = [given[name] for name in t.filter_columns]
+    every, own = list(given.values()), {f.name: given[f.name] for f in t.each_filter if f.column is None}
+    parts = {
+        "filter_arguments": sql.SQL(", ").join(every),
+        "conditions": sql.SQL(", ").join(own.values()),
+        "asked_filter": combined_filters.given_name(t.filter_columns, columns) if columns else sql.SQL("NULL"),
+        "asked_value": combined_filters.given_value(columns) if columns else sql.SQL("NULL"),
+        "asked_condition": combined_filters.given_name(list(own), list(own.values())),
+        "together": sql.Literal(share_classes.TOGETHER),
+    }
+    several = "how.scan = 'unmeasured' AND num_nonnulls({filter_arguments}) > 1"
+    unknown = f"{several} OR num_nonnulls({{conditions}}) > 0" if own else several
     return SQL["choose_way"].compose(
         names(params)
         | {
-            "filter_arguments": sql.SQL(", ").join(given),
-            "asked_filter": combined_filters.given_name(filters, given),
-            "asked_value": combined_filters.given_value(given),
+            "filter_arguments": parts["filter_arguments"],
+            "asked": SQL["asked_of_conditions" if own else "asked"].compose(names(params) | parts, 4),
+            "exact_unmeasured": sql.SQL(unknown).format(**parts),
             "setting": sql.Literal(ways.SETTING[method]),
             "iterative_setting": sql.Literal(ways.ITERATIVE[method][0]),
             "most_scanned_setting": sql.Literal(ways.MOST_SCANNED[method]),
@@ -220,7 +233,7 @@ def _ways(params: Params) -> list[str]:
     """Those of WAYS_TO_ANSWER that this target needs, whatever its index holds."""
     return [
         way
-        for way in WAYS_TO_ANSWER
+        for way in WHAT
         if (params.target.filters or way in ("legacy", "vector", "hybrid"))
         and (params.search.has_fulltext or not way.startswith("hybrid"))
     ]
@@ -229,7 +242,7 @@ def _ways(params: Params) -> list[str]:
 def _by_route(connection: db.Connection, params: Params) -> list[Function]:
     p = params
     arguments = [Argument(a.name, a.type) for a in _arguments(connection, p)]
-    key_type = column_types(connection, p)[p.target.key]
+    key_type = conditions.types(connection, p)[p.target.key]
     results = [
         Argument("key", key_type),
         Argument("similarity", "double precision"),
@@ -240,6 +253,7 @@ def _by_route(connection: db.Connection, params: Params) -> list[Function]:
     made = []
     for way in _ways(p):
         what, route, scan = WHAT[way]
+        subqueries = route != "legacy" and any(conditions.has_subquery(f) for f in p.target.each_filter)
         own = {
             "by_route": names(p)[f"by_{way}"],
             "arguments": sql.SQL(", ").join(a.declared() for a in arguments),
@@ -248,23 +262,47 @@ def _by_route(connection: db.Connection, params: Params) -> list[Function]:
             "search_path": sql.SQL(", ").join(map(identifier, _path(connection, p, route))),
             "what": sql.SQL(what),
             "arguments_by_number": verbatim(numbered),
-            "query": _query(connection, p, route, scan),
+            "query": _query(connection, p, route, scan, sql.SQL(GIVEN) if subqueries else None),
         }
-        made.append(Function(p.ledger.schema_, function_of(p, way), arguments, results, SQL["by_route"].compose(own)))
+        if subqueries:
+            own["query"] = _string(own["query"])
+            own |= {"given": _given(connection, p, first=4), "always": _string(names(p)["always"])}
+            own["passed"] = sql.SQL(", ").join(identifier(a.name) for a in arguments)
+        block = SQL["by_route_of_subqueries" if subqueries else "by_route"]
+        made.append(Function(p.ledger.schema_, function_of(p, way), arguments, results, block.compose(own)))
     return made
 
 
-def _query(connection: db.Connection, params: Params, route: Route, scan: ways.Scan) -> sql.Composable:
-    """A route's query with the columns that its function returns."""
+def _string(text: sql.Composable) -> sql.Composable:
+    """A piece of SQL as a string, for EXECUTE."""
+    return verbatim(sql.Literal(text.as_string().replace("%%", "%")).as_string())
+
+
+def _given(connection: db.Connection, params: Params, first: int) -> sql.Composable:
+    """The part of a function that puts together the conditions of those filters that are given: a subquery is planned
+    as a join only where nothing else would let its rows through. first: the number of the first filter's argument.
+    """
+    places = {name: sql.SQL(f"${first + i}") for i, name in enumerate(params.target.filters)}
+    parts = [
+        SQL["given"].compose({"argument": identifier(f"filter_{name}"), "condition": _string(condition)}, 4)
+        for name, condition in conditions.each(connection, params, places).items()
+    ]
+    return sql.SQL(";\n    ").join(parts)
+
+
+def _query(
+    connection: db.Connection, params: Params, route: Route, scan: ways.Scan, filters: sql.Composable | None
+) -> sql.Composable:
+    """A route's query with the columns that its function returns. filters: in place of theirs."""
     if route == "legacy":
         own = {"key": names(params)["key"], "query": legacy_statement(params, in_function=True)}
         return SQL["legacy"].compose(own, 4)
     if route == "hybrid":
-        return route_statement(connection, params, route, in_function=True, scan=scan, indent=4)
+        return route_statement(connection, params, route, in_function=True, scan=scan, indent=4, filters=filters)
     own = {
         "similarity": similarity_of_score(params, sql.SQL("best.score")),
         "min_similarity": min_similarity(params),
-        "query": route_statement(connection, params, route, in_function=True, scan=scan, indent=8),
+        "query": route_statement(connection, params, route, in_function=True, scan=scan, indent=8, filters=filters),
     }
     return SQL["vector"].compose(own, 4)
 
@@ -275,20 +313,43 @@ def _path(connection: db.Connection, params: Params, route: Route) -> list[str]:
     """
     if route == "legacy":
         return list(dict.fromkeys([params.target.schema_, *session.inherited(connection), "pg_temp"]))
-    return expression_path(connection, params) if route == "hybrid" else list(CLOSED)
+    if conditions.are_expressions(params) or route == "hybrid":
+        return expression_path(connection, params)
+    return list(CLOSED)
 
 
 def expression_path(connection: db.Connection, params: Params) -> list[str]:
-    """The path of the words half: pg_catalog first, pg_temp last. Between them, for an expression, the table's schema
-    and those that the session sees; none of them where others may create.
+    """The path of what the parameters write as SQL, conditions and the words half: pg_catalog first, pg_temp last.
+    Between them the table's schema and those that the session sees; none of them where others may create.
     """
-    if not params.search.fulltext_expression:
+    if not (params.search.fulltext_expression or conditions.are_expressions(params)):
         return list(CLOSED)
     row = connection.execute("SELECT current_schemas(false) AS seen").fetchone()
     wanted = [params.target.schema_, *(row["seen"] if row else [])]
     closed_off = [row["schema"] for row in session.open_schemas(connection)]
     between = [schema for schema in wanted if schema not in (*closed_off, *CLOSED)]
     return ["pg_catalog", *dict.fromkeys(between), "pg_temp"]
+
+
+def _share(connection: db.Connection, params: Params) -> list[Function]:
+    """What tells how few rows the filters of a call let through; only conditions need it."""
+    p = params
+    if not any(f.column is None for f in p.target.each_filter):
+        return []
+    arguments = [Argument(a.name, a.type) for a in filter_arguments(connection, p)]
+    explained = conditions.SQL["rows_let_through"].compose(names(p) | {"filters": sql.SQL(GIVEN)})
+    own = names(p) | {
+        "arguments": sql.SQL(", ").join(a.declared() for a in arguments),
+        "search_path": sql.SQL(", ").join(map(identifier, expression_path(connection, p))),
+        "given": _given(connection, p, first=1),
+        "always": _string(names(p)["always"]),
+        "rows_let_through": _string(explained),
+        "rows_in_all": _string(conditions.SQL["rows_in_all"].compose(names(p))),
+        "passed": sql.SQL(", ").join(identifier(a.name) for a in arguments),
+        "class": share_classes.expression(sql.SQL("share")),
+    }
+    made = SQL["share"].compose(own)
+    return [Function(p.ledger.schema_, function_of(p, "share"), arguments, [], made)]
 
 
 def _check_vector(params: Params) -> Function:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Literal
 
 from psycopg import sql
@@ -10,6 +10,7 @@ from psycopg import sql
 from runbook_lib.core import db
 from runbook_lib.core.names import as_indexed, identifier, names, spelled, verbatim
 from runbook_lib.params import Params, placeholders
+from runbook_lib.search import conditions
 from runbook_lib.search.ways import Scan
 from runbook_lib.sql import load
 
@@ -48,42 +49,6 @@ def similarity_of_score(params: Params, score: sql.Composable) -> sql.Composed:
     return sql.SQL(forms[params.vector.distance]).format(score)
 
 
-def where_filters(connection: db.Connection, params: Params, places: Mapping[str, sql.Composable]) -> sql.Composable:
-    """Equality with each filter that is given; a filter that is NULL lets every row through."""
-    types = _columns(connection, params)
-    parts = [
-        sql.SQL("({}::{} IS NULL OR {})").format(
-            places[c], verbatim(types[c]["type"]), _equals(identifier("t", c), types[c], places[c])
-        )
-        for c in params.target.filters
-    ]
-    return sql.SQL(" AND ").join(parts) if parts else sql.SQL("true")
-
-
-def filter_is(connection: db.Connection, params: Params, column: str, value: sql.Composable) -> sql.Composable:
-    """The condition of an index on the rows of one value of a filter, as the search function compares them."""
-    return _equals(identifier(column), _columns(connection, params)[column], value)
-
-
-def _equals(column: sql.Composable, type_: db.Row, value: sql.Composable) -> sql.Composable:
-    """By the operator of the column's type, named with its schema: that of citext may be in none of a search path,
-    and what is found in its place compares upper and lower case.
-    """
-    return sql.SQL("{} {} {}::{}").format(column, verbatim(type_["equals"]), value, verbatim(type_["type"]))
-
-
-def column_types(connection: db.Connection, params: Params) -> dict[str, str]:
-    """Types of the key and the filters, by column name; with their schemas, but for PostgreSQL's own."""
-    return {name: row["type"] for name, row in _columns(connection, params).items()}
-
-
-def _columns(connection: db.Connection, params: Params) -> dict[str, db.Row]:
-    """The type of the key and of each filter, and its operator of equality, by column name."""
-    columns = [params.target.key, *params.target.filters]
-    found = db.rows(connection, SQL["column_types"], params, table=spelled(params, "table"), columns=columns)
-    return {row["name"]: row for row in found}
-
-
 def legacy_statement(params: Params, in_function: bool = False) -> sql.Composed:
     """The search of today. ``:query``, ``:k`` and ``:<filter>`` become bound values; everything else stays."""
     places = _placeholders(params, in_function) | {
@@ -101,10 +66,12 @@ def route_statement(
     in_function: bool = False,
     scan: Scan = "index",
     indent: int = 0,
+    given: Collection[str] | None = None,
+    filters: sql.Composable | None = None,
 ) -> sql.Composed:
     """The query of a route: the key; for vector and hybrid a score, the best first; for hybrid the similarity too.
 
-    scan: ``relaxed`` is the same as ``index`` for hybrid, which sorts in any case. indent: blanks before its lines.
+    given: as :func:`conditions.where` has it. filters: in its place. scan: ``relaxed`` is the same as ``index`` for hybrid, which sorts in any case. indent: blanks before its lines.
     """
     if route == "legacy":
         return legacy_statement(params, in_function)
@@ -121,7 +88,7 @@ def route_statement(
             "query_vector": places["embedding"],
             "k": places["k"],
             **_how_many(params, places["k"], scan),
-            "filters": where_filters(connection, params, places),
+            "filters": conditions.where(connection, params, places, given) if filters is None else filters,
             "row_similarity": similarity(
                 params, sql.SQL("({} {} {})").format(n["row_embedding"], n["distance"], places["embedding"])
             ),
@@ -193,13 +160,13 @@ def call_statement(params: Params) -> sql.Composed:
 
 def matching_statement(connection: db.Connection, params: Params) -> sql.Composed:
     """Counts the rows, up to k, that the filters let through; bound as in :func:`filtered_call_statement`."""
-    filters = where_filters(connection, params, _placeholders(params, in_function=False))
+    filters = conditions.where(connection, params, _placeholders(params, in_function=False))
     return SQL["count_matching"].compose(names(params) | {"filters": filters})
 
 
 def filtered_call_statement(connection: db.Connection, params: Params) -> sql.Composed:
     """The same with every filter bound by its column's name; NULL lets every row through."""
-    types = column_types(connection, params)
+    types = conditions.types(connection, params)
     given = [
         sql.SQL(", {} => {}::{}").format(identifier(f"filter_{c}"), sql.Placeholder(c), verbatim(types[c]))
         for c in params.target.filters

@@ -175,31 +175,6 @@ WHERE p.pronamespace = to_regnamespace(%(ledger)s) AND p.proname = ANY (%(by_rou
       AND 'answered_by' = ANY (p.proargnames) AND {of_trusted_owner}
 ORDER BY 1;
 
--- name: column_types
--- purpose: The types of the key and the filters, without their lengths, which a cast would cut a longer value to; and
--- the operator of equality of each, that of its default btree operator class. Types without a class of their own, such
--- as enums and varchar, have PostgreSQL's.
-WITH RECURSIVE wanted AS (
-    SELECT a.attname AS name, a.atttypid AS type FROM pg_attribute a
-    WHERE a.attrelid = to_regclass(%(table)s) AND a.attname = ANY (%(columns)s) AND NOT a.attisdropped
-), base AS (
-    SELECT name, type FROM wanted
-    UNION ALL
-    SELECT b.name, t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.type WHERE t.typtype = 'd'
-)
-SELECT w.name,
-       CASE n.nspname WHEN 'pg_catalog' THEN format_type(t.oid, -1) ELSE format('%%I.%%I', n.nspname, t.typname) END AS type,
-       coalesce(
-           (SELECT format('OPERATOR(%%I.%%s)', s.nspname, o.oprname) FROM base b
-            JOIN pg_opclass c ON c.opcintype = b.type AND c.opcdefault
-            JOIN pg_am am ON am.oid = c.opcmethod AND am.amname = 'btree'
-            JOIN pg_amop ao ON ao.amopfamily = c.opcfamily AND ao.amopstrategy = 3
-                           AND ao.amoplefttype = c.opcintype AND ao.amoprighttype = c.opcintype
-            JOIN pg_operator o ON o.oid = ao.amopopr JOIN pg_namespace s ON s.oid = o.oprnamespace
-            WHERE b.name = w.name LIMIT 1),
-           'OPERATOR(pg_catalog.=)') AS equals
-FROM wanted w JOIN pg_type t ON t.oid = w.type JOIN pg_namespace n ON n.oid = t.typnamespace;
-
 -- name: text_search_config
 -- purpose: The text search configuration by a name, with or without its schema, and spelt whole: the function's search
 -- path need not lead to it.

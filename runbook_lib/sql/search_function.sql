@@ -35,21 +35,35 @@ $runbook$;
 -- name: choose_way
 -- purpose: Part of the function, for a target with filters: how to search by those that are given.
 IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
-    asked_filter := {asked_filter};
-    asked_value := {asked_value};
+    {asked};
     SELECT w.* INTO how FROM {way_to_search}({target_name}::pg_catalog.text, asked_filter, asked_value) w;
-    IF how.scan = 'unmeasured' THEN
-        -- How few rows several filters let through together nobody has measured; to read them all misses none.
-        IF num_nonnulls({filter_arguments}) > 1 THEN
+    IF NOT FOUND OR how.scan = 'unmeasured' THEN
+        -- How few rows they let through nobody has measured; to read them all misses none.
+        IF {exact_unmeasured} THEN
             way := 'exact';
         END IF;
-    ELSIF FOUND THEN
+    ELSE
         way := how.scan;
         -- They end with this call: the function has a SET for each of them.
         PERFORM pg_catalog.set_config({setting}, how.candidates::pg_catalog.text, true),
                 pg_catalog.set_config({iterative_setting}, how.iterative_scan, true),
                 pg_catalog.set_config({most_scanned_setting}, how.most_scanned::pg_catalog.text, true);
     END IF;
+END IF;
+
+-- name: asked
+-- purpose: Part of the function: the filters that are given and their values, as the strategies name them.
+asked_filter := {asked_filter};
+asked_value := {asked_value};
+
+-- name: asked_of_conditions
+-- purpose: Part of the function: the same; of a condition no value is looked up, but the share of the rows that it lets through.
+IF num_nonnulls({conditions}) = 0 THEN
+    asked_filter := {asked_filter};
+    asked_value := {asked_value};
+ELSE
+    asked_filter := CASE num_nonnulls({filter_arguments}) WHEN 1 THEN {asked_condition} ELSE {together} END;
+    asked_value := {by_share}({filter_arguments});
 END IF;
 
 -- name: choose_way_variables
@@ -83,6 +97,51 @@ SET search_path = {search_path} SET plan_cache_mode = force_custom_plan AS $runb
 BEGIN
     RETURN QUERY
     {query};
+END
+$runbook$;
+
+-- name: by_route_of_subqueries
+-- purpose: The same where a filter has a subquery: with the conditions of those that are given, and no others.
+CREATE OR REPLACE FUNCTION {by_route}({arguments})
+RETURNS TABLE (key {key_type}, similarity double precision, score double precision)
+LANGUAGE plpgsql STABLE ROWS {default_k}
+SET search_path = {search_path} SET plan_cache_mode = force_custom_plan AS $runbook$
+-- {what}
+-- {arguments_by_number}
+#variable_conflict use_column
+DECLARE
+    filters text := {always};
+BEGIN
+    {given};
+    RETURN QUERY EXECUTE pg_catalog.replace({query}, '/* given */', filters)
+    USING {passed};
+END
+$runbook$;
+
+-- name: given
+-- purpose: Part of a function: the condition of one filter, if it has a value.
+IF {argument} IS NOT NULL THEN
+    filters := filters || ' AND ' || {condition};
+END IF;
+
+-- name: share
+-- purpose: The share of the rows that the planner expects these filters to let through, by its class; it reads none. Volatile, as PostgreSQL wants a function that explains.
+CREATE OR REPLACE FUNCTION {by_share}({arguments})
+RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = {search_path} SET plan_cache_mode = force_custom_plan AS $runbook$
+DECLARE
+    filters     text := {always};
+    let_through json;
+    in_all      json;
+    share       double precision;
+BEGIN
+    {given};
+    EXECUTE pg_catalog.replace({rows_let_through}, '/* given */', filters) INTO let_through USING {passed};
+    EXECUTE {rows_in_all} INTO in_all;
+    share := (let_through->0->'Plan'->>'Plan Rows')::double precision
+        / greatest((in_all->0->'Plan'->>'Plan Rows')::double precision, 1);
+    RETURN {class};
 END
 $runbook$;
 

@@ -1,0 +1,130 @@
+"""Filters that are conditions: every route gives the rows that they let through, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+from runbook_lib.benchmark import exact
+from runbook_lib.benchmark.query_set import Query
+from runbook_lib.core import db
+from runbook_lib.core.phase import Phase
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
+from runbook_lib.search import search_function, share_classes, statements
+from tests import toy
+from tests.test_filter_checks import OWNER, SOUND
+
+VALUES: dict[str, str] = {
+    "status": "Draft",
+    "most_views": "3",
+    "states": '{Draft,"O\'Brien, {x}"}',
+    "owner": "7",
+    'Sta"te %': "Dr",
+}
+
+
+@pytest.fixture
+def ready(articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]) -> Callable[..., Phase]:
+    articles.execute(
+        "CREATE TABLE acl (doc bigint, user_id bigint, PRIMARY KEY (user_id, doc));"
+        "INSERT INTO acl SELECT i, 7 FROM generate_series(1, 200, 3) i;"
+        "UPDATE articles SET views = id % 9, status = (ARRAY['Draft', 'Stable', 'O''Brien, {x}', 'Deleted'])[1 + id % 4]"
+    )
+    return open_phase
+
+
+def truth(connection: psycopg.Connection[Any], condition: str) -> set[int]:
+    rows = connection.execute(f"SELECT id FROM articles t WHERE embedding IS NOT NULL AND {condition}").fetchall()  # type: ignore[arg-type]
+    return {row[0] for row in rows}
+
+
+CONDITIONS = {
+    "status": "t.status = 'Draft'",
+    "most_views": "(t.views <= 3 OR t.views = 21)",
+    "states": "t.status IN ('Draft', 'O''Brien, {x}')",
+    "owner": "t.id % 3 = 1",
+    'Sta"te %': "t.status LIKE 'Dr%'",
+}
+TARGET = {"filters": SOUND, "always": "t.id % 5 > 0"}
+SCANS = ("index", "relaxed", "exact")
+
+
+@pytest.fixture
+def searched(ready: Callable[..., Phase], articles: psycopg.Connection[Any]) -> Phase:
+    """A table with its index and its function, whose every way finds all rows that there are."""
+    phase = ready("60_build_index", target=TARGET, legacy=LEGACY, index={"m": 40, "ef_construction": 200})
+    for module in (extension, expand_schema, load_embeddings, backfill, build_index, search_function):
+        module.apply(phase)
+    articles.execute("ANALYZE")
+    return phase
+
+
+LEGACY = {
+    "query": "SELECT t.id FROM articles t WHERE t.body ILIKE '%' || :query || '%' AND (:status::text IS NULL OR"
+    " t.status = :status) AND (:most_views::int IS NULL OR t.views <= :most_views OR t.views = 7 * :most_views)"
+    " ORDER BY t.id LIMIT :k"
+}
+
+
+def answered(phase: Phase, route: str, given: dict[str, str], k: int = 300) -> list[int]:
+    p = phase.params
+    call = statements.filtered_call_statement(phase.connection, p)
+    values = dict.fromkeys(p.target.filters) | given
+    values |= {"query": "cookie", "embedding": [float(x) for x in toy.embed(["cookie leaks"])[0]], "k": k}
+    with phase.connection.transaction():
+        statements.force_route(phase.connection, p, route)
+        rows = phase.connection.execute(call, values).fetchall()
+    assert {row["answered_by"] for row in rows} <= {route}
+    return [row["id"] for row in rows]
+
+
+@pytest.mark.parametrize("given", [(), *((name,) for name in SOUND), ("most_views", "owner"), tuple(SOUND)])
+@pytest.mark.parametrize("scan", SCANS)
+def test_every_way_gives_all_rows_that_the_filters_let_through_and_no_other(
+    searched: Phase, articles: psycopg.Connection[Any], given: tuple[str, ...], scan: str
+) -> None:
+    learn_all(searched, scan)
+    allowed = " AND ".join(["t.id % 5 > 0", *(CONDITIONS[name] for name in given)])
+    expected = truth(articles, allowed)
+    found = answered(searched, "vector", {name: VALUES[name] for name in given})
+    assert set(found) == expected and len(found) == len(expected)
+    words = truth(articles, allowed + " AND t.tsv @@ to_tsquery('english', 'cookie')")
+    assert words <= set(answered(searched, "hybrid", {name: VALUES[name] for name in given})) <= expected
+
+
+def test_the_legacy_query_takes_the_same_names(searched: Phase, articles: psycopg.Connection[Any]) -> None:
+    found = answered(searched, "legacy", {"most_views": "3", "status": "Draft"})
+    assert set(found) == truth(articles, "t.body ILIKE '%cookie%' AND t.status = 'Draft' AND t.views <= 3")
+
+
+def learn_all(phase: Phase, scan: str) -> None:
+    """Every filter, alone and with others, is searched so, whatever the share that is expected."""
+    way = {
+        "scan": scan,
+        "candidates": 1000,
+        "iterative_scan": "relaxed_order" if scan == "relaxed" else "strict_order",
+    }
+    measured = {"most_scanned": 100_000, "recall": 1.0, "p50_ms": 1.0, "shares": [0.5]}
+    phase.do(db.statement(search_function.SQL["forget_strategies"], phase.params))
+    for name in (*SOUND, share_classes.TOGETHER):
+        phase.do(
+            db.statement(
+                search_function.SQL["learn_strategy"], phase.params, filter=name, values=[None], **way, **measured
+            )
+        )
+
+
+def test_exact_answers_are_those_of_the_conditions(searched: Phase, articles: psycopg.Connection[Any]) -> None:
+    vector = toy.embed(["cookie leaks"])[0]
+    sets = [(), *((name,) for name in SOUND), tuple(SOUND)]
+    asked = [Query("q", "", vector, tuple((n, VALUES[n]) for n in given)) for given in sets]
+    with db.connect(searched.params, "test") as connection, connection.transaction():
+        found = exact.answered(connection, searched.params, asked, 300)
+        checked = exact.stream_agrees_with_sql(connection, searched.params, found, 300)
+    for given, query in zip(sets, found, strict=True):
+        expected = truth(articles, " AND ".join(["t.id % 5 > 0", *(CONDITIONS[n] for n in given)]))
+        assert query.exact and set(map(int, query.exact.keys)) == expected
+    assert checked.verdict == "PASS"
