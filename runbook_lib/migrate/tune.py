@@ -45,7 +45,7 @@ SQL = load("tune")
 
 @dataclass(frozen=True)
 class Tuning:
-    """Every filter class with its choice; the first is the unfiltered one."""
+    """Every filter class with its choice; the first is the unfiltered one. unmeasured: filters without any class."""
 
     k: int
     queries: int
@@ -53,6 +53,7 @@ class Tuning:
     exact_p50_ms: float
     setting: str
     choices: tuple[Choice, ...]
+    unmeasured: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> int | None:
@@ -75,7 +76,16 @@ class Tuning:
             "chosen": self.chosen,
             "points": points,
             "classes": [c.as_data() for c in self.choices],
+            "unmeasured": list(self.unmeasured),
         }
+
+    def advice(self) -> list[str]:
+        """What would make the classes fast that are not."""
+        unknown = "no values to measure it with, so it is searched exactly; give some as filters of queries.file"
+        return [
+            *(f"{c.of}: {c.advice}" for c in self.choices if c.advice),
+            *(f"{n}: {unknown}" for n in self.unmeasured),
+        ]
 
     def table(self) -> Table:
         """One row a class: the choice on the held-out questions, next to common practice."""
@@ -102,7 +112,7 @@ class Tuning:
         return _sweep(self.as_data()).to_frame()
 
     def __str__(self) -> str:
-        return "\n".join([str(self.table()), *(f"{c.of}: {c.advice}" for c in self.choices if c.advice)])
+        return "\n".join([str(self.table()), *self.advice()])
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         printer.text(str(self))
@@ -113,7 +123,7 @@ class Tuning:
         from runbook_lib.core import pictures
 
         data = self.as_data()
-        advice = [f"<p>{html.escape(f'{c.of}: {c.advice}')}</p>" for c in self.choices if c.advice]
+        advice = [f"<p>{html.escape(each)}</p>" for each in self.advice()]
         drawn = [pictures.recall_against_latency(data)] if data["points"] else []
         if len(self.choices) > 1:
             drawn.append(charts.rows_by_selectivity(data))
@@ -185,6 +195,7 @@ def apply(phase: Phase) -> Tuning | Table:
         exact_p50_ms=relevance_measures.latency(exact_seconds)["p50_ms"],
         setting=ways.SETTING[p.index.method],
         choices=(first, *others),
+        unmeasured=tuple(n for n in filter_classes.names_of_conditions(p) if n not in {c.of.filter for c in others}),
     )
     phase.note("tuning", tuning.as_data() | {"exact": dict(agrees.figures)})
     if tuning.chosen is not None:

@@ -50,7 +50,7 @@ def on_column(params: Params) -> bool:
 
 def measured_params(params: Params) -> Params:
     """The parameters of the relation that is measured: the scratch table, or the target; filters play no part."""
-    target: dict[str, Any] = {"filters": []}
+    target: dict[str, Any] = {"filters": {}, "always": None}
     vector: dict[str, Any] = {}
     if not on_column(params):
         target |= {"schema_": params.ledger.schema_, "table": _scratch_table(params)}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from runbook_lib.core import db, session
-from runbook_lib.core.names import WAYS_TO_ANSWER, function_of, identifier, names, verbatim
+from runbook_lib.core.names import function_of, identifier, names, verbatim
 from runbook_lib.params import Params
 from runbook_lib.search import combined_filters, conditions, share_classes, ways
 from runbook_lib.search.statements import (

@@ -8,7 +8,7 @@ from typing import Literal
 from psycopg import sql
 
 from runbook_lib.core import db
-from runbook_lib.core.names import as_indexed, identifier, names, spelled, verbatim
+from runbook_lib.core.names import as_indexed, identifier, names, verbatim
 from runbook_lib.params import Params, placeholders
 from runbook_lib.search import conditions
 from runbook_lib.search.ways import Scan
@@ -71,7 +71,8 @@ def route_statement(
 ) -> sql.Composed:
     """The query of a route: the key; for vector and hybrid a score, the best first; for hybrid the similarity too.
 
-    given: as :func:`conditions.where` has it. filters: in its place. scan: ``relaxed`` is the same as ``index`` for hybrid, which sorts in any case. indent: blanks before its lines.
+    scan: ``relaxed`` is the same as ``index`` for hybrid, which sorts in any case. indent: blanks before its lines.
+    given: as :func:`conditions.where` has it. filters: in their place.
     """
     if route == "legacy":
         return legacy_statement(params, in_function)
