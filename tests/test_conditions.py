@@ -15,7 +15,7 @@ from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.search import search_function, share_classes, statements
 from tests import toy
-from tests.test_filter_checks import OWNER, SOUND
+from tests.test_filter_checks import SOUND
 
 VALUES: dict[str, str] = {
     "status": "Draft",
@@ -31,7 +31,8 @@ def ready(articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]) -
     articles.execute(
         "CREATE TABLE acl (doc bigint, user_id bigint, PRIMARY KEY (user_id, doc));"
         "INSERT INTO acl SELECT i, 7 FROM generate_series(1, 200, 3) i;"
-        "UPDATE articles SET views = id % 9, status = (ARRAY['Draft', 'Stable', 'O''Brien, {x}', 'Deleted'])[1 + id % 4]"
+        "UPDATE articles SET views = id % 9,"
+        " status = (ARRAY['Draft', 'Stable', 'O''Brien, {x}', 'Deleted'])[1 + id % 4]"
     )
     return open_phase
 

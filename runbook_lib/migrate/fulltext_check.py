@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import psycopg
 
@@ -17,7 +16,8 @@ from runbook_lib.core.names import identifier, names, shortened, spelled
 from runbook_lib.core.query_plan import SMALL_PARTITION_ROWS, QueryPlan, explain
 from runbook_lib.indexes import partitions
 from runbook_lib.params import Params
-from runbook_lib.search import function_text, statements
+from runbook_lib.search import statements
+from runbook_lib.search.function_text import as_in_the_function
 from runbook_lib.sql import load
 
 SQL = load("fulltext")
@@ -65,7 +65,7 @@ def _column(params: Params, columns: Mapping[str, db.Row]) -> Gate:
 def _expression(connection: db.Connection, params: Params) -> Gate:
     problem, kinds = "", list[str]()
     try:
-        with _as_in_the_function(connection, params):
+        with as_in_the_function(connection, params):
             names_of_it = statements.fulltext_names(connection, params)
             cursor = connection.execute(SQL["shape"].compose(names(params) | names_of_it), {}, prepare=False)
             kinds = [c.type_display for c in cursor.description or []]
@@ -156,18 +156,9 @@ def _index(connection: db.Connection, params: Params) -> Gate:
 
 def _plan(connection: db.Connection, params: Params) -> QueryPlan:
     statement = statements.fulltext_statement(connection, params)
-    with _as_in_the_function(connection, params):
+    with as_in_the_function(connection, params):
         connection.execute(SQL["without_scans"].compose({}))
         return explain(connection, statement, WORD)
-
-
-@contextmanager
-def _as_in_the_function(connection: db.Connection, params: Params) -> Iterator[None]:
-    """A transaction in which names mean what they mean in the search function; rolled back."""
-    path = ", ".join(identifier(schema).as_string() for schema in function_text.expression_path(connection, params))
-    with db.rolled_back(connection):
-        connection.execute(SQL["path"].compose({}), {"path": path.replace("%%", "%")})
-        yield
 
 
 def _few_rows(connection: db.Connection, params: Params) -> int | None:
@@ -181,7 +172,7 @@ def _cannot_be_indexed(connection: db.Connection, params: Params) -> str:
     """What PostgreSQL says to an index on the expression, tried on an empty copy; empty if it takes it."""
     named = names(params) | statements.fulltext_names(connection, params)
     try:
-        with _as_in_the_function(connection, params):
+        with as_in_the_function(connection, params):
             for block in ("create_probe", "index_probe"):
                 connection.execute(SQL[block].compose(named), {}, prepare=False)
     except psycopg.Error as error:

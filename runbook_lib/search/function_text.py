@@ -8,7 +8,8 @@ schema, which holds that route's query and nothing else.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from psycopg import sql
@@ -350,6 +351,15 @@ def _share(connection: db.Connection, params: Params) -> list[Function]:
     }
     made = SQL["share"].compose(own)
     return [Function(p.ledger.schema_, function_of(p, "share"), arguments, [], made)]
+
+
+@contextmanager
+def as_in_the_function(connection: db.Connection, params: Params) -> Iterator[None]:
+    """A transaction in which the names of expressions mean what they mean in the functions; rolled back."""
+    path = ", ".join(identifier(schema).as_string() for schema in expression_path(connection, params))
+    with db.rolled_back(connection):
+        connection.execute(SQL["path"].compose({}), {"path": path.replace("%%", "%")})
+        yield
 
 
 def _check_vector(params: Params) -> Function:

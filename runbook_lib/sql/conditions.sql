@@ -32,10 +32,6 @@ SELECT w.name,
            'OPERATOR(pg_catalog.=)') AS equals
 FROM wanted w JOIN pg_type t ON t.oid = w.type JOIN pg_namespace n ON n.oid = t.typnamespace;
 
--- name: path
--- purpose: Have names resolve as they do in the search function, for this transaction.
-SELECT set_config('search_path', %(path)s, true);
-
 -- name: rows_let_through
 -- purpose: How many rows the planner expects the filters to let through; it reads none.
 EXPLAIN (FORMAT JSON) SELECT FROM {table} t WHERE {filters};

@@ -9,10 +9,6 @@ SELECT c.cfgname::text AS name FROM pg_ts_config c ORDER BY 1;
 SELECT pg_get_expr(d.adbin, d.adrelid) AS expression FROM pg_attribute a JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 WHERE a.attrelid = to_regclass(%(table)s) AND a.attname = %(column)s::text AND a.attgenerated <> '';
 
--- name: path
--- purpose: Have names resolve as they do in the search function, for this transaction.
-SELECT set_config('search_path', %(path)s, true);
-
 -- name: shape
 -- purpose: What the expression gives, without reading a row.
 SELECT {fulltext} FROM {table} t LIMIT 0;

@@ -183,3 +183,7 @@ BEGIN
     END IF;
 END
 $runbook$;
+
+-- name: path
+-- purpose: Have names resolve as they do in the functions, for this transaction.
+SELECT set_config('search_path', %(path)s, true);
