@@ -7,8 +7,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import psycopg
 from psycopg import sql
 
 from runbook_lib.benchmark.query_set import Query
@@ -38,8 +39,9 @@ CUTS = (
 NAME = r'(?:"(?:[^"]|"")+"|[^\W\d]\w*)'
 COLUMN = rf"(?P<alias>{NAME})\s*\.\s*(?P<column>{NAME})(?:\s*::\s*[\w.\[\]]+)?"
 VALUE = ":value:"
-ORDER = r"(?P<operator><=|>=|<|>|=|@>|&&)"
-AFTER = re.compile(rf"{COLUMN}\s*{ORDER}\s*(?P<any>(?:ANY|any|Any)\s*\(\s*)?{VALUE}")
+ORDERED, ARRAYS = ("<", "<=", ">", ">="), ("@>", "&&")
+OPERATOR = r"(?P<operator><=|>=|<|>|=|@>|&&)"
+AFTER = re.compile(rf"{COLUMN}\s*{OPERATOR}\s*(?P<any>(?:ANY|any|Any)\s*\(\s*)?{VALUE}")
 BEFORE = re.compile(rf"{VALUE}\s*(?P<operator><=|>=|<|>|=|<@|&&)\s*(?P<any>)\(?{COLUMN}")
 TURNED = {"<=": ">=", ">=": "<=", "<": ">", ">": "<", "<@": "@>"}
 KEYWORDS = r"(?!(?:WHERE|ON|JOIN|INNER|LEFT|CROSS|GROUP|ORDER|LIMIT)\b)"
@@ -92,35 +94,47 @@ def of_filters(connection: db.Connection, params: Params, queries: Sequence[Quer
     return found
 
 
-def _held(connection: db.Connection, params: Params, f: Filter) -> Iterator[str]:
+def _held(connection: db.Connection, params: Params, f: Filter) -> list[str]:
     """Values that let through rows, of many frequencies, from what the column holds that is compared with them."""
-    table = spelled(params, "table")
     kind = conditions.types(connection, params)[f.name]
-    where = Compared(table, f"t.{sql.Identifier(f.column).as_string()}", "=", False, True) if f.column else None
-    if where is None and (where := compared(f, table)) is None:
-        return
-    rows = row_counts.of(connection, params).n if where.ours else None
-    percent = min(100.0, 100.0 * SAMPLED_ROWS / max(rows, 1)) if rows else 100.0
-    parts = names(params) | {
+    column = f"t.{sql.Identifier(f.column).as_string()}" if f.column else ""
+    where = Compared(spelled(params, "table"), column, "=", False, True) if f.column else _told(params, f)
+    elements = where is not None and (where.any or where.operator in ARRAYS)
+    if where is None or (elements and not kind.endswith("[]")) or (where.any and where.operator != "="):
+        return []
+    try:
+        # What the condition casts may not be had from every row.
+        with connection.transaction():
+            found = _looked_up(connection, params, where, kind, elements)
+    except psycopg.Error as error:
+        db.raise_if_lost(connection, error)
+        return []
+    return list(_sets(found)) if elements else found
+
+
+def _told(params: Params, f: Filter) -> Compared | None:
+    found = compared(f, spelled(params, "table"))
+    return found and replace(found, column=f"t.{found.column}")
+
+
+def _looked_up(connection: db.Connection, params: Params, where: Compared, kind: str, elements: bool) -> list[str]:
+    rows = row_counts.of(connection, params).n if where.ours else 0
+    percent = 100.0 * SAMPLED_ROWS / max(rows, 1)
+    sampled = sql.SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (1)").format(sql.Literal(percent))
+    parts = {
         "relation": verbatim(where.relation),
-        "column": verbatim(where.column if f.column else f"t.{where.column}"),
+        "column": verbatim(where.column),
         "type": verbatim(kind),
-        "sampled": sql.SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (1)").format(sql.Literal(percent))
-        if percent < 100
-        else sql.SQL(""),
+        "of_one": verbatim(kind.removesuffix("[]") if elements else kind),
+        "sampled": sampled if rows > SAMPLED_ROWS else sql.SQL(""),
     }
-    if where.operator in ("<", "<=", ">", ">="):
-        cuts = CUTS if where.operator in ("<", "<=") else [1 - cut for cut in CUTS]
-        values = connection.execute(SQL["cuts"].compose(parts), {"cuts": list(cuts)}).fetchone()
-        yield from (v for v in (values["values"] if values else None) or [] if v is not None)
-        return
-    block = "elements" if where.operator in ("@>", "&&") else "frequencies"
-    of_one = sql.SQL(kind.removesuffix("[]")) if kind.endswith("[]") else verbatim(kind)
-    found = connection.execute(
-        SQL[block].compose(parts | {"of_one": of_one}), {"most": OF_A_FREQUENCY, "rows": SAMPLED_ROWS}
-    ).fetchall()
-    values_found = [row["value"] for row in found]
-    yield from _sets(values_found) if where.any or where.operator in ("@>", "&&") else values_found
+    if where.operator in ORDERED:
+        cuts = [cut if where.operator.startswith("<") else 1 - cut for cut in CUTS]
+        row = connection.execute(SQL["cuts"].compose(parts), {"cuts": cuts}).fetchone()
+        return [value for value in (row["values"] if row else None) or [] if value is not None]
+    block = SQL["elements" if where.operator in ARRAYS else "frequencies"]
+    values = {"most": OF_A_FREQUENCY, "rows": SAMPLED_ROWS}
+    return [row["value"] for row in connection.execute(block.compose(parts), values).fetchall()]
 
 
 def _sets(values: Sequence[str]) -> Iterator[str]:

@@ -1,0 +1,133 @@
+"""Values to measure conditions with: told from the condition's text, and found in the column that it compares."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+import pytest
+
+from runbook_lib.benchmark import filter_values
+from runbook_lib.benchmark.filter_values import Compared, compared
+from runbook_lib.benchmark.query_set import Query, read_queries
+from runbook_lib.core import db
+from runbook_lib.core.gates import BadInput
+from runbook_lib.params import Params
+from runbook_lib.params.filters import Filter
+from runbook_lib.search import combined_filters, share_classes
+
+TABLE = '"public"."articles"'
+
+
+@pytest.mark.parametrize(
+    ("where", "found"),
+    [
+        ("t.price <= :f", Compared(TABLE, "price", "<=", False, True)),
+        (":f > t.price", Compared(TABLE, "price", "<", False, True)),
+        ('t."Price €"::numeric >= :f', Compared(TABLE, '"Price €"', ">=", False, True)),
+        ("t.tags @> :f", Compared(TABLE, "tags", "@>", False, True)),
+        (":f <@ t.tags", Compared(TABLE, "tags", "@>", False, True)),
+        ("t.tenant = ANY (:f)", Compared(TABLE, "tenant", "=", True, True)),
+        (
+            "EXISTS (SELECT FROM acl a WHERE a.doc = t.id AND a.user_id = :f)",
+            Compared("acl", "user_id", "=", False, False),
+        ),
+        (
+            'EXISTS (SELECT FROM x y JOIN "My s"."Acl" AS "A b" ON true WHERE "A b".u = ANY(:f) AND y.doc = t.id)',
+            Compared('"My s"."Acl"', "u", "=", True, False),
+        ),
+        ("t.id IN (SELECT acl.doc FROM acl WHERE acl.user_id = :f)", Compared("acl", "user_id", "=", False, False)),
+        ("lower(t.title) = :f", None),
+        ("t.made_at > now() - :f", None),
+        ("b.x = :f", None),
+    ],
+)
+def test_what_a_condition_compares_is_told_from_its_text(where: str, found: Compared | None) -> None:
+    assert compared(Filter("f", type="text", where=where), TABLE) == found
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (True, "true"),
+        (2.5, "2.5"),
+        ("a'b", "a'b"),
+        (["a", 'b"c\\', None, [1, 2]], '{"a","b\\"c\\\\",NULL,{"1","2"}}'),
+        ({"a": "ü"}, '{"a": "ü"}'),
+    ],
+)
+def test_values_of_json_are_written_as_postgresql_reads_them(value: object, text: str) -> None:
+    assert combined_filters.text_of(value) == text
+
+
+def test_shares_have_one_class_in_python_and_in_sql(articles: psycopg.Connection[Any]) -> None:
+    for share in (0.0, 0.00029, *share_classes.EDGES, 0.299, 0.31, 1.0):
+        expression = share_classes.expression(psycopg.sql.Literal(share))
+        row = articles.execute(psycopg.sql.SQL("SELECT {}").format(expression), []).fetchone()
+        assert row == (share_classes.of(share),)
+
+
+FILTERS: dict[str, Any] = {
+    "status": None,
+    "most_views": {"type": "numeric", "where": "t.views <= :most_views"},
+    "has": {"type": "text[]", "where": "t.words @> :has"},
+    "owner": {"type": "bigint", "where": "EXISTS (SELECT FROM acl a WHERE a.doc = t.id AND a.user_id = :owner)"},
+    "meta": {"type": "jsonb", "where": "t.meta @> :meta"},
+    "odd": {"type": "int", "where": "t.title = :odd::text"},
+}
+
+
+@pytest.fixture
+def filtered(articles: psycopg.Connection[Any], make_params: Callable[..., Params]) -> Params:
+    articles.execute(
+        "CREATE EXTENSION vector;"
+        "ALTER TABLE articles ADD words text[], ADD meta jsonb, ADD embedding vector(8);"
+        "INSERT INTO articles (title, body) SELECT 'more', 'x' FROM generate_series(1, 2000);"
+        "UPDATE articles SET views = id, words = string_to_array(body, ' '), embedding = '[1,1,1,1,1,1,1,1]';"
+        "CREATE TABLE acl (doc bigint, user_id bigint);"
+        "INSERT INTO acl SELECT id, u FROM articles, generate_series(0, 6) u WHERE id % (1 << u) = 0;"
+        "ANALYZE articles; ANALYZE acl"
+    )
+    return make_params(target={"filters": FILTERS, "always": "t.views > 0"})
+
+
+def test_values_are_found_for_every_share(filtered: Params, articles: psycopg.Connection[Any]) -> None:
+    given = (("meta", '{"a": 1}'), ("owner", "3"))
+    own = [replace(q, filters=given) for q in read_queries(filtered)[:1]]
+    with db.connect(filtered, "test") as connection:
+        known = filter_values.of_filters(connection, filtered, own)
+        found = filter_values.by_class(connection, filtered, own, random.Random(1))
+    assert known["owner"][0] == "3" and set(known["owner"]) == {str(u) for u in range(7)}
+    assert known["status"] == ["Stable"] and known["meta"] == ['{"a": 1}'] and known["odd"] == []
+    assert {'{"x"}', '{"the"}', '{"cookie"}'} <= set(known["has"])
+    assert len(known["most_views"]) > 15, "a value that cuts at two shares is named once"
+    names = {name for name, _ in found}
+    assert names == {"most_views", "has", "owner", share_classes.TOGETHER}, "no row has that meta, nothing is odd"
+    classes = {c for name, c in found if name == "most_views"}
+    assert classes >= {"below 0.03 %", "0.3 to 1 %", "10 to 30 %", "above 30 %"}
+    for (name, listed), asked in found.items():
+        assert len(asked) <= filter_values.VALUES
+        for allowed, share in asked.items():
+            assert share_classes.of(share) == listed
+            assert (len(allowed) > 1) == (name == share_classes.TOGETHER)
+
+
+def test_the_planner_expects_what_a_join_lets_through(filtered: Params, articles: psycopg.Connection[Any]) -> None:
+    with db.connect(filtered, "test") as connection:
+        estimate = filter_values.Estimate(connection, filtered)
+        for user in range(6):
+            assert 0.5 < estimate.of((("owner", str(user)),)) * 2**user < 2
+
+
+def test_filters_of_a_query_that_no_parameter_names_are_refused(filtered: Params) -> None:
+    line = '{"query_id": "a", "text": "x", "filters": {"owner": 3, "has": ["a"], "status": null}}\n'
+    filtered.queries.file.write_text(line)
+    assert read_queries(filtered) == [Query("a", "x")]
+    assert read_queries(filtered)[0].filters == (("has", '{"a"}'), ("owner", "3"))
+    filtered.queries.file.write_text(line.replace("owner", "ower").replace('"has"', '"his"'))
+    with pytest.raises(BadInput) as raised:
+        read_queries(filtered)
+    assert "filters: ower, his not among target.filters" in str(raised.value)
