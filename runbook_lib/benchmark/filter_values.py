@@ -183,7 +183,7 @@ def by_class(
     def add(name: str, asked: Allowed) -> None:
         share = estimate.of(asked)
         place = found.setdefault((name, share_classes.of(share)), {})
-        if len(place) < VALUES and asked not in place and _any_row(connection, params, estimate, asked):
+        if len(place) < VALUES and asked not in place and any_row(connection, params, estimate, asked):
             place[asked] = share
 
     for name in own:
@@ -206,7 +206,8 @@ def _drawn(
     return tuple((name, chosen.choice(known[name])) for name in params.target.filters if name in some)
 
 
-def _any_row(connection: db.Connection, params: Params, estimate: Estimate, asked: Allowed) -> bool:
+def any_row(connection: db.Connection, params: Params, estimate: Estimate, asked: Allowed) -> bool:
+    """Do these filters let a row with a vector through?"""
     held = [names(params)["always"], *(estimate.conditions[name] for name, _ in asked)]
     query = SQL["any_row"].compose(names(params) | {"filters": sql.SQL(" AND ").join(held)})
     row = connection.execute(query, dict(asked), prepare=False).fetchone()
