@@ -165,7 +165,8 @@ class Estimate:
 
     def _rows(self, query: sql.Composed, values: Mapping[str, str]) -> float:
         row = self.connection.execute(query, values, prepare=False).fetchone()
-        return float(row["QUERY PLAN"][0]["Plan"]["Plan Rows"]) if row else 0.0
+        expected = re.search(conditions.EXPECTED_ROWS, row["QUERY PLAN"]) if row else None
+        return float(expected[1]) if expected else 0.0
 
 
 def by_class(

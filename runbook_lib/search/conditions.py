@@ -16,6 +16,9 @@ from runbook_lib.sql import load
 
 SQL = load("conditions")
 
+# In the first line of a plan: how many rows the planner expects.
+EXPECTED_ROWS = r"rows=(\d+)"
+
 
 def types(connection: db.Connection, params: Params) -> dict[str, str]:
     """Types of the key, by its column's name, and of each filter's value, by the filter's; with their schemas, but

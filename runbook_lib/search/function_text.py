@@ -347,6 +347,7 @@ def _share(connection: db.Connection, params: Params) -> list[Function]:
         "rows_let_through": _string(explained),
         "rows_in_all": _string(conditions.SQL["rows_in_all"].compose(names(p))),
         "passed": sql.SQL(", ").join(identifier(a.name) for a in arguments),
+        "rows": sql.Literal(conditions.EXPECTED_ROWS),
         "class": share_classes.expression(sql.SQL("share")),
     }
     made = SQL["share"].compose(own)

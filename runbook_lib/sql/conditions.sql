@@ -34,8 +34,8 @@ FROM wanted w JOIN pg_type t ON t.oid = w.type JOIN pg_namespace n ON n.oid = t.
 
 -- name: rows_let_through
 -- purpose: How many rows the planner expects the filters to let through; it reads none.
-EXPLAIN (FORMAT JSON) SELECT FROM {table} t WHERE {filters};
+EXPLAIN SELECT FROM {table} t WHERE {filters};
 
 -- name: rows_in_all
 -- purpose: How many rows the planner believes the table to have.
-EXPLAIN (FORMAT JSON) SELECT FROM {table} t;
+EXPLAIN SELECT FROM {table} t;

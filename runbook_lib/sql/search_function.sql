@@ -132,15 +132,16 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = {search_path} SET plan_cache_mode = force_custom_plan AS $runbook$
 DECLARE
     filters     text := {always};
-    let_through json;
-    in_all      json;
+    let_through text;
+    in_all      text;
     share       double precision;
 BEGIN
     {given};
     EXECUTE pg_catalog.replace({rows_let_through}, '/* given */', filters) INTO let_through USING {passed};
     EXECUTE {rows_in_all} INTO in_all;
-    share := (let_through->0->'Plan'->>'Plan Rows')::double precision
-        / greatest((in_all->0->'Plan'->>'Plan Rows')::double precision, 1);
+    -- The first line of a plan tells what the whole of it gives.
+    share := substring(let_through FROM {rows})::double precision
+        / greatest(substring(in_all FROM {rows})::double precision, 1);
     RETURN {class};
 END
 $runbook$;
