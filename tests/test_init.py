@@ -84,7 +84,7 @@ def test_a_table_it_has_not_seen_gets_a_file_that_passes_every_check(
     assert (result.exit_code, result.stdout) == (0, f"{path}\n"), result.stderr
     p = load_params(path)
     assert p.extension.schema_ == "vectors"
-    assert (p.target.key, p.target.text_columns, p.target.filters) == ("sku", ["name", "details"], ["colour"])
+    assert (p.target.key, p.target.text_columns, list(p.target.filters)) == ("sku", ["name", "details"], ["colour"])
     assert (p.search.fulltext_column, p.search.fulltext_config) == ("words", "simple")
     assert "(:colour::text IS NULL OR colour = :colour)" in p.legacy.query
     assert problems(p) == []
@@ -168,7 +168,7 @@ def test_what_was_given_is_not_second_guessed(
     result, path = init("--table", "products", *flags, "--model", "my.models:embed", "--dimension", 3072)
     assert result.exit_code == 0, result.stderr
     p = load_params(path)
-    assert p.target.filters == ["colour"], "the filter that the given query names"
+    assert list(p.target.filters) == ["colour"], "the filter that the given query names"
     assert (p.vector.type, p.embeddings.callable) == ("halfvec", "my.models:embed")
     assert p.queries.file.resolve() == queries and p.legacy.query + ";\n" == mine.read_text()
     assert "pgvector indexes vector only up to 2000" in path.read_text()
@@ -262,7 +262,7 @@ def test_at_a_terminal_a_wrong_answer_is_asked_for_again(
     wishes = init_command.Wishes(dsn_env=DSN_ENV)
     path = init_command.write(wishes, tmp_path / "x.yaml", force=False, ask=ask, say=said.append, interactive=True)
     p = load_params(path)
-    assert (p.target.table, p.target.key, p.target.filters) == ("products", "sku", ["colour"])
+    assert (p.target.table, p.target.key, list(p.target.filters)) == ("products", "sku", ["colour"])
     assert len([line for line in said if "FAIL" in line]) == 4
     with pytest.raises(BadInput):
         init_command.write(wishes, tmp_path / "y.yaml", force=False, ask=lambda *_: "nothing", say=said.append)
