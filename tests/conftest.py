@@ -34,6 +34,7 @@ STARTS_ITS_OWN = {
     "test_notify",
     "test_partition_by_filter",
     "test_partitions",
+    "test_recipes",
     "test_replica",
     "test_replication",
     "test_server_versions",

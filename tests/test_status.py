@@ -146,9 +146,7 @@ def test_a_run_at_work_is_seen(open_phase: Callable[..., Phase], make_params: Ca
     phase = open_phase("20_extension")
     with claim.held_by_runner(phase.params, "20260102T030405Z-articles"):
         lines = screen(phase.params)
-    assert any(
-        line.startswith("running   runbook-runner 20260102T030405Z-articles, postgres, since ") for line in lines
-    )
+    assert any(line.startswith("running   20260102T030405Z-articles, by postgres, since ") for line in lines)
     assert lines[-1] == "next      nothing while this run is at work"
     assert target_status.where_it_stands(phase.params)["running"] is None
 

@@ -210,7 +210,7 @@ def check(params_file: Path, quiet: bool) -> None:
             holds.append(f"the search meets the accepted baseline ({seen} gates passed)")
         if not quiet:
             click.echo("\n".join(f"{SYMBOLS[Status.PASSED]} {line}" for line in holds))
-        if params.queries.judgements is None and not params.cut_over.accept_unjudged:
+        if params.queries.judgements is None and not params.cut_over.accept_unjudged and not quiet:
             say(
                 "80_shadow will stop: without queries.judgements nobody knows whether answers get better or worse;"
                 " judge a hundred queries, or set cut_over.accept_unjudged: true"

@@ -35,7 +35,8 @@ def of(stands: Mapping[str, Any], rows: Mapping[str, Any], params_file: str) -> 
 
 def _below(stands: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if running := stands["running"]:
-        yield "running", f"{running['application_name']}, {running['usename']}, since {running['since']:%F %H:%M}"
+        run = running["application_name"].removeprefix("runbook-runner ")
+        yield "running", f"{run}, by {running['usename']}, since {running['since']:%F %H:%M}"
     if stopped := [f"{p['name']}: {p['why']}" for p in stands["phases"] if p["why"]]:
         yield "stopped", "; ".join(stopped)
     if asked := [f"{a['step']}, asked for by {a['asked_by']}" for a in stands["waits_for_approval"]]:
