@@ -158,12 +158,12 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sensor]:
 
         def __exit__(self, *_: Any) -> None: ...
 
-    sdk, exceptions = types.ModuleType("airflow.sdk"), types.ModuleType("airflow.exceptions")
+    sdk, exceptions = types.ModuleType("airflow.sdk"), types.ModuleType("airflow.sdk.exceptions")
     sdk.DAG, sdk.task = Dag, types.SimpleNamespace(sensor=sensor)  # type: ignore[attr-defined]
     exceptions.AirflowException, exceptions.AirflowFailException = Retry, Fail  # type: ignore[attr-defined]
     for name, module in {"airflow": types.ModuleType("airflow"), "airflow.sdk": sdk}.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, "airflow.exceptions", exceptions)
+    monkeypatch.setitem(sys.modules, "airflow.sdk.exceptions", exceptions)
     (tmp_path / "notebooks").symlink_to(notebooks())
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (dag,) = recipes("python")
