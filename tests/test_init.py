@@ -247,6 +247,7 @@ def test_at_a_terminal_a_wrong_answer_is_asked_for_again(
 ) -> None:
     table(PRODUCTS)
     given = {
+        "environment variable": ["NO_SUCH", DSN_ENV],
         "table": ["prodcuts", "products"],
         "key": ["name", "sku"],
         "text columns": ["nmae, details", "name, details"],
@@ -259,10 +260,11 @@ def test_at_a_terminal_a_wrong_answer_is_asked_for_again(
     def ask(question: str, _suggestion: str) -> str:
         return next(answers for start, answers in given.items() if question.startswith(start)).pop(0)
 
-    wishes = init_command.Wishes(dsn_env=DSN_ENV)
+    wishes = init_command.Wishes()
     path = init_command.write(wishes, tmp_path / "x.yaml", force=False, ask=ask, say=said.append, interactive=True)
     p = load_params(path)
     assert (p.target.table, p.target.key, list(p.target.filters)) == ("products", "sku", ["colour"])
-    assert len([line for line in said if "FAIL" in line]) == 4
+    assert len([line for line in said if "FAIL" in line]) == 5
+    assert [line for line in said if "did you mean name? Else say --text-columns; the table has: " in line]
     with pytest.raises(BadInput):
         init_command.write(wishes, tmp_path / "y.yaml", force=False, ask=lambda *_: "nothing", say=said.append)

@@ -6,6 +6,7 @@ as found, and what cannot be found is an error that names the flag.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import tempfile
@@ -70,13 +71,10 @@ def write(wishes: Wishes, output: Path | None, *, force: bool, ask: Ask, say: Sa
     Raises BadInput where a file is there already (without ``force``), the server cannot be reached, or the table
     has no key or no text; then nothing was written.
     """
-    if wishes.dsn_env is None and wishes.service is None:
-        asked = ask("environment variable that holds the DSN", "")
-        wishes = replace(wishes, dsn_env=_needed(asked, "connection.dsn_env", "--dsn-env or --service"))
-    only_connection = _draft(wishes, schema="public", table="?", key="?", text_columns=["?"])
-    with db.connect(only_connection, "runbook init") as connection:
+    patiently = partial(_patiently, say, interactive)
+    wishes, only_connection, opened = patiently(wishes.dsn_env or wishes.service, lambda: _connection(wishes, ask))
+    with opened as connection:
         connection.execute("SET default_transaction_read_only = on")
-        patiently = partial(_patiently, say, interactive)
         table, found = patiently(wishes.table, lambda: _table(connection, only_connection, wishes, ask))
         output = output or Path("params") / f"{_short_name(table)}.yaml"
         starter = output.with_name(f"{output.stem}-queries.jsonl")
@@ -93,6 +91,15 @@ def write(wishes: Wishes, output: Path | None, *, force: bool, ask: Ask, say: Sa
             say(f"{starter}: starter queries, cut from {first_text}; put those of your users in their place")
     write_atomically(output, content)
     return output
+
+
+def _connection(wishes: Wishes, ask: Ask) -> tuple[Wishes, Params, db.Connection]:
+    """The wishes with a way in, parameters of it alone, and a connection that it leads to."""
+    if wishes.dsn_env is None and wishes.service is None:
+        asked = ask("environment variable that holds the DSN", "")
+        wishes = replace(wishes, dsn_env=_needed(asked, "connection.dsn_env", "--dsn-env or --service"))
+    draft = _draft(wishes, schema="public", table="?", key="?", text_columns=["?"])
+    return wishes, draft, db.connect(draft, "runbook init")
 
 
 def _settings(
@@ -215,7 +222,7 @@ def _which_key(found: FoundTable, wishes: Wishes, ask: Ask) -> str:
         found.name,
         f"{key} is not one" if key else "no primary key, and no other column that identifies a row",
         f"a NOT NULL column of type {', '.join(inputs.KEY_TYPES)} with a unique index of its own",
-        f"say --key with one of {', '.join(found.keys)}"
+        _nearest(key, found.keys) + f"say --key with one of {', '.join(found.keys)}"
         if found.keys
         else f"ALTER TABLE {found.name} ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY;"
         " (it rewrites the table under a lock; for a large one add the column, fill and index it in steps)",
@@ -234,7 +241,7 @@ def _which_texts(found: FoundTable, key: str, seen: LegacyQuery | None, wishes: 
         found.name,
         f"no text column named {', '.join(bad)}" if bad else "no column that looks like text to search in",
         "at least one column of text",
-        f"say --text-columns; the table has: {shown}",
+        _nearest(bad[0] if bad else "", found.columns) + f"say --text-columns; the table has: {shown}",
     )
 
 
@@ -249,14 +256,19 @@ def _which_filters(
         filters = _list(ask("filters of the application, - for none", ", ".join(suggested)))
     unknown = [f for f in filters if f not in found.columns and not (seen and f in seen.conditions)]
     if unknown:
-        shown = ", ".join(found.columns)
-        raise _problem("filter_is_found", found.name, f"no {', '.join(unknown)}", "columns of the table", shown)
+        do = _nearest(unknown[0], found.columns) + f"say --filters; the table has: {', '.join(found.columns)}"
+        raise _problem("filter_is_found", found.name, f"no {', '.join(unknown)}", "columns of the table", do)
     return filters
 
 
 def _as_filters(names: Sequence[str], seen: LegacyQuery | None) -> dict[str, Any]:
     """The filters by name, as the file has them: nothing for a column, type and condition for another."""
     return {name: dict(seen.conditions[name]) if seen and name in seen.conditions else None for name in names}
+
+
+def _nearest(given: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, names, n=1)
+    return f"did you mean {near[0]}? Else " if near else ""
 
 
 def _list(answer: str) -> list[str]:

@@ -333,6 +333,7 @@ def demo(lab: bool, stop: bool, rows: int) -> None:
                 open_lab(DEMO_PARAMS)
                 return
             result = runner.run(DEMO_PARAMS, execute=True, say=say)
+            say("the server stops now; `runbook demo --lab` keeps one up, with $RUNBOOK_DEMO_DSN in its terminals")
         _end(result)
 
 
