@@ -251,3 +251,29 @@ def test_a_plan_that_stopped_is_not_to_be_typed() -> None:
     run = records.make_manifest(execute=False, status="failed", phases=phases)
     page = review.collect(run, [])
     assert page.questions[-1].code == "" and "Nothing yet" in page.questions[-1].answers[0]
+
+
+def test_the_plan_says_what_a_write_costs_afterwards_where_it_was_rehearsed() -> None:
+    assert answers(planned_page())["What does it cost afterwards?"] == (
+        "Writes: how much slower they become was not measured; operate/rehearse measures it."
+    )
+    sample = {"vectors": 100_000, "write_ms": 2.51, "bare_write_ms": 1.05}
+    rehearsal = {"whole": {}, "samples": [sample | {"write_ms": None}, sample]}
+    page = planned_page(more=(records.entry("operate/rehearse", "rehearsal", rehearsal, "an-earlier-run"),))
+    assert answers(page)["What does it cost afterwards?"] == (
+        "Writes: an update of a text took 2.51 ms in the server, 1.05 ms without vector index and capture, on a"
+        " sample of 100,000 rows. Measured in run an-earlier-run."
+    )
+
+
+def test_a_failed_gate_that_is_shown_above_is_not_repeated(open_phase: Opens) -> None:
+    phase = open_phase("20_extension", execute=False)
+    with pytest.raises(GateFailed) as failed:
+        phase.require(lambda _: Gates((DOES_NOT,)))
+    assert failed.value._render_traceback_() == [
+        "GateFailed: the notebook stops here.",
+        "FAIL    toy.does_not, shown above",
+        "  do      do it",
+    ]
+    assert str(failed.value).startswith("\nFAIL    toy.does_not   toy\n  found   it does not")
+    assert len(GateFailed(Gates((DOES_NOT,)))._render_traceback_()) == 6

@@ -114,7 +114,7 @@ def test_a_reviewer_reads_the_answers_to_ten_questions() -> None:
         [
             "Disk: 1.5 MB of index.",
             "Memory: the index answers fast while its 1.5 MB are cached; its build was to need 1.8 MB.",
-            "Writes: how much slower they become was not measured.",
+            "Writes: how much slower they become was not measured; operate/rehearse measures it.",
         ],
         ["Nothing: no parameter lets a gate pass."],
         [
@@ -286,6 +286,14 @@ def test_the_gate_that_stopped_the_run_comes_first_and_open() -> None:
     page, text = page_of(run, entries)
     assert "✘ failed a gate did not pass" in text
     assert page.index("FAIL · backfill.no_row_is_missing") < page.index("backfill.no_row_is_stale")
+    assert page.count("backfill.no_row_is_missing") == 1 and "of 50_backfill is shown at the top" in page
+
+
+def test_a_step_that_no_gate_has_stopped_shows_its_error() -> None:
+    phases = (PhaseRun("00_preflight", "crashed", error="MemoryError: no more of it"),)
+    run = make_manifest(status="crashed", exit_code=4, phases=phases)
+    page, _ = page_of(run, [entry("00_preflight", "gate", gate("toy.fits", "FAIL"))])
+    assert "MemoryError: no more of it" in page and page.count("FAIL · toy.fits") == 1
 
 
 @pytest.mark.parametrize("kind", ["plan", "gate", "statement", "phase", "baseline", "load", "backfill", "index", "tuning", "shadow", "route"])  # fmt: skip # noqa: E501

@@ -121,6 +121,7 @@ def test_vectors_beside_the_table_are_rehearsed_beside_the_sample(ready: Connect
     noted = _noted(phase)
     assert [(s["strategy"], s["rows"], s["vectors"]) for s in noted["samples"]] == [("side_table", 201, toy.ROWS)]
     assert (_target(ready, phase), _schemas(ready)) == (before, [])
+    assert all(s["write_ms"] > 0 < s["bare_write_ms"] for s in noted["samples"])
     assert "one sample only" in str(whole_table.compare(phase)) and "the whole table" in str(
         whole_table.compare(phase)
     )
@@ -367,3 +368,39 @@ def test_a_build_grows_by_rows_and_their_logarithm_or_faster() -> None:
     truth = 1e-6 * 100_000**1.3 * extrapolate.CONCURRENTLY
     assert extrapolate.hnsw_seconds(faster, 100_000).high == pytest.approx(truth)
     assert extrapolate.ivfflat_seconds([(1000, 10, 0.1)], 10_000, 100).low == pytest.approx(10.0)
+
+
+def test_a_write_is_measured_with_and_without_what_the_migration_adds(
+    filled: Open, articles: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = filled()
+    build_index.apply(phase)
+    state = (
+        "SELECT to_regclass('articles_embedding_hnsw') IS NOT NULL AS index, (SELECT count(*) FROM pg_trigger WHERE"
+        " tgrelid = 'articles'::regclass AND NOT tgisinternal AND tgenabled <> 'D') AS triggers"
+    )
+    seen, measured = [], sample._write_ms
+
+    def watched(phase: Phase, keys: list[Any]) -> float:
+        seen.append(phase.connection.execute(state).fetchone())
+        return measured(phase, keys)
+
+    monkeypatch.setattr(sample, "_write_ms", watched)
+    before = articles.execute("SELECT * FROM articles ORDER BY id").fetchall()
+    with phase.opened():
+        whole, bare = sample._writes(phase)
+    assert whole and bare and whole > 0 < bare
+    assert seen == [{"index": True, "triggers": 2}, {"index": False, "triggers": 0}]
+    # Nothing of it stays: neither the texts, nor what the triggers queued, nor what was taken off.
+    assert articles.execute("SELECT * FROM articles ORDER BY id").fetchall() == before
+    assert phase.connection.execute(state).fetchone() == seen[0]
+    assert articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone() == (0,)
+
+
+def test_of_a_text_that_may_not_grow_no_write_is_measured(filled: Open, articles: Connection) -> None:
+    phase = filled()
+    build_index.apply(phase)
+    articles.execute("ALTER TABLE articles ADD CHECK (title = rtrim(title)) NOT VALID")
+    with phase.opened():
+        assert sample._writes(phase) == (None, None)
+    assert phase.connection.execute("SELECT 1 AS one").fetchone() == {"one": 1}

@@ -184,15 +184,26 @@ class BadInput(RunbookError):
 
 
 class GateFailed(RunbookError):
-    """At least one gate did not pass; the phase stops here and can be run again."""
+    """At least one gate did not pass; the phase stops here and can be run again.
 
-    def __init__(self, gates: Gates) -> None:
-        self.gates = gates
+    shown: stand the gates right above it, in the notebook? Then it repeats of them only what to do.
+    """
+
+    def __init__(self, gates: Gates, *, shown: bool = False) -> None:
+        self.gates, self.shown = gates, shown
         first = gates.failed[0]
         super().__init__(first.found, first.needed, first.danger, first.do)
 
     def __str__(self) -> str:
         return "\n" + "\n".join(str(g) for g in self.gates.failed)
+
+    def _render_traceback_(self) -> list[str]:
+        if not self.shown:
+            return super()._render_traceback_()
+        told = [
+            line for g in self.gates.failed for line in (f"{g.verdict:<8}{g.name}, shown above", *_said({"do": g.do}))
+        ]
+        return [f"{type(self).__name__}: the notebook stops here.", *told]
 
 
 class LockNotObtained(RunbookError):

@@ -320,7 +320,7 @@ class Phase:
             display(gates)  # type: ignore[no-untyped-call]
             if self.execute and self.ledger.exists():
                 self.ledger.append("phase", {"verdict": "FAIL"})
-            raise GateFailed(gates)
+            raise GateFailed(gates, shown=True)
         return gates
 
     def _append_verdicts(self, verdict: str) -> None:
@@ -341,7 +341,7 @@ class Phase:
         self._must_be_connected()
         if self.execute:
             if gates is not None and gates.failed:
-                raise GateFailed(gates)
+                raise GateFailed(gates, shown=True)
             self.ask()
             if not self.order.proved or not (gates is None or gates.passed):
                 raise OutOfOrder(f"{self.name} is open, and what it did is not proved", cell(cell_order.PROVE))

@@ -33,6 +33,8 @@ NO_LONGER_FITS = re.compile(r"no longer fits into maintenance_work_mem after (\d
 SHORT_MEMORY = 0.7
 # WAL that others write meanwhile is estimated by a look of this length beforehand.
 LOOK_AT_OTHERS_S = 0.5
+# Rows whose text is changed to see what a write costs, and how often; the first time warms up.
+WRITTEN_ROWS, WRITTEN_TIMES = 200, 4
 # An IVFFlat list of fewer rows than this says little about one of the whole table.
 LEAST_ROWS_A_LIST = 10
 
@@ -42,7 +44,8 @@ class Sample:
     """What a sample took. rows: copied; vectors: of them with text, and so with a vector. Bytes and seconds.
 
     vectors_from: where the vectors came from (column, staging, random) and how many. lists: None for HNSW.
-    memory_bytes_a_row: of an HNSW build, where the sample was large enough to make one run out.
+    memory_bytes_a_row: of an HNSW build, where the sample was large enough to make one run out. write_ms: of the
+    UPDATE of a row's text, in the server; bare_write_ms: without vector index and capture; None where it is refused.
     """
 
     rows: int
@@ -63,6 +66,8 @@ class Sample:
     memory_bytes_a_row: float | None
     notices: tuple[str, ...]
     others_wal_bytes_per_s: float
+    write_ms: float | None = None
+    bare_write_ms: float | None = None
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for the ledger."""
@@ -92,6 +97,7 @@ def measure(source: Phase, place: Place, lists: int | None, *, memory: bool) -> 
     fitting = None if lists is None else max(1, min(lists, vectors // LEAST_ROWS_A_LIST))
     a_row = _memory_a_row(phase, vectors) if memory and fitting is None else None
     built = _build(phase, fitting)
+    write_ms, bare_write_ms = _writes(phase)
     return Sample(
         rows=place.rows,
         vectors=vectors,
@@ -111,7 +117,40 @@ def measure(source: Phase, place: Place, lists: int | None, *, memory: bool) -> 
         memory_bytes_a_row=a_row,
         notices=tuple(built.notices),
         others_wal_bytes_per_s=round(others, 1),
+        write_ms=write_ms,
+        bare_write_ms=bare_write_ms,
     )
+
+
+def _writes(phase: Phase) -> tuple[float | None, float | None]:
+    """Milliseconds of the UPDATE of a row's text on the sample as it is now, and without vector index and capture.
+
+    The same rows on the same pages, so that the difference is what these two cost.
+    """
+    connection, n = phase.connection, names(phase.params)
+    keys = [r["key"] for r in connection.execute(SQL["some_keys"].compose(n), {"rows": WRITTEN_ROWS}).fetchall()]
+    if not keys:
+        return None, None
+    try:
+        with connection.transaction(force_rollback=True):
+            whole = _write_ms(phase, keys)
+            for block in ("without_index", "without_capture"):
+                connection.execute(SQL[block].compose(n))
+            return whole, _write_ms(phase, keys)
+    except psycopg.Error as error:
+        # A text that may not grow, or is none: then nothing is said of writes.
+        db.raise_if_lost(connection, error)
+        return None, None
+
+
+def _write_ms(phase: Phase, keys: Sequence[Any]) -> float:
+    seconds = []
+    for _ in range(WRITTEN_TIMES):
+        with phase.connection.transaction(force_rollback=True):
+            started = time.perf_counter()
+            phase.connection.execute(SQL["write"].compose(names(phase.params)), {"keys": list(keys)})
+            seconds.append(time.perf_counter() - started)
+    return round(1000 * float(np.median(seconds[1:])) / len(keys), 4)
 
 
 def _wal(connection: db.Connection) -> int:

@@ -140,6 +140,7 @@ def shown(phase: Phase) -> Table:
             "index a row",
             "build",
             "memory a row",
+            "update of a text, without and with index and capture",
         ),
         [
             (
@@ -151,6 +152,9 @@ def shown(phase: Phase) -> Table:
                 size(s["index_bytes"] / s["vectors"]),
                 duration(s["build_seconds"]),
                 size(s["memory_bytes_a_row"]) if s["memory_bytes_a_row"] else "not measured",
+                f"{number(s['bare_write_ms'])} ms, {number(s['write_ms'])} ms"
+                if s.get("write_ms")
+                else "not measured",
             )
             for s in noted["samples"]
         ],

@@ -16,9 +16,10 @@ from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, current, op
 from runbook_lib.runner import rollbacks
 from runbook_lib.runner.figures import Entry, Figures, Newest, Tile
 from runbook_lib.runner.manifest import Manifest, Status
-from runbook_lib.runner.questions import LOCKS, UNREAD, Question, accepted, count, stopped, who
+from runbook_lib.runner.questions import LOCKS, UNREAD, Question, accepted, count, stopped, who, write_cost
 
 PLANNED, LATER, GATES = ("planned", "statements"), ("later", "what is known later"), ("gates", "gates")
+FORECAST = ("forecast", "forecast")
 # Of the forecast, in the order in which they are needed.
 DISK = {"staging_bytes": "staging table", "table_growth_bytes": "growth of the table", "index_bytes": "index"}
 TIMES = {"load_seconds": "loading", "backfill_seconds": "backfill", "build_seconds": "building the index"}
@@ -41,7 +42,8 @@ def answer(
         Question("What would be done?", [*stopped(run), *_done(run, planned)], PLANNED),
         Question("Which is the strongest lock, for how long?", _lock(run, found, gates, planned), PLANNED),
         Question("What room does it need?", _room(found, gates), GATES) if sized else None,
-        Question("How long does it take?", _time(run, found), ("forecast", "forecast")),
+        Question("What does it cost afterwards?", [f"Writes: {write_cost(found)}"], FORECAST) if sized else None,
+        Question("How long does it take?", _time(run, found), FORECAST),
         Question("What was looked at, what cannot be known yet?", [*_looked_at(gates), *_later(gates)], LATER),
         Question("What was agreed to, and what needs a sign-off?", _consent(run, found, gates, read=read), GATES),
         Question("How would it be rolled back?", *_back(run)),

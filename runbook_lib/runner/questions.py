@@ -229,7 +229,20 @@ def _cost(found: Newest) -> list[str]:
         lines.append(f"Memory: the index answers fast while its {size(index.body['bytes'])} are cached{build}.")
     hot = (backfill.body if backfill else {}).get("hot_share")
     said = f" Of the backfill's own updates {hot:.0%} touched no index." if hot is not None else ""
-    return [*lines, f"Writes: how much slower they become was not measured.{said}"]
+    return [*lines, f"Writes: {write_cost(found)}{said}"]
+
+
+def write_cost(found: Newest) -> str:
+    """What capture and vector index add to a write of the text, by the largest sample of a rehearsal."""
+    rehearsal = found("rehearsal")
+    measured = [s for s in rehearsal.body.get("samples", ()) if s.get("write_ms")] if rehearsal else []
+    if rehearsal is None or not measured:
+        return "how much slower they become was not measured; operate/rehearse measures it."
+    last = measured[-1]
+    return (
+        f"an update of a text took {ms(last['write_ms'])} in the server, {ms(last['bare_write_ms'])} without vector"
+        f" index and capture, on a sample of {count(last['vectors'], 'row')}.{_from(rehearsal)}"
+    )
 
 
 def accepted(run: Manifest, found: Newest) -> list[str]:

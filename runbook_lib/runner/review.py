@@ -136,11 +136,14 @@ def _gates(own: Sequence[Entry]) -> list[dict[str, Any]]:
 
 def _phases(run: Manifest, gates: Sequence[Mapping[str, Any]], pages: set[str]) -> list[dict[str, Any]]:
     kind = "passed" if run.execute else "would"
+    stopping = {g["phase"]: g["stopping"] for g in gates}
     count = {g["phase"]: f"{g[kind]} of {len(g['stopping']) + len(g['others'])}" for g in gates}
     return [
         vars(p)
         | {
             "gates": count.get(p.name, ""),
+            # Of a notebook that a gate has stopped, its error says no more than these.
+            "stopping": stopping.get(p.name, ()) if p.error and p.status == Status.FAILED else (),
             "page": f"{p.file}.html" if p.name in pages else "",
         }
         for p in run.phases

@@ -86,3 +86,26 @@ SELECT pg_table_size(to_regclass(%(relation)s))::bigint AS bytes;
 SELECT set_config('maintenance_work_mem', %(memory)s, false),
        set_config('max_parallel_maintenance_workers', %(workers)s, false),
        set_config('lock_timeout', '0', false), set_config('statement_timeout', %(timeout)s, false);
+
+-- name: some_keys
+-- purpose: Keys of some rows of the sample that have a vector, from all over it.
+SELECT t.{key} AS key FROM {from_vectors}
+WHERE {row_embedding} IS NOT NULL ORDER BY md5(t.{key}::text) LIMIT %(rows)s;
+
+-- name: write
+-- purpose: Change the text of some rows of the sample as an application would, to see what a write costs; rolled back.
+-- lock: none on the target
+-- undo: rolled back
+UPDATE {table} SET {first_text_column} = {first_text_column} || ' ' WHERE {key} = ANY (%(keys)s);
+
+-- name: without_index
+-- purpose: Take the vector index off the sample, to see what a write costs without it; rolled back.
+-- lock: none on the target
+-- undo: rolled back
+DROP INDEX {qualified_index};
+
+-- name: without_capture
+-- purpose: Keep the runbook's triggers on the sample from firing, likewise.
+-- lock: none on the target
+-- undo: rolled back
+ALTER TABLE {table} DISABLE TRIGGER USER;

@@ -78,7 +78,7 @@ def test_a_gate_fails_and_then_passes(lab: Lab) -> None:
     assert [c.error for c in cells if c.error] == ["GateFailed"]
     assert "FAIL    phase.predecessor_passed   00_preflight" in stopped.text, "the table"
     said = stopped.outputs[-1]["traceback"]
-    assert said[0] == "GateFailed: the notebook stops here." and len(said) == 6, "the gate, and no traceback"
+    assert said[0] == "GateFailed: the notebook stops here." and len(said) == 3, "what to do, and no traceback"
     assert lab.code("phase.close(").count is None, "no cell after the gate was run"
 
     lab.open("migrate/00_preflight.ipynb")
