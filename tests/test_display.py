@@ -26,6 +26,12 @@ def test_a_notebook_keeps_tables_and_gates_as_text_beside_the_html() -> None:
     assert as_text(gates) == "PASS    m.holds   t\n  found   1\n  needed  1"
 
 
+def test_a_table_that_may_be_wider_than_its_place_scrolls_by_itself_and_has_a_name() -> None:
+    narrow, wide = (Table(c, [tuple(c)], "<of it>")._repr_html_() for c in ("abcd", "abcde"))
+    assert narrow.startswith("<table ") and "tabindex" not in narrow
+    assert wide.startswith('<div class="scroll" tabindex="0" role="region" aria-label="&lt;of it&gt;"')
+
+
 def test_no_value_is_read_as_a_formula_by_the_lab() -> None:
     assert Table(("statement",), [("$1 … $5",)])._repr_html_().startswith('<table class="mathjax_ignore"')
     shown = statement_html(1, "Makes it", [("lock", "none"), ("undo", "")], "SELECT $1, $runbook$ a < b $runbook$;")

@@ -14,6 +14,8 @@ from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, UNDO_OPERAT
 ROOT = Path(__file__).parent.parent / "notebooks"
 PATHS = sorted(ROOT.glob("*/*.ipynb"))
 MOST_CELLS, FEWEST_CELLS, MOST_LINES = 16, 12, 5
+# A longer line scrolls in JupyterLab on a screen of 1,280 pixels.
+LONGEST_LINE = 98
 HEADINGS = ["What changes", "Parameters", "Where am I", "Must be true first", "Must be true now", "What comes next"]
 LOOPS = (ast.For, ast.While, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ListComp, ast.DictComp)
 
@@ -44,6 +46,7 @@ def test_it_is_valid_short_and_stored_without_outputs(path: Path) -> None:
     for cell in cells(path, "code"):
         assert (cell.outputs, cell.execution_count) == ([], None)
         assert len([x for x in cell.source.splitlines() if x.strip()]) <= MOST_LINES
+        assert max(map(len, cell.source.splitlines())) <= LONGEST_LINE
 
 
 @notebooks

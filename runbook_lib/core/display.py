@@ -24,8 +24,18 @@ VERDICT = CELL.replace("pre-wrap", "nowrap")
 # What a terminal obeys or hides instead of showing it: control characters but line end and tab, marks that turn the
 # direction of writing, halves of characters.
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-LONG_WORD = re.compile(r"\S{30,}")
-MARK = re.compile(r"([/._,(])")
+LONG_WORD = re.compile(r"\S{20,}")
+MARK = re.compile(r"([/._,(=])")
+# A wide table scrolls by itself: the arrow keys reach it, and a shadow at its edge says that there is more. As in the
+# record's style sheet, with JupyterLab's colours for a page that has none of ours.
+FITS_COLUMNS = 4
+_PAGE, _SHADE = "var(--page, var(--jp-layout-color0, transparent))", "var(--bar, #7d8fa2)"
+SCROLLER = (
+    f"background:linear-gradient({_PAGE},{_PAGE}) left/1.5rem 100% no-repeat local,"
+    f"linear-gradient({_PAGE},{_PAGE}) right/1.5rem 100% no-repeat local,"
+    f"linear-gradient(to right,{_SHADE},transparent) left/.6rem 100% no-repeat scroll,"
+    f"linear-gradient(to left,{_SHADE},transparent) right/.6rem 100% no-repeat scroll;overflow-x:auto"
+)
 ROW_STYLES = {
     "gate-pass": "border-left:.4em solid #1a7f37",
     "gate-fail": "border-left:.4em solid #b3261e;font-weight:600",
@@ -40,7 +50,7 @@ SQL_COLOURS = {
     Name.Builtin: "var(--jp-mirror-editor-builtin-color, var(--sql-builtin, #6639ba))",
     String: "var(--jp-mirror-editor-string-color, var(--sql-string, #a31515))",
     Number: "var(--jp-mirror-editor-number-color, var(--sql-number, #0a6640))",
-    Comment: "var(--jp-mirror-editor-comment-color, var(--sql-comment, #59636e))",
+    Comment: "var(--jp-content-font-color2, var(--sql-comment, #59636e))",
 }
 # Keeps JupyterLab from typesetting what stands between two dollar signs as a formula.
 NO_FORMULAS = "mathjax_ignore"
@@ -223,10 +233,17 @@ class Table:
             )
             body.append(f"<tr{style}>{cells}</tr>")
         caption = f'<caption style="text-align:left">{html.escape(self.caption)}</caption>' if self.caption else ""
-        return (
+        table = (
             f'<table class="{NO_FORMULAS}" style="border-collapse:collapse">{caption}'
             f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
         )
+        return table if len(self.columns) <= FITS_COLUMNS else scroller(table, self.caption or "Table")
+
+
+def scroller(table: str, label: str) -> str:
+    """The HTML of a table, which scrolls by itself where there is no room for it."""
+    about = f'tabindex="0" role="region" aria-label="{html.escape(label)}"'
+    return f'<div class="scroll" {about} style="{SCROLLER}">{table}</div>'
 
 
 class LiveLine:
@@ -257,7 +274,7 @@ def sql_html(text: str) -> str:
         colour = next((c for token, c in SQL_COLOURS.items() if kind in token), "")
         escaped = html.escape(value)
         parts.append(f'<span style="color:{colour}">{escaped}</span>' if colour else escaped)
-    style = "white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0;font-family:monospace"
+    style = "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;margin:.3em 0;font-family:monospace"
     return f'<pre class="{NO_FORMULAS}" style="{style}"><code>{"".join(parts)}</code></pre>'
 
 

@@ -22,7 +22,7 @@ from papermill.execute import ERROR_MARKER_TAG
 from pygments.formatters import HtmlFormatter
 
 from runbook_lib.core import db, plans
-from runbook_lib.core.display import duration, number, size
+from runbook_lib.core.display import duration, number, scroller, size
 from runbook_lib.core.gates import SYMBOLS as GATE_SYMBOLS
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.ledger import Ledger
@@ -37,9 +37,8 @@ from runbook_lib.sql import load
 
 SQL = load("runner")
 # A wide table of a notebook scrolls by itself, by the arrow keys too, and its edge says that there is more.
-TABLE = re.compile(r"<table\b.*?</table>", re.S)
+TABLE = re.compile(r'(?<!overflow-x:auto">)<table\b.*?</table>', re.S)
 CODE_LIGHT, CODE_DARK = "default", "github-dark"
-SCROLLS = '<div class="scroll" tabindex="0" role="region" aria-label="Table">'
 
 CODE = re.compile("`([^`]+)`")
 
@@ -183,7 +182,7 @@ def notebook_page(path: Path, run: Manifest) -> str:
     options = {"template_name": "basic", "exclude_input_prompt": True, "exclude_output_prompt": True}
     exporter = HTMLExporter(**options)  # type: ignore[no-untyped-call]
     body, _resources = exporter.from_notebook_node(notebook)
-    body = TABLE.sub(rf"{SCROLLS}\g<0></div>", body)
+    body = TABLE.sub(lambda table: scroller(table[0], "Table"), body)
     phase = next((p for p in run.phases if p.file == path.stem), None)
     page = _templates().get_template("notebook.html.j2")
     return page.render(run=run, phase=phase, body=Markup(body), stopped_at=bool(marked))  # noqa: S704

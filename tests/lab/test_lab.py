@@ -28,6 +28,10 @@ pytestmark = pytest.mark.skipif(program() is None, reason="no chromium on this m
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
 GONE_WITHIN_S = 2.0
+# Tables of outputs that are wider than their place, and cannot have the focus.
+UNREACHABLE = """Array.from(document.querySelectorAll('.jp-OutputArea-output, .jp-OutputArea-output *'))
+    .filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX === 'auto' && e.tabIndex < 0)
+    .map(e => e.innerText.slice(0, 80))"""
 # What JupyterLab itself says in the console when a kernel is restarted while its debugger asks for its state.
 OF_A_RESTART = "Could not restore the debugger state"
 
@@ -100,6 +104,29 @@ def test_a_gate_fails_and_then_passes(lab: Lab) -> None:
     lab.select("10_baseline")
     for _ in ("once", "again in the same kernel"):
         assert [c.error for c in lab.run_all() if c.error] == []
+
+
+def test_a_sql_cell_shows_a_frame_and_notices_and_refuses_a_write_in_a_few_lines(
+    lab: Lab, articles: psycopg.Connection[Any]
+) -> None:
+    lab.page.send("Emulation.setDeviceMetricsOverride", width=1280, height=4000, deviceScaleFactor=1, mobile=False)
+    lab.open("migrate/00_preflight.ipynb")
+    cell = lab.code("%%sql").source
+    noisy = "%%sql\nDO $$ BEGIN RAISE NOTICE 'half way'; END $$;\nSELECT id, title FROM articles WHERE id = :id"
+    lab.edit(cell, noisy)
+    lab.edit('run_id = ""', 'run_id = ""\nid = 7')
+    assert [c.error for c in lab.run_all() if c.error] == []
+    shown = lab.code("%%sql")
+    assert "NOTICE:  half way" in shown.text and "Read only, database" in shown.text and "1 row\n" in shown.text
+    assert 'class="dataframe' in str(shown.outputs[-1]["data"]["text/html"])
+    assert lab.page.run(UNREACHABLE) == [], "what scrolls to the side can be reached by keyboard"
+
+    lab.edit(noisy, "%%sql\nDELETE FROM articles")
+    lab.run_all()
+    refused = lab.code("%%sql").outputs[-1]
+    assert (refused["ename"], len(refused["traceback"])) == ("ReadFailed", 4)
+    assert refused["traceback"][0] == "ERROR:  cannot execute DELETE in a read-only transaction"
+    assert articles.execute("SELECT count(*) FROM articles").fetchone() != (0,)
 
 
 def test_an_interrupted_backfill_or_build_ends_cleanly_and_goes_on(
