@@ -134,7 +134,7 @@ def test_the_fullest_screen_is_24_lines_of_80_characters(open_phase: Callable[..
     assert len(lines) <= status_screen.MOST_LINES and max(map(len, lines)) <= status_screen.WIDTH
     assert "\x1b" not in "".join(lines)
     assert "reads     vector, 10 % of the calls" in lines
-    assert "rows      7 missing, 9 stale, in a sample of 1,900 of about 123,456,789" in lines
+    assert "rows      7 missing, 9 stale besides the queued, in a sample of 1,900 of about 123,4…" in lines
     assert "queue     over 10,000 changes wait for a vector, the oldest for 90.0 s" in lines
     assert "also done rebuild_index, serve_filters" in lines
     assert lines[-1] == "next      nothing while this run is at work"
@@ -235,3 +235,26 @@ def test_for_programs_it_is_json(filled: Callable[..., Phase], tmp_path: Path) -
     found = json.loads(result.stdout)
     assert (found["next"], found["rows"]["missing"], found["running"]) == ("60_build_index", 0, None)
     assert found["phases"][5]["by"] == "postgres"
+
+
+def test_rows_of_a_partitioned_table_with_odd_names_and_uuid_keys_are_looked_at(
+    make_params: Callable[..., Params], articles: Articles
+) -> None:
+    articles.execute(
+        """
+        CREATE EXTENSION vector;
+        CREATE TABLE "Odd "" Table" ("Key %" uuid PRIMARY KEY DEFAULT gen_random_uuid(), "ti tle" text,
+            embedding vector(8), embedding_hash bytea, embedding_updated_at timestamptz) PARTITION BY HASH ("Key %");
+        CREATE TABLE odd_0 PARTITION OF "Odd "" Table" FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+        CREATE TABLE odd_1 PARTITION OF "Odd "" Table" FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+        INSERT INTO "Odd "" Table" ("ti tle") SELECT 'the same' FROM generate_series(1, 40);
+        INSERT INTO "Odd "" Table" ("ti tle") VALUES (NULL), ('  '), ('');
+        UPDATE "Odd "" Table" SET embedding = '[1,2,3,4,5,6,7,8]', embedding_hash = 'of another text'
+            WHERE "Key %" IN (SELECT "Key %" FROM "Odd "" Table" WHERE "ti tle" = 'the same' LIMIT 4)
+        """
+    )
+    names = {"table": 'Odd " Table', "key": "Key %", "text_columns": ["ti tle"], "filters": []}
+    seen = status_rows.look(make_params(target=names))
+    assert {k: seen[k] for k in ("looked_at", "with_text", "missing", "stale", "whole")} == {
+        "looked_at": 43, "with_text": 40, "missing": 36, "stale": 4, "whole": True,
+    }  # fmt: skip

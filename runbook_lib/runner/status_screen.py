@@ -58,7 +58,8 @@ def _rows(rows: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     if "missing" in rows:
         seen = "all" if rows["whole"] else f"a sample of {number(rows['looked_at'])} of about {number(rows['rows'])}"
-        yield "rows", f"{number(rows['missing'])} missing, {number(rows['stale'])} stale, in {seen}"
+        besides = " besides the queued" if rows.get("changes") else ""
+        yield "rows", f"{number(rows['missing'])} missing, {number(rows['stale'])} stale{besides}, in {seen}"
     if changes := rows.get("changes"):
         counted = f"over {number(MOST_CHANGES_COUNTED)}" if changes > MOST_CHANGES_COUNTED else number(changes)
         yield "queue", f"{counted} changes wait for a vector, the oldest for {duration(rows['oldest_s'])}"
