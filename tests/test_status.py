@@ -134,7 +134,7 @@ def test_the_fullest_screen_is_24_lines_of_80_characters(open_phase: Callable[..
     assert len(lines) <= status_screen.MOST_LINES and max(map(len, lines)) <= status_screen.WIDTH
     assert "\x1b" not in "".join(lines)
     assert "reads     vector, 10 % of the calls" in lines
-    assert "rows      7 missing, 9 stale besides the queued, in a sample of 1,900 of about 123,4…" in lines
+    assert "rows      7 missing, 9 stale besides the queued, in 1,900 sampled of 123,456,789" in lines
     assert "queue     over 10,000 changes wait for a vector, the oldest for 90.0 s" in lines
     assert "also done rebuild_index, serve_filters" in lines
     assert lines[-1] == "next      nothing while this run is at work"

@@ -57,7 +57,7 @@ def _rows(rows: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "rows", f"not looked at: {rows['why_not']}"
         return
     if "missing" in rows:
-        seen = "all" if rows["whole"] else f"a sample of {number(rows['looked_at'])} of about {number(rows['rows'])}"
+        seen = "all" if rows["whole"] else f"{number(rows['looked_at'])} sampled of {number(rows['rows'])}"
         besides = " besides the queued" if rows.get("changes") else ""
         yield "rows", f"{number(rows['missing'])} missing, {number(rows['stale'])} stale{besides}, in {seen}"
     if changes := rows.get("changes"):
