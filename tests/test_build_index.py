@@ -41,7 +41,7 @@ def either(request: pytest.FixtureRequest, filled: Filled) -> Filled:
 
 
 def _steps(phase: Phase) -> list[BuildStep]:
-    return building.build_steps(phase.connection, build_index.index(phase))
+    return building.build_steps(phase.connection, build_index.index(phase.connection, phase.params))
 
 
 def _names(phase: Phase) -> list[str]:
@@ -298,7 +298,7 @@ def test_partitions_that_appear_or_go_while_it_is_built_are_taken_and_passed_ove
     assert "gone meanwhile, passed over" in table
     articles.execute("CREATE TABLE articles_after PARTITION OF articles FOR VALUES IN ('after')")
     articles.execute("INSERT INTO articles (tenant, title) VALUES ('after', 'a row of a new partition')")
-    now = build_index.index(phase)
+    now = build_index.index(phase.connection, phase.params)
     assert {p.name for p in now.leaves} == {*LEAVES, "articles_meanwhile", "articles_after"}
     assert now.usable and build_index.verify(phase).passed
     queued = articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone()

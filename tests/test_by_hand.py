@@ -15,7 +15,7 @@ from runbook_lib.cli import lab
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.registry import NOTEBOOKS_ENV, UNDO, UNDO_OPERATION, notebooks
 from runbook_lib.core.target import load_params
-from runbook_lib.runner import by_hand, manifest, runner, selection, target_status, verify
+from runbook_lib.runner import by_hand, finishing, manifest, runner, selection, target_status, verify
 from tests import small_notebooks
 from tests.conftest import write_params
 from tests.small_runs import ROOT
@@ -102,7 +102,7 @@ def test_a_killed_lab_is_recorded_by_the_next_unless_the_ledger_knows_better(
     (folder / "manifest.json").write_text(json.dumps(as_killed))
     with psycopg.connect(database, application_name=f"runbook {folder.name} 10_baseline"):
         assert by_hand.settle(p) == [], "its kernel is still at work"
-    runner.settle_abandoned(p, True)
+    finishing.settle_abandoned(p, True)
     assert manifest.read(folder).status == "running", "the runner leaves it to the lab"
     assert by_hand.settle(p) == [folder.name]
     assert "killed" in manifest.read(folder).notes[-1] and verify.check(p, folder.name).passed

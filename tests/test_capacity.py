@@ -24,13 +24,13 @@ MakeParams = Callable[..., Params]
 
 def _gate(phase: Phase, name: str, **other: Any) -> Gate:
     """A gate of the plan, with other figures put into its forecast."""
-    expects = replace(preflight.expected(preflight.facts(phase), phase), **other)
+    expects = replace(preflight.expected(preflight.facts(phase), phase.connection, phase.params), **other)
     (found,) = [g for g in capacity.gates(phase.connection, phase.params, expects) if g.name == f"preflight.{name}"]
     return found
 
 
 def _names(phase: Phase) -> list[str]:
-    expects = preflight.expected(preflight.facts(phase), phase)
+    expects = preflight.expected(preflight.facts(phase), phase.connection, phase.params)
     return [g.name for g in capacity.gates(phase.connection, phase.params, expects)]
 
 
@@ -147,7 +147,9 @@ def test_a_slot_that_the_build_would_break_is_told_its_bound(
     articles: Connection, open_phase: Open, slot: str
 ) -> None:
     phase = open_phase()
-    expects = replace(preflight.expected(preflight.facts(phase), phase), index_bytes=1024 * MB)
+    expects = replace(
+        preflight.expected(preflight.facts(phase), phase.connection, phase.params), index_bytes=1024 * MB
+    )
     slots = [{"name": slot, "active": True, "wal_status": "reserved", "kept_bytes": 100 * MB}]
     seen = replace(capacity.look(phase.connection, phase.params), slot_keeps_bytes=1024 * MB)
     assert str(capacity._slots_bear_the_build(phase.params, expects, seen, slots)) == (
@@ -196,9 +198,9 @@ def test_inverted_indexes_are_told_apart(articles: Connection, open_phase: Open)
     phase = open_phase()
     found = preflight.facts(phase)
     text = (found.text_bytes or 0) / found.rows
-    assert preflight._trigram_bytes(found, phase) == pytest.approx(1.15 * text)
+    assert preflight._trigram_bytes(found, phase.connection, phase.params) == pytest.approx(1.15 * text)
     articles.execute("DROP INDEX articles_trgm")
-    assert preflight._trigram_bytes(found, phase) == pytest.approx(0.15 * text)
+    assert preflight._trigram_bytes(found, phase.connection, phase.params) == pytest.approx(0.15 * text)
 
 
 def test_a_table_beside_costs_no_rewrite_of_the_rows(make_params: MakeParams) -> None:
@@ -233,6 +235,8 @@ def test_times_agree_with_the_measurements_they_come_from(
 def test_a_plan_beside_max_wal_size_says_how_many_checkpoints_it_forces(open_phase: Open) -> None:
     phase = open_phase()
     shown = replace(
-        preflight.expected(preflight.facts(phase), phase), wal_bytes=9 * 1024 * MB, max_wal_bytes=1024 * MB
+        preflight.expected(preflight.facts(phase), phase.connection, phase.params),
+        wal_bytes=9 * 1024 * MB,
+        max_wal_bytes=1024 * MB,
     )
     assert "9, by max_wal_size 1.0 GB" in str(shown)

@@ -144,7 +144,7 @@ def test_a_sample_holds_the_judged_rows_and_no_more_than_was_asked_for(
         ).fetchone()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare_storage, "_judged_keys", lambda _: ["1", "2", "3"])
+    monkeypatch.setattr(compare_storage, "_judged_keys", lambda *_: ["1", "2", "3"])
     monkeypatch.setattr(compare_storage, "_compare", look)
     before = relations(articles)
     with pytest.raises(KeyboardInterrupt):
@@ -177,7 +177,7 @@ def test_after_a_kill_the_next_run_clears_what_was_left(
     today = found.found[0]
     assert today["todays"] and today["build_s"] is None and today["uses_its_index"], "the index that serves, as it is"
     assert compare_storage.verify(phase).passed
-    assert compare_storage.undo_plan(phase).statements == ()
+    assert compare_storage.undo_plan(phase.connection, phase.params).statements == ()
 
 
 def row(title: str, held: str, size: int, recall: float, p95: float, **other: Any) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_every_search_is_measured_and_those_of_the_record_are_there(tuned: Calla
     assert "answers in common with legacy" in shown and "by class of query" in shown
     assert set(recorded["answers"]) == set(recorded["per_query"]) == {"vector"}
     assert sum(recorded["moved"][n] for n in ("better", "worse", "alike")) == recorded["judged"]
-    single = comparison.per_query(phase).to_frame()
+    single = comparison.per_query(phase.ledger, phase.params).to_frame()
     assert dict(zip(single["query_id"], single["vector"], strict=True)) == recorded["per_query"]["vector"]
     assert (single["difference"] == single["vector"] - single["legacy"]).all()
     assert (single["difference"] > 0).sum() == recorded["moved"]["better"]
@@ -151,7 +151,7 @@ def test_marks_given_in_the_notebook_are_kept_and_used_like_judgements(tuned: Ca
     comparison.judge(phase, "q00", "1", 1)
     comparison.judge(phase, "q00", "2", 2)
     comparison.judge(phase, "q00", "1", 0)
-    assert comparison.judgements(phase) == {"q00": {"1": 0, "2": 2}}
+    assert comparison.judgements(phase.connection, phase.ledger, phase.params) == {"q00": {"1": 0, "2": 2}}
     shadow.apply(phase)
     recorded = phase.ledger.latest("shadow")
     assert recorded is not None and recorded["judged"] == 1
@@ -173,7 +173,8 @@ def test_classes_of_queries(open_phase: Open, articles: psycopg.Connection[Any])
         "d": "ERR_42 (strcpy)",
         "e": "getUserName leaks",
     }
-    found = slices.classes(open_phase("80_shadow"), [Query(i, t) for i, t in texts.items()], {"d"})
+    phase = open_phase("80_shadow")
+    found = slices.classes(phase.connection, phase.params, [Query(i, t) for i, t in texts.items()], {"d"})
     assert found == {
         "short": ["a", "c", "d", "e"],
         "long": ["b"],
@@ -191,10 +192,12 @@ def test_a_word_is_rare_by_its_rows_and_by_its_share(open_phase: Open, articles:
     articles.execute("ANALYZE articles")
     asked = {"usual", "six", "five", "one", "nowhere"}
     # Six of two thousand rows are well below the share, and yet no rare word.
-    assert slices.rare_words(phase, asked) == {"five", "one", "nowhere"}
+    assert slices.rare_words(phase.connection, phase.params, asked) == {"five", "one", "nowhere"}
     articles.execute("DELETE FROM articles WHERE id > 100")
     articles.execute("VACUUM ANALYZE articles")
-    assert slices.rare_words(phase, asked) == {"nowhere", "usual"}, "one of a hundred rows is above the share"
+    assert slices.rare_words(phase.connection, phase.params, asked) == {"nowhere", "usual"}, (
+        "one of a hundred rows is above the share"
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,7 +286,7 @@ def test_legacy_that_finds_nothing_is_a_reason_to_migrate_unless_it_is_broken(
 def test_relevance_is_that_of_the_judgements(tuned: Callable[..., Phase]) -> None:
     phase = tuned()
     queries = query_set.sample(query_set.read_queries(phase.params), 1000)
-    result = comparison.measure(phase, ["legacy"])
+    result = comparison.measure(phase.connection, phase.ledger, phase.params, ["legacy"])
     judged = [json.loads(line) for line in phase.params.queries.judgements.read_text().splitlines()]  # type: ignore[union-attr]
     assert set(result["legacy"]["per_query"]) == {j["query_id"] for j in judged} == {q.query_id for q in queries}
     assert result["legacy"]["nDCG@10"] == 1.0, "every judged row holds the words of its query"

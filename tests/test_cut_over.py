@@ -173,7 +173,7 @@ def test_short_answers_and_slow_ones_are_named(ready: Callable[..., Phase]) -> N
     step = cut_over.CanaryStep(
         10, 40, 8, 8, 0, short=2, overlap=0.95, errors=0, p95_ms=1e6, legacy_p95_ms=9, p95_at_least_ms=5e5
     )
-    assert [g.name for g in cut_over._judge(phase, step).failed] == [
+    assert [g.name for g in cut_over._judge(phase.ledger, phase.params, step).failed] == [
         "cutover.no_answer_is_short",
         "cutover.calls_are_fast_enough",
     ]
@@ -182,13 +182,15 @@ def test_short_answers_and_slow_ones_are_named(ready: Callable[..., Phase]) -> N
 def test_one_stray_call_of_a_few_is_no_slow_route(ready: Callable[..., Phase]) -> None:
     phase = ready()
     step = replace(cut_over._call(phase, 0), drawn=20, by_new_route=20, p95_ms=1e6, p95_at_least_ms=0.4)
-    (fast,) = [g for g in cut_over._judge(phase, step) if g.name == "cutover.calls_are_fast_enough"]
+    (fast,) = [
+        g for g in cut_over._judge(phase.ledger, phase.params, step) if g.name == "cutover.calls_are_fast_enough"
+    ]
     assert str(fast.verdict) == "PASS" and fast.found == (
         "p95 1000000.00 ms in 20 calls; above 0.40 ms with 99 % confidence"
     )
     (fast,) = [
         g
-        for g in cut_over._judge(phase, replace(step, by_new_route=1, p95_at_least_ms=None))
+        for g in cut_over._judge(phase.ledger, phase.params, replace(step, by_new_route=1, p95_at_least_ms=None))
         if g.name == "cutover.calls_are_fast_enough"
     ]
     assert fast.found == "too few calls to judge their time"
@@ -197,13 +199,13 @@ def test_one_stray_call_of_a_few_is_no_slow_route(ready: Callable[..., Phase]) -
 def test_calls_that_legacy_fails_as_before_are_no_fault_of_the_new_route(ready: Callable[..., Phase]) -> None:
     phase = ready()
     step = replace(cut_over._call(phase, 0), drawn=8, by_new_route=8, p95_ms=1.0, errors=3, errors_drawn=0)
-    (calls,) = [g for g in cut_over._judge(phase, step) if g.name == "cutover.no_call_fails"]
+    (calls,) = [g for g in cut_over._judge(phase.ledger, phase.params, step) if g.name == "cutover.no_call_fails"]
     assert str(calls.verdict) == "PASS" and calls.found == "0 of 8 calls failed; and 3 that legacy answers, as before"
     worse = [replace(step, errors_drawn=1), replace(step, drawn=0, by_new_route=0)]
-    assert ["cutover.no_call_fails" in [g.name for g in cut_over._judge(phase, s).failed] for s in worse] == [
-        True,
-        True,
-    ]
+    assert [
+        "cutover.no_call_fails" in [g.name for g in cut_over._judge(phase.ledger, phase.params, s).failed]
+        for s in worse
+    ] == [True, True]
 
 
 def test_filters_are_tried_by_the_canary_before_any_user_comes_with_them(
@@ -249,7 +251,7 @@ def test_what_is_wrong_with_users_calls_is_named(ready: Callable[..., Phase]) ->
     phase = ready()
     step = cut_over.CanaryStep(10, 40, 8, 8, empty=0, short=0, overlap=1.0, errors=0, p95_ms=1.0, legacy_p95_ms=9)
     bad = replace(step, live=live_calls.LiveCalls(calls=40, problems=1, empty=2, p95_ms=41.0, other_p95_ms=20.0))
-    assert [(g.name, g.found, g.needed) for g in cut_over._judge(phase, bad).failed] == [
+    assert [(g.name, g.found, g.needed) for g in cut_over._judge(phase.ledger, phase.params, bad).failed] == [
         ("cutover.no_live_shadow_fails", "1 sampled live calls", "0"),
         ("cutover.no_live_answer_is_empty", "2 of 40 live calls, where legacy had an answer", "0"),
         (
@@ -259,7 +261,7 @@ def test_what_is_wrong_with_users_calls_is_named(ready: Callable[..., Phase]) ->
         ),
     ]
     few = replace(step, live=live_calls.LiveCalls(calls=29, p95_ms=41.0, other_p95_ms=20.0))
-    judged = cut_over._judge(phase, few)
+    judged = cut_over._judge(phase.ledger, phase.params, few)
     assert judged.passed and "cutover.live_calls_are_fast_enough" not in {g.name for g in judged}
 
 
@@ -283,7 +285,7 @@ def test_killed_in_a_step_the_next_run_goes_on_from_the_share_it_finds(
     )
     monkeypatch.setattr(cut_over, "_call", call)
     steps = [s for s in (10, 50, 100) if s >= stopped_at]
-    assert cut_over.steps_left(phase) == steps
+    assert cut_over.steps_left(phase.connection, phase.ledger, phase.params) == steps
     cut_over.apply(phase)
     assert canaries(phase) == [10, 50, 100]
     assert cut_over.verify(phase).passed
@@ -292,7 +294,7 @@ def test_killed_in_a_step_the_next_run_goes_on_from_the_share_it_finds(
 def test_a_share_that_somebody_set_by_hand_is_not_lowered(ready: Callable[..., Phase]) -> None:
     phase = ready()
     search_function.move_route(phase, "vector", 30, "by hand")
-    assert cut_over.steps_left(phase) == [50, 100]
+    assert cut_over.steps_left(phase.connection, phase.ledger, phase.params) == [50, 100]
 
 
 def test_a_step_is_held_for_its_time(ready: Callable[..., Phase]) -> None:
@@ -317,7 +319,7 @@ def test_undo_under_load_sends_every_read_back_and_no_call_fails(ready: Callable
     assert reads_to_legacy.undo_plan(phase).statements == ()
     assert reads_to_legacy.verify_undone(phase).passed
     assert target_status.where_it_stands(phase.params)["summary"].endswith("; reads go to legacy")
-    assert monitor._route_is_as_set(phase).verdict == "PASS"
+    assert monitor._route_is_as_set(phase.connection, phase.ledger, phase.params).verdict == "PASS"
 
 
 def test_legacys_empty_answers_are_no_fault_of_the_new_route(open_phase: Open) -> None:
@@ -340,11 +342,11 @@ def test_legacys_empty_answers_are_no_fault_of_the_new_route(open_phase: Open) -
 def test_a_share_that_no_text_falls_into_is_passed_and_says_so(ready: Callable[..., Phase]) -> None:
     phase = ready()
     step = replace(cut_over._call(phase, 10), drawn=0, by_new_route=0, p95_ms=None, overlap=None)
-    gates = cut_over._judge(phase, step)
+    gates = cut_over._judge(phase.ledger, phase.params, step)
     (fast,) = [g for g in gates if g.name == "cutover.calls_are_fast_enough"]
     assert gates.passed
     assert fast.found == "no text of these calls falls into this share, so there is no time to judge"
-    silent = cut_over._judge(phase, replace(step, drawn=3))
+    silent = cut_over._judge(phase.ledger, phase.params, replace(step, drawn=3))
     assert [g.name for g in silent.failed] == [
         "cutover.calls_go_where_the_route_says", "cutover.calls_are_fast_enough"
     ]  # fmt: skip
@@ -353,6 +355,8 @@ def test_a_share_that_no_text_falls_into_is_passed_and_says_so(ready: Callable[.
 def test_found_and_needed_never_look_alike_where_they_differ(ready: Callable[..., Phase]) -> None:
     phase = ready()
     step = cut_over._call(phase, 100)
-    (failed,) = cut_over._judge(phase, replace(step, drawn=0, by_new_route=0, overlap=0.8996)).failed
+    (failed,) = cut_over._judge(
+        phase.ledger, phase.params, replace(step, drawn=0, by_new_route=0, overlap=0.8996)
+    ).failed
     assert (failed.found, failed.needed) == ("89.96 % of the rows that 80_shadow found", "at least 90 %")
-    assert cut_over._judge(phase, replace(step, drawn=0, by_new_route=0, overlap=0.9)).passed
+    assert cut_over._judge(phase.ledger, phase.params, replace(step, drawn=0, by_new_route=0, overlap=0.9)).passed

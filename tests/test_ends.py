@@ -28,7 +28,7 @@ from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import open_phase
 from runbook_lib.core.registry import NOTEBOOKS_ENV
 from runbook_lib.core.target import load_params
-from runbook_lib.runner import ending, manifest, runner, sign_off, stopping, verify
+from runbook_lib.runner import ending, finishing, manifest, runner, sign_off, stopping, verify
 from runbook_lib.runner.kernels import Kernels
 from runbook_lib.runner.runner import RunResult
 from tests import small_notebooks, toy
@@ -260,10 +260,10 @@ def test_pages_that_cannot_be_written_cost_the_exit_code_and_are_written_later(
     )
     monkeypatch.undo()
     monkeypatch.setenv(DSN_ENV, database)
-    page = runner.write_again(tmp_path / "toy.yaml", m.run_id)
+    page = finishing.write_again(tmp_path / "toy.yaml", m.run_id)
     assert page.is_file() and not verify.check(p, m.run_id).failed
     with pytest.raises(BadInput, match="sealed whole by row"):
-        runner.write_again(tmp_path / "toy.yaml", m.run_id)
+        finishing.write_again(tmp_path / "toy.yaml", m.run_id)
 
 
 @pytest.mark.usefixtures("articles")
@@ -282,7 +282,7 @@ def test_a_record_that_cannot_be_sealed_costs_the_exit_code_and_says_so(
     unsealed = verify.check(load_params(tmp_path / "toy.yaml"), m.run_id).failed
     assert [g.name for g in unsealed] == ["record.is_sealed"]
     with pytest.raises(BadInput, match="not sealed"):
-        runner.write_again(tmp_path / "toy.yaml", m.run_id)
+        finishing.write_again(tmp_path / "toy.yaml", m.run_id)
 
 
 def test_a_phase_waits_for_its_sign_off_and_is_carried_out_after_it(

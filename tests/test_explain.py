@@ -343,7 +343,9 @@ def test_the_function_and_the_applications_own_query_are_both_proved(open_phase:
     )
     for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
-    verdicts = [(g.name, g.subject, str(g.verdict)) for g in explain.gates(phase)]
+    verdicts = [
+        (g.name, g.subject, str(g.verdict)) for g in explain.gates(phase.connection, phase.ledger, phase.params)
+    ]
     assert verdicts == [
         ("explain.function_searches_by_the_index", "search_articles, route vector", "PASS"),
         ("explain.function_searches_by_the_index", "search_articles, route hybrid", "PASS"),
@@ -444,7 +446,9 @@ def test_14_what_the_index_finds_is_what_70_tune_measured(
     listed = {"column": "status", "shares": {"Stable": 0.7}, "points": points}
     phase.note("tuning", {"chosen": 40, "classes": [{"column": None, "shares": {}, "points": []}, rare, listed]})
     sent = Sent("the application's query", BY_STATUS, ("embedding", "k", "status"), (VECTOR, 10, "Stable"))
-    assert explain._chosen_exact(phase, sent) == explain.Exactly("status = Stable", missed)
+    assert explain._chosen_exact(phase.connection, phase.ledger, phase.params, sent) == explain.Exactly(
+        "status = Stable", missed
+    )
 
 
 @pytest.mark.parametrize(("scan", "verdict"), [("exact", "PASS"), ("relaxed", "FAIL")])
@@ -465,6 +469,10 @@ def test_14_the_strategies_say_what_was_chosen_for_the_applications_filter(
         module.apply(phase)
     learn(phase, "views", None, scan)
     articles.execute(f"ALTER DATABASE {articles.info.dbname} SET enable_seqscan = off")  # type: ignore[call-overload]
-    own = [g for g in explain.gates(phase) if g.subject == "the application's query"]
+    own = [
+        g
+        for g in explain.gates(phase.connection, phase.ledger, phase.params)
+        if g.subject == "the application's query"
+    ]
     assert [str(g.verdict) for g in own] == [verdict] * 2
     assert all("articles_views" in g.found for g in own)

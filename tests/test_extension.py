@@ -55,7 +55,12 @@ def test_an_older_catalogue_is_updated(articles: psycopg.Connection[Any], open_p
     articles.execute("CREATE EXTENSION vector; UPDATE pg_extension SET extversion = '0.8.2' WHERE extname = 'vector'")
     assert [g.verdict for g in extension.verify(phase)] == ["PASS", "FAIL"]
     assert [s.text(phase.connection) for s in extension.plan(phase)] == ["ALTER EXTENSION vector UPDATE;"]
-    assert [row[0] for row in extension.brings(phase).rows] == ["0.8.3", "0.8.4", "0.8.5", "0.8.6"]
+    assert [row[0] for row in extension.brings(phase.connection, phase.params).rows] == [
+        "0.8.3",
+        "0.8.4",
+        "0.8.5",
+        "0.8.6",
+    ]
     extension.apply(phase)
     assert _verdicts(phase) == ALL_PASS
 

@@ -51,7 +51,7 @@ def tuned(open_phase: Open, articles: psycopg.Connection[Any]) -> Iterator[Phase
 
 
 def looked_at(phase: Phase) -> dict[str, Any]:
-    return {g.subject: g for g in monitor._recall_holds_by_filter(phase)}
+    return {g.subject: g for g in monitor._recall_holds_by_filter(phase.connection, phase.ledger, phase.params)}
 
 
 def test_filters_given_together_are_measured_and_the_function_reaches_the_target(
@@ -92,9 +92,9 @@ def test_filters_given_together_are_measured_and_the_function_reaches_the_target
 
     # The way of either filter alone would have left most of them out.
     rare = filter_classes.of_values(("status", "views"), "", {'["A","1"]': 0.025}, ['["A","1"]'], {})
-    asked, _, _ = filter_classes.questions(tuned, [rare])
+    asked, _, _ = filter_classes.questions(tuned.connection, tuned.params, [rare])
     (questions,) = asked.values()
-    with replica.connect(tuned, "tune") as connection:
+    with replica.connect(tuned.connection, tuned.params, "tune") as connection:
         alone = loop.measure(connection, tuned.params, ways.Way("index", 20, "off", 20_000), questions)
     assert alone.recall < 0.5 and alone.rows_short
 
@@ -122,7 +122,7 @@ def test_every_class_is_looked_at_with_values_drawn_anew(tuned: Phase, articles:
 
     # What nobody had when it was tuned is measured as the function searches it: exactly.
     articles.execute("UPDATE articles SET status = 'new' WHERE id % 10 = 0")
-    found = filter_classes.of_strategies(tuned, random.Random(1))
+    found = filter_classes.of_strategies(tuned.connection, tuned.params, random.Random(1))
     assert ("status", filter_classes.NOT_LISTED, ("new",)) in [(c.filter, c.bucket, c.values) for c in found]
 
 

@@ -177,7 +177,7 @@ def insert(connection: psycopg.Connection[Any], kind: str, how_many: int) -> Non
 
 
 def by_name(phase: Phase) -> dict[str, Gate]:
-    return {g.name: g for g in ivfflat_drift.gates(phase)}
+    return {g.name: g for g in ivfflat_drift.gates(phase.connection, phase.ledger, phase.params)}
 
 
 def test_rows_that_fill_one_list_make_the_lists_uneven(watching: Phase, copied: psycopg.Connection[Any]) -> None:

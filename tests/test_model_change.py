@@ -278,9 +278,9 @@ def test_the_copy_is_dropped_only_after_the_calls_that_began_before(
         with monkeypatch.context() as patch:
             patch.setattr(model_change, "LONGEST_WAIT_FOR_CALLS_S", 0.2)
             with pytest.raises(RunbookError, match="1 statements older than"):
-                model_change.let_calls_end(phase)
+                model_change.let_calls_end(phase.connection, phase.params)
         assert thread.is_alive()
-        model_change.let_calls_end(phase)
+        model_change.let_calls_end(phase.connection, phase.params)
         thread.join(timeout=0.3)
         assert not thread.is_alive()
 

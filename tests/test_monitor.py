@@ -136,18 +136,18 @@ def test_rows_that_died_before_the_index_was_built_are_not_counted_against_it(
     build_index.apply(phase)
     before = (phase.ledger.latest("index") or {})["dead_before"]
     assert before["dead"] >= toy.ROWS and before["vacuums"] == 0
-    gate = monitor._dead_rows_are_few(phase)
+    gate = monitor._dead_rows_are_few(phase.connection, phase.ledger, phase.params)
     assert gate.verdict == "PASS", str(gate)
     assert gate.found == f"0 dead rows, 0 % of all, without {before['dead']} that died before the index was built"
 
     update(4)
-    gate = monitor._dead_rows_are_few(phase)
+    gate = monitor._dead_rows_are_few(phase.connection, phase.ledger, phase.params)
     assert gate.verdict == "FAIL" and gate.found.endswith("that died before the index was built"), str(gate)
     articles.execute("VACUUM articles")
-    gate = monitor._dead_rows_are_few(phase)
+    gate = monitor._dead_rows_are_few(phase.connection, phase.ledger, phase.params)
     assert (gate.verdict, gate.found) == ("PASS", "0 dead rows, 0 % of all")
     update(1)
-    gate = monitor._dead_rows_are_few(phase)
+    gate = monitor._dead_rows_are_few(phase.connection, phase.ledger, phase.params)
     assert gate.verdict == "FAIL" and "before the index" not in gate.found, "since a vacuum, all of them count"
 
 
@@ -158,7 +158,7 @@ def test_rows_that_escaped_the_capture_are_counted(
     articles.execute("ALTER TABLE articles DISABLE TRIGGER USER")
     articles.execute("INSERT INTO articles (title) VALUES ('never seen')")
     articles.execute("UPDATE articles SET title = 'rewritten' WHERE id <= 2")
-    found = {g.name: g for g in monitor._rows_are_fresh(phase, True)}
+    found = {g.name: g for g in monitor._rows_are_fresh(phase.connection, phase.params, True)}
     assert str(found["watch.nothing_is_missing"]) == (
         "FAIL    watch.nothing_is_missing   public.articles\n"
         "  found   1 of 201 rows with text lack a vector and are not queued\n"
@@ -174,9 +174,15 @@ def test_queued_rows_are_no_fault_until_they_are_old(
 ) -> None:
     phase = tuned()
     articles.execute("UPDATE articles SET title = 'changed' WHERE id = 1")
-    assert all(g.verdict == "PASS" for g in (*monitor._rows_are_fresh(phase, True), monitor._queue_is_young(phase)))
+    assert all(
+        g.verdict == "PASS"
+        for g in (
+            *monitor._rows_are_fresh(phase.connection, phase.params, True),
+            monitor._queue_is_young(phase.connection, phase.params),
+        )
+    )
     articles.execute("UPDATE runbook.articles_queue SET queued_at = now() - interval '2 hours'")
-    gate = monitor._queue_is_young(phase)
+    gate = monitor._queue_is_young(phase.connection, phase.params)
     assert (gate.found, gate.needed) == (
         "1 changes wait, the oldest for 2 h 0 min",
         "none for longer than 60 min 0 s",
@@ -189,7 +195,7 @@ def test_a_large_table_is_sampled_and_says_so(tuned: Callable[..., Phase], artic
         "INSERT INTO articles (title, body) SELECT 'row ' || n, repeat('x', 500) FROM generate_series(1, 3000) n"
     )
     articles.execute("ANALYZE articles")
-    gate = next(monitor._rows_are_fresh(phase, True))
+    gate = next(monitor._rows_are_fresh(phase.connection, phase.params, True))
     assert gate.found.endswith(
         "rows with text in a sample of the table's about 3,201 rows lack a vector and are not queued"
     )
@@ -211,7 +217,7 @@ def test_lost_recall_is_found_on_rows_and_queries(
         return replace(answers, rows=[rows[:5] for rows in answers.rows])
 
     monkeypatch.setattr(loop, "ask", forgetful)
-    gate = monitor._recall_holds(phase)
+    gate = monitor._recall_holds(phase.connection, phase.ledger, phase.params)
     assert (str(gate.verdict), gate.found) == ("FAIL", "recall@10 0.500 on 40 queries and 50 rows")
 
 
@@ -220,7 +226,7 @@ def test_relevance_that_fell_since_the_shadow_is_found(
 ) -> None:
     phase = standing()
     articles.execute("UPDATE articles SET embedding = (SELECT embedding FROM articles WHERE id = 1)")
-    (gate,) = monitor._relevance_holds(phase)
+    (gate,) = monitor._relevance_holds(phase.connection, phase.ledger, phase.params)
     assert (gate.name, str(gate.verdict)) == ("watch.relevance_holds", "FAIL")
 
 
@@ -230,7 +236,7 @@ def test_a_route_moved_past_the_runbook_is_found(
     phase = tuned()
     search_function.move_route(phase, "vector", 100, "test")
     articles.execute("UPDATE runbook.route SET share_percent = 30")
-    gate = monitor._route_is_as_set(phase)
+    gate = monitor._route_is_as_set(phase.connection, phase.ledger, phase.params)
     assert (gate.found, gate.needed) == ("vector at 30 %", "vector at 100 %, as the ledger has it")
 
 
@@ -247,7 +253,7 @@ def test_an_old_release_is_named_with_its_faults(
 ) -> None:
     phase = tuned()
     articles.execute("UPDATE pg_extension SET extversion = '0.8.1' WHERE extname = 'vector'")
-    gate = monitor._extension_is_sound(phase)
+    gate = monitor._extension_is_sound(phase.connection, phase.params)
     assert gate.verdict == "FAIL" and gate.found.startswith("0.8.1; update it at a quiet time")
     assert "CVE-2026-3172" in gate.danger and "CVE-2026-18022" not in gate.danger, "that one is of 32-bit servers"
     articles.execute("UPDATE pg_extension SET extversion = '0.8.6' WHERE extname = 'vector'")
@@ -261,16 +267,19 @@ def test_calls_without_scans_are_found(open_phase: Open, last: dict[str, int], h
     phase = open_phase("operate/monitor")
     seen = {"scans": 10, "calls": 8, "at": "2026-01-02 00:00", "at_s": 1000.0, "route": "vector"}
     phase.note("watch", seen | last)
-    assert (monitor._index_is_used(phase, seen).verdict == "PASS") is holds
+    assert (monitor._index_is_used(phase.ledger, phase.params, seen).verdict == "PASS") is holds
 
 
 def test_a_day_without_any_scan_is_found(open_phase: Open) -> None:
     phase = open_phase("operate/monitor")
     seen = {"scans": 10, "calls": None, "at": "2026-01-02 00:00", "at_s": 1000.0, "route": "vector"}
     phase.note("watch", seen)
-    assert monitor._index_is_used(phase, seen | {"at_s": 5000.0}).verdict == "PASS"
-    assert monitor._index_is_used(phase, seen | {"at_s": 100_000.0}).verdict == "FAIL"
-    assert monitor._index_is_used(phase, seen | {"at_s": 100_000.0, "route": "legacy"}).verdict == "PASS"
+    assert monitor._index_is_used(phase.ledger, phase.params, seen | {"at_s": 5000.0}).verdict == "PASS"
+    assert monitor._index_is_used(phase.ledger, phase.params, seen | {"at_s": 100_000.0}).verdict == "FAIL"
+    assert (
+        monitor._index_is_used(phase.ledger, phase.params, seen | {"at_s": 100_000.0, "route": "legacy"}).verdict
+        == "PASS"
+    )
 
 
 def test_a_table_so_small_that_it_is_read_whole_needs_no_scan(
@@ -279,7 +288,7 @@ def test_a_table_so_small_that_it_is_read_whole_needs_no_scan(
     articles.execute("DELETE FROM articles WHERE id > 4")
     phase = tuned()
     search_function.move_route(phase, "vector", 100, "test")
-    phase.note("watch", monitor._seen(phase) | {"at": "2026-01-02 00:00", "at_s": 0.0})
+    phase.note("watch", monitor._seen(phase.connection, phase.params) | {"at": "2026-01-02 00:00", "at_s": 0.0})
     used = {g.name: g for g in monitor.look(phase)}["watch.index_is_used"]
     assert (used.verdict, used.found) == (
         "PASS",

@@ -196,7 +196,7 @@ NOTHING_LOST = {"missing or old": {}, "came back": set(), "twice": False}
 
 def settle(phase: Phase) -> None:
     with phase.opened():
-        online_copy.catch_up(partitioned_twin.move(phase), few=0)
+        online_copy.catch_up(phase, partitioned_twin.move(phase.connection, phase.params), few=0)
 
 
 def test_under_writers_there_and_back_no_row_is_lost_and_no_writer_refused(
@@ -258,7 +258,7 @@ def test_by_hash_a_truncate_and_a_changed_key_are_followed(
     partition_by_filter.swap(phase)
     assert articles.execute("SELECT id, title FROM articles").fetchall() == [(7, "after")]
     assert checksum(articles) == checksum(articles, "articles_whole")
-    row = partition_by_filter._is_divided(phase)
+    row = partition_by_filter._is_divided(phase.connection, phase.params)
     assert (row.verdict, row.found[:25]) == ("PASS", "HASH (status), 3 partitions"[:25])
     partition_by_filter.retire(phase)
     assert articles.execute("SELECT to_regclass('articles_whole')").fetchone() == (None,)
@@ -302,11 +302,14 @@ def test_killed_anywhere_run_again_continues(
     kill(online_copy, "catch_up", 0)
     kill(online_copy, "apply_changes", 0)
     # In the swap itself: the transaction is gone with all that it did.
-    statement = partitioned_twin.swap_statement(phase)
+    statement = partitioned_twin.swap_statement(phase.connection, phase.params)
     broken = replace(statement, query=statement.query + psycopg.sql.SQL("; SELECT 1 / 0"))
     with pytest.raises(psycopg.errors.DivisionByZero), phase.opened():
-        online_copy.swap(partitioned_twin.move(phase), broken)
-    assert str(partitioned_twin.standing(phase)) == "the ordinary table serves, the partitioned one is being filled"
+        online_copy.swap(phase, partitioned_twin.move(phase.connection, phase.params), broken)
+    assert (
+        str(partitioned_twin.standing(phase.connection, phase.params))
+        == "the ordinary table serves, the partitioned one is being filled"
+    )
     partition_by_filter.apply(phase)
     assert partition_by_filter.verify_copy(phase).passed
     partition_by_filter.swap(phase)
@@ -343,10 +346,10 @@ def test_a_pause_of_the_move_is_said_once_and_stands_in_the_ledger(
 
     articles.execute("UPDATE articles SET views = 7 WHERE id <= 150")
     with phase.opened():
-        assert online_copy.catch_up(partitioned_twin.move(phase)) == 150
+        assert online_copy.catch_up(phase, partitioned_twin.move(phase.connection, phase.params)) == 150
     said = [x for x in capsys.readouterr().out.splitlines() if "caught up" in x]
     assert (said[0], said[-1][:29]) == ("  150 rows to be caught up", "  150 rows (100 %) caught up,")
-    assert online_copy.catch_up(partitioned_twin.move(phase)) == 0
+    assert online_copy.catch_up(phase, partitioned_twin.move(phase.connection, phase.params)) == 0
     assert "caught up" not in capsys.readouterr().out, "nothing to do is not worth a line"
     partition_by_filter.swap(phase)
     assert checksum(articles) == checksum(articles, "articles_whole")
@@ -379,9 +382,10 @@ def test_a_lost_row_is_found_and_named_and_undo_stops(
     )
     with pytest.raises(GateFailed):
         partition_by_filter.undo(phase)
-    assert partitioned_twin.standing(phase).serves == "r" and partitioned_twin.standing(phase).parts, (
-        "both are left to be looked at"
-    )
+    assert (
+        partitioned_twin.standing(phase.connection, phase.params).serves == "r"
+        and partitioned_twin.standing(phase.connection, phase.params).parts
+    ), "both are left to be looked at"
 
 
 def test_more_changes_than_the_swap_may_take_are_applied_first(
@@ -391,8 +395,8 @@ def test_more_changes_than_the_swap_may_take_are_applied_first(
     partition_by_filter.apply(phase)
     real, rounds = online_copy.catch_up, []
 
-    def late(move: Any, few: int | None = None) -> int:
-        done = real(move, few)
+    def late(phase: Phase, move: Any, few: int | None = None) -> int:
+        done = real(phase, move, few)
         if not rounds:
             articles.execute("UPDATE articles SET views = views + 1 WHERE id < 200")
         rounds.append(done)

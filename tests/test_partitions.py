@@ -155,7 +155,9 @@ def test_counters_are_those_of_the_partitions(
     assert (found.rows, found.rows_are_counted, found.partitions) == (201, False, 4)
     assert found.largest_partition == pytest.approx(100 / 201)
     of_largest = forecast.forecast(100, phase.params).build_memory_bytes
-    assert preflight.expected(found, phase).build_memory_bytes == of_largest, "one build at a time"
+    assert preflight.expected(found, phase.connection, phase.params).build_memory_bytes == of_largest, (
+        "one build at a time"
+    )
     for leaf in partitioned.leaves(parted):
         # Room on each page, so that some updates stay on theirs.
         parted.execute(f"ALTER TABLE {leaf} SET (fillfactor = 50)")

@@ -15,7 +15,7 @@ from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate, Gates
 from runbook_lib.core.phase import Phase
 from runbook_lib.embeddings import masking
-from runbook_lib.migrate import expand_schema, extension, inputs, preflight
+from runbook_lib.migrate import expand_schema, extension, inputs, preflight, table_checks
 from runbook_lib.params import Params
 from tests.conftest import DSN_ENV
 
@@ -81,7 +81,7 @@ def test_a_table_that_cannot_be_read_is_not_taken_for_one_without_text(
     with psycopg.connect(database) as holder, db.connect(make_params(), "test") as connection:
         holder.execute("LOCK TABLE articles")
         connection.execute("SET lock_timeout = '10ms'")
-        unread = inputs._some_row_has_text(inputs._Look(connection, make_params(), {}, {}, {}))
+        unread = table_checks._some_row_has_text(table_checks.Look(connection, make_params(), {}, {}))
     assert (unread.verdict, unread.found, unread.do) == (
         "UNKNOWN",
         "could not be read: canceling statement due to lock timeout",
@@ -448,11 +448,11 @@ def test_sessions_that_cannot_be_looked_into_are_unknown_not_passed(
     phase = open_phase()
     monkeypatch.setenv(DSN_ENV, make_conninfo(database, user=role))
     phase.connection.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(role)))
-    g = preflight._no_old_snapshot(phase)
+    g = preflight._no_old_snapshot(phase.connection, phase.params)
     assert (g.verdict, g.do) == ("UNKNOWN", 'have a superuser run: GRANT pg_read_all_stats TO "Odd role";')
     assert g.found.endswith('sessions that "Odd role" may not look into')
     articles.execute(sql.SQL("GRANT pg_read_all_stats TO {}").format(sql.Identifier(role)))
-    assert preflight._no_old_snapshot(phase).verdict == "PASS"
+    assert preflight._no_old_snapshot(phase.connection, phase.params).verdict == "PASS"
 
 
 def test_memory_that_does_not_hold_the_index_says_how_much_would(articles: Connection, open_phase: OpenPhase) -> None:

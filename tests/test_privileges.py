@@ -149,12 +149,15 @@ def test_what_operations_make_is_closed_too(open_phase: Open, generous: Connecti
         row[0] for row in generous.execute("SELECT oid FROM pg_class WHERE relname = 'entry'")
     }
     expand_schema.apply(phase)
-    for statement in [*partition_by_filter._begin(phase), *compare_storage._making(phase)]:
+    for statement in [
+        *partition_by_filter._begin(phase.connection, phase.params),
+        *compare_storage._making(phase.connection, phase.ledger, phase.params),
+    ]:
         phase.do(statement)
-    for statement in rehearsal_schema.making(phase, preflight.facts(phase), 10):
+    for statement in rehearsal_schema.making(phase.connection, phase.params, preflight.facts(phase), 10):
         phase.do(statement)
     made = known(generous) - before
-    assert len(made) > 12 and partitioned_twin.standing(phase).parts
+    assert len(made) > 12 and partitioned_twin.standing(phase.connection, phase.params).parts
     assert standing(generous, before) == {}
 
 

@@ -31,7 +31,7 @@ def options(articles: Connection) -> list[str] | None:
 
 
 def test_the_plan_names_the_table_whose_lock_it_takes(loaded: Phase) -> None:
-    (shown,) = pruning.plan(loaded, [PART])
+    (shown,) = pruning.plan(loaded.connection, loaded.params, [PART])
     assert shown.lock == f"SHARE UPDATE EXCLUSIVE on {PART}"
     assert shown.query.as_string() == f"ALTER TABLE {PART} SET (fillfactor = {pruning.FILLFACTOR})"
 
@@ -88,7 +88,7 @@ def test_killed_half_way_the_next_run_puts_back_what_was_there_first(
         with pytest.raises(KeyboardInterrupt):
             backfill.apply(loaded)
     assert options(articles) == ["fillfactor=80"]
-    (gate,) = Gates(tuple(pruning.verify(loaded))).failed
+    (gate,) = Gates(tuple(pruning.verify(loaded.connection, loaded.ledger, loaded.params))).failed
     assert str(gate).splitlines()[0:3] == [
         f"FAIL    backfill.fillfactor_is_as_before   {PART}",
         f"  found   {PART}: 80",
@@ -121,4 +121,4 @@ def test_where_somebody_holds_the_table_it_goes_on_without(
         holder.rollback()
     assert "the fillfactor stays as it is" in capsys.readouterr().out
     pruning.restore(phase)
-    assert pruning.verify(phase)[0].verdict == "PASS"
+    assert pruning.verify(phase.connection, phase.ledger, phase.params)[0].verdict == "PASS"

@@ -22,6 +22,7 @@ from runbook_lib.core.registry import MIGRATE
 from runbook_lib.indexes import building
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.operate import rebuild_index
+from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests import partitioned
 from tests.conftest import write_params
@@ -120,13 +121,13 @@ def test_each_index_is_measured_with_the_other_hidden_and_both_stay(
 ) -> None:
     phase = either()
     rebuild_index.apply(phase)
-    asked = index_recall.questions(phase)
+    asked = index_recall.questions(phase.connection, phase.params)
     names = ["articles_embedding_hnsw", "articles_embedding_hnsw_new"]
     for name, other in (names, names[::-1]):
-        measured = index_recall.through(phase, asked, name, [other])
+        measured = index_recall.through(phase.connection, phase.params, asked, name, [other])
         assert measured and (measured.index, measured.queries) == (name, 20)
     assert list(indexes(articles)) == names
-    assert index_recall.through(phase, asked, "no such index", []) is None
+    assert index_recall.through(phase.connection, phase.params, asked, "no such index", []) is None
 
 
 def test_an_index_that_finds_less_is_not_put_into_place(
@@ -136,8 +137,10 @@ def test_an_index_that_finds_less_is_not_put_into_place(
     rebuild_index.apply(phase)
     real = index_recall.through
 
-    def poor(phase: Phase, asked: list[Query], index: str, others: list[str]) -> index_recall.IndexRecall | None:
-        found = real(phase, asked, index, others)
+    def poor(
+        connection: db.Connection, params: Params, asked: list[Query], index: str, others: list[str]
+    ) -> index_recall.IndexRecall | None:
+        found = real(connection, params, asked, index, others)
         return replace(found, recall=0.5) if found and index.endswith("_new") else found
 
     monkeypatch.setattr(index_recall, "through", poor)
@@ -215,9 +218,9 @@ def test_a_running_build_is_no_leftover(either: Callable[..., Phase], monkeypatc
     phase = either()
     found = [
         replace(s, own={oid: replace(own, builds_under_way=1) for oid, own in s.own.items()})
-        for s in rebuild_index.standing(phase)
+        for s in rebuild_index.standing(phase.connection, phase.params)
     ]
-    monkeypatch.setattr(rebuild_index, "standing", lambda _: found)
+    monkeypatch.setattr(rebuild_index, "standing", lambda *_: found)
     assert str(rebuild_index.check(phase).failed[0]) == (
         "FAIL    rebuild.no_build_is_under_way   articles_embedding_hnsw on public.articles\n"
         "  found   1 builds at work on this table\n"
@@ -232,8 +235,10 @@ def test_a_whole_index_of_such_a_name_is_somebodys(
 ) -> None:
     phase = either()
     articles.execute("CREATE INDEX mine_ccnew ON articles USING hnsw (embedding vector_cosine_ops)")
-    assert {s.name: s.role for s in rebuild_index.standing(phase)}["mine_ccnew"] == "other"
-    assert "rebuild.drop" not in [s.name for s in rebuild_index.building_plan(phase)]
+    assert {s.name: s.role for s in rebuild_index.standing(phase.connection, phase.params)}["mine_ccnew"] == "other"
+    assert "rebuild.drop" not in [
+        s.name for s in rebuild_index.building_plan(phase.connection, phase.ledger, phase.params)
+    ]
 
 
 @pytest.mark.parametrize("so_far", ["built", "swapped", "done"])
@@ -244,7 +249,7 @@ def test_undo_from_anywhere_leads_back_to_the_index_that_served(
     rebuild_index.apply(phase)
     if so_far == "swapped":
         # The old index is still there: the drop has not come to its turn.
-        phase.do(rebuild_index.swapping_plan(phase).statements[0])
+        phase.do(rebuild_index.swapping_plan(phase.connection, phase.ledger, phase.params).statements[0])
         phase.note("rebuild", {"run_id": phase.run_id, "before": {"m": 16, "ef_construction": 64}})
     elif so_far == "done":
         rebuild_index.swap(phase)
@@ -259,11 +264,11 @@ def test_an_aged_index_of_the_same_options_is_built_anew(
     either: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     phase = either(options={})
-    was = rebuild_index.standing(phase)[0].oid
+    was = rebuild_index.standing(phase.connection, phase.params)[0].oid
     rebuild_index.apply(phase)
     rebuild_index.swap(phase)
     assert indexes(articles) == BEFORE
-    assert rebuild_index.standing(phase)[0].oid != was
+    assert rebuild_index.standing(phase.connection, phase.params)[0].oid != was
 
 
 def test_ivfflat_lists(built: Callable[..., Phase], articles: psycopg.Connection[Any], open_phase: Open) -> None:
@@ -279,8 +284,10 @@ def test_ivfflat_lists(built: Callable[..., Phase], articles: psycopg.Connection
 
 def test_without_execute_nothing_is_built(either: Callable[..., Phase], articles: psycopg.Connection[Any]) -> None:
     phase = replace(either(), execute=False)
-    assert kinds(rebuild_index.building_plan(phase)) == ["index.create_hnsw"]
-    assert len(rebuild_index.apply(phase).rows) == len(rebuild_index.building_plan(phase).statements)
+    assert kinds(rebuild_index.building_plan(phase.connection, phase.ledger, phase.params)) == ["index.create_hnsw"]
+    assert len(rebuild_index.apply(phase).rows) == len(
+        rebuild_index.building_plan(phase.connection, phase.ledger, phase.params).statements
+    )
     assert len(rebuild_index.swap(phase).rows) == 2
     assert indexes(articles) == BEFORE
 
@@ -370,7 +377,7 @@ def test_killed_between_two_partitions_another_run_goes_on_and_undo_leads_back(
     )
 
     phase, half = _opened(path, "second"), names(articles)
-    assert [s.name for s in rebuild_index.building_plan(phase)] == [
+    assert [s.name for s in rebuild_index.building_plan(phase.connection, phase.ledger, phase.params)] == [
         "rebuild.drop",
         *["index.create_hnsw", "index_partitions.attach"] * (4 - builds),
     ]
@@ -432,7 +439,7 @@ def test_the_swap_of_a_partitioned_index_locks_no_table(
 ) -> None:
     phase = parted()
     rebuild_index.apply(phase)
-    swap, drop = rebuild_index.swapping_plan(phase).statements
+    swap, drop = rebuild_index.swapping_plan(phase.connection, phase.ledger, phase.params).statements
     assert (swap.name, drop.name) == ("rebuild.swap", "index_partitions.drop_bracket")
     assert drop.lock == "ACCESS EXCLUSIVE on public.articles and every partition of it, for milliseconds"
     with articles.transaction(force_rollback=True):

@@ -97,7 +97,7 @@ def test_a_row_that_the_model_does_not_take_is_set_aside_and_the_rest_goes_on(
     )
     kept = articles.execute("SELECT DISTINCT attempts, error FROM runbook.articles_queue WHERE key = 5").fetchall()
     assert kept == [(3, "ValueError: cannot take 'poison'")]
-    assert str(change_queue.waiting(phase)) == "3 set aside: ValueError"
+    assert str(change_queue.waiting(phase.connection, phase.params)) == "3 set aside: ValueError"
 
 
 def test_a_row_set_aside_comes_back_with_its_next_change(filled: Callable[..., Phase], articles: Articles) -> None:
@@ -136,7 +136,7 @@ def test_unsound_vectors_are_set_aside_too(
 
     monkeypatch.setattr(embedding, "model", lambda params: zero_for_the_first)
     assert change_queue.drain(phase) == change_queue.Drained(changes=1, updated=1, refused=1)
-    assert change_queue.waiting(phase).error == "a zero vector, which cosine cannot rank"
+    assert change_queue.waiting(phase.connection, phase.params).error == "a zero vector, which cosine cannot rank"
 
 
 def test_where_the_model_is_away_no_row_is_blamed(
@@ -167,7 +167,7 @@ def test_changes_of_before_the_servers_clock_went_back_are_taken_and_missed_unti
     )
     phase.note("drain", db.one(phase.connection, backfill.SQL["drain_begins"], phase.params))
     assert [g.name for g in backfill.verify(phase).failed] == ["backfill.nothing_is_stale"]
-    assert change_queue.waiting(phase).since_before == 5
+    assert change_queue.waiting(phase.connection, phase.params).since_before == 5
     assert change_queue.drain(phase) == change_queue.Drained(changes=5, updated=5, refused=0)
 
 
@@ -180,7 +180,7 @@ def test_what_a_killed_worker_claimed_is_taken_over_at_once(
         other.execute("SELECT pg_advisory_lock(%s, 77)", [change_queue.LOCK_CLASS])
         articles.execute("UPDATE runbook.articles_queue SET claimed_by = 77, claimed_at = clock_timestamp()")
         assert change_queue.drain(phase).changes == 0, "the other one lives and works at it"
-        assert change_queue.waiting(phase).waiting == 5
+        assert change_queue.waiting(phase.connection, phase.params).waiting == 5
     while articles.execute("SELECT count(*) FROM pg_locks WHERE objid = 77 AND objsubid = 2").fetchone() != (0,):
         pass
     assert change_queue.drain(phase) == change_queue.Drained(changes=5, updated=5, refused=0)

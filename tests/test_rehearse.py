@@ -19,7 +19,7 @@ from runbook_lib.core.gates import BadInput, Gate, Gates
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, load_embeddings, preflight
-from runbook_lib.operate import extrapolate, rehearse, sample, whole_table
+from runbook_lib.operate import rehearse, sample, whole_table
 from runbook_lib.params import Params
 from runbook_lib.runner import figures
 from tests import partitioned, toy
@@ -61,7 +61,7 @@ def _target(connection: Connection, phase: Phase) -> tuple[Any, ...]:
     """All of the target that a rehearsal could have changed, down to the transaction that wrote each row."""
     rows = connection.execute("SELECT md5(string_agg(t.xmin::text || t.*::text, ',' ORDER BY id)) FROM articles t")
     return (
-        expand_schema.catalogue(phase),
+        expand_schema.catalogue(phase.connection, phase.params),
         rows.fetchone(),
         connection.execute("SELECT pg_table_size('articles')").fetchone(),
     )
@@ -96,7 +96,7 @@ def test_what_is_rehearsed_is_what_the_migration_comes_to(large: Connection, ope
     assert {s["strategy"] for s in noted["samples"]} == {"page_interleaved"}
     assert noted["samples"][-1]["vectors_from"] == {"random": noted["samples"][-1]["vectors"]}
     assert "vectors are random, since the target has none yet" in str(shown)
-    foreseen = preflight.expected(preflight.facts(phase), phase)
+    foreseen = preflight.expected(preflight.facts(phase), phase.connection, phase.params)
 
     for module in (expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
@@ -122,8 +122,8 @@ def test_vectors_beside_the_table_are_rehearsed_beside_the_sample(ready: Connect
     assert [(s["strategy"], s["rows"], s["vectors"]) for s in noted["samples"]] == [("side_table", 201, toy.ROWS)]
     assert (_target(ready, phase), _schemas(ready)) == (before, [])
     assert all(s["write_ms"] > 0 < s["bare_write_ms"] for s in noted["samples"])
-    assert "one sample only" in str(whole_table.compare(phase)) and "the whole table" in str(
-        whole_table.compare(phase)
+    assert "one sample only" in str(whole_table.compare(phase.ledger)) and "the whole table" in str(
+        whole_table.compare(phase.ledger)
     )
     assert noted["whole"]["wal_bytes"]["high"] < 2 * noted["whole"]["wal_bytes"]["low"], "no page is written again"
 
@@ -281,10 +281,10 @@ def test_what_a_killed_rehearsal_left_is_dropped_by_the_next(
     _wait_for(lambda: rehearse.check(phase).passed)
     assert _schemas(ready) == [SCRATCH]
     assert _one(rehearse.check(phase), "rehearse.schema_is_free").found.startswith("left by a rehearsal")
-    assert _one(rehearse.verify_undone(phase), "rehearse.nothing_is_left").verdict == "FAIL"
+    assert _one(rehearse.verify_undone(phase.connection, phase.params), "rehearse.nothing_is_left").verdict == "FAIL"
     rehearse.apply(phase)
     assert rehearse.verify(phase).passed and _schemas(ready) == []
-    assert rehearse.undo_plan(phase).statements == ()
+    assert rehearse.undo_plan(phase.connection, phase.params).statements == ()
 
 
 def _wait_for(holds: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -343,31 +343,31 @@ def test_the_notebook_runs_right_after_preflight_and_plans_without_a_trace(
 
 
 def test_samples_keep_their_ratio_within_their_bounds() -> None:
-    assert extrapolate.sizes(1_000_000, [1, 2, 5], 100_000) == [10_000, 20_000, 50_000]
-    assert extrapolate.sizes(500_000_000, [1, 2, 5], 100_000) == [20_000, 40_000, 100_000]
-    assert extrapolate.sizes(20_000, [1, 2, 5], 100_000) == [1000, 2000, 5000]
-    assert extrapolate.sizes(3000, [1, 2, 5], 100_000) == [1200, 3000]
-    assert extrapolate.sizes(1, [1, 2, 5], 100_000) == [1]
+    assert whole_table.sizes(1_000_000, [1, 2, 5], 100_000) == [10_000, 20_000, 50_000]
+    assert whole_table.sizes(500_000_000, [1, 2, 5], 100_000) == [20_000, 40_000, 100_000]
+    assert whole_table.sizes(20_000, [1, 2, 5], 100_000) == [1000, 2000, 5000]
+    assert whole_table.sizes(3000, [1, 2, 5], 100_000) == [1200, 3000]
+    assert whole_table.sizes(1, [1, 2, 5], 100_000) == [1]
 
 
 def test_what_grows_with_the_rows_leaves_out_what_does_not() -> None:
     fixed = [(n, 5.0 + 0.01 * n) for n in (1000, 2000, 5000)]
-    found = extrapolate.linear(fixed, 100_000)
+    found = whole_table.linear(fixed, 100_000)
     assert found.low == pytest.approx(1000) and found.expected == pytest.approx(1000)
     assert found.high == pytest.approx(1100), "the largest sample's figure a row, with its share of what is fixed"
-    assert extrapolate.linear([(1000, 7.0)], 10_000) == extrapolate.Range(70.0, 70.0, 70.0)
+    assert whole_table.linear([(1000, 7.0)], 10_000) == whole_table.Range(70.0, 70.0, 70.0)
 
 
 def test_a_build_grows_by_rows_and_their_logarithm_or_faster() -> None:
     by_rule = [(n, 1e-5 * n * math.log(n)) for n in (1000, 2000, 5000)]
     exact = 1e-5 * 100_000 * math.log(100_000)
-    found = extrapolate.hnsw_seconds(by_rule, 100_000)
+    found = whole_table.hnsw_seconds(by_rule, 100_000)
     assert found.low == pytest.approx(exact)
-    assert found.expected == pytest.approx(exact * extrapolate.CONCURRENTLY)
+    assert found.expected == pytest.approx(exact * whole_table.CONCURRENTLY)
     faster = [(n, 1e-6 * n**1.3) for n in (1000, 2000, 5000)]
-    truth = 1e-6 * 100_000**1.3 * extrapolate.CONCURRENTLY
-    assert extrapolate.hnsw_seconds(faster, 100_000).high == pytest.approx(truth)
-    assert extrapolate.ivfflat_seconds([(1000, 10, 0.1)], 10_000, 100).low == pytest.approx(10.0)
+    truth = 1e-6 * 100_000**1.3 * whole_table.CONCURRENTLY
+    assert whole_table.hnsw_seconds(faster, 100_000).high == pytest.approx(truth)
+    assert whole_table.ivfflat_seconds([(1000, 10, 0.1)], 10_000, 100).low == pytest.approx(10.0)
 
 
 def test_a_write_is_measured_with_and_without_what_the_migration_adds(

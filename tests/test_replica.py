@@ -148,7 +148,7 @@ def scans(dsn: str) -> int:
 
 
 def gate(phase: Phase, name: str) -> Gate:
-    return next(g for g in replica_checks.gates(phase) if g.name == f"replica.{name}")
+    return next(g for g in replica_checks.gates(phase.connection, phase.params) if g.name == f"replica.{name}")
 
 
 def test_the_migration_and_the_watch_measure_there_and_write_here(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_session_sees_all_that_was_written_before_it(opened: Opener, pair: tup
         write(phase, "INSERT INTO articles (title) VALUES ('the newest')")
         resumed = threading.Timer(0.5, lambda: standby.execute("SELECT pg_wal_replay_resume()"))
         resumed.start()
-        with replica.connect(phase, "test") as connection:
+        with replica.connect(phase.connection, phase.params, "test") as connection:
             found = connection.execute("SELECT count(*) AS n FROM articles WHERE title = 'the newest'").fetchone()
         resumed.join()
     assert found == {"n": 1}
@@ -203,7 +203,7 @@ def test_a_replica_that_does_not_catch_up_is_an_error_after_a_bounded_wait(
         try:
             write(phase, "INSERT INTO articles (title) VALUES ('the newest')")
             with pytest.raises(RunbookError) as raised:
-                replica.connect(phase, "test")
+                replica.connect(phase.connection, phase.params, "test")
             lag = gate(phase, "is_level")
         finally:
             standby.execute("SELECT pg_wal_replay_resume()")
@@ -244,7 +244,7 @@ def test_what_is_no_replica_of_this_database_is_refused(
         "  do      point the variable at the replica of this server and this database"
     )
     with pytest.raises(RunbookError, match="is no standby"):
-        replica.connect(phase, "test")
+        replica.connect(phase.connection, phase.params, "test")
     monkeypatch.setenv(READ_ENV, server)
     assert gate(phase, "is_the_targets_own").found.startswith("no standby: it takes writes; another system; database")
     monkeypatch.setenv(READ_ENV, make_conninfo(servers[1], dbname="postgres"))
@@ -256,14 +256,14 @@ def test_a_replica_that_is_not_there_is_named_without_its_password(
 ) -> None:
     phase = opened()
     monkeypatch.setenv(READ_ENV, "host=/nowhere dbname=x password=hush")
-    (failed,) = replica_checks.gates(phase)
+    (failed,) = replica_checks.gates(phase.connection, phase.params)
     assert (failed.name, str(failed.verdict)) == ("replica.is_reachable", "FAIL")
     assert "/nowhere" in failed.found and "hush" not in str(failed)
     monkeypatch.delenv(READ_ENV)
-    (failed,) = replica_checks.gates(phase)
+    (failed,) = replica_checks.gates(phase.connection, phase.params)
     assert (str(failed.verdict), failed.found) == ("FAIL", "not set")
     with pytest.raises(BadInput):
-        replica.connect(phase, "test")
+        replica.connect(phase.connection, phase.params, "test")
 
 
 @pytest.fixture
@@ -327,7 +327,7 @@ def test_an_exact_search_that_the_standby_cancels_is_made_anew(
         return real(connection, *arguments)
 
     monkeypatch.setattr(exact, "nearest", vacuumed_meanwhile)
-    asked, agrees, _ = filter_classes.questions(phase, [filter_classes.UNFILTERED])
+    asked, agrees, _ = filter_classes.questions(phase.connection, phase.params, [filter_classes.UNFILTERED])
     assert len(calls) == 2 and str(agrees.verdict) == "PASS"
     assert "try 1 of 5 was cancelled by the replica: " in capsys.readouterr().out
     assert not {str(i) for i in range(1, 21)} & {k for q in asked[filter_classes.UNFILTERED] for k in q.exact.keys}
@@ -350,11 +350,11 @@ def test_scans_of_the_replica_count_as_use(opened: Opener, pair: tuple[str, str]
     step_all("migrate", MIGRATE[:8], params_file(tmp_path))
     phase = opened("operate/monitor")
     search_function.move_route(phase, "vector", 100, "test")
-    before = monitor._seen(phase)
-    with replica.connect(phase, "the application") as connection:
+    before = monitor._seen(phase.connection, phase.params)
+    with replica.connect(phase.connection, phase.params, "the application") as connection:
         vector = "(SELECT embedding FROM articles WHERE id = 1)"
         connection.execute(f"SELECT * FROM search_articles('cookie', {vector}::real[], 5)")
-    assert monitor._seen(phase)["scans"] > before["scans"]
+    assert monitor._seen(phase.connection, phase.params)["scans"] > before["scans"]
 
 
 @pytest.mark.attack

@@ -23,6 +23,7 @@ from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.core.target import load_params
 from runbook_lib.indexes import building
 from runbook_lib.operate import legacy_usage, monitor, reads_to_legacy, retirable, retire_legacy
+from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
@@ -167,9 +168,10 @@ def test_the_way_back_from_the_start_brings_legacy_back_first(
     columns = "SELECT count(*) FROM pg_attribute WHERE attrelid = 'articles'::regclass AND attname = 'tsv'"
     assert articles.execute(columns).fetchone() == (0,)
     assert articles.execute("SELECT to_regclass('runbook.articles_queue')").fetchone() == (None,)
-    freshness = {g.name: str(g.verdict) for g in monitor._rows_are_fresh(_open(path), False)}
+    phase = _open(path)
+    freshness = {g.name: str(g.verdict) for g in monitor._rows_are_fresh(phase.connection, phase.params, False)}
     assert freshness == {"watch.nothing_is_missing": "PASS", "watch.nothing_is_stale": "PASS"}
-    assert not monitor._changes_are_captured(_open(path)), "the watch goes on without a queue"
+    assert not monitor._changes_are_captured(phase.connection, phase.params), "the watch goes on without a queue"
     (first, *_) = reads_to_legacy.undo_plan(_open(path)).statements
     assert first.name == "retire.add_column" and "locks the whole table" in first.purpose
     step("undo/reads", path)
@@ -206,8 +208,13 @@ def test_the_time_to_build_an_index_again_is_measured_on_a_sample(
     shown = retire_legacy.shown(phase)
     assert [row[0] for row in shown.rows] == ["articles_prefix", "articles_trgm", "articles_tsv"]
     assert all(row[3].startswith("about ") for row in shown.rows)
-    trigram = next(f for f in retirable.chosen(phase) if f.name == "articles_trgm")
-    few, many = retirable.rebuild_seconds(phase, trigram, 200), retirable.rebuild_seconds(phase, trigram, 2_000_000)
+    trigram = next(
+        f for f in retirable.chosen(phase.connection, phase.ledger, phase.params) if f.name == "articles_trgm"
+    )
+    few, many = (
+        retirable.rebuild_seconds(phase.connection, phase.params, trigram, 200),
+        retirable.rebuild_seconds(phase.connection, phase.params, trigram, 2_000_000),
+    )
     assert many > 100 * few
     assert indexes(articles) == ALL
     assert articles.execute("SELECT count(*) FROM pg_class WHERE relname = 'runbook_sample'").fetchone() == (0,)
@@ -247,7 +254,10 @@ def test_a_drop_that_was_cut_off_is_finished_and_its_definition_kept(
 def test_hybrid_keeps_its_full_text_index_and_its_column(opened: Open, articles: psycopg.Connection[Any]) -> None:
     articles.execute("UPDATE runbook.route SET route = 'hybrid'")
     phase = opened(hybrid=True)
-    assert [f.name for f in retirable.chosen(phase)] == ["articles_prefix", "articles_trgm"]
+    assert [f.name for f in retirable.chosen(phase.connection, phase.ledger, phase.params)] == [
+        "articles_prefix",
+        "articles_trgm",
+    ]
     named = opened(hybrid=True, indexes=["articles_tsv"], drop_fulltext_column=True)
     assert str(by_name(retire_legacy.check(named))["retire.new_route_does_without_them"]) == (
         "FAIL    retire.new_route_does_without_them   search_articles, route hybrid\n"
@@ -337,11 +347,9 @@ def test_the_notebook_stops_ahead_of_any_change(articles: psycopg.Connection[Any
     assert looks == (1,), "what it saw is written down for the next time"
 
 
-def judging(folder: Path) -> Phase:
-    """A phase to judge with: the judgement asks no server."""
-    return Phase(
-        "operate/retire_legacy", "test-run", False, load_params(params_file(folder, unused_days=30)), None, None
-    )  # type: ignore[arg-type]
+def judging(folder: Path) -> Params:
+    """The judgement asks no server."""
+    return load_params(params_file(folder, unused_days=30))
 
 
 LOOK = legacy_usage.Look(
@@ -445,10 +453,10 @@ def test_an_index_is_unread_only_where_the_counters_can_say_so(
 
 def test_the_look_to_compare_with_is_the_newest_that_is_old_enough(opened: Open) -> None:
     phase = opened(unused_days=30)
-    now = legacy_usage.look(phase)
+    now = legacy_usage.look(phase.connection, phase.params)
     for age in (50, 40, 10):
         phase.note(legacy_usage.KIND, asdict(replace(now, at_s=now.at_s - age * DAY_S, thrown_out=age)))
-    found = legacy_usage.earlier(phase, now)
+    found = legacy_usage.earlier(phase.ledger, phase.params, now)
     assert found and found.thrown_out == 40
 
 

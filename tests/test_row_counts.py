@@ -63,7 +63,7 @@ def test_rows_without_text_count_nowhere(open_phase: Callable[..., Phase]) -> No
         "200 of 200 rows with text have its vector, 0 changed since and are queued, 0 have none",
         "0 of 200 rows with text lack a vector",
     ]
-    assert [gate.found for gate in monitor._rows_are_fresh(phase, captured=True)] == [
+    assert [gate.found for gate in monitor._rows_are_fresh(phase.connection, phase.params, captured=True)] == [
         "0 of 200 rows with text lack a vector and are not queued",
         "0 of 200 rows with a vector have that of an older text and are not queued",
     ]

@@ -55,12 +55,12 @@ def indexed(filled: Callable[..., Phase], tenants: Connection) -> Callable[..., 
 def test_answers_that_a_caller_misses_under_the_policies_fail(indexed: Callable[..., Phase]) -> None:
     """To the runbook's own role the same function misses little; to one that sees a fortieth, most."""
     phase = indexed({"role": ROLE, "settings": {"app.tenant": "7"} | BY_INDEX})
-    (gate,) = row_security_recall.gates(phase, 0.9)
+    (gate,) = row_security_recall.gates(phase.connection, phase.params, 0.9)
     assert gate.verdict is Verdict.FAIL and gate.figures["recall"] < 0.5 and gate.figures["short"] > 0
     assert gate.subject == "one_tenant (app.tenant = 7, enable_seqscan = off, enable_sort = off)"
     signature = "search_articles(text, real[], integer, float8)"
     write(phase, f"ALTER FUNCTION {signature} SET hnsw.iterative_scan = strict_order")
-    (gate,) = row_security_recall.gates(phase, 0.9)
+    (gate,) = row_security_recall.gates(phase.connection, phase.params, 0.9)
     assert gate.verdict is Verdict.PASS and gate.figures["recall"] == 1.0
 
 
@@ -68,7 +68,7 @@ def test_what_cannot_be_measured_as_a_caller_is_unknown_with_its_reason(
     indexed: Callable[..., Phase], tenants: Connection
 ) -> None:
     phase = indexed()
-    (gate,) = row_security_recall.gates(phase, 0.9)
+    (gate,) = row_security_recall.gates(phase.connection, phase.params, 0.9)
     assert str(gate) == (
         "UNKNOWN policies.recall_holds_for_callers   one_tenant\n"
         '  found   not measured: PostgreSQL says: unrecognized configuration parameter "app.tenant"\n'
@@ -77,10 +77,10 @@ def test_what_cannot_be_measured_as_a_caller_is_unknown_with_its_reason(
         "  do      name in search.seen_as the settings that the policies read, as the application sets them"
     )
     tenants.execute("ALTER POLICY of_tenant ON articles USING (views = current_setting('app.tenant', true)::int)")
-    (gate,) = row_security_recall.gates(phase, 0.9)
+    (gate,) = row_security_recall.gates(phase.connection, phase.params, 0.9)
     assert (gate.verdict, gate.found) == (Verdict.UNKNOWN, "not measured: this role sees no row with a vector")
     tenants.execute(f"REVOKE SELECT ON articles FROM {ROLE}")
-    (gate,) = row_security_recall.gates(phase, 0.9)
+    (gate,) = row_security_recall.gates(phase.connection, phase.params, 0.9)
     assert gate.found == "not measured: PostgreSQL says: permission denied for table articles"
     assert gate.do.endswith('where the runbook may not act as that role: GRANT "one_tenant" TO "postgres";')
 
@@ -89,15 +89,15 @@ def test_without_a_role_it_is_unknown_and_without_policies_there_is_no_gate(
     indexed: Callable[..., Phase], tenants: Connection
 ) -> None:
     phase = indexed(grant_to=())
-    (gate,) = row_security_recall.gates(phase, 0.9)
+    (gate,) = row_security_recall.gates(phase.connection, phase.params, 0.9)
     assert (gate.verdict, gate.do) == (Verdict.UNKNOWN, "name the application's role in search.grant_to")
     tenants.execute("ALTER TABLE articles DISABLE ROW LEVEL SECURITY")
-    assert list(row_security_recall.gates(phase, 0.9)) == []
+    assert list(row_security_recall.gates(phase.connection, phase.params, 0.9)) == []
 
 
 def test_a_role_that_is_not_there_is_unknown_and_named_before_the_start(indexed: Callable[..., Phase]) -> None:
     phase = indexed({"role": "gone", "settings": {"app.tenant": "7"}}, grant_to=())
-    (gate,) = row_security_recall.gates(phase, 0.9)
+    (gate,) = row_security_recall.gates(phase.connection, phase.params, 0.9)
     assert str(gate) == (
         "UNKNOWN policies.recall_holds_for_callers   gone (app.tenant = 7)\n"
         "  found   not measured: there is no such role\n"

@@ -26,7 +26,7 @@ from runbook_lib.core.gates import BadInput
 from runbook_lib.core.registry import NOTEBOOKS_ENV
 from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
-from runbook_lib.runner import folders, manifest, record, runner, verify
+from runbook_lib.runner import finishing, folders, manifest, record, runner, verify
 from tests import small_notebooks
 from tests.conftest import write_params
 from tests.records import make_manifest
@@ -331,23 +331,23 @@ def test_a_run_that_began_by_the_ledger_and_lost_its_runner_is_settled_once(
     began = runner.first_manifest(folder.name, p, tmp_path / "toy.yaml", "migrate", True, (FIRST,))
     began = replace(began, pid=gone.pid)
     manifest.write(folder, began)
-    runner._note_run(p, began, "started")
+    finishing.note_run(p, began, "started")
     with psycopg.connect(database, application_name=f"runbook-runner {folder.name}"):
-        runner.settle_abandoned(p, True)
+        finishing.settle_abandoned(p, True)
         assert manifest.read(folder).status == "running"
     wait_until(lambda: sessions(database, folder.name) == 0, 5)
     time.sleep(0.2)
-    runner.settle_abandoned(p, False)
+    finishing.settle_abandoned(p, False)
     assert manifest.read(folder).status == "running"
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(socket, "gethostname", lambda: "another-host")
-        runner.settle_abandoned(p, True)
+        finishing.settle_abandoned(p, True)
         data = json.loads((folder / manifest.FILE).read_text())
         (folder / manifest.FILE).write_text(json.dumps(data | {"host": "another-host"}))
-        runner.settle_abandoned(p, True)
+        finishing.settle_abandoned(p, True)
         assert manifest.read(folder).status == "running", "the ledger says that it began on the first"
         (folder / manifest.FILE).write_text(json.dumps(data))
-    runner.settle_abandoned(p, True)
+    finishing.settle_abandoned(p, True)
     assert (manifest.read(folder).status, list(verify.check(p, folder.name).failed)) == ("interrupted", [])
 
 

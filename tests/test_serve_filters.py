@@ -133,11 +133,11 @@ def test_recall_is_that_of_an_independent_count(
 ) -> None:
     phase = ready(filters=NAMED | {"partial_indexes": {"status": ["Draft"]}})
     serve_filters.apply(phase)
-    (known,) = filter_indexes.remembered(phase).values()
+    (known,) = filter_indexes.remembered(phase.ledger).values()
     assert known["before"]["recall"] == 1.0, "every row was read"
     statement = statements.route_statement(phase.connection, phase.params, "vector")
     value = Value("status", "Draft", "")
-    (asked,) = partial_index_candidates.questions(phase, {value: 0.4}).values()
+    (asked,) = partial_index_candidates.questions(phase.connection, phase.params, {value: 0.4}).values()
     hits = wanted = 0
     with phase.connection.transaction():
         for name, setting in (
@@ -167,7 +167,7 @@ def test_an_index_that_gains_too_little_is_dropped_again(
     assert partial_indexes(articles) == {}
     assert strategies(phase) == before
     (failed,) = serve_filters.verify(phase).failed
-    (known,) = filter_indexes.remembered(phase).values()
+    (known,) = filter_indexes.remembered(phase.ledger).values()
     was, now = known["before"], known["after"]
     times = known["why_not"].split(" ")[0]
     assert float(times) < 1000
@@ -189,19 +189,17 @@ def test_an_index_that_misses_the_target_or_is_not_used_is_dropped_again(
     real = partial_index_candidates.cheapest_through_the_index
     with monkeypatch.context() as patch:
         patch.setattr(
-            partial_index_candidates,
-            "cheapest_through_the_index",
-            lambda p, asked: replace(real(p, asked), recall=0.5),
+            partial_index_candidates, "cheapest_through_the_index", lambda *asked: replace(real(*asked), recall=0.5)
         )
         serve_filters.apply(phase)
     assert partial_indexes(articles) == {}
-    assert {m["why_not"] for m in filter_indexes.remembered(phase).values()} == {
+    assert {m["why_not"] for m in filter_indexes.remembered(phase.ledger).values()} == {
         "recall 0.500, 0 questions short of rows"
     }
     with monkeypatch.context() as patch:
         patch.setattr(partial_index_candidates, "scans_by_the_function", lambda *_: 3)
         serve_filters.apply(phase)
-    assert {m["why_not"] for m in filter_indexes.remembered(phase).values()} == {
+    assert {m["why_not"] for m in filter_indexes.remembered(phase.ledger).values()} == {
         f"the function uses it in 3 of {CALLS} calls"
     }
     assert partial_indexes(articles) == {}
@@ -225,14 +223,14 @@ def test_interrupted_anywhere_a_rerun_goes_on_and_undo_leads_back(
         if so_far == "invalid":
             articles.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = %s::regclass", [name])
         if so_far == "noted":
-            through = filter_indexes.remembered(phase)[name]["before"] | {"scan": "index", "share": 0.4}
+            through = filter_indexes.remembered(phase.ledger)[name]["before"] | {"scan": "index", "share": 0.4}
             filter_indexes.remember(phase, name, served=True, after=through)
-        measured = filter_indexes.remembered(phase)[name]["before"]
+        measured = filter_indexes.remembered(phase.ledger)[name]["before"]
         assert [s.name for s in serve_filters.plan(phase)] == left_to_do, so_far
         serve_filters.apply(phase)
         assert partial_indexes(articles) == {"(status = 'Draft'::text)": True}
         assert serve_filters.verify(phase).passed
-        assert filter_indexes.remembered(phase)[name]["before"] == measured, (
+        assert filter_indexes.remembered(phase.ledger)[name]["before"] == measured, (
             "with the index there it would say nothing"
         )
         serve_filters.undo(phase)
@@ -262,7 +260,15 @@ def test_tuned_again_since_a_value_is_searched_exactly_once_its_index_is_gone(
     phase = ready(filters=NAMED | {"partial_indexes": {"status": ["Draft"]}})
     serve_filters.apply(phase)
     articles.execute("UPDATE runbook.strategy SET candidates = 77 WHERE value = 'Draft'")
-    assert filter_indexes.is_served(phase, *next(iter(filter_indexes.wanted(phase).items()))) is False
+    assert (
+        filter_indexes.is_served(
+            phase.connection,
+            phase.ledger,
+            phase.params,
+            *next(iter(filter_indexes.wanted(phase.connection, phase.ledger, phase.params).items())),
+        )
+        is False
+    )
     serve_filters.undo(phase)
     assert strategies(phase) == {"Draft": "exact", None: "exact"}
 
@@ -275,7 +281,7 @@ def test_without_named_values_those_that_70_tune_found_wanting_are_served(
     ready: Callable[..., Phase], articles: psycopg.Connection[Any]
 ) -> None:
     phase = ready(filters={"most_indexes": 3, "smallest_gain": 0.001})
-    assert partial_index_candidates.called_for(phase) == [], "never tuned"
+    assert partial_index_candidates.called_for(phase.ledger, phase.params) == [], "never tuned"
     classes = [
         tuned("status", {"fast": 0.2}),
         tuned("status", {"slow, rare": 0.001, "slow": 0.02, "slow, common": 0.3}, p50_ms=40.0),
@@ -285,7 +291,7 @@ def test_without_named_values_those_that_70_tune_found_wanting_are_served(
         {"column": None, "shares": {}, "chosen": None},
     ]
     phase.note("tuning", {"classes": classes})
-    assert partial_index_candidates.called_for(phase) == [
+    assert partial_index_candidates.called_for(phase.ledger, phase.params) == [
         Value("status", "slow, common", "p50 40 ms, above 5 ms"),
         Value("status", "slow", "p50 40 ms, above 5 ms"),
         Value("status", "misses", "recall 0.700, below 0.800"),

@@ -160,7 +160,7 @@ def test_every_distance_has_its_operator_class_and_every_plan_reads_the_index(
     phase.connection.execute("SELECT '[1]'::vector")
     for statement in search_function.set_search_setting(phase.connection, phase.params, 100):
         phase.do(statement)
-    assert [str(g) for g in explain.gates(phase) if g.verdict != "PASS"] == []
+    assert [str(g) for g in explain.gates(phase.connection, phase.ledger, phase.params) if g.verdict != "PASS"] == []
 
 
 @pytest.mark.parametrize("storage", ["halfvec", "bit"])
@@ -172,7 +172,7 @@ def test_ivfflat_and_a_side_table_take_every_storage(built: Callable[..., Phase]
     assert [str(g) for g in build_index.verify(phase) if g.verdict != "PASS"] == []
     for statement in search_function.set_search_setting(phase.connection, phase.params, 4):
         phase.do(statement)
-    assert [str(g) for g in explain.gates(phase) if g.verdict != "PASS"] == []
+    assert [str(g) for g in explain.gates(phase.connection, phase.ledger, phase.params) if g.verdict != "PASS"] == []
 
 
 def test_a_column_of_more_than_2000_dimensions_is_indexed_as_halfvec(
@@ -271,11 +271,11 @@ def test_interrupted_between_swap_and_drop_the_way_back_brings_index_and_functio
 def test_another_rerank_alone_makes_the_function_anew(built: Callable[..., Phase], open_phase: Open) -> None:
     built(index=BIT)
     phase = open_phase("operate/rebuild_index", **SECTIONS, index=BIT | {"rerank": 12})
-    assert storage_switch.changes_function(phase, "bit")
+    assert storage_switch.changes_function(phase.connection, phase.params, "bit")
     statements = search_function.set_search_setting(phase.connection, phase.params, 40)
     assert [s.name for s in statements][:2] == ["search.create_function", "search.set_search_settings"]
     for statement in statements:
         phase.do(statement)
     assert search_function.is_as_planned(phase.connection, phase.params) and not storage_switch.changes_function(
-        phase, "bit"
+        phase.connection, phase.params, "bit"
     )

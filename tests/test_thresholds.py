@@ -67,7 +67,7 @@ def test_what_nobody_judged_is_called_accepted_only_where_it_is(open_phase: Call
     verdicts = []
     for accepted in (False, True):
         phase = open_phase("80_shadow", cut_over={"accept_unjudged": accepted})
-        verdicts.append(said(shadow._relevance_is_kept(phase, recorded, "vector"))[:2])
+        verdicts.append(said(shadow._relevance_is_kept(phase.params, recorded, "vector"))[:2])
     assert verdicts == [
         ("UNKNOWN", "no judgements"),
         ("PASS", "no judgements, accepted by cut_over.accept_unjudged"),
@@ -83,7 +83,7 @@ def test_gates_of_relevance_and_time_show_why_they_fail(open_phase: Callable[...
         "exact": {"p50_ms": 20.0, "p95_ms": 30.0},
     }
     recorded: dict[str, Any] = {"systems": systems, "paired": pair, "slices": [], "judged": 50, "winner": "legacy"}
-    assert said(shadow._relevance_is_kept(phase, recorded, "vector")) == (
+    assert said(shadow._relevance_is_kept(phase.params, recorded, "vector")) == (
         "FAIL",
         "nDCG@10 0.2996 on 50 judged queries, legacy 0.300 (difference -0.001 to +0.000, p = 0.04); best is legacy",
         "at least 0.3000",
@@ -97,7 +97,7 @@ def test_gates_of_relevance_and_time_show_why_they_fail(open_phase: Callable[...
         "at most 26.000 ms",
     )
     was, now = (index_recall.IndexRecall("i", r, 1.0, 0, 200) for r in (0.9998, 0.9496))
-    assert said(rebuild_index.recall_gate(phase, "rebuild.new_index_finds_as_much", "i", was, now)) == (
+    assert said(rebuild_index.recall_gate(phase.params, "rebuild.new_index_finds_as_much", "i", was, now)) == (
         "FAIL",
         "recall 0.9496 on 200 queries, 0 short of rows; before recall 1.000 on 200 queries, 0 short of rows",
         "recall 0.9500, no more queries short of rows than before",

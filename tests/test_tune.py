@@ -49,7 +49,8 @@ def measured(way: ways.Way, recall: float = 1.0, low: float = 1.0, p50_ms: float
 
 
 def test_values_fall_into_classes_by_the_rows_that_they_let_through(ready: Callable[..., Phase]) -> None:
-    found = filter_classes.find(ready())
+    phase = ready()
+    found = filter_classes.find(phase.connection, phase.params)
     assert [(str(c), c.values, list(c.shares)) for c in found] == [
         ("unfiltered", (), []),
         ("status, below 1 %", ("Rare",), []),
@@ -64,13 +65,13 @@ def test_many_rare_values_are_measured_by_a_few_and_not_listed(
 ) -> None:
     phase = ready()
     articles.execute("UPDATE articles SET status = 'tenant ' || id WHERE id <= 100")
-    rare = filter_classes.find(phase)[1]
+    rare = filter_classes.find(phase.connection, phase.params)[1]
     assert (rare.bucket, len(rare.values), rare.shares) == ("below 1 %", filter_classes.MEASURED_VALUES, {})
 
 
 def test_rows_stand_in_for_missing_queries_and_never_count_themselves(ready: Callable[..., Phase]) -> None:
     phase = ready()
-    asked, agrees, seconds = filter_classes.questions(phase, [filter_classes.UNFILTERED])
+    asked, agrees, seconds = filter_classes.questions(phase.connection, phase.params, [filter_classes.UNFILTERED])
     questions = asked[filter_classes.UNFILTERED]
     assert agrees.verdict == "PASS" and len(seconds) == exact.CHECKED
     assert len(questions) == FEW["queries"]
@@ -123,7 +124,7 @@ def test_tuning_is_measured_written_down_and_carried_into_the_function(ready: Ca
         ("status", "below 1 %"), ("status", "1 to 10 %"), ("status", "above 50 %")
     ]  # fmt: skip
     swept = found.to_frame()
-    assert swept.equals(tune.sweep(phase).to_frame()), "the ledger has what the cell has shown"
+    assert swept.equals(tune.sweep(phase.ledger).to_frame()), "the ledger has what the cell has shown"
     unfiltered = swept[(swept["filter"] == "") & ~swept["held_out"]]
     assert unfiltered["candidates"].tolist() == [20, 60]
     assert unfiltered["recall"].tolist() == [p["recall"] for p in recorded["points"]]
@@ -258,7 +259,7 @@ def test_a_plan_measures_and_changes_nothing(ready: Callable[..., Phase]) -> Non
     phase = gates_passed(Phase(phase.name, phase.run_id, False, phase.params, phase.connection, phase.ledger))
     tune.apply(phase)
     assert phase.ledger.latest("tuning") is None
-    assert len(tune.sweep(phase).to_frame()) == 0, "the cell below it passes as well"
+    assert len(tune.sweep(phase.ledger).to_frame()) == 0, "the cell below it passes as well"
     assert tune.undo_plan(phase).statements == ()
 
 

@@ -240,7 +240,7 @@ def test_interrupted_after_the_update_the_rerun_still_builds_the_index_anew(
     )
     assert [s.name for s in update_extension.plan(operation)] == ["index.create_hnsw", "rebuild.swap", "rebuild.drop"]
     update_extension.build_beside(operation)
-    assert [s.role for s in rebuild_index.standing(operation)] == ["current", "new"]
+    assert [s.role for s in rebuild_index.standing(operation.connection, operation.params)] == ["current", "new"]
     assert update_extension.verify_new(operation).passed
     update_extension.swap(operation)
     assert not [
@@ -252,8 +252,8 @@ def test_interrupted_after_the_update_the_rerun_still_builds_the_index_anew(
 def test_what_this_role_may_not_see_is_said(
     articles: psycopg.Connection[Any], operation: Phase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(update_extension, "_changed_at", lambda _: (None, "migrator"))
-    found = update_extension.holders(operation)
+    monkeypatch.setattr(update_extension, "_changed_at", lambda *_: (None, "migrator"))
+    found = update_extension.holders(operation.connection, operation.params)
     assert str(found.verdict) == "UNKNOWN"
     assert found.do.endswith(
         "have a superuser run: GRANT EXECUTE ON FUNCTION pg_config(), pg_stat_file(text, boolean) TO migrator;"
@@ -261,7 +261,7 @@ def test_what_this_role_may_not_see_is_said(
 
 
 def test_undo_says_what_there_is(operation: Phase) -> None:
-    assert update_extension.undo_plan(operation).statements == ()
+    assert update_extension.undo_plan(operation.connection).statements == ()
     assert [row[0] for row in update_extension.way_back(operation).rows] == [
         "library",
         "catalogue",

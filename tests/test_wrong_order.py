@@ -273,7 +273,7 @@ def test_the_server_refuses_what_forgot_to_ask(opened: Callable[..., Stepped], t
     stepped, before = opened("migrate/60_build_index", execute=execute), fingerprint(there, but="runbook.entry")
 
     def is_fenced() -> None:
-        with stepped.phase.another("toy") as second:
+        with db.beside(stepped.phase.connection, stepped.phase.params, "toy") as second:
             for connection in (stepped.phase.connection, second):
                 with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
                     connection.execute("UPDATE articles SET views = views + 1")
@@ -281,7 +281,7 @@ def test_the_server_refuses_what_forgot_to_ask(opened: Callable[..., Stepped], t
     is_fenced()
     stepped.section(REQUIRE)
     is_fenced()
-    with stepped.phase.opened(), stepped.phase.another("toy") as second:
+    with stepped.phase.opened(), db.beside(stepped.phase.connection, stepped.phase.params, "toy") as second:
         for connection in (stepped.phase.connection, second) if execute else ():
             with connection.transaction(force_rollback=True):
                 connection.execute("UPDATE articles SET views = views + 1")

@@ -63,8 +63,8 @@ def pick(
 
     Raises BadInput where the parameters ask for what the server cannot do.
     """
-    if not vector_store.of(params).in_the_table:
-        return StrategyChoice("side_table", "vector.layout: the staging table becomes the side table")
+    if why := vector_store.of(params).promoted:
+        return StrategyChoice("side_table", why)
     if params.target.distributed:
         return StrategyChoice("key_ranges", "the table is distributed: its pages lie on other servers")
     largest = max(found, key=lambda r: r.blocks, default=None)
@@ -109,7 +109,7 @@ def choose(connection: db.Connection, params: Params, tried: Effects | None = No
     """Looks at the table, asks the planner, and picks."""
     found = relations(connection, params)
     version, p = connection.info.server_version, params
-    asks = vector_store.of(p).in_the_table and not p.target.distributed and versions.scans_ranges_of_blocks(version)
+    asks = not vector_store.of(p).promoted and not p.target.distributed and versions.scans_ranges_of_blocks(version)
     ranges = asks and all(_reads_ranges(connection, params, r.part) for r in found)
     return pick(p, version, found, reads_ranges=ranges, tried=tried)
 

@@ -26,6 +26,7 @@ from runbook_lib.core.names import changing, names
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import embedding, masking
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("refresh")
@@ -91,15 +92,15 @@ class _Worker:
         return self.phase.connection.execute(query, self.values | values)
 
 
-def waiting(phase: Phase, before: datetime | None = None) -> Waiting:
+def waiting(connection: db.Connection, params: Params, before: datetime | None = None) -> Waiting:
     """The rows that wait in the queue, and why. before: the time for ``since_before``; now if not given."""
-    e = phase.params.embeddings
+    e = params.embeddings
     values = {"tries": e.refresh_tries, "before": before}
-    row = db.one(phase.connection, SQL["state"], phase.params, **values)
+    row = db.one(connection, SQL["state"], params, **values)
     why = (
         "changed since the last drain"
         if e.has_model
-        else f"for newer vectors: {embedding.described(phase.params)} has no model"
+        else f"for newer vectors: {embedding.described(params)} has no model"
     )
     why += f"; {number(row['tried'])} of them were tried: {row['tried_error']}" if row["tried"] else ""
     return Waiting(row["waiting"], row["waiting_since_before"], row["set_aside"], row["oldest_s"], row["error"], why)
@@ -115,23 +116,24 @@ def drain(phase: Phase) -> Drained:
     that changes between reading and writing is left to its newer place in the queue. Vectors made elsewhere have no
     model to ask: what has its vector meanwhile leaves the queue, the rest waits.
     """
-    if not phase.params.embeddings.has_model:
-        return Drained(_settle(phase), 0, 0)
+    params = phase.params
+    if not params.embeddings.has_model:
+        return Drained(_settle(phase.connection, params), 0, 0)
     connection = phase.connection
     register_vector(connection)
-    until = db.one(connection, SQL["clock"], phase.params)["now"]
-    rules = masking.rules(phase.params.masking)
-    worker = _Worker(phase, embedding.model(phase.params), rules, secrets.randbits(31), until)
+    until = db.one(connection, SQL["clock"], params)["now"]
+    rules = masking.rules(params.masking)
+    worker = _Worker(phase, embedding.model(params), rules, secrets.randbits(31), until)
     worker.run("worker")
     done: list[Drained] = []
     try:
         done += _until_none_is_left(worker)
         wait_s = db.FIRST_WAIT_BETWEEN_TRIES_S
-        for _ in range(phase.params.locks.tries):
+        for _ in range(params.locks.tries):
             if not worker.put_off:
                 break
             time.sleep(wait_s)
-            wait_s = min(wait_s * 2, phase.params.locks.longest_wait_between_tries_s)
+            wait_s = min(wait_s * 2, params.locks.longest_wait_between_tries_s)
             if _take_up_again(worker):
                 done += _until_none_is_left(worker)
     finally:
@@ -173,9 +175,9 @@ def _held(worker: _Worker, keys: Iterable[Any]) -> set[Any]:
     return set(keys) - locked
 
 
-def _settle(phase: Phase) -> int:
-    own = names(phase.params) | changing(phase.params)
-    return phase.connection.execute(SQL["settle"].compose(own), {}).rowcount
+def _settle(connection: db.Connection, params: Params) -> int:
+    own = names(params) | changing(params)
+    return connection.execute(SQL["settle"].compose(own), {}).rowcount
 
 
 def _claim(worker: _Worker) -> list[db.Row]:

@@ -23,6 +23,7 @@ from runbook_lib.core.display import duration, number
 from runbook_lib.core.gates import RunbookError
 from runbook_lib.core.names import names
 from runbook_lib.core.phase import Phase
+from runbook_lib.params import Params
 from runbook_lib.sql import Block, load
 
 SQL = load("partitioning")
@@ -44,12 +45,12 @@ class Move:
     extra: the names that the blocks of partitioning.sql need besides the common ones.
     """
 
-    phase: Phase
+    params: Params
     extra: dict[str, sql.Composable]
 
     def run(self, connection: db.Connection, block: Block, **values: Any) -> psycopg.Cursor[db.Row]:
         """Carries out one block."""
-        return connection.execute(block.compose(names(self.phase.params) | self.extra), values)
+        return connection.execute(block.compose(names(self.params) | self.extra), values)
 
     def row(self, connection: db.Connection, block: Block, **values: Any) -> db.Row:
         """The single row of a block."""
@@ -69,17 +70,16 @@ class Swapped:
 
 
 @contextmanager
-def session(phase: Phase) -> Iterator[db.Connection]:
+def session(connection: db.Connection, params: Params) -> Iterator[db.Connection]:
     """A connection from which no policy hides a row."""
-    with phase.another("move") as connection:
-        connection.execute(SQL["session"].compose({}))
-        yield connection
+    with db.beside(connection, params, "move") as reader:
+        reader.execute(SQL["session"].compose({}))
+        yield reader
 
 
-def copy(move: Move, total: int) -> int:
+def copy(phase: Phase, move: Move, total: int) -> int:
     """Copies every row that is left, by key, each batch with its checkpoint; returns the rows that are there."""
-    phase = move.phase
-    with session(phase) as connection, Progress("copied", total) as progress:
+    with session(phase.connection, phase.params) as connection, Progress("copied", total) as progress:
         state = move.row(connection, SQL["copying"])
         progress.add(int(state["rows"]))
 
@@ -112,16 +112,16 @@ def apply_changes(move: Move, connection: db.Connection, rows: int) -> int:
     return int(taken["rows"])
 
 
-def catch_up(move: Move, few: int | None = None) -> int:
+def catch_up(phase: Phase, move: Move, few: int | None = None) -> int:
     """Rounds until at most so many changes wait; returns the changes that were applied.
 
     few: half of what the swap may take, if not given. Raises RunbookError where changes come faster than that.
     """
-    phase, p = move.phase, move.phase.params.partitioning
+    p = move.params.partitioning
     enough = p.most_rows_in_swap // 2 if few is None else few
     until = time.monotonic() + p.longest_catch_up_minutes * 60
     with ExitStack() as stack:
-        connection = stack.enter_context(session(phase))
+        connection = stack.enter_context(session(phase.connection, phase.params))
         if queued(move, connection, enough + 1) <= enough:
             return 0
         throttle = stack.enter_context(throttled(phase, [db.server_pid(connection)]))
@@ -145,12 +145,12 @@ def catch_up(move: Move, few: int | None = None) -> int:
     return progress.done
 
 
-def swap(move: Move, statement: db.Statement) -> Swapped:
+def swap(phase: Phase, move: Move, statement: db.Statement) -> Swapped:
     """The last changes and the change of names in one transaction, which waits for its lock in short tries.
 
     Where too many changes have come before the lock was there, the try is given up and they are applied first.
     """
-    params = move.phase.params
+    params = move.params
     most = params.partitioning.most_rows_in_swap
     locked = [0.0]
 
@@ -165,8 +165,8 @@ def swap(move: Move, statement: db.Statement) -> Swapped:
         return drained
 
     for tries in range(1, params.locks.tries + 1):
-        catch_up(move)
-        with session(move.phase) as connection:
+        catch_up(phase, move)
+        with session(phase.connection, params) as connection:
             try:
                 drained, lock_tries = db.in_short_tries(
                     connection, params, statement.name, statement.lock, lambda: work(connection)
@@ -175,7 +175,7 @@ def swap(move: Move, statement: db.Statement) -> Swapped:
                 print(f"  {statement.name}: try {tries}, more than {number(most)} changes came; catching up first")
                 continue
         swapped = Swapped(time.perf_counter() - locked[0], drained, tries + lock_tries - 1)
-        move.phase.note_statement(db.Done(statement, -1, swapped.seconds, swapped.tries))
+        phase.note_statement(db.Done(statement, -1, swapped.seconds, swapped.tries))
         print(f"  {statement.name}: done, {duration(swapped.seconds)} under the lock, {drained} changes in it")
         return swapped
     raise RunbookError(

@@ -15,7 +15,6 @@ from runbook_lib.backfill.online_copy import Move
 from runbook_lib.core import db
 from runbook_lib.core.display import Table
 from runbook_lib.core.names import digits, identifier, shortened, spelled, trigger_name, verbatim
-from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -40,9 +39,9 @@ def spelled_beside(params: Params, tail: str) -> str:
     return beside(params, tail).as_string().replace("%%", "%")
 
 
-def column(phase: Phase) -> str:
+def column(params: Params) -> str:
     """The column whose values divide the table; empty where the parameters name none."""
-    return phase.params.partitioning.column or ""
+    return params.partitioning.column or ""
 
 
 @dataclass(frozen=True)
@@ -72,38 +71,38 @@ class TwinState:
         return "the ordinary table serves" + (", the partitioned one is being filled" if self.parts else "")
 
 
-def standing(phase: Phase) -> TwinState:
+def standing(connection: db.Connection, params: Params) -> TwinState:
     """How far the move has come, by the catalogue."""
-    p = phase.params
     row = db.one(
-        phase.connection,
+        connection,
         SQL["standing"],
-        p,
-        table=spelled(p, "table"),
-        parts=spelled_beside(p, PARTS),
-        whole=spelled_beside(p, WHOLE),
-        move=spelled(p, "move"),
+        params,
+        table=spelled(params, "table"),
+        parts=spelled_beside(params, PARTS),
+        whole=spelled_beside(params, WHOLE),
+        move=spelled(params, "move"),
     )
     return TwinState(**row)
 
 
-def catalogue(phase: Phase, block: str, **values: Any) -> list[db.Row]:
+def catalogue(connection: db.Connection, params: Params, block: str, **values: Any) -> list[db.Row]:
     """What the catalogue says about the table that serves."""
-    return db.rows(phase.connection, SQL[block], phase.params, table=spelled(phase.params, "table"), **values)
+    return db.rows(connection, SQL[block], params, table=spelled(params, "table"), **values)
 
 
-def move(phase: Phase) -> Move:
+def move(connection: db.Connection, params: Params) -> Move:
     """From the table that serves to the one beside it."""
-    p = phase.params
-    columns = [row["name"] for row in catalogue(phase, "columns")]
-    key = db.one(phase.connection, CONDITIONS["column_types"], p, table=spelled(p, "table"), columns=[p.target.key])
+    columns = [row["name"] for row in catalogue(connection, params, "columns")]
+    key = db.one(
+        connection, CONDITIONS["column_types"], params, table=spelled(params, "table"), columns=[params.target.key]
+    )
 
     def listed(alias: str = "") -> sql.Composable:
         return sql.SQL(", ").join(identifier(*([alias] if alias else []), c) for c in columns)
 
-    other = beside(p, WHOLE if standing(phase).serves == "p" else PARTS)
+    other = beside(params, WHOLE if standing(connection, params).serves == "p" else PARTS)
     extra = {"beside": other, "columns": listed("t"), "columns_beside": listed("b"), "written": listed()}
-    return Move(phase, extra | {"key_type": verbatim(key["type"])})
+    return Move(params, extra | {"key_type": verbatim(key["type"])})
 
 
 @dataclass(frozen=True)
@@ -116,19 +115,19 @@ class Leaf:
     statement: sql.Composable
 
 
-def leaves(phase: Phase, shares: Mapping[str, float]) -> list[Leaf]:
+def leaves(connection: db.Connection, params: Params, shares: Mapping[str, float]) -> list[Leaf]:
     """The partitions that will be made. shares: of the rows, by value of the column; not asked for by hash."""
-    p, settings = phase.params, phase.params.partitioning
-    options = [row["option"].partition("=") for row in catalogue(phase, "options")]
+    settings = params.partitioning
+    options = [row["option"].partition("=") for row in catalogue(connection, params, "options")]
     pairs = sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.SQL(name), sql.Literal(v)) for name, _, v in options)
     common = {
-        "parts": beside(p, PARTS),
+        "parts": beside(params, PARTS),
         "options": sql.SQL("WITH ({})").format(pairs) if options else sql.SQL(""),
     }
 
     def leaf(block: str, tail: str, holds: str, share: float | None, **own: sql.Composable) -> Leaf:
-        name = beside_name(p.target.table, tail)
-        made = SQL[block].compose(common | own | {"leaf": identifier(p.target.schema_, name)})
+        name = beside_name(params.target.table, tail)
+        made = SQL[block].compose(common | own | {"leaf": identifier(params.target.schema_, name)})
         return Leaf(name, holds, share, made)
 
     if settings.method == "hash":
@@ -160,19 +159,21 @@ def leaves(phase: Phase, shares: Mapping[str, float]) -> list[Leaf]:
     return [*made, leaf("partition_of_rest", "_p_rest", "every other value", rest)]
 
 
-def expected(phase: Phase, shares: Mapping[str, float]) -> Table:
+def expected(connection: db.Connection, params: Params, shares: Mapping[str, float]) -> Table:
     """The partitions that will be made, or that there are, with their rows."""
-    if standing(phase).serves == "p":
-        return Table.of(catalogue(phase, "partitioned_by", relation=spelled(phase.params, "table")))
-    rows = [(f.name, f.holds, None if f.share is None else f"{f.share:.1%}") for f in leaves(phase, shares)]
+    if standing(connection, params).serves == "p":
+        return Table.of(catalogue(connection, params, "partitioned_by", relation=spelled(params, "table")))
+    rows = [
+        (f.name, f.holds, None if f.share is None else f"{f.share:.1%}") for f in leaves(connection, params, shares)
+    ]
     return Table(("partition", "holds", "rows"), rows, "the disk must hold the table twice, with its indexes")
 
 
-def create_table(phase: Phase, shares: Mapping[str, float]) -> db.Statement:
+def create_table(connection: db.Connection, params: Params, shares: Mapping[str, float]) -> db.Statement:
     """The twin, empty, with its partitions, its key and the owner of the table."""
-    p, made = phase.params, leaves(phase, shares)
-    key = catalogue(phase, "key", column=column(phase))[0]
-    owned = [identifier(p.target.schema_, f.name) for f in made] + [beside(p, PARTS)]
+    made = leaves(connection, params, shares)
+    key = catalogue(connection, params, "key", column=column(params))[0]
+    owned = [identifier(params.target.schema_, f.name) for f in made] + [beside(params, PARTS)]
     owners = [
         SQL["set_owner"].compose({"relation": relation, "owner": identifier(key["owner"])})
         for relation in owned
@@ -180,48 +181,47 @@ def create_table(phase: Phase, shares: Mapping[str, float]) -> db.Statement:
     ]
     return db.statement(
         SQL["create_table"],
-        p,
+        params,
         {
-            "parts": beside(p, PARTS),
-            "method": sql.SQL(p.partitioning.method),
-            "column": identifier(column(phase)),
+            "parts": beside(params, PARTS),
+            "method": sql.SQL(params.partitioning.method),
+            "column": identifier(column(params)),
             "partitions": sql.SQL(";\n").join([*(f.statement for f in made), *owners]),
             "parts_key": identifier(beside_name(key["key_name"] or "key", PARTS)),
         },
     )
 
 
-def indexes(phase: Phase, relation: str) -> dict[str, db.Row]:
+def indexes(connection: db.Connection, params: Params, relation: str) -> dict[str, db.Row]:
     """The indexes of a relation by name."""
-    return {row["name"]: row for row in db.rows(phase.connection, SQL["indexes"], phase.params, relation=relation)}
+    return {row["name"]: row for row in db.rows(connection, SQL["indexes"], params, relation=relation)}
 
 
-def missing_indexes(phase: Phase) -> list[db.Statement]:
+def missing_indexes(connection: db.Connection, params: Params) -> list[db.Statement]:
     """CREATE INDEX for each index that the partitioned table lacks; vector indexes last, since they take longest."""
-    p = phase.params
-    there = indexes(phase, spelled_beside(p, PARTS))
+    there = indexes(connection, params, spelled_beside(params, PARTS))
     return [
         db.statement(
             SQL["create_index"],
-            p,
+            params,
             {
                 "beside_index": identifier(beside_name(name, PARTS)),
-                "parts": beside(p, PARTS),
+                "parts": beside(params, PARTS),
                 "tail": verbatim(row["tail"]),
             },
         )
-        for name, row in indexes(phase, spelled(p, "table")).items()
+        for name, row in indexes(connection, params, spelled(params, "table")).items()
         if not row["is_key"] and beside_name(name, PARTS) not in there
     ]
 
 
-def _renames(phase: Phase, names: Sequence[str], was: str, becomes: str) -> sql.Composable:
+def _renames(params: Params, names: Sequence[str], was: str, becomes: str) -> sql.Composable:
     """ALTER INDEX for each name, with a tail or without; a space where there is none."""
 
     def with_tail(name: str, tail: str) -> str:
         return beside_name(name, tail) if tail else name
 
-    schema = phase.params.target.schema_
+    schema = params.target.schema_
     return sql.SQL(";\n").join(
         SQL["rename_index"].compose(
             {
@@ -233,33 +233,37 @@ def _renames(phase: Phase, names: Sequence[str], was: str, becomes: str) -> sql.
     )
 
 
-def swap_statement(phase: Phase) -> db.Statement:
+def swap_statement(connection: db.Connection, params: Params) -> db.Statement:
     """The swap, or the swap back where the partitioned table serves."""
-    p, found = phase.params, standing(phase)
+    found = standing(connection, params)
     back = found.serves == "p"
     leaves_with, comes_with = (PARTS, WHOLE) if back else (WHOLE, PARTS)
-    there = indexes(phase, spelled_beside(p, comes_with))
-    names = [n for n in indexes(phase, spelled(p, "table")) if not there or beside_name(n, comes_with) in there]
-    texts = [row["statement"] for row in catalogue(phase, "owned_sequences")]
-    own = [trigger_name(p, event) for event in ("move", "move_truncate")]
+    there = indexes(connection, params, spelled_beside(params, comes_with))
+    names = [
+        n
+        for n in indexes(connection, params, spelled(params, "table"))
+        if not there or beside_name(n, comes_with) in there
+    ]
+    texts = [row["statement"] for row in catalogue(connection, params, "owned_sequences")]
+    own = [trigger_name(params, event) for event in ("move", "move_truncate")]
     if back:
-        kept = {"beside": spelled_beside(p, comes_with), "own_triggers": own}
-        texts += [row["statement"] for row in catalogue(phase, "fire_always", **kept)]
+        kept = {"beside": spelled_beside(params, comes_with), "own_triggers": own}
+        texts += [row["statement"] for row in catalogue(connection, params, "fire_always", **kept)]
     else:
-        texts += [row["statement"] for row in catalogue(phase, "definitions", own_triggers=own)]
+        texts += [row["statement"] for row in catalogue(connection, params, "definitions", own_triggers=own)]
     stands = found.whole if back else found.parts
-    goes_on = catalogue(phase, "identities", beside=spelled_beside(p, comes_with)) if stands else []
+    goes_on = catalogue(connection, params, "identities", beside=spelled_beside(params, comes_with)) if stands else []
     return db.statement(
         SQL["swap_back" if back else "swap"],
-        p,
+        params,
         {
-            "parts": beside(p, PARTS),
-            "whole": beside(p, WHOLE),
-            "parts_name": identifier(beside_name(p.target.table, PARTS)),
-            "whole_name": identifier(beside_name(p.target.table, WHOLE)),
-            "table_name": identifier(p.target.table),
-            "indexes_away": _renames(phase, names, "", leaves_with),
-            "indexes_here": _renames(phase, names, comes_with, ""),
+            "parts": beside(params, PARTS),
+            "whole": beside(params, WHOLE),
+            "parts_name": identifier(beside_name(params.target.table, PARTS)),
+            "whole_name": identifier(beside_name(params.target.table, WHOLE)),
+            "table_name": identifier(params.target.table),
+            "indexes_away": _renames(params, names, "", leaves_with),
+            "indexes_here": _renames(params, names, comes_with, ""),
             "identities": sql.SQL(";\n").join(verbatim(row["statement"]) for row in goes_on),
             "definitions": sql.SQL(";\n").join(map(verbatim, texts)),
         },

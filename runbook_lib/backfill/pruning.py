@@ -16,6 +16,7 @@ from psycopg import sql
 from runbook_lib.core import db
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, LockNotObtained, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
@@ -29,22 +30,23 @@ FILLFACTOR = 80
 MOST_TRIES = 3
 
 
-def plan(phase: Phase, parts: Sequence[str]) -> list[db.Statement]:
+def plan(connection: db.Connection, params: Params, parts: Sequence[str]) -> list[db.Statement]:
     """Lowers the fillfactor of these relations (as PostgreSQL spells them) where it is higher."""
-    found = {part: _fillfactor(phase.connection, phase.params, part) for part in parts}
-    return [_set(phase.params, part, FILLFACTOR) for part, value in found.items() if (value or 100) > FILLFACTOR]
+    found = {part: _fillfactor(connection, params, part) for part in parts}
+    return [_set(params, part, FILLFACTOR) for part, value in found.items() if (value or 100) > FILLFACTOR]
 
 
 @changes
 def apply(phase: Phase, parts: Sequence[str]) -> None:
     """Writes down what was there, then carries out the plan; continues without it where the table is held."""
-    statements = plan(phase, parts)
+    connection, params = phase.connection, phase.params
+    statements = plan(connection, params, parts)
     if not statements:
         return
-    before = {part: _fillfactor(phase.connection, phase.params, part) for part in parts}
-    phase.note("fillfactor", {"before": before | _open(phase)})
-    few = phase.params.locks.model_copy(update={"tries": min(MOST_TRIES, phase.params.locks.tries)})
-    hurried = replace(phase, params=phase.params.model_copy(update={"locks": few}))
+    before = {part: _fillfactor(connection, params, part) for part in parts}
+    phase.note("fillfactor", {"before": before | _open(phase.ledger)})
+    few = params.locks.model_copy(update={"tries": min(MOST_TRIES, params.locks.tries)})
+    hurried = replace(phase, params=params.model_copy(update={"locks": few}))
     for statement in statements:
         try:
             hurried.do(statement)
@@ -52,30 +54,26 @@ def apply(phase: Phase, parts: Sequence[str]) -> None:
             print(f"  the fillfactor stays as it is, so fewer updates stay on their page: {error.found}")
 
 
-def restore_plan(phase: Phase) -> list[db.Statement]:
+def restore_plan(connection: db.Connection, ledger: Ledger, params: Params) -> list[db.Statement]:
     """Puts back what the backfill changed, where the database still has it."""
     changed = {
         p: v
-        for p, v in _open(phase).items()
-        if db.relation_exists(phase.connection, p) and _fillfactor(phase.connection, phase.params, p) != v
+        for p, v in _open(ledger).items()
+        if db.relation_exists(connection, p) and _fillfactor(connection, params, p) != v
     }
-    return [_set(phase.params, part, value) for part, value in changed.items()]
+    return [_set(params, part, value) for part, value in changed.items()]
 
 
 def restore(phase: Phase) -> None:
     """Carries that out."""
-    for statement in restore_plan(phase):
+    for statement in restore_plan(phase.connection, phase.ledger, phase.params):
         phase.do(statement)
 
 
-def verify(phase: Phase) -> list[Gate]:
+def verify(connection: db.Connection, ledger: Ledger, params: Params) -> list[Gate]:
     """The fillfactor is what it was; nothing to say where the backfill never changed it."""
-    before = _open(phase)
-    now = {
-        part: _fillfactor(phase.connection, phase.params, part)
-        for part in before
-        if db.relation_exists(phase.connection, part)
-    }
+    before = _open(ledger)
+    now = {part: _fillfactor(connection, params, part) for part in before if db.relation_exists(connection, part)}
     wrong = {part: value for part, value in now.items() if value != before[part]}
     if not before:
         return []
@@ -96,9 +94,9 @@ def _said(value: int | None) -> str:
     return "not set" if value is None else number(value)
 
 
-def _open(phase: Phase) -> dict[str, int | None]:
+def _open(ledger: Ledger) -> dict[str, int | None]:
     """What stood there before the first change that this migration made."""
-    return dict((phase.ledger.latest("fillfactor") or {"before": {}})["before"])
+    return dict((ledger.latest("fillfactor") or {"before": {}})["before"])
 
 
 def _fillfactor(connection: db.Connection, params: Params, part: str) -> int | None:

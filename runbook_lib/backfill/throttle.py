@@ -181,7 +181,7 @@ def throttled(
     phase: Phase, pids: Sequence[int] = (), past: list[tuple[str, float]] | None = None
 ) -> Iterator[Throttle]:
     """A throttle on a session of its own. pids: the sessions at work. past: takes the pauses that ended."""
-    with phase.another("health") as connection:
+    with db.beside(phase.connection, phase.params, "health") as connection:
         pause = Pause(phase, [] if past is None else past)
         try:
             yield Throttle(phase, connection, pause, health.LastLook(pids=list(pids)))

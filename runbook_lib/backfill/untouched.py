@@ -15,6 +15,7 @@ from runbook_lib.backfill import hooks, update_effects, vector_store
 from runbook_lib.core import db
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import added_columns, spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
@@ -65,7 +66,7 @@ class Witness:
 
 def witness(connection: db.Connection, params: Params, seen: Compared) -> Witness | None:
     """For one worker; None where no row of the table is updated, or rows cannot be looked at by one server."""
-    if params.target.distributed or not vector_store.of(params).in_the_table:
+    if params.target.distributed or not vector_store.of(params).columns(params):
         return None
     return Witness(update_effects.bench(connection, params, added_columns(params)), seen)
 
@@ -92,14 +93,14 @@ def note_agreed(phase: Phase, effects: update_effects.Effects) -> None:
         phase.note(AGREED, {"columns": sorted(effects.columns), "written": written})
 
 
-def verify(phase: Phase) -> list[Gate]:
+def verify(connection: db.Connection, ledger: Ledger, params: Params) -> list[Gate]:
     """Nothing but the runbook's columns was changed, or the triggers and rules that do so are agreed to by name."""
-    found = phase.ledger.latest_standing(KIND, "30_expand_schema")
+    found = ledger.latest_standing(KIND, "30_expand_schema")
     if not found:
         return []
-    agreed = phase.ledger.latest_standing(AGREED, "30_expand_schema") or {"columns": [], "written": []}
-    there = hooks.look(phase.connection, phase.params)
-    accepted = [h for h in there if h.accepted(phase.params)]
+    agreed = ledger.latest_standing(AGREED, "30_expand_schema") or {"columns": [], "written": []}
+    there = hooks.look(connection, params)
+    accepted = [h for h in there if h.accepted(params)]
     beyond = {*found["columns"]} - {*agreed["columns"]} | {*found["written"]} - {*agreed["written"]}
     # What a trigger that is agreed to does to one row in a thousand is agreed to as well, unless another may do it.
     others = len(accepted) < len(there) or not accepted
@@ -110,7 +111,7 @@ def verify(phase: Phase) -> list[Gate]:
         gate(
             "backfill.nothing_else_was_touched",
             not (beyond and others),
-            spelled(phase.params, "table"),
+            spelled(params, "table"),
             found=f"{number(found['rows'])} rows compared in the transactions that gave them their vectors: "
             + ("; ".join(parts) or "no other column changed, nothing else was written")
             + by,

@@ -15,7 +15,15 @@ from psycopg import sql
 from runbook_lib.backfill.throttle import first_pace, in_turn
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, number
-from runbook_lib.core.names import has_side_table, identifier, names, side_table_name, spelled, verbatim
+from runbook_lib.core.names import (
+    added_columns,
+    has_side_table,
+    identifier,
+    names,
+    side_table_name,
+    spelled,
+    verbatim,
+)
 from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -39,8 +47,10 @@ WORTH_A_JOIN = 0.01
 class VectorStore:
     """One way to keep the vectors.
 
-    name: as ``vector.layout`` says it. in_the_table: the backfill updates the table's own rows, so that its triggers,
-    rules, checks and indexes take part; and an index on the vectors may name its other columns. lock_rows, write_row,
+    name: as ``vector.layout`` says it. columns: those that it adds to the table; where there are any, the backfill
+    updates the table's own rows, so that its triggers, rules, checks and indexes take part. table: the one that it
+    makes, with a foreign key to the target's. promoted: that its backfill is one statement, and why; empty where it
+    goes row by row. knows_filters: an index on the vectors may name the table's other columns. lock_rows, write_row,
     clear_row: blocks of refresh.sql. create, drop: make it and remove it. write: the statement that moves a batch of
     staged vectors. promotion: what moves all of them at once, as far as it is still to be done. clear_textless:
     removes the vectors of rows without text. not_hot_us: of one core, for an update of the table that is not HOT,
@@ -48,7 +58,10 @@ class VectorStore:
     """
 
     name: str
-    in_the_table: bool
+    columns: Callable[[Params], list[str]]
+    table: Callable[[Params], str | None]
+    knows_filters: bool
+    promoted: str
     lock_rows: str
     write_row: str
     clear_row: str
@@ -63,7 +76,7 @@ class VectorStore:
     def built_at_once(self, largest_partition: float) -> float:
         """Share of the rows that one build of the index holds in memory: partitions are built one after the other.
         largest_partition: share of the rows in it."""
-        return largest_partition if self.in_the_table else 1.0
+        return largest_partition if self.knows_filters else 1.0
 
     def core_share(self, updates_per_s: float) -> float:
         """Share of one core that updates which are not HOT will take beyond today's."""
@@ -157,7 +170,10 @@ def _is_validated(connection: db.Connection, params: Params) -> bool:
 
 COLUMN = VectorStore(
     name="column",
-    in_the_table=True,
+    columns=added_columns,
+    table=lambda _: None,
+    knows_filters=True,
+    promoted="",
     lock_rows="lock_rows",
     write_row="update",
     clear_row="clear",
@@ -171,7 +187,10 @@ COLUMN = VectorStore(
 )
 SIDE_TABLE = VectorStore(
     name="side_table",
-    in_the_table=False,
+    columns=lambda _: [],
+    table=side_table_name,
+    knows_filters=False,
+    promoted="vector.layout: the staging table becomes the side table",
     lock_rows="lock_rows_beside",
     write_row="update_beside",
     clear_row="clear_beside",

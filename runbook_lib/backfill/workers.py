@@ -25,6 +25,7 @@ from runbook_lib.backfill.progress import Progress
 from runbook_lib.backfill.throttle import Pace, Throttle, first_pace, throttled
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("backfill")
@@ -104,7 +105,8 @@ def run(phase: Phase, choice: StrategyChoice, total: int) -> BackfillOutcome:
     ):
         try:
             _steer(throttle, board)
-            futures = [pool.submit(work, phase, board, worker_name(n)) for n in range(workers)]
+            own = phase.connection, phase.params, board
+            futures = [pool.submit(work, *own, worker_name(n)) for n in range(workers)]
             while not _ended(futures):
                 _count(board, outcome, progress, choice)
                 _steer(throttle, board)
@@ -169,18 +171,18 @@ def _steer(throttle: Throttle, board: Board) -> None:
         board.rest_ms = params.backfill.pause_between_batches_ms if rest_ms is None else rest_ms
 
 
-def work(phase: Phase, board: Board, worker: str) -> None:
+def work(connection: db.Connection, params: Params, board: Board, worker: str) -> None:
     """One worker: range after range, until none is left or the board says stop."""
-    pace = first_pace(phase.params)
+    pace = first_pace(params)
     paces = {True: pace, False: pace}
-    with phase.another("worker") as connection:
-        connection.execute(SQL["session"].compose({}), {"frozen_ms": f"{db.FROZEN_MS}ms"})
-        witness = untouched.witness(connection, phase.params, board.seen)
+    with db.beside(connection, params, "worker") as own:
+        own.execute(SQL["session"].compose({}), {"frozen_ms": f"{db.FROZEN_MS}ms"})
+        witness = untouched.witness(own, params, board.seen)
         while not board.stop.is_set():
-            claimed = batch_ranges.claim(connection, phase.params, worker)
+            claimed = batch_ranges.claim(own, params, worker)
             if claimed is not None:
-                _work_on(_Desk(connection, phase, board, worker, claimed, witness), paces)
-            elif batch_ranges.state(connection, phase.params).left:
+                _work_on(_Desk(own, params, board, worker, claimed, witness), paces)
+            elif batch_ranges.state(own, params).left:
                 # Somebody else has them; should that worker die, its ranges come free.
                 board.stop.wait(SECONDS_BETWEEN_CLAIMS)
             else:
@@ -192,7 +194,7 @@ class _Desk:
     """A worker at one range, and when it last told the others that it is alive."""
 
     connection: db.Connection
-    phase: Phase
+    params: Params
     board: Board
     worker: str
     claimed: BatchRange
@@ -203,12 +205,10 @@ class _Desk:
 
     def may_go_on(self) -> bool:
         """Waits while the backfill is held; False if it is stopped, or the range was taken over."""
-        every = self.phase.params.backfill.lease_s / SIGNS_A_LEASE
+        every = self.params.backfill.lease_s / SIGNS_A_LEASE
         while not self.board.stop.is_set():
             if time.monotonic() - self.seen >= every:
-                if not batch_ranges.still_ours(
-                    self.connection, self.phase.params, self.worker, self.claimed, self.rows
-                ):
+                if not batch_ranges.still_ours(self.connection, self.params, self.worker, self.claimed, self.rows):
                     return False
                 self.rows, self.seen = 0, time.monotonic()
             if not self.board.hold.is_set():
@@ -234,11 +234,11 @@ def _work_on(desk: _Desk, paces: dict[bool, Pace]) -> None:
             if desk.board.rest_ms:
                 desk.board.stop.wait(desk.board.rest_ms / 1000)
     desk.board.ranges.put(desk.batches)
-    batch_ranges.close(desk.connection, desk.phase.params, desk.worker, desk.claimed, desk.rows)
+    batch_ranges.close(desk.connection, desk.params, desk.worker, desk.claimed, desk.rows)
 
 
 def _passes(desk: _Desk) -> Iterator[Sequence[Any]]:
-    passes = batch_ranges.passes(desk.connection, desk.phase.params, desk.claimed)
+    passes = batch_ranges.passes(desk.connection, desk.params, desk.claimed)
     if not desk.board.whole_ranges:
         return passes
     return iter([[key for keys in passes for key in keys]])
@@ -247,7 +247,7 @@ def _passes(desk: _Desk) -> Iterator[Sequence[Any]]:
 def _update(desk: _Desk, keys: Sequence[Any]) -> Batch:
     """One transaction, or as many as it takes to name a row that is refused."""
     started = time.perf_counter()
-    done = refused_rows.in_halves(desk.phase.params, keys, lambda part: _transaction(desk, part), desk.board.refused)
+    done = refused_rows.in_halves(desk.params, keys, lambda part: _transaction(desk, part), desk.board.refused)
     return Batch(
         sum(b.rows for b in done),
         sum(b.hot for b in done),
@@ -258,7 +258,7 @@ def _update(desk: _Desk, keys: Sequence[Any]) -> Batch:
 
 def _transaction(desk: _Desk, keys: Sequence[Any]) -> Batch:
     """A batch of which somebody holds a row is put off to the end instead of waiting longer."""
-    p, part, started = desk.phase.params, desk.claimed.part, time.perf_counter()
+    p, part, started = desk.params, desk.claimed.part, time.perf_counter()
     statement = vector_store.of(p).write(p, keys, part)
     try:
         with desk.connection.transaction():

@@ -171,7 +171,7 @@ def _advice(
         return f"{reason}. An index that finds the rows of these conditions would help"
     if not filter_classes.has_btree(connection, params, of.columns):
         return f"{reason}. Find its rows by an index: {_btree(params, of.columns)}"
-    if not vector_store.of(params).in_the_table:
+    if not vector_store.of(params).knows_filters:
         # Neither a partial index nor a partition of the vectors can know a column of the other table.
         there = f"{spelled(params, 'vectors')}, which lacks {', '.join(of.columns)}"
         return f"{reason}. The vectors are in {there}: an index for these rows alone needs vector.layout: column"

@@ -16,8 +16,10 @@ from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, duration, number
 from runbook_lib.core.gates import RunbookError
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import digits
 from runbook_lib.core.phase import Phase, changes
+from runbook_lib.params import Params
 from runbook_lib.search import statements, ways
 from runbook_lib.sql import load
 
@@ -46,31 +48,34 @@ def systems(phase: Phase) -> list[str]:
     return ["legacy", "fulltext", "exact", "vector", "hybrid"]
 
 
-def variant(phase: Phase, system: str, queries: Sequence[Query]) -> Variant:
+def variant(
+    connection: db.Connection, ledger: Ledger, params: Params, system: str, queries: Sequence[Query]
+) -> Variant:
     """A search that is compared, on fresh connections set up as it needs them."""
-    p = phase.params
     if system == "fulltext":
-        statement = statements.fulltext_statement(phase.connection, p)
+        statement = statements.fulltext_statement(connection, params)
     elif system == "exact":
-        statement = statements.route_statement(phase.connection, p, "vector", scan="exact")
+        statement = statements.route_statement(connection, params, "vector", scan="exact")
     else:
-        statement = statements.route_statement(phase.connection, p, system)  # type: ignore[arg-type]
-    return Variant(p, statement, queries, _connected(phase, system))
+        statement = statements.route_statement(connection, params, system)  # type: ignore[arg-type]
+    return Variant(params, statement, queries, _connected(connection, ledger, params, system))
 
 
-def _connected(phase: Phase, system: str) -> Callable[[], AbstractContextManager[db.Connection]]:
+def _connected(
+    connection: db.Connection, ledger: Ledger, params: Params, system: str
+) -> Callable[[], AbstractContextManager[db.Connection]]:
     if system == "exact":
-        return lambda: loop.exactly(phase)
+        return lambda: loop.exactly(connection, params)
     if system in WITHOUT_VECTORS:
-        return lambda: _in_a_transaction(phase, system)
-    chosen = (phase.ledger.latest("tuning") or {}).get("chosen") or ways.candidates(phase.params)[-1]
-    return lambda: loop.through_the_index(phase, chosen)
+        return lambda: _in_a_transaction(connection, params, system)
+    chosen = (ledger.latest("tuning") or {}).get("chosen") or ways.candidates(params)[-1]
+    return lambda: loop.through_the_index(connection, params, chosen)
 
 
 @contextmanager
-def _in_a_transaction(phase: Phase, purpose: str) -> Iterator[db.Connection]:
-    with replica.connect(phase, purpose) as connection, connection.transaction():
-        yield connection
+def _in_a_transaction(connection: db.Connection, params: Params, purpose: str) -> Iterator[db.Connection]:
+    with replica.connect(connection, params, purpose) as reader, reader.transaction():
+        yield reader
 
 
 @changes
@@ -84,18 +89,22 @@ def judge(phase: Phase, query_id: str, key: str, relevance: int) -> None:
     phase.ledger.append("judgement", {"query_id": query_id, "key": str(key), "relevance": relevance})
 
 
-def judgements(phase: Phase) -> dict[str, dict[str, int]]:
+def judgements(connection: db.Connection, ledger: Ledger, params: Params) -> dict[str, dict[str, int]]:
     """Relevance by query id and key: those of the file, and over them the marks given in the notebook."""
-    found = {query_id: dict(keys) for query_id, keys in query_set.read_judgements(phase.params).items()}
-    known = {q.query_id for q in query_set.read_queries(phase.params)}
-    for row in db.rows(phase.connection, SQL["judgements"], phase.params) if phase.ledger.exists() else []:
+    found = {query_id: dict(keys) for query_id, keys in query_set.read_judgements(params).items()}
+    known = {q.query_id for q in query_set.read_queries(params)}
+    for row in db.rows(connection, SQL["judgements"], params) if ledger.exists() else []:
         if row["query_id"] in known:
             found.setdefault(row["query_id"], {})[row["key"]] = row["relevance"]
     return found
 
 
 def measure(
-    phase: Phase, systems: Sequence[str], known: Mapping[str, Mapping[str, Any]] | None = None
+    connection: db.Connection,
+    ledger: Ledger,
+    params: Params,
+    systems: Sequence[str],
+    known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Relevance on the judged queries and latency on the timed ones, by system.
 
@@ -105,17 +114,17 @@ def measure(
     answers (keys of the timed queries), each by query id, unanswered (ids of judged queries without any answer) and
     marks (a digest of what each query was judged by).
     """
-    asked, marks = sampled(phase, (known or {}).get("legacy"))
+    asked, marks = sampled(connection, ledger, params, (known or {}).get("legacy"))
     result: dict[str, dict[str, Any]] = {}
     answers: dict[str, Answers] = {}
     if "legacy" in systems:
         # First, since what there was no time for is asked of no other search either.
-        asked, result["legacy"], answers["legacy"] = _legacy(phase, asked, marks, known or {})
+        asked, result["legacy"], answers["legacy"] = _legacy(connection, params, asked, marks, known or {})
     names = [name for name in systems if name != "legacy"]
     if names:
-        judged, timed = (query_set.with_vectors(phase.params, queries) for queries in asked)
-        others = {name: variant(phase, name, timed) for name in names}
-        answers |= loop.in_rounds(others, phase.params.queries.k, ROUNDS)
+        judged, timed = (query_set.with_vectors(params, queries) for queries in asked)
+        others = {name: variant(connection, ledger, params, name, timed) for name in names}
+        answers |= loop.in_rounds(others, params.queries.k, ROUNDS)
         result |= {name: relevance_figures(others[name].ask(JUDGED_DEPTH, judged).keys, marks) for name in names}
     counts = {"judged": len(asked.judged), "timed": len(asked.timed)}
     return {
@@ -139,34 +148,40 @@ class _Asked(NamedTuple):
         return _Asked(judged, timed)
 
 
-def sampled(phase: Phase, known: Mapping[str, Any] | None = None) -> tuple[_Asked, dict[str, dict[str, int]]]:
+def sampled(
+    connection: db.Connection, ledger: Ledger, params: Params, known: Mapping[str, Any] | None = None
+) -> tuple[_Asked, dict[str, dict[str, int]]]:
     """The queries to ask, and the marks of the judged ones; without those that the baseline had no time for."""
-    p, queries, marks = phase.params, query_set.read_queries(phase.params), judgements(phase)
-    judged = query_set.sample([q for q in queries if q.query_id in marks], p.queries.judged_sample)
-    asked = _Asked(judged, query_set.sample(queries, p.queries.sample))
+    queries, marks = query_set.read_queries(params), judgements(connection, ledger, params)
+    judged = query_set.sample([q for q in queries if q.query_id in marks], params.queries.judged_sample)
+    asked = _Asked(judged, query_set.sample(queries, params.queries.sample))
     left = set((known or {}).get("left", ()))
     return asked.only({q.query_id for q in queries} - left) if left else asked, marks
 
 
 def _legacy(
-    phase: Phase, asked: _Asked, marks: Mapping[str, Mapping[str, int]], known: Mapping[str, Mapping[str, Any]]
+    connection: db.Connection,
+    params: Params,
+    asked: _Asked,
+    marks: Mapping[str, Mapping[str, int]],
+    known: Mapping[str, Mapping[str, Any]],
 ) -> tuple[_Asked, dict[str, Any], Answers]:
     """The legacy search asked once a query: for its answer, its time and its relevance together.
 
     Relevance is taken from the baseline where the marks are those of then. Returns the queries that there was time
     for, the figures of relevance, and the answers to the timed queries.
     """
-    k, before = phase.params.queries.k, known.get("legacy", {})
+    k, before = params.queries.k, known.get("legacy", {})
     digests = {q.query_id: digits(json.dumps(marks[q.query_id], sort_keys=True)) for q in asked.judged}
     holds = all(before.get("marks", {}).get(i) == digest for i, digest in digests.items())
     deep = set() if holds else set(digests)
     both = {q.query_id: q for q in (*asked.timed, *asked.judged) if q in asked.timed or not holds}
     depth = {i: max(k, JUDGED_DEPTH) if i in deep else k for i in both}
-    found, left = ask_legacy(phase, query_set.sample(both.values(), len(both)), depth)
+    found, left = ask_legacy(connection, params, query_set.sample(both.values(), len(both)), depth)
     keys = found.keys
     answered = asked.only(keys)
     if not answered.timed:
-        raise _no_call_ended(phase)
+        raise _no_call_ended(params)
     # What the baseline knows of the judged queries holds, whether or not there is time to ask them again.
     asked = _Asked(asked.judged if holds else answered.judged, answered.timed)
     figures = {key: before[key] for key in (*MEASURES, "per_query", "first_right", "unanswered") if key in before}
@@ -176,36 +191,38 @@ def _legacy(
     return asked, figures, found.only(asked.timed, k)
 
 
-def ask_legacy(phase: Phase, queries: Sequence[Query], depth: Mapping[str, int]) -> tuple[Answers, list[str]]:
+def ask_legacy(
+    connection: db.Connection, params: Params, queries: Sequence[Query], depth: Mapping[str, int]
+) -> tuple[Answers, list[str]]:
     """Asks the legacy search each query once, in this order, for at most ``queries.baseline_minutes`` in all.
 
     depth: rows wanted, by query id. A call that is under way when the time is up is cancelled in the server. Returns
     the answers, and the ids of the queries that were not asked.
     """
-    p, statement = phase.params, statements.legacy_statement(phase.params)
+    statement = statements.legacy_statement(params)
     found: list[Answers] = []
     began = time.monotonic()
-    until = began + p.queries.baseline_minutes * 60
-    with replica.connect(phase, "legacy") as connection:
+    until = began + params.queries.baseline_minutes * 60
+    with replica.connect(connection, params, "legacy") as reader:
 
         def one(query: Query) -> Answers:
-            with connection.transaction():
+            with reader.transaction():
                 left_ms = max(1, round((until - time.monotonic()) * 1000))
-                connection.execute("SELECT pg_catalog.set_config('statement_timeout', %s, true)", [f"{left_ms}ms"])
-                return loop.ask(connection, p, statement, [query], depth[query.query_id])
+                reader.execute("SELECT pg_catalog.set_config('statement_timeout', %s, true)", [f"{left_ms}ms"])
+                return loop.ask(reader, params, statement, [query], depth[query.query_id])
 
         for n, query in enumerate(queries, 1):
             if time.monotonic() >= until:
                 break
             try:
-                found.append(replica.again(p, lambda query=query: one(query)))  # type: ignore[misc]
+                found.append(replica.again(params, lambda query=query: one(query)))  # type: ignore[misc]
             except psycopg.errors.QueryCanceled:
                 if time.monotonic() < until:
                     raise
                 break
             if n == CALLS_BEFORE_AN_ESTIMATE and len(queries) > n:
                 a_call = (time.monotonic() - began) / n
-                bound = f"at most {p.queries.baseline_minutes:g} min (queries.baseline_minutes)"
+                bound = f"at most {params.queries.baseline_minutes:g} min (queries.baseline_minutes)"
                 print(f"  {number(len(queries))} legacy calls, about {duration(a_call * len(queries))}; {bound}")
     left = [q.query_id for q in queries[len(found) :]]
     if left:
@@ -213,8 +230,8 @@ def ask_legacy(phase: Phase, queries: Sequence[Query], depth: Mapping[str, int])
     return loop.together(found), left
 
 
-def _no_call_ended(phase: Phase) -> RunbookError:
-    minutes = f"{phase.params.queries.baseline_minutes:g} min (queries.baseline_minutes)"
+def _no_call_ended(params: Params) -> RunbookError:
+    minutes = f"{params.queries.baseline_minutes:g} min (queries.baseline_minutes)"
     return RunbookError(
         found=f"not one call of the legacy search ended within {minutes}",
         needed="an answer to at least one of the queries that are timed",
@@ -261,13 +278,13 @@ def moved(legacy: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return {**counts, "gains": gains[:MOST_MOVED], "losses": losses[:MOST_MOVED]} if found else {}
 
 
-def per_query(phase: Phase) -> Table:
+def per_query(ledger: Ledger, params: Params) -> Table:
     """Each judged query: nDCG@10 of legacy and of the new route, by what was
     measured last in 10_baseline and 80_shadow. Best gains first."""
-    route = phase.params.cut_over.route
-    before, after = (phase.ledger.latest(kind) or {} for kind in ("baseline", "shadow"))
+    route = params.cut_over.route
+    before, after = (ledger.latest(kind) or {} for kind in ("baseline", "shadow"))
     old, new = before.get("per_query", {}), after.get("per_query", {}).get(route, {})
-    texts = {q.query_id: q.text for q in query_set.read_queries(phase.params)} if old else {}
+    texts = {q.query_id: q.text for q in query_set.read_queries(params)} if old else {}
     rows = [(i, texts.get(i), old[i], new[i], new[i] - old[i]) for i in old.keys() & new.keys()]
     return Table(
         ("query_id", "query", "legacy", route, "difference"),

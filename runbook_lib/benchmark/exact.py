@@ -24,7 +24,6 @@ from runbook_lib.benchmark.recall_at_k import SAME_DISTANCE, Nearest
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import identifier, names, spelled, verbatim
-from runbook_lib.core.phase import Phase
 from runbook_lib.core.session import register_vector
 from runbook_lib.params import Params
 from runbook_lib.search import conditions
@@ -62,11 +61,11 @@ class VectorBlock:
 
 
 @contextmanager
-def snapshot(phase: Phase) -> Iterator[db.Connection]:
+def snapshot(connection: db.Connection, params: Params) -> Iterator[db.Connection]:
     """A fresh connection whose statements all see the table as it is at one moment."""
-    with replica.connect(phase, "exact") as connection, connection.transaction():
-        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        yield connection
+    with replica.connect(connection, params, "exact") as reader, reader.transaction():
+        reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        yield reader
 
 
 def answered(connection: db.Connection, params: Params, queries: Sequence[Query], k: int) -> list[Query]:

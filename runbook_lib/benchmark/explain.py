@@ -14,8 +14,8 @@ from runbook_lib.benchmark.prepared import CALLS, Sent, call_prepared, plan_of, 
 from runbook_lib.benchmark.vector_statement import bound
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import identifier, index_name, names, spelled
-from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import at_least
 from runbook_lib.indexes import partitions
 from runbook_lib.params import Params
@@ -28,21 +28,20 @@ DANGER = "every search would read the whole table"
 NEVER_ARISES = ", and the server keeps to custom plans, which are cheaper"
 
 
-def gates(phase: Phase) -> list[Gate]:
+def gates(connection: db.Connection, ledger: Ledger, params: Params) -> list[Gate]:
     """The function searches by the index, and so does each statement, by the plans that really arise: the function
     plans each call by itself (EXECUTE), what an application prepares may turn to a generic plan.
     """
-    p = phase.params
-    routes = list(dict.fromkeys(["vector", p.cut_over.route]))
-    found = [_function_searches_by_index(phase, route) for route in routes]
-    sent: list[tuple[Sent, Exactly | None]] = [(function_query(phase.connection, p), None)]
-    if p.search.application_query:
-        own = application_query(phase.connection, p)
-        sent.append((own, _chosen_exact(phase, own)))
-    with as_the_application(phase) as connection:
+    routes = list(dict.fromkeys(["vector", params.cut_over.route]))
+    found = [_function_searches_by_index(connection, params, route) for route in routes]
+    sent: list[tuple[Sent, Exactly | None]] = [(function_query(connection, params), None)]
+    if params.search.application_query:
+        own = application_query(connection, params)
+        sent.append((own, _chosen_exact(connection, ledger, params, own)))
+    with as_the_application(connection, params) as reader:
         for s, exact in sent:
             kinds = ("custom",) if s is sent[0][0] else ("custom", "generic")
-            found += [judge(connection, p, s, kind, exact) for kind in kinds]
+            found += [judge(reader, params, s, kind, exact) for kind in kinds]
     return found
 
 
@@ -87,28 +86,30 @@ def _values(params: Params) -> tuple[str, list[float], int]:
     return query.text, [float(x) for x in query_set.vector_of(query)], params.queries.k
 
 
-def _chosen_exact(phase: Phase, sent: Sent) -> Exactly | None:
+def _chosen_exact(connection: db.Connection, ledger: Ledger, params: Params, sent: Sent) -> Exactly | None:
     """The filters of the statement with their values, where 70_tune chose to search these exactly."""
-    p = phase.params
-    given = {c: v for c, v in zip(sent.names, sent.values, strict=True) if c in p.target.filters and v is not None}
-    columns = [c for c in p.target.filters if c in given]
+    given = {
+        c: v for c, v in zip(sent.names, sent.values, strict=True) if c in params.target.filters and v is not None
+    }
+    columns = [c for c in params.target.filters if c in given]
     if not columns:
         return None
     value = combined_filters.given_value([sql.Placeholder(c) for c in columns])
-    query = SQL["way_of"].compose(names(p) | {"value": value})
-    row = phase.connection.execute(query, given | {"filter": combined_filters.name(columns)}).fetchone()
+    query = SQL["way_of"].compose(names(params) | {"value": value})
+    row = connection.execute(query, given | {"filter": combined_filters.name(columns)}).fetchone()
     if row is None or row["scan"] != "exact":
         return None
     return Exactly(
-        combined_filters.AND.join(f"{c} = {given[c]}" for c in columns), _missed(phase, columns, row["value"])
+        combined_filters.AND.join(f"{c} = {given[c]}" for c in columns),
+        _missed(ledger, params, columns, row["value"]),
     )
 
 
-def _missed(phase: Phase, columns: list[str], value: str) -> str:
+def _missed(ledger: Ledger, params: Params, columns: list[str], value: str) -> str:
     """What 70_tune found of these filters through the index, set as the function sets it for no filter at all."""
-    tuning = phase.ledger.latest("tuning") or {"chosen": None, "classes": []}
-    limit = ways.MOST_SCANNED_DEFAULT[phase.params.index.method]
-    way = ("index", tuning["chosen"], ways.ITERATIVE[phase.params.index.method][1], limit)
+    tuning = ledger.latest("tuning") or {"chosen": None, "classes": []}
+    limit = ways.MOST_SCANNED_DEFAULT[params.index.method]
+    way = ("index", tuning["chosen"], ways.ITERATIVE[params.index.method][1], limit)
     own = [
         c
         for c in tuning["classes"]
@@ -116,7 +117,7 @@ def _missed(phase: Phase, columns: list[str], value: str) -> str:
     ]
     for point in (p for c in own for p in c["points"]):
         if (point["scan"], point["candidates"], point["iterative_scan"], point["most_scanned"]) == way:
-            target = phase.params.tune.target_recall
+            target = params.tune.target_recall
             reached = at_least(min(point["low"], point["worst"]), target) and not point["rows_short"]
             return "" if reached else f"the index finds {point['recall']:.3f} of their answers"
     return "what the index finds of their answers was not measured"
@@ -129,14 +130,14 @@ def _usual_value(connection: db.Connection, params: Params, column: str) -> str 
 
 
 @contextmanager
-def as_the_application(phase: Phase) -> Iterator[db.Connection]:
+def as_the_application(connection: db.Connection, params: Params) -> Iterator[db.Connection]:
     """A fresh connection with the settings that the search function carries, which sway the planner."""
-    state = search_function.function_state(phase.connection, phase.params)
-    with replica.connect(phase, "plans") as connection:
+    state = search_function.function_state(connection, params)
+    with replica.connect(connection, params, "plans") as reader:
         carried = dict(setting.split("=", 1) for setting in (state["settings"] or [] if state else []))
         carried.pop("search_path", None)
-        use(connection, carried, local=False)
-        yield connection
+        use(reader, carried, local=False)
+        yield reader
 
 
 def judge(connection: db.Connection, params: Params, sent: Sent, kind: str, exact: Exactly | None = None) -> Gate:
@@ -205,19 +206,18 @@ def call_function(
     call_prepared(connection, declared, call, [*_values(params), *given.values()])
 
 
-def _function_searches_by_index(phase: Phase, route: str) -> Gate:
+def _function_searches_by_index(connection: db.Connection, params: Params, route: str) -> Gate:
     """Calls the function by a route, prepared, wherever reads go now, and counts the index scans."""
-    p = phase.params
-    with replica.connect(phase, "calls") as connection:
-        oids = [row["oid"] for row in vector_indexes(connection, p)]
-        with connection.transaction(force_rollback=True):
-            call_function(connection, p, route)
-            found = scans(connection, p, oids)
-    cause = None if found >= CALLS else cause_in_the_function(phase)
+    with replica.connect(connection, params, "calls") as reader:
+        oids = [row["oid"] for row in vector_indexes(reader, params)]
+        with reader.transaction(force_rollback=True):
+            call_function(reader, params, route)
+            found = scans(reader, params, oids)
+    cause = None if found >= CALLS else cause_in_the_function(connection, params)
     return gate(
         "explain.function_searches_by_the_index",
         cause is None or cause.name == plan_diagnosis.TOO_SMALL,
-        f"{p.function_name}, route {route}",
+        f"{params.function_name}, route {route}",
         found=f"{found} index scans in {CALLS} calls" + (f"; {cause.found}" if cause else ""),
         needed=f"one in each of {CALLS} calls, prepared, six with a custom and six with a generic plan",
         danger=DANGER,
@@ -226,7 +226,7 @@ def _function_searches_by_index(phase: Phase, route: str) -> Gate:
     )
 
 
-def cause_in_the_function(phase: Phase) -> plan_diagnosis.Cause:
+def cause_in_the_function(connection: db.Connection, params: Params) -> plan_diagnosis.Cause:
     """Why the vector query of the search function does not read the index, with the settings that it carries."""
-    with as_the_application(phase) as connection:
-        return plan_diagnosis.diagnose(connection, phase.params, function_query(connection, phase.params), "custom")
+    with as_the_application(connection, params) as reader:
+        return plan_diagnosis.diagnose(reader, params, function_query(reader, params), "custom")

@@ -101,18 +101,17 @@ def measured_filters(params: Params) -> list[tuple[str, ...]]:
     return [*((column,) for column in columns), *several]
 
 
-def find(phase: Phase) -> list[FilterClass]:
+def find(connection: db.Connection, params: Params) -> list[FilterClass]:
     """The unfiltered class first, then those of each filter and of filters given together, rarest first."""
-    p = phase.params
-    with replica.connect(phase, "values") as connection:
-        counted = {columns: shares(connection, p, columns) for columns in measured_filters(p)}
-        asked = filter_values.by_class(connection, p, query_set.read_queries(p), random.Random(1))  # noqa: S311
+    with replica.connect(connection, params, "values") as reader:
+        counted = {columns: shares(reader, params, columns) for columns in measured_filters(params)}
+        asked = filter_values.by_class(reader, params, query_set.read_queries(params), random.Random(1))  # noqa: S311
     found = [UNFILTERED]
     for columns, there in counted.items():
         for bucket, mine in _by_bucket(there):
             listed = {} if bucket == RARE_BUCKET else mine
             found.append(of_values(columns, bucket, mine, _spread(list(mine), MEASURED_VALUES), listed))
-    return [*found, *_expected(p, asked)]
+    return [*found, *_expected(params, asked)]
 
 
 def _expected(params: Params, asked: Mapping[tuple[str, str], Mapping[Allowed, float]]) -> list[FilterClass]:
@@ -163,23 +162,24 @@ def _spread(values: Sequence[str], n: int) -> list[str]:
     return [values[i * (len(values) - 1) // (n - 1)] for i in range(n)]
 
 
-def questions(phase: Phase, found: Sequence[FilterClass]) -> tuple[dict[FilterClass, list[Query]], Gate, list[float]]:
+def questions(
+    connection: db.Connection, params: Params, found: Sequence[FilterClass]
+) -> tuple[dict[FilterClass, list[Query]], Gate, list[float]]:
     """Every query put to every class, with its exact answers; a gate on these; and seconds of exact SQL.
 
     Each value of a class takes its turn with the queries, whose subject has nothing to do with it: a search for one
     tenant is not near that tenant's rows, which is what an index finds hardest.
     """
-    p = phase.params
-    queries = _queries(phase)
+    queries = _queries(connection, params)
     asked = [replace(query, allowed=_filter(c, i)) for c in found for i, query in enumerate(queries)]
 
     def look() -> tuple[list[Query], Gate, list[float]]:
-        with exact.snapshot(phase) as connection:
-            answered = exact.answered(connection, p, asked, p.queries.k)
-            agrees = exact.stream_agrees_with_sql(connection, p, answered, p.queries.k)
-            return answered, agrees, exact.seconds_by_sql(connection, p, queries, p.queries.k)
+        with exact.snapshot(connection, params) as reader:
+            answered = exact.answered(reader, params, asked, params.queries.k)
+            agrees = exact.stream_agrees_with_sql(reader, params, answered, params.queries.k)
+            return answered, agrees, exact.seconds_by_sql(reader, params, queries, params.queries.k)
 
-    answered, agrees, seconds = replica.again(p, look)
+    answered, agrees, seconds = replica.again(params, look)
     n = len(queries)
     return {c: answered[i * n : (i + 1) * n] for i, c in enumerate(found)}, agrees, seconds
 
@@ -193,13 +193,12 @@ def _filter(found: FilterClass, i: int) -> Allowed:
     return found.asked[i % even] if even else ()
 
 
-def _queries(phase: Phase) -> list[Query]:
+def _queries(connection: db.Connection, params: Params) -> list[Query]:
     """The query sample; where it is small, rows of the table stand in for what is missing."""
-    p = phase.params
-    own = query_set.with_vectors(p, query_set.sample(query_set.read_queries(p), p.tune.queries))
-    with replica.connect(phase, "rows") as connection:
-        register_vector(connection)
-        rows = db.rows(connection, SQL["rows_as_queries"], p, n=p.tune.queries - len(own))
+    own = query_set.with_vectors(params, query_set.sample(query_set.read_queries(params), params.tune.queries))
+    with replica.connect(connection, params, "rows") as reader:
+        register_vector(reader)
+        rows = db.rows(reader, SQL["rows_as_queries"], params, n=params.tune.queries - len(own))
     return [*own, *query_set.of_rows(rows)]
 
 
@@ -209,27 +208,27 @@ def has_btree(connection: db.Connection, params: Params, columns: Sequence[str])
     return bool(row["there"])
 
 
-def of_strategies(phase: Phase, chosen: random.Random) -> list[FilterClass]:
+def of_strategies(connection: db.Connection, params: Params, chosen: random.Random) -> list[FilterClass]:
     """The rows of the strategies as classes, each with a few values drawn again.
 
     Values that have no row of their own are those that the table holds now, whatever they were when it was tuned.
     """
-    p, found = phase.params, []
-    rows = db.rows(phase.connection, search_function.SQL["strategies"], p)
-    with replica.connect(phase, "values") as connection:
-        for columns in measured_filters(p):
+    found = []
+    rows = db.rows(connection, search_function.SQL["strategies"], params)
+    with replica.connect(connection, params, "values") as reader:
+        for columns in measured_filters(params):
             mine = {r["value"]: r["share"] for r in rows if r["filter"] == combined_filters.name(columns)}
             groups = _by_bucket({v: s for v, s in mine.items() if v is not None})
             if None in mine:
-                there = shares(connection, p, columns).items()
+                there = shares(reader, params, columns).items()
                 groups.append((NOT_LISTED, {v: s for v, s in there if v not in mine}))
             for bucket, group in groups:
                 if group:
                     values = chosen.sample(sorted(group), min(MEASURED_VALUES, len(group)))
                     found.append(of_values(columns, bucket, group, values, {}))
-        asked = filter_values.by_class(connection, p, query_set.read_queries(p), chosen)
+        asked = filter_values.by_class(reader, params, query_set.read_queries(params), chosen)
     tuned = {(r["filter"], r["value"]) for r in rows}
-    return [*found, *_expected(p, {place: mine for place, mine in asked.items() if place in tuned})]
+    return [*found, *_expected(params, {place: mine for place, mine in asked.items() if place in tuned})]
 
 
 @dataclass(frozen=True)
@@ -242,28 +241,31 @@ class ClassRecall:
     short: int
 
 
-def recall_now(phase: Phase, found: Sequence[FilterClass], queries: Sequence[Query]) -> list[ClassRecall]:
+def recall_now(
+    connection: db.Connection, params: Params, found: Sequence[FilterClass], queries: Sequence[Query]
+) -> list[ClassRecall]:
     """Puts the queries to every class: one pass over the table for all exact answers, then the function's own."""
-    p = phase.params
-    asked = _with_exact_answers(phase, found, queries)
+    asked = _with_exact_answers(connection, params, found, queries)
     result = []
-    with replica.connect(phase, "filters") as connection, connection.transaction():
-        statement = statements.filtered_call_statement(connection, p)
-        statements.force_route(connection, p, "vector")
+    with replica.connect(connection, params, "filters") as reader, reader.transaction():
+        statement = statements.filtered_call_statement(reader, params)
+        statements.force_route(reader, params, "vector")
         for of, mine in zip(found, asked, strict=True):
-            recall = loop.ask(connection, p, statement, mine, p.queries.k).recall()
+            recall = loop.ask(reader, params, statement, mine, params.queries.k).recall()
             result.append(ClassRecall(of, recall.mean, len(mine), recall.short))
     return result
 
 
-def _with_exact_answers(phase: Phase, found: Sequence[FilterClass], queries: Sequence[Query]) -> list[list[Query]]:
+def _with_exact_answers(
+    connection: db.Connection, params: Params, found: Sequence[FilterClass], queries: Sequence[Query]
+) -> list[list[Query]]:
     asked = [replace(query, allowed=of.asked[i % len(of.asked)]) for of in found for i, query in enumerate(queries)]
 
     def look() -> list[Query]:
-        with exact.snapshot(phase) as connection:
-            return exact.answered(connection, phase.params, asked, phase.params.queries.k)
+        with exact.snapshot(connection, params) as reader:
+            return exact.answered(reader, params, asked, params.queries.k)
 
-    answered, n = replica.again(phase.params, look), len(queries)
+    answered, n = replica.again(params, look), len(queries)
     return [answered[i * n : (i + 1) * n] for i in range(len(found))]
 
 
@@ -283,7 +285,7 @@ NO_CALLS = Called(0, 0, 0)
 def call_each(phase: Phase, connection: db.Connection, route: str, queries: Sequence[Query]) -> Called:
     """Calls the function by a route, wherever reads go now, with each value of each class of filters."""
     p = phase.params
-    found = of_strategies(phase, random.Random(phase.run_id))  # noqa: S311 - a sample, not a secret
+    found = of_strategies(phase.connection, p, random.Random(phase.run_id))  # noqa: S311 - a sample, not a secret
     wanted = [allowed for c in found for allowed in c.asked]
     asked = [replace(queries[i % len(queries)], allowed=allowed) for i, allowed in enumerate(wanted)]
     statement = statements.filtered_call_statement(connection, p)

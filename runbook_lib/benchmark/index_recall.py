@@ -20,7 +20,6 @@ from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import RunbookError
 from runbook_lib.core.names import identifier
-from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import score
 from runbook_lib.indexes import partitions
 from runbook_lib.params import Params
@@ -49,6 +48,11 @@ class IndexRecall:
         """For the ledger."""
         return asdict(self)
 
+    @classmethod
+    def of_data(cls, body: Mapping[str, Any] | None) -> IndexRecall | None:
+        """From the ledger, where other figures may be beside these; None where nothing was measured."""
+        return cls(**{k: body[k] for k in cls.__dataclass_fields__}) if body and "recall" in body else None
+
     def __str__(self) -> str:
         return self.said(score(self.recall))
 
@@ -57,32 +61,31 @@ class IndexRecall:
         return f"recall {recall} on {self.queries} queries, {self.short} short of rows"
 
 
-def questions(phase: Phase) -> list[Query]:
+def questions(connection: db.Connection, params: Params) -> list[Query]:
     """The timed sample of the query set, answered without any index."""
-    p = phase.params
-    asked = query_set.sample(query_set.read_queries(p), p.queries.sample)
-    return answered_exactly(phase, query_set.with_vectors(p, asked))
+    asked = query_set.sample(query_set.read_queries(params), params.queries.sample)
+    return answered_exactly(connection, params, query_set.with_vectors(params, asked))
 
 
-def answered_exactly(phase: Phase, queries: Sequence[Query]) -> list[Query]:
+def answered_exactly(connection: db.Connection, params: Params, queries: Sequence[Query]) -> list[Query]:
     """These queries with their exact answers, by SQL; on the replica where one is given.
 
     Raises RuntimeError where an index would be read.
     """
-    p = phase.params
-    all_rows = statements.route_statement(phase.connection, p, "vector", scan="exact")
+    all_rows = statements.route_statement(connection, params, "vector", scan="exact")
 
     def ask() -> Answers:
-        with loop.exactly(phase) as connection:
-            if used := loop.planned(connection, p, all_rows, queries[0]).indexes:
+        with loop.exactly(connection, params) as reader:
+            if used := loop.planned(reader, params, all_rows, queries[0]).indexes:
                 raise RuntimeError(f"the exact pass was planned with {used}; its answers would not be exact")
-            return loop.ask(connection, p, all_rows, queries, p.queries.k)
+            return loop.ask(reader, params, all_rows, queries, params.queries.k)
 
-    return replica.again(p, ask).as_exact(p.vector.distance)
+    return replica.again(params, ask).as_exact(params.vector.distance)
 
 
 def through(
-    phase: Phase,
+    connection: db.Connection,
+    params: Params,
     asked: Sequence[Query],
     index: str,
     others: Sequence[str] = (),
@@ -96,11 +99,10 @@ def through(
     Without JIT: a setting that is off adds 1e10 to the price of a plan that has no other way (before PostgreSQL 18),
     and such a price would have every query compiled.
     """
-    p = phase.params
-    with phase.another("recall", trial=True) as connection:
-        own = search_function.carried_settings(phase.connection, phase.params) if settings is None else settings
-        use(connection, {**own, "enable_seqscan": "off", "enable_sort": "off", "jit": "off"}, local=False)
-        search = _Search(connection, p, statements.route_statement(connection, p, "vector"))
+    with db.beside(connection, params, "recall", trial=True) as reader:
+        own = search_function.carried_settings(connection, params) if settings is None else settings
+        use(reader, {**own, "enable_seqscan": "off", "enable_sort": "off", "jit": "off"}, local=False)
+        search = _Search(reader, params, statements.route_statement(reader, params, "vector"))
         used = search.indexes(asked[0])
         # Each partition's part of a plan may prefer another of the two.
         if others and (index not in used or used & set(others)):
@@ -112,16 +114,15 @@ def through(
     return _measured(index, answers) if answers else None
 
 
-def as_the_application(phase: Phase, queries: Sequence[Query]) -> float:
+def as_the_application(connection: db.Connection, params: Params, queries: Sequence[Query]) -> float:
     """Recall of the vector query with the settings that the search function carries, by whatever plan it gets.
 
     queries: with vectors. On the replica where one is given, as reads will be.
     """
-    p = phase.params
-    asked = answered_exactly(phase, queries)
-    with explain.as_the_application(phase) as connection:
-        statement = statements.route_statement(connection, p, "vector")
-        return loop.ask(connection, p, statement, asked, p.queries.k).recall().of_the_target
+    asked = answered_exactly(connection, params, queries)
+    with explain.as_the_application(connection, params) as reader:
+        statement = statements.route_statement(reader, params, "vector")
+        return loop.ask(reader, params, statement, asked, params.queries.k).recall().of_the_target
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from runbook_lib.benchmark.prepared import reads_index, use
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.benchmark.recall_at_k import Recall, Rows
 from runbook_lib.core import db, session
-from runbook_lib.core.phase import Phase
 from runbook_lib.core.query_plan import CARRIED_OUT, QueryPlan, explain
 from runbook_lib.core.thresholds import at_least
 from runbook_lib.params import Params
@@ -271,16 +270,16 @@ def planned(
 
 
 @contextmanager
-def exactly(phase: Phase) -> Iterator[db.Connection]:
+def exactly(connection: db.Connection, params: Params) -> Iterator[db.Connection]:
     """A fresh connection in a transaction that may use no index; nothing prepared earlier can slip in."""
-    with replica.connect(phase, "exact") as connection, connection.transaction():
-        connection.execute(SQL["exact_only"].compose({}))
-        yield connection
+    with replica.connect(connection, params, "exact") as reader, reader.transaction():
+        reader.execute(SQL["exact_only"].compose({}))
+        yield reader
 
 
 @contextmanager
-def through_the_index(phase: Phase, n: int) -> Iterator[db.Connection]:
+def through_the_index(connection: db.Connection, params: Params, n: int) -> Iterator[db.Connection]:
     """A fresh connection in a transaction with the settings of the search function. n: ef_search or probes."""
-    with replica.connect(phase, "index") as connection, connection.transaction():
-        use(connection, ways.through_the_index(phase.params, n).settings(phase.params.index.method))
-        yield connection
+    with replica.connect(connection, params, "index") as reader, reader.transaction():
+        use(reader, ways.through_the_index(params, n).settings(params.index.method))
+        yield reader

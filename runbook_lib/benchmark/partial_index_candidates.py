@@ -13,8 +13,8 @@ from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db, row_counts, thresholds
 from runbook_lib.core.display import Amount, Table, number, share, size
 from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import identifier, names
-from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import apart, at_least, milliseconds, plain, score
 from runbook_lib.indexes import forecast
 from runbook_lib.params import Params
@@ -37,22 +37,22 @@ class Value:
         return f"{self.column} = {self.value}"
 
 
-def called_for(phase: Phase) -> list[Value]:
+def called_for(ledger: Ledger, params: Params) -> list[Value]:
     """The values that the parameters name; where they name none, those of the classes that 70_tune found wanting."""
-    named = phase.params.filters.partial_indexes
+    named = params.filters.partial_indexes
     if named:
         return [Value(c, v, "named in the parameters") for c, values in named.items() for v in dict.fromkeys(values)]
-    return list(_found_wanting(phase))
+    return list(_found_wanting(ledger, params))
 
 
-def _found_wanting(phase: Phase) -> Iterator[Value]:
+def _found_wanting(ledger: Ledger, params: Params) -> Iterator[Value]:
     """At most as many as the parameters allow; those first whose searches would save most time, by rows and p50."""
-    f, target = phase.params.filters, phase.params.tune.target_recall
-    tuning = phase.ledger.latest("tuning") or {"classes": []}
+    f, target = params.filters, params.tune.target_recall
+    tuning = ledger.latest("tuning") or {"classes": []}
     found: list[tuple[float, Value]] = []
     for c in tuning["classes"]:
         chosen = c["chosen"]
-        if c["column"] not in phase.params.target.filters or chosen is None:
+        if c["column"] not in params.target.filters or chosen is None:
             continue
         missed = not at_least(chosen["recall"], target) or bool(chosen["rows_short"])
         if not missed and chosen["p50_ms"] <= f.slow_ms:
@@ -81,13 +81,13 @@ def rows_of(connection: db.Connection, params: Params, values: Sequence[Value]) 
     return found
 
 
-def questions(phase: Phase, values: Mapping[Value, float]) -> dict[Value, list[Query]]:
+def questions(connection: db.Connection, params: Params, values: Mapping[Value, float]) -> dict[Value, list[Query]]:
     """The queries of 70_tune put to each value, with exact answers. values: with the share of rows of each."""
     keyed = {
         v: filter_classes.of_values((v.column,), f"= {v.value}", {v.value: share}, (v.value,), {v.value: share})
         for v, share in values.items()
     }
-    asked, _, _ = filter_classes.questions(phase, list(keyed.values()))
+    asked, _, _ = filter_classes.questions(connection, params, list(keyed.values()))
     return {v: asked[of] for v, of in keyed.items()}
 
 
@@ -104,46 +104,46 @@ def way_of(params: Params, strategy: Mapping[str, Any] | None) -> Way:
     return Way(*(strategy[name] for name in ("scan", "candidates", "iterative_scan", "most_scanned")))
 
 
-def measure_now(phase: Phase, value: Value, asked: Sequence[Query]) -> Measured:
+def measure_now(connection: db.Connection, params: Params, value: Value, asked: Sequence[Query]) -> Measured:
     """The value as the function searches it now, on the held-out half of the questions."""
-    p = phase.params
-    with replica.connect(phase, "tune") as connection:
-        return measure(connection, p, way_of(p, strategy_of(connection, p, value)), asked[1::2])
+    with replica.connect(connection, params, "tune") as reader:
+        return measure(reader, params, way_of(params, strategy_of(reader, params, value)), asked[1::2])
 
 
-def cheapest_through_the_index(phase: Phase, asked: Sequence[Query]) -> Measured:
+def cheapest_through_the_index(connection: db.Connection, params: Params, asked: Sequence[Query]) -> Measured:
     """The cheapest way through the index that reaches the target on one half of the questions, measured on the other.
 
     Where none does, the way that finds most. An iterative scan in every way: it ends early where the index alone
     fills the page, and goes on where a second filter or dead rows take answers away.
     """
-    p, target = phase.params, phase.params.tune.target_recall
+    target = params.tune.target_recall
     tried: list[Measured] = []
-    with replica.connect(phase, "tune") as connection:
-        for n in ways.candidates(p):
-            way = ways.through_the_index(p, n, "index" if p.index.method == "hnsw" else "relaxed")
-            screened = measure(connection, p, way, asked[::2][: cheapest_way.SCREENED])
+    with replica.connect(connection, params, "tune") as reader:
+        for n in ways.candidates(params):
+            way = ways.through_the_index(params, n, "index" if params.index.method == "hnsw" else "relaxed")
+            screened = measure(reader, params, way, asked[::2][: cheapest_way.SCREENED])
             if not at_least(screened.high, target) or screened.rows_short:
                 tried.append(screened)
                 continue
-            tried.append(measure(connection, p, way, asked[::2]))
+            tried.append(measure(reader, params, way, asked[::2]))
             if tried[-1].reaches(target):
-                return measure(connection, p, way, asked[1::2])
+                return measure(reader, params, way, asked[1::2])
         best = max(tried, key=lambda m: m.recall)
-        return measure(connection, p, best.way, asked[1::2])
+        return measure(reader, params, best.way, asked[1::2])
 
 
-def scans_by_the_function(phase: Phase, value: Value, oid: int, change: Sequence[db.Statement] = ()) -> int:
+def scans_by_the_function(
+    connection: db.Connection, params: Params, value: Value, oid: int, change: Sequence[db.Statement] = ()
+) -> int:
     """Scans of one index in :data:`CALLS` calls of the function with this value, prepared, by the server's own count.
 
     change: statements that the transaction starts with; it is rolled back.
     """
-    p = phase.params
-    with phase.another("calls") as connection, db.rolled_back(connection):
+    with db.beside(connection, params, "calls") as reader, db.rolled_back(reader):
         for statement in change:
-            connection.execute(statement.query, statement.values)
-        explain.call_function(connection, p, "vector", {value.column: value.value})
-        return scans(connection, p, [oid])
+            reader.execute(statement.query, statement.values)
+        explain.call_function(reader, params, "vector", {value.column: value.value})
+        return scans(reader, params, [oid])
 
 
 def fits_in_memory(connection: db.Connection, params: Params, values: Sequence[Value]) -> list[Gate]:

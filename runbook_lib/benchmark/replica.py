@@ -15,7 +15,6 @@ import psycopg
 from runbook_lib.core import db
 from runbook_lib.core.display import duration, size
 from runbook_lib.core.gates import RunbookError
-from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -32,25 +31,26 @@ def is_given(params: Params) -> bool:
     return params.search.read_dsn_env is not None
 
 
-def connect(phase: Phase, purpose: str) -> db.Connection:
+def connect(connection: db.Connection, params: Params, purpose: str) -> db.Connection:
     """A connection to measure on: to the replica, once it has replayed all that the primary has written by now.
 
-    To the target's own server where no replica is given. Raises BadInput where it cannot be reached, RunbookError
-    where it is no standby, or has not caught up within ``search.read_wait_s``.
+    connection: to the target. To the target's own server as well where no replica is given. Raises BadInput where the
+    replica cannot be reached, RunbookError where it is no standby, or has not caught up within
+    ``search.read_wait_s``.
     """
-    conninfo = db.read_dsn(phase.params)
+    conninfo = db.read_dsn(params)
     if conninfo is None:
-        return phase.another(purpose)
-    written = str(db.one(phase.connection, SQL["written"], phase.params)["lsn"])
-    connection = phase.another(purpose, conninfo=conninfo)
+        return db.beside(connection, params, purpose)
+    written = str(db.one(connection, SQL["written"], params)["lsn"])
+    reader = db.beside(connection, params, purpose, conninfo=conninfo)
     try:
-        _catch_up(connection, phase.params, written)
+        _catch_up(reader, params, written)
         # Again: the extension may have been what was still to be replayed.
-        db.use_search_path(connection)
+        db.use_search_path(reader)
     except BaseException:
-        connection.close()
+        reader.close()
         raise
-    return connection
+    return reader
 
 
 def _catch_up(connection: db.Connection, params: Params, written: str) -> None:

@@ -80,7 +80,7 @@ def record(params_file: Path, run_id: str | None) -> None:
     in JupyterLab that was killed.
     """
     from runbook_lib.core.target import load_params
-    from runbook_lib.runner import by_hand, runner
+    from runbook_lib.runner import by_hand, finishing
     from runbook_lib.runner import record as records
 
     with plain_errors():
@@ -90,7 +90,7 @@ def record(params_file: Path, run_id: str | None) -> None:
             click.echo(str(records.write_derived(params, str(params_file.resolve()))))
             return
         page = params.record.runs_dir / run_id / "index.html"
-        click.echo(str(page if run_id in settled else runner.write_again(params_file, run_id)))
+        click.echo(str(page if run_id in settled else finishing.write_again(params_file, run_id)))
 
 
 @click.command()

@@ -27,7 +27,7 @@ from runbook_lib.core import db
 from runbook_lib.core.display import number, size
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.target import load_params
-from runbook_lib.migrate import inputs, statement_statistics
+from runbook_lib.migrate import inputs, statement_statistics, table_checks
 from runbook_lib.migrate.statement_statistics import CountedSearch
 from runbook_lib.params import Params
 from runbook_lib.params.filters import Condition
@@ -221,7 +221,7 @@ def _which_key(found: FoundTable, wishes: Wishes, ask: Ask) -> str:
         "key_is_found",
         found.name,
         f"{key} is not one" if key else "no primary key, and no other column that identifies a row",
-        f"a NOT NULL column of type {', '.join(inputs.KEY_TYPES)} with a unique index of its own",
+        f"a NOT NULL column of type {', '.join(table_checks.KEY_TYPES)} with a unique index of its own",
         _nearest(key, found.keys) + f"say --key with one of {', '.join(found.keys)}"
         if found.keys
         else f"ALTER TABLE {found.name} ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY;"

@@ -16,7 +16,7 @@ from runbook_lib.core import db, row_counts, session
 from runbook_lib.core.display import number, size
 from runbook_lib.core.names import identifier, names, spelled
 from runbook_lib.indexes import forecast
-from runbook_lib.migrate import inputs, preflight
+from runbook_lib.migrate import preflight, table_checks
 from runbook_lib.params import Params
 from runbook_lib.params.data import MAX_INDEXED_DIMENSION
 from runbook_lib.sql import load
@@ -84,7 +84,7 @@ class FoundTable:
 
 def look(connection: db.Connection, draft: Params) -> FoundTable:
     """Reads the catalogue and the statistics of the table that the draft names. Raises BadInput if it is no table."""
-    inputs.require_table(connection, draft)
+    table_checks.require_table(connection, draft)
     relation, target = spelled(draft, "table"), draft.target
     whole = row_counts.of(connection, draft)
     columns = db.rows(connection, SQL["columns"], draft, relation=relation, schema=target.schema_, table=target.table)
@@ -94,7 +94,7 @@ def look(connection: db.Connection, draft: Params) -> FoundTable:
         whole.n,
         not whole.counted,
         {c["name"]: c for c in columns},
-        tuple(k["name"] for k in keys if k["type"] in inputs.KEY_TYPES),
+        tuple(k["name"] for k in keys if k["type"] in table_checks.KEY_TYPES),
         tuple(r["role"] for r in db.rows(connection, SQL["readers"], draft, relation=relation)),
         _fulltext(connection, draft),
         db.one(connection, SQL["settings"], draft),

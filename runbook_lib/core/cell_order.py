@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 import psycopg
 from psycopg.pq import TransactionStatus
 
+from runbook_lib.core import session
 from runbook_lib.core.gates import RunbookError
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ OPEN, REQUIRE, PLAN, PROVE = "Where am I", "Must be true first", "What will be d
 CLOSE = "What comes next, and rolling back"
 # Of long work, the ledger is asked at most so often whether what it relies on still holds.
 SECONDS_BETWEEN_QUESTIONS = 1.0
-
-READ_ONLY = "SELECT set_config('default_transaction_read_only', %s, false)"
 
 
 class OutOfOrder(RunbookError):
@@ -80,14 +79,14 @@ class Order:
 
     def fence(self, connection: db.Connection) -> None:
         """Makes the session read-only in the server, until the phase is opened for a change."""
-        connection.execute(READ_ONLY, ["on"])
+        connection.execute(session.READ_ONLY, ["on"])
         self.fenced = True
 
     @contextmanager
     def lifted(self, connection: db.Connection) -> Iterator[None]:
         """The same session, writing; the outermost of nested calls puts the fence up again."""
         if self.fenced and not self.depth:
-            connection.execute(READ_ONLY, ["off"])
+            connection.execute(session.READ_ONLY, ["off"])
         self.depth += 1
         try:
             yield
@@ -95,7 +94,7 @@ class Order:
             self.depth -= 1
             if self.fenced and not self.depth and connection.info.transaction_status == TransactionStatus.IDLE:
                 with suppress(psycopg.Error):
-                    connection.execute(READ_ONLY, ["on"])
+                    connection.execute(session.READ_ONLY, ["on"])
 
     def end(self, why: str, following: str) -> None:
         """From here on the phase hands out no connection."""

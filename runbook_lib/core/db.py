@@ -103,6 +103,21 @@ def connect(
     return connection
 
 
+def beside(
+    connection: Connection, params: Params, purpose: str, *, conninfo: str | None = None, trial: bool = False
+) -> Connection:
+    """A further session of the run that this one belongs to, read-only in the server while this one is.
+
+    trial: one that rolls back everything it does. conninfo: of another server than the target's.
+    """
+    run = " ".join(connection.info.get_parameters()["application_name"].split()[:2])
+    further = connect(params, f"{run} {purpose}", conninfo=conninfo)
+    fence = connection.execute("SELECT current_setting('default_transaction_read_only') AS value").fetchone()
+    if fence and fence["value"] == "on" and not trial:
+        further.execute(session.READ_ONLY, ["on"])
+    return further
+
+
 def opened(conninfo: str, application_name: str, params: Params) -> Connection:
     """A session in autocommit that has the settings of :mod:`session`, and is its own.
 

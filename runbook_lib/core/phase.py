@@ -184,16 +184,6 @@ class Phase:
             yield
         self.order.proved = False
 
-    def another(self, purpose: str, *, conninfo: str | None = None, trial: bool = False) -> db.Connection:
-        """A further session for this phase, read-only in the server unless it is opened for a change just now.
-
-        trial: one that rolls back everything it does. conninfo: of another server than the target's.
-        """
-        connection = db.connect(self.params, f"runbook {self.run_id} {purpose}", conninfo=conninfo)
-        if self.order.fenced and not self.order.depth and not trial:
-            connection.execute(cell_order.READ_ONLY, ["on"])
-        return connection
-
     def _must_be_connected(self) -> None:
         """Raises OutOfOrder for a phase that was closed, or whose sessions have ended, and with them its claim."""
         _ = self.connection, self.ledger

@@ -30,6 +30,7 @@ SQL = load("session")
 Connection = psycopg.Connection[DictRow]
 
 CLIENT_ENCODING = "UTF8"
+READ_ONLY = "SELECT set_config('default_transaction_read_only', %s, false)"
 # Of settings that a server does not have yet, or not any more, nothing is set.
 SETTINGS: Mapping[str, str] = {
     # The runbook bounds its own waits; these would end a session in the middle of a build or a pause.

@@ -167,9 +167,9 @@ def drop_steps(index: VectorIndex, drop: Block = SQL["drop"]) -> list[BuildStep]
     return todo
 
 
-def plan(phase: Phase, steps: Sequence[BuildStep]) -> db.Plan:
+def plan(connection: db.Connection, steps: Sequence[BuildStep]) -> db.Plan:
     """The statements of these steps."""
-    return db.Plan(tuple(step.statement for step in steps), phase.connection)
+    return db.Plan(tuple(step.statement for step in steps), connection)
 
 
 @changes
@@ -180,7 +180,7 @@ def build(phase: Phase, left: Callable[[], Sequence[BuildStep]], built: Callable
     partition's index could not be attached; run again, it resumes there.
     """
     if not phase.execute:
-        return phase.carry_out(plan(phase, left()))
+        return phase.carry_out(plan(phase.connection, left()))
     rows: list[tuple[Any, ...]] = []
     for _ in range(MOST_ROUNDS):
         todo = left()
@@ -196,7 +196,7 @@ def build(phase: Phase, left: Callable[[], Sequence[BuildStep]], built: Callable
 def carry_out(phase: Phase, steps: Sequence[BuildStep]) -> Table:
     """Carries out these steps, each by its own way."""
     if not phase.execute:
-        return phase.carry_out(plan(phase, steps))
+        return phase.carry_out(plan(phase.connection, steps))
     return _table([_take(phase, step, where) for step, where in _numbered(steps)])
 
 
@@ -246,6 +246,7 @@ def _note_whole(phase: Phase, index: VectorIndex) -> None:
 
     Partitions that an earlier, stopped run built count with what it noted.
     """
+    connection, params = phase.connection, phase.params
     if not index.usable:
         return
     ours = {own.shown for own in index.own.values()}
@@ -257,8 +258,8 @@ def _note_whole(phase: Phase, index: VectorIndex) -> None:
     for body in noted.values():
         began, before = (samples[-1][0], samples[-1][2]) if samples else (0.0, 0)
         samples += [[began + s, before + done, before + total] for s, done, total in body["samples"]]
-    method, several = phase.params.index.method, len(index.parts) > 1
-    rows = [rows_with_vector(phase.connection, phase.params, part) for part in index.leaves if method == "ivfflat"]
+    method, several = params.index.method, len(index.parts) > 1
+    rows = [rows_with_vector(connection, params, part) for part in index.leaves if method == "ivfflat"]
     phase.note(
         "index",
         {
@@ -272,9 +273,7 @@ def _note_whole(phase: Phase, index: VectorIndex) -> None:
             ],
             "samples": samples,
             # Rows that were dead before are not in the index.
-            "dead_before": db.one(
-                phase.connection, WATCH["size"], phase.params, table=spelled(phase.params, "vectors")
-            ),
+            "dead_before": db.one(connection, WATCH["size"], params, table=spelled(params, "vectors")),
             # What the age of its lists is told by.
             **({"rows": sum(rows)} if rows else {}),
         },
@@ -289,14 +288,15 @@ def concurrently(phase: Phase, statement: db.Statement) -> Built:
     """
     i = phase.params.index
     built = Built()
-    with phase.another(f"{phase.name} build") as connection:
+    with db.beside(phase.connection, phase.params, f"{phase.name} build") as connection:
         connection.execute(
             SQL["settings"].compose({}),
             {"memory": f"{i.maintenance_work_mem_mb}MB", "workers": str(i.parallel_workers)},
         )
         connection.add_notice_handler(lambda notice: built.notices.append(notice.message_primary or ""))
         stop = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(phase, db.server_pid(connection), built, stop), daemon=True)
+        watched = phase.connection, phase.params, f"{phase.name} watch", db.server_pid(connection)
+        watcher = threading.Thread(target=_watch, args=(*watched, built, stop), daemon=True)
         started = time.perf_counter()
         watcher.start()
         try:
@@ -312,12 +312,14 @@ def concurrently(phase: Phase, statement: db.Statement) -> Built:
     return built
 
 
-def _watch(phase: Phase, pid: int, built: Built, stop: threading.Event) -> None:
+def _watch(
+    connection: db.Connection, params: Params, purpose: str, pid: int, built: Built, stop: threading.Event
+) -> None:
     """Samples the build's progress from a session of its own until told to stop."""
     started = last_line = time.perf_counter()
-    with phase.another(f"{phase.name} watch") as connection:
+    with db.beside(connection, params, purpose) as watch:
         while not stop.wait(SECONDS_BETWEEN_LOOKS):
-            row = connection.execute(SQL["progress"].compose({}), {"pid": pid}).fetchone()
+            row = watch.execute(SQL["progress"].compose({}), {"pid": pid}).fetchone()
             if row is None:
                 continue
             now = time.perf_counter()
@@ -344,6 +346,5 @@ def none_under_way(name: str, subject: str, builds: int) -> Gate:
 
 def in_the_way(phase: Phase) -> Table:
     """Open transactions that the build will wait for at its end, longest first."""
-    return Table.of(
-        db.rows(phase.connection, SQL["in_the_way"], phase.params), "transactions that the build waits for"
-    )
+    found = db.rows(phase.connection, SQL["in_the_way"], phase.params)
+    return Table.of(found, "transactions that the build waits for")

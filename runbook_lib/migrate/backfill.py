@@ -31,6 +31,7 @@ from runbook_lib.core.names import names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.target import load_params
 from runbook_lib.migrate import trials
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("backfill")
@@ -45,15 +46,15 @@ def plan(phase: Phase) -> db.Plan:
         return db.Plan(tuple(promotion), connection)
     own = batch_ranges.plan(connection, params)
     # A plan may be made before 30_expand_schema; then nothing can be asked of its columns.
-    if not db.relation_exists(connection, spelled(params, "staging")) or not _to_do(phase):
+    if not db.relation_exists(connection, spelled(params, "staging")) or not _to_do(connection, params):
         return db.Plan((*own, store.write(params, None, None)), connection)
     if batch_strategy.choose(connection, params).strategy == "page_interleaved":
-        own += pruning.plan(phase, [r.part for r in batch_strategy.relations(connection, params)])
+        own += pruning.plan(connection, params, [r.part for r in batch_strategy.relations(connection, params)])
     return db.Plan((*own, store.write(params, None, None)), connection)
 
 
-def _to_do(phase: Phase) -> int:
-    return int(db.one(phase.connection, SQL["to_do"], phase.params)["rows"])
+def _to_do(connection: db.Connection, params: Params) -> int:
+    return int(db.one(connection, SQL["to_do"], params)["rows"])
 
 
 @changes
@@ -62,14 +63,15 @@ def apply(phase: Phase) -> Table:
 
     Ranges that are done, and rows that have their vector, are passed over: a run that was stopped resumes.
     """
+    connection, params = phase.connection, phase.params
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
     choice, outcome = move_staged(phase)
-    for statement in vector_store.of(phase.params).clear_textless(phase.connection, phase.params):
+    for statement in vector_store.of(params).clear_textless(connection, params):
         phase.do(statement)
-    phase.do(db.statement(SQL["analyze"], phase.params))
+    phase.do(db.statement(SQL["analyze"], params))
     # Last, so that what is judged is what was written before it; writers never stop.
-    phase.note("drain", db.one(phase.connection, SQL["drain_begins"], phase.params))
+    phase.note("drain", db.one(connection, SQL["drain_begins"], params))
     drained = change_queue.drain(phase)
     return _shown(choice, outcome, drained)
 
@@ -102,12 +104,13 @@ def move_staged(phase: Phase) -> tuple[StrategyChoice, BackfillOutcome]:
 
     Raises GateFailed, before a row is changed, where the UPDATE does more to the table than was agreed to.
     """
+    connection, params = phase.connection, phase.params
     tried = _nothing_new_fires(phase)
     batch_ranges.create(phase)
-    before = _server_counts(phase)
+    before = _server_counts(connection, params)
     promoted, seconds = _promote(phase)
-    phase.connection.execute(SQL["analyze_staging"].compose(names(phase.params)))
-    choice = batch_strategy.choose(phase.connection, phase.params, tried)
+    connection.execute(SQL["analyze_staging"].compose(names(params)))
+    choice = batch_strategy.choose(connection, params, tried)
     print(f"  {choice}")
     outcome = _through_ranges(phase, choice)
     if promoted:
@@ -115,10 +118,10 @@ def move_staged(phase: Phase) -> tuple[StrategyChoice, BackfillOutcome]:
         outcome.seconds.append(seconds)
         outcome.samples = [[0.0, 0], [round(seconds, 3), promoted]]
     try:
-        _close(phase, outcome)
+        _close(connection, params, outcome)
     finally:
         # What was done is in the record, even where somebody holds the last rows.
-        statement = vector_store.of(phase.params).write(phase.params, None, None)
+        statement = vector_store.of(params).write(params, None, None)
         phase.note_statement(db.Done(statement, outcome.rows - promoted, _elapsed(outcome), 1))
         _note(phase, choice, outcome, before)
     return choice, outcome
@@ -126,23 +129,24 @@ def move_staged(phase: Phase) -> tuple[StrategyChoice, BackfillOutcome]:
 
 def _promote(phase: Phase) -> tuple[int, float]:
     """Carries out what moves all vectors at once; returns the rows that it moved, and the seconds."""
+    connection, params = phase.connection, phase.params
     started = time.perf_counter()
-    statements = vector_store.of(phase.params).promotion(phase)
+    statements = vector_store.of(params).promotion(phase)
     if not statements:
         return 0, 0.0
-    staged = _staged(phase)
+    staged = _staged(connection, params)
     for statement in statements:
         phase.do(statement)
-    return staged - _staged(phase), time.perf_counter() - started
+    return staged - _staged(connection, params), time.perf_counter() - started
 
 
-def _staged(phase: Phase) -> int:
-    return int(db.one(phase.connection, SQL["staged_rows"], phase.params)["rows"])
+def _staged(connection: db.Connection, params: Params) -> int:
+    return int(db.one(connection, SQL["staged_rows"], params)["rows"])
 
 
 def _through_ranges(phase: Phase, choice: StrategyChoice) -> BackfillOutcome:
     """Cuts ranges where none are open, and works them off."""
-    connection, params, to_do = phase.connection, phase.params, _to_do(phase)
+    connection, params, to_do = phase.connection, phase.params, _to_do(phase.connection, phase.params)
     if to_do and not batch_ranges.state(connection, params).left:
         batch_ranges.cut(connection, params, choice)
     if to_do and choice.strategy == "page_interleaved":
@@ -166,13 +170,13 @@ def _elapsed(outcome: BackfillOutcome) -> float:
     return float(outcome.samples[-1][0]) if outcome.samples else 0.0
 
 
-def _server_counts(phase: Phase) -> db.Row:
-    return db.one(phase.connection, SQL["server_counts"], phase.params, table=spelled(phase.params, "vectors"))
+def _server_counts(connection: db.Connection, params: Params) -> db.Row:
+    return db.one(connection, SQL["server_counts"], params, table=spelled(params, "vectors"))
 
 
 def _note(phase: Phase, choice: StrategyChoice, outcome: BackfillOutcome, before: db.Row) -> None:
     p50, p95 = _percentiles(outcome)
-    after, state = _server_counts(phase), batch_ranges.state(phase.connection, phase.params)
+    after, state = _server_counts(phase.connection, phase.params), batch_ranges.state(phase.connection, phase.params)
     phase.note(
         "backfill",
         {
@@ -199,60 +203,69 @@ def _note(phase: Phase, choice: StrategyChoice, outcome: BackfillOutcome, before
     untouched.note(phase, outcome.seen)
 
 
-def _close(phase: Phase, outcome: BackfillOutcome) -> None:
+def _close(connection: db.Connection, params: Params, outcome: BackfillOutcome) -> None:
     """The rows that no range reached: put off, or moved by somebody else while their range was read. First those
     that nobody holds, then the others, in short tries.
 
     Raises LockNotObtained, naming rows and holder, where one is held for longer; only such rows are left then.
     """
-    found = db.rows(phase.connection, SQL["left_over"], phase.params)
+    found = db.rows(connection, SQL["left_over"], params)
     left = [row["key"] for row in found if row["key"] not in outcome.refused]
     held = list[Any]()
-    for keys in in_turn(left, first_pace(phase.params)):
-        free = _write(phase, outcome, keys, skip_held=True)
+    for keys in in_turn(left, first_pace(params)):
+        free = _write(connection, params, outcome, keys, skip_held=True)
         held += [key for key in keys if key not in free]
     done = 0
-    for keys in in_turn(held, first_pace(phase.params)):
+    for keys in in_turn(held, first_pace(params)):
         try:
-            _write(phase, outcome, keys)
+            _write(connection, params, outcome, keys)
         except LockNotObtained as error:
-            raise _are_held(phase, held[done:]) from error
+            raise _are_held(connection, params, held[done:]) from error
         done += len(keys)
 
 
-def _write(phase: Phase, outcome: BackfillOutcome, keys: Sequence[Any], *, skip_held: bool = False) -> set[Any]:
+def _write(
+    connection: db.Connection,
+    params: Params,
+    outcome: BackfillOutcome,
+    keys: Sequence[Any],
+    *,
+    skip_held: bool = False,
+) -> set[Any]:
     """Gives these rows their vectors; returns the keys of those that were not skipped. Rows that the server refuses
     are set apart, each with its words."""
 
     def write(part: Sequence[Any]) -> set[Any]:
-        return _transaction(phase, outcome, part, skip_held=skip_held)
+        return _transaction(connection, params, outcome, part, skip_held=skip_held)
 
-    done = refused_rows.in_halves(phase.params, keys, write, outcome.refused)
+    done = refused_rows.in_halves(params, keys, write, outcome.refused)
     return set().union(*done) | (outcome.refused.keys() & set(keys))
 
 
-def _transaction(phase: Phase, outcome: BackfillOutcome, keys: Sequence[Any], *, skip_held: bool) -> set[Any]:
-    p, connection, store = phase.params, phase.connection, vector_store.of(phase.params)
-    lock = change_queue.SQL[store.lock_rows].compose(names(p))
+def _transaction(
+    connection: db.Connection, params: Params, outcome: BackfillOutcome, keys: Sequence[Any], *, skip_held: bool
+) -> set[Any]:
+    store = vector_store.of(params)
+    lock = change_queue.SQL[store.lock_rows].compose(names(params))
 
     def work() -> tuple[set[Any], int]:
         free = list(keys)
         if skip_held:
             free = [row["key"] for row in connection.execute(lock, {"keys": free}).fetchall()]
-        s = store.write(p, free, None)
+        s = store.write(params, free, None)
         return set(free), connection.execute(s.query, s.values).rowcount
 
-    shown = store.write(p, None, None)
-    (free, rows), _ = db.in_short_tries(connection, p, shown.name, shown.lock, work)
+    shown = store.write(params, None, None)
+    (free, rows), _ = db.in_short_tries(connection, params, shown.name, shown.lock, work)
     outcome.rows += rows
     return free
 
 
-def _are_held(phase: Phase, keys: Sequence[Any]) -> LockNotObtained:
-    p = phase.params
+def _are_held(connection: db.Connection, params: Params, keys: Sequence[Any]) -> LockNotObtained:
     return LockNotObtained(
-        found=f"{p.target.key} {some(keys, SHOWN_KEYS)} held by somebody else; {db.holders(phase.connection, p)}",
-        needed=f"these rows free within {p.locks.tries} tries of {p.locks.timeout_ms} ms; the others are done",
+        found=f"{params.target.key} {some(keys, SHOWN_KEYS)} held by somebody else; {db.holders(connection, params)}",
+        needed=f"these rows free within {params.locks.tries} tries of {params.locks.timeout_ms} ms; the others"
+        " are done",
         danger="the new search would never find them",
         do="end that session, or wait for it, then run 50_backfill again: only these rows are left",
     )
@@ -278,7 +291,9 @@ def help_out(params_file: str) -> Table:
             raise BadInput([_nothing_to_help_with(params.target.name)])
         phase.join()
         with phase.opened():
-            outcome = workers.run(phase, batch_strategy.choose(connection, params), _to_do(phase))
+            outcome = workers.run(
+                phase, batch_strategy.choose(connection, params), _to_do(phase.connection, phase.params)
+            )
         p50, p95 = _percentiles(outcome)
         untouched.note(phase, outcome.seen)
         phase.note("help", {"rows": outcome.rows, "batches": len(outcome.seconds), "batch_p95_ms": p95})
@@ -303,12 +318,13 @@ def verify(phase: Phase) -> Gates:
     What was written since the last drain began waits in the queue, and is not counted: where writers never stop there
     is always some of it.
     """
+    connection, ledger = phase.connection, phase.ledger
     p = phase.params
-    drain = phase.ledger.latest("drain", phase.name) or {"began": None, "oldest": None}
-    left = db.one(phase.connection, SQL["left"], p, **drain)
-    queued = db.one(phase.connection, SQL["queued"], p)
+    drain = ledger.latest("drain", phase.name) or {"began": None, "oldest": None}
+    left = db.one(connection, SQL["left"], p, **drain)
+    queued = db.one(connection, SQL["queued"], p)
     table = f"{p.target.schema_}.{p.target.table}"
-    waiting = f"; {change_queue.waiting(phase)}" if queued["rows"] else ""
+    waiting = f"; {change_queue.waiting(connection, p)}" if queued["rows"] else ""
     if left["newer"]:
         waiting = f"; {number(left['newer'])} were written since the last drain began{waiting}"
     return collect(
@@ -334,13 +350,13 @@ def verify(phase: Phase) -> Gates:
                 do="run this phase again; it drains the queue of changed rows",
                 figures={"stale": left["stale"], "queued": queued["rows"]},
             ),
-            *pruning.verify(phase),
-            *_took_and_touched(phase),
+            *pruning.verify(connection, ledger, p),
+            *_took_and_touched(connection, ledger, p),
         ]
     )
 
 
-def _took_and_touched(phase: Phase) -> list[Gate]:
+def _took_and_touched(connection: db.Connection, ledger: Ledger, params: Params) -> list[Gate]:
     """Named only where rows refused their vector; and what else was touched, where rows were compared."""
-    left = refused_rows.gate_of_left(phase.connection, phase.params)
-    return [*([left] if left.verdict is Verdict.FAIL else []), *untouched.verify(phase)]
+    left = refused_rows.gate_of_left(connection, params)
+    return [*([left] if left.verdict is Verdict.FAIL else []), *untouched.verify(connection, ledger, params)]

@@ -9,7 +9,9 @@ from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase, changes
+from runbook_lib.params import Params
 from runbook_lib.search import search_function, statements
 
 # Calls that show that the function answers as legacy does; each costs as much as a legacy search.
@@ -23,37 +25,39 @@ def apply(phase: Phase) -> Table:
     """Measures the legacy search and keeps its figures and its answers to the timed queries."""
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [("measure the legacy search",)])
-    result = comparison.measure(phase, ["legacy"])
+    result = comparison.measure(phase.connection, phase.ledger, phase.params, ["legacy"])
     legacy = result["legacy"]
     single = {key: legacy.get(key, {}) for key in comparison.SINGLE}
-    own = {} if any(legacy["answers"].values()) else {"own_words": _finds_own_words(phase)}
+    own = {} if any(legacy["answers"].values()) else {"own_words": _finds_own_words(phase.connection, phase.params)}
     phase.note("baseline", {"systems": comparison.totals(result), **single, **own})
     return comparison.show(result)
 
 
-def _finds_own_words(phase: Phase) -> bool:
+def _finds_own_words(connection: db.Connection, params: Params) -> bool:
     """Does legacy find anything by the first line or the longest word of some rows? Then it is not broken, and that
     it finds nothing for the queries is a reason to migrate.
     """
-    texts = [
-        row["text"]
-        for row in db.rows(phase.connection, comparison.SQL["some_texts"], phase.params, rows=ROWS_TO_BE_FOUND)
-    ]
+    texts = [row["text"] for row in db.rows(connection, comparison.SQL["some_texts"], params, rows=ROWS_TO_BE_FOUND)]
     own = [
         words for text in texts for words in (text.strip().split("\n")[0], max(text.split(), key=len, default=text))
     ]
     queries = [Query(f"row {i}", words) for i, words in enumerate(own)]
-    answers, _ = comparison.ask_legacy(phase, queries, dict.fromkeys((q.query_id for q in queries), 1))
+    answers, _ = comparison.ask_legacy(connection, params, queries, dict.fromkeys((q.query_id for q in queries), 1))
     return any(answers.rows)
 
 
 def verify(phase: Phase) -> Gates:
     """The legacy search was measured, and the new function answers what it answers."""
-    return collect([_baseline_is_recorded(phase), _function_answers_as_legacy(phase)])
+    return collect(
+        [
+            _baseline_is_recorded(phase.ledger),
+            _function_answers_as_legacy(phase.connection, phase.ledger, phase.params),
+        ]
+    )
 
 
-def _baseline_is_recorded(phase: Phase) -> Gate:
-    recorded = phase.ledger.latest("baseline")
+def _baseline_is_recorded(ledger: Ledger) -> Gate:
+    recorded = ledger.latest("baseline")
     answered = sum(bool(keys) for keys in recorded["answers"].values()) if recorded else 0
     figures = recorded["systems"]["legacy"] if recorded else {}
     left = len(recorded.get("left", ())) if recorded else 0
@@ -82,21 +86,20 @@ def _baseline_is_recorded(phase: Phase) -> Gate:
     )
 
 
-def _function_answers_as_legacy(phase: Phase) -> Gate:
+def _function_answers_as_legacy(connection: db.Connection, ledger: Ledger, params: Params) -> Gate:
     """Calls the function for some of the queries, and compares with what legacy answered, key by key.
 
     Where an answer differs, legacy is asked once more: the table may have changed since.
     """
-    p = phase.params
-    known = (phase.ledger.latest("baseline") or {}).get("answers", {})
-    queries = query_set.sample(query_set.read_queries(p), p.queries.sample)
+    known = (ledger.latest("baseline") or {}).get("answers", {})
+    queries = query_set.sample(query_set.read_queries(params), params.queries.sample)
     queries = [q for q in queries if q.query_id in known][:FUNCTION_CALLS]
-    route, share = search_function.current_route(phase.connection, phase.params)
+    route, share = search_function.current_route(connection, params)
 
     def ask(statement: sql.Composed, asked: list[Query]) -> dict[str, list[str]]:
-        return loop.ask(phase.connection, p, statement, asked, p.queries.k).keys
+        return loop.ask(connection, params, statement, asked, params.queries.k).keys
 
-    call, legacy = statements.call_statement(p), statements.legacy_statement(p)
+    call, legacy = statements.call_statement(params), statements.legacy_statement(params)
     called = ask(call, queries)
     differ = [q for q in queries if called[q.query_id] != known[q.query_id]]
     own, again = ask(legacy, differ), ask(call, differ)
@@ -104,7 +107,7 @@ def _function_answers_as_legacy(phase: Phase) -> Gate:
     return gate(
         "compare.function_answers_as_legacy",
         not different,
-        p.function_name,
+        params.function_name,
         found=f"{len(queries) - len(different)} of {len(queries)} queries answered alike"
         + (f"; not {', '.join(different[:3])}" if different else "")
         + (f"; route {route} at {share} %" if route != "legacy" else ""),

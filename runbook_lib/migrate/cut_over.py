@@ -15,9 +15,11 @@ from runbook_lib.core import db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, GateFailed, Gates, Verdict, collect, gate
 from runbook_lib.core.ledger import SQL as LEDGER_SQL
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, percent
 from runbook_lib.migrate import live_calls
+from runbook_lib.params import Params
 from runbook_lib.search import search_function, statements
 from runbook_lib.sql import load
 
@@ -72,36 +74,36 @@ class CanaryStep:
 
 def plan(phase: Phase) -> db.Plan:
     """One UPDATE of the route's row for each share that is not reached and proved yet."""
-    route = phase.params.cut_over.route
+    connection, params = phase.connection, phase.params
+    route = params.cut_over.route
     return db.Plan(
         tuple(
-            db.statement(search_function.SQL["move_route"], phase.params, route=route, share_percent=share)
-            for share in steps_left(phase)
+            db.statement(search_function.SQL["move_route"], params, route=route, share_percent=share)
+            for share in steps_left(connection, phase.ledger, params)
         ),
-        phase.connection,
+        connection,
     )
 
 
-def steps_left(phase: Phase) -> list[int]:
+def steps_left(connection: db.Connection, ledger: Ledger, params: Params) -> list[int]:
     """The shares that are still to be held: all of them, or, after an interruption, from the share that it finds.
 
     The share that an interrupted run had set is held again, unless its own canary was judged and passed.
     """
-    steps = phase.params.cut_over.share_steps_percent
-    if search_function.function_state(phase.connection, phase.params) is None:
+    steps = params.cut_over.share_steps_percent
+    if search_function.function_state(connection, params) is None:
         return list(steps)
-    route, share = search_function.current_route(phase.connection, phase.params)
-    if route != phase.params.cut_over.route:
+    route, share = search_function.current_route(connection, params)
+    if route != params.cut_over.route:
         return list(steps)
-    proved = share if _was_proved(phase, share) else share - 1
+    proved = share if _was_proved(ledger, params, share) else share - 1
     return [step for step in steps if step > proved]
 
 
-def _was_proved(phase: Phase, share: int) -> bool:
+def _was_proved(ledger: Ledger, params: Params, share: int) -> bool:
     """Did the canary of this share pass after the reads were moved there?"""
-    ledger = phase.ledger
     moved, judged = (
-        next(iter(db.rows(ledger.connection, LEDGER_SQL["latest"], phase.params, kind=kind, phases=None)), None)
+        next(iter(db.rows(ledger.connection, LEDGER_SQL["latest"], params, kind=kind, phases=None)), None)
         if ledger.exists()
         else None
         for kind in ("route", "canary")
@@ -118,15 +120,16 @@ def apply(phase: Phase) -> Table:
 
     Interrupted, the reads stay where they are, and the next run resumes from there.
     """
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
     if not phase.execute:
         return phase.carry_out(plan(phase))
-    route = phase.params.cut_over.route
+    route = params.cut_over.route
     steps = []
-    for share in steps_left(phase):
-        if search_function.current_route(phase.connection, phase.params) != (route, share):
+    for share in steps_left(connection, ledger, params):
+        if search_function.current_route(connection, params) != (route, share):
             search_function.move_route(phase, route, share, f"cut-over step {share} %")
-        step = _call(phase, share, phase.params.cut_over.hold_s)
-        gates = _judge(phase, step)
+        step = _call(phase, share, params.cut_over.hold_s)
+        gates = _judge(ledger, params, step)
         if gates.failed:
             # First of all, before anything is written down: users are waiting.
             search_function.move_route(phase, "legacy", 0, f"step {share} % did not pass: {gates.failed[0].name}")
@@ -136,7 +139,7 @@ def apply(phase: Phase) -> Table:
         steps.append(step)
     if not steps:
         return Table(("",), [("the reads have moved already",)])
-    state = search_function.function_state(phase.connection, phase.params)
+    state = search_function.function_state(connection, params)
     phase.note("standing", {"settings": state["settings"], "source": state["source"]} if state else {})
     return Table.of([_shown(s) for s in steps], "steps")
 
@@ -164,7 +167,7 @@ def _call(phase: Phase, share: int, hold_s: float = 0) -> CanaryStep:
     by_new = without_rows = empty = short = errors = errors_drawn = 0
     since = db.one(phase.connection, SQL["now"], p)["now"]
     began = time.perf_counter()
-    with phase.another("canary") as connection:
+    with db.beside(phase.connection, phase.params, "canary") as connection:
         for n, i in enumerate(calls, 1):
             try:
                 answers = loop.ask(connection, p, statements.call_statement(p), [queries[i]], p.queries.k)
@@ -203,7 +206,7 @@ def _call(phase: Phase, share: int, hold_s: float = 0) -> CanaryStep:
         legacy_p95_ms=_p95_ms(seconds["legacy"]),
         p95_at_least_ms=relevance_measures.p95_at_least(seconds[p.cut_over.route]),
         filtered=filtered,
-        live=live_calls.seen_since(phase, p.cut_over.route, since),
+        live=live_calls.seen_since(phase.connection, p, p.cut_over.route, since),
     )
 
 
@@ -211,10 +214,10 @@ def _p95_ms(seconds: list[float]) -> float | None:
     return round(relevance_measures.latency(seconds)["p95_ms"], 3) if seconds else None
 
 
-def _judge(phase: Phase, step: CanaryStep) -> Gates:
+def _judge(ledger: Ledger, params: Params, step: CanaryStep) -> Gates:
     """The canary's gates: no error, no short answer, the share that was set, speed and answers as 80_shadow found."""
-    c = phase.params.cut_over
-    shadow = phase.ledger.latest("shadow") or {"systems": {}}
+    c = params.cut_over
+    shadow = ledger.latest("shadow") or {"systems": {}}
     p95s = [f["p95_ms"] for name, f in shadow["systems"].items() if name in ("legacy", c.route)]
     # Legacy's calls of the same minute know how busy the server is now; those of 80_shadow do not.
     limit_ms = max(comparison.FAST_ENOUGH_MS, step.legacy_p95_ms or 0, *p95s) * LATENCY_TOLERANCE
@@ -304,16 +307,21 @@ def _live_gates(seen: live_calls.LiveCalls, canary: Callable[..., Gate], again: 
 
 def verify(phase: Phase) -> Gates:
     """The route's row and the function's own answers agree: every read goes to the new route."""
-    return collect([route_is(phase, phase.params.cut_over.route, 100), _function_answers_by_route(phase)])
+    return collect(
+        [
+            route_is(phase.connection, phase.params, phase.params.cut_over.route, 100),
+            _function_answers_by_route(phase),
+        ]
+    )
 
 
-def route_is(phase: Phase, route: str, share: int) -> Gate:
+def route_is(connection: db.Connection, params: Params, route: str, share: int) -> Gate:
     """Do reads go this route, at this share in per cent?"""
-    found, found_share = search_function.current_route(phase.connection, phase.params)
+    found, found_share = search_function.current_route(connection, params)
     return gate(
         "cutover.route_is_set",
         (found, found_share) == (route, share),
-        phase.params.target.name,
+        params.target.name,
         found=f"{found} at {found_share} %",
         needed=f"{route} at {share} %",
         danger="some reads go where they should not",

@@ -16,7 +16,7 @@ from runbook_lib.backfill import vector_store
 from runbook_lib.core import db, versions
 from runbook_lib.core.display import some
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import added_columns, identifier, names, spelled, verbatim
+from runbook_lib.core.names import identifier, names, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -38,7 +38,7 @@ def check(connection: db.Connection, params: Params, columns: Mapping[str, db.Ro
 
 
 def _kind_of_table(params: Params, facts: db.Row, columns: Mapping[str, db.Row]) -> Iterator[Gate]:
-    table, in_the_table = spelled(params, "table"), vector_store.of(params).in_the_table
+    table, store = spelled(params, "table"), vector_store.of(params)
     if facts["children"]:
         yield gate(
             "dependents.table_has_no_children",
@@ -50,7 +50,7 @@ def _kind_of_table(params: Params, facts: db.Row, columns: Mapping[str, db.Row])
             " be searched without an index",
             do="make it a partitioned table, or migrate each child as a target of its own",
         )
-    if facts["persistence"] == "t" or (facts["persistence"] == "u" and not in_the_table):
+    if facts["persistence"] == "t" or (facts["persistence"] == "u" and store.table(params)):
         temporary = facts["persistence"] == "t"
         yield gate(
             "dependents.table_is_kept",
@@ -65,7 +65,7 @@ def _kind_of_table(params: Params, facts: db.Row, columns: Mapping[str, db.Row])
             if temporary
             else f"ALTER TABLE {table} SET LOGGED; or set vector.layout: column",
         )
-    if facts["of_type"] and in_the_table:
+    if facts["of_type"] and store.columns(params):
         yield gate(
             "dependents.columns_can_be_added",
             False,
@@ -75,8 +75,8 @@ def _kind_of_table(params: Params, facts: db.Row, columns: Mapping[str, db.Row])
             danger="PostgreSQL adds no column to a typed table",
             do=f"ALTER TABLE {table} NOT OF; or set {SIDE_TABLE}",
         )
-    missing = [c for c in added_columns(params) if c not in columns]
-    if in_the_table and facts["columns"] + len(missing) > MOST_COLUMNS:
+    missing = [c for c in store.columns(params) if c not in columns]
+    if facts["columns"] + len(missing) > MOST_COLUMNS:
         yield gate(
             "dependents.columns_can_be_added",
             False,
@@ -126,19 +126,19 @@ def _filters(connection: db.Connection, params: Params, columns: Mapping[str, db
 
 def _publications(connection: db.Connection, params: Params) -> Iterator[Gate]:
     """A gate for each publication that sends new columns or new tables; and one for those that notice nothing."""
-    table, in_the_table = spelled(params, "table"), vector_store.of(params).in_the_table
+    table, added = spelled(params, "table"), vector_store.of(params).columns(params)
     sent = db.rows(connection, SQL["publications"], params, table=table)
     of_new = {row["name"]: row for row in _of_new_tables(connection, params)}
     readers = _readers(connection, params)
     for row in sent:
-        columns = row["columns"] and in_the_table
+        columns = row["columns"] and bool(added)
         yield _publication(params, row, columns, of_new.pop(row["name"], None), readers)
     for row in of_new.values():
         yield _publication(params, row, False, row, readers)
 
 
 def _of_new_tables(connection: db.Connection, params: Params) -> Sequence[db.Row]:
-    schemas = [params.ledger.schema_, *([] if vector_store.of(params).in_the_table else [params.target.schema_])]
+    schemas = [params.ledger.schema_, *([params.target.schema_] if vector_store.of(params).table(params) else [])]
     any_schema = (
         "ARRAY(SELECT n.nspname::text FROM pg_publication_namespace s JOIN pg_namespace n ON n.oid = s.pnnspid"
         " WHERE s.pnpubid = p.oid AND n.nspname = ANY (%(schemas)s::text[]) ORDER BY 1)"
@@ -213,7 +213,7 @@ def _feeds(connection: db.Connection, params: Params, facts: db.Row) -> Iterator
     found = [row["name"] for row in db.rows(connection, SQL["subscriptions"], params, table=spelled(params, "table"))]
     if not found:
         return
-    holds = facts["identified"] or not vector_store.of(params).in_the_table
+    holds = facts["identified"] or not vector_store.of(params).columns(params)
     yield gate(
         "dependents.subscription_finds_its_rows",
         holds,
@@ -231,7 +231,7 @@ def validations(connection: db.Connection, params: Params) -> list[db.Statement]
     """To be carried out where the columns are there, in a transaction that is rolled back: has PostgreSQL check again
     each SQL function whose result is a row of the table. One that lists the columns returns too few of them.
     """
-    if not vector_store.of(params).in_the_table:
+    if not vector_store.of(params).columns(params):
         return []
     found = db.rows(connection, SQL["row_functions"], params, table=spelled(params, "table"))
     return [

@@ -8,6 +8,7 @@ from runbook_lib.backfill import change_capture, pruning, vector_store
 from runbook_lib.core import db, session
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import added_columns, spelled, trigger_name
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import citus, partition_checks
@@ -21,28 +22,28 @@ WINDOWS = load("windows")
 TRIGGERS = ("insert", "update")
 
 
-def _table(phase: Phase) -> str:
-    return spelled(phase.params, "table")
+def _table(params: Params) -> str:
+    return spelled(params, "table")
 
 
-def _what_is_there(phase: Phase) -> db.Row:
-    p = phase.params
+def _what_is_there(connection: db.Connection, params: Params) -> db.Row:
     made = ("vectors", "staging", "rejected", "queue", "window", "capture_function")
-    relations = {n: spelled(p, n) for n in made}
+    relations = {n: spelled(params, n) for n in made}
     return db.one(
-        phase.connection,
+        connection,
         SQL["what_is_there"],
-        p,
-        table=_table(phase),
-        columns=added_columns(p),
-        triggers=[trigger_name(p, event) for event in TRIGGERS],
+        params,
+        table=_table(params),
+        columns=added_columns(params),
+        triggers=[trigger_name(params, event) for event in TRIGGERS],
         **relations,
     )
 
 
 def plan(phase: Phase) -> db.Plan:
     """The statements that are still to be carried out; what is there already is left alone."""
-    there, p = _what_is_there(phase), phase.params
+    connection, params = phase.connection, phase.params
+    there, p = _what_is_there(connection, params), params
     wanted = [
         ("create_staging", not there["staging"]),
         ("create_rejected", not there["rejected"]),
@@ -52,11 +53,11 @@ def plan(phase: Phase) -> db.Plan:
         ("create_triggers", there["firing"] < len(TRIGGERS)),
     ]
     made = there["columns"] == len(added_columns(p))
-    todo = [] if made else [vector_store.of(p).create(phase.connection, p)]
+    todo = [] if made else [vector_store.of(p).create(connection, p)]
     todo += [_making(p, n) for n, missing in wanted if missing]
     if todo and p.target.distributed:
         todo.insert(0, citus.statement(p, "create_text_functions"))
-    return db.Plan(tuple(todo), phase.connection)
+    return db.Plan(tuple(todo), connection)
 
 
 def _making(params: Params, name: str) -> db.Statement:
@@ -74,32 +75,32 @@ def apply(phase: Phase) -> Table:
     if phase.execute:
         free_names.require(phase.connection, phase.params)
         # Before the first statement: killed after it, the runbook must still know that the columns are its own.
-        owned = {"table": _table(phase), "vectors": spelled(phase.params, "vectors")}
+        owned = {"table": _table(phase.params), "vectors": spelled(phase.params, "vectors")}
         phase.note("owns", owned | {"columns": added_columns(phase.params)})
     return phase.carry_out(plan(phase))
 
 
 def verify(phase: Phase) -> Gates:
     """The column is what was asked for, the table is otherwise unchanged, and a change of text arrives."""
+    connection, params = phase.connection, phase.params
     gates = [
-        _column_has_right_type(phase),
-        _only_ours_was_added(phase),
-        change_capture.gate_of(phase.connection, phase.params),
+        _column_has_right_type(connection, params),
+        _only_ours_was_added(connection, phase.ledger, params),
+        change_capture.gate_of(connection, params),
     ]
-    triggers = [trigger_name(phase.params, event) for event in TRIGGERS]
-    return collect([*gates, *partition_checks.captures(phase.connection, phase.params, triggers)])
+    triggers = [trigger_name(params, event) for event in TRIGGERS]
+    return collect([*gates, *partition_checks.captures(connection, params, triggers)])
 
 
-def _column_has_right_type(phase: Phase) -> Gate:
-    p = phase.params
-    vectors = spelled(p, "vectors")
-    found = db.rows(phase.connection, SQL["column_type"], p, table=vectors, column=p.vector.column)
+def _column_has_right_type(connection: db.Connection, params: Params) -> Gate:
+    vectors = spelled(params, "vectors")
+    found = db.rows(connection, SQL["column_type"], params, table=vectors, column=params.vector.column)
     kind = str(found[0]["type"]).rsplit(".", 1)[-1] if found else "no such column"
-    needed = f"{p.vector.type}({p.vector.dimension})"
+    needed = f"{params.vector.type}({params.vector.dimension})"
     return gate(
         "schema.column_has_right_type",
         kind == needed,
-        f"{p.vector.column} of {vectors}",
+        f"{params.vector.column} of {vectors}",
         found=kind,
         needed=needed,
         danger="vectors of another dimension are refused row by row, or cannot be indexed",
@@ -107,15 +108,15 @@ def _column_has_right_type(phase: Phase) -> Gate:
     )
 
 
-def _only_ours_was_added(phase: Phase) -> Gate:
-    before = phase.ledger.latest("catalogue")
-    gone, new = difference(before["lines"], catalogue(phase)) if before else ([], [])
-    ours = [*added_columns(phase.params), "runbook_", "extension vector", f".{phase.params.function_name}("]
+def _only_ours_was_added(connection: db.Connection, ledger: Ledger, params: Params) -> Gate:
+    before = ledger.latest("catalogue")
+    gone, new = difference(before["lines"], catalogue(connection, params)) if before else ([], [])
+    ours = [*added_columns(params), "runbook_", "extension vector", f".{params.function_name}("]
     foreign = [line for line in new if not any(part in line for part in ours)]
     return gate(
         "schema.only_the_runbooks_objects_were_added",
         None if before is None else not gone and not foreign,
-        _table(phase),
+        _table(params),
         found="no catalogue from the start to compare with"
         if before is None
         else f"{len(new)} objects added, {len(gone)} gone" + "".join(f"; {x}" for x in [*gone, *foreign][:5]),
@@ -128,25 +129,30 @@ def _only_ours_was_added(phase: Phase) -> Gate:
 
 def undo_plan(phase: Phase) -> db.Plan:
     """The statements that remove what this phase added; columns that were there at the start are kept."""
-    store = vector_store.of(phase.params)
-    start = (phase.ledger.latest("catalogue") or {"lines": []})["lines"]
-    theirs = store.in_the_table and any(x.startswith(f"column {phase.params.vector.column} ") for x in start)
-    drop = [store.drop(phase.connection, phase.params)] if _what_is_there(phase)["columns"] and not theirs else []
-    return db.Plan((*undo_capture_plan(phase), *drop, *pruning.restore_plan(phase)), phase.connection)
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    store = vector_store.of(params)
+    start = (ledger.latest("catalogue") or {"lines": []})["lines"]
+    theirs = params.vector.column in store.columns(params) and any(
+        x.startswith(f"column {params.vector.column} ") for x in start
+    )
+    drop = [store.drop(connection, params)] if _what_is_there(connection, params)["columns"] and not theirs else []
+    return db.Plan(
+        (*undo_capture_plan(connection, params), *drop, *pruning.restore_plan(connection, ledger, params)), connection
+    )
 
 
-def undo_capture_plan(phase: Phase) -> list[db.Statement]:
+def undo_capture_plan(connection: db.Connection, params: Params) -> list[db.Statement]:
     """The statements that remove the capture of changes, the staging table, and what the backfill kept."""
-    there = _what_is_there(phase)
+    there = _what_is_there(connection, params)
     wanted = [
         ("drop_capture", bool(there["triggers"]) or there["capture_function"]),
         ("drop_staging", there["staging"] or there["rejected"]),
         ("drop_queue", there["queue"]),
     ]
-    windows = [db.statement(WINDOWS[n], phase.params) for n in ("drop", "drop_control") if there["window"]]
-    drops = [db.statement(SQL[n], phase.params) for n, present in wanted if present]
-    if drops and phase.params.target.distributed:
-        drops.append(citus.statement(phase.params, "drop_text_functions"))
+    windows = [db.statement(WINDOWS[n], params) for n in ("drop", "drop_control") if there["window"]]
+    drops = [db.statement(SQL[n], params) for n, present in wanted if present]
+    if drops and params.target.distributed:
+        drops.append(citus.statement(params, "drop_text_functions"))
     return [*drops, *windows]
 
 
@@ -158,13 +164,17 @@ def undo(phase: Phase) -> Table:
 
 def verify_undone(phase: Phase) -> Gates:
     """Nothing of this phase is left."""
-    left = [name for name, present in _what_is_there(phase).items() if present and name != "firing"]
+    left = [
+        name
+        for name, present in _what_is_there(phase.connection, phase.params).items()
+        if present and name != "firing"
+    ]
     return collect(
         [
             gate(
                 "schema.nothing_is_left",
                 not left,
-                _table(phase),
+                _table(phase.params),
                 found=", ".join(left) or "none of the runbook's columns, triggers and tables",
                 needed="none",
                 danger="writers still pay for what is left",
@@ -174,12 +184,11 @@ def verify_undone(phase: Phase) -> Gates:
     )
 
 
-def catalogue(phase: Phase) -> list[str]:
+def catalogue(connection: db.Connection, params: Params) -> list[str]:
     """The table's columns, indexes, constraints, triggers, options, grants and comments, a line each."""
-    p = phase.params
-    values = {"table": _table(phase), "schema": spelled(p, "schema"), "function": p.function_name}
-    with session.fixed_path(phase.connection):
-        return [row["line"] for row in db.rows(phase.connection, SQL["catalogue"], p, **values)]
+    values = {"table": _table(params), "schema": spelled(params, "schema"), "function": params.function_name}
+    with session.fixed_path(connection):
+        return [row["line"] for row in db.rows(connection, SQL["catalogue"], params, **values)]
 
 
 def difference(before: Sequence[str], now: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -192,19 +201,19 @@ def record_start(phase: Phase) -> None:
     """Writes down the catalogue that undo must lead back to, once: not again while a migration is under way."""
     begun = phase.ledger.latest("catalogue") is not None
     if not begun or phase.ledger.phase_verdict("00_preflight") == "UNDONE":
-        phase.note("catalogue", {"lines": catalogue(phase)})
+        phase.note("catalogue", {"lines": catalogue(phase.connection, phase.params)})
 
 
 def verify_as_at_start(phase: Phase) -> Gates:
     """The catalogue equals the one that was written down before the first change."""
     start = phase.ledger.latest("catalogue")
-    gone, new = difference(start["lines"], catalogue(phase)) if start else ([], [])
+    gone, new = difference(start["lines"], catalogue(phase.connection, phase.params)) if start else ([], [])
     return collect(
         [
             gate(
                 "schema.table_is_as_at_the_start",
                 None if start is None else not gone and not new,
-                _table(phase),
+                _table(phase.params),
                 found="no catalogue from the start"
                 if start is None
                 else f"{len(gone)} gone, {len(new)} new" + "".join(f"; {x}" for x in [*gone, *new][:5]),

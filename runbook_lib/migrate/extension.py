@@ -9,6 +9,7 @@ from psycopg import sql
 from runbook_lib.core import db, versions
 from runbook_lib.core.display import Table, some
 from runbook_lib.core.gates import Gate, Gates, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import identifier
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import pgvector_releases
@@ -94,29 +95,30 @@ def _may_make_extension(server: db.Row, v: db.Row, current: bool) -> Gate:
     )
 
 
-def _state(phase: Phase) -> tuple[str | None, str | None]:
-    row = db.one(phase.connection, SQL["state"], phase.params)
+def _state(connection: db.Connection, params: Params) -> tuple[str | None, str | None]:
+    row = db.one(connection, SQL["state"], params)
     return row["installed"], row["default_version"]
 
 
 def plan(phase: Phase) -> db.Plan:
     """CREATE EXTENSION, ALTER EXTENSION UPDATE, or nothing where the wanted release or a newer one is installed."""
-    installed, default = _state(phase)
-    wanted = phase.params.extension.version or default
+    connection, params = phase.connection, phase.params
+    installed, default = _state(connection, params)
+    wanted = params.extension.version or default
     if installed is None:
-        statements = [_statement(phase, "create", "VERSION")]
+        statements = [_statement(params, "create", "VERSION")]
     elif wanted is not None and not versions.at_least(installed, wanted):
-        statements = [_statement(phase, "update", "TO")]
+        statements = [_statement(params, "update", "TO")]
     else:
         statements = []
-    return db.Plan(tuple(statements), phase.connection)
+    return db.Plan(tuple(statements), connection)
 
 
-def _statement(phase: Phase, block: str, keyword: str) -> db.Statement:
-    version = phase.params.extension.version
+def _statement(params: Params, block: str, keyword: str) -> db.Statement:
+    version = params.extension.version
     clause = sql.SQL(" {} {}").format(sql.SQL(keyword), sql.Literal(version)) if version else sql.SQL("")
-    schema = identifier(phase.params.extension.schema_)
-    return db.statement(SQL[block], phase.params, {"extension_schema": schema, "version_clause": clause})
+    schema = identifier(params.extension.schema_)
+    return db.statement(SQL[block], params, {"extension_schema": schema, "version_clause": clause})
 
 
 @changes
@@ -127,10 +129,10 @@ def apply(phase: Phase) -> Table:
     return done
 
 
-def brings(phase: Phase) -> Table:
+def brings(connection: db.Connection, params: Params) -> Table:
     """What the update brings, release by release; empty where nothing changes."""
-    installed, default = _state(phase)
-    wanted = phase.params.extension.version or default
+    installed, default = _state(connection, params)
+    wanted = params.extension.version or default
     releases = pgvector_releases.between(
         installed or pgvector_releases.OLDEST_PGVECTOR, wanted or pgvector_releases.OLDEST_PGVECTOR
     )
@@ -143,8 +145,9 @@ def brings(phase: Phase) -> Table:
 
 def verify(phase: Phase) -> Gates:
     """The installed release is recent enough, and the loaded library is the one that the catalogue speaks of."""
-    installed, default = _state(phase)
-    wanted = phase.params.extension.version
+    connection, params = phase.connection, phase.params
+    installed, default = _state(connection, params)
+    wanted = params.extension.version
     needed = max(pgvector_releases.OLDEST_PGVECTOR, wanted or "", key=versions.order)
     recent = installed is not None and versions.at_least(installed, needed)
     missing = pgvector_releases.between(installed, needed) if installed else []
@@ -160,13 +163,13 @@ def verify(phase: Phase) -> Gates:
                 do="run 20_extension with execute: true; the server needs the package of that release first",
                 figures={"installed": installed, "default_version": default},
             ),
-            _library_gate(phase, installed, default),
+            _library_gate(connection, params, installed, default),
         )
     )
 
 
-def _library_gate(phase: Phase, installed: str | None, default: str | None) -> Gate:
-    knows = installed is not None and _library_knows(phase, SETTING_OF_A_NEW_LIBRARY)
+def _library_gate(connection: db.Connection, params: Params, installed: str | None, default: str | None) -> Gate:
+    knows = installed is not None and _library_knows(connection, params, SETTING_OF_A_NEW_LIBRARY)
     agree = installed is not None and installed == default and knows
     library = "knows" if knows else "does not know"
     return gate(
@@ -184,28 +187,29 @@ def _library_gate(phase: Phase, installed: str | None, default: str | None) -> G
     )
 
 
-def _library_knows(phase: Phase, setting: str) -> bool:
-    schema = db.one(phase.connection, SQL["state"], phase.params)["installed_schema"]
+def _library_knows(connection: db.Connection, params: Params, setting: str) -> bool:
+    schema = db.one(connection, SQL["state"], params)["installed_schema"]
     cast = identifier(schema, "vector")
-    phase.connection.execute(SQL["load_library"].compose({"vector_in_schema": cast}), {})
-    return bool(db.one(phase.connection, SQL["library_knows"], phase.params, setting=setting)["known"])
+    connection.execute(SQL["load_library"].compose({"vector_in_schema": cast}), {})
+    return bool(db.one(connection, SQL["library_knows"], params, setting=setting)["known"])
 
 
-def _users(phase: Phase) -> list[str]:
-    return [str(row["object"]) for row in db.rows(phase.connection, SQL["users"], phase.params)]
+def _users(connection: db.Connection, params: Params) -> list[str]:
+    return [str(row["object"]) for row in db.rows(connection, SQL["users"], params)]
 
 
-def _is_ours(phase: Phase) -> bool:
-    if not phase.ledger.exists():
+def _is_ours(ledger: Ledger, params: Params) -> bool:
+    if not ledger.exists():
         return False
-    return bool(db.one(phase.ledger.connection, SQL["installed_by_runbook"], phase.params)["installed"])
+    return bool(db.one(ledger.connection, SQL["installed_by_runbook"], params)["installed"])
 
 
 def undo_plan(phase: Phase) -> db.Plan:
     """DROP EXTENSION … RESTRICT, or nothing where the runbook did not install it or something else uses it."""
-    installed, _ = _state(phase)
-    removable = installed is not None and _is_ours(phase) and not _users(phase)
-    return db.Plan((db.statement(SQL["drop"], phase.params),) if removable else (), phase.connection)
+    connection, params = phase.connection, phase.params
+    installed, _ = _state(connection, params)
+    removable = installed is not None and _is_ours(phase.ledger, params) and not _users(connection, params)
+    return db.Plan((db.statement(SQL["drop"], params),) if removable else (), connection)
 
 
 @changes
@@ -216,11 +220,12 @@ def undo(phase: Phase) -> Table:
 
 def verify_undone(phase: Phase) -> Gates:
     """pgvector is gone, or stays for a reason that is not ours."""
-    installed, _ = _state(phase)
-    users = _users(phase) if installed else []
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    installed, _ = _state(connection, params)
+    users = _users(connection, params) if installed else []
     if installed is None:
         found = "not installed"
-    elif not _is_ours(phase):
+    elif not _is_ours(ledger, params):
         found = f"{installed}, there before the runbook or installed by somebody else: it stays"
     elif users:
         found = f"{installed}, used by {some(users, SHOWN)}: it stays"
@@ -230,7 +235,7 @@ def verify_undone(phase: Phase) -> Gates:
         (
             gate(
                 "extension.is_as_before",
-                installed is None or not _is_ours(phase) or bool(users),
+                installed is None or not _is_ours(ledger, params) or bool(users),
                 "vector",
                 found=found,
                 needed="removed, or kept for others",

@@ -12,6 +12,7 @@ from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import apart, at_most, milliseconds
+from runbook_lib.params import Params
 from runbook_lib.search import combined_filters, live_shadow
 
 # Below this many sampled calls their p95 is the slowest of a handful.
@@ -63,11 +64,11 @@ class LiveCalls:
     other_p95_ms: float | None = None
 
 
-def seen_since(phase: Phase, route: str, since: datetime) -> LiveCalls | None:
+def seen_since(connection: db.Connection, params: Params, route: str, since: datetime) -> LiveCalls | None:
     """What the live calls say of a route since a moment; None where no live call is sampled."""
-    if not phase.params.shadow.sample_percent or not live_shadow.has_log(phase.connection, phase.params):
+    if not params.shadow.sample_percent or not live_shadow.has_log(connection, params):
         return None
-    rows = live_shadow.logged(phase.connection, phase.params, since)
+    rows = live_shadow.logged(connection, params, since)
     whole = [row for row in rows if row["problem"] is None]
     mine = [row for row in whole if row["live_route"] == route]
     return LiveCalls(
@@ -100,10 +101,10 @@ def verify(phase: Phase) -> Gates:
     new, old = times.get(route, []), times.get("legacy", [])
     slowdown = phase.params.cut_over.largest_slowdown
     fast = [_is_fast_enough(route, new, old, slowdown)] if min(len(new), len(old)) >= FEWEST_CALLS else []
-    return collect([_nothing_failed(phase, rows, timed=bool(fast)), *fast])
+    return collect([_nothing_failed(phase.params, rows, timed=bool(fast)), *fast])
 
 
-def _nothing_failed(phase: Phase, rows: list[db.Row], *, timed: bool) -> Gate:
+def _nothing_failed(params: Params, rows: list[db.Row], *, timed: bool) -> Gate:
     problems = [row["problem"] for row in rows if row["problem"]]
     found = f"{len(problems)} of {number(len(rows))} sampled calls" if rows else "no live call sampled"
     found += f"; {problems[0]}" if problems else ""
@@ -112,7 +113,7 @@ def _nothing_failed(phase: Phase, rows: list[db.Row], *, timed: bool) -> Gate:
     return gate(
         "live.no_shadow_failed",
         not problems,
-        live_shadow.function_name(phase.params),
+        live_shadow.function_name(params),
         found=found,
         needed="0",
         danger="these calls would fail for users as soon as the reads move",

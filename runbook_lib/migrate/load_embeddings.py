@@ -24,6 +24,7 @@ from runbook_lib.core.names import names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import embedding, masking, packing, sources
+from runbook_lib.params import Params
 from runbook_lib.params.section import unsound
 from runbook_lib.sql import load
 
@@ -67,8 +68,9 @@ class _Tally:
 
 def plan(phase: Phase) -> db.Plan:
     """The COPY that fills the staging table; empty where no row wants a vector."""
-    missing = phase.execute and _counts(phase)["ready"] == _counts(phase)["with_text"]
-    return db.Plan(() if missing else (db.statement(SQL["copy"], phase.params),), phase.connection)
+    connection, params = phase.connection, phase.params
+    missing = phase.execute and _counts(connection, params)["ready"] == _counts(connection, params)["with_text"]
+    return db.Plan(() if missing else (db.statement(SQL["copy"], params),), connection)
 
 
 def source(phase: Phase) -> Table:
@@ -96,14 +98,14 @@ def source(phase: Phase) -> Table:
     )
 
 
-def _counts(phase: Phase) -> db.Row:
-    return db.one(phase.connection, SQL["counts"], phase.params)
+def _counts(connection: db.Connection, params: Params) -> db.Row:
+    return db.one(connection, SQL["counts"], params)
 
 
-def key_type(phase: Phase) -> str:
+def key_type(connection: db.Connection, params: Params) -> str:
     """The key's type as PostgreSQL spells it."""
-    table, key = spelled(phase.params, "table"), phase.params.target.key
-    return str(db.one(phase.connection, SQL["key_type"], phase.params, table=table, key=key)["type"])
+    table, key = spelled(params, "table"), params.target.key
+    return str(db.one(connection, SQL["key_type"], params, table=table, key=key)["type"])
 
 
 @changes
@@ -112,17 +114,18 @@ def apply(phase: Phase) -> Table:
 
     Raises BadInput where the source cannot be read, and lets the errors of a model that is away rise.
     """
+    connection, params = phase.connection, phase.params
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [(s.purpose,) for s in plan(phase)])
-    register_vector(phase.connection)
-    phase.do(db.statement(SQL["forgive"], phase.params))
-    counts, tally = _counts(phase), _Tally()
+    register_vector(connection)
+    phase.do(db.statement(SQL["forgive"], params))
+    counts, tally = _counts(connection, params), _Tally()
     started = time.perf_counter()
     with Progress("staged", total=counts["with_text"] - counts["ready"]) as progress:
-        done = copy_all(phase, _batches(phase, tally), progress)
+        done = copy_all(phase, _batches(connection, params, tally), progress)
     seconds = time.perf_counter() - started
     tally.refused = done.refused
-    phase.note_statement(db.Done(db.statement(SQL["copy"], phase.params), progress.done, seconds, 1))
+    phase.note_statement(db.Done(db.statement(SQL["copy"], params), progress.done, seconds, 1))
     phase.note("load", {"rows": progress.done, "seconds": round(seconds, 3), "samples": progress.samples})
     masking.note(phase, tally.masked, tally.texts)
     masked = ", ".join(f"{n} × {rule}" for rule, n in sorted(tally.masked.items())) or "nothing"
@@ -142,26 +145,25 @@ class Copied:
 
 def copy_all(phase: Phase, batches: Iterable[RowsToStage], progress: Progress) -> Copied:
     """Copies batch after batch, a transaction each."""
-    kind, refused = key_type(phase), 0
+    kind, refused = key_type(phase.connection, phase.params), 0
     for batch in batches:
         phase.ask(SECONDS_BETWEEN_QUESTIONS)
-        copied = copy(phase, batch, kind)
+        copied = copy(phase.connection, phase.params, batch, kind)
         refused += copied.refused
         progress.add(copied.staged)
     return Copied(progress.done, refused)
 
 
-def _batches(phase: Phase, tally: _Tally) -> Iterator[RowsToStage]:
-    return _from_model(phase, tally) if phase.params.embeddings.has_model else _from_store(phase)
+def _batches(connection: db.Connection, params: Params, tally: _Tally) -> Iterator[RowsToStage]:
+    return _from_model(connection, params, tally) if params.embeddings.has_model else _from_store(connection, params)
 
 
-def _from_model(phase: Phase, tally: _Tally) -> Iterator[RowsToStage]:
-    p = phase.params
-    model, rules = embedding.model(p), masking.rules(p.masking)
+def _from_model(connection: db.Connection, params: Params, tally: _Tally) -> Iterator[RowsToStage]:
+    model, rules = embedding.model(params), masking.rules(params.masking)
     after, last = sql.SQL("true"), None
     while True:
-        query = SQL["to_stage"].compose(names(p) | {"after": after})
-        rows = phase.connection.execute(query, {"last": last, "batch_rows": p.embeddings.rows_a_batch}).fetchall()
+        query = SQL["to_stage"].compose(names(params) | {"after": after})
+        rows = connection.execute(query, {"last": last, "batch_rows": params.embeddings.rows_a_batch}).fetchall()
         if not rows:
             return
         texts, counts = masking.mask([r["text"] for r in rows], rules)
@@ -177,7 +179,7 @@ def _from_model(phase: Phase, tally: _Tally) -> Iterator[RowsToStage]:
             [_of_model(rows[i]["key"], error) for i, error in made.errors.items()],
         )
         last = rows[-1]["key"]
-        after = sql.SQL("t.{} > %(last)s").format(names(p)["key"])  # type: ignore[assignment]
+        after = sql.SQL("t.{} > %(last)s").format(names(params)["key"])  # type: ignore[assignment]
 
 
 def _of_model(key: Any, error: Exception) -> Refusal:
@@ -185,33 +187,33 @@ def _of_model(key: Any, error: Exception) -> Refusal:
     return Refusal(key, str(key), reason, embedding.said(error))
 
 
-def _from_store(phase: Phase) -> Iterator[RowsToStage]:
+def _from_store(connection: db.Connection, params: Params) -> Iterator[RowsToStage]:
     """Vectors made elsewhere: those whose row wants them, and a refusal for each that goes nowhere."""
-    kind = key_type(phase)
-    phase.connection.execute(SQL["forget_seen"].compose(names(phase.params) | {"key_type": sql.SQL(kind)}))
-    for rows in embedding.stored(phase.params, phase.connection):
-        yield _wanted(phase, rows, kind)
+    kind = key_type(connection, params)
+    connection.execute(SQL["forget_seen"].compose(names(params) | {"key_type": sql.SQL(kind)}))
+    for rows in embedding.stored(params, connection):
+        yield _wanted(connection, params, rows, kind)
 
 
-def _wanted(phase: Phase, rows: sources.SourceRows, kind: str) -> RowsToStage:
+def _wanted(connection: db.Connection, params: Params, rows: sources.SourceRows, kind: str) -> RowsToStage:
     """The rows of one batch that are to be staged; what is staged or in the table already is passed over."""
-    keys, refused = _read_keys(phase, rows, kind)
-    query = SQL["look_up"].compose(names(phase.params) | {"key_type": sql.SQL(kind)})
-    found = {r["key"]: r for r in phase.connection.execute(query, {"keys": list(keys)}).fetchall()}
+    keys, refused = _read_keys(params, rows, kind)
+    query = SQL["look_up"].compose(names(params) | {"key_type": sql.SQL(kind)})
+    found = {r["key"]: r for r in connection.execute(query, {"keys": list(keys)}).fetchall()}
     wanted: list[int] = []
     for key, i in keys.items():
         row, fault = found[key], rows.faults.get(i)
         made_from = rows.text_hashes[i] if rows.text_hashes else None
         if row["again"]:
-            refused.append(_refusal(phase, rows, i, key, "its key comes again", "an earlier row has this key"))
+            refused.append(_refusal(params, rows, i, key, "its key comes again", "an earlier row has this key"))
         elif not row["known"]:
-            refused.append(_refusal(phase, rows, i, key, "no row of the table has its key", ""))
+            refused.append(_refusal(params, rows, i, key, "no row of the table has its key", ""))
         elif row["current"] or row["staged"] or not row["has_text"]:
             continue
         elif fault:
-            refused.append(_refusal(phase, rows, i, key, "its vector cannot be read", fault))
+            refused.append(_refusal(params, rows, i, key, "its vector cannot be read", fault))
         elif made_from is not None and made_from != row["text_hash"]:
-            refused.append(_refusal(phase, rows, i, key, "made from another text than the row has now", ""))
+            refused.append(_refusal(params, rows, i, key, "made from another text than the row has now", ""))
         else:
             wanted.append(i)
     back = {i: key for key, i in keys.items()}
@@ -226,26 +228,26 @@ def _wanted(phase: Phase, rows: sources.SourceRows, kind: str) -> RowsToStage:
     )
 
 
-def _read_keys(phase: Phase, rows: sources.SourceRows, kind: str) -> tuple[dict[Any, int], list[Refusal]]:
+def _read_keys(params: Params, rows: sources.SourceRows, kind: str) -> tuple[dict[Any, int], list[Refusal]]:
     """Keys of the table's type, each with its place in the batch; what is no key, or comes again, is refused."""
     read, keys, refused = sources.key_reader(kind), dict[Any, int](), list[Refusal]()
     for i, raw in enumerate(rows.keys):
         try:
             key = read(raw)
         except ValueError:
-            detail = rows.faults.get(i, f"{phase.params.target.key} is {kind}")
-            refused.append(_refusal(phase, rows, i, None, f"its key is no {kind}", detail))
+            detail = rows.faults.get(i, f"{params.target.key} is {kind}")
+            refused.append(_refusal(params, rows, i, None, f"its key is no {kind}", detail))
             continue
         if key in keys:
             detail = f"row {rows.places[keys[key]]} has this key"
-            refused.append(_refusal(phase, rows, i, key, "its key comes again", detail))
+            refused.append(_refusal(params, rows, i, key, "its key comes again", detail))
         else:
             keys[key] = i
     return keys, refused
 
 
-def _refusal(phase: Phase, rows: sources.SourceRows, i: int, key: Any, reason: str, detail: str) -> Refusal:
-    e = phase.params.embeddings
+def _refusal(params: Params, rows: sources.SourceRows, i: int, key: Any, reason: str, detail: str) -> Refusal:
+    e = params.embeddings
     origin = e.file.name if e.file else str(e.table)
     where = f"{origin} row {rows.places[i]}"
     shown = str(rows.keys[i])[:LONGEST_KEY_TEXT]
@@ -255,30 +257,30 @@ def _refusal(phase: Phase, rows: sources.SourceRows, i: int, key: Any, reason: s
     )
 
 
-def copy(phase: Phase, batch: RowsToStage, kind: str) -> Copied:
+def copy(connection: db.Connection, params: Params, batch: RowsToStage, kind: str) -> Copied:
     """Copies one batch in one transaction, and sets what it refuses aside.
 
     kind: the key's type. The keys' older staged rows go in the same transaction, so a rerun never stages a row twice.
     """
-    faults = embedding.check(batch.vectors, phase.params) if len(batch.keys) else {}
+    faults = embedding.check(batch.vectors, params) if len(batch.keys) else {}
     refused = [*batch.refused, *(Refusal(batch.keys[i], str(batch.keys[i]), why, "") for i, why in faults.items())]
     if faults:
         keep = [i for i in range(len(batch.keys)) if i not in faults]
         keys, hashes = [batch.keys[i] for i in keep], [batch.hashes[i] for i in keep]
         batch = RowsToStage(keys, hashes, batch.vectors[keep], [k for k in batch.replaced if k in set(keys)])
-    with phase.connection.transaction(), phase.connection.cursor() as cursor:
+    with connection.transaction(), connection.cursor() as cursor:
         if batch.replaced:
-            cursor.execute(SQL["forget"].compose(names(phase.params)), {"keys": list(batch.replaced)})
+            cursor.execute(SQL["forget"].compose(names(params)), {"keys": list(batch.replaced)})
         if len(batch.keys):
-            _copy_rows(cursor, phase, batch, kind)
+            _copy_rows(cursor, params, batch, kind)
         if refused:
-            cursor.executemany(SQL["reject"].compose(names(phase.params)), [vars(r) for r in refused])
+            cursor.executemany(SQL["reject"].compose(names(params)), [vars(r) for r in refused])
     return Copied(len(batch.keys), len(refused))
 
 
-def _copy_rows(cursor: Any, phase: Phase, batch: RowsToStage, kind: str) -> None:
-    vector_type = phase.params.vector.type
-    with cursor.copy(SQL["copy"].compose(names(phase.params))) as out:
+def _copy_rows(cursor: Any, params: Params, batch: RowsToStage, kind: str) -> None:
+    vector_type = params.vector.type
+    with cursor.copy(SQL["copy"].compose(names(params))) as out:
         if packing.can_pack(kind):
             rows = packing.pack(batch.keys, batch.hashes, batch.vectors, kind, vector_type)
             out.write(packing.HEADER)
@@ -292,56 +294,59 @@ def _copy_rows(cursor: Any, phase: Phase, batch: RowsToStage, kind: str) -> None
 
 def verify(phase: Phase) -> Gates:
     """Every row that has text is staged once with a sound vector, or waits in the queue with its change."""
-    counts = _counts(phase)
+    connection, params = phase.connection, phase.params
+    counts = _counts(connection, params)
     return collect(
-        [_every_row_is_ready(phase, counts), _vectors_are_sound(phase), _nothing_was_refused(phase, counts)]
+        [
+            _every_row_is_ready(params, counts),
+            _vectors_are_sound(connection, params),
+            _nothing_was_refused(connection, params, counts),
+        ]
     )
 
 
-def _every_row_is_ready(phase: Phase, counts: db.Row) -> Gate:
-    p = phase.params
+def _every_row_is_ready(params: Params, counts: db.Row) -> Gate:
     return gate(
         "staging.every_row_with_text_is_ready",
         counts["lost"] == 0 and counts["with_text"] > 0,
-        f"{p.target.schema_}.{p.target.table}",
+        f"{params.target.schema_}.{params.target.table}",
         found=f"{number(counts['ready'])} of {number(counts['with_text'])} rows with text have its vector,"
         f" {number(counts['queued'])} changed since and are queued, {number(counts['lost'])} have none",
         needed="every row has one or is queued",
         danger="rows without a vector are never found by the new search",
         do="run this phase again; it stages only what is missing"
-        if p.embeddings.has_model
+        if params.embeddings.has_model
         else "add these rows to the source and run this phase again; it stages only what is missing",
         figures=dict(counts),
     )
 
 
-def _vectors_are_sound(phase: Phase) -> Gate:
-    p = phase.params
-    vectors = db.one(phase.connection, SQL["staged_vectors"], p, dimension=p.vector.dimension)
-    unsound = vectors["wrong_dimension"] + (vectors["zero"] if p.vector.distance == "cosine" else 0)
+def _vectors_are_sound(connection: db.Connection, params: Params) -> Gate:
+    vectors = db.one(connection, SQL["staged_vectors"], params, dimension=params.vector.dimension)
+    unsound = vectors["wrong_dimension"] + (vectors["zero"] if params.vector.distance == "cosine" else 0)
     return gate(
         "staging.vectors_are_sound",
         unsound == 0,
         "the staging table",
         found=f"{number(vectors['staged'])} staged; {vectors['wrong_dimension']} of another dimension,"
         f" {vectors['zero']} without direction",
-        needed=f"{p.vector.dimension} dimensions each"
-        + (", none all zero (cosine)" if p.vector.distance == "cosine" else ""),
+        needed=f"{params.vector.dimension} dimensions each"
+        + (", none all zero (cosine)" if params.vector.distance == "cosine" else ""),
         danger="a zero vector is left out of a cosine index without a word",
         do="look at the model's output for these rows, and run this phase again",
         figures=dict(vectors),
     )
 
 
-def _nothing_was_refused(phase: Phase, counts: db.Row) -> Gate:
+def _nothing_was_refused(connection: db.Connection, params: Params, counts: db.Row) -> Gate:
     """Refused rows stop the phase, unless as many were accepted beforehand and no row lacks its vector."""
-    refused = db.rows(phase.connection, SQL["rejected"], phase.params)
-    total, accepted = sum(r["rows"] for r in refused), phase.params.embeddings.accept_refused_rows
+    refused = db.rows(connection, SQL["rejected"], params)
+    total, accepted = sum(r["rows"] for r in refused), params.embeddings.accept_refused_rows
     return gate(
         "staging.no_vector_was_refused",
         total <= (accepted if counts["lost"] == 0 else 0),
-        spelled(phase.params, "rejected"),
-        found="; ".join(f"{number(r['rows'])} × {r['reason']} ({_instance(phase, r)})" for r in refused) or "none",
+        spelled(params, "rejected"),
+        found="; ".join(f"{number(r['rows'])} × {r['reason']} ({_instance(params, r)})" for r in refused) or "none",
         needed=f"at most {number(accepted)}, as embeddings.accept_refused_rows says" if accepted else "none",
         danger="these rows would have no vector, or that of another row's text",
         do="fix the source of these embeddings and run this phase again; it tries them again",
@@ -349,7 +354,7 @@ def _nothing_was_refused(phase: Phase, counts: db.Row) -> Gate:
     )
 
 
-def _instance(phase: Phase, refused: db.Row) -> str:
+def _instance(params: Params, refused: db.Row) -> str:
     """One row of these. What a model said of it stays in the table, since it may quote the text."""
-    shown = refused["detail"] and not phase.params.embeddings.has_model
+    shown = refused["detail"] and not params.embeddings.has_model
     return f"for instance key {refused['key_text']}" + (f", {refused['detail']}" if shown else "")

@@ -66,8 +66,8 @@ def key_is_unique(connection: db.Connection, params: Params, table: db.Row, not_
     column = sql.Identifier(key).as_string(connection)
     facts = db.one(connection, partitions.SQL["key"], params, oid=table["oid"], key=key)
     one_source = facts["drawn_from"] or ("target.key_from_one_source" if params.target.key_from_one_source else None)
-    in_the_table = vector_store.of(params).in_the_table
-    may_count = not_null and one_source and facts["led_index"] and in_the_table
+    refers = vector_store.of(params).table(params)
+    may_count = not_null and one_source and facts["led_index"] and not refers
     twice = db.rows(connection, partitions.SQL["twice"], params) if may_count else []
     found = [
         "no valid unique index on this column alone",
@@ -79,7 +79,7 @@ def key_is_unique(connection: db.Connection, params: Params, table: db.Row, not_
     todo = [
         (not_null, f"ALTER TABLE {subject} ALTER COLUMN {column} SET NOT NULL;"),
         (facts["led_index"], f"make an index that begins with {column} on {subject} and each partition;"),
-        (in_the_table, "set vector.layout: column, since a foreign key needs a unique index on the key alone;"),
+        (not refers, "set vector.layout: column, since a foreign key needs a unique index on the key alone;"),
         (
             one_source,
             f"PostgreSQL keeps a partitioned table unique only by keys that hold its partition key: if {column} is"

@@ -39,7 +39,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
             do=f"have a superuser run: ALTER ROLE {found['role']} BYPASSRLS;",
         )
     yield from kept_table_is_as_open(connection, params)
-    if found["is_on"] and not vector_store.of(params).in_the_table:
+    if found["is_on"] and vector_store.of(params).table(params):
         yield gate(
             "inputs.policies_hold_for_vectors",
             False,

@@ -18,9 +18,10 @@ from runbook_lib.core.phase import Phase, changes
 from runbook_lib.embeddings import masking
 from runbook_lib.indexes import forecast as forecast_module
 from runbook_lib.indexes.forecast import Forecast
-from runbook_lib.migrate import capacity, extension, inputs, replica_checks, statement_statistics
+from runbook_lib.migrate import capacity, extension, inputs, replica_checks, statement_statistics, table_checks
 from runbook_lib.migrate.capacity import Room
 from runbook_lib.migrate.inputs import input_problems as input_problems
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ class Facts:
         return self.table()._repr_html_()
 
 
-def _table_name(phase: Phase) -> str:
-    return spelled(phase.params, "table")
+def _table_name(params: Params) -> str:
+    return spelled(params, "table")
 
 
 def facts(phase: Phase) -> Facts:
@@ -164,13 +165,13 @@ def facts(phase: Phase) -> Facts:
 
     Raises BadInput where the table does not exist.
     """
-    c, p, table = phase.connection, phase.params, _table_name(phase)
-    inputs.require_table(c, p)
+    c, p, table = phase.connection, phase.params, _table_name(phase.params)
+    table_checks.require_table(c, p)
     not_seen: dict[str, str] = {}
     shape = db.one(c, SQL["table"], p, table=table)
     whole = row_counts.of(c, p)
     n = whole.n
-    sample = _sample(phase, n, not_seen)
+    sample = _sample(c, p, n, not_seen)
     pgvector = db.one(c, extension.SQL["offered"], p, schema=p.extension.schema_)
     sessions = db.rows(c, SQL["snapshots"], p)
     if hidden := db.one(c, SQL["hidden_sessions"], p)["hidden"]:
@@ -210,20 +211,20 @@ def facts(phase: Phase) -> Facts:
         slots=tuple(capacity.slot(r) for r in db.rows(c, capacity.SQL["slots"], p)),
         room=capacity.look(c, p),
         settings={r["name"]: r["value"] for r in db.rows(c, SQL["settings"], p)},
-        legacy_statements=_legacy_statements(phase, not_seen),
+        legacy_statements=_legacy_statements(c, p, not_seen),
         not_seen=not_seen,
     )
 
 
-def _sample(phase: Phase, n: int, not_seen: dict[str, str]) -> list[db.Row] | None:
+def _sample(connection: db.Connection, params: Params, n: int, not_seen: dict[str, str]) -> list[db.Row] | None:
     whole = n < SAMPLE_WHOLE_PAGES_FROM_ROWS
     # Twice the share that is wanted, since pages are not equally full; LIMIT cuts the rest.
     percent = sql.Literal(min(100.0, 200.0 * SAMPLED_ROWS / max(n, 1)))
     how = sql.SQL("") if whole else sql.SQL("TABLESAMPLE SYSTEM ({})").format(percent)
-    query = SQL["sample"].compose(names(phase.params) | {"tablesample": how})
+    query = SQL["sample"].compose(names(params) | {"tablesample": how})
     try:
         values = {"longest": SAMPLED_CHARACTERS, "rows": SAMPLED_ROWS}
-        return phase.connection.execute(query, values).fetchall()
+        return connection.execute(query, values).fetchall()
     except (
         psycopg.errors.InsufficientPrivilege,
         psycopg.errors.UndefinedColumn,
@@ -245,33 +246,34 @@ def _replica(r: db.Row) -> str:
     return f"{r['name'] or 'unnamed'} ({r['state'] or 'state hidden from this role'}{lag})"
 
 
-def _legacy_statements(phase: Phase, not_seen: dict[str, str]) -> tuple[tuple[int, float, str], ...] | None:
-    p = phase.params
-    seen = statement_statistics.look(phase.connection, p, p.target.text_columns, SHOWN_STATEMENTS)
+def _legacy_statements(
+    connection: db.Connection, params: Params, not_seen: dict[str, str]
+) -> tuple[tuple[int, float, str], ...] | None:
+    seen = statement_statistics.look(connection, params, params.target.text_columns, SHOWN_STATEMENTS)
     if seen.why:
         not_seen["statements"] = seen.why
         return None
     return tuple((s.calls, s.mean_ms, s.line(SHOWN_LETTERS)) for s in seen.searches)
 
 
-def _trigram_bytes(found: Facts, phase: Phase) -> float:
+def _trigram_bytes(found: Facts, connection: db.Connection, params: Params) -> float:
     """Text of a row that inverted indexes hold; one of words counts for less than one of trigrams."""
-    indexes = db.rows(phase.connection, SQL["inverted"], phase.params, table=_table_name(phase))
+    indexes = db.rows(connection, SQL["inverted"], params, table=_table_name(params))
     weights = (1.0 if i["of_trigrams"] else forecast_module.WORDS_FOR_TRIGRAMS for i in indexes)
     return sum(weights) * (found.text_bytes or 0) / max(found.rows, 1)
 
 
-def expected(found: Facts, phase: Phase, rows: int | None = None) -> Forecast:
+def expected(found: Facts, connection: db.Connection, params: Params, rows: int | None = None) -> Forecast:
     """The forecast from these facts, for all of the table or for so many of its rows."""
     n = found.rows if rows is None else rows
     return forecast_module.forecast(
         n,
-        phase.params,
+        params,
         row_bytes=found.row_bytes or round(found.heap_bytes / max(found.rows, 1)),
         table_bytes=round(found.heap_bytes * n / max(found.rows, 1)),
         indexes=len(found.indexes),
-        trigram_bytes=_trigram_bytes(found, phase),
-        largest_partition=vector_store.of(phase.params).built_at_once(found.largest_partition),
+        trigram_bytes=_trigram_bytes(found, connection, params),
+        largest_partition=vector_store.of(params).built_at_once(found.largest_partition),
         max_wal_bytes=found.room.max_wal_bytes,
     )
 
@@ -283,15 +285,16 @@ def look(phase: Phase) -> Gates:
 
 
 def _risks(phase: Phase) -> Iterator[Gate]:
-    yield _no_old_snapshot(phase)
-    yield _no_prepared_transactions(phase)
-    yield from capacity.gates(phase.connection, phase.params, expected(facts(phase), phase))
-    yield from replica_checks.gates(phase)
+    connection, params = phase.connection, phase.params
+    yield _no_old_snapshot(connection, params)
+    yield _no_prepared_transactions(connection, params)
+    yield from capacity.gates(connection, params, expected(facts(phase), connection, params))
+    yield from replica_checks.gates(connection, params)
 
 
-def _no_old_snapshot(phase: Phase) -> Gate:
-    old = [r for r in db.rows(phase.connection, SQL["snapshots"], phase.params) if r["age_s"] >= OLD_SNAPSHOT_S]
-    hidden = db.one(phase.connection, SQL["hidden_sessions"], phase.params)
+def _no_old_snapshot(connection: db.Connection, params: Params) -> Gate:
+    old = [r for r in db.rows(connection, SQL["snapshots"], params) if r["age_s"] >= OLD_SNAPSHOT_S]
+    hidden = db.one(connection, SQL["hidden_sessions"], params)
     found = "; ".join(
         f"pid {r['pid']} ({r['role']}, {r['application'] or 'no application name'}, {r['state']}) for"
         f" {duration(r['age_s'])}"
@@ -305,7 +308,7 @@ def _no_old_snapshot(phase: Phase) -> Gate:
     return gate(
         "preflight.no_old_snapshot",
         False if old else None if hidden["hidden"] else True,
-        _table_name(phase),
+        _table_name(params),
         found=found,
         needed=f"no transaction of this database open for {OLD_SNAPSHOT_S} s or longer",
         danger="CREATE INDEX CONCURRENTLY waits for each of them, and dead rows of the backfill cannot be cleaned",
@@ -314,12 +317,12 @@ def _no_old_snapshot(phase: Phase) -> Gate:
     )
 
 
-def _no_prepared_transactions(phase: Phase) -> Gate:
-    found = db.rows(phase.connection, SQL["prepared"], phase.params)
+def _no_prepared_transactions(connection: db.Connection, params: Params) -> Gate:
+    found = db.rows(connection, SQL["prepared"], params)
     return gate(
         "preflight.no_prepared_transactions",
         not found,
-        _table_name(phase),
+        _table_name(params),
         found="; ".join(f"{r['gid']} of {r['owner']}, for {duration(r['age_s'])}" for r in found) or "none",
         needed="none in this database",
         danger="it holds its locks and its snapshot through restarts, and CREATE INDEX CONCURRENTLY waits for it",
@@ -331,7 +334,7 @@ def _no_prepared_transactions(phase: Phase) -> Gate:
 def plan_body(phase: Phase, found: Facts | None = None) -> dict[str, Any]:
     """What this migration will do to this table, by the figures of today: the body of the ledger's row ``plan``."""
     found = found or facts(phase)
-    expects = expected(found, phase)
+    expects = expected(found, phase.connection, phase.params)
     return {
         "fingerprint": phase.params.fingerprint(),
         "server_version": found.server_version,
@@ -364,4 +367,4 @@ def take(phase: Phase) -> Forecast:
         phase.note("plan", plan_body(phase, found))
     else:
         phase.note_in_plan("plan", plan_body(phase, found))
-    return expected(found, phase)
+    return expected(found, phase.connection, phase.params)

@@ -1,16 +1,17 @@
-"""Who may do what to the runbook's own tables, sequences, functions and schema: only what is meant.
+"""What others may do: to the runbook's own tables, sequences, functions and schema only what is meant; and where they
+may create what an inexact call would find.
 
-They are closed as they are made (:mod:`runbook_lib.core.closed`); this looks at what is there now, whoever
-granted it since.
+The runbook's own are closed as they are made (:mod:`runbook_lib.core.closed`); this looks at what is there now,
+whoever granted it since.
 """
 
 from __future__ import annotations
 
 from runbook_lib.backfill import partitioned_twin, vector_store
-from runbook_lib.core import db
+from runbook_lib.core import db, session
 from runbook_lib.core.display import some
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import WAYS_TO_ANSWER, changing, function_of, names, side_table_name, spelled
+from runbook_lib.core.names import WAYS_TO_ANSWER, changing, function_of, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.search import live_shadow
 from runbook_lib.sql import load
@@ -36,7 +37,7 @@ FOR_APPROVERS = {("entry", "", "SELECT"), ("sign_off", "", "EXECUTE")}
 FOR_READERS_OF_THE_TABLE = {("vectors", "", "SELECT")}
 # Made there for every target, and named nowhere else but in the blocks that make them.
 IN_LEDGER = ("chain_entry", "sign_off")
-MOST_NAMED = 8
+MOST_NAMED, CREATORS_NAMED = 8, 3
 
 
 def check(connection: db.Connection, params: Params) -> Gate:
@@ -45,7 +46,7 @@ def check(connection: db.Connection, params: Params) -> Gate:
         "ledger": spelled(params, "ledger"),
         "schema": spelled(params, "schema"),
         "table": params.target.table,
-        "vectors": None if vector_store.of(params).in_the_table else side_table_name(params),
+        "vectors": vector_store.of(params).table(params),
     }
     found = [row for row in _open(connection, params, values) if not _is_meant(row)]
     revokes = dict(_said_and_revoke(row) for row in found)
@@ -123,3 +124,43 @@ def _by_default(connection: db.Connection, params: Params, values: dict[str, str
     return (
         f"; ALTER DEFAULT PRIVILEGES gives rights to {given}, which each object loses as it is made" if given else ""
     )
+
+
+def check_open_schemas(connection: db.Connection, params: Params) -> Gate:
+    """Who else may create, or has created, in a schema that ``legacy.query`` finds its names in (CVE-2018-1058)?
+
+    The runbook's own SQL finds nothing there. What is left are the application's statements, which need its search
+    path.
+    """
+    in_path = {*session.inherited(connection), params.target.schema_}
+    found = [row for row in session.open_schemas(connection) if row["schema"] in in_path]
+    open_now = [row for row in found if row["schema"] not in params.accept.open_schemas]
+    agreed = [row["schema"] for row in found if row["schema"] in params.accept.open_schemas]
+    # The list takes the place of the one in the file, so that it holds what was agreed to before.
+    names = ", ".join(dict.fromkeys([*params.accept.open_schemas, *(row["schema"] for row in open_now)]))
+    return gate(
+        "inputs.only_the_trusted_create_on_the_path",
+        not open_now,
+        "schemas that legacy.query finds its names in",
+        found="; ".join(map(_described, open_now))
+        or ("others may create in none" + (f", but for {', '.join(agreed)}: agreed to" if agreed else "")),
+        needed="CREATE held by superusers, this role, and the owners of database and table alone",
+        danger=f"what is made in {', '.join(row['schema'] for row in open_now)} and fits a call of legacy.query"
+        f" better than PostgreSQL's own function or operator runs as {connection.info.user}, and in the search"
+        " function as its caller",
+        do=" ".join([*filter(None, map(_remedy, open_now)), f"or agree to it: accept.open_schemas: [{names}]"]),
+    )
+
+
+def _described(row: db.Row) -> str:
+    facts = []
+    if row["creators"]:
+        facts.append(f"{some(row['creators'], CREATORS_NAMED)} may create in {row['schema']}")
+    if row["planted"]:
+        facts.append(f"in {row['schema']} is {some(row['planted'], CREATORS_NAMED)}")
+    return ", ".join(facts)
+
+
+def _remedy(row: db.Row) -> str:
+    revoke = f"REVOKE CREATE ON SCHEMA {row['quoted']} FROM {', '.join(row['grantees'])};" if row["grantees"] else ""
+    return " ".join(filter(None, [revoke, "look at what was made there, and drop it;" if row["planted"] else ""]))

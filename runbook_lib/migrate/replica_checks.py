@@ -10,8 +10,8 @@ from runbook_lib.benchmark.replica import SQL
 from runbook_lib.core import db, thresholds, versions
 from runbook_lib.core.display import duration
 from runbook_lib.core.gates import BadInput, Gate, gate
-from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import apart
+from runbook_lib.params import Params
 
 MB = 1024 * 1024
 # A standby that waits for a scan less long than this cancels a good part of the exact searches.
@@ -19,25 +19,25 @@ SHORTEST_DELAY_MS = 10_000
 DANGER = "what is measured there would say nothing about this database"
 
 
-def gates(phase: Phase) -> Iterator[Gate]:
+def gates(primary: db.Connection, params: Params) -> Iterator[Gate]:
     """Can searches be measured there? Nothing where no replica is given."""
-    variable = phase.params.search.read_dsn_env
+    variable = params.search.read_dsn_env
     if variable is None:
         return
     try:
-        connection = phase.another("replica", conninfo=db.read_dsn(phase.params))
+        connection = db.beside(primary, params, "replica", conninfo=db.read_dsn(params))
     except (BadInput, psycopg.Error) as error:
         yield _is_reachable(variable, error.found if isinstance(error, BadInput) else str(error).splitlines()[0])
         return
     with connection:
         yield _is_reachable(variable, "")
-        own = _is_the_targets_own(phase, connection)
+        own = _is_the_targets_own(primary, params, connection)
         yield own
         if own.figures["standby"]:
-            yield _has_pgvector(phase, connection)
-            yield _is_level(phase, connection)
-            yield _lets_scans_end(phase, connection)
-            yield _plans_as_the_primary(phase, connection)
+            yield _has_pgvector(primary, params, connection)
+            yield _is_level(primary, params, connection)
+            yield _lets_scans_end(params, connection)
+            yield _plans_as_the_primary(primary, params, connection)
 
 
 def _is_reachable(variable: str, problem: str) -> Gate:
@@ -52,12 +52,11 @@ def _is_reachable(variable: str, problem: str) -> Gate:
     )
 
 
-def _is_the_targets_own(phase: Phase, connection: db.Connection) -> Gate:
+def _is_the_targets_own(primary: db.Connection, params: Params, connection: db.Connection) -> Gate:
     """The same system and the same database, in recovery."""
-    p = phase.params
-    here, there = (db.one(c, SQL["identity"], p) for c in (phase.connection, connection))
+    here, there = (db.one(c, SQL["identity"], params) for c in (primary, connection))
     try:
-        systems = [str(db.one(c, SQL["system"], p)["number"]) for c in (phase.connection, connection)]
+        systems = [str(db.one(c, SQL["system"], params)["number"]) for c in (primary, connection)]
     except psycopg.errors.InsufficientPrivilege:
         systems = []
     same = systems[0] == systems[1] if systems else None
@@ -70,7 +69,7 @@ def _is_the_targets_own(phase: Phase, connection: db.Connection) -> Gate:
     return gate(
         "replica.is_the_targets_own",
         False if unlike else same,
-        str(p.search.read_dsn_env),
+        str(params.search.read_dsn_env),
         found="; ".join(unlike)
         or (f"a standby of this system at {there['address']}" if same else "this role may not ask for the system"),
         needed="a standby in recovery, of this system and this database",
@@ -82,16 +81,15 @@ def _is_the_targets_own(phase: Phase, connection: db.Connection) -> Gate:
     )
 
 
-def _has_pgvector(phase: Phase, connection: db.Connection) -> Gate:
-    p = phase.params
-    here, there = (db.one(c, SQL["pgvector"], p) for c in (phase.connection, connection))
-    needed = here["installed"] or p.extension.version or here["offered"]
+def _has_pgvector(primary: db.Connection, params: Params, connection: db.Connection) -> Gate:
+    here, there = (db.one(c, SQL["pgvector"], params) for c in (primary, connection))
+    needed = here["installed"] or params.extension.version or here["offered"]
     offered = there["offered"] is not None and (needed is None or versions.at_least(there["offered"], needed))
     loads = here["installed"] is None or there["knows_settings"]
     return gate(
         "replica.has_pgvector",
         offered and loads,
-        str(p.search.read_dsn_env),
+        str(params.search.read_dsn_env),
         found=f"the replica's packages offer {there['offered'] or 'none'}"
         + ("" if loads else ", and the library does not know its settings"),
         needed=f"{needed or 'pgvector'}, as on the primary",
@@ -101,23 +99,22 @@ def _has_pgvector(phase: Phase, connection: db.Connection) -> Gate:
     )
 
 
-def _is_level(phase: Phase, connection: db.Connection) -> Gate:
-    p = phase.params
-    written = db.one(phase.connection, SQL["written"], p)["lsn"]
-    found = db.one(connection, SQL["replayed"], p, lsn=written)
+def _is_level(primary: db.Connection, params: Params, connection: db.Connection) -> Gate:
+    written = db.one(primary, SQL["written"], params)["lsn"]
+    found = db.one(connection, SQL["replayed"], params, lsn=written)
     behind_s = found["behind_s"] or 0.0
-    holds = found["behind_bytes"] <= p.health.replica_lag_mb * MB and not found["paused"]
-    behind, most = apart(found["behind_bytes"], p.health.replica_lag_mb * MB, thresholds.size)
-    behind_for, longest = apart(behind_s, p.health.replica_lag_s, thresholds.duration)
+    holds = found["behind_bytes"] <= params.health.replica_lag_mb * MB and not found["paused"]
+    behind, most = apart(found["behind_bytes"], params.health.replica_lag_mb * MB, thresholds.size)
+    behind_for, longest = apart(behind_s, params.health.replica_lag_s, thresholds.duration)
     return gate(
         "replica.is_level",
-        holds and behind_s <= p.health.replica_lag_s,
-        str(p.search.read_dsn_env),
+        holds and behind_s <= params.health.replica_lag_s,
+        str(params.search.read_dsn_env),
         found=f"{behind} behind"
         + (f", by {behind_for}" if behind_s else "")
         + ("; its replay is paused" if found["paused"] else ""),
         needed=f"at most {most} and {longest} (health), replay not paused",
-        danger=f"each measuring session would wait for it, and give up after {duration(p.search.read_wait_s)}",
+        danger=f"each measuring session would wait for it, and give up after {duration(params.search.read_wait_s)}",
         do="SELECT pg_wal_replay_resume(); on the replica"
         if found["paused"]
         else "wait until it has caught up; see pg_stat_replication on the primary",
@@ -125,16 +122,16 @@ def _is_level(phase: Phase, connection: db.Connection) -> Gate:
     )
 
 
-def _lets_scans_end(phase: Phase, connection: db.Connection) -> Gate:
+def _lets_scans_end(params: Params, connection: db.Connection) -> Gate:
     """What a long scan meets: feedback holds back the primary's vacuum, a delay holds back the replay."""
-    found = db.one(connection, SQL["patience"], phase.params)
+    found = db.one(connection, SQL["patience"], params)
     delay = found["delay_ms"]
     shown, shortest = apart(delay / 1000, SHORTEST_DELAY_MS / 1000, thresholds.duration)
     waits = "for ever" if delay < 0 else f"for {shown}"
     return gate(
         "replica.lets_scans_end",
         found["feedback"] or delay < 0 or delay >= SHORTEST_DELAY_MS,
-        str(phase.params.search.read_dsn_env),
+        str(params.search.read_dsn_env),
         found=f"hot_standby_feedback {'on' if found['feedback'] else 'off'}, replay waits {waits} for a scan;"
         f" {found['cancelled']} cancelled so far",
         needed=f"hot_standby_feedback on, or max_standby_streaming_delay from {shortest}",
@@ -144,17 +141,17 @@ def _lets_scans_end(phase: Phase, connection: db.Connection) -> Gate:
     )
 
 
-def _plans_as_the_primary(phase: Phase, connection: db.Connection) -> Gate:
+def _plans_as_the_primary(primary: db.Connection, params: Params, connection: db.Connection) -> Gate:
     """Other prices make other plans; other sizes make other latencies, which is what a replica is measured for."""
-    here = {row["name"]: row["value"] for row in db.rows(phase.connection, SQL["planner"], phase.params)}
-    there = db.rows(connection, SQL["planner"], phase.params)
+    here = {row["name"]: row["value"] for row in db.rows(primary, SQL["planner"], params)}
+    there = db.rows(connection, SQL["planner"], params)
     differ = [row for row in there if here.get(row["name"]) != row["value"]]
     said = [f"{row['name']} {row['value']} there, {here.get(row['name'], 'unknown')} here" for row in differ]
     prices = [row["name"] for row in differ if row["is_price"]]
     return gate(
         "replica.plans_as_the_primary",
         not prices,
-        str(phase.params.search.read_dsn_env),
+        str(params.search.read_dsn_env),
         found="; ".join(said) or "the same prices, switches and sizes",
         needed="the same prices and switches of the planner; sizes may differ",
         danger="a plan that is proved there is another one here",

@@ -21,9 +21,9 @@ from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import spelled
-from runbook_lib.core.phase import Phase
 from runbook_lib.core.thresholds import apart, at_least, score
 from runbook_lib.migrate import policies
+from runbook_lib.params import Params
 from runbook_lib.params.data import SeenAs
 from runbook_lib.search import statements
 from runbook_lib.sql import load
@@ -37,40 +37,40 @@ NAME_ROLE = "correct its name in search.grant_to or search.seen_as, or CREATE RO
 DANGER = "whoever sees few rows would miss answers that an exact search of those rows finds"
 
 
-def gates(phase: Phase, needed: float) -> Iterator[Gate]:
+def gates(connection: db.Connection, params: Params, needed: float) -> Iterator[Gate]:
     """A gate for each caller on whom the policies of the table hold; none where it has none.
 
     needed: recall, 0 to 1. UNKNOWN where it cannot be measured as that caller, with the reason.
     """
-    p = phase.params
-    if not policies.security(phase.connection, p)["is_on"]:
+    if not policies.security(connection, params)["is_on"]:
         return
-    named = [caller.role for caller in p.search.seen_as]
-    callers = [*p.search.seen_as, *(SeenAs(role=role) for role in p.search.grant_to if role not in named)]
+    named = [caller.role for caller in params.search.seen_as]
+    callers = [*params.search.seen_as, *(SeenAs(role=role) for role in params.search.grant_to if role not in named)]
     if not callers:
-        yield _unknown(p.function_name, "no role is named", "name the application's role in search.grant_to", needed)
-    where = {"schema": spelled(p, "schema"), "table": p.target.table}
-    roles = db.rows(phase.connection, SQL["subject_to_them"], p, roles=[c.role for c in callers], **where)
+        yield _unknown(
+            params.function_name, "no role is named", "name the application's role in search.grant_to", needed
+        )
+    where = {"schema": spelled(params, "schema"), "table": params.target.table}
+    roles = db.rows(connection, SQL["subject_to_them"], params, roles=[c.role for c in callers], **where)
     gone = {r["role"] for r in roles if not r["exists"]}
     for caller in callers:
         if caller.role in gone:
             yield _unknown(str(caller), "there is no such role", NAME_ROLE, needed)
     subject = {r["role"] for r in roles if r["is_subject"]}
     asked = [caller for caller in callers if caller.role in subject]
-    queries = query_set.sample(query_set.read_queries(p), QUESTIONS)
-    queries = query_set.with_vectors(p, queries) if asked else []
+    queries = query_set.sample(query_set.read_queries(params), QUESTIONS)
+    queries = query_set.with_vectors(params, queries) if asked else []
     for caller in asked:
-        yield _measured(phase, caller, queries, needed)
+        yield _measured(connection, params, caller, queries, needed)
 
 
-def _measured(phase: Phase, caller: SeenAs, queries: list[Query], needed: float) -> Gate:
-    p = phase.params
+def _measured(connection: db.Connection, params: Params, caller: SeenAs, queries: list[Query], needed: float) -> Gate:
     try:
-        got = replica.again(p, lambda: _asked(phase, caller, queries))
+        got = replica.again(params, lambda: _asked(connection, params, caller, queries))
     except psycopg.Error as error:
-        db.raise_if_lost(phase.connection, error)
+        db.raise_if_lost(connection, error)
         lacks = isinstance(error, psycopg.errors.InsufficientPrivilege)
-        do = _grants(phase, caller) if lacks else NAME_SETTINGS
+        do = _grants(connection, caller) if lacks else NAME_SETTINGS
         return _unknown(str(caller), f"PostgreSQL says: {str(error).splitlines()[0]}", do, needed)
     found = got.recall()
     if not found.answers:
@@ -81,7 +81,7 @@ def _measured(phase: Phase, caller: SeenAs, queries: list[Query], needed: float)
         "policies.recall_holds_for_callers",
         at_least(recall, needed) and not short,
         str(caller),
-        found=f"recall@{p.queries.k} {shown} on {len(queries)} queries, {short} short of rows,"
+        found=f"recall@{params.queries.k} {shown} on {len(queries)} queries, {short} short of rows,"
         f" p95 {got.latency()['p95_ms']:.2f} ms",
         needed=f"{least}, no query short of rows",
         danger=DANGER,
@@ -91,8 +91,8 @@ def _measured(phase: Phase, caller: SeenAs, queries: list[Query], needed: float)
     )
 
 
-def _grants(phase: Phase, caller: SeenAs) -> str:
-    role, own = (sql.Identifier(name).as_string() for name in (caller.role, phase.connection.info.user))
+def _grants(connection: db.Connection, caller: SeenAs) -> str:
+    role, own = (sql.Identifier(name).as_string() for name in (caller.role, connection.info.user))
     return f"grant {role} what it lacks; where the runbook may not act as that role: GRANT {role} TO {own};"
 
 
@@ -108,20 +108,19 @@ def _unknown(subject: str, why: str, do: str, needed: float) -> Gate:
     )
 
 
-def _asked(phase: Phase, caller: SeenAs, queries: list[Query]) -> Answers:
+def _asked(connection: db.Connection, params: Params, caller: SeenAs, queries: list[Query]) -> Answers:
     """Answers of the search function as that caller, with the exact ones among the rows that the caller sees."""
-    p = phase.params
     asked = [replace(q, allowed=tuple(caller.filters.items())) for q in queries]
-    all_rows = statements.route_statement(phase.connection, p, "vector", scan="exact")
-    call = statements.filtered_call_statement(phase.connection, p)
-    with replica.connect(phase, "policies") as connection:
-        loop.know_vectors(connection, asked)
-        with _as(connection, caller):
-            connection.execute(EXACT_ONLY.compose({}))
-            asked = loop.ask(connection, p, all_rows, asked, p.queries.k).as_exact(p.vector.distance)
-        with _as(connection, caller):
-            statements.force_route(connection, p, "vector")
-            return loop.ask(connection, p, call, asked, p.queries.k)
+    all_rows = statements.route_statement(connection, params, "vector", scan="exact")
+    call = statements.filtered_call_statement(connection, params)
+    with replica.connect(connection, params, "policies") as reader:
+        loop.know_vectors(reader, asked)
+        with _as(reader, caller):
+            reader.execute(EXACT_ONLY.compose({}))
+            asked = loop.ask(reader, params, all_rows, asked, params.queries.k).as_exact(params.vector.distance)
+        with _as(reader, caller):
+            statements.force_route(reader, params, "vector")
+            return loop.ask(reader, params, call, asked, params.queries.k)
 
 
 @contextmanager

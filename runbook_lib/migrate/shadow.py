@@ -10,9 +10,11 @@ from runbook_lib.benchmark.prepared import reads_index
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, score
 from runbook_lib.migrate import slices
+from runbook_lib.params import Params
 
 if TYPE_CHECKING:
     import pandas
@@ -44,13 +46,14 @@ class Comparison:
 @changes
 def apply(phase: Phase) -> Comparison | Table:
     """Every system answers the same queries; the figures and the winner go into the ledger."""
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [(f"measure {', '.join(comparison.systems(phase))}",)])
-    k, route = phase.params.queries.k, phase.params.cut_over.route
-    recorded = phase.ledger.latest("baseline") or {"systems": {"legacy": {}}, "per_query": {}}
+    k, route = params.queries.k, params.cut_over.route
+    recorded = ledger.latest("baseline") or {"systems": {"legacy": {}}, "per_query": {}}
     kept = {m: value for m, value in recorded["systems"]["legacy"].items() if m in comparison.MEASURES}
     kept |= {key: recorded.get(key, {}) for key in comparison.SINGLE if key != "answers"}
-    result = comparison.measure(phase, comparison.systems(phase), {"legacy": kept})
+    result = comparison.measure(connection, ledger, params, comparison.systems(phase), {"legacy": kept})
     judged = result["legacy"]["judged"]
     winner = max(result, key=lambda name: result[name]["nDCG@10"]) if judged else None
     short = {
@@ -59,8 +62,8 @@ def apply(phase: Phase) -> Comparison | Table:
         if name in ("vector", "hybrid")
     }
     answers = {name: figures["answers"] for name, figures in result.items()}
-    found = _slices(phase, result) if judged else []
-    reads_index = _reads_the_index(phase)
+    found = _slices(connection, params, result) if judged else []
+    reads_index = _reads_the_index(connection, ledger, params)
     agreed = {
         name: relevance_measures.agreement(answers["legacy"], answers[name], k) for name in result if name != "legacy"
     }
@@ -73,7 +76,7 @@ def apply(phase: Phase) -> Comparison | Table:
             "winner": winner,
             "short": short,
             "vector_reads_the_index": reads_index,
-            "vector_cause": None if reads_index else asdict(explain.cause_in_the_function(phase)),
+            "vector_cause": None if reads_index else asdict(explain.cause_in_the_function(connection, params)),
             "paired": _paired(result, route) if judged else None,
             "pairs": {name: _paired(result, name) for name in agreed} if judged else {},
             "slices": found,
@@ -86,42 +89,45 @@ def apply(phase: Phase) -> Comparison | Table:
     )
     agreed_table = Table.of(({"system": n, **a} for n, a in agreed.items()), "answers in common with legacy")
     slices_table = Table.of(found, f"legacy against {route}, by class of query (nDCG@10)")
-    sheet_of = sheet(phase, answers["legacy"], answers[route])
+    sheet_of = sheet(connection, ledger, params, answers["legacy"], answers[route])
     return Comparison((comparison.show(result), agreed_table, *([slices_table] if found else []), sheet_of))
 
 
-def _reads_the_index(phase: Phase) -> bool:
+def _reads_the_index(connection: db.Connection, ledger: Ledger, params: Params) -> bool:
     """Does the vector search read the index here, as it was asked and timed?"""
-    p = phase.params
-    queries = query_set.sample(query_set.read_queries(p), p.queries.sample)[:1]
-    vector = comparison.variant(phase, "vector", query_set.with_vectors(p, queries))
-    with vector.connected() as connection:
-        return reads_index(connection, p, loop.planned(connection, p, vector.statement, vector.queries[0]))
+    queries = query_set.sample(query_set.read_queries(params), params.queries.sample)[:1]
+    vector = comparison.variant(connection, ledger, params, "vector", query_set.with_vectors(params, queries))
+    with vector.connected() as reader:
+        return reads_index(reader, params, loop.planned(reader, params, vector.statement, vector.queries[0]))
 
 
-def _slices(phase: Phase, result: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _slices(connection: db.Connection, params: Params, result: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The judged queries by class, legacy against the route."""
-    legacy, route = result["legacy"], phase.params.cut_over.route
-    queries = [q for q in query_set.read_queries(phase.params) if q.query_id in legacy["per_query"]]
-    groups = slices.classes(phase, queries, set(legacy["unanswered"]))
+    legacy, route = result["legacy"], params.cut_over.route
+    queries = [q for q in query_set.read_queries(params) if q.query_id in legacy["per_query"]]
+    groups = slices.classes(connection, params, queries, set(legacy["unanswered"]))
     scores = {name: result[name]["per_query"] for name in result}
     return slices.compare(groups, scores, route)
 
 
-def sheet(phase: Phase, old: relevance_measures.Answers, new: relevance_measures.Answers) -> Table:
+def sheet(
+    connection: db.Connection,
+    ledger: Ledger,
+    params: Params,
+    old: relevance_measures.Answers,
+    new: relevance_measures.Answers,
+) -> Table:
     """The queries whose answers differ most, for a person to judge with :func:`judge`: a row an answer."""
-    k = phase.params.queries.k
-    texts = {q.query_id: q.text for q in query_set.read_queries(phase.params)}
+    k = params.queries.k
+    texts = {q.query_id: q.text for q in query_set.read_queries(params)}
     ids = relevance_measures.most_different(old, new, k, SHEET_QUERIES)
     keys = sorted({key for i in ids for key in (*old[i][:3], *new[i][:3])})
-    begin = {
-        r["key"]: r["text"] for r in db.rows(phase.connection, comparison.SQL["first_words"], phase.params, keys=keys)
-    }
-    marks = comparison.judgements(phase)
+    begin = {r["key"]: r["text"] for r in db.rows(connection, comparison.SQL["first_words"], params, keys=keys)}
+    marks = comparison.judgements(connection, ledger, params)
     rows = [
         (i, texts[i], side, place, key, begin.get(key, ""), marks.get(i, {}).get(key))
         for i in ids
-        for side, answers in (("legacy", old), (phase.params.cut_over.route, new))
+        for side, answers in (("legacy", old), (params.cut_over.route, new))
         for place, key in enumerate(answers[i][:3], 1)
     ]
     columns = ("query_id", "query", "answered by", "place", "key", "row", "relevance")
@@ -152,7 +158,7 @@ def verify(phase: Phase) -> Gates:
     route = phase.params.cut_over.route
     return collect(
         [
-            _relevance_is_kept(phase, recorded, route),
+            _relevance_is_kept(phase.params, recorded, route),
             _is_fast_enough(recorded, route, phase.params.cut_over.largest_slowdown),
             _index_pays(recorded),
             gate(
@@ -169,8 +175,8 @@ def verify(phase: Phase) -> Gates:
     )
 
 
-def _relevance_is_kept(phase: Phase, recorded: dict[str, Any], route: str) -> Gate:
-    allowed, unjudged = phase.params.cut_over.largest_relevance_loss, phase.params.cut_over.accept_unjudged
+def _relevance_is_kept(params: Params, recorded: dict[str, Any], route: str) -> Gate:
+    allowed, unjudged = params.cut_over.largest_relevance_loss, params.cut_over.accept_unjudged
     new, old = recorded["systems"][route].get("nDCG@10"), recorded["systems"]["legacy"].get("nDCG@10")
     if new is None or old is None:
         return gate(

@@ -9,7 +9,7 @@ from typing import Any
 from runbook_lib.benchmark import relevance_measures
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db, row_counts
-from runbook_lib.core.phase import Phase
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("compare")
@@ -27,10 +27,12 @@ NAMES = ("short", "long", "rare words", "codes and names", "no hit in legacy")
 Scores = Mapping[str, float]
 
 
-def classes(phase: Phase, queries: Sequence[Query], unanswered: set[str]) -> dict[str, list[str]]:
+def classes(
+    connection: db.Connection, params: Params, queries: Sequence[Query], unanswered: set[str]
+) -> dict[str, list[str]]:
     """Query ids by class; a query may be in several. unanswered: ids of those for which legacy finds nothing."""
-    words = _words(phase, [q.text for q in queries])
-    rare = rare_words(phase, {w for found in words.values() for w in found})
+    words = _words(connection, params, [q.text for q in queries])
+    rare = rare_words(connection, params, {w for found in words.values() for w in found})
     short = {q.query_id for q in queries if len(q.text.split()) <= SHORT_WORDS}
     return {
         "short": [q.query_id for q in queries if q.query_id in short],
@@ -41,15 +43,15 @@ def classes(phase: Phase, queries: Sequence[Query], unanswered: set[str]) -> dic
     }
 
 
-def _words(phase: Phase, texts: Sequence[str]) -> dict[str, set[str]]:
-    found = db.rows(phase.connection, SQL["words"], phase.params, texts=list(dict.fromkeys(texts)))
+def _words(connection: db.Connection, params: Params, texts: Sequence[str]) -> dict[str, set[str]]:
+    found = db.rows(connection, SQL["words"], params, texts=list(dict.fromkeys(texts)))
     return {row["text"]: set(row["words"]) for row in found}
 
 
-def rare_words(phase: Phase, words: set[str]) -> set[str]:
+def rare_words(connection: db.Connection, params: Params, words: set[str]) -> set[str]:
     """Those of the words that few rows hold, or none; counted in a sample of the pages where the table is large."""
-    percent = min(100.0, 100.0 * ROWS_LOOKED_AT / max(row_counts.of(phase.connection, phase.params).n, 1))
-    found = db.rows(phase.connection, SQL["document_frequency"], phase.params, words=sorted(words), percent=percent)
+    percent = min(100.0, 100.0 * ROWS_LOOKED_AT / max(row_counts.of(connection, params).n, 1))
+    found = db.rows(connection, SQL["document_frequency"], params, words=sorted(words), percent=percent)
     return words - {row["word"] for row in found if row["rows"] > RARE_ROWS or row["share"] > RARE_SHARE}
 
 

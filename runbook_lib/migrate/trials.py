@@ -201,7 +201,7 @@ def _prepared(connection: db.Connection, params: Params) -> update_effects.Prepa
 
 def _updates_rows(connection: db.Connection, params: Params) -> bool:
     """Will the backfill still update rows of the table itself?"""
-    return vector_store.of(params).in_the_table and not _index_is_there(connection, params)
+    return bool(vector_store.of(params).columns(params)) and not _index_is_there(connection, params)
 
 
 def _index_is_there(connection: db.Connection, params: Params) -> bool:
@@ -229,21 +229,26 @@ def _stages(connection: db.Connection, params: Params) -> list[_Stage]:
     on_target = "ACCESS EXCLUSIVE"
     share = "SHARE ROW EXCLUSIVE"
     return [
-        _Stage("ledger_can_be_made", "00_preflight", lambda: _ledger(phase)),
+        _Stage("ledger_can_be_made", "00_preflight", lambda: _ledger(phase.ledger, phase.params)),
         _Stage("search_function_can_be_made", "10_baseline", lambda: _function(phase)),
         _Stage("extension_can_be_made", "20_extension", lambda: list(extension.plan(phase))),
         _Stage("tables_can_be_made", "30_expand_schema", tables),
-        _Stage("index_can_be_made", "60_build_index", lambda: _index(phase)),
+        _Stage("index_can_be_made", "60_build_index", lambda: _index(phase.connection, phase.params)),
         _Stage("side_table_can_be_made", "30_expand_schema", lambda: of_schema("sidetable.create"), share),
         _Stage("capture_can_be_made", "30_expand_schema", lambda: of_schema(*exclusive[:2]), share),
         _Stage("columns_can_be_added", "30_expand_schema", lambda: of_schema("schema.add_columns"), on_target),
         _Stage("functions_still_return_rows", "30_expand_schema", lambda: broken() if adds else [], on_target),
-        _Stage("fillfactor_can_be_set", "50_backfill", lambda: _fillfactor(phase), "SHARE UPDATE EXCLUSIVE"),
+        _Stage(
+            "fillfactor_can_be_set",
+            "50_backfill",
+            lambda: _fillfactor(phase.connection, phase.params),
+            "SHARE UPDATE EXCLUSIVE",
+        ),
     ]
 
 
-def _ledger(phase: Phase) -> list[db.Statement]:
-    return [db.statement(LEDGER[name], phase.params) for name in phase.ledger.missing()]
+def _ledger(ledger: Ledger, params: Params) -> list[db.Statement]:
+    return [db.statement(LEDGER[name], params) for name in ledger.missing()]
 
 
 def _function(phase: Phase) -> list[db.Statement]:
@@ -251,27 +256,25 @@ def _function(phase: Phase) -> list[db.Statement]:
     return [] if search_function.function_state(phase.connection, phase.params) else list(search_function.plan(phase))
 
 
-def _index(phase: Phase) -> list[db.Statement]:
-    p = phase.params
-    if _index_is_there(phase.connection, p):
+def _index(connection: db.Connection, params: Params) -> list[db.Statement]:
+    if _index_is_there(connection, params):
         return []
     probe = {
-        "probe": identifier(p.ledger.schema_, f"{p.target.name}_trial"),
-        "m": sql.Literal(p.index.m),
-        "ef_construction": sql.Literal(p.index.ef_construction),
+        "probe": identifier(params.ledger.schema_, f"{params.target.name}_trial"),
+        "m": sql.Literal(params.index.m),
+        "ef_construction": sql.Literal(params.index.ef_construction),
     }
-    return [db.statement(SQL[name], p, probe) for name in ("create_probe", f"create_{p.index.method}")]
+    return [db.statement(SQL[name], params, probe) for name in ("create_probe", f"create_{params.index.method}")]
 
 
-def _fillfactor(phase: Phase) -> list[db.Statement]:
+def _fillfactor(connection: db.Connection, params: Params) -> list[db.Statement]:
     """Set to what the backfill would set it to, where it may go page by page."""
-    p = phase.params
-    if p.backfill.strategy == "key_ranges" or not _updates_rows(phase.connection, p):
+    if params.backfill.strategy == "key_ranges" or not _updates_rows(connection, params):
         return []
-    parts = db.rows(phase.connection, WINDOWS["relations"], p, table=spelled(p, "table"))
+    parts = db.rows(connection, WINDOWS["relations"], params, table=spelled(params, "table"))
     heaps = [r for r in parts if r["access_method"] == "heap"]
     largest = sorted(heaps, key=lambda r: -int(r["blocks"]))[:MOST_PARTS]
-    return pruning.plan(phase, [r["part"] for r in largest])
+    return pruning.plan(connection, params, [r["part"] for r in largest])
 
 
 def _gate(params: Params, stage: _Stage) -> Gate:

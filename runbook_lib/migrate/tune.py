@@ -28,6 +28,7 @@ from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.display import Amount, Table, duration, share
 from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import index_name, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, milliseconds, score
@@ -141,11 +142,11 @@ def _row(choice: Choice) -> tuple[Any, ...]:
     return (*of, str(m.way), recall, share(m.returned), *times, m.buffers, beside)
 
 
-def sweep(phase: Phase) -> Table:
+def sweep(ledger: Ledger) -> Table:
     """Every way that was measured, for each filter class, as the ledger has it: where and how it was asked, recall
     with its interval, latency; held_out where it is the chosen way on the other half of the queries.
     """
-    return _sweep(phase.ledger.latest("tuning") or {})
+    return _sweep(ledger.latest("tuning") or {})
 
 
 # What tells a measured way from another, and what was found for it.
@@ -182,9 +183,11 @@ def apply(phase: Phase) -> Tuning | Table:
     if not phase.execute:
         return phase.carry_out(plan(phase))
     p = phase.params
-    asked, agrees, exact_seconds = filter_classes.questions(phase, filter_classes.find(phase))
+    asked, agrees, exact_seconds = filter_classes.questions(
+        phase.connection, p, filter_classes.find(phase.connection, p)
+    )
     without = asked.pop(filter_classes.UNFILTERED)
-    with replica.connect(phase, "tune") as connection:
+    with replica.connect(phase.connection, phase.params, "tune") as connection:
         first = cheapest_way.unfiltered(connection, p, _ways_to_try(connection, p, without[0]), without)
         rows = query_set.exact_of(without)[0].matching
         others = [cheapest_way.filtered(connection, p, c, q, rows) for c, q in _in_turn(asked)]
@@ -239,40 +242,41 @@ def _is_too_small(connection: db.Connection, params: Params, way: Way) -> bool:
 
 def _carry_into_function(phase: Phase, tuning: Tuning) -> None:
     """Settings and strategies in one transaction: a call sees all of the old or all of the new."""
-    with phase.connection.transaction():
-        db.use_search_path(phase.connection)
+    connection, params = phase.connection, phase.params
+    with connection.transaction():
+        db.use_search_path(connection)
         for statement in [
-            *search_function.set_search_setting(phase.connection, phase.params, tuning.chosen or 0),
-            *strategies(phase, tuning),
+            *search_function.set_search_setting(connection, params, tuning.chosen or 0),
+            *strategies(params, tuning),
         ]:
             phase.do(statement)
 
 
-def strategies(phase: Phase, tuning: Tuning) -> list[db.Statement]:
+def strategies(params: Params, tuning: Tuning) -> list[db.Statement]:
     """Statements that write down how to search by which filter value."""
-    learned = [db.statement(search_function.SQL["forget_strategies"], phase.params)]
+    learned = [db.statement(search_function.SQL["forget_strategies"], params)]
     for choice in tuning.choices[1:]:
         listed = choice.of.in_strategies()
-        learned.append(_learn(phase, str(choice.of.filter), list(listed), list(listed.values()), choice.chosen))
+        learned.append(_learn(params, str(choice.of.filter), list(listed), list(listed.values()), choice.chosen))
     # A value that did not exist when this was measured is rare: its few rows are read, and none is missed.
     measured_rare = {c.of.filter for c in tuning.choices if None in c.of.in_strategies()}
-    unlisted = [name for name in _filters(phase) if name not in measured_rare]
-    return learned + [_learn(phase, name, [None], [0.0], None) for name in unlisted]
+    unlisted = [name for name in _filters(params) if name not in measured_rare]
+    return learned + [_learn(params, name, [None], [0.0], None) for name in unlisted]
 
 
-def _filters(phase: Phase) -> list[str]:
+def _filters(params: Params) -> list[str]:
     """Each filter, and each set of filters given together that is measured, as the strategies name them."""
-    columns = [combined_filters.name(columns) for columns in filter_classes.measured_filters(phase.params)]
-    return [*columns, *filter_classes.names_of_conditions(phase.params)]
+    columns = [combined_filters.name(columns) for columns in filter_classes.measured_filters(params)]
+    return [*columns, *filter_classes.names_of_conditions(params)]
 
 
 def _learn(
-    phase: Phase, name: str, values: list[str | None], shares: list[float], measured: Measured | None
+    params: Params, name: str, values: list[str | None], shares: list[float], measured: Measured | None
 ) -> db.Statement:
-    way = measured.way if measured else ways.exact(phase.params)
+    way = measured.way if measured else ways.exact(params)
     return db.statement(
         search_function.SQL["learn_strategy"],
-        phase.params,
+        params,
         filter=name,
         values=values,
         shares=shares,
@@ -284,28 +288,32 @@ def _learn(
 
 def verify(phase: Phase) -> Gates:
     """The target is reached in every filter class, the function searches so, and its query uses the index."""
-    tuning = phase.ledger.latest("tuning", phase.name)
-    measured = [_exact_agrees(phase, tuning), _target_is_reached(phase, tuning), *_classes_reach(phase, tuning)]
-    carried = [_function_has_settings(phase, tuning), *_function_has_strategies(phase, tuning)]
-    seen = row_security_recall.gates(phase, phase.params.tune.target_recall)
-    return collect([*measured, *carried, *explain.gates(phase), *seen])
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    tuning = ledger.latest("tuning", phase.name)
+    measured = [_exact_agrees(params, tuning), _target_is_reached(params, tuning), *_classes_reach(params, tuning)]
+    carried = [
+        _function_has_settings(connection, params, tuning),
+        *_function_has_strategies(connection, params, tuning),
+    ]
+    seen = row_security_recall.gates(connection, params, params.tune.target_recall)
+    return collect([*measured, *carried, *explain.gates(connection, ledger, params), *seen])
 
 
-def _exact_agrees(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
+def _exact_agrees(params: Params, tuning: dict[str, Any] | None) -> Gate:
     figures = tuning["exact"] if tuning else {"asked": 0, "alike": 0}
-    return exact.agreement(phase.params, figures["alike"], figures["asked"])
+    return exact.agreement(params, figures["alike"], figures["asked"])
 
 
-def _target_is_reached(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
+def _target_is_reached(params: Params, tuning: dict[str, Any] | None) -> Gate:
     first: dict[str, Any] = tuning["classes"][0] if tuning else {"points": [], "chosen": None, "advice": ""}
     shown = first["chosen"] or max(first["points"], key=lambda q: q["recall"], default=None)
-    target = phase.params.tune.target_recall
+    target = params.tune.target_recall
     recall, needed = apart(shown["recall"] if shown else 0.0, target, score)
     return gate(
         "tune.target_recall_is_reached",
         bool(first["chosen"]) and at_least(first["chosen"]["recall"], target) if first["points"] else None,
-        index_name(phase.params),
-        found=_said(phase, shown, recall) if shown else "PostgreSQL does not use the index, at any setting",
+        index_name(params),
+        found=_said(params, shown, recall) if shown else "PostgreSQL does not use the index, at any setting",
         needed=f"recall {needed}, no query short of rows",
         danger="the index would hide answers that exact search finds",
         do=(first["advice"] if first["points"] else "see the gates of explain, which name the cause")
@@ -314,29 +322,29 @@ def _target_is_reached(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
     )
 
 
-def _said(phase: Phase, m: dict[str, Any], recall: str) -> str:
-    setting = "exact" if m["scan"] == "exact" else f"{ways.SETTING[phase.params.index.method]} {m['candidates']}"
+def _said(params: Params, m: dict[str, Any], recall: str) -> str:
+    setting = "exact" if m["scan"] == "exact" else f"{ways.SETTING[params.index.method]} {m['candidates']}"
     whole = m["scan"] != "exact" and loop.VECTOR_INDEX not in m["plan"]
     return (
-        f"recall@{phase.params.queries.k} {recall} ({m['low']:.3f} to {m['high']:.3f}) at {setting},"
+        f"recall@{params.queries.k} {recall} ({m['low']:.3f} to {m['high']:.3f}) at {setting},"
         f" p50 {m['p50_ms']:.2f} ms, {m['rows_short']} of {m['questions']} queries short"
         + (f"; {cheapest_way.SO_SMALL}" if whole else "")
     )
 
 
-def _classes_reach(phase: Phase, tuning: dict[str, Any] | None) -> list[Gate]:
+def _classes_reach(params: Params, tuning: dict[str, Any] | None) -> list[Gate]:
     """A gate a filter class: its choice holds on questions that did not choose it."""
-    return [_class_reaches(phase, c) for c in (tuning["classes"][1:] if tuning else [])]
+    return [_class_reaches(params, c) for c in (tuning["classes"][1:] if tuning else [])]
 
 
-def _class_reaches(phase: Phase, c: dict[str, Any]) -> Gate:
-    m, target = c["chosen"], phase.params.tune.target_recall
+def _class_reaches(params: Params, c: dict[str, Any]) -> Gate:
+    m, target = c["chosen"], params.tune.target_recall
     recall, needed = apart(m["recall"], target, score)
     return gate(
         "tune.filter_class_reaches_the_target",
         at_least(m["recall"], target) and not m["rows_short"],
         f"{c['column']}, {c['bucket']} ({', '.join(c['values'][:3])}{', …' if len(c['values']) > 3 else ''})",
-        found=_said(phase, m, recall),
+        found=_said(params, m, recall),
         needed=f"recall {needed}, no query short of rows",
         danger="searches with this filter would hide answers that exact search finds",
         do=c["advice"] or "run 70_tune again; raise tune.queries if it comes back",
@@ -344,17 +352,17 @@ def _class_reaches(phase: Phase, c: dict[str, Any]) -> Gate:
     )
 
 
-def _function_has_settings(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
+def _function_has_settings(connection: db.Connection, params: Params, tuning: dict[str, Any] | None) -> Gate:
     """All of them: a strategy's settings end with the call only where the function has a SET for each."""
-    found = search_function.function_state(phase.connection, phase.params)
+    found = search_function.function_state(connection, params)
     settings = [s for s in (found["settings"] or [] if found else []) if not s.startswith("search_path")]
     chosen = tuning["chosen"] if tuning else None
-    carried = ways.through_the_index(phase.params, chosen or 0).settings(phase.params.index.method)
+    carried = ways.through_the_index(params, chosen or 0).settings(params.index.method)
     wanted = [f"{name}={value}" for name, value in carried.items()]
     return gate(
         "tune.function_carries_the_setting",
         sorted(settings) == sorted(wanted) if chosen else None,
-        phase.params.function_name,
+        params.function_name,
         found=", ".join(settings) or "no index setting",
         needed=", ".join(wanted) if chosen else "the setting that was chosen; none was",
         danger="the application would search with another setting than the one that was measured",
@@ -362,13 +370,13 @@ def _function_has_settings(phase: Phase, tuning: dict[str, Any] | None) -> Gate:
     )
 
 
-def _function_has_strategies(phase: Phase, tuning: dict[str, Any] | None) -> list[Gate]:
+def _function_has_strategies(connection: db.Connection, params: Params, tuning: dict[str, Any] | None) -> list[Gate]:
     """The strategy table says what was chosen, value by value."""
-    filters = _filters(phase)
+    filters = _filters(params)
     if not filters or not (tuning and tuning["chosen"]):
         # Strategies are carried together with the setting, whose gate says that none was chosen.
         return []
-    found = db.rows(phase.connection, search_function.SQL["strategies"], phase.params)
+    found = db.rows(connection, search_function.SQL["strategies"], params)
     has = {(r["filter"], r["value"]): _way(r) for r in found}
     classes_of_filters = tuning["classes"][1:]
     wanted = {
@@ -382,7 +390,7 @@ def _function_has_strategies(phase: Phase, tuning: dict[str, Any] | None) -> lis
         gate(
             "tune.function_searches_by_filter_as_chosen",
             not wrong,
-            spelled(phase.params, "strategy"),
+            spelled(params, "strategy"),
             found="; ".join([f"{len(has)} rows", *wrong[:3]]),
             needed="the chosen way for every value, and one for values that are not listed",
             danger="a search with a filter would miss answers, or read more rows than it needs",
@@ -397,15 +405,16 @@ def _way(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def undo_plan(phase: Phase) -> db.Plan:
     """RESET of the function's index settings, and no strategies any more, where it has them."""
-    found = search_function.function_state(phase.connection, phase.params)
+    connection, params = phase.connection, phase.params
+    found = search_function.function_state(connection, params)
     if found is None:
-        return db.Plan((), phase.connection)
+        return db.Plan((), connection)
     carried = [s.split("=")[0] for s in found["settings"] or [] if not s.startswith("search_path")]
-    statements = [search_function.reset_search_setting(phase.connection, phase.params, name) for name in carried]
-    if db.rows(phase.connection, search_function.SQL["strategies"], phase.params):
+    statements = [search_function.reset_search_setting(connection, params, name) for name in carried]
+    if db.rows(connection, search_function.SQL["strategies"], params):
         # First: a strategy's settings would outlive a call of the function once that has no SET for them.
-        statements.insert(0, db.statement(search_function.SQL["forget_strategies"], phase.params))
-    return db.Plan(tuple(statements), phase.connection)
+        statements.insert(0, db.statement(search_function.SQL["forget_strategies"], params))
+    return db.Plan(tuple(statements), connection)
 
 
 @changes

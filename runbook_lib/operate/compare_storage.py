@@ -18,6 +18,7 @@ from runbook_lib.benchmark.storage_variants import MeasuredShape, Shape, Storage
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import identifier, shortened, spelled
 from runbook_lib.core.names import index_name as serving_name
 from runbook_lib.core.phase import Phase, changes
@@ -74,91 +75,95 @@ def index_name(params: Params, shape: Shape) -> str:
 
 def plan(phase: Phase) -> db.Plan:
     """What is left over dropped; the scratch table; each index built and dropped; the scratch table dropped."""
+    connection, params = phase.connection, phase.params
     built = [
         statement
-        for shape in storage_variants.possible(phase.params)
-        for statement in (_build(phase, shape), _drop_index(phase, shape))
-        if not _stands(phase, shape)
+        for shape in storage_variants.possible(params)
+        for statement in (_build(connection, params, shape), _drop_index(params, shape))
+        if not _stands(connection, params, shape)
     ]
-    around = ([], []) if on_column(phase.params) else (_making(phase), [_drop_scratch(phase)])
-    return db.Plan((*undo_plan(phase), *around[0], *built, *around[1]), phase.connection)
-
-
-def _statement(phase: Phase, block: str, **values: Any) -> db.Statement:
-    p = phase.params
-    types = db.rows(
-        phase.connection,
-        query_set.SQL["key_type"],
-        p,
-        table=spelled(p, "table"),
-        key=p.target.key,
+    around = (
+        ([], [])
+        if on_column(params)
+        else (_making(connection, phase.ledger, params), [_drop_scratch(connection, params)])
     )
-    extra = {"scratch": _scratch(p), "key_type": sql.SQL(types[0]["type"] if types else "text")}
-    return db.statement(SQL[block], p, extra, **values)
+    return db.Plan((*undo_plan(connection, params), *around[0], *built, *around[1]), connection)
 
 
-def _making(phase: Phase) -> list[db.Statement]:
-    p = phase.params
-    rows = row_counts.of(phase.connection, phase.params, "table").n
-    percent = 100.0 * DRAWN_TIMES * p.storage.sample_rows / rows if rows else 100.0
+def _statement(connection: db.Connection, params: Params, block: str, **values: Any) -> db.Statement:
+    types = db.rows(
+        connection, query_set.SQL["key_type"], params, table=spelled(params, "table"), key=params.target.key
+    )
+    extra = {"scratch": _scratch(params), "key_type": sql.SQL(types[0]["type"] if types else "text")}
+    return db.statement(SQL[block], params, extra, **values)
+
+
+def _making(connection: db.Connection, ledger: Ledger, params: Params) -> list[db.Statement]:
+    rows = row_counts.of(connection, params, "table").n
+    percent = 100.0 * DRAWN_TIMES * params.storage.sample_rows / rows if rows else 100.0
     percent = percent if percent < MOST_DRAWN_PERCENT else 100.0
-    values = {"judged": _judged_keys(phase), "percent": percent, "rows": p.storage.sample_rows}
+    values = {
+        "judged": _judged_keys(connection, ledger, params),
+        "percent": percent,
+        "rows": params.storage.sample_rows,
+    }
     return [
-        _statement(phase, "create_scratch"),
-        _statement(phase, "fill_scratch", **values),
-        _statement(phase, "analyze"),
+        _statement(connection, params, "create_scratch"),
+        _statement(connection, params, "fill_scratch", **values),
+        _statement(connection, params, "analyze"),
     ]
 
 
-def _judged_keys(phase: Phase) -> list[str]:
+def _judged_keys(connection: db.Connection, ledger: Ledger, params: Params) -> list[str]:
     """Keys that the judgements name and the table holds, so that nDCG has something to find."""
-    marks = comparison.judgements(phase)
-    unknown = set(query_set.unknown_keys(phase.connection, phase.params, marks))
+    marks = comparison.judgements(connection, ledger, params)
+    unknown = set(query_set.unknown_keys(connection, params, marks))
     keys = {key for judged in marks.values() for key in judged if key not in unknown}
     return sorted(keys)
 
 
-def _drop_scratch(phase: Phase) -> db.Statement:
-    return _statement(phase, "drop_scratch")
+def _drop_scratch(connection: db.Connection, params: Params) -> db.Statement:
+    return _statement(connection, params, "drop_scratch")
 
 
-def _build(phase: Phase, shape: Shape) -> db.Statement:
-    p = measured_params(phase.params)
-    here = _with_lists(phase, shape.storage_params(p))
-    name, relation = index_name(phase.params, shape), partitions.relation(p)
-    return building.create_statement(phase.connection, here, relation, name, other=shape.index_names(p))
+def _build(connection: db.Connection, params: Params, shape: Shape) -> db.Statement:
+    p = measured_params(params)
+    here = _with_lists(connection, params, shape.storage_params(p))
+    name, relation = index_name(params, shape), partitions.relation(p)
+    return building.create_statement(connection, here, relation, name, other=shape.index_names(p))
 
 
-def _with_lists(phase: Phase, params: Params) -> Params:
+def _with_lists(connection: db.Connection, params: Params, measured: Params) -> Params:
     """Lists for the rows that will be compared: the plan is made before their table is there."""
-    if params.index.method != "ivfflat" or params.index.lists:
-        return params
-    rows = row_counts.of(phase.connection, phase.params, "table").n
-    compared = rows if on_column(phase.params) else min(rows, phase.params.storage.sample_rows)
-    lists = params.index.model_copy(update={"lists": forecast.lists_rule(compared)})
-    return params.model_copy(update={"index": lists})
+    if measured.index.method != "ivfflat" or measured.index.lists:
+        return measured
+    rows = row_counts.of(connection, params, "table").n
+    compared = rows if on_column(params) else min(rows, params.storage.sample_rows)
+    lists = measured.index.model_copy(update={"lists": forecast.lists_rule(compared)})
+    return measured.model_copy(update={"index": lists})
 
 
-def _drop_index(phase: Phase, shape: Shape) -> db.Statement:
-    p = measured_params(phase.params)
-    name = identifier(p.target.schema_, index_name(phase.params, shape))
+def _drop_index(params: Params, shape: Shape) -> db.Statement:
+    p = measured_params(params)
+    name = identifier(p.target.schema_, index_name(params, shape))
     return db.statement(SQL["drop_index"], p, {"measured_index": name})
 
 
-def _stands(phase: Phase, shape: Shape) -> bool:
+def _stands(connection: db.Connection, params: Params, shape: Shape) -> bool:
     """On the real column, the index that serves is measured as it stands."""
     return (
-        on_column(phase.params)
-        and storage_variants.is_todays(phase.params, shape)
-        and bool(build_index.index(phase).own)
+        on_column(params)
+        and storage_variants.is_todays(params, shape)
+        and bool(build_index.index(connection, params).own)
     )
 
 
 def check(phase: Phase) -> Gates:
     """Before anything is built: there are vectors, and the real column, where that is asked for, takes an index."""
-    rows = row_counts.of(phase.connection, phase.params, "vectors").n
-    parted = on_column(phase.params) and len(build_index.index(phase).parts) > 1
-    table, where = spelled(phase.params, "vectors"), phase.params.storage.where
+    connection, params = phase.connection, phase.params
+    rows = row_counts.of(connection, params, "vectors").n
+    parted = on_column(params) and len(build_index.index(connection, params).parts) > 1
+    table, where = spelled(params, "vectors"), params.storage.where
     return collect(
         [
             gate(
@@ -191,7 +196,7 @@ def apply(phase: Phase) -> StorageComparison | Table:
     undo(phase)
     try:
         if not on_column(phase.params):
-            for statement in _making(phase):
+            for statement in _making(phase.connection, phase.ledger, phase.params):
                 phase.do(statement)
         found = _compare(phase)
     finally:
@@ -201,9 +206,10 @@ def apply(phase: Phase) -> StorageComparison | Table:
 
 
 def _compare(phase: Phase) -> StorageComparison:
-    p, here = phase.params, measured_params(phase.params)
-    (judged, queries), marks = comparison.sampled(phase)
-    with phase.another("storage exact") as connection:
+    params = phase.params
+    p, here = params, measured_params(params)
+    (judged, queries), marks = comparison.sampled(phase.connection, phase.ledger, p)
+    with db.beside(phase.connection, params, "storage exact") as connection:
         asked = _answered(connection, here, queries, p.queries.k)
         judged = _answered(connection, here, judged, storage_variants.JUDGED_K)
         agrees = exact.stream_agrees_with_sql(connection, here, asked, p.queries.k)
@@ -211,12 +217,12 @@ def _compare(phase: Phase) -> StorageComparison:
     by_exact = {q.query_id: list(nearest.keys) for q, nearest in zip(judged, exact_of(judged), strict=True)}
     best = relevance_measures.relevance(by_exact, {q.query_id: marks[q.query_id] for q in judged}) if judged else None
     rows = int(db.one(phase.connection, SQL["rows"], here)["rows"])
-    whole = row_counts.of(phase.connection, phase.params, "vectors").n
+    whole = row_counts.of(phase.connection, params, "vectors").n
     measured: list[dict[str, Any]] = []
     for shape in storage_variants.possible(p):
         with _standing(phase, shape) as (name, built):
             for rerank in _depths(p, shape):
-                with phase.another(f"storage {shape.slug}") as connection:
+                with db.beside(phase.connection, params, f"storage {shape.slug}") as connection:
                     found = storage_variants.measure(connection, here, shape, rerank, name, asked, (judged, marks))
                 measured.append(_row(p, found, built, rows, max(whole, rows)))
                 print(
@@ -244,15 +250,16 @@ def _answered(connection: db.Connection, here: Params, queries: list[Query], k: 
 @contextmanager
 def _standing(phase: Phase, shape: Shape) -> Iterator[tuple[str, dict[str, Any]]]:
     """One index, for as long as it is measured: its name, and bytes and seconds (None where it stood already)."""
-    p = measured_params(phase.params)
-    if _stands(phase, shape):
-        yield serving_name(phase.params), {"bytes": build_index.index(phase).bytes, "build_s": None}
+    connection, params = phase.connection, phase.params
+    p = measured_params(params)
+    if _stands(connection, params, shape):
+        yield (serving_name(params), {"bytes": build_index.index(connection, params).bytes, "build_s": None})
         return
-    took = building.concurrently(phase, _build(phase, shape))
-    name = index_name(phase.params, shape)
-    found = db.one(phase.connection, SQL["bytes"], p, index=identifier(p.target.schema_, name).as_string())
+    took = building.concurrently(phase, _build(connection, params, shape))
+    name = index_name(params, shape)
+    found = db.one(connection, SQL["bytes"], p, index=identifier(p.target.schema_, name).as_string())
     yield name, {"bytes": found["bytes"], "build_s": round(took.seconds, 2), "notices": took.notices}
-    building.concurrently(phase, _drop_index(phase, shape))
+    building.concurrently(phase, _drop_index(params, shape))
 
 
 def _row(p: Params, found: MeasuredShape, built: dict[str, Any], rows: int, whole: int) -> dict[str, Any]:
@@ -279,7 +286,11 @@ def verify(phase: Phase) -> Gates:
     last = phase.ledger.latest(KIND, phase.name)
     figures = last["agrees"] if last else {"asked": 0, "alike": 0}
     return collect(
-        [exact.agreement(phase.params, figures["alike"], figures["asked"]), *_measured(last), _is_gone(phase)]
+        [
+            exact.agreement(phase.params, figures["alike"], figures["asked"]),
+            *_measured(last),
+            _is_gone(phase.connection, phase.params),
+        ]
     )
 
 
@@ -314,23 +325,22 @@ def _measured(last: dict[str, Any] | None) -> list[Gate]:
     ]
 
 
-def _left(phase: Phase) -> db.Row:
-    p = phase.params
+def _left(connection: db.Connection, params: Params) -> db.Row:
     # A pattern of LIKE, in which the underscores of a name stand for any letter unless escaped.
-    pattern = _prefix(p).replace("\\", "\\\\").replace("_", "\\_") + "%"
-    scratch = _scratch(p).as_string().replace("%%", "%")
+    pattern = _prefix(params).replace("\\", "\\\\").replace("_", "\\_") + "%"
+    scratch = _scratch(params).as_string().replace("%%", "%")
     return db.one(
-        phase.connection, SQL["leftovers"], p, scratch=scratch, vectors=spelled(p, "vectors"), prefix=pattern
+        connection, SQL["leftovers"], params, scratch=scratch, vectors=spelled(params, "vectors"), prefix=pattern
     )
 
 
-def _is_gone(phase: Phase) -> Gate:
-    left = _left(phase)
-    found = [*([_scratch_table(phase.params)] if left["scratch"] else []), *left["indexes"]]
+def _is_gone(connection: db.Connection, params: Params) -> Gate:
+    left = _left(connection, params)
+    found = [*([_scratch_table(params)] if left["scratch"] else []), *left["indexes"]]
     return gate(
         "storage.nothing_is_left",
         not found,
-        phase.params.target.name,
+        params.target.name,
         found=", ".join(found) or "nothing",
         needed="nothing",
         danger="disk is taken, and where an index is left, every write pays for it",
@@ -338,20 +348,20 @@ def _is_gone(phase: Phase) -> Gate:
     )
 
 
-def undo_plan(phase: Phase) -> db.Plan:
+def undo_plan(connection: db.Connection, params: Params) -> db.Plan:
     """Drops what a comparison left that did not come to its end."""
-    p, left = phase.params, _left(phase)
+    left = _left(connection, params)
     drops = [
-        db.statement(SQL["drop_index"], p, {"measured_index": identifier(p.target.schema_, name)})
+        db.statement(SQL["drop_index"], params, {"measured_index": identifier(params.target.schema_, name)})
         for name in left["indexes"]
     ]
-    return db.Plan((*drops, *([_drop_scratch(phase)] if left["scratch"] else [])), phase.connection)
+    return db.Plan((*drops, *([_drop_scratch(connection, params)] if left["scratch"] else [])), connection)
 
 
 @changes
 def undo(phase: Phase) -> Table:
     """Carries it out; does nothing where nothing was left."""
-    todo = undo_plan(phase)
+    todo = undo_plan(phase.connection, phase.params)
     if not phase.execute:
         return phase.carry_out(todo)
     for statement in todo:
@@ -362,9 +372,9 @@ def undo(phase: Phase) -> Table:
     return Table(("what",), [(s.purpose,) for s in todo])
 
 
-def verify_undone(phase: Phase) -> Gates:
+def verify_undone(connection: db.Connection, params: Params) -> Gates:
     """Nothing is left."""
-    return collect([_is_gone(phase)])
+    return collect([_is_gone(connection, params)])
 
 
 def what_is_compared(phase: Phase) -> Table:

@@ -18,11 +18,12 @@ from runbook_lib.benchmark.prepared import vector_indexes
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import as_indexed, names, spelled
-from runbook_lib.core.phase import Phase
 from runbook_lib.core.session import register_vector
 from runbook_lib.core.thresholds import apart, at_least, at_most, plain, score
 from runbook_lib.indexes import partitions
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL, WATCH = load("drift"), load("watch")
@@ -36,45 +37,47 @@ DEFAULT_LISTS = 100
 REBUILD = "run operate/rebuild_index, which makes the lists of the rows of today; then 70_tune"
 
 
-def gates(phase: Phase) -> Iterator[Gate]:
+def gates(connection: db.Connection, ledger: Ledger, params: Params) -> Iterator[Gate]:
     """The gates of the lists' age; none for another method, or where the ledger knows of no build.
 
     How new rows are found is judged from FEWEST_ROWS of them on.
     """
-    if phase.params.index.method != "ivfflat" or not phase.ledger.exists():
+    if params.index.method != "ivfflat" or not ledger.exists():
         return
-    built = next(iter(db.rows(phase.ledger.connection, SQL["built"], phase.params)), None)
+    built = next(iter(db.rows(ledger.connection, SQL["built"], params)), None)
     if built is None:
         return
-    with replica.connect(phase, "drift") as connection:
-        register_vector(connection)
-        sides = _look(phase, connection, "sides", built)[0]
+    with replica.connect(connection, params, "drift") as reader:
+        register_vector(reader)
+        sides = _look(connection, params, reader, "sides", built)[0]
         newer, older = (
-            _look(phase, connection, "some_rows", built, newer=n, n=phase.params.watch.queries) for n in (True, False)
+            _look(connection, params, reader, "some_rows", built, newer=n, n=params.watch.queries)
+            for n in (True, False)
         )
-        held = _rows_held(phase, connection, [*newer, *older])
+        held = _rows_held(connection, params, reader, [*newer, *older])
     enough = len(newer) >= FEWEST_ROWS
     if enough:
-        yield _new_rows_are_found(phase, built, sides, newer, older)
+        yield _new_rows_are_found(connection, params, built, sides, newer, older)
     if held:
         not_judged = "" if enough else f"; {_newer(sides)}, too few to judge how they are found"
-        yield _lists_are_even(phase, held, not_judged)
+        yield _lists_are_even(connection, params, held, not_judged)
 
 
-def _look(phase: Phase, connection: db.Connection, block: str, built: db.Row, **values: Any) -> list[db.Row]:
+def _look(
+    primary: db.Connection, params: Params, connection: db.Connection, block: str, built: db.Row, **values: Any
+) -> list[db.Row]:
     """Rows of a block; on a large table of a sample of its pages."""
-    p = phase.params
-    there = row_counts.of(phase.connection, p).n
-    whole = there <= p.watch.count_up_to_rows
-    looked_at = sql.SQL("true") if whole else WATCH["sampled"].compose(names(p))
-    percent = 100.0 * p.watch.count_up_to_rows / max(there, 1)
-    query = SQL[block].compose(names(p) | {"looked_at": looked_at})
+    there = row_counts.of(primary, params).n
+    whole = there <= params.watch.count_up_to_rows
+    looked_at = sql.SQL("true") if whole else WATCH["sampled"].compose(names(params))
+    percent = 100.0 * params.watch.count_up_to_rows / max(there, 1)
+    query = SQL[block].compose(names(params) | {"looked_at": looked_at})
     return connection.execute(query, {**values, "began_at": built["began_at"], "percent": percent}).fetchall()
 
 
-def _recall(phase: Phase, rows: Sequence[db.Row]) -> float:
+def _recall(connection: db.Connection, params: Params, rows: Sequence[db.Row]) -> float:
     """Recall on these rows as queries."""
-    return index_recall.as_the_application(phase, query_set.of_rows(rows, counted=True))
+    return index_recall.as_the_application(connection, params, query_set.of_rows(rows, counted=True))
 
 
 def _newer(sides: db.Row) -> str:
@@ -82,22 +85,25 @@ def _newer(sides: db.Row) -> str:
 
 
 def _new_rows_are_found(
-    phase: Phase, built: db.Row, sides: db.Row, newer: Sequence[db.Row], older: Sequence[db.Row]
+    connection: db.Connection,
+    params: Params,
+    built: db.Row,
+    sides: db.Row,
+    newer: Sequence[db.Row],
+    older: Sequence[db.Row],
 ) -> Gate:
     """Where old rows are missed as often as new ones, age is not the cause; watch.recall_holds says so."""
-    p = phase.params
-    needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
     grown = sides["rows"] / built["rows"] if built["rows"] else None
-    new = _recall(phase, newer)
-    old = _recall(phase, older) if len(older) >= FEWEST_ROWS else None
-    shown, least = apart(new, needed, score)
+    new = _recall(connection, params, newer)
+    old = _recall(connection, params, older) if len(older) >= FEWEST_ROWS else None
+    shown, least = apart(new, params.lowest_recall, score)
     size = "" if grown is None else f", and the table holds {grown:.1f} × the rows of which its lists were made"
     beside = "" if old is None else f", {apart(old, new, score)[0]} on {len(older)} older ones"
     return gate(
         "drift.new_rows_are_found",
-        at_least(new, needed) or (old is not None and at_least(new, old)),
-        f"{spelled(p, 'index')} on {p.target.schema_}.{p.target.table}",
-        found=f"recall@{p.queries.k} {shown} on {len(newer)} of them{beside}; {_newer(sides)}{size}",
+        at_least(new, params.lowest_recall) or (old is not None and at_least(new, old)),
+        f"{spelled(params, 'index')} on {params.target.schema_}.{params.target.table}",
+        found=f"recall@{params.queries.k} {shown} on {len(newer)} of them{beside}; {_newer(sides)}{size}",
         needed=f"{least} on rows newer than the index, or no less than on older ones",
         danger="the lists were made of other rows than these: searches for what is new miss it, the more so the more"
         " of it comes",
@@ -106,16 +112,17 @@ def _new_rows_are_found(
     )
 
 
-def _rows_held(phase: Phase, connection: db.Connection, rows: Sequence[db.Row]) -> list[int]:
+def _rows_held(
+    primary: db.Connection, params: Params, connection: db.Connection, rows: Sequence[db.Row]
+) -> list[int]:
     """Rows in the list of each of some rows; none for a partitioned index, each part of which has its own lists."""
-    p = phase.params
-    if len(partitions.tree(phase.connection, p, spelled(p, "vectors"))) > 1:
+    if len(partitions.tree(primary, params, spelled(params, "vectors"))) > 1:
         return []
     chosen = [rows[i * len(rows) // LISTS_LOOKED_AT] for i in range(LISTS_LOOKED_AT)] if rows else []
-    most = row_counts.of(phase.connection, p, "vectors").n
-    n = names(p)
+    most = row_counts.of(primary, params, "vectors").n
+    n = names(params)
     asked = sql.SQL("%(embedding)s::{}").format(n["vector_type"])
-    query = SQL["rows_of_the_list"].compose(n | {"query_indexed": as_indexed(p, asked)})
+    query = SQL["rows_of_the_list"].compose(n | {"query_indexed": as_indexed(params, asked)})
     with connection.transaction():
         connection.execute(SQL["one_list"].compose({}))
         values = {"most": max(most, 1)}
@@ -126,19 +133,18 @@ def _rows_held(phase: Phase, connection: db.Connection, rows: Sequence[db.Row]) 
     return [row["rows"] for row in found if row]
 
 
-def _lists_are_even(phase: Phase, held: Sequence[int], not_judged: str) -> Gate:
+def _lists_are_even(connection: db.Connection, params: Params, held: Sequence[int], not_judged: str) -> Gate:
     """By the list that a row lies in: one that holds half the table is met by half of the rows."""
-    p = phase.params
-    there = row_counts.of(phase.connection, p, "vectors").n
-    lists = next((row["lists"] for row in vector_indexes(phase.connection, p) if row["lists"]), None) or DEFAULT_LISTS
+    there = row_counts.of(connection, params, "vectors").n
+    lists = next((row["lists"] for row in vector_indexes(connection, params) if row["lists"]), None) or DEFAULT_LISTS
     even = max(there / lists, 1.0)
     mean = float(np.mean(held))
-    limit = p.watch.list_unevenness
+    limit = params.watch.list_unevenness
     times, most = apart(mean / even, limit, plain)
     return gate(
         "drift.lists_are_even",
         at_most(mean / even, limit),
-        f"{spelled(p, 'index')} on {p.target.schema_}.{p.target.table}",
+        f"{spelled(params, 'index')} on {params.target.schema_}.{params.target.table}",
         found=f"a row's list holds {number(round(mean))} rows on average, {times} × an even one" + not_judged,
         needed=f"at most {most} × (watch.list_unevenness)",
         danger="a probe of a crowded list reads much of the table, and the others find little",

@@ -13,9 +13,11 @@ from runbook_lib.benchmark import replica
 from runbook_lib.core import db, versions
 from runbook_lib.core.display import duration, number
 from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import statement_statistics
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("retire")
@@ -52,28 +54,28 @@ class Look:
     crowded: bool = False
 
 
-def look(phase: Phase) -> Look:
+def look(connection: db.Connection, params: Params) -> Look:
     """What the primary, and the replica where one is given, have counted by now."""
-    looks = [_look(phase, phase.connection)]
-    if replica.is_given(phase.params):
-        with replica.connect(phase, "usage") as connection:
-            looks.append(_look(phase, connection))
+    looks = [_look(params, connection)]
+    if replica.is_given(params):
+        with replica.connect(connection, params, "usage") as reader:
+            looks.append(_look(params, reader))
     return looks[0] if len(looks) == 1 else _together(looks)
 
 
-def _look(phase: Phase, connection: db.Connection) -> Look:
-    p, table = phase.params, spelled(phase.params, "table")
-    since = db.one(connection, SQL["counted_since"], p)
+def _look(params: Params, connection: db.Connection) -> Look:
+    table = spelled(params, "table")
+    since = db.one(connection, SQL["counted_since"], params)
     last = None
     if versions.dates_index_scans(connection.info.server_version):
-        last = {r["name"]: r["last_s"] for r in db.rows(connection, SQL["last_scans"], p, table=table)}
-    seen = statement_statistics.look(connection, p, p.target.text_columns)
+        last = {r["name"]: r["last_s"] for r in db.rows(connection, SQL["last_scans"], params, table=table)}
+    seen = statement_statistics.look(connection, params, params.target.text_columns)
     # A role that may not see the text of others' statements sees none of them, and must not take that for silence.
     why = seen.why or statement_statistics.hidden(seen)
     return Look(
         at_s=since["at_s"],
         reset_s=since["reset_s"] or 0.0,
-        scans={r["name"]: r["scans"] for r in db.rows(connection, SQL["scans"], p, table=table)},
+        scans={r["name"]: r["scans"] for r in db.rows(connection, SQL["scans"], params, table=table)},
         last_s=last,
         calls=None if why else {x.id: x.calls for x in seen.searches},
         calls_reset_s=seen.reset_s,
@@ -115,12 +117,12 @@ def _latest(times: Sequence[float | None]) -> float | None:
     return max(known) if known and len(known) == len(times) else None
 
 
-def earlier(phase: Phase, now: Look) -> Look | None:
+def earlier(ledger: Ledger, params: Params, now: Look) -> Look | None:
     """The newest look that is old enough to compare with; None where there is none."""
-    if not phase.ledger.exists():
+    if not ledger.exists():
         return None
-    before = _cutoff(phase, now)
-    found = db.rows(phase.ledger.connection, SQL["earlier_look"], phase.params, before=before)
+    before = _cutoff(params, now)
+    found = db.rows(ledger.connection, SQL["earlier_look"], params, before=before)
     return Look(**found[0]["body"]) if found else None
 
 
@@ -129,52 +131,52 @@ def note(phase: Phase, now: Look) -> None:
     phase.note(KIND, asdict(now))
 
 
-def _cutoff(phase: Phase, now: Look) -> float:
-    return now.at_s - phase.params.retire.unused_days * DAY_S
+def _cutoff(params: Params, now: Look) -> float:
+    return now.at_s - params.retire.unused_days * DAY_S
 
 
 def _day(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def _again(phase: Phase, since_s: float) -> str:
-    return f"run this again from {_day(since_s + phase.params.retire.unused_days * DAY_S)} on"
+def _again(params: Params, since_s: float) -> str:
+    return f"run this again from {_day(since_s + params.retire.unused_days * DAY_S)} on"
 
 
-def gates(phase: Phase, now: Look, before: Look | None, chosen: Sequence[str]) -> Iterator[Gate]:
+def gates(params: Params, now: Look, before: Look | None, chosen: Sequence[str]) -> Iterator[Gate]:
     """Nobody called a legacy search, and nobody read these indexes, for as long as the parameters ask."""
-    yield _no_legacy_call(phase, now, before)
+    yield _no_legacy_call(params, now, before)
     for name in chosen:
-        yield _unread(phase, now, before, name)
+        yield _unread(params, now, before, name)
 
 
-def _no_legacy_call(phase: Phase, now: Look, before: Look | None) -> Gate:
-    holds, found, do = _judge_calls(phase, now, before)
+def _no_legacy_call(params: Params, now: Look, before: Look | None) -> Gate:
+    holds, found, do = _judge_calls(params, now, before)
     return gate(
         "retire.legacy_is_not_called",
         holds,
         "searches by LIKE, full text or similarity",
         found=found,
-        needed=f"no call for {phase.params.retire.unused_days:g} days, as two looks or the statistics' age show",
+        needed=f"no call for {params.retire.unused_days:g} days, as two looks or the statistics' age show",
         danger="whoever still sends such a search would read the whole table, again and again",
         do=do,
         figures={"calls": now.calls, "since_s": now.calls_reset_s, "earlier_s": before.at_s if before else None},
     )
 
 
-def _judge_calls(phase: Phase, now: Look, before: Look | None) -> tuple[bool | None, str, str]:
+def _judge_calls(params: Params, now: Look, before: Look | None) -> tuple[bool | None, str, str]:
     """Verdict, what was found, and what to do."""
     if now.calls is None:
         do = "CREATE EXTENSION pg_stat_statements (it must stand in shared_preload_libraries), and look again later"
         return None, now.why, do
     called = {i: n for i, n in now.calls.items() if n}
     if now.calls_reset_s is None:
-        return _judge_without_age(phase, now, before, called)
-    if now.calls_reset_s > _cutoff(phase, now):
+        return _judge_without_age(params, now, before, called)
+    if now.calls_reset_s > _cutoff(params, now):
         since = f"counted since {_day(now.calls_reset_s)} only"
         if called:
             return False, f"{_said(now, called)}; {since}", "find who sends it, by pg_stat_activity or the log"
-        return None, f"no call, but {since}", _again(phase, now.calls_reset_s)
+        return None, f"no call, but {since}", _again(params, now.calls_reset_s)
     comparable = before is not None and before.calls is not None and before.calls_reset_s == now.calls_reset_s
     if comparable and before is not None:
         more = {i: n - (before.calls or {}).get(i, 0) for i, n in called.items()}
@@ -188,13 +190,13 @@ def _judge_calls(phase: Phase, now: Look, before: Look | None) -> tuple[bool | N
         return True, f"no call since {_day(now.calls_reset_s)}, when counting began", ""
     if now.thrown_out and not called:
         lost = f"no call, but {number(now.thrown_out)} statements were thrown out for want of room"
-        return None, lost, f"raise pg_stat_statements.max, and {_again(phase, now.at_s)}"
+        return None, lost, f"raise pg_stat_statements.max, and {_again(params, now.at_s)}"
     found = f"{_said(now, called)} since {_day(now.calls_reset_s)}; when, one look does not tell"
-    return None, found, f"this look is written down with execute: true; {_again(phase, now.at_s)}"
+    return None, found, f"this look is written down with execute: true; {_again(params, now.at_s)}"
 
 
 def _judge_without_age(
-    phase: Phase, now: Look, before: Look | None, called: Mapping[str, int]
+    params: Params, now: Look, before: Look | None, called: Mapping[str, int]
 ) -> tuple[bool | None, str, str]:
     """The same where pg_stat_statements does not say since when it counts: two looks must show that nothing was lost
     between them.
@@ -214,7 +216,7 @@ def _judge_without_age(
     found = f"{_said(now, called)}; " if called else "no call, but "
     found += f"since when it is counted this release of pg_stat_statements does not say, and there is {lost}"
     do = "ALTER EXTENSION pg_stat_statements UPDATE; on PostgreSQL 13 it does not help: look with execute: true"
-    do += f", and {_again(phase, now.at_s)}"
+    do += f", and {_again(params, now.at_s)}"
     return None, found, do
 
 
@@ -224,28 +226,28 @@ def _said(now: Look, calls: Mapping[str, int]) -> str:
     return "; ".join(some) + (f"; and {more} more" if more > 0 else "")
 
 
-def _unread(phase: Phase, now: Look, before: Look | None, name: str) -> Gate:
-    holds, found, do = _judge_reads(phase, now, before, name)
+def _unread(params: Params, now: Look, before: Look | None, name: str) -> Gate:
+    holds, found, do = _judge_reads(params, now, before, name)
     return gate(
         "retire.index_is_unread",
         holds,
         name,
         found=found,
-        needed=f"no read for {phase.params.retire.unused_days:g} days",
+        needed=f"no read for {params.retire.unused_days:g} days",
         danger="the searches that read it would read the whole table instead",
         do=do,
         figures={"scans": now.scans.get(name), "since_s": now.reset_s},
     )
 
 
-def _judge_reads(phase: Phase, now: Look, before: Look | None, name: str) -> tuple[bool | None, str, str]:
-    cutoff, scans = _cutoff(phase, now), now.scans.get(name, 0)
+def _judge_reads(params: Params, now: Look, before: Look | None, name: str) -> tuple[bool | None, str, str]:
+    cutoff, scans = _cutoff(params, now), now.scans.get(name, 0)
     find = "find the statement that reads it, by EXPLAIN; take the index out of retire.indexes if it is needed"
     if now.reset_s > cutoff:
         since = f"counted since {_day(now.reset_s)} only"
         if scans:
             return False, f"{number(scans)} scans; {since}", find
-        return None, f"no scan, but {since}", _again(phase, now.reset_s)
+        return None, f"no scan, but {since}", _again(params, now.reset_s)
     if now.last_s is not None:
         last = now.last_s.get(name)
         if last is None or last <= cutoff:
@@ -257,4 +259,4 @@ def _judge_reads(phase: Phase, now: Look, before: Look | None, name: str) -> tup
     if not scans:
         return True, f"not read since {_day(now.reset_s)}", ""
     found = f"{number(scans)} scans since {_day(now.reset_s)}; when, one look does not tell"
-    return None, found, f"this look is written down with execute: true; {_again(phase, now.at_s)}"
+    return None, found, f"this look is written down with execute: true; {_again(params, now.at_s)}"

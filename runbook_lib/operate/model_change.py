@@ -18,6 +18,7 @@ from runbook_lib.benchmark.prepared import use_setting
 from runbook_lib.core import claim, db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, Gate, GateFailed, Gates, RunbookError, Verdict, collect, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import identifier, shortened, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.target import load_params
@@ -71,10 +72,10 @@ def setting_name(old: Params) -> str:
     return f"{old.ledger.schema_}.{old.target.name}"
 
 
-def facts(phase: Phase, function: str, other: str = "") -> db.Row | None:
+def facts(connection: db.Connection, params: Params, function: str, other: str = "") -> db.Row | None:
     """A function as the catalogue has it; None where there is none. other: the name of a copy of it."""
-    values = {"schema": spelled(phase.params, "schema"), "function": function, "other": other}
-    found = db.rows(phase.connection, SQL["facts"], phase.params, **values)
+    values = {"schema": spelled(params, "schema"), "function": function, "other": other}
+    found = db.rows(connection, SQL["facts"], params, **values)
     return found[0] if found else None
 
 
@@ -112,7 +113,15 @@ def check(phase: Phase) -> Gates:
     if fit.verdict is not Verdict.PASS:
         return collect([fit])
     complete = backfill.verify(phase).gates + tuple(g for g in build_index.verify(phase) if g.name in INDEX_GATES)
-    return collect([fit, _old_serves(old), _told_apart(phase, old.params), *complete, _callers_may(phase, old)])
+    return collect(
+        [
+            fit,
+            _old_serves(old.connection, old.ledger, old.params),
+            _told_apart(phase.params, old.params),
+            *complete,
+            _callers_may(phase.connection, phase.params, old),
+        ]
+    )
 
 
 def _targets_fit(phase: Phase, old: Params) -> Gate:
@@ -132,7 +141,7 @@ def _targets_fit(phase: Phase, old: Params) -> Gate:
         ("search.function", old.function_name, new.function_name),
     ):
         wrong += [f"{what} is the same"] if a == b else []
-    was, now = facts(phase, old.function_name), facts(phase, new.function_name)
+    was, now = facts(phase.connection, new, old.function_name), facts(phase.connection, new, new.function_name)
     wrong += [f"no function {p.function_name}" for p, f in ((old, was), (new, now)) if f is None]
     if was and now and any(was[key] != now[key] for key in ("arguments", "result")):
         wrong.append("the functions differ in their arguments or results")
@@ -150,32 +159,32 @@ def _targets_fit(phase: Phase, old: Params) -> Gate:
 
 def _somebodys_copy(phase: Phase, old: Params, was: db.Row | None) -> list[str]:
     """A function of the name that is wanted for the copy, and that is none."""
-    copy = facts(phase, before_name(old), old.function_name)
+    copy = facts(phase.connection, phase.params, before_name(old), old.function_name)
     if copy is None or was is None or stage(phase):
         return []
     return [] if _renamed(copy) == was["definition"] else [f"a function {before_name(old)} is there already"]
 
 
-def _old_serves(old: Phase) -> Gate:
-    verdict, state = old.ledger.phase_verdict(CUT_OVER), search_function.function_state(old.connection, old.params)
-    route, share = search_function.current_route(old.connection, old.params) if state else ("legacy", 0)
+def _old_serves(connection: db.Connection, ledger: Ledger, params: Params) -> Gate:
+    verdict, state = ledger.phase_verdict(CUT_OVER), search_function.function_state(connection, params)
+    route, share = search_function.current_route(connection, params) if state else ("legacy", 0)
     return gate(
         "model_change.replaced_search_serves",
-        verdict == Verdict.PASS and (route, share) == (old.params.cut_over.route, 100),
-        old.params.target.name,
+        verdict == Verdict.PASS and (route, share) == (params.cut_over.route, 100),
+        params.target.name,
         found=f"{CUT_OVER} {verdict}, route {route} at {share} %",
-        needed=f"{CUT_OVER} PASS, route {old.params.cut_over.route} at 100 %",
+        needed=f"{CUT_OVER} PASS, route {params.cut_over.route} at 100 %",
         danger="there is no search in vectors yet to be replaced; this target's own cut-over is enough",
-        do=f"run {CUT_OVER} of {old.params.target.name} first, or of this target and leave the other unused",
+        do=f"run {CUT_OVER} of {params.target.name} first, or of this target and leave the other unused",
     )
 
 
-def _told_apart(phase: Phase, old: Params) -> Gate:
-    new, setting = phase.params, setting_name(old)
-    differ, by_setting = old.vector.dimension != new.vector.dimension, new.model_change.tell_apart == "setting"
-    found = f"dimensions {old.vector.dimension} and {new.vector.dimension}"
+def _told_apart(params: Params, old: Params) -> Gate:
+    setting = setting_name(old)
+    differ, by_setting = old.vector.dimension != params.vector.dimension, params.model_change.tell_apart == "setting"
+    found = f"dimensions {old.vector.dimension} and {params.vector.dimension}"
     if by_setting:
-        found += f"; the new model's sessions say SET {setting} = '{new.target.name}'"
+        found += f"; the new model's sessions say SET {setting} = '{params.target.name}'"
     return gate(
         "model_change.calls_can_be_told_apart",
         differ or by_setting,
@@ -184,27 +193,27 @@ def _told_apart(phase: Phase, old: Params) -> Gate:
         needed="different dimensions, or model_change.tell_apart: setting",
         danger="vectors of one model would be compared with those of the other: answers without meaning, no error",
         do=f"set model_change.tell_apart: setting, and let servers with the new model SET {setting} ="
-        f" '{new.target.name}' in each session, or call {new.function_name} by its own name",
-        figures={"old_dimension": old.vector.dimension, "new_dimension": new.vector.dimension},
+        f" '{params.target.name}' in each session, or call {params.function_name} by its own name",
+        figures={"old_dimension": old.vector.dimension, "new_dimension": params.vector.dimension},
     )
 
 
-def _callers_may(phase: Phase, old: Phase) -> Gate:
-    p, was, now = phase.params, facts(phase, old.params.function_name), facts(phase, phase.params.function_name)
+def _callers_may(connection: db.Connection, params: Params, old: Phase) -> Gate:
+    was, now = facts(connection, params, old.params.function_name), facts(connection, params, params.function_name)
     callers = was["callers"] if was else []
-    values = {"callers": callers, "oid": now["oid"] if now else 0, "column": p.vector.column}
-    lacking = db.rows(phase.connection, SQL["callers_without_rights"], p, vectors=spelled(p, "vectors"), **values)
+    values = {"callers": callers, "oid": now["oid"] if now else 0, "column": params.vector.column}
+    lacking = db.rows(connection, SQL["callers_without_rights"], params, vectors=spelled(params, "vectors"), **values)
     roles = [row["role"] for row in lacking]
     return gate(
         "model_change.callers_may_call_the_new",
         not roles,
-        p.function_name,
-        found=f"{', '.join(roles)} may not call it, or not read {p.vector.column}"
+        params.function_name,
+        found=f"{', '.join(roles)} may not call it, or not read {params.vector.column}"
         if roles
         else f"{len(callers)} roles beside the owner",
         needed=f"every role that may call {old.params.function_name}",
         danger="their calls would fail from the swap on",
-        do=f"name them in search.grant_to and run 10_baseline again; GRANT SELECT ({p.vector.column}) to them",
+        do=f"name them in search.grant_to and run 10_baseline again; GRANT SELECT ({params.vector.column}) to them",
     )
 
 
@@ -255,7 +264,7 @@ def names_of_both(phase: Phase, function: db.Row) -> dict[str, sql.Composable]:
 
 def _swap(phase: Phase) -> db.Statement | None:
     old = replaced(phase).params
-    function = facts(phase, old.function_name, before_name(old))
+    function = facts(phase.connection, phase.params, old.function_name, before_name(old))
     if function is None or stage(phase):
         return None
     extra = names_of_both(phase, function) | {"copy": verbatim(_renamed(function))}
@@ -264,17 +273,18 @@ def _swap(phase: Phase) -> db.Statement | None:
 
 def plan(phase: Phase) -> db.Plan:
     """The new target's own route moved, which nobody reads yet, then the swap; nothing where they are in place."""
-    p, route = phase.params, phase.params.cut_over.route
+    connection, params = phase.connection, phase.params
+    p, route = params, params.cut_over.route
     move = db.statement(search_function.SQL["move_route"], p, route=route, share_percent=100)
-    moved = search_function.function_state(
-        phase.connection, phase.params
-    ) is not None and search_function.current_route(phase.connection, phase.params) == (route, 100)
+    moved = search_function.function_state(connection, params) is not None and search_function.current_route(
+        connection, params
+    ) == (route, 100)
     swap = _swap(phase)
     if swap:
         old = replaced(phase).params
         for name in (old.function_name, before_name(old)):
-            free_names.require_function(phase.connection, old, name)
-    return db.Plan((*(() if moved or swap is None else (move,)), *((swap,) if swap else ())), phase.connection)
+            free_names.require_function(connection, old, name)
+    return db.Plan((*(() if moved or swap is None else (move,)), *((swap,) if swap else ())), connection)
 
 
 @changes
@@ -285,7 +295,7 @@ def apply(phase: Phase) -> Table:
         return phase.carry_out(todo)
     old = replaced(phase)
     claim.take_for_notebook(phase.ledger.connection, old.params, phase.run_id)
-    was = facts(phase, old.params.function_name)
+    was = facts(phase.connection, phase.params, old.params.function_name)
     # Before the swap: the rollback is proved against this, even where this process ends in between.
     phase.note("model_change", {"function": old.params.function_name, "before": was["definition"] if was else ""})
     done = []
@@ -313,7 +323,7 @@ def _note_standing(phase: Phase) -> None:
 def check_undo(phase: Phase) -> Gates:
     """Before the rollback: the former function is kept, unless the replaced target answers alone already."""
     old = replaced(phase).params
-    gone = stage(phase) is not None and facts(phase, before_name(old)) is None
+    gone = stage(phase) is not None and facts(phase.connection, phase.params, before_name(old)) is None
     return collect(
         [
             gate(
@@ -336,17 +346,18 @@ def undo_plan(phase: Phase) -> db.Plan:
 
     Nothing where it is so already. Raises GateFailed where the replaced target was retired since.
     """
+    connection, params = phase.connection, phase.params
     old, now = replaced(phase).params, stage(phase)
-    copy = facts(phase, before_name(old), old.function_name)
+    copy = facts(connection, params, before_name(old), old.function_name)
     if (kept := check_undo(phase)).failed:
         raise GateFailed(kept)
     if copy is None:
-        return db.Plan((), phase.connection)
-    if now is None and _somebodys_copy(phase, old, facts(phase, old.function_name)):
-        return db.Plan((), phase.connection)  # the swap refuses it, and nothing is to be undone
+        return db.Plan((), connection)
+    if now is None and _somebodys_copy(phase, old, facts(connection, params, old.function_name)):
+        return db.Plan((), connection)  # the swap refuses it, and nothing is to be undone
     extra = names_of_both(phase, copy) | {"original": verbatim(_renamed(copy))}
     blocks = ("swap_back", "drop_before") if now else ("drop_before",)
-    return db.Plan(tuple(db.statement(SQL[b], phase.params, extra) for b in blocks), phase.connection)
+    return db.Plan(tuple(db.statement(SQL[b], params, extra) for b in blocks), connection)
 
 
 @changes
@@ -362,20 +373,20 @@ def undo(phase: Phase) -> Table:
     rows = []
     for statement in todo:
         if statement.name == SQL["drop_before"].name:
-            let_calls_end(phase)
+            let_calls_end(phase.connection, phase.params)
         rows.append((statement.purpose, round(phase.do(statement).seconds, 4)))
     _note_standing(phase)
     return Table(("what", "seconds"), rows)
 
 
-def let_calls_end(phase: Phase) -> None:
+def let_calls_end(connection: db.Connection, params: Params) -> None:
     """Waits for the statements that began before now, which may be about to call what is dropped next.
 
     Raises RunbookError where one is still at work after LONGEST_WAIT_FOR_CALLS_S.
     """
-    since = db.one(phase.connection, SQL["now"], phase.params)["at"]
+    since = db.one(connection, SQL["now"], params)["at"]
     ends = time.monotonic() + LONGEST_WAIT_FOR_CALLS_S
-    while calls := db.one(phase.connection, SQL["older_calls"], phase.params, since=since)["calls"]:
+    while calls := db.one(connection, SQL["older_calls"], params, since=since)["calls"]:
         if time.monotonic() > ends:
             raise RunbookError(
                 found=f"{calls} statements older than {LONGEST_WAIT_FOR_CALLS_S:g} s are at work",
@@ -386,10 +397,10 @@ def let_calls_end(phase: Phase) -> None:
         time.sleep(BETWEEN_LOOKS_S)
 
 
-def say_new(connection: db.Connection, phase: Phase, old: Params) -> None:
+def say_new(connection: db.Connection, params: Params, old: Params) -> None:
     """Lets a session say that its vectors are the new model's, where the parameters tell models apart by that."""
-    if phase.params.model_change.tell_apart == "setting":
-        use_setting(connection, setting_name(old), phase.params.target.name, local=False)
+    if params.model_change.tell_apart == "setting":
+        use_setting(connection, setting_name(old), params.target.name, local=False)
 
 
 def verify_undone(phase: Phase) -> Gates:
@@ -399,8 +410,13 @@ def verify_undone(phase: Phase) -> Gates:
     for the replaced target alone.
     """
     old, who = replaced(phase).params, stage(phase)
-    noted, now = phase.ledger.latest_standing("model_change", "operate/change_model"), facts(phase, old.function_name)
-    left = facts(phase, before_name(old)) is not None and (noted is not None or not _somebodys_copy(phase, old, now))
+    noted, now = (
+        phase.ledger.latest_standing("model_change", "operate/change_model"),
+        facts(phase.connection, phase.params, old.function_name),
+    )
+    left = facts(phase.connection, phase.params, before_name(old)) is not None and (
+        noted is not None or not _somebodys_copy(phase, old, now)
+    )
     if now is None:
         same, found = False, "no such function"
     elif noted is None:

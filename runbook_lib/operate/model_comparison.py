@@ -18,6 +18,7 @@ from runbook_lib.core.names import identifier, names
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, score
 from runbook_lib.operate import model_change
+from runbook_lib.params import Params
 from runbook_lib.search import search_function, statements
 from runbook_lib.search.function_ownership import BOTH
 
@@ -25,17 +26,16 @@ KIND = "model_comparison"
 TAKE_BACK = "take the swap back: runbook operate PARAMS change_model --undo --execute"
 
 
-def _calls(one: Phase, queries: Sequence[Query]) -> Variant:
+def _calls(connection: db.Connection, params: Params, queries: Sequence[Query]) -> Variant:
     """Calls of a target's function as the application makes them, by the route that it is to have."""
-    p = one.params
 
     @contextmanager
     def connected() -> Iterator[db.Connection]:
-        with one.another("models") as connection, connection.transaction():
-            statements.force_route(connection, p, p.cut_over.route)
-            yield connection
+        with db.beside(connection, params, "models") as reader, reader.transaction():
+            statements.force_route(reader, params, params.cut_over.route)
+            yield reader
 
-    return Variant(p, statements.call_statement(p), query_set.with_vectors(p, queries), connected)
+    return Variant(params, statements.call_statement(params), query_set.with_vectors(params, queries), connected)
 
 
 @changes
@@ -44,9 +44,9 @@ def measure(phase: Phase) -> Table:
     if not phase.execute:
         return Table(("not carried out (execute is false)",), [("measure both models",)])
     p, old = phase.params, model_change.replaced(phase)
-    (judged, timed), marks = comparison.sampled(phase)
+    (judged, timed), marks = comparison.sampled(phase.connection, phase.ledger, p)
     sides = {"replaced": old, "new": phase}
-    calls = {name: _calls(one, timed) for name, one in sides.items()}
+    calls = {name: _calls(one.connection, one.params, timed) for name, one in sides.items()}
     answers = loop.in_rounds(calls, p.queries.k, comparison.ROUNDS)
     figures: dict[str, dict[str, Any]] = {}
     scores: dict[str, dict[str, float]] = {}
@@ -54,7 +54,7 @@ def measure(phase: Phase) -> Table:
         times = comparison.milliseconds(answers[name])
         figures[name] = {"target": one.params.target.name, "dimension": one.params.vector.dimension, **times}
         if judged:
-            deep = _calls(one, judged).ask(comparison.JUDGED_DEPTH).keys
+            deep = _calls(one.connection, one.params, judged).ask(comparison.JUDGED_DEPTH).keys
             found = comparison.relevance_figures(deep, marks)
             figures[name] |= {m: found[m] for m in comparison.MEASURES}
             scores[name] = found["per_query"]
@@ -82,17 +82,17 @@ def verify(phase: Phase) -> Gates:
             do="run operate/change_model with execute: true",
         )
         return collect([missing])
-    return collect([_relevance_is_kept(phase, found), _is_fast_enough(found), _is_not_short(found)])
+    return collect([_relevance_is_kept(phase.params, found), _is_fast_enough(found), _is_not_short(found)])
 
 
-def _relevance_is_kept(phase: Phase, found: dict[str, Any]) -> Gate:
-    c, pair, agreed = phase.params.cut_over, found["paired"], found["agreement"]
+def _relevance_is_kept(params: Params, found: dict[str, Any]) -> Gate:
+    c, pair, agreed = params.cut_over, found["paired"], found["agreement"]
     danger, do = "users find less than they do today", "choose another model, or another route in cut_over.route"
     if pair is None:
         return gate(
             "models.relevance_is_kept",
             True if c.accept_unjudged else None,
-            phase.params.target.name,
+            params.target.name,
             found=f"no judgements; {agreed['overlap']:.0%} of the answers in common, rbo {agreed['rbo']:.2f}"
             + (", accepted by cut_over.accept_unjudged" if c.accept_unjudged else ""),
             needed="judged queries, or cut_over.accept_unjudged: true",
@@ -105,7 +105,7 @@ def _relevance_is_kept(phase: Phase, found: dict[str, Any]) -> Gate:
     return gate(
         "models.relevance_is_kept",
         at_least(new, old - c.largest_relevance_loss),
-        phase.params.target.name,
+        params.target.name,
         found=f"nDCG@10 {shown} on {number(found['judged'])} judged queries, replaced {old:.3f} (difference"
         f" {pair['low']:+.3f} to {pair['high']:+.3f}, p = {pair['p_value']:.2g})",
         needed=f"at least {needed}",
@@ -169,10 +169,10 @@ def answers_as(phase: Phase, which: str) -> Gate:
     queries = query_set.sample(query_set.read_queries(p), p.queries.sample)
     queries = query_set.with_vectors(one, queries)
     direct = search_function.SQL["call"].compose(names(one) | {"function": identifier(old.target.schema_, behind)})
-    with phase.another("swapped") as connection:
+    with db.beside(phase.connection, phase.params, "swapped") as connection:
         own = loop.ask(connection, one, direct, queries, p.queries.k).keys
         if which == "new":
-            model_change.say_new(connection, phase, old)
+            model_change.say_new(connection, p, old)
         called = loop.ask(connection, old, statements.call_statement(old), queries, p.queries.k)
     alike = sum(own[q.query_id] == keys for q, keys in zip(queries, called.keys.values(), strict=True))
     by_route = called.answered_by(one.cut_over.route)
@@ -193,7 +193,7 @@ def _others_are_refused(phase: Phase) -> Gate:
     p, old = phase.params, model_change.replaced(phase).params
     wrong = max(p.vector.dimension, old.vector.dimension) + 1
     said = "an answer"
-    with phase.another("wrong dimension") as connection:
+    with db.beside(phase.connection, phase.params, "wrong dimension") as connection:
         values = {"query": "word", "embedding": [1.0] * wrong, "k": 1}
         try:
             connection.execute(statements.call_statement(old), values)

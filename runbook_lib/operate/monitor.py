@@ -60,8 +60,8 @@ STANDING_INDEX_GATES = ("index.is_valid", "index.has_the_right_operator_class", 
 
 def look(phase: Phase) -> Gates:
     """Every gate of the check that stays; what it saw goes into the ledger, for the next look to compare with."""
-    seen = _seen(phase)
-    if _standing(phase) is None:
+    seen = _seen(phase.connection, phase.params)
+    if _standing(phase.ledger, phase.params) is None:
         phase.note("standing", {"settings": seen["settings"], "source": seen["source"]})
     gates = list(_gates(phase, seen))
     # Several gates may have one name: the one that did not pass is what the next look must know.
@@ -82,33 +82,32 @@ def check(params: Params) -> Gates:
 
 
 def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
-    yield only_the_owner_wrote(phase.ledger.connection, phase.params)
-    yield privileges.check(phase.connection, phase.params)
-    yield from policies.check(phase.connection, phase.params)
-    yield _route_is_as_set(phase)
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    yield only_the_owner_wrote(ledger.connection, params)
+    yield privileges.check(connection, params)
+    yield from policies.check(connection, params)
+    yield _route_is_as_set(connection, ledger, params)
     yield from (g for g in build_index.verify(phase) if g.name in STANDING_INDEX_GATES)
     read_whole = False
-    if vector_indexes(phase.connection, phase.params):
-        planned = explain.gates(phase)
+    if vector_indexes(connection, params):
+        planned = explain.gates(connection, ledger, params)
         read_whole = any(g.figures.get("cause") == plan_diagnosis.TOO_SMALL for g in planned)
         yield from planned
-        yield _recall_holds(phase)
-        yield from _recall_holds_by_filter(phase)
-        yield from row_security_recall.gates(
-            phase, max(0.0, phase.params.tune.target_recall - phase.params.watch.largest_recall_loss)
-        )
-        yield from ivfflat_drift.gates(phase)
-    yield from _relevance_holds(phase)
-    captured = _changes_are_captured(phase)
-    yield from _rows_are_fresh(phase, captured)
+        yield _recall_holds(connection, ledger, params)
+        yield from _recall_holds_by_filter(connection, ledger, params)
+        yield from row_security_recall.gates(connection, params, params.lowest_recall)
+        yield from ivfflat_drift.gates(connection, ledger, params)
+    yield from _relevance_holds(connection, ledger, params)
+    captured = _changes_are_captured(connection, params)
+    yield from _rows_are_fresh(connection, params, captured)
     if captured:
-        yield _queue_is_young(phase)
-    yield _index_is_used(phase, seen, read_whole=read_whole)
-    yield _dead_rows_are_few(phase)
-    yield _index_is_lean(phase, seen)
-    yield _settings_hold(phase, seen)
-    yield _extension_is_sound(phase)
-    yield from application_settings.check(phase.connection, phase.params)
+        yield _queue_is_young(connection, params)
+    yield _index_is_used(ledger, params, seen, read_whole=read_whole)
+    yield _dead_rows_are_few(connection, ledger, params)
+    yield _index_is_lean(connection, params, seen)
+    yield _settings_hold(ledger, params, seen)
+    yield _extension_is_sound(connection, params)
+    yield from application_settings.check(connection, params)
 
 
 def last_look(phase: Phase) -> Table:
@@ -120,44 +119,43 @@ def last_look(phase: Phase) -> Table:
     return Table(("last look", ""), [*shown, *counts] or [("none yet", "")])
 
 
-def _seen(phase: Phase) -> dict[str, Any]:
+def _seen(connection: db.Connection, params: Params) -> dict[str, Any]:
     """Counters and settings as they are before this look adds to them."""
-    p = phase.params
-    oids = [row["oid"] for row in vector_indexes(phase.connection, p)]
-    asked = {"oids": oids, "schema": p.target.schema_, "function": p.function_name}
-    row = db.one(phase.connection, SQL["scans"], p, **asked)
-    if replica.is_given(p):
+    oids = [row["oid"] for row in vector_indexes(connection, params)]
+    asked = {"oids": oids, "schema": params.target.schema_, "function": params.function_name}
+    row = db.one(connection, SQL["scans"], params, **asked)
+    if replica.is_given(params):
         # Each server counts its own reads.
-        with replica.connect(phase, "scans") as connection:
-            there = db.one(connection, SQL["scans"], p, **asked)
+        with replica.connect(connection, params, "scans") as reader:
+            there = db.one(reader, SQL["scans"], params, **asked)
         known = [r["calls"] for r in (row, there) if r["calls"] is not None]
         row |= {"scans": row["scans"] + there["scans"], "calls": sum(known) if known else None}
-    state = search_function.function_state(phase.connection, phase.params)
+    state = search_function.function_state(connection, params)
     return {
         **row,
-        "route": search_function.current_route(phase.connection, phase.params)[0] if state else None,
+        "route": search_function.current_route(connection, params)[0] if state else None,
         "settings": sorted(state["settings"] or []) if state else [],
         "source": state["source"] if state else None,
     }
 
 
-def _table(phase: Phase) -> str:
-    return f"{phase.params.target.schema_}.{phase.params.target.table}"
+def _table(params: Params) -> str:
+    return f"{params.target.schema_}.{params.target.table}"
 
 
-def _route_is_as_set(phase: Phase) -> Gate:
+def _route_is_as_set(connection: db.Connection, ledger: Ledger, params: Params) -> Gate:
     """A route that somebody moved past the runbook shows here."""
-    set_to = phase.ledger.latest("route")
+    set_to = ledger.latest("route")
     expected = (set_to["route"], set_to["share_percent"]) if set_to else ("legacy", 0)
     found = (
-        search_function.current_route(phase.connection, phase.params)
-        if search_function.function_state(phase.connection, phase.params)
+        search_function.current_route(connection, params)
+        if search_function.function_state(connection, params)
         else None
     )
     return gate(
         "watch.route_is_as_set",
         found == expected,
-        phase.params.target.name,
+        params.target.name,
         found=f"{found[0]} at {found[1]} %" if found else "no search function",
         needed=f"{expected[0]} at {expected[1]} %, as the ledger has it",
         danger="reads go where nobody has judged them",
@@ -165,46 +163,43 @@ def _route_is_as_set(phase: Phase) -> Gate:
     )
 
 
-def _recall_holds(phase: Phase) -> Gate:
+def _recall_holds(connection: db.Connection, ledger: Ledger, params: Params) -> Gate:
     """Recall on other queries at every look, and on rows that are in the table now."""
-    p = phase.params
-    chosen = random.Random(phase.run_id)  # noqa: S311 - a sample, not a secret
-    queries = query_set.read_queries(p)
-    queries = chosen.sample(queries, min(p.watch.queries, len(queries)))
-    rows = query_set.of_rows(_some_rows(phase), counted=True)
-    found = index_recall.as_the_application(phase, [*query_set.with_vectors(p, queries), *rows])
-    needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
-    shown, least = apart(found, needed, score)
+    chosen = random.Random(ledger.run_id)  # noqa: S311 - a sample, not a secret
+    queries = query_set.read_queries(params)
+    queries = chosen.sample(queries, min(params.watch.queries, len(queries)))
+    rows = query_set.of_rows(_some_rows(connection, params), counted=True)
+    found = index_recall.as_the_application(connection, params, [*query_set.with_vectors(params, queries), *rows])
+    shown, least = apart(found, params.lowest_recall, score)
     return gate(
         "watch.recall_holds",
-        at_least(found, needed),
-        _table(phase),
-        found=f"recall@{p.queries.k} {shown} on {len(queries)} queries and {len(rows)} rows",
+        at_least(found, params.lowest_recall),
+        _table(params),
+        found=f"recall@{params.queries.k} {shown} on {len(queries)} queries and {len(rows)} rows",
         needed=f"{least}, the target less watch.largest_recall_loss",
         danger="the index hides answers that exact search finds",
-        do="run 70_tune again; if a higher setting does not reach it, rebuild the index",
+        do="run 70_tune again; if no setting reaches it, run operate/rebuild_index: many rows of one vector, written"
+        " since the build, cut others off, whatever the setting",
         figures={"recall": found, "queries": len(queries), "rows": len(rows)},
     )
 
 
-def _recall_holds_by_filter(phase: Phase) -> Iterator[Gate]:
+def _recall_holds_by_filter(connection: db.Connection, ledger: Ledger, params: Params) -> Iterator[Gate]:
     """The same for each class of filters that 70_tune chose a way for, values drawn again, by the function itself."""
-    p = phase.params
-    if not p.target.filters or search_function.function_state(phase.connection, phase.params) is None:
+    if not params.target.filters or search_function.function_state(connection, params) is None:
         return
-    chosen = random.Random(f"{phase.run_id} filters")  # noqa: S311 - a sample, not a secret
-    found = filter_classes.of_strategies(phase, chosen)
-    queries = query_set.read_queries(p)
-    queries = chosen.sample(queries, min(p.watch.queries, len(queries)))
-    questions = [*query_set.with_vectors(p, queries), *query_set.of_rows(_some_rows(phase))]
-    needed = max(0.0, p.tune.target_recall - p.watch.largest_recall_loss)
-    for now in filter_classes.recall_now(phase, found, questions) if found else []:
-        shown, least = apart(now.recall, needed, score)
+    chosen = random.Random(f"{ledger.run_id} filters")  # noqa: S311 - a sample, not a secret
+    found = filter_classes.of_strategies(connection, params, chosen)
+    queries = query_set.read_queries(params)
+    queries = chosen.sample(queries, min(params.watch.queries, len(queries)))
+    questions = [*query_set.with_vectors(params, queries), *query_set.of_rows(_some_rows(connection, params))]
+    for now in filter_classes.recall_now(connection, params, found, questions) if found else []:
+        shown, least = apart(now.recall, params.lowest_recall, score)
         yield gate(
             "watch.recall_holds_by_filter",
-            at_least(now.recall, needed),
+            at_least(now.recall, params.lowest_recall),
             f"{now.of} ({', '.join(now.of.values)})",
-            found=f"recall@{p.queries.k} {shown} on {now.questions} questions, {now.short} short of rows",
+            found=f"recall@{params.queries.k} {shown} on {now.questions} questions, {now.short} short of rows",
             needed=f"{least}, the target less watch.largest_recall_loss",
             danger="searches with this filter hide answers that exact search finds",
             do="run 70_tune again, which measures this filter as the table is now",
@@ -212,45 +207,44 @@ def _recall_holds_by_filter(phase: Phase) -> Iterator[Gate]:
         )
 
 
-def _some_rows(phase: Phase) -> list[db.Row]:
-    wanted = phase.params.watch.queries
-    with replica.connect(phase, "rows") as connection:
-        register_vector(connection)
-        return connection.execute(
-            SQL["some_vectors"].compose(names(phase.params) | {"looked_at": _sampled(phase)}),
-            {"n": wanted, "percent": _percent(phase, wanted * ROWS_A_SAMPLE)},
+def _some_rows(connection: db.Connection, params: Params) -> list[db.Row]:
+    wanted = params.watch.queries
+    with replica.connect(connection, params, "rows") as reader:
+        register_vector(reader)
+        return reader.execute(
+            SQL["some_vectors"].compose(names(params) | {"looked_at": _sampled(params)}),
+            {"n": wanted, "percent": _percent(connection, params, wanted * ROWS_A_SAMPLE)},
         ).fetchall()
 
 
-def _sampled(phase: Phase) -> sql.Composed:
-    return SQL["sampled"].compose(names(phase.params))
+def _sampled(params: Params) -> sql.Composed:
+    return SQL["sampled"].compose(names(params))
 
 
-def _percent(phase: Phase, wanted: int) -> float:
+def _percent(connection: db.Connection, params: Params, wanted: int) -> float:
     """The share of the pages that holds about so many rows."""
-    return min(100.0, 100.0 * wanted / max(row_counts.of(phase.connection, phase.params).n, 1))
+    return min(100.0, 100.0 * wanted / max(row_counts.of(connection, params).n, 1))
 
 
-def _relevance_holds(phase: Phase) -> Iterator[Gate]:
+def _relevance_holds(connection: db.Connection, ledger: Ledger, params: Params) -> Iterator[Gate]:
     """Relevance of the route now against what 80_shadow recorded, on the same queries; nothing without judgements."""
-    p = phase.params
-    route = p.cut_over.route
-    recorded = (phase.ledger.latest("shadow") or {}).get("per_query", {}).get(route, {})
-    marks = comparison.judgements(phase)
-    known = [q for q in query_set.read_queries(p) if q.query_id in recorded and q.query_id in marks]
-    queries = query_set.sample(known, p.watch.judged)
+    route = params.cut_over.route
+    recorded = (ledger.latest("shadow") or {}).get("per_query", {}).get(route, {})
+    marks = comparison.judgements(connection, ledger, params)
+    known = [q for q in query_set.read_queries(params) if q.query_id in recorded and q.query_id in marks]
+    queries = query_set.sample(known, params.watch.judged)
     if not queries:
         return
-    statement = statements.route_statement(phase.connection, p, route)
-    with explain.as_the_application(phase) as connection:
-        asked = query_set.with_vectors(p, queries)
-        got = loop.ask(connection, p, statement, asked, comparison.JUDGED_DEPTH)
+    statement = statements.route_statement(connection, params, route)
+    with explain.as_the_application(connection, params) as reader:
+        asked = query_set.with_vectors(params, queries)
+        got = loop.ask(reader, params, statement, asked, comparison.JUDGED_DEPTH)
     now = relevance_measures.relevance(got.keys, {q.query_id: marks[q.query_id] for q in queries}).per_query
     pair = relevance_measures.paired({q.query_id: recorded[q.query_id] for q in queries}, now)
-    shown, least = apart(pair.difference, -p.watch.largest_relevance_loss, change)
+    shown, least = apart(pair.difference, -params.watch.largest_relevance_loss, change)
     yield gate(
         "watch.relevance_holds",
-        at_least(pair.difference, -p.watch.largest_relevance_loss),
+        at_least(pair.difference, -params.watch.largest_relevance_loss),
         route,
         found=f"nDCG@10 {shown} since 80_shadow ({pair.low:+.3f} to {pair.high:+.3f},"
         f" p = {pair.p_value:.2g}) on {pair.queries} judged queries",
@@ -261,23 +255,23 @@ def _relevance_holds(phase: Phase) -> Iterator[Gate]:
     )
 
 
-def _changes_are_captured(phase: Phase) -> bool:
+def _changes_are_captured(connection: db.Connection, params: Params) -> bool:
     """False once operate/retire_legacy has removed the capture, for texts that never change any more."""
-    p = phase.params
-    return bool(db.one(phase.connection, SQL["captured"], p, queue=spelled(p, "queue"))["there"])
+    return bool(db.one(connection, SQL["captured"], params, queue=spelled(params, "queue"))["there"])
 
 
-def _rows_are_fresh(phase: Phase, captured: bool) -> Iterator[Gate]:
+def _rows_are_fresh(connection: db.Connection, params: Params, captured: bool) -> Iterator[Gate]:
     """Counted over the texts as they are now; on a large table over a sample of its pages, and then it says so."""
-    p = phase.params
-    there = row_counts.of(phase.connection, p).n
-    whole = there <= p.watch.count_up_to_rows
-    looked_at = sql.SQL("true") if whole else _sampled(phase)
-    found = phase.connection.execute(
+    there = row_counts.of(connection, params).n
+    whole = there <= params.watch.count_up_to_rows
+    looked_at = sql.SQL("true") if whole else _sampled(params)
+    found = connection.execute(
         SQL["freshness"].compose(
-            names(p) | {"looked_at": looked_at} | ({} if captured else {"queue": SQL["no_queue"].compose(names(p))})
+            names(params)
+            | {"looked_at": looked_at}
+            | ({} if captured else {"queue": SQL["no_queue"].compose(names(params))})
         ),
-        {"percent": _percent(phase, p.watch.count_up_to_rows)},
+        {"percent": _percent(connection, params, params.watch.count_up_to_rows)},
     ).fetchone()
     assert found is not None
     sample = "" if whole else f" in a sample of the table's about {number(there)} rows"
@@ -290,7 +284,7 @@ def _rows_are_fresh(phase: Phase, captured: bool) -> Iterator[Gate]:
         yield gate(
             f"watch.nothing_is_{kind}",
             found[kind] == 0,
-            _table(phase),
+            _table(params),
             found=f"{number(found[kind])} {what} and are not queued",
             needed="0",
             danger=danger,
@@ -299,14 +293,14 @@ def _rows_are_fresh(phase: Phase, captured: bool) -> Iterator[Gate]:
         )
 
 
-def _queue_is_young(phase: Phase) -> Gate:
-    found = db.one(phase.connection, SQL["queue"], phase.params)
-    limit = phase.params.watch.oldest_queued_s
+def _queue_is_young(connection: db.Connection, params: Params) -> Gate:
+    found = db.one(connection, SQL["queue"], params)
+    limit = params.watch.oldest_queued_s
     oldest, longest = apart(found["oldest_s"], limit, thresholds.duration)
     return gate(
         "watch.queue_is_young",
         found["oldest_s"] <= limit,
-        spelled(phase.params, "queue"),
+        spelled(params, "queue"),
         found=f"{number(found['changes'])} changes wait" + (f", the oldest for {oldest}" if found["changes"] else ""),
         needed=f"none for longer than {longest}",
         danger="changed rows are found by their old words, new ones not at all",
@@ -315,12 +309,12 @@ def _queue_is_young(phase: Phase) -> Gate:
     )
 
 
-def _index_is_used(phase: Phase, seen: dict[str, Any], *, read_whole: bool = False) -> Gate:
+def _index_is_used(ledger: Ledger, params: Params, seen: dict[str, Any], *, read_whole: bool = False) -> Gate:
     """Fails where calls were made and no scan was, or where a day has gone by without any.
 
     read_whole: the table is so small that PostgreSQL reads it whole, and rightly.
     """
-    last = phase.ledger.latest("watch")
+    last = ledger.latest("watch")
     scans = seen["scans"] - last["scans"] if last else seen["scans"]
     calls = (
         seen["calls"] - last["calls"] if last and seen["calls"] is not None and last["calls"] is not None else None
@@ -330,7 +324,7 @@ def _index_is_used(phase: Phase, seen: dict[str, Any], *, read_whole: bool = Fal
     return gate(
         "watch.index_is_used",
         scans > 0 or read_whole or seen["route"] in (None, "legacy") or not (idle or calls),
-        phase.params.function_name,
+        params.function_name,
         found=f"{number(scans)} index scans{since}"
         + (f", {number(calls)} calls" if calls is not None else "")
         + ("; a table so small is read whole" if read_whole else ""),
@@ -341,56 +335,56 @@ def _index_is_used(phase: Phase, seen: dict[str, Any], *, read_whole: bool = Fal
     )
 
 
-def _dead_rows_are_few(phase: Phase) -> Gate:
-    found = db.one(phase.connection, SQL["size"], phase.params, table=spelled(phase.params, "vectors"))
-    before = (phase.ledger.latest("index") or {}).get("dead_before") or {}
+def _dead_rows_are_few(connection: db.Connection, ledger: Ledger, params: Params) -> Gate:
+    found = db.one(connection, SQL["size"], params, table=spelled(params, "vectors"))
+    before = (ledger.latest("index") or {}).get("dead_before") or {}
     # Until the next vacuum, rows that died before the index was built are counted, but they are not in it.
     outside = before["dead"] if before.get("vacuums") == found["vacuums"] else 0
     dead = max(0, found["dead"] - outside)
     together = found["live"] + dead
     percent = 100 * dead / together if together else 0.0
-    limit = phase.params.watch.dead_rows_percent
+    limit = params.watch.dead_rows_percent
     shown, most = apart(percent, limit, plain)
     return gate(
         "watch.dead_rows_are_few",
         at_most(percent, limit) or together < FEWEST_ROWS_FOR_DEAD,
-        spelled(phase.params, "vectors"),
+        spelled(params, "vectors"),
         found=f"{number(dead)} dead rows, {shown} % of all"
         + (f", without {number(outside)} that died before the index was built" if outside else ""),
         needed=f"at most {most} %",
         danger="an index scan spends its candidates on dead rows, and returns fewer than were asked for",
-        do=f"VACUUM (ANALYZE) {spelled(phase.params, 'vectors')}, and look at what keeps autovacuum from it",
+        do=f"VACUUM (ANALYZE) {spelled(params, 'vectors')}, and look at what keeps autovacuum from it",
         figures={"dead": dead, "live": found["live"]},
     )
 
 
-def _index_is_lean(phase: Phase, seen: dict[str, Any]) -> Gate:
-    there = row_counts.of(phase.connection, phase.params, "vectors").n
-    expected = max(forecast.forecast(there, phase.params).index_bytes, SMALLEST_FORECAST_BYTES)
-    limit = phase.params.watch.index_growth
+def _index_is_lean(connection: db.Connection, params: Params, seen: dict[str, Any]) -> Gate:
+    there = row_counts.of(connection, params, "vectors").n
+    expected = max(forecast.forecast(there, params).index_bytes, SMALLEST_FORECAST_BYTES)
+    limit = params.watch.index_growth
     times, most = apart(seen["bytes"] / expected, limit, plain)
     return gate(
         "watch.index_is_lean",
         at_most(seen["bytes"] / expected, limit),
-        spelled(phase.params, "vectors"),
+        spelled(params, "vectors"),
         found=f"{size(seen['bytes'])}, {times} × the forecast of {number(there)} rows",
         needed=f"at most {most} ×",
         danger="searches read pages of rows that are gone, and the index no longer fits where it did",
-        do="rebuild the index, concurrently: operate's rebuild, or undo/index and 60_build_index",
+        do="run operate/rebuild_index, or undo/index and 60_build_index",
         figures={"bytes": seen["bytes"], "forecast_bytes": expected},
     )
 
 
-def _settings_hold(phase: Phase, seen: dict[str, Any]) -> Gate:
+def _settings_hold(ledger: Ledger, params: Params, seen: dict[str, Any]) -> Gate:
     """The function is as it was when the reads were moved, or at the first look after it was tuned again."""
-    before = _standing(phase)
+    before = _standing(ledger, params)
     was = sorted(before["settings"] or []) if before else seen["settings"]
     changed = [s for s in seen["settings"] if s not in was] + [f"no {s}" for s in was if s not in seen["settings"]]
     same_source = before is None or before["source"] == seen["source"]
     return gate(
         "watch.settings_hold",
         not changed and same_source,
-        phase.params.function_name,
+        params.function_name,
         found=("; ".join(changed) if changed else "the settings that were chosen")
         + ("" if same_source else "; its source was changed"),
         needed="; ".join(s for s in was if not s.startswith("search_path")) or "no settings",
@@ -400,12 +394,12 @@ def _settings_hold(phase: Phase, seen: dict[str, Any]) -> Gate:
     )
 
 
-def _standing(phase: Phase) -> dict[str, Any] | None:
+def _standing(ledger: Ledger, params: Params) -> dict[str, Any] | None:
     """The function's settings and source as they are meant to be; None where it was tuned after they were noted."""
-    if not phase.ledger.exists():
+    if not ledger.exists():
         return None
     standing, tuning = (
-        next(iter(db.rows(phase.ledger.connection, LEDGER_SQL["latest"], phase.params, kind=kind, phases=None)), None)
+        next(iter(db.rows(ledger.connection, LEDGER_SQL["latest"], params, kind=kind, phases=None)), None)
         for kind in ("standing", "tuning")
     )
     if standing is None or (tuning is not None and tuning["seq"] > standing["seq"]):
@@ -413,12 +407,12 @@ def _standing(phase: Phase) -> dict[str, Any] | None:
     return dict(standing["body"])
 
 
-def _extension_is_sound(phase: Phase) -> Gate:
+def _extension_is_sound(connection: db.Connection, params: Params) -> Gate:
     """Judged by what is in use here: what a later release fixes of the other index method is no fault of this one."""
-    rows = db.rows(phase.connection, SQL["extension"], phase.params)
+    rows = db.rows(connection, SQL["extension"], params)
     installed = rows[0]["version"] if rows else None
     refused, told = (
-        pgvector_releases.faults_in_use(installed, phase.params.index.method, is_32_bit=rows[0]["is_32_bit"])
+        pgvector_releases.faults_in_use(installed, params.index.method, is_32_bit=rows[0]["is_32_bit"])
         if installed
         else ([], [])
     )

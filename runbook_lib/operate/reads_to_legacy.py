@@ -15,13 +15,14 @@ from runbook_lib.search import search_function
 
 def undo_plan(phase: Phase) -> db.Plan:
     """One UPDATE of one row, if reads go anywhere but to legacy; where legacy was retired, it is made again first."""
-    if search_function.function_state(phase.connection, phase.params) is None or search_function.current_route(
-        phase.connection, phase.params
+    connection, params = phase.connection, phase.params
+    if search_function.function_state(connection, params) is None or search_function.current_route(
+        connection, params
     ) == ("legacy", 0):
-        return db.Plan((), phase.connection)
+        return db.Plan((), connection)
     back: dict[str, Any] = {"route": "legacy", "share_percent": 0}
-    move = db.statement(search_function.SQL["move_route"], phase.params, **back)
-    return db.Plan((*retire_legacy.undo_plan(phase), move), phase.connection)
+    move = db.statement(search_function.SQL["move_route"], params, **back)
+    return db.Plan((*retire_legacy.undo_plan(phase), move), connection)
 
 
 @changes
@@ -41,9 +42,8 @@ def undo(phase: Phase) -> Table:
 
 def verify_undone(phase: Phase) -> Gates:
     """Every read goes to legacy, or there is no function any more."""
-    if search_function.function_state(phase.connection, phase.params) is None:
-        gone = gate(
-            "cutover.route_is_set", True, phase.params.target.name, found="no function, so no route", needed="none"
-        )
+    connection, params = phase.connection, phase.params
+    if search_function.function_state(connection, params) is None:
+        gone = gate("cutover.route_is_set", True, params.target.name, found="no function, so no route", needed="none")
         return collect([gone])
-    return collect([route_is(phase, "legacy", 0)])
+    return collect([route_is(connection, params, "legacy", 0)])

@@ -17,6 +17,7 @@ from runbook_lib.benchmark import index_recall
 from runbook_lib.core import db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import identifier, index_name, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, score
@@ -25,6 +26,7 @@ from runbook_lib.indexes.building import BuildStep, none_under_way
 from runbook_lib.indexes.vector_index import Options, VectorIndex, asked_for, listed, one, planned_name, stored
 from runbook_lib.migrate import build_index
 from runbook_lib.operate import storage_switch
+from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from runbook_lib.sql import load
 
@@ -32,9 +34,9 @@ SQL = load("rebuild")
 SHOWN_PARTITIONS = 3
 
 
-def standing(phase: Phase) -> list[VectorIndex]:
+def standing(connection: db.Connection, params: Params) -> list[VectorIndex]:
     """Every vector index of the table, and what each is to a rebuild."""
-    return vector_index.every(phase.connection, phase.params)
+    return vector_index.every(connection, params)
 
 
 def shown(phase: Phase) -> Table:
@@ -42,9 +44,9 @@ def shown(phase: Phase) -> Table:
     return vector_index.shown(phase.connection, phase.params)
 
 
-def _may_become(phase: Phase, found: VectorIndex) -> bool:
+def _may_become(params: Params, found: VectorIndex) -> bool:
     """Is this index, built so far as it is, the one that the parameters ask for?"""
-    return found.storage == phase.params.index.storage and found.has_options(asked_for(phase.params))
+    return found.storage == params.index.storage and found.has_options(asked_for(params))
 
 
 def _drops(found: Iterable[VectorIndex | None]) -> list[BuildStep]:
@@ -55,63 +57,69 @@ def _leftovers(found: list[VectorIndex]) -> list[VectorIndex]:
     return [index for index in found if index.role == "leftover"]
 
 
-def is_done(phase: Phase) -> bool:
+def is_done(connection: db.Connection, ledger: Ledger, params: Params) -> bool:
     """Was the index that these parameters ask for put in place in this very run, and is nothing left of the way?"""
-    last, found = phase.ledger.latest("rebuild"), standing(phase)
-    if not last or last["run_id"] != phase.run_id or {x.role for x in found} & {"new", "old", "leftover"}:
+    last, found = ledger.latest("rebuild"), standing(connection, params)
+    if not last or last["run_id"] != ledger.run_id or {x.role for x in found} & {"new", "old", "leftover"}:
         return False
     current = one(found, "current")
-    return current is None or (current.usable and _may_become(phase, current))
+    return current is None or (current.usable and _may_become(params, current))
 
 
-def _building(phase: Phase) -> list[BuildStep]:
-    found = standing(phase)
+def _building(connection: db.Connection, ledger: Ledger, params: Params) -> list[BuildStep]:
+    found = standing(connection, params)
     new, drops = one(found, "new"), _leftovers(found)
-    if one(found, "old") or is_done(phase):
+    if one(found, "old") or is_done(connection, ledger, params):
         return _drops(drops)  # swapped already: only the old one is still to go
-    whole = new or vector_index.find(phase.connection, phase.params, "_new")
-    if new and not _may_become(phase, new):
+    whole = new or vector_index.find(connection, params, "_new")
+    if new and not _may_become(params, new):
         drops, whole = [*drops, new], replace(whole, own={})
-    return [*_drops(drops), *building.build_steps(phase.connection, whole, drop=SQL["drop"])]
+    return [*_drops(drops), *building.build_steps(connection, whole, drop=SQL["drop"])]
 
 
-def building_plan(phase: Phase) -> db.Plan:
+def building_plan(connection: db.Connection, ledger: Ledger, params: Params) -> db.Plan:
     """What is left over dropped, and a new index built beside; nothing where one stands there, or replaced it."""
-    return building.plan(phase, _building(phase))
+    return building.plan(connection, _building(connection, ledger, params))
 
 
-def _swapping(phase: Phase) -> list[BuildStep]:
-    found = standing(phase)
+def _swapping(connection: db.Connection, ledger: Ledger, params: Params) -> list[BuildStep]:
+    found = standing(connection, params)
     roles, current, old = {x.role for x in found}, one(found, "current"), one(found, "old")
-    if old or ("new" not in roles and is_done(phase)):
+    if old or ("new" not in roles and is_done(connection, ledger, params)):
         return _drops([old])
     # Before the build there is no new index yet, but there will be.
-    return [_swap(phase, current), *_drops([current.called("_old") if current else None])]
+    return [_swap(connection, ledger, params, current), *_drops([current.called("_old") if current else None])]
 
 
-def swapping_plan(phase: Phase) -> db.Plan:
+def swapping_plan(connection: db.Connection, ledger: Ledger, params: Params) -> db.Plan:
     """The new index put into the place of the old one, and the old one dropped."""
-    return building.plan(phase, _swapping(phase))
+    return building.plan(connection, _swapping(connection, ledger, params))
 
 
-def _swap(phase: Phase, current: VectorIndex | None) -> BuildStep:
+def _swap(connection: db.Connection, ledger: Ledger, params: Params, current: VectorIndex | None) -> BuildStep:
     """The renames; the search function goes over with them where it must."""
-    new = vector_index.find(phase.connection, phase.params, "_new")
-    renames = _renames(phase, "swap", [(current, "_old"), (new, "")])
-    goes_over = current is not None and storage_switch.changes_function(phase, current.storage)
-    return replace(renames, statement=storage_switch.swap(phase, renames.statement)) if goes_over else renames
+    new = vector_index.find(connection, params, "_new")
+    renames = _renames(connection, params, "swap", [(current, "_old"), (new, "")])
+    goes_over = current is not None and storage_switch.changes_function(connection, params, current.storage)
+    return (
+        replace(renames, statement=storage_switch.swap(connection, ledger, params, renames.statement))
+        if goes_over
+        else renames
+    )
 
 
-def _renames(phase: Phase, block: str, pairs: list[tuple[VectorIndex | None, str]]) -> BuildStep:
+def _renames(
+    connection: db.Connection, params: Params, block: str, pairs: list[tuple[VectorIndex | None, str]]
+) -> BuildStep:
     """Each index of a tree gets the name with another tail, in the order of the pairs, all in one transaction."""
     made = [
-        db.statement(SQL[block], phase.params, {"renamed": qualified, "name": identifier(name)})
+        db.statement(SQL[block], params, {"renamed": qualified, "name": identifier(name)})
         for index, tail in pairs
         if index is not None
         for qualified, name in _new_names(index, tail)
     ]
     together = replace(made[0], query=sql.SQL(";\n").join([statement.query for statement in made]))
-    return BuildStep(vector_index.find(phase.connection, phase.params).parts[0], together, in_short_tries=True)
+    return BuildStep(vector_index.find(connection, params).parts[0], together, in_short_tries=True)
 
 
 def _new_names(index: VectorIndex, tail: str) -> list[tuple[sql.Composable, str]]:
@@ -125,20 +133,28 @@ def _new_names(index: VectorIndex, tail: str) -> list[tuple[sql.Composable, str]
 
 def plan(phase: Phase) -> db.Plan:
     """All of it: leftovers dropped, the new index built, swapped in once it is proved, the old one dropped."""
-    return building.plan(phase, [*_building(phase), *_swapping(phase)])
+    return building.plan(
+        phase.connection,
+        [
+            *_building(phase.connection, phase.ledger, phase.params),
+            *_swapping(phase.connection, phase.ledger, phase.params),
+        ],
+    )
 
 
 def apply(phase: Phase) -> Table:
     """Builds the new index beside the one that serves; the one that serves is not touched."""
     return building.build(
-        phase, lambda: _building(phase), lambda: vector_index.find(phase.connection, phase.params, "_new")
+        phase,
+        lambda: _building(phase.connection, phase.ledger, phase.params),
+        lambda: vector_index.find(phase.connection, phase.params, "_new"),
     )
 
 
 @changes
 def swap(phase: Phase) -> Table:
     """Puts the new index into its place and drops the old one, without blocking reads or writes."""
-    todo = _swapping(phase)
+    todo = _swapping(phase.connection, phase.ledger, phase.params)
     if phase.execute and any(step.statement.name == SQL["swap"].name for step in todo):
         # Written down first: undo finds here what served before, and a rerun that there is nothing to prove.
         _note_before(phase)
@@ -146,8 +162,8 @@ def swap(phase: Phase) -> Table:
 
 
 def _note_before(phase: Phase) -> None:
-    before = one(standing(phase), "current")
-    goes_over = before is not None and storage_switch.changes_function(phase, before.storage)
+    before = one(standing(phase.connection, phase.params), "current")
+    goes_over = before is not None and storage_switch.changes_function(phase.connection, phase.params, before.storage)
     phase.note(
         "rebuild",
         {
@@ -162,8 +178,8 @@ def _note_before(phase: Phase) -> None:
 
 def check(phase: Phase) -> Gates:
     """Before anything is changed: an index serves, and nobody else is building on this table."""
-    found = standing(phase)
-    current = build_index.index(phase)
+    found = standing(phase.connection, phase.params)
+    current = build_index.index(phase.connection, phase.params)
     builds = max((index.builds_under_way for index in found), default=0)
     return collect(
         [
@@ -183,33 +199,41 @@ def check(phase: Phase) -> Gates:
 
 def verify_new(phase: Phase) -> Gates:
     """The new index is whole and finds as much as is asked for, or as much as the one that serves."""
-    found = standing(phase)
+    connection, params = phase.connection, phase.params
+    found = standing(connection, params)
     new, current = one(found, "new"), one(found, "current")
-    if one(found, "old") or is_done(phase):
-        return collect([_is_in_place(phase, current)])
-    whole = _is_whole(vector_index.find(phase.connection, phase.params, "_new"))
+    if one(found, "old") or is_done(connection, phase.ledger, params):
+        return collect([_is_in_place(params, current)])
+    whole = _is_whole(vector_index.find(connection, params, "_new"))
     if not new or not new.usable:
         return collect([whole])
-    asked = index_recall.questions(phase)
+    asked = index_recall.questions(connection, params)
     others = [s.name for s in found if s.usable]
-    beside_old, beside_new = ([n for n in others if n != own] for own in (index_name(phase.params), new.name))
-    if current and storage_switch.changes_function(phase, current.storage):
+    beside_old, beside_new = ([n for n in others if n != own] for own in (index_name(params), new.name))
+    if current and storage_switch.changes_function(connection, params, current.storage):
         # Their queries are not the same, so neither can answer for the other.
-        was = storage_switch.before(phase, asked, current.name, current.storage, beside_old)
-        now = storage_switch.after(phase, asked, new.name, _needed(phase, was), beside_new)
+        # The index that serves, asked as the function of today asks it.
+        before = storage_switch.under(params, current.storage)
+        was = index_recall.through(connection, before, asked, current.name, beside_old)
+        now = storage_switch.after(phase, asked, new.name, _needed(params, was), beside_new)
     else:
-        was = index_recall.through(phase, asked, index_name(phase.params), beside_old)
-        now = index_recall.through(phase, asked, new.name, beside_new)
+        was = index_recall.through(connection, params, asked, index_name(params), beside_old)
+        now = index_recall.through(connection, params, asked, new.name, beside_new)
     for measured in (was, now):
         phase.note("recall", measured.as_data() if measured else {})
-    return collect([whole, recall_gate(phase, "rebuild.new_index_finds_as_much", new.name, was, now)])
+    return collect([whole, recall_gate(params, "rebuild.new_index_finds_as_much", new.name, was, now)])
 
 
 def recall_gate(
-    phase: Phase, name: str, subject: str, was: index_recall.IndexRecall | None, now: index_recall.IndexRecall | None
+    params: Params,
+    name: str,
+    subject: str,
+    was: index_recall.IndexRecall | None,
+    now: index_recall.IndexRecall | None,
+    do: str = "",
 ) -> Gate:
-    """Recall reaches the target, or what it was before where that was less."""
-    needed = _needed(phase, was)
+    """Recall reaches the target, or what it was before where that was less. do: what to try first."""
+    needed = _needed(params, was)
     shown, least = apart(now.recall if now else 0.0, needed, score)
     return gate(
         name,
@@ -218,15 +242,18 @@ def recall_gate(
         found=f"{now.said(shown)}; before {was or 'not measured'}" if now else "the planner does not use it",
         needed=f"recall {least}, no more queries short of rows than before",
         danger="the index would hide answers that exact search finds, and that the one before found",
-        do="raise index.rerank, or go over to index.storage: halfvec; nothing else has changed"
-        if phase.params.index.storage == "bit"
-        else "build with a higher ef_construction or m in index; nothing else has changed",
+        do=do
+        + (
+            "raise index.rerank, or go over to index.storage: halfvec; nothing else has changed"
+            if params.index.storage == "bit"
+            else "build with a higher ef_construction or m in index; nothing else has changed"
+        ),
         figures={"before": was.recall if was else None, "after": now.recall if now else None},
     )
 
 
-def _needed(phase: Phase, was: index_recall.IndexRecall | None) -> float:
-    target = phase.params.tune.target_recall
+def _needed(params: Params, was: index_recall.IndexRecall | None) -> float:
+    target = params.tune.target_recall
     return min(target, was.recall) if was else target
 
 
@@ -243,11 +270,11 @@ def _is_whole(new: VectorIndex) -> Gate:
     )
 
 
-def _is_in_place(phase: Phase, current: VectorIndex | None) -> Gate:
+def _is_in_place(params: Params, current: VectorIndex | None) -> Gate:
     return gate(
         "rebuild.new_index_is_in_place",
         bool(current and current.usable),
-        index_name(phase.params),
+        index_name(params),
         found="in its place, proved before" if current else "no index of that name",
         needed="the new index, proved before it was put there",
         danger="searches read the whole table",
@@ -257,22 +284,25 @@ def _is_in_place(phase: Phase, current: VectorIndex | None) -> Gate:
 
 def verify(phase: Phase) -> Gates:
     """The index has the options that were asked for, is whole, finds known rows, and nothing is left beside it."""
-    gates = [_has_options(phase, asked_for(phase.params)), _nothing_is_left(phase)]
-    if search_function.function_state(phase.connection, phase.params):
-        gates.append(storage_switch.function_fits(phase))
+    connection, params = phase.connection, phase.params
+    gates = [_has_options(connection, params, asked_for(params)), _nothing_is_left(connection, params)]
+    if search_function.function_state(connection, params):
+        gates.append(storage_switch.function_fits(connection, params))
     return build_index.verify(phase) + collect(gates)
 
 
-def _has_options(phase: Phase, needed: Options, of_partitions: Mapping[str, Options] | None = None) -> Gate:
+def _has_options(
+    connection: db.Connection, params: Params, needed: Options, of_partitions: Mapping[str, Options] | None = None
+) -> Gate:
     """of_partitions: what is needed of those partitions instead."""
-    index = build_index.index(phase)
+    index = build_index.index(connection, params)
     own = {part.shown: stored(index.own[part.oid].options) for part in index.leaves if part.oid in index.own}
     wanted = {shown: (of_partitions or {}).get(shown, needed) for shown in own}
     other = [shown for shown, options in own.items() if not wanted[shown].items() <= options.items()]
     return gate(
         "rebuild.index_has_its_options",
         bool(own or not needed) and not other,
-        index_name(phase.params),
+        index_name(params),
         found="; ".join(f"{listed(own[shown]) or 'none of its own'} on {shown}" for shown in other[:SHOWN_PARTITIONS])
         or listed(index.options)
         or "none of its own",
@@ -282,12 +312,12 @@ def _has_options(phase: Phase, needed: Options, of_partitions: Mapping[str, Opti
     )
 
 
-def _nothing_is_left(phase: Phase) -> Gate:
-    left = [s.name for s in standing(phase) if s.role in ("new", "old", "leftover")]
+def _nothing_is_left(connection: db.Connection, params: Params) -> Gate:
+    left = [s.name for s in standing(connection, params) if s.role in ("new", "old", "leftover")]
     return gate(
         "rebuild.nothing_is_left",
         not left,
-        spelled(phase.params, "vectors"),
+        spelled(params, "vectors"),
         found=", ".join(left) or "one index",
         needed="one index",
         danger="every write pays for each index that is left",
@@ -295,9 +325,9 @@ def _nothing_is_left(phase: Phase) -> Gate:
     )
 
 
-def _former(phase: Phase) -> tuple[Options, dict[str, Options]]:
+def _former(ledger: Ledger) -> tuple[Options, dict[str, Options]]:
     """The options of the index before the last swap, empty where there was none; and those of partitions apart."""
-    last = storage_switch.last_swap(phase)
+    last = storage_switch.last_swap(ledger)
     before, of_partitions = last.get("before", {}), last.get("partitions", {})
     if any(isinstance(options, dict) for options in before.values()):
         # Releases that rebuilt a partitioned index in its place wrote down the options of each partition alone.
@@ -306,11 +336,11 @@ def _former(phase: Phase) -> tuple[Options, dict[str, Options]]:
 
 
 def _undoing(phase: Phase) -> list[BuildStep]:
-    found, last = standing(phase), storage_switch.last_swap(phase)
+    found, last = standing(phase.connection, phase.params), storage_switch.last_swap(phase.ledger)
     current, new, old = (one(found, role) for role in ("current", "new", "old"))
     drops = _drops(_leftovers(found))
     if old and not last.get("goes_back"):
-        renames = _renames(phase, "swap_back", [(current, "_new"), (old, "")])
+        renames = _renames(phase.connection, phase.params, "swap_back", [(current, "_new"), (old, "")])
         back = replace(renames, statement=storage_switch.swap_back(renames.statement, last.get("function")))
         return [*drops, back, *_drops([current.called("_new") if current else None])]
     if new and not last.get("goes_back"):
@@ -323,13 +353,13 @@ def undo_plan(phase: Phase) -> db.Plan:
 
     The search function goes back with it, where it had gone over.
     """
-    return building.plan(phase, _undoing(phase))
+    return building.plan(phase.connection, _undoing(phase))
 
 
 def _built_back(phase: Phase, found: list[VectorIndex], last: dict[str, Any]) -> list[BuildStep]:
     """The index built again as it was, put into its place, and the other one dropped: what is left of these steps."""
     current, new, old = (one(found, role) for role in ("current", "new", "old"))
-    options, of_partitions = _former(phase)
+    options, of_partitions = _former(phase.ledger)
     storage = last.get("storage") or phase.params.index.storage
     if current is None or not options:
         return []
@@ -341,13 +371,13 @@ def _built_back(phase: Phase, found: list[VectorIndex], last: dict[str, Any]) ->
     if current.usable and may_become_former(current):
         return _drops([new, old])
     keeps = new is not None and may_become_former(new)
-    params = storage_switch.under(phase, storage).params
+    params = storage_switch.under(phase.params, storage)
     former = vector_index.find(phase.connection, params, "_new")
     former = former if keeps else replace(former, own={})
     built = building.build_steps(
         phase.connection, former, options=options, of_partitions=of_partitions, drop=SQL["drop"]
     )
-    renames = _renames(phase, "swap", [(current, "_old"), (former, "")])
+    renames = _renames(phase.connection, phase.params, "swap", [(current, "_old"), (former, "")])
     back = replace(renames, statement=storage_switch.swap_back(renames.statement, last.get("function")))
     return [*_drops([None if keeps else new]), *built, back, *_drops([current.called("_old")])]
 
@@ -363,7 +393,7 @@ def undo(phase: Phase) -> Table:
 
 def _note_the_way_back(phase: Phase) -> None:
     """Written down first: interrupted between its steps, the next rollback must not take them for those of a swap."""
-    found, last = standing(phase), storage_switch.last_swap(phase)
+    found, last = standing(phase.connection, phase.params), storage_switch.last_swap(phase.ledger)
     current, roles = one(found, "current"), {s.role for s in found}
     if last.get("goes_back") or current is None or "old" in roles:
         return
@@ -376,5 +406,8 @@ def _note_the_way_back(phase: Phase) -> None:
 
 def verify_undone(phase: Phase) -> Gates:
     """The index has the options that it had before, and nothing is left beside it."""
-    held = storage_switch.holds_again(phase, [s.storage for s in standing(phase) if s.role == "current"])
-    return collect([_has_options(phase, *_former(phase)), held, _nothing_is_left(phase)])
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    held = storage_switch.holds_again(
+        ledger, params, [s.storage for s in standing(connection, params) if s.role == "current"]
+    )
+    return collect([_has_options(connection, params, *_former(ledger)), held, _nothing_is_left(connection, params)])

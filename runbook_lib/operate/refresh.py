@@ -10,6 +10,7 @@ from runbook_lib.core.display import Table, duration, number
 from runbook_lib.core.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase, changes
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("refresh")
@@ -20,24 +21,25 @@ def plan(phase: Phase) -> db.Plan:
 
     Raises BadInput where there is no queue to drain, unless it only plans.
     """
-    there = _queue_is_there(phase)
-    if there and not (state := change_queue.waiting(phase)).waiting + state.set_aside:
-        return db.Plan((), phase.connection)
-    block = SQL[vector_store.of(phase.params).write_row]
-    update = db.statement(block, phase.params, key=None, text_hash=None, embedding=None)
-    return db.Plan((update,), phase.connection)
+    connection, params = phase.connection, phase.params
+    there = _queue_is_there(connection, params, phase.execute)
+    if there and not (state := change_queue.waiting(connection, params)).waiting + state.set_aside:
+        return db.Plan((), connection)
+    block = SQL[vector_store.of(params).write_row]
+    update = db.statement(block, params, key=None, text_hash=None, embedding=None)
+    return db.Plan((update,), connection)
 
 
-def _queue_is_there(phase: Phase) -> bool:
-    queue = spelled(phase.params, "queue")
-    there = bool(db.one(phase.connection, SQL["queue_is_there"], phase.params, queue=queue)["there"])
-    if not there and phase.execute:
+def _queue_is_there(connection: db.Connection, params: Params, execute: bool) -> bool:
+    queue = spelled(params, "queue")
+    there = bool(db.one(connection, SQL["queue_is_there"], params, queue=queue)["there"])
+    if not there and execute:
         raise BadInput(
             [
                 Gate(
                     "refresh.changes_are_captured",
                     Verdict.FAIL,
-                    f"{phase.params.target.schema_}.{phase.params.target.table}",
+                    f"{params.target.schema_}.{params.target.table}",
                     f"no queue {queue}",
                     "the queue that the triggers on the table fill",
                     "texts that changed since the capture was removed keep the vector of their former text",
@@ -65,7 +67,9 @@ def apply(phase: Phase) -> Table:
 def verify(phase: Phase) -> Gates:
     """What was queued when the drain began is done; what is not says why."""
     noted = phase.ledger.latest("refresh")
-    state = change_queue.waiting(phase, datetime.fromisoformat(noted["began"]) if noted else None)
+    state = change_queue.waiting(
+        phase.connection, phase.params, datetime.fromisoformat(noted["began"]) if noted else None
+    )
     e, queue = phase.params.embeddings, spelled(phase.params, "queue")
     return collect(
         [

@@ -45,42 +45,42 @@ def scratch_name(params: Params) -> str:
     return f"runbook_rehearsal_{params.target.name}"
 
 
-def statement(phase: Phase, block: str, **extra: sql.Composable) -> db.Statement:
+def statement(params: Params, block: str, **extra: sql.Composable) -> db.Statement:
     """A block that knows the scratch schema and the sample in it."""
-    scratch = scratch_name(phase.params)
+    scratch = scratch_name(params)
     own = {"scratch": identifier(scratch), "sample": identifier(scratch, SAMPLE), "mark": sql.Literal(MARK)}
-    return db.statement(SQL[block], phase.params, own | extra)
+    return db.statement(SQL[block], params, own | extra)
 
 
-def left_over(phase: Phase) -> db.Row:
+def left_over(connection: db.Connection, params: Params) -> db.Row:
     """Is there a schema of the scratch schema's name (``there``), and is it a rehearsal's (``ours``)?"""
     query = SQL["scratch"].compose({"mark": sql.Literal(MARK)})
-    scratch = identifier(scratch_name(phase.params)).as_string()
-    row = phase.connection.execute(query, {"scratch": scratch}).fetchone()
+    scratch = identifier(scratch_name(params)).as_string()
+    row = connection.execute(query, {"scratch": scratch}).fetchone()
     return row or {"there": False, "ours": False}
 
 
-def making(phase: Phase, facts: Facts, rows: int) -> list[db.Statement]:
+def making(connection: db.Connection, params: Params, facts: Facts, rows: int) -> list[db.Statement]:
     """The statements that make a sample of about so many rows in the scratch schema."""
     percent = min(100.0, 100 * DRAWN * rows / max(facts.rows, 1))
     drawn = {"percent": sql.Literal(percent), "seed": sql.Literal(SEED), "rows": sql.Literal(rows)}
     return [
-        statement(phase, "create_scratch"),
-        statement(phase, "create_sample", **_storage(phase, facts)),
-        statement(phase, "fill_sample", columns=_columns(phase), **drawn),
+        statement(params, "create_scratch"),
+        statement(params, "create_sample", **_storage(connection, params, facts)),
+        statement(params, "fill_sample", columns=_columns(connection, params), **drawn),
     ]
 
 
-def _storage(phase: Phase, facts: Facts) -> dict[str, sql.Composable]:
+def _storage(connection: db.Connection, params: Params, facts: Facts) -> dict[str, sql.Composable]:
     """How the sample is stored: as full as the target's pages, built with as many workers as the whole would get."""
-    workers = preflight.expected(facts, phase).workers
+    workers = preflight.expected(facts, connection, params).workers
     return {"fillfactor": sql.Literal(facts.fillfactor), "parallel_workers": sql.Literal(workers)}
 
 
-def _columns(phase: Phase) -> sql.Composable:
+def _columns(connection: db.Connection, params: Params) -> sql.Composable:
     """The target's columns without the runbook's own."""
-    table, added = spelled(phase.params, "table"), added_columns(phase.params)
-    found = db.rows(phase.connection, SQL["columns"], phase.params, table=table, added=added)
+    table, added = spelled(params, "table"), added_columns(params)
+    found = db.rows(connection, SQL["columns"], params, table=table, added=added)
     return sql.SQL(", ").join(identifier(c["name"]) for c in found)
 
 
@@ -92,7 +92,7 @@ def opened(phase: Phase, facts: Facts, rows: int) -> Iterator[Place]:
         "target": p.target.model_copy(update={"schema_": scratch, "table": SAMPLE}),
         "ledger": p.ledger.model_copy(update={"schema_": scratch}),
     }
-    create, table, fill = making(phase, facts, rows)
+    create, table, fill = making(phase.connection, p, facts, rows)
     # Outside the try: a schema that could not be made belongs to somebody else and must not be dropped.
     phase.do(create)
     try:
@@ -102,7 +102,7 @@ def opened(phase: Phase, facts: Facts, rows: int) -> Iterator[Place]:
             own.connection.execute(SQL["vacuum"].compose(names(own.params)))
             yield Place(own, copied)
     finally:
-        phase.do(statement(phase, "drop_scratch"))
+        phase.do(statement(p, "drop_scratch"))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from runbook_lib.core.registry import MIGRATE
 from runbook_lib.core.thresholds import apart, plain
 from runbook_lib.migrate import backfill, build_index, expand_schema
 from runbook_lib.operate import model_change, model_comparison
+from runbook_lib.params import Params
 from runbook_lib.search import live_shadow, search_function
 from runbook_lib.search.function_ownership import BOTH, NEW_ONLY
 from runbook_lib.sql import load
@@ -33,14 +34,15 @@ HOUR_S = 3600
 STAYS = ("20_extension",)
 
 
-def _seen(old: Phase) -> db.Row:
-    oids = [row["oid"] for row in vector_indexes(old.connection, old.params)]
-    return db.one(old.connection, SQL["searches"], old.params, oids=oids)
+def _seen(connection: db.Connection, params: Params) -> db.Row:
+    oids = [row["oid"] for row in vector_indexes(connection, params)]
+    return db.one(connection, SQL["searches"], params, oids=oids)
 
 
 def note_searches(phase: Phase) -> Table:
     """Writes down how often the old vectors were searched so far; the hours without a search count from here."""
-    seen = _seen(model_change.replaced(phase))
+    old = model_change.replaced(phase)
+    seen = _seen(old.connection, old.params)
     phase.note(KIND, seen)
     return Table(("searches in the old vectors so far", "at"), [(number(seen["scans"]), seen["at"][:19])])
 
@@ -64,7 +66,7 @@ def check(phase: Phase) -> Gates:
 
 def _is_quiet(phase: Phase, old: Phase) -> Gate:
     """The scans of the old index against those of the last look; a look that finds more starts counting again."""
-    last, now = phase.ledger.latest(KIND), _seen(old)
+    last, now = phase.ledger.latest(KIND), _seen(old.connection, old.params)
     wanted = phase.params.model_change.quiet_hours
     searched = now["scans"] - (last["scans"] if last else 0)
     if searched or last is None:
@@ -102,7 +104,7 @@ def plan(phase: Phase) -> db.Plan:
 
 
 def _forward(phase: Phase) -> list[db.Statement]:
-    function = model_change.facts(phase, model_change.replaced(phase).params.function_name)
+    function = model_change.facts(phase.connection, phase.params, model_change.replaced(phase).params.function_name)
     if function is None or model_change.stage(phase) != BOTH:
         return []
     return [db.statement(SQL["forward"], phase.params, model_change.names_of_both(phase, function))]
@@ -110,7 +112,7 @@ def _forward(phase: Phase) -> list[db.Statement]:
 
 def _forget(phase: Phase, old: Phase) -> list[db.Statement]:
     """The copy of the former function goes, and with it the replaced target's route and strategies."""
-    copy = model_change.facts(phase, model_change.before_name(old.params))
+    copy = model_change.facts(phase.connection, phase.params, model_change.before_name(old.params))
     if copy is None or model_change.stage(phase) is None:
         return []
     extra = model_change.names_of_both(phase, copy)
@@ -128,7 +130,7 @@ def apply(phase: Phase) -> Table:
     claim.take_for_notebook(phase.ledger.connection, old.params, phase.run_id)
     rows: list[tuple[Any, ...]] = [(s.purpose, round(phase.do(s).seconds, 3)) for s in _forward(phase)]
     if forget := _forget(phase, old):
-        model_change.let_calls_end(phase)
+        model_change.let_calls_end(phase.connection, phase.params)
         rows += [(s.purpose, round(phase.do(s).seconds, 3)) for s in forget]
     rows += [(what, seconds) for _, what, _, seconds in build_index.undo(old).rows]
     # Under the old target's name, as its own rollbacks write them down.

@@ -24,6 +24,7 @@ from runbook_lib.indexes import building, forecast, partitions
 from runbook_lib.migrate import backfill, build_index, expand_schema, load_embeddings
 from runbook_lib.migrate.load_embeddings import RowsToStage
 from runbook_lib.operate.rehearsal_schema import SEED, Place, timeout
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("rehearse")
@@ -74,7 +75,7 @@ class Sample:
         return asdict(self)
 
 
-def measure(source: Phase, place: Place, lists: int | None, *, memory: bool) -> Sample:
+def measure(connection: db.Connection, params: Params, place: Place, lists: int | None, *, memory: bool) -> Sample:
     """Carries the migration out on the sample, from the columns to the index, and says what it took.
 
     source: the target, which is asked for vectors that it has already. lists: those of the whole table, for IVFFlat.
@@ -86,17 +87,17 @@ def measure(source: Phase, place: Place, lists: int | None, *, memory: bool) -> 
         expand_schema.apply(phase)
         others = _wal_of_others(phase.connection)
         before = _wal(phase.connection)
-        seconds, came_from = _load(source, phase)
+        seconds, came_from = _load(connection, params, phase)
         load_wal = _wal(phase.connection) - before
-        staged = _bytes(phase, "staging")
+        staged = _bytes(phase.connection, phase.params, "staging")
         backfill.move_staged(phase)
     moved = phase.ledger.latest("backfill") or {}
     pauses = sum(p["seconds"] for p in moved["pauses"])
     moving = max(moved["seconds"] - pauses, 0.0)
     vectors = sum(came_from.values())
     fitting = None if lists is None else max(1, min(lists, vectors // LEAST_ROWS_A_LIST))
-    a_row = _memory_a_row(phase, vectors) if memory and fitting is None else None
-    built = _build(phase, fitting)
+    a_row = _memory_a_row(phase.connection, phase.params, vectors) if memory and fitting is None else None
+    built = _build(phase.connection, phase.params, fitting)
     write_ms, bare_write_ms = _writes(phase)
     return Sample(
         rows=place.rows,
@@ -169,44 +170,46 @@ def _less(wal_bytes: float, others: float, seconds: float) -> int:
     return max(0, round(wal_bytes - others * seconds))
 
 
-def _bytes(phase: Phase, name: str) -> int:
-    found = db.one(phase.connection, SQL["relation_bytes"], phase.params, relation=spelled(phase.params, name))
+def _bytes(connection: db.Connection, params: Params, name: str) -> int:
+    found = db.one(connection, SQL["relation_bytes"], params, relation=spelled(params, name))
     return int(found["bytes"])
 
 
-def _load(source: Phase, phase: Phase) -> tuple[float, Counter[str]]:
+def _load(connection: db.Connection, params: Params, phase: Phase) -> tuple[float, Counter[str]]:
     """Stages a vector for each row with text, as 40_load_embeddings does; seconds of the COPY, and their origins."""
     register_vector(phase.connection)
-    kind, seconds = load_embeddings.key_type(phase), 0.0
-    wells, came_from = _wells(source), Counter[str]()
+    kind, seconds = load_embeddings.key_type(phase.connection, phase.params), 0.0
+    wells, came_from = _wells(connection, params), Counter[str]()
     numbers = np.random.default_rng(SEED)
-    for page in _pages(phase):
+    for page in _pages(phase.connection, phase.params):
         keys = [r["key"] for r in page]
         vectors = random_vectors(numbers, len(keys), phase.params.vector.dimension)
         left = {key: i for i, key in enumerate(keys)}
         for name, query in wells:
-            for row in source.connection.execute(query, {"keys": list(left)}).fetchall():
+            for row in connection.execute(query, {"keys": list(left)}).fetchall():
                 vectors[left.pop(row["key"])] = as_array(row["embedding"])
                 came_from[name] += 1
         came_from["random"] += len(left)
         started = time.perf_counter()
-        load_embeddings.copy(phase, RowsToStage(keys, [r["text_hash"] for r in page], vectors), kind)
+        load_embeddings.copy(
+            phase.connection, phase.params, RowsToStage(keys, [r["text_hash"] for r in page], vectors), kind
+        )
         seconds += time.perf_counter() - started
     return seconds, +came_from
 
 
-def _pages(phase: Phase) -> Iterator[Sequence[db.Row]]:
+def _pages(connection: db.Connection, params: Params) -> Iterator[Sequence[db.Row]]:
     """The sample's rows with text, in key order."""
     after, last = sql.SQL("true"), None
     while True:
-        query = SQL["page"].compose(names(phase.params) | {"after": after})
-        values = {"last": last, "batch_rows": phase.params.embeddings.rows_a_batch}
-        page = phase.connection.execute(query, values).fetchall()
+        query = SQL["page"].compose(names(params) | {"after": after})
+        values = {"last": last, "batch_rows": params.embeddings.rows_a_batch}
+        page = connection.execute(query, values).fetchall()
         if not page:
             return
         yield page
         last = page[-1]["key"]
-        after = sql.SQL("t.{} > %(last)s").format(names(phase.params)["key"])  # type: ignore[assignment]
+        after = sql.SQL("t.{} > %(last)s").format(names(params)["key"])  # type: ignore[assignment]
 
 
 def random_vectors(numbers: np.random.Generator, rows: int, dimension: int) -> Vectors:
@@ -218,21 +221,21 @@ def random_vectors(numbers: np.random.Generator, rows: int, dimension: int) -> V
     return cast(Vectors, made / np.linalg.norm(made, axis=1, keepdims=True))
 
 
-def _wells(source: Phase) -> list[tuple[str, sql.Composed]]:
+def _wells(connection: db.Connection, params: Params) -> list[tuple[str, sql.Composed]]:
     """Queries for vectors that the target has already: in their column, or staged."""
-    p, n = source.params, names(source.params)
+    n = names(params)
     offered = (
-        ("column", "vectors", p.vector.column, n["key"], n["embedding"]),
+        ("column", "vectors", params.vector.column, n["key"], n["embedding"]),
         ("staging", "staging", "embedding", identifier("key"), identifier("embedding")),
     )
     found = []
     for name, relation, column, key, vector in offered:
-        at = {"relation": spelled(p, relation), "column": column}
-        if db.one(source.connection, SQL["has_column"], p, **at)["there"]:
+        at = {"relation": spelled(params, relation), "column": column}
+        if db.one(connection, SQL["has_column"], params, **at)["there"]:
             parts = {"source": n[relation], "source_key": key, "source_vector": vector}
             found.append((name, SQL["vectors_of"].compose(n | parts)))
     if found:
-        register_vector(source.connection)
+        register_vector(connection)
     return found
 
 
@@ -244,42 +247,41 @@ class _Built:
     notices: list[str]
 
 
-def _statement(phase: Phase, lists: int | None) -> sql.SQL:
+def _statement(connection: db.Connection, params: Params, lists: int | None) -> sql.SQL:
     """The runbook's own build without CONCURRENTLY: nobody else uses the sample, and it need not wait for anybody."""
-    p, options = phase.params, {} if lists is None else {"lists": lists}
-    build = building.create_statement(phase.connection, p, partitions.relation(p), index_name(p), options)
-    text = build.query.as_string(phase.connection)
+    options = {} if lists is None else {"lists": lists}
+    build = building.create_statement(connection, params, partitions.relation(params), index_name(params), options)
+    text = build.query.as_string(connection)
     return sql.SQL(text.replace("INDEX CONCURRENTLY", "INDEX", 1))
 
 
-def _settings(phase: Phase, memory: str, workers: int) -> None:
-    values = {"memory": memory, "workers": str(workers), "timeout": timeout(phase.params)}
-    phase.connection.execute(SQL["build_settings"].compose({}), values)
+def _settings(connection: db.Connection, params: Params, memory: str, workers: int) -> None:
+    values = {"memory": memory, "workers": str(workers), "timeout": timeout(params)}
+    connection.execute(SQL["build_settings"].compose({}), values)
 
 
-def _build(phase: Phase, lists: int | None) -> _Built:
-    i, notices = phase.params.index, list[str]()
-    _settings(phase, f"{i.maintenance_work_mem_mb}MB", i.parallel_workers)
+def _build(connection: db.Connection, params: Params, lists: int | None) -> _Built:
+    i, notices = params.index, list[str]()
+    _settings(connection, params, f"{i.maintenance_work_mem_mb}MB", i.parallel_workers)
 
     def note(diagnostic: psycopg.errors.Diagnostic) -> None:
         notices.append(diagnostic.message_primary or "")
 
-    phase.connection.add_notice_handler(note)
-    before, started = _wal(phase.connection), time.perf_counter()
+    connection.add_notice_handler(note)
+    before, started = _wal(connection), time.perf_counter()
     try:
-        phase.connection.execute(_statement(phase, lists), {})
+        connection.execute(_statement(connection, params, lists), {})
     finally:
-        phase.connection.remove_notice_handler(note)
+        connection.remove_notice_handler(note)
     seconds = time.perf_counter() - started
-    return _Built(seconds, _wal(phase.connection) - before, build_index.index(phase).bytes, notices)
+    return _Built(seconds, _wal(connection) - before, build_index.index(connection, params).bytes, notices)
 
 
-def _memory_a_row(phase: Phase, vectors: int) -> float | None:
+def _memory_a_row(connection: db.Connection, params: Params, vectors: int) -> float | None:
     """Bytes that a row takes while an HNSW index is built: a build with too little memory says after how many rows
     it ran out, and is cancelled there. None where the sample does not fill one block of memory.
     """
-    p = phase.params
-    a_row = forecast.hnsw_build_bytes_per_row(p.index.m, p.vector.dimension, p.indexed_type)
+    a_row = forecast.hnsw_build_bytes_per_row(params.index.m, params.vector.dimension, params.indexed_type)
     blocks = int(vectors * a_row * SHORT_MEMORY / forecast.HNSW_BLOCK)
     if not blocks:
         return None
@@ -288,18 +290,18 @@ def _memory_a_row(phase: Phase, vectors: int) -> float | None:
     def end(diagnostic: psycopg.errors.Diagnostic) -> None:
         if found := NO_LONGER_FITS.search(diagnostic.message_primary or ""):
             after.append(int(found[1]))
-            phase.connection.cancel()
+            connection.cancel()
 
     # With whole blocks, all of them are full when it runs out.
-    asked = blocks + versions.hnsw_blocks_held_back(phase.connection.info.server_version)
-    _settings(phase, f"{asked * forecast.HNSW_BLOCK // 1024}kB", 0)
-    phase.connection.add_notice_handler(end)
+    asked = blocks + versions.hnsw_blocks_held_back(connection.info.server_version)
+    _settings(connection, params, f"{asked * forecast.HNSW_BLOCK // 1024}kB", 0)
+    connection.add_notice_handler(end)
     try:
-        with phase.connection.transaction(force_rollback=True):
-            phase.connection.execute(_statement(phase, None), {})
+        with connection.transaction(force_rollback=True):
+            connection.execute(_statement(connection, params, None), {})
     except psycopg.errors.QueryCanceled:
         # By ourselves, as soon as it ran out; a timeout leaves `after` empty.
         pass
     finally:
-        phase.connection.remove_notice_handler(end)
+        connection.remove_notice_handler(end)
     return blocks * forecast.HNSW_BLOCK / after[0] if after else None

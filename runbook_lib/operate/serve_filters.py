@@ -22,6 +22,7 @@ from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import Table, share, size
 from runbook_lib.core.gates import Gate, Gates, collect, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import identifier, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, plain, score
@@ -29,6 +30,7 @@ from runbook_lib.indexes import building, forecast, partitions
 from runbook_lib.indexes.building import none_under_way
 from runbook_lib.operate.filter_indexes import is_searched_as, is_served, made, remember, remembered, wanted
 from runbook_lib.operate.filter_indexes import standing as standing
+from runbook_lib.params import Params
 from runbook_lib.search import conditions, search_function
 from runbook_lib.sql import load
 
@@ -37,19 +39,20 @@ SQL = load("filters")
 
 def check(phase: Phase) -> Gates:
     """Before anything is changed: such an index can be made here, the function can use it, its build fits."""
-    p, values = phase.params, list(wanted(phase).values())
+    connection, params = phase.connection, phase.params
+    p, values = params, list(wanted(connection, phase.ledger, params).values())
     table = spelled(p, "table")
-    kind = db.one(phase.connection, SQL["table_kind"], p, table=table)
-    in_the_table, partitioned = vector_store.of(p).in_the_table, bool(kind["partitioned"])
-    builds = db.one(phase.connection, SQL["builds_under_way"], p, vectors=spelled(p, "vectors"))["builds"]
+    kind = db.one(connection, SQL["table_kind"], p, table=table)
+    knows_filters, partitioned = vector_store.of(p).knows_filters, bool(kind["partitioned"])
+    builds = db.one(connection, SQL["builds_under_way"], p, vectors=spelled(p, "vectors"))["builds"]
     return collect(
         [
             gate(
                 "filters.table_takes_partial_indexes",
-                in_the_table and not partitioned,
+                knows_filters and not partitioned,
                 f"{p.target.schema_}.{p.target.table}",
                 found="the vectors are in a table of their own, without the filters"
-                if not in_the_table
+                if not knows_filters
                 else "partitioned"
                 if partitioned
                 else "an ordinary table that holds vectors and filters",
@@ -79,42 +82,43 @@ def check(phase: Phase) -> Gates:
                 do="name fewer values in filters.partial_indexes, or partition by it (operate/partition_by_filter)",
             ),
             none_under_way("filters.no_build_is_under_way", spelled(p, "vectors"), builds),
-            *partial_index_candidates.fits_in_memory(phase.connection, phase.params, values),
+            *partial_index_candidates.fits_in_memory(connection, params, values),
         ]
     )
 
 
 def expected(phase: Phase) -> Table:
     """What each index will cost, before it is built."""
-    return partial_index_candidates.cost_table(phase.connection, phase.params, list(wanted(phase).values()))
+    return partial_index_candidates.cost_table(
+        phase.connection, phase.params, list(wanted(phase.connection, phase.ledger, phase.params).values())
+    )
 
 
-def _create(phase: Phase, name: str, value: Value) -> db.Statement:
-    p = phase.params
-    rows = partial_index_candidates.rows_of(phase.connection, p, [value])[value]
-    lists = {"lists": p.index.lists or forecast.lists_rule(rows)}
-    build = building.create_statement(phase.connection, p, partitions.relation(p), name, lists)
+def _create(connection: db.Connection, params: Params, name: str, value: Value) -> db.Statement:
+    rows = partial_index_candidates.rows_of(connection, params, [value])[value]
+    lists = {"lists": params.index.lists or forecast.lists_rule(rows)}
+    build = building.create_statement(connection, params, partitions.relation(params), name, lists)
     literal = verbatim(sql.Literal(value.value).as_string())
-    condition = conditions.filter_is(phase.connection, phase.params, value.column, literal)
+    condition = conditions.filter_is(connection, params, value.column, literal)
     extra = {"build": build.query, "condition": condition}
-    return replace(db.statement(SQL["create"], phase.params, extra), values=build.values)
+    return replace(db.statement(SQL["create"], params, extra), values=build.values)
 
 
-def _drop(phase: Phase, name: str) -> db.Statement:
-    qualified = identifier(phase.params.target.schema_, name)
-    return db.statement(SQL["drop"], phase.params, {"partial_index": qualified})
+def _drop(params: Params, name: str) -> db.Statement:
+    qualified = identifier(params.target.schema_, name)
+    return db.statement(SQL["drop"], params, {"partial_index": qualified})
 
 
-def _route(phase: Phase, value: Value, strategy: Mapping[str, Any]) -> list[db.Statement]:
+def _route(params: Params, value: Value, strategy: Mapping[str, Any]) -> list[db.Statement]:
     """Statements that make the function search this value so."""
     way = {
         name: strategy[name] for name in ("scan", "candidates", "iterative_scan", "most_scanned", "recall", "p50_ms")
     }
     return [
-        _forget(phase, value),
+        _forget(params, value),
         db.statement(
             search_function.SQL["learn_strategy"],
-            phase.params,
+            params,
             filter=value.column,
             values=[value.value],
             shares=[strategy["share"]],
@@ -123,21 +127,26 @@ def _route(phase: Phase, value: Value, strategy: Mapping[str, Any]) -> list[db.S
     ]
 
 
-def _forget(phase: Phase, value: Value) -> db.Statement:
-    return db.statement(SQL["forget_strategy"], phase.params, filter=value.column, value=value.value)
+def _forget(params: Params, value: Value) -> db.Statement:
+    return db.statement(SQL["forget_strategy"], params, filter=value.column, value=value.value)
 
 
 def plan(phase: Phase) -> db.Plan:
     """What is left over or no longer wanted dropped, after its value is searched as before; then the builds."""
-    values, own = wanted(phase), made(phase)
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    values, own = (wanted(connection, ledger, params), made(connection, ledger, params))
     todo: list[db.Statement] = []
     for name, row in own.items():
         if name not in values:
-            todo += [*_back(phase, name), _drop(phase, name)]
+            todo += [*_back(connection, ledger, params, name), _drop(params, name)]
         elif not row["usable"]:
-            todo.append(_drop(phase, name))
-    todo += [_create(phase, name, v) for name, v in values.items() if name not in own or not own[name]["usable"]]
-    return db.Plan(tuple(todo), phase.connection)
+            todo.append(_drop(params, name))
+    todo += [
+        _create(connection, params, name, v)
+        for name, v in values.items()
+        if name not in own or not own[name]["usable"]
+    ]
+    return db.Plan(tuple(todo), connection)
 
 
 @changes
@@ -146,31 +155,35 @@ def apply(phase: Phase) -> Table:
 
     An index that the function does not use, that misses the target, or that gains too little, is dropped again.
     """
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
     if not phase.execute:
         return phase.carry_out(plan(phase))
-    values = wanted(phase)
-    for name in made(phase):
+    values = wanted(connection, ledger, params)
+    for name in made(connection, ledger, params):
         if name not in values:
             _take_back(phase, name)
-    todo = {name: v for name, v in values.items() if not is_served(phase, name, v)}
+    todo = {name: v for name, v in values.items() if not is_served(connection, ledger, params, name, v)}
     shares = {
-        v: n / max(row_counts.of(phase.connection, phase.params).n, 1)
-        for v, n in partial_index_candidates.rows_of(phase.connection, phase.params, list(todo.values())).items()
+        v: n / max(row_counts.of(connection, params).n, 1)
+        for v, n in partial_index_candidates.rows_of(connection, params, list(todo.values())).items()
     }
-    asked = partial_index_candidates.questions(phase, shares) if todo else {}
+    asked = partial_index_candidates.questions(connection, params, shares) if todo else {}
     for name, value in todo.items():
         _measure_before(phase, name, value, asked[value], shares[value])
         _build(phase, name, value)
-        _use_or_drop(phase, name, value, partial_index_candidates.cheapest_through_the_index(phase, asked[value]))
-    return shown(phase)
+        _use_or_drop(
+            phase, name, value, partial_index_candidates.cheapest_through_the_index(connection, params, asked[value])
+        )
+    return shown(ledger, params)
 
 
 def _measure_before(phase: Phase, name: str, value: Value, asked: list[Query], share: float) -> None:
     """Written down before the build: a rerun after an interruption would measure with the new index there."""
-    if name in made(phase) and "before" in remembered(phase).get(name, {}):
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    if name in made(connection, ledger, params) and "before" in remembered(ledger).get(name, {}):
         return
-    before = partial_index_candidates.measure_now(phase, value, asked)
-    row = partial_index_candidates.strategy_of(phase.connection, phase.params, value)
+    before = partial_index_candidates.measure_now(connection, params, value, asked)
+    row = partial_index_candidates.strategy_of(connection, params, value)
     remember(
         phase,
         name,
@@ -184,35 +197,45 @@ def _measure_before(phase: Phase, name: str, value: Value, asked: list[Query], s
 
 
 def _build(phase: Phase, name: str, value: Value) -> None:
-    row = made(phase).get(name)
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    row = made(connection, ledger, params).get(name)
     if row and row["usable"]:
         return
     if row:
-        building.concurrently(phase, _drop(phase, name))
-    built = building.concurrently(phase, _create(phase, name, value))
-    remember(phase, name, seconds=round(built.seconds, 3), notices=built.notices, bytes=made(phase)[name]["bytes"])
+        building.concurrently(phase, _drop(params, name))
+    built = building.concurrently(phase, _create(connection, params, name, value))
+    remember(
+        phase,
+        name,
+        seconds=round(built.seconds, 3),
+        notices=built.notices,
+        bytes=made(connection, ledger, params)[name]["bytes"],
+    )
 
 
 def _use_or_drop(phase: Phase, name: str, value: Value, after: Measured) -> None:
-    known = remembered(phase)[name]
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    known = remembered(ledger)[name]
     through = after.as_data() | {"share": known["share"]}
-    change = _route(phase, value, through)
-    scans = partial_index_candidates.scans_by_the_function(phase, value, made(phase)[name]["oid"], change)
-    why_not = _why_not(phase, known["before"], after, scans)
+    change = _route(params, value, through)
+    scans = partial_index_candidates.scans_by_the_function(
+        connection, params, value, made(connection, ledger, params)[name]["oid"], change
+    )
+    why_not = _why_not(params, known["before"], after, scans)
     if why_not:
         remember(phase, name, after=through, scans=scans, served=False, why_not=why_not)
-        building.concurrently(phase, _drop(phase, name))
+        building.concurrently(phase, _drop(params, name))
         return
     # The ledger first: interrupted between the two, undo finds what to take back and a rerun proves it again.
     remember(phase, name, after=through, scans=scans, served=True, why_not="")
-    with phase.connection.transaction():
+    with connection.transaction():
         for statement in change:
             phase.do(statement)
 
 
-def _why_not(phase: Phase, before: Mapping[str, Any], after: Measured, scans: int) -> str:
+def _why_not(params: Params, before: Mapping[str, Any], after: Measured, scans: int) -> str:
     """Why an index is not kept; empty where it is."""
-    target, gain = phase.params.tune.target_recall, phase.params.filters.smallest_gain
+    target, gain = params.tune.target_recall, params.filters.smallest_gain
     if scans < CALLS:
         return f"the function uses it in {scans} of {CALLS} calls"
     if not at_least(after.recall, target) or after.rows_short:
@@ -223,7 +246,7 @@ def _why_not(phase: Phase, before: Mapping[str, Any], after: Measured, scans: in
     return f"{apart(times, gain, plain)[0]} times as fast as before" if was_good and not at_least(times, gain) else ""
 
 
-def shown(phase: Phase) -> Table:
+def shown(ledger: Ledger, params: Params) -> Table:
     """Before and after, a row a value: recall with its confidence, latency, rows returned, pages."""
     rows = [
         (
@@ -233,11 +256,11 @@ def shown(phase: Phase) -> Table:
             *partial_index_candidates.figures(m[when]),
             _verdict(m) if i else "",
         )
-        for m in remembered(phase).values()
+        for m in remembered(ledger).values()
         for i, when in enumerate(("before", "after"))
         if when in m
     ]
-    k = phase.params.queries.k
+    k = params.queries.k
     titles = ("value", "rows", "", "way", f"recall@{k}", "rows returned", "p50", "p95", "pages", "")
     return Table(titles, rows, "The same held-out questions before and after, warm")
 
@@ -248,15 +271,16 @@ def _verdict(m: Mapping[str, Any]) -> str:
 
 def verify(phase: Phase) -> Gates:
     """Each value: its index is whole, the function searches by it, and it does what it was built for."""
-    values = wanted(phase)
-    gates = [g for name, value in values.items() for g in _value_gates(phase, name, value)]
-    return collect([*gates, _nothing_is_left(phase, values)])
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    values = wanted(connection, ledger, params)
+    gates = [g for name, value in values.items() for g in _value_gates(connection, ledger, params, name, value)]
+    return collect([*gates, _nothing_is_left(connection, ledger, params, values)])
 
 
-def _value_gates(phase: Phase, name: str, value: Value) -> list[Gate]:
-    known, row = remembered(phase).get(name, {}), made(phase).get(name)
+def _value_gates(connection: db.Connection, ledger: Ledger, params: Params, name: str, value: Value) -> list[Gate]:
+    known, row = remembered(ledger).get(name, {}), made(connection, ledger, params).get(name)
     kept = bool(known.get("served"))
-    f, target = phase.params.filters, phase.params.tune.target_recall
+    f, target = params.filters, params.tune.target_recall
     after = known.get("after")
     recall, needed = apart(after["recall"] if after else 0.0, target, score)
     found = f"recall {recall}, p50 {after['p50_ms']:.2f} ms" if after else ""
@@ -273,7 +297,7 @@ def _value_gates(phase: Phase, name: str, value: Value) -> list[Gate]:
             figures={when: known[when] for when in ("before", "after") if when in known},
         )
     ]
-    return gates + ([_is_valid(name, value, row), _is_used(phase, name, value, row)] if kept else [])
+    return gates + ([_is_valid(name, value, row), _is_used(connection, params, name, value, row)] if kept else [])
 
 
 def _is_valid(name: str, value: Value, row: db.Row | None) -> Gate:
@@ -289,12 +313,12 @@ def _is_valid(name: str, value: Value, row: db.Row | None) -> Gate:
     )
 
 
-def _is_used(phase: Phase, name: str, value: Value, row: db.Row | None) -> Gate:
-    scans = partial_index_candidates.scans_by_the_function(phase, value, row["oid"]) if row else 0
+def _is_used(connection: db.Connection, params: Params, name: str, value: Value, row: db.Row | None) -> Gate:
+    scans = partial_index_candidates.scans_by_the_function(connection, params, value, row["oid"]) if row else 0
     return gate(
         "filters.function_uses_the_index",
         scans >= CALLS,
-        f"{phase.params.function_name}, {value}",
+        f"{params.function_name}, {value}",
         found=f"{scans} scans of {name} in {CALLS} calls",
         needed=f"one in each of {CALLS} calls, prepared, half with a custom and half with a generic plan",
         danger="the index is paid for and not used",
@@ -303,12 +327,12 @@ def _is_used(phase: Phase, name: str, value: Value, row: db.Row | None) -> Gate:
     )
 
 
-def _nothing_is_left(phase: Phase, values: Mapping[str, Value]) -> Gate:
-    left = [name for name, row in made(phase).items() if name not in values or not row["usable"]]
+def _nothing_is_left(connection: db.Connection, ledger: Ledger, params: Params, values: Mapping[str, Value]) -> Gate:
+    left = [name for name, row in made(connection, ledger, params).items() if name not in values or not row["usable"]]
     return gate(
         "filters.nothing_is_left",
         not left,
-        spelled(phase.params, "vectors"),
+        spelled(params, "vectors"),
         found=", ".join(left) or f"{len(values)} values have an index" if values else "no value calls for an index",
         needed="no index that is left over or no longer wanted",
         danger="every write to its rows pays for it",
@@ -316,35 +340,41 @@ def _nothing_is_left(phase: Phase, values: Mapping[str, Value]) -> Gate:
     )
 
 
-def _back(phase: Phase, name: str) -> list[db.Statement]:
+def _back(connection: db.Connection, ledger: Ledger, params: Params, name: str) -> list[db.Statement]:
     """Statements that make the function search a value as before its index, or exactly where it was tuned since."""
-    known = remembered(phase).get(name)
+    known = remembered(ledger).get(name)
     if not known or not known.get("served"):
         return []
     value = Value(known["column"], known["value"], "")
-    row = partial_index_candidates.strategy_of(phase.connection, phase.params, value)
+    row = partial_index_candidates.strategy_of(connection, params, value)
     if row is None or row["value"] is None or row["scan"] == "exact":
         return []  # forgotten or tuned again: it needs no index
     if not is_searched_as(row, known):
         # What was measured with the index says nothing without it, and exact is never wrong.
-        return _route(phase, value, row | {"scan": "exact", "iterative_scan": "off"})
-    return _route(phase, value, known["strategy"]) if known["strategy"] else [_forget(phase, value)]
+        return _route(params, value, row | {"scan": "exact", "iterative_scan": "off"})
+    return _route(params, value, known["strategy"]) if known["strategy"] else [_forget(params, value)]
 
 
 def _take_back(phase: Phase, name: str) -> list[tuple[str, float]]:
     """The value searched as before first, its index dropped after; returns purposes and seconds."""
-    with phase.connection.transaction():
-        rows = [(s.purpose, phase.do(s).seconds) for s in _back(phase, name)]
-    if name in remembered(phase):
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    with connection.transaction():
+        rows = [(s.purpose, phase.do(s).seconds) for s in _back(connection, ledger, params, name)]
+    if name in remembered(ledger):
         remember(phase, name, served=False)
-    drop = _drop(phase, name)
+    drop = _drop(params, name)
     return [*rows, (drop.purpose, round(building.concurrently(phase, drop).seconds, 3))]
 
 
 def undo_plan(phase: Phase) -> db.Plan:
     """Every value searched as before, and its index dropped."""
-    todo = [s for name in made(phase) for s in (*_back(phase, name), _drop(phase, name))]
-    return db.Plan(tuple(todo), phase.connection)
+    connection, ledger, params = phase.connection, phase.ledger, phase.params
+    todo = [
+        s
+        for name in made(connection, ledger, params)
+        for s in (*_back(connection, ledger, params, name), _drop(params, name))
+    ]
+    return db.Plan(tuple(todo), connection)
 
 
 @changes
@@ -352,12 +382,15 @@ def undo(phase: Phase) -> Table:
     """Rolls back without blocking reads or writes; does nothing where there is no such index."""
     if not phase.execute:
         return phase.carry_out(undo_plan(phase))
-    return Table(("what", "seconds"), [row for name in list(made(phase)) for row in _take_back(phase, name)])
+    return Table(
+        ("what", "seconds"),
+        [row for name in list(made(phase.connection, phase.ledger, phase.params)) for row in _take_back(phase, name)],
+    )
 
 
 def verify_undone(phase: Phase) -> Gates:
     """No index of this operation is left, valid or not."""
-    left = list(made(phase))
+    left = list(made(phase.connection, phase.ledger, phase.params))
     return collect(
         [
             gate(

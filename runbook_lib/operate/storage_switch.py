@@ -16,8 +16,10 @@ from runbook_lib.benchmark import index_recall
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import WAYS_TO_ANSWER, function_of, index_name, spelled, verbatim
 from runbook_lib.core.phase import Phase
+from runbook_lib.params import Params
 from runbook_lib.search import search_function, ways
 from runbook_lib.sql import load
 
@@ -27,34 +29,31 @@ SQL = load("rebuild")
 PROVED = "storage_proved"
 
 
-def under(phase: Phase, storage: str) -> Phase:
-    """The same phase, with names and statements of another storage."""
-    index = phase.params.index.model_copy(update={"storage": storage})
-    return replace(phase, params=phase.params.model_copy(update={"index": index}))
+def under(params: Params, storage: str) -> Params:
+    """The same parameters, with names and statements of another storage."""
+    return params.model_copy(update={"index": params.index.model_copy(update={"storage": storage})})
 
 
-def changes_function(phase: Phase, serving: str) -> bool:
+def changes_function(connection: db.Connection, params: Params, serving: str) -> bool:
     """Must the search function go over too? serving: what the index holds that serves now.
 
     With the same storage only another ``index.rerank`` stands in its text.
     """
-    if search_function.function_state(phase.connection, phase.params) is None:
+    if search_function.function_state(connection, params) is None:
         return False
-    storage = phase.params.index.storage
-    return serving != storage or (
-        storage == "bit" and not search_function.is_as_planned(phase.connection, phase.params)
-    )
+    storage = params.index.storage
+    return serving != storage or (storage == "bit" and not search_function.is_as_planned(connection, params))
 
 
-def swap(phase: Phase, renames: db.Statement) -> db.Statement:
+def swap(connection: db.Connection, ledger: Ledger, params: Params, renames: db.Statement) -> db.Statement:
     """The renames, and the function made again, in one transaction; it carries the setting that was proved."""
-    proved = phase.ledger.latest(PROVED) or {}
+    proved = ledger.latest(PROVED) or {}
     known = (
         proved["settings"]
-        if proved.get("run_id") == phase.run_id
-        else search_function.carried_settings(phase.connection, phase.params)
+        if proved.get("run_id") == ledger.run_id
+        else search_function.carried_settings(connection, params)
     )
-    return _together(renames, search_function.create_statement(phase.connection, phase.params, known).query)
+    return _together(renames, search_function.create_statement(connection, params, known).query)
 
 
 def swap_back(renames: db.Statement, definition: str | None) -> db.Statement:
@@ -81,13 +80,6 @@ def definition(phase: Phase) -> str | None:
     return str(found) if found else None
 
 
-def before(
-    phase: Phase, asked: Sequence[Query], index: str, serving: str, others: list[str]
-) -> index_recall.IndexRecall | None:
-    """The index that serves, asked as the function of today asks it."""
-    return index_recall.through(under(phase, serving), asked, index, others)
-
-
 def after(
     phase: Phase, asked: Sequence[Query], index: str, needed: float, others: list[str]
 ) -> index_recall.IndexRecall | None:
@@ -95,14 +87,15 @@ def after(
 
     The setting is written down for the swap, which carries it into the function; 70_tune finds the best one.
     """
-    carried = search_function.carried_settings(phase.connection, phase.params)
-    name = ways.SETTING[phase.params.index.method]
+    connection, params = phase.connection, phase.params
+    carried = search_function.carried_settings(connection, params)
+    name = ways.SETTING[params.index.method]
     now = int(carried.get(name, 0))
     found = None
-    for value in [*([now] if now else []), *(v for v in ways.candidates(phase.params) if v > now)]:
-        own = ways.through_the_index(phase.params, value).settings(phase.params.index.method)
+    for value in [*([now] if now else []), *(v for v in ways.candidates(params) if v > now)]:
+        own = ways.through_the_index(params, value).settings(params.index.method)
         settings = own | carried | {name: str(value)}
-        found = index_recall.through(phase, asked, index, others, settings)
+        found = index_recall.through(connection, params, asked, index, others, settings)
         if found is None:
             return None
         phase.note(PROVED, {"run_id": phase.run_id, "settings": settings, "recall": found.recall})
@@ -111,17 +104,17 @@ def after(
     return found
 
 
-def function_fits(phase: Phase) -> Gate:
+def function_fits(connection: db.Connection, params: Params) -> Gate:
     """Gate: the function asks for what the index holds."""
-    i = phase.params.index
-    fits = search_function.is_as_planned(phase.connection, phase.params)
+    i = params.index
+    fits = search_function.is_as_planned(connection, params)
     wanted = f"the query of index.storage: {i.storage}" + (
         f", index.rerank: {i.rerank}" if i.storage == "bit" else ""
     )
     return gate(
         "rebuild.function_searches_the_index",
         fits,
-        phase.params.function_name,
+        params.function_name,
         found=wanted if fits else "another query than these parameters make",
         needed=wanted,
         danger="every search would read the whole table",
@@ -129,18 +122,18 @@ def function_fits(phase: Phase) -> Gate:
     )
 
 
-def last_swap(phase: Phase) -> dict[str, Any]:
+def last_swap(ledger: Ledger) -> dict[str, Any]:
     """What the ledger knows of the last swap; empty where there was none, or it was rolled back since."""
-    return phase.ledger.latest_standing("rebuild", "operate/rebuild_index", "60_build_index") or {}
+    return ledger.latest_standing("rebuild", "operate/rebuild_index", "60_build_index") or {}
 
 
-def holds_again(phase: Phase, found: Sequence[str]) -> Gate:
+def holds_again(ledger: Ledger, params: Params, found: Sequence[str]) -> Gate:
     """Gate of the rollback: the index holds what it held before the last swap. found: of the index that serves."""
-    needed = last_swap(phase).get("storage") or (found[0] if found else "an index")
+    needed = last_swap(ledger).get("storage") or (found[0] if found else "an index")
     return gate(
         "rebuild.index_holds_what_it_held",
         list(found) == [needed],
-        index_name(phase.params),
+        index_name(params),
         found=", ".join(found) or "no such index",
         needed=needed,
         danger="the search function that was brought back would read the whole table",

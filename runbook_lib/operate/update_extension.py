@@ -13,33 +13,35 @@ from runbook_lib.benchmark import index_recall
 from runbook_lib.core import db, versions
 from runbook_lib.core.display import Table, number, some
 from runbook_lib.core.gates import BadInput, Gate, Gates, collect, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import index_name, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.migrate import build_index, extension, pgvector_releases
 from runbook_lib.operate import rebuild_index
+from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("upgrade")
 SHOWN_SESSIONS = 5
 
 
-def _releases(phase: Phase) -> tuple[str | None, str | None]:
+def _releases(connection: db.Connection, params: Params) -> tuple[str | None, str | None]:
     """Installed by the catalogue, and wanted: the one asked for, or the one that the server's files offer."""
-    row = db.one(phase.connection, extension.SQL["state"], phase.params)
-    return row["installed"], phase.params.extension.version or row["default_version"]
+    row = db.one(connection, extension.SQL["state"], params)
+    return row["installed"], params.extension.version or row["default_version"]
 
 
-def loaded_release(phase: Phase) -> str | None:
+def loaded_release(connection: db.Connection, params: Params) -> str | None:
     """The release of this session's library, where the server says so (PostgreSQL 18); otherwise None."""
-    if not versions.names_loaded_libraries(phase.connection.info.server_version):
+    if not versions.names_loaded_libraries(connection.info.server_version):
         return None
-    found = db.rows(phase.connection, SQL["loaded"], phase.params)
+    found = db.rows(connection, SQL["loaded"], params)
     return found[0]["version"] if found else None
 
 
 def check(phase: Phase) -> Gates:
     """Before anything is changed: both releases are known by their tags."""
-    installed, wanted = _releases(phase)
+    installed, wanted = _releases(phase.connection, phase.params)
     unknown = [v for v in (installed, wanted) if v is None or pgvector_releases.release(v) is None]
     return collect(
         [
@@ -58,15 +60,15 @@ def check(phase: Phase) -> Gates:
     )
 
 
-def why_rebuild(phase: Phase) -> str:
+def why_rebuild(connection: db.Connection, params: Params) -> str:
     """Why the index must be rebuilt after the update; empty where it need not."""
-    installed, wanted = _releases(phase)
+    installed, wanted = _releases(connection, params)
     safe = pgvector_releases.VACUUMS_HNSW_SAFELY
-    if phase.params.index.method != "hnsw" or installed is None or versions.at_least(installed, safe):
+    if params.index.method != "hnsw" or installed is None or versions.at_least(installed, safe):
         return ""
     if wanted is None or not versions.at_least(wanted, safe):
         return ""
-    row = db.one(phase.connection, SQL["vacuums"], phase.params, vectors=spelled(phase.params, "vectors"))
+    row = db.one(connection, SQL["vacuums"], params, vectors=spelled(params, "vectors"))
     since = row["counted_since"]
     if not row["vacuums"] and since is None:
         return ""
@@ -80,18 +82,24 @@ def plan(phase: Phase) -> db.Plan:
 
     Raises BadInput for a release that no known tag carries.
     """
+    connection, params = phase.connection, phase.params
     untagged = check(phase).failed
     if untagged:
         raise BadInput(untagged)
     update = tuple(extension.plan(phase))
-    anew = tuple(rebuild_index.plan(phase)) if (update and why_rebuild(phase)) or must_rebuild(phase) else ()
-    return db.Plan((*update, *anew), phase.connection)
+    anew = (
+        tuple(rebuild_index.plan(phase))
+        if (update and why_rebuild(connection, params)) or must_rebuild(connection, phase.ledger, params)
+        else ()
+    )
+    return db.Plan((*update, *anew), connection)
 
 
 def brings(phase: Phase) -> Table:
     """What each release between fixes, and whether the index must be rebuilt."""
-    found = extension.brings(phase)
-    why = why_rebuild(phase) or _pending(phase)
+    connection, params = phase.connection, phase.params
+    found = extension.brings(connection, params)
+    why = why_rebuild(connection, params) or _pending(connection, phase.ledger, params)
     last = ("index", "", "rebuilt, concurrently" if why else "stays as it is", why)
     return Table(found.columns, [*found.rows, last], found.caption)
 
@@ -104,87 +112,112 @@ def measure(phase: Phase) -> Table:
     """
     if not phase.execute:
         return Table(("not measured (execute is false)",), [])
-    before = _recall_of(phase, _releases(phase)[0]) or _measure(phase)
+    before = _recall_of(phase.ledger, _releases(phase.connection, phase.params)[0]) or _measure(phase)
     return Table.of([before], "recall before the update")
 
 
 def _measure(phase: Phase) -> dict[str, Any]:
-    asked = index_recall.questions(phase)
-    others = [s.name for s in rebuild_index.standing(phase) if s.usable and s.role != "current"]
-    found = index_recall.through(phase, asked, index_name(phase.params), others)
-    body = {"catalogue": _releases(phase)[0], "library": loaded_release(phase), **(found.as_data() if found else {})}
+    connection, params = phase.connection, phase.params
+    asked = index_recall.questions(connection, params)
+    others = [s.name for s in rebuild_index.standing(connection, params) if s.usable and s.role != "current"]
+    found = index_recall.through(connection, params, asked, index_name(params), others)
+    body = {
+        "catalogue": _releases(connection, params)[0],
+        "library": loaded_release(connection, params),
+        **(found.as_data() if found else {}),
+    }
     phase.note("release_recall", body)
     return body
 
 
-def _recall_of(phase: Phase, release: str | None) -> dict[str, Any] | None:
+def _recall_of(ledger: Ledger, release: str | None) -> dict[str, Any] | None:
     """The last recall that was measured while the catalogue named this release."""
-    bodies = [e["body"] for e in phase.ledger.entries() if e["kind"] == "release_recall"]
+    bodies = [e["body"] for e in ledger.entries() if e["kind"] == "release_recall"]
     return next((b for b in reversed(bodies) if b["catalogue"] == release and "recall" in b), None)
 
 
 @changes
 def apply(phase: Phase) -> Table:
     """Updates the catalogue. No row of the table is touched, no vector made again."""
+    connection, params = phase.connection, phase.params
     update = extension.plan(phase)
     if phase.execute and update.statements:
-        installed, wanted = _releases(phase)
-        body = {"from": installed, "to": wanted, "why_rebuild": why_rebuild(phase), "index": _serving(phase)}
+        installed, wanted = _releases(connection, params)
+        body = {
+            "from": installed,
+            "to": wanted,
+            "why_rebuild": why_rebuild(connection, params),
+            "index": _serving(connection, params),
+        }
         # Before the update: after it the catalogue no longer says where it came from.
         phase.note("upgrade", body)
     return phase.carry_out(update)
 
 
-def _serving(phase: Phase) -> int:
-    return build_index.index(phase).oid
+def _serving(connection: db.Connection, params: Params) -> int:
+    return build_index.index(connection, params).oid
 
 
-def _pending(phase: Phase) -> str:
+def _pending(connection: db.Connection, ledger: Ledger, params: Params) -> str:
     """Why the last update asks for a rebuilt index, as long as the index of that time still serves."""
-    last = phase.ledger.latest("upgrade")
+    last = ledger.latest("upgrade")
     if not last or not last["why_rebuild"]:
         return ""
     # Earlier releases wrote down the oid of a partition's.
-    serving = {own.oid for own in build_index.index(phase).own.values()}
+    serving = {own.oid for own in build_index.index(connection, params).own.values()}
     return str(last["why_rebuild"]) if last["index"] in serving else ""
 
 
-def must_rebuild(phase: Phase) -> bool:
+def must_rebuild(connection: db.Connection, ledger: Ledger, params: Params) -> bool:
     """Is the index still to be rebuilt, or a rebuild half done?"""
-    return bool(_pending(phase)) or any(s.role in ("new", "old") for s in rebuild_index.standing(phase))
+    return bool(_pending(connection, ledger, params)) or any(
+        s.role in ("new", "old") for s in rebuild_index.standing(connection, params)
+    )
 
 
 @changes
 def build_beside(phase: Phase) -> Table:
     """The new index beside the old one, where the update asks for it; the old one serves on."""
-    if not must_rebuild(phase) and not (not phase.execute and why_rebuild(phase)):
+    if not must_rebuild(phase.connection, phase.ledger, phase.params) and not (
+        not phase.execute and why_rebuild(phase.connection, phase.params)
+    ):
         return Table(("index",), [("stays as it is",)])
     return rebuild_index.apply(phase)
 
 
 def verify_new(phase: Phase) -> Gates:
     """The rebuilt index, proved before it takes its place; one that stays as it is, present."""
-    return rebuild_index.verify_new(phase) if must_rebuild(phase) else rebuild_index.check(phase)
+    return (
+        rebuild_index.verify_new(phase)
+        if must_rebuild(phase.connection, phase.ledger, phase.params)
+        else rebuild_index.check(phase)
+    )
 
 
 @changes
 def swap(phase: Phase) -> Table:
     """Puts the new index into its place, where there is one."""
-    if not must_rebuild(phase):
+    if not must_rebuild(phase.connection, phase.ledger, phase.params):
         return Table(("index",), [("stays as it is",)])
     return rebuild_index.swap(phase)
 
 
 def verify(phase: Phase) -> Gates:
     """Catalogue, files and library are of one release, in every session; the index is sound and finds as much."""
+    connection, params = phase.connection, phase.params
     return extension.verify(phase) + collect(
-        [*_library_is_new(phase), holders(phase), _index_is_sound(phase), _recall_is_kept(phase)]
+        [
+            *_library_is_new(connection, params),
+            holders(connection, params),
+            _index_is_sound(connection, phase.ledger, params),
+            _recall_is_kept(phase),
+        ]
     )
 
 
-def _library_is_new(phase: Phase) -> list[Gate]:
+def _library_is_new(connection: db.Connection, params: Params) -> list[Gate]:
     """On servers that name the libraries that a session has loaded."""
-    loaded, (installed, _) = loaded_release(phase), _releases(phase)
+    loaded, (installed, _) = loaded_release(connection, params), _releases(connection, params)
     if loaded is None:
         return []
     return [
@@ -202,23 +235,23 @@ def _library_is_new(phase: Phase) -> list[Gate]:
     ]
 
 
-def _changed_at(phase: Phase) -> tuple[datetime | None, str]:
+def _changed_at(connection: db.Connection, params: Params) -> tuple[datetime | None, str]:
     """When the library's file changed; None, and the role, where this role may not see it."""
-    may = db.one(phase.connection, SQL["may_look_at_files"], phase.params)
+    may = db.one(connection, SQL["may_look_at_files"], params)
     if not may["may"]:
         return None, may["role"]
-    found = db.rows(phase.connection, SQL["library_file"], phase.params)
+    found = db.rows(connection, SQL["library_file"], params)
     return (found[0]["changed_at"] if found else None), may["role"]
 
 
-def holders(phase: Phase) -> Gate:
+def holders(connection: db.Connection, params: Params) -> Gate:
     """Sessions that may still have the old library loaded: a process keeps the file that it opened.
 
     What other sessions have loaded nobody can see from outside; what can be seen is that they began before the file
     changed. Where that cannot be seen either, every session older than this one may hold it.
     """
-    changed_at, role = _changed_at(phase)
-    older = db.rows(phase.connection, SQL["older_sessions"], phase.params, changed_at=changed_at)
+    changed_at, role = _changed_at(connection, params)
+    older = db.rows(connection, SQL["older_sessions"], params, changed_at=changed_at)
     shown = some([f"pid {s['pid']} ({s['role']}, {s['application'] or 'no name'})" for s in older], SHOWN_SESSIONS)
     when = f"the library's file changed, {changed_at:%Y-%m-%d %H:%M:%S}" if changed_at else "this one"
     grants = f"GRANT EXECUTE ON FUNCTION pg_config(), pg_stat_file(text, boolean) TO {role};"
@@ -235,12 +268,12 @@ def holders(phase: Phase) -> Gate:
     )
 
 
-def _index_is_sound(phase: Phase) -> Gate:
-    why = _pending(phase)
+def _index_is_sound(connection: db.Connection, ledger: Ledger, params: Params) -> Gate:
+    why = _pending(connection, ledger, params)
     return gate(
         "upgrade.index_is_not_of_a_faulty_vacuum",
         not why,
-        index_name(phase.params),
+        index_name(params),
         found=why or "rebuilt since, or never at risk",
         needed=f"an HNSW index that no release before {pgvector_releases.VACUUMS_HNSW_SAFELY} has vacuumed",
         danger="links that were lost then stay lost: the new library does not bring them back",
@@ -250,21 +283,15 @@ def _index_is_sound(phase: Phase) -> Gate:
 
 def _recall_is_kept(phase: Phase) -> Gate:
     last = phase.ledger.latest("upgrade")
-    before = _recall_of(phase, last["from"]) if last else None
-    was = (
-        index_recall.IndexRecall(**{k: before[k] for k in index_recall.IndexRecall.__dataclass_fields__})
-        if before
-        else None
-    )
-    now = _measure(phase)
-    measured = {k: now[k] for k in index_recall.IndexRecall.__dataclass_fields__} if "recall" in now else None
-    found = index_recall.IndexRecall(**measured) if measured else None
-    return rebuild_index.recall_gate(phase, "upgrade.recall_is_kept", index_name(phase.params), was, found)
+    before = _recall_of(phase.ledger, last["from"]) if last else None
+    was, now = (index_recall.IndexRecall.of_data(body) for body in (before, _measure(phase)))
+    do = "run operate/rebuild_index: many rows of one vector, written since the build, cut others off; or "
+    return rebuild_index.recall_gate(phase.params, "upgrade.recall_is_kept", index_name(phase.params), was, now, do)
 
 
-def undo_plan(phase: Phase) -> db.Plan:
+def undo_plan(connection: db.Connection) -> db.Plan:
     """Nothing: pgvector has no script from a newer release to an older one. :func:`way_back` says what there is."""
-    return db.Plan((), phase.connection)
+    return db.Plan((), connection)
 
 
 def way_back(phase: Phase) -> Table:

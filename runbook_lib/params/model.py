@@ -134,6 +134,11 @@ class Params(Section):
     def function_name(self) -> str:
         return self.search.function or f"search_{self.target.name}"
 
+    @property
+    def lowest_recall(self) -> float:
+        """The recall down to which a search that was proved still counts as good."""
+        return max(0.0, self.tune.target_recall - self.watch.largest_recall_loss)
+
     def for_record(self) -> dict[str, Any]:
         """The parameters as plain data; they hold no secrets, so they can be shown whole."""
         return self.model_dump(mode="json", by_alias=True)

@@ -22,7 +22,7 @@ from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.registry import STEPS, current, notebook, notebooks
 from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
-from runbook_lib.runner import ending, folders, runner, selection, verify
+from runbook_lib.runner import ending, finishing, folders, runner, selection, verify
 from runbook_lib.runner import manifest as manifests
 from runbook_lib.runner.manifest import BY_HAND, EXIT_CODES, Manifest, PhaseRun, Status
 from runbook_lib.sql import load
@@ -92,7 +92,7 @@ def finish(folder: Path, params: Params, run: Manifest, why: str = "") -> Manife
     )
     for phase in done:
         verify.note_notebook(params, run.run_id, phase, folder / f"{phase.file}.ipynb")
-    return runner.finish(folder, params, run)
+    return finishing.finish(folder, params, run)
 
 
 def _remove_copies(folder: Path) -> None:

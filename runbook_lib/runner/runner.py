@@ -9,8 +9,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,11 +28,12 @@ from runbook_lib.core.redaction import redacted
 from runbook_lib.core.registry import STEPS, current, notebook, notebooks, waits
 from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
-from runbook_lib.runner import ending, folders, kernels, notify, selection, verify
+from runbook_lib.runner import ending, finishing, folders, kernels, selection, verify
 from runbook_lib.runner import manifest as manifests
 from runbook_lib.runner.ending import Outcome
+from runbook_lib.runner.finishing import Say
 from runbook_lib.runner.kernels import Kernels
-from runbook_lib.runner.manifest import BAD_INPUT, BY_HAND, EXIT_CODES, SYMBOLS, Manifest, PhaseRun, Status
+from runbook_lib.runner.manifest import BAD_INPUT, EXIT_CODES, SYMBOLS, Manifest, PhaseRun, Status
 from runbook_lib.runner.stopping import (
     TIME_LIMIT,
     Stop,
@@ -49,8 +49,6 @@ SQL = load("runner")
 
 # What jupyter_client says of a kernel that died before its first cell, and how often one is started.
 NEVER_STARTED, KERNEL_STARTS = "Kernel died before replying to kernel_info", 3
-
-Say = Callable[[str], None]
 
 logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would say, the record says better
 
@@ -97,16 +95,16 @@ def run(
     chosen = selection.chosen(params, way, first, last, execute, say)
     if not chosen:
         return RunResult(Status.PASSED, EXIT_CODES[Status.PASSED], None)
-    settle_abandoned(params, execute)
+    finishing.settle_abandoned(params, execute)
     folder = folders.new_folder(params.record, params.target.name)
     manifest = first_manifest(folder.name, params, Path(params_file).resolve(), way, execute, chosen)
     if verbose:
         say = _stamped(say, folder.name)
     with stopped_by_signals(params, folder.name) as stop:
-        _save(folder, manifest)
+        finishing.save(folder, manifest)
         say(f"run {folder.name}: {way} {manifest.table}, " + ("carried out" if execute else "plan only"))
         manifest = _run_claimed(folder, params, manifest, stop, say, verbose)
-        manifest = finish(folder, params, manifest, say)
+        manifest = finishing.finish(folder, params, manifest, say)
         if manifest.head:
             say(f"the ledger ends with {manifest.head}")
     from runbook_lib.runner import record
@@ -117,33 +115,6 @@ def run(
     if manifest.status == Status.PASSED and manifest.exit_code:
         error = manifest.notes[-1]
     return RunResult(Status(manifest.status), manifest.exit_code, folder, error, manifest.head)
-
-
-def settle_abandoned(params: Params, execute: bool) -> None:
-    """Tells the truth about runs whose runner was killed: no one else will, and their record says running.
-
-    A manifest on disk proves nothing: sessions are ended, and rows written, only for a run of which the ledger says
-    that it began here, by that process, and did not end; and never while its runner is still connected.
-    """
-    for folder, old in manifests.abandoned(params.record.runs_dir, params.target.name):
-        settled = manifests.interrupted(old, "the runner was killed; its end was found out by a later run")
-        if not old.execute:
-            _save(folder, settled)
-        elif old.way == BY_HAND:
-            continue  # `runbook lab` and `runbook record` make its record
-        elif execute and _began_and_is_gone(params, old):
-            end_sessions(params, old.run_id)
-            finish(folder, params, settled)
-
-
-def _began_and_is_gone(params: Params, old: Manifest) -> bool:
-    with db.connect(params, "runbook-runner") as connection:
-        entries = Ledger(connection, params, old.run_id, "").entries(old.run_id)
-        noted = [e["body"] for e in entries if e["kind"] in ("run", "record")]
-        began = len(noted) == 1 and noted[0].get("status") == "started"
-        here = began and (noted[0].get("host"), noted[0].get("pid")) == (old.host, old.pid)
-        name = claim.runner_name(old.run_id)
-        return here and not db.one(connection, SQL["is_connected"], params, name=name)["connected"]
 
 
 def _note_server(params: Params, manifest: Manifest, say: Say) -> None:
@@ -163,12 +134,6 @@ def _note_server(params: Params, manifest: Manifest, say: Say) -> None:
             f"the server is on timeline {now['timeline']}, and was on {was['timeline']}: a standby was promoted, or a"
             " backup recovered; what had not reached it is done again, as its ledger says"
         )
-
-
-def _save(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest; on a full disk the end of the run says so, and the work goes on."""
-    with suppress(OSError):
-        manifests.write(folder, manifest)
 
 
 def _to_standard_error(line: str) -> None:
@@ -258,12 +223,12 @@ def _run_phases(
     folder: Path, params: Params, manifest: Manifest, ahead: Kernels, stop: Stop, say: Say, verbose: bool
 ) -> Manifest:
     """Phase after phase, up to the first that does not pass; the manifest as it stands at the end."""
-    started_noted = _note_run(params, manifest, "started")
+    started_noted = finishing.note_run(params, manifest, "started")
     exit_code = EXIT_CODES[Status.PASSED]
     for position, pending in enumerate(manifest.phases):
         running = replace(pending, status=Status.RUNNING, started=manifests.now())
         manifest = manifest.with_phase(running)
-        _save(folder, manifest)
+        finishing.save(folder, manifest)
         if verbose:
             say(f"{SYMBOLS[Status.RUNNING]} {pending.name}")
         clock = time.perf_counter()
@@ -272,7 +237,7 @@ def _run_phases(
         manifest = _settle(
             folder, params, manifest, replace(running, status=outcome.status, seconds=seconds, error=outcome.error)
         )
-        started_noted = started_noted or _note_run(params, manifest, "started")
+        started_noted = started_noted or finishing.note_run(params, manifest, "started")
         say(f"{SYMBOLS[outcome.status]} {pending.name:<26} {outcome.status:<12} {duration(seconds)}")
         nothing_done = position == 0 and outcome.raised == BadInput.__name__
         exit_code = BAD_INPUT if nothing_done else EXIT_CODES[outcome.status]
@@ -366,100 +331,5 @@ def _settle(folder: Path, params: Params, manifest: Manifest, done: PhaseRun) ->
     if manifest.execute and sha256 and (why := quietly(verify.note_notebook, params, manifest.run_id, done, path)):
         notes.append(f"{done.name}: its hash did not reach the ledger: {why}")
     manifest = replace(manifest.with_phase(done), notes=tuple(notes))
-    _save(folder, manifest)
+    finishing.save(folder, manifest)
     return manifest
-
-
-def _note_run(params: Params, manifest: Manifest, status: str) -> bool:
-    """The first or the last row of a run; False where nothing is carried out or there is no ledger (yet)."""
-    if not manifest.execute:
-        return False
-    try:
-        with db.connect(params, "runbook-runner") as connection:
-            ledger = Ledger(connection, params, manifest.run_id, manifest.way)
-            if not ledger.exists():
-                return False
-            ledger.append(
-                "run",
-                {
-                    "status": str(status),
-                    "execute": manifest.execute,
-                    "from": manifest.phases[0].name,
-                    "to": manifest.phases[-1].name,
-                    "started": manifest.started,
-                    "host": manifest.host,
-                    "pid": manifest.pid,
-                    "user": manifest.user,
-                },
-            )
-    except (BadInput, psycopg.Error):
-        return False  # the manifest says how the run ended, and no statement depends on this row
-    return True
-
-
-def finish(folder: Path, params: Params, manifest: Manifest, say: Say | None = None) -> Manifest:
-    """The last row, the pages, who is told (if anybody is, by ``say``), and the seal on all of it.
-
-    Pages that cannot be written cost the record only those, and the run its exit code: no one may rely on a record
-    that is not there. The seal says that it is incomplete, and `runbook record` completes it. A record without a seal
-    costs the exit code too, and stays without one: `runbook verify` says so.
-    """
-    from runbook_lib.runner import record  # its pictures cost half a second that a refused run need not wait for
-
-    _note_run(params, manifest, manifest.status)
-    _save(folder, manifest)
-    complete = True
-    try:
-        record.write(folder, params, manifest)
-    except OSError as error:
-        complete = False
-        manifest = _without_page(manifest, error, say)
-    if say is not None:
-        for note in (notes := notify.of_run(params, manifest, folder)):
-            say(note)
-        manifest = replace(manifest, notes=(*notes, *manifest.notes))
-    try:
-        manifests.write(folder, manifest)
-    except OSError as error:
-        manifest, complete = (manifest if not complete else _without_page(manifest, error, say)), False
-    try:
-        manifest = replace(manifest, head=verify.seal(folder, params, manifest, complete))
-    except (OSError, BadInput, psycopg.Error) as error:
-        why = " ".join(str(error).split())
-        manifest = _lacking(manifest, f"the record could not be sealed in the ledger: {why}", say)
-    _save(folder, manifest)
-    return manifest
-
-
-def _without_page(manifest: Manifest, error: OSError, say: Say | None) -> Manifest:
-    do = f"make room, then `runbook record PARAMS {manifest.run_id}`"
-    return _lacking(manifest, f"a page of the record could not be written: {error}; {do}", say)
-
-
-def _lacking(manifest: Manifest, note: str, say: Say | None) -> Manifest:
-    """A run of which the record lacks something: it is noted, said, and costs an exit code of 0."""
-    if say is not None:
-        say(note)
-    exit_code = manifest.exit_code or EXIT_CODES[Status.CRASHED]
-    return replace(manifest, exit_code=exit_code, notes=(*manifest.notes, note))
-
-
-def write_again(params_file: str | Path, run_id: str) -> Path:
-    """Writes the record of a run that could not be written whole, from the ledger and the notebooks, and seals it.
-
-    Returns its page. Raises BadInput for a run whose record is sealed whole, or that the ledger does not know.
-    """
-    from runbook_lib.runner import record
-
-    params = load_params(params_file)
-    manifest = verify.incomplete(params, run_id)
-    folder = params.record.runs_dir / run_id
-    try:
-        params.record.runs_dir.mkdir(params.record.folder_mode, parents=True, exist_ok=True)
-        folder.mkdir(params.record.folder_mode, exist_ok=True)
-        record.write(folder, params, manifest)
-        manifests.write(folder, manifest)
-    except OSError as error:
-        raise BadInput([folders.no_record(params.record.runs_dir, error)]) from error
-    manifests.write(folder, replace(manifest, head=verify.seal(folder, params, manifest, True)))
-    return folder / "index.html"

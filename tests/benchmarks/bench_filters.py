@@ -239,10 +239,10 @@ def measured(phase: Phase, of: FilterClass) -> Row:
     p = phase.params
     own = query_set.with_vectors(p, [Query(q["query_id"], q["text"]) for q in queries(UNSEEN, 10_000)])
     asked = [replace(q, allowed=of.asked[i % len(of.asked)] if of.asked else ()) for i, q in enumerate(own)]
-    with exact.snapshot(phase) as connection:
+    with exact.snapshot(phase.connection, phase.params) as connection:
         asked = exact.answered(connection, p, asked, K)
     way = way_of(phase, of)
-    with replica.connect(phase, "benchmark") as connection:
+    with replica.connect(phase.connection, phase.params, "benchmark") as connection:
         tried = [loop.measure(connection, p, each, asked) for each in every_way(phase)]
         reached = sorted((m for m in tried if m.recall >= TARGET and not m.rows_short), key=lambda m: m.p50_ms)
         call = statements.filtered_call_statement(connection, p)

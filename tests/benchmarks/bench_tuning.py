@@ -46,7 +46,7 @@ def times_slower(phase: Phase, choice: Choice, best: Measured, asked: Sequence[A
     if choice.chosen.way == best.way:
         return 1.0
     seconds: dict[Any, list[float]] = {choice.chosen.way: [], best.way: []}
-    with replica.connect(phase, "tune") as connection:
+    with replica.connect(phase.connection, phase.params, "tune") as connection:
         for _ in range(ROUNDS):
             for way, found in seconds.items():
                 found.append(loop.measure(connection, phase.params, way, asked).p50_ms)
@@ -81,7 +81,10 @@ def test_every_class_reaches_the_target_at_the_price_of_the_best_way(
     phase = dictionary(tune={"target_recall": target}, target={"filters": FILTERS})
     found = tune.apply(phase)
     assert isinstance(found, tune.Tuning)
-    asked = {str(c): q for c, q in filter_classes.questions(phase, [c.of for c in found.choices])[0].items()}
+    asked = {
+        str(c): q
+        for c, q in filter_classes.questions(phase.connection, phase.params, [c.of for c in found.choices])[0].items()
+    }
     ratios = show(phase, found, asked, target)
     for choice in found.choices[1:]:
         assert choice.chosen is not None and choice.chosen.recall >= target, str(choice.of)
@@ -109,7 +112,10 @@ def follow_the_advice(phase: Phase, dictionary: Callable[..., Phase], found: tun
     build_index.apply(phase)
     again = tune.apply(phase)
     assert isinstance(again, tune.Tuning)
-    asked = {str(c): q for c, q in filter_classes.questions(phase, [c.of for c in again.choices])[0].items()}
+    asked = {
+        str(c): q
+        for c, q in filter_classes.questions(phase.connection, phase.params, [c.of for c in again.choices])[0].items()
+    }
     show(phase, again, asked, target)
     assert again.choices[0].chosen is not None and again.choices[0].chosen.recall >= target
     return phase

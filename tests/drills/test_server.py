@@ -208,7 +208,7 @@ def test_a_cut_over_that_the_promoted_standby_never_received_is_made_again(
     assert answers(either) == {"legacy"}
     kit.finish(params_file)
     with kit.opened(params_file, "90_cut_over") as phase:
-        assert cut_over.steps_left(phase) == [100]
+        assert cut_over.steps_left(phase.connection, phase.ledger, phase.params) == [100]
         cut_over.apply(phase)
         assert cut_over.verify(phase).passed
     assert answers(either) == {"vector"}
