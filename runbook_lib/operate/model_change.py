@@ -130,7 +130,8 @@ def _targets_fit(phase: Phase, old: Params) -> Gate:
         "target.schema": lambda p: p.target.schema_,
         "target.table": lambda p: p.target.table,
         "target.key": lambda p: p.target.key,
-        "target.filters": lambda p: p.target.filters,
+        "target.filters": lambda p: p.target.each_filter,
+        "target.always": lambda p: p.target.always,
         "ledger.schema": lambda p: p.ledger.schema_,
         "connection": db.dsn,
     }

@@ -72,9 +72,8 @@ class Target(Section):
     text_columns: list[Name] = Field(min_length=1, description="Columns to embed, in this order.")
     filters: Filters = Field(
         {},
-        description="What the application filters by: a list of columns, compared for equality, or a mapping:"
-        ' `status:` for a column, `max_price: {type: numeric, where: "t.price <= :max_price"}` for a condition on'
-        " the row t.",
+        description="What the application filters by: a list of columns, or a mapping of names, each to nothing for a"
+        " column, or to a condition on the row t and the type of its value.",
     )
     always: Expression | None = Field(
         None, description='Condition on the row t of every search, such as "t.deleted_at IS NULL".'
