@@ -8,14 +8,16 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.benchmark import exact
+from runbook_lib.benchmark import cheapest_way, exact, loop, query_set
+from runbook_lib.benchmark.prepared import reads_index
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
-from runbook_lib.search import search_function, share_classes, statements
+from runbook_lib.search import search_function, share_classes, statements, ways
 from tests import toy
 from tests.test_filter_checks import SOUND
+from tests.test_tune import measured
 
 VALUES: dict[str, str] = {
     "status": "Draft",
@@ -129,3 +131,32 @@ def test_exact_answers_are_those_of_the_conditions(searched: Phase, articles: ps
         expected = truth(articles, " AND ".join(["t.id % 5 > 0", *(CONDITIONS[n] for n in given)]))
         assert query.exact and set(map(int, query.exact.keys)) == expected
     assert checked.verdict == "PASS"
+
+
+def test_a_partial_index_on_what_always_holds_is_advised_and_serves(
+    open_phase: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    articles.execute(
+        "INSERT INTO articles (title, body) SELECT 'word ' || i % 97, 'more ' || i % 89"
+        " FROM generate_series(1, 3000) i;"
+        "UPDATE articles SET views = id % 50"
+    )
+    always = "t.views = 7 AND t.title <> 't.x'"
+    tuning = {"queries": 40, "ef_search": [1, 2], "target_recall": 0.999}
+    sections = {"target": {"always": always}, "tune": tuning, "index": {"m": 2, "ef_construction": 4}}
+    phase = open_phase("70_tune", **sections, embeddings={"callable": "tests.toy:embed_apart"})
+    for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
+        module.apply(phase)
+    articles.execute(f"ALTER DATABASE {articles.info.dbname} SET enable_seqscan = off")  # type: ignore[call-overload]
+    points = [measured(ways.Way("index", 2, "strict_order", 20_000), recall=0.7, p50_ms=5)]
+    advice = cheapest_way._denser_index(phase.params, points)
+    assert 'WHERE "articles".views = 7 AND "articles".title <> \'t.x\';' in advice
+    statement = advice[advice.index("CREATE INDEX") : advice.index(";") + 1]
+    articles.execute(statement)  # type: ignore[call-overload]
+    articles.execute("ANALYZE articles")
+    with db.connect(phase.params, "test") as connection:
+        (query,) = query_set.with_vectors(phase.params, [Query("q", "cookie leaks")])
+        route = statements.route_statement(connection, phase.params, "vector")
+        plan = loop.planned(connection, phase.params, route, query)
+        assert plan.indexes == ["articles_embedding_hnsw_always"]
+        assert reads_index(connection, phase.params, plan)

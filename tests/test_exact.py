@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from pgvector.psycopg import register_vector
 
-from runbook_lib.benchmark import exact
+from runbook_lib.benchmark import exact, filter_classes
 from runbook_lib.benchmark.query_set import Query, exact_of, with_exact
 from runbook_lib.benchmark.recall_at_k import Nearest, share
 from runbook_lib.core import db
@@ -154,3 +154,20 @@ def test_answers_that_differ_fail_the_gate(rows: psycopg.Connection[Any], make_p
         "  do      run 70_tune again when nobody writes to the table; if it stays, report this with the versions of"
         " pgvector and numpy"
     )
+
+
+def test_values_that_their_type_holds_equal_are_one(
+    rows: psycopg.Connection[Any], make_params: Callable[..., Params]
+) -> None:
+    rows.execute("CREATE EXTENSION citext")
+    fill(rows, "bigint", "vector")
+    rows.execute("ALTER TABLE articles ALTER topic TYPE citext; UPDATE articles SET topic = 'THIRD' WHERE id % 6 = 0")
+    params = make_params(target={"filters": ["topic"]})
+    asked = [replace(queries()[0], allowed=(("topic", value),)) for value in ("third", "Third", "THIRD")]
+    with db.connect(params, "test") as connection, connection.transaction():
+        found = exact.answered(connection, params, asked, K)
+        checked = exact.stream_agrees_with_sql(connection, params, found, K)
+        shares = filter_classes.shares(connection, params, ["topic"])
+    assert len({q.exact.keys for q in found if q.exact}) == 1
+    assert [a.matching for a in exact_of(found)] == [970] * 3 and checked.verdict == "PASS"
+    assert len(shares) == 2 and sum(value.lower() == "third" for value in shares) == 1

@@ -14,10 +14,10 @@ from runbook_lib.benchmark.filter_classes import FilterClass
 from runbook_lib.benchmark.loop import Measured, measure
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
-from runbook_lib.core.names import identifier, names, spelled
+from runbook_lib.core.names import identifier, index_name, names, shortened, spelled, verbatim
 from runbook_lib.core.thresholds import apart, at_least, score
 from runbook_lib.params import Params
-from runbook_lib.search import combined_filters, ways
+from runbook_lib.search import combined_filters, conditions, ways
 from runbook_lib.search.ways import Way
 
 # Questions that say whether a way is worth measuring in full.
@@ -185,6 +185,11 @@ def _denser_index(params: Params, points: Sequence[Measured]) -> str:
     recall, _ = apart(best.recall if best else 0.0, params.tune.target_recall, score)
     found = f"the best setting, {best.way}, finds {recall} in {best.p50_ms:.1f} ms. " if best else ""
     i = params.index
+    if (kept := conditions.always_of_an_index(params)) and vector_store.of(params).in_the_table:
+        # Plans are known to read the vectors' index by its name.
+        name = identifier(shortened(index_name(params), "_always"))
+        statement = _pasted(_create(params, verbatim(kept), name))
+        found += f"Give the rows of target.always an index of their own, and run 70_tune again: {statement} Or: "
     if i.storage == "bit":
         return f"{found}Sort more rows again, index.rerank: {2 * i.rerank}, or go over to index.storage: halfvec"
     if i.method == "ivfflat":
@@ -199,20 +204,26 @@ def _btree(params: Params, columns: Sequence[str]) -> str:
 
 
 def _partial(params: Params, of: FilterClass) -> Iterator[str]:
-    n = names(params)
-    statement = sql.SQL("CREATE INDEX CONCURRENTLY ON {table} USING {method} ({indexed} {ops}) WHERE {condition};")
     for value in of.shares:
         parts = zip(of.columns, combined_filters.parts(of.columns, value), strict=True)
         wanted = [sql.SQL("{} = {}").format(identifier(c), sql.Literal(v)) for c, v in parts]
-        yield _pasted(
-            statement.format(
-                table=n["table"],
-                method=sql.SQL(params.index.method),
-                indexed=n["indexed"],
-                ops=n["operator_class"],
-                condition=sql.SQL(" AND ").join(wanted),
-            )
-        )
+        yield _pasted(_create(params, sql.SQL(" AND ").join(wanted)))
+
+
+def _create(params: Params, condition: sql.Composable, name: sql.Composable | None = None) -> sql.Composed:
+    """A vector index on the rows of a condition."""
+    statement = sql.SQL(
+        "CREATE INDEX CONCURRENTLY {name}ON {table} USING {method} ({indexed} {ops}) WHERE {condition};"
+    )
+    n = names(params)
+    return statement.format(
+        name=sql.SQL("{} ").format(name) if name else sql.SQL(""),
+        table=n["table"],
+        method=sql.SQL(params.index.method),
+        indexed=n["indexed"],
+        ops=n["operator_class"],
+        condition=condition,
+    )
 
 
 def _pasted(statement: sql.Composed) -> str:
