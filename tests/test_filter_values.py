@@ -74,6 +74,7 @@ FILTERS: dict[str, Any] = {
     "status": None,
     "most_views": {"type": "int", "where": "t.views <= :most_views"},
     "has": {"type": "text[]", "where": "t.words @> :has"},
+    "states": {"type": "text[]", "where": "t.status = ANY (:states)"},
     "owner": {"type": "bigint", "where": "EXISTS (SELECT FROM acl a WHERE a.doc = t.id AND a.user_id = :owner)"},
     "meta": {"type": "jsonb", "where": "t.meta @> :meta"},
     "odd": {"type": "int", "where": "t.title = :odd::text"},
@@ -101,11 +102,14 @@ def test_values_are_found_for_every_share(filtered: Params, articles: psycopg.Co
         known = filter_values.of_filters(connection, filtered, own)
         found = filter_values.by_class(connection, filtered, own, random.Random(1))
     assert known["owner"][0] == "3" and set(known["owner"]) == {str(u) for u in range(7)}
+    assert known["states"] == ['{"Stable"}'], "of one value no larger set can be made"
     assert known["status"] == ["Stable"] and known["meta"] == ['{"a": 1}'] and known["odd"] == []
     assert {'{"x"}', '{"the"}', '{"cookie"}'} <= set(known["has"])
     assert len(known["most_views"]) > 15, "a value that cuts at two shares is named once"
     names = {name for name, _ in found}
-    assert names == {"most_views", "has", "owner", share_classes.TOGETHER}, "no row has that meta, nothing is odd"
+    assert names == {"most_views", "has", "states", "owner", share_classes.TOGETHER}, (
+        "no row has that meta, nothing is odd"
+    )
     classes = {c for name, c in found if name == "most_views"}
     assert classes >= {"0.03 to 0.1 %", "0.3 to 1 %", "10 to 30 %", "above 30 %"}
     for (name, listed), asked in found.items():

@@ -179,7 +179,10 @@ def unseen(phase: Phase, chosen: tune.Tuning) -> list[FilterClass]:
         if len(mine) < OF_A_CLASS and filter_values.any_row(phase.connection, p, estimate, allowed):
             mine[allowed] = share
     order = [*conditions, share_classes.TOGETHER]
-    places = sorted(found, key=lambda place: (order.index(place[0]), share_classes.NAMES.index(place[1])))
+    places = sorted(
+        (place for place, mine in found.items() if mine),
+        key=lambda place: (order.index(place[0]), share_classes.NAMES.index(place[1])),
+    )
     return [
         filter_classes.UNFILTERED,
         *(
