@@ -162,7 +162,8 @@ def test_values_that_their_type_holds_equal_are_one(
     rows.execute("CREATE EXTENSION citext")
     fill(rows, "bigint", "vector")
     rows.execute(
-        "ALTER TABLE articles ALTER topic TYPE citext; UPDATE articles SET topic = 'THIRD' WHERE id % 6 = 0 AND topic = 'third'"
+        "ALTER TABLE articles ALTER topic TYPE citext;"
+        " UPDATE articles SET topic = 'THIRD' WHERE id % 6 = 0 AND topic = 'third'"
     )
     params = make_params(target={"filters": ["topic"]})
     asked = [replace(queries()[0], allowed=(("topic", value),)) for value in ("third", "Third", "THIRD")]
