@@ -74,7 +74,7 @@ FILTERS: dict[str, Any] = {
     "status": None,
     "most_views": {"type": "int", "where": "t.views <= :most_views"},
     "has": {"type": "text[]", "where": "t.words @> :has"},
-    "states": {"type": "text[]", "where": "t.status = ANY (:states)"},
+    "states": {"type": "mood[]", "where": "t.mood = ANY (:states)"},
     "owner": {"type": "bigint", "where": "EXISTS (SELECT FROM acl a WHERE a.doc = t.id AND a.user_id = :owner)"},
     "meta": {"type": "jsonb", "where": "t.meta @> :meta"},
     "odd": {"type": "int", "where": "t.title = :odd::text"},
@@ -85,7 +85,9 @@ FILTERS: dict[str, Any] = {
 def filtered(articles: psycopg.Connection[Any], make_params: Callable[..., Params]) -> Params:
     articles.execute(
         "CREATE EXTENSION vector;"
-        "ALTER TABLE articles ADD words text[], ADD meta jsonb, ADD embedding vector(8);"
+        "CREATE TYPE mood AS ENUM ('Stable', 'Draft');"
+        "ALTER TABLE articles ADD mood mood DEFAULT 'Stable', ADD words text[],"
+        "  ADD meta jsonb, ADD embedding vector(8);"
         "INSERT INTO articles (title, body) SELECT 'more', 'x' FROM generate_series(1, 2000);"
         "UPDATE articles SET views = id, words = string_to_array(body, ' '), embedding = '[1,1,1,1,1,1,1,1]';"
         "CREATE TABLE acl (doc bigint, user_id bigint);"

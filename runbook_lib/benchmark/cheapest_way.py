@@ -185,7 +185,7 @@ def _denser_index(params: Params, points: Sequence[Measured]) -> str:
     recall, _ = apart(best.recall if best else 0.0, params.tune.target_recall, score)
     found = f"the best setting, {best.way}, finds {recall} in {best.p50_ms:.1f} ms. " if best else ""
     i = params.index
-    if (kept := conditions.always_of_an_index(params)) and vector_store.of(params).in_the_table:
+    if (kept := conditions.always_of_an_index(params)) and vector_store.of(params).knows_filters:
         # Plans are known to read the vectors' index by its name.
         name = identifier(shortened(index_name(params), "_always"))
         statement = _pasted(_create(params, verbatim(kept), name))

@@ -96,7 +96,8 @@ def of_filters(connection: db.Connection, params: Params, queries: Sequence[Quer
 
 def _held(connection: db.Connection, params: Params, f: Filter) -> list[str]:
     """Values that let through rows, of many frequencies, from what the column holds that is compared with them."""
-    kind = conditions.types(connection, params)[f.name]
+    # The catalogue spells an array of a type of the user's own without brackets.
+    kind = f.type or conditions.types(connection, params)[f.name]
     column = f"t.{sql.Identifier(f.column).as_string()}" if f.column else ""
     where = Compared(spelled(params, "table"), column, "=", False, True) if f.column else _told(params, f)
     elements = where is not None and (where.any or where.operator in ARRAYS)
