@@ -78,7 +78,9 @@ def test_there_through_age_and_a_rebuild_and_back(
     before, own_rows = dump(database), rows(articles)
     path = write_params(tmp_path, **IVFFLAT)
     step_all("migrate", MIGRATE, path)
-    settings = articles.execute("SELECT proconfig FROM pg_proc WHERE proname = 'search_articles'").fetchone()
+    settings = articles.execute(
+        "SELECT proconfig FROM pg_proc WHERE proname = 'search_articles' AND proconfig::text ~ 'ivfflat'"
+    ).fetchone()
     assert settings and "ivfflat.iterative_scan=relaxed_order" in settings[0]
     assert any(s.startswith("ivfflat.probes=") for s in settings[0])
     vector = "(SELECT embedding FROM articles WHERE id = 3)::real[]"

@@ -142,7 +142,9 @@ def new_vector(text: str) -> list[float]:
 
 
 def definition(connection: psycopg.Connection[Any]) -> str:
-    row = connection.execute("SELECT pg_get_functiondef('search_articles'::regproc)").fetchone()
+    row = connection.execute(
+        "SELECT pg_get_functiondef('search_articles(text, real[], int, float8)'::regprocedure)"
+    ).fetchone()
     assert row
     return str(row[0])
 
@@ -288,7 +290,8 @@ def test_the_copy_is_dropped_only_after_the_calls_that_began_before(
 def test_undo_leads_back_to_the_letter_and_twice_does_nothing(
     copied: str, articles: psycopg.Connection[Any], opened: Callable[..., Phase]
 ) -> None:
-    articles.execute("GRANT EXECUTE ON FUNCTION search_articles, search_articles_v2 TO app_of_models")
+    both = "search_articles(text, real[], int, float8), search_articles_v2(text, real[], int, float8)"
+    articles.execute(f"GRANT EXECUTE ON FUNCTION {both} TO app_of_models")
     before, text = definition(articles), dump(copied)
     phase = opened()
     model_change.apply(phase)
@@ -574,13 +577,13 @@ def test_targets_that_do_not_fit_are_refused_with_every_reason(opened: Callable[
 def test_a_caller_without_rights_on_the_new_is_named(
     articles: psycopg.Connection[Any], opened: Callable[..., Phase]
 ) -> None:
-    articles.execute("GRANT EXECUTE ON FUNCTION search_articles TO app_of_models")
+    articles.execute("GRANT EXECUTE ON FUNCTION search_articles(text, real[], int, float8) TO app_of_models")
     (failed,) = model_change.check(opened()).failed
     assert (failed.name, failed.found) == (
         "model_change.callers_may_call_the_new",
         "app_of_models may not call it, or not read embedding_v2",
     )
-    articles.execute("GRANT EXECUTE ON FUNCTION search_articles_v2 TO app_of_models")
+    articles.execute("GRANT EXECUTE ON FUNCTION search_articles_v2(text, real[], int, float8) TO app_of_models")
     articles.execute("GRANT SELECT ON articles TO app_of_models")
     assert model_change.check(opened()).passed
 

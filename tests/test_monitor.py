@@ -103,7 +103,7 @@ def test_a_setting_that_somebody_changed_is_named_at_every_look(
 ) -> None:
     phase = tuned()
     assert not failed(phase)
-    signature = articles.execute("SELECT 'search_articles'::regproc::oid::regprocedure::text").fetchone()[0]  # type: ignore[index]
+    signature = articles.execute("SELECT 'search_articles(text,real[],int,float8)'::regprocedure::text").fetchone()[0]  # type: ignore[index]
     articles.execute(f"SELECT '[1]'::vector; ALTER FUNCTION {signature} SET hnsw.ef_search = 7")
     for _ in range(2):
         gate = failed(phase)["watch.settings_hold"]

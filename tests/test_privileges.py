@@ -169,7 +169,8 @@ def test_a_replaced_function_and_a_table_that_is_there_keep_their_grants(
     phase = open_phase("10_baseline", search={"grant_to": [APPLICATION]})
     search_function.apply(phase)
     generous.execute(
-        "GRANT EXECUTE ON FUNCTION search_articles TO shop_approver; GRANT SELECT ON runbook.route TO PUBLIC"
+        "GRANT EXECUTE ON FUNCTION search_articles(text, real[], int, float8) TO shop_approver;"
+        " GRANT SELECT ON runbook.route TO PUBLIC"
     )
     phase.do(search_function.create_statement(phase.connection, phase.params))
     phase.do(search_function.plan(phase).statements[0])

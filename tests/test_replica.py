@@ -40,6 +40,11 @@ READ_ENV = "RUNBOOK_TEST_READ_DSN"
 MEASURING = {"values", "rows", "exact", "tune", "plans", "index", "legacy", "fulltext", "scans"}
 
 
+FUNCTIONS_SETTINGS = (
+    "SELECT proconfig FROM pg_proc WHERE proname = 'search_articles' AND proargtypes[1] = 'real[]'::regtype"
+)
+
+
 @pytest.fixture(scope="module")
 def servers() -> Iterator[tuple[str, str]]:
     """DSN of a primary and of its streaming standby, both of which log who connects."""
@@ -171,14 +176,11 @@ def test_the_migration_and_the_watch_measure_there_and_write_here(pair: tuple[st
     assert not purposes(primary) & MEASURING
     with psycopg.connect(primary, autocommit=True) as connection:
         row = connection.execute("SELECT body->>'chosen' FROM runbook.entry WHERE kind = 'tuning'").fetchone()
-        settings = connection.execute("SELECT proconfig FROM pg_proc WHERE proname = 'search_articles'").fetchone()
+        settings = connection.execute(FUNCTIONS_SETTINGS).fetchone()
         assert row and settings and f"hnsw.ef_search={row[0]}" in settings[0]
         level(connection, standby)
     with psycopg.connect(standby, autocommit=True) as connection:
-        assert (
-            connection.execute("SELECT proconfig FROM pg_proc WHERE proname = 'search_articles'").fetchone()
-            == settings
-        )
+        assert connection.execute(FUNCTIONS_SETTINGS).fetchone() == settings
 
 
 def test_a_session_sees_all_that_was_written_before_it(opened: Opener, pair: tuple[str, str]) -> None:

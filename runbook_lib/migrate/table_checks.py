@@ -52,6 +52,8 @@ def columns_fit(look: Look) -> Iterator[Gate]:
         yield _text_column(look, column)
     for column in look.params.target.filter_columns:
         yield _filter_column(look, column)
+    for column in look.params.search.returns:
+        yield _returned_column(look, column)
 
 
 def rows_fit(look: Look) -> Iterator[Gate]:
@@ -197,6 +199,14 @@ def _filter_column(look: Look, column: str) -> Gate:
         return _missing(look, "inputs.filter_column_exists", column, "a column to filter by")
     kind = look.columns[column]["type"]
     return gate("inputs.filter_column_exists", True, f"{column} of {look.subject}", found=kind, needed="a column")
+
+
+def _returned_column(look: Look, column: str) -> Gate:
+    name = "inputs.returned_column_exists"
+    if column not in look.columns:
+        return _missing(look, name, column, "a column for the search function to return")
+    kind = look.columns[column]["type"]
+    return gate(name, True, f"{column} of {look.subject}", found=kind, needed="a column")
 
 
 def _judged_keys(look: Look) -> Gate:

@@ -278,6 +278,14 @@ class Search(Section):
 
     function: Name | None = Field(None, description="Its name; search_<target> by default.")
     grant_to: list[Name] = Field([], description="Roles that may call it.")
+    returns: list[Name] = Field(
+        [], description="Columns of the row that it returns too; who calls it must be allowed to read them."
+    )
+    smallest_similarity: float | None = Field(
+        None,
+        description="Similarity below which the vectors find nothing, unless a call says so by min_similarity."
+        " 80_shadow shows what thresholds keep and lose.",
+    )
     seen_as: list[SeenAs] = Field(
         [],
         description="With row level security: callers to measure recall as. Roles in grant_to that are not listed are"

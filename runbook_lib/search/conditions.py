@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from psycopg import sql
 
@@ -25,6 +25,12 @@ def types(connection: db.Connection, params: Params) -> dict[str, str]:
     for PostgreSQL's own.
     """
     return {name: row["type"] for name, row in _types(connection, params).items()}
+
+
+def of_columns(connection: db.Connection, params: Params, columns: Sequence[str]) -> dict[str, str]:
+    """Types of these columns of the table, likewise."""
+    found = db.rows(connection, SQL["column_types"], params, table=spelled(params, "table"), columns=list(columns))
+    return {row["name"]: row["type"] for row in found}
 
 
 def _types(connection: db.Connection, params: Params) -> dict[str, db.Row]:

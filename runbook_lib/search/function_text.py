@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from psycopg import sql
 
@@ -91,7 +91,8 @@ def functions(
     answering = [*_by_route(connection, params), *_share(connection, params)]
     if retired:
         answering = [f for f in answering if f.name != function_of(params, "legacy")]
-    return [_search(connection, params, settings, retired), *answering, _check_vector(params)]
+    search = _search(connection, params, settings, retired)
+    return [search, *overloads(connection, params, params.function_name), *answering, _check_vector(params)]
 
 
 def filter_arguments(connection: db.Connection, params: Params) -> list[Argument]:
@@ -101,24 +102,31 @@ def filter_arguments(connection: db.Connection, params: Params) -> list[Argument
 
 
 def _arguments(connection: db.Connection, params: Params) -> list[Argument]:
+    least = params.search.smallest_similarity
     return [
         Argument("query_text", "text"),
         Argument("query_embedding", "real[]", "NULL"),
         Argument("k", "integer", str(DEFAULT_K)),
         *filter_arguments(connection, params),
-        Argument("min_similarity", "double precision", "NULL"),
+        Argument("min_similarity", "double precision", "NULL" if least is None else repr(least)),
     ]
 
 
-def _search(connection: db.Connection, params: Params, settings: Mapping[str, str], retired: bool) -> Function:
-    p, arguments = params, _arguments(connection, params)
-    results = [
-        Argument(p.target.key, conditions.types(connection, p)[p.target.key]),
+def _results(connection: db.Connection, params: Params) -> list[Argument]:
+    """The columns of an answer: those of earlier releases first, for callers that read them by their place."""
+    types = conditions.of_columns(connection, params, [params.target.key, *params.search.returns])
+    return [
+        Argument(params.target.key, types[params.target.key]),
         Argument("score", "double precision"),
         Argument("answered_by", "text"),
         Argument("similarity", "double precision"),
         Argument("rank", "integer"),
+        *(Argument(column, types[column]) for column in params.search.returns),
     ]
+
+
+def _search(connection: db.Connection, params: Params, settings: Mapping[str, str], retired: bool) -> Function:
+    p, arguments, results = params, _arguments(connection, params), _results(connection, params)
     filters = bool(p.target.filters)
     made = SQL["search"].compose(
         names(p)
@@ -136,6 +144,43 @@ def _search(connection: db.Connection, params: Params, settings: Mapping[str, st
         }
     )
     return Function(p.target.schema_, p.function_name, arguments, results, made)
+
+
+# By the type of the query's vector: that of its text, how the vector is passed on, and what for. PostgreSQL takes a
+# value without a type, such as a literal, for text. An array of integers fits real[] as well as double precision[]:
+# there it prefers text to character varying, and so takes the function itself.
+OVERLOADS = {
+    "double precision[]": (
+        "character varying",
+        "query_embedding::pg_catalog.float4[]",
+        "For a list of numbers as most drivers send it.",
+    ),
+    "text": (
+        "text",
+        "pg_catalog.translate(query_embedding, '[]', '{}')::pg_catalog.float4[]",
+        "For '[1, 2, 3]', '{1, 2, 3}', and NULL or a literal without a type.",
+    ),
+}
+
+
+def overloads(connection: db.Connection, params: Params, name: str) -> list[Function]:
+    """Functions of this name, which pass other types of a query's vector on to the one that takes real[]."""
+    arguments, results = _arguments(connection, params), _results(connection, params)
+    text, vector, *others = arguments
+    made = []
+    for kind, (text_type, passed, what) in OVERLOADS.items():
+        own = [replace(text, type=text_type), replace(vector, type=kind, default=""), *others]
+        given = [sql.SQL("query_text::pg_catalog.text"), sql.SQL(passed), *(identifier(a.name) for a in others)]
+        parts = {
+            "function": identifier(params.target.schema_, name),
+            "arguments": sql.SQL(", ").join(a.declared() for a in own),
+            "results": sql.SQL(", ").join(a.declared() for a in results),
+            "default_k": sql.Literal(DEFAULT_K),
+            "passed": sql.SQL(", ").join(given),
+            "what": sql.SQL(what.replace("{", "{{").replace("}", "}}")),
+        }
+        made.append(Function(params.target.schema_, name, own, results, SQL["overload"].compose(parts)))
+    return made
 
 
 def _more(statement: sql.Composable) -> sql.Composable:
@@ -163,11 +208,17 @@ def _answers(params: Params, arguments: Sequence[Argument], retired: bool) -> sq
         for c, r, way in branches
         if way in made
     ]
-    passed = sql.SQL(", ").join(identifier(a.name) for a in arguments)
+    returned = params.search.returns
+    of_the_row = SQL["of_the_row"].compose(names(params))
+    own = {
+        "passed": sql.SQL(", ").join(identifier(a.name) for a in arguments),
+        "columns": sql.SQL("").join(sql.SQL(", {}").format(identifier("t", c)) for c in returned),
+        "of_the_row": sql.SQL("\n        {}").format(of_the_row) if returned else sql.SQL(""),
+    }
 
     def answer(route: str, way: str) -> sql.Composable:
-        own = {"answered_by": sql.Literal(route), "by_route": names(params)[f"by_{way}"], "passed": passed}
-        return SQL["answer"].compose(own, 8)
+        asked = {"answered_by": sql.Literal(route), "by_route": names(params)[f"by_{way}"]}
+        return SQL["answer"].compose(own | asked, 8)
 
     parts = [
         sql.SQL("{} {} THEN\n        {};\n    ").format(

@@ -17,7 +17,7 @@ from runbook_lib.core.gates import Gates, collect, gate
 from runbook_lib.core.names import identifier, names, shortened, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
-from runbook_lib.search import free_names, search_function
+from runbook_lib.search import free_names, function_text, search_function
 from runbook_lib.sql import load
 
 SQL = load("live")
@@ -61,12 +61,15 @@ def _names(connection: db.Connection, params: Params) -> dict[str, sql.Composabl
     ]
     # By the function's own name: a variable in it may be called as a column is.
     results = [(identifier(function_name(p), name), identifier("answer", name)) for name in facts["results"]]
+    overloads = function_text.overloads(connection, p, function_name(p))
+    more = [f.signature for f in overloads]
     return names(p) | {
         "log": _log(p),
         "log_index": identifier(f"{p.target.name}_shadow_log_at"),
         "shadow_function": _function(p),
         "arguments": verbatim(facts["arguments"]),
-        "identity": verbatim(facts["identity"]),
+        "functions": sql.SQL(", ").join([sql.SQL("{}({})").format(_function(p), verbatim(facts["identity"])), *more]),
+        "overloads": sql.SQL(";\n\n").join(f.made for f in overloads),
         "result": verbatim(facts["result"]),
         "settings": sql.SQL(" ").join(_setting(s) for s in facts["settings"]),
         "passed": sql.SQL(", ").join(passed),
@@ -85,7 +88,15 @@ def _drop_outdated(connection: db.Connection, params: Params, facts: db.Row) -> 
     shadow = next(iter(db.rows(connection, SQL["function_facts"], params, **own)), facts)
     if all(shadow[fact] == facts[fact] for fact in ("arguments", "result")):
         return sql.SQL("")
-    return sql.SQL("DROP FUNCTION {};\n").format(verbatim(shadow["function"]))
+    return sql.SQL("DROP FUNCTION {};\n").format(_all_there(connection, params))
+
+
+def _all_there(connection: db.Connection, params: Params) -> sql.Composable:
+    """The function and its overloads as they are there now, as DROP wants them."""
+    own = {"schema": spelled(params, "schema"), "function": function_name(params)}
+    return sql.SQL(", ").join(
+        verbatim(row["function"]) for row in db.rows(connection, SQL["functions"], params, **own)
+    )
 
 
 def _setting(setting: str) -> sql.Composable:
@@ -104,7 +115,9 @@ def plan(phase: Phase) -> db.Plan:
         return db.Plan((), phase.connection)
     free_names.require_function(phase.connection, phase.params, function_name(phase.params))
     extra = _names(phase.connection, phase.params)
-    statements = [db.statement(SQL[b], phase.params, extra) for b in ("create_log", "create_function")]
+    statements = [
+        db.statement(SQL[b], phase.params, extra) for b in ("create_log", "create_function", "create_overloads")
+    ]
     grants = [
         db.statement(SQL["grant"], phase.params, extra | {"role": identifier(role)})
         for role in phase.params.search.grant_to
@@ -145,10 +158,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     there = _what_is_there(phase.connection, phase.params)
     statements = []
     if there["function"]:
-        own = {
-            "shadow_function": _function(phase.params),
-            "identity": verbatim(_facts(phase.connection, phase.params, function_name(phase.params))["identity"]),
-        }
+        own = {"functions": _all_there(phase.connection, phase.params)}
         statements.append(db.statement(SQL["drop_function"], phase.params, own))
     if there["log"]:
         statements.append(db.statement(SQL["drop_log"], phase.params, {"log": _log(phase.params)}))

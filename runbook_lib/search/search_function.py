@@ -262,7 +262,7 @@ def drop_statement(params: Params, functions: Sequence[sql.Composable]) -> db.St
 
 def answering(connection: db.Connection, params: Params) -> list[sql.Composable]:
     """The functions that answer for the one that the application calls, as DROP wants them."""
-    return [verbatim(r["function"]) for r in _installed(connection, params, []) if not r["is_called"]]
+    return [verbatim(r["function"]) for r in _installed(connection, params, []) if r["answers"]]
 
 
 @changes

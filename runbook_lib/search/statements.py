@@ -168,10 +168,13 @@ def matching_statement(connection: db.Connection, params: Params) -> sql.Compose
 def filtered_call_statement(connection: db.Connection, params: Params) -> sql.Composed:
     """The same with every filter bound by its column's name; NULL lets every row through."""
     types = conditions.types(connection, params)
-    given = [
+    given: list[sql.Composable] = [
         sql.SQL(", {} => {}::{}").format(identifier(f"filter_{c}"), sql.Placeholder(c), verbatim(types[c]))
         for c in params.target.filters
     ]
+    if params.search.smallest_similarity is not None:
+        # What is measured with this call is which rows are found, before any is left out.
+        given.append(sql.SQL(", min_similarity => NULL"))
     return SQL["call_filtered"].compose(names(params) | {"filters": sql.SQL("").join(given)})
 
 

@@ -5,10 +5,16 @@
 -- purpose: The search function's arguments, result and settings.
 SELECT pg_get_function_arguments(p.oid) AS arguments, pg_get_function_identity_arguments(p.oid) AS identity,
        pg_get_function_result(p.oid) AS result, coalesce(p.proconfig, '{{}}') AS settings,
-       p.proargnames[1:p.pronargs] AS passed, p.proargnames[p.pronargs + 1:] AS results,
-       format('%%I.%%I(%%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)) AS function
-FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+       p.proargnames[1:p.pronargs] AS passed, p.proargnames[p.pronargs + 1:] AS results
+FROM pg_proc p
 WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {is_called};
+
+-- name: functions
+-- purpose: The function that the application calls during the shadow phase, and its overloads, as DROP wants them.
+SELECT format('%%I.%%I(%%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)) AS function
+FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s
+  AND 'answered_by' = ANY (p.proargnames) AND {of_trusted_owner};
 
 -- name: create_log
 -- purpose: Create the log of sampled calls: a hash of the text, names of the filters, both answers and times; no text.
@@ -94,11 +100,17 @@ BEGIN
 END
 $runbook$;
 
+-- name: create_overloads
+-- purpose: Let it take a query's vector in the types that the search function takes.
+-- lock: none on the target
+-- undo: live.drop_function
+{overloads};
+
 -- name: grant
 -- purpose: Let the application's role call it and write the log, of which it may set no number or time, and read the times alone.
 -- lock: none on the target
 -- undo: live.drop_function
-GRANT EXECUTE ON FUNCTION {shadow_function}({identity}) TO {role};
+GRANT EXECUTE ON FUNCTION {functions} TO {role};
 REVOKE INSERT ON {log} FROM {role};
 GRANT INSERT (text_hash, filters, live_route, live_ms, live_keys, other_route, other_ms, other_keys, problem),
     SELECT (logged_at) ON {log} TO {role};
@@ -107,7 +119,7 @@ GRANT INSERT (text_hash, filters, live_route, live_ms, live_keys, other_route, o
 -- purpose: Remove the function that the application called during the shadow phase.
 -- lock: none on the target
 -- undo: live.create_function
-DROP FUNCTION IF EXISTS {shadow_function}({identity});
+DROP FUNCTION IF EXISTS {functions};
 
 -- name: drop_log
 -- purpose: Remove the log of sampled calls.

@@ -153,6 +153,7 @@ WITH wanted AS (
 )
 SELECT format('%%I.%%I(%%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)) AS function,
        p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {is_called} AS is_called,
+       p.pronamespace = to_regnamespace(%(ledger)s) AND p.proname = ANY (%(by_route)s) AS answers,
        w.names IS NOT NULL AS fits, w.source IS NOT DISTINCT FROM md5(p.prosrc) AS same,
        obj_description(p.oid, 'pg_proc') AS comment,
        CASE WHEN p.proowner <> current_user::regrole THEN pg_get_userbyid(p.proowner)::text END AS owner,

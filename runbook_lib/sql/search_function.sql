@@ -77,8 +77,24 @@ asked_value  text;
 -- name: answer
 -- purpose: Part of the function: one route's function answers.
 RETURN QUERY
-SELECT answer.key, answer.score, {answered_by}, answer.similarity, answer.rank::pg_catalog.int4
-FROM {by_route}({passed}) WITH ORDINALITY AS answer (key, similarity, score, rank);
+SELECT answer.key, answer.score, {answered_by}, answer.similarity, answer.rank::pg_catalog.int4{columns}
+FROM {by_route}({passed}) WITH ORDINALITY AS answer (key, similarity, score, rank){of_the_row};
+
+-- name: of_the_row
+-- purpose: Part of the function, for search.returns: the row whose columns are returned; legacy may name others' keys.
+LEFT JOIN {table} t ON t.{key} = answer.key ORDER BY answer.rank
+
+-- name: overload
+-- purpose: The same function for a query's vector as other drivers send it.
+CREATE OR REPLACE FUNCTION {function}({arguments})
+RETURNS TABLE ({results})
+LANGUAGE plpgsql STABLE ROWS {default_k} SET search_path = pg_catalog, pg_temp AS $runbook$
+-- {what}
+#variable_conflict use_variable
+BEGIN
+    RETURN QUERY SELECT answer.* FROM {function}({passed}) AS answer;
+END
+$runbook$;
 
 -- name: refuse_legacy
 -- purpose: Part of the function once legacy is retired: without its indexes it would read the whole table.
