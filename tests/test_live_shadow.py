@@ -223,8 +223,8 @@ def test_undo_removes_each_where_the_search_function_has_gone_before(
     phase = shadowed()
     search_function.undo(phase)
     assert [s.name for s in live_shadow.undo_plan(phase)] == ["live.drop_function", "live.drop_log"]
-    articles.execute("DROP FUNCTION search_articles_shadow")
-    assert [s.name for s in live_shadow.undo_plan(phase)] == ["live.drop_log"]
+    articles.execute("DROP FUNCTION search_articles_shadow(text, real[], int, float8)")
+    assert [s.name for s in live_shadow.undo_plan(phase)] == ["live.drop_function", "live.drop_log"], "overloads"
     live_shadow.undo(phase)
     assert live_shadow.verify_undone(phase).passed
     assert live_shadow.undo_plan(phase).statements == ()

@@ -344,7 +344,7 @@ def test_without_a_swap_on_record_the_way_back_is_judged_by_the_function_that_is
     )
     model_change.undo(phase)
     assert judged() == passed
-    articles.execute("DROP FUNCTION search_articles")
+    articles.execute("DROP FUNCTION search_articles(text, real[], int, float8)")
     assert judged().splitlines()[:2] == [
         "FAIL    model_change.function_is_as_before   search_articles",
         "  found   no such function",

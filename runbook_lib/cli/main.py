@@ -26,6 +26,7 @@ from runbook_lib.cli.console import (
     terminated_like_interrupted,
 )
 from runbook_lib.cli.lab import lab, open_lab
+from runbook_lib.cli.search import search
 from runbook_lib.core.registry import MIGRATE, OPERATE, UNDO, UNDO_OPERATION, short
 from runbook_lib.runner.manifest import BAD_INPUT, SYMBOLS, Status
 
@@ -85,7 +86,7 @@ def main() -> None:
     """
 
 
-for command in (lab, cli_review.approve, cli_review.record, cli_review.verify, cli_review.diff):
+for command in (lab, search, cli_review.approve, cli_review.record, cli_review.verify, cli_review.diff):
     main.add_command(command)
 
 

@@ -247,9 +247,9 @@ def undo_plan(phase: Phase) -> db.Plan:
 
     Raises BadInput where a view or the like is made on one of them.
     """
-    if function_state(phase.connection, phase.params) is None:
-        return db.Plan((), phase.connection)
     installed = _installed(phase.connection, phase.params, [])
+    if not installed:
+        return db.Plan((), phase.connection)
     _require_no_dependents(phase.params, installed)
     dropped = [verbatim(row["function"]) for row in installed]
     return db.Plan((drop_statement(phase.params, dropped),), phase.connection)
@@ -272,13 +272,14 @@ def undo(phase: Phase) -> Table:
 
 
 def verify_undone(phase: Phase) -> Gates:
-    """No function of that name is left."""
+    """No function of that name is left, and none that answered for it."""
     found = function_state(phase.connection, phase.params)
+    left = [found["function"]] if found else [r["function"] for r in _installed(phase.connection, phase.params, [])]
     gone = gate(
         "search.function_is_gone",
-        found is None,
+        not left,
         phase.params.function_name,
-        found="no such function" if found is None else found["function"],
+        found="; ".join(left) or "no such function",
         needed="no such function",
         danger="the table is not as it was",
         do="run undo/search_function again",

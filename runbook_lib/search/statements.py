@@ -165,14 +165,19 @@ def matching_statement(connection: db.Connection, params: Params) -> sql.Compose
     return SQL["count_matching"].compose(names(params) | {"filters": filters})
 
 
-def filtered_call_statement(connection: db.Connection, params: Params) -> sql.Composed:
-    """The same with every filter bound by its column's name; NULL lets every row through."""
+def filtered_call_statement(
+    connection: db.Connection, params: Params, *, as_application: bool = False
+) -> sql.Composed:
+    """The same with every filter bound by its column's name; NULL lets every row through.
+
+    as_application: the smallest similarity leaves rows out; otherwise none is.
+    """
     types = conditions.types(connection, params)
     given: list[sql.Composable] = [
         sql.SQL(", {} => {}::{}").format(identifier(f"filter_{c}"), sql.Placeholder(c), verbatim(types[c]))
         for c in params.target.filters
     ]
-    if params.search.smallest_similarity is not None:
+    if params.search.smallest_similarity is not None and not as_application:
         # What is measured with this call is which rows are found, before any is left out.
         given.append(sql.SQL(", min_similarity => NULL"))
     return SQL["call_filtered"].compose(names(params) | {"filters": sql.SQL("").join(given)})

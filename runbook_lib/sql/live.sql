@@ -128,9 +128,9 @@ DROP FUNCTION IF EXISTS {functions};
 DROP TABLE IF EXISTS {log};
 
 -- name: what_is_there
--- purpose: Is there a function of that name, and a log?
+-- purpose: Is there a function of that name, or an overload of it, and a log?
 SELECT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s
-               AND {is_called}) AS function,
+               AND 'answered_by' = ANY (p.proargnames) AND {of_trusted_owner}) AS function,
        to_regclass(%(log)s) IS NOT NULL AS log;
 
 -- name: logged

@@ -197,6 +197,11 @@ SELECT * FROM {function}(%(query)s::text, %(embedding)s::real[], %(k)s::integer{
 -- purpose: How many rows with a vector these filters let through, up to k.
 SELECT count(*) AS rows FROM (SELECT FROM {from_vectors} WHERE {filters} AND {row_embedding} IS NOT NULL LIMIT %(k)s) m;
 
+-- name: texts_of
+-- purpose: The beginning of the first text of these rows.
+SELECT t.{key} AS key, left(t.{first_text_column}::text, 200) AS text FROM {table} t
+WHERE t.{key} = ANY (%(keys)s::text[]::{key_type}[]);
+
 -- name: force_route
 -- purpose: Name the route of the calls of this transaction, whatever the table says.
 SELECT set_config('runbook.route', %(route)s, true);
