@@ -40,7 +40,7 @@ def test_each_route_shows_the_rows_that_it_finds_and_nothing_is_changed(
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0] == "calls are answered by: vector for 30 % of the texts, legacy for the others"
-    assert [cell.split(",")[0] for cell in lines[1].split("  ") if cell] == ["legacy", "vector", "hybrid"]
+    assert [cell.split(",")[0].strip() for cell in lines[1].split("  ") if cell] == ["legacy", "vector", "hybrid"]
     assert len(lines) == 3 + 4
     search_function.move_route(phase, "vector", 100, "test")
     nearest = call(articles, "cookie leaks", 4)
