@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Queries on the sheet that a person judges.
 SHEET_QUERIES = 10
+SHOWN_LETTERS = 80
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def sheet(
     texts = {q.query_id: q.text for q in query_set.read_queries(params)}
     ids = relevance_measures.most_different(old, new, k, SHEET_QUERIES)
     keys = sorted({key for i in ids for key in (*old[i][:3], *new[i][:3])})
-    begin = {r["key"]: r["text"] for r in db.rows(connection, comparison.SQL["first_words"], params, keys=keys)}
+    found = db.rows(connection, comparison.SQL["first_words"], params, keys=keys)
+    begin = {r["key"]: " ".join(r["text"].split())[:SHOWN_LETTERS] for r in found}
     marks = comparison.judgements(connection, ledger, params)
     rows = [
         (i, texts[i], side, place, key, begin.get(key, ""), marks.get(i, {}).get(key))

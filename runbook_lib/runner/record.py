@@ -127,7 +127,7 @@ def _texts(connection: db.Connection, params: Params, entries: Iterable[Entry]) 
         rows = db.rows(connection, SQL["first_words"], params, keys=f"{{{keys}}}") if keys else []
     except psycopg.Error:
         rows = []
-    return Texts(_queries(params) if shown else {}, {row["key"]: row["text"] for row in rows})
+    return Texts(_queries(params) if shown else {}, {row["key"]: " ".join(row["text"].split()) for row in rows})
 
 
 def _queries(params: Params) -> dict[str, str]:

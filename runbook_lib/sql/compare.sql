@@ -16,7 +16,7 @@ WHERE word = ANY (%(words)s) GROUP BY word;
 
 -- name: first_words
 -- purpose: How rows begin, for a person who judges answers.
-SELECT t.{key}::text AS key, left(regexp_replace({text}, '\s+', ' ', 'g'), 80) AS text
+SELECT t.{key}::text AS key, left({text}, 200) AS text
 FROM {table} t WHERE t.{key}::text = ANY (%(keys)s);
 
 -- name: some_texts

@@ -26,7 +26,7 @@ WHERE datname = current_database() AND starts_with(application_name, %(prefix)s)
 
 -- name: first_words
 -- purpose: How the rows of these keys begin; keys is an array literal, and takes the type of the key.
-SELECT t.{key}::text AS key, left(regexp_replace({text}, '\s+', ' ', 'g'), 80) AS text
+SELECT t.{key}::text AS key, left({text}, 200) AS text
 FROM {table} t WHERE t.{key} = ANY (%(keys)s);
 
 -- name: timeline
