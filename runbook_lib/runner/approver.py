@@ -16,7 +16,7 @@ from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, current, op
 from runbook_lib.runner import rollbacks
 from runbook_lib.runner.figures import Entry, Figures, Newest, Tile
 from runbook_lib.runner.manifest import Manifest, Status
-from runbook_lib.runner.questions import LOCKS, UNREAD, Question, accepted, count, stopped, who, write_cost
+from runbook_lib.runner.questions import LOCKS, UNREAD, Question, accepted, count, who, write_cost
 
 PLANNED, LATER, GATES = ("planned", "statements"), ("later", "what is known later"), ("gates", "gates")
 FORECAST = ("forecast", "forecast")
@@ -24,6 +24,7 @@ FORECAST = ("forecast", "forecast")
 DISK = {"staging_bytes": "staging table", "table_growth_bytes": "growth of the table", "index_bytes": "index"}
 TIMES = {"load_seconds": "loading", "backfill_seconds": "backfill", "build_seconds": "building the index"}
 FEW = 3
+NOT_KNOWN = "The rest is not known: the plan stopped before it."
 # The time that the model takes is nowhere in the forecast.
 NOT_IN_IT = "The time of the model, of the measurements and of waiting for locks is not in it."
 ELSEWHERE = "Worked out from times of another machine; `runbook operate PARAMS rehearse --execute` measures here."
@@ -39,12 +40,12 @@ def answer(
     gates = [e["body"] | {"phase": e["phase"]} for e in own if e["kind"] == "gate"]
     sized = bool({p.name for p in run.phases} & {*MIGRATE}) and found("plan")
     questions = [
-        Question("What would be done?", [*stopped(run), *_done(run, planned)], PLANNED),
+        Question("What would be done?", _done(run, planned), PLANNED),
         Question("Which is the strongest lock, for how long?", _lock(run, found, gates, planned), PLANNED),
         Question("What room does it need?", _room(found, gates), GATES) if sized else None,
         Question("What does it cost afterwards?", [f"Writes: {write_cost(found)}"], FORECAST) if sized else None,
         Question("How long does it take?", _time(run, found), FORECAST),
-        Question("What was looked at, what cannot be known yet?", [*_looked_at(gates), *_later(gates)], LATER),
+        Question("What was looked at, what cannot be known yet?", [*_looked_at(gates), *_later(run, gates)], LATER),
         Question("What was agreed to, and what needs a sign-off?", _consent(run, found, gates, read=read), GATES),
         Question("How would it be rolled back?", *_back(run)),
         Question("Who made this plan, where?", who(run, own), ("evidence", "versions and parameters")),
@@ -104,10 +105,17 @@ def _done(run: Manifest, planned: Sequence[Mapping[str, Any]]) -> list[str]:
     n = sum(s["times"] for s in planned)
     steps = list(dict.fromkeys(s["phase"] for s in planned))
     if not planned:
-        return ["No statement that changes anything, as far as it can be known now."]
+        return [_stopped(run) or "No statement that changes anything, as far as it can be known now."]
     of = f" in {len(steps)} of {len(run.phases)} steps" if len(run.phases) > 1 else ""
     least = " A batch counts once, however many there are." if "50_backfill" in steps else ""
-    return [f"{count(n, 'statement')}{of}, shown below in their order with lock and undo.{least}"]
+    before = f"{_stopped(run)} " if _stopped(run) else ""
+    return [f"{before}{count(n, 'statement')}{of}, shown below in their order with lock and undo.{least}"]
+
+
+def _stopped(run: Manifest) -> str:
+    """Where a plan has ended before its last step; empty where it has not."""
+    at = next((p.name for p in run.phases if p.error), "")
+    return at and f"The plan stopped in {at}; what comes after is not in it."
 
 
 def _strongest(planned: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -134,7 +142,7 @@ def _lock(
 ) -> list[str]:
     strongest = _strongest(planned)
     if strongest is None:
-        return ["None on the table."]
+        return [NOT_KNOWN if _stopped(run) else "None on the table."]
     lines = [f"Statement {strongest['number']} takes {strongest['lock']}. It blocks {strongest['blocks']}."]
     if (took := _took_s(gates, strongest)) is not None:
         whole = f"the trial held it for {duration(_held_s(gates))}, with all that it tried"
@@ -219,10 +227,10 @@ def _looked_at(gates: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, *([f"Not passed: {', '.join(failed)}."] if failed else [])]
 
 
-def _later(gates: Sequence[Mapping[str, Any]]) -> list[str]:
+def _later(run: Manifest, gates: Sequence[Mapping[str, Any]]) -> list[str]:
     steps = list(dict.fromkeys(g["phase"] for g in gates if _is_later(g)))
     if not steps:
-        return ["All that is to hold was looked at."]
+        return [NOT_KNOWN if _stopped(run) else "All that is to hold was looked at."]
     known = {"70_tune": "recall", "80_shadow": "relevance and latency"}
     which = ", ".join(steps) if len(steps) <= FEW else f"{len(steps)} steps, {steps[0]} to {steps[-1]},"
     told = [what for step, what in known.items() if step in steps]

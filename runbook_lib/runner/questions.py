@@ -77,7 +77,7 @@ def answer(
     shown = ("statements", "statements") if statements else ("phases", "phases")
     params_file = shlex.quote(run.params_file)
     return [
-        Question("What changed?", [*stopped(run), *changed], shown),
+        Question("What changed?", [*_stopped(run), *changed], shown),
         Question("Which was the strongest lock, for how long, and what waited?", locks, shown),
         Question("Who ran it, where?", who(run, own), ("evidence", "versions and parameters")),
         Question("Who signed what?", known(_signed(run, found, own)), ("gates", "gates")),
@@ -108,8 +108,7 @@ def _from(entry: Figure) -> str:
     return f" Measured in run {entry.source}." if entry.source else ""
 
 
-def stopped(run: Manifest) -> list[str]:
-    """Where a run has ended before its last step; empty where it has not."""
+def _stopped(run: Manifest) -> list[str]:
     at = next((p.name for p in run.phases if p.error), None)
     if at is None:
         return []
