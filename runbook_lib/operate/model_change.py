@@ -38,12 +38,9 @@ BETWEEN_LOOKS_S = 0.1
 INDEX_GATES = ("index.is_valid", "index.has_the_right_operator_class", "index.finds_known_rows")
 
 
-def replaced(phase: Phase) -> Phase:
-    """The phase as the replaced target sees it: its parameters, and its rows of the ledger.
-
-    Raises BadInput where the parameters name none, or its file is not sound.
-    """
-    path = phase.params.model_change.replaces_params
+def replaced_params(params: Params) -> Params:
+    """The parameters of the replaced target. Raises BadInput where none is named, or its file is not sound."""
+    path = params.model_change.replaces_params
     if path is None:
         raise BadInput(
             [
@@ -58,7 +55,12 @@ def replaced(phase: Phase) -> Phase:
                 )
             ]
         )
-    old = load_params(path)
+    return load_params(path)
+
+
+def replaced(phase: Phase) -> Phase:
+    """The phase as the replaced target sees it: its parameters, and its rows of the ledger. Raises BadInput."""
+    old = replaced_params(phase.params)
     return replace(phase, params=old, ledger=replace(phase.ledger, params=old))
 
 
@@ -79,25 +81,25 @@ def facts(connection: db.Connection, params: Params, function: str, other: str =
     return found[0] if found else None
 
 
-def stage(phase: Phase) -> str | None:
+def stage(connection: db.Connection, params: Params) -> str | None:
     """Who answers under the replaced target's name: BOTH, NEW_ONLY, or None, the replaced target alone."""
-    p, old = phase.params, replaced(phase).params
-    for h in function_ownership.standing(phase.connection, p):
-        if (h.function, h.old, h.new) == (old.function_name, old.target.name, p.target.name):
+    old = replaced_params(params)
+    for h in function_ownership.standing(connection, params):
+        if (h.function, h.old, h.new) == (old.function_name, old.target.name, params.target.name):
             return h.who
     return None
 
 
 def shown(phase: Phase) -> Table:
     """Both targets side by side: column, model, function, and where calls go now."""
-    old = replaced(phase).params
+    old = replaced_params(phase.params)
     who = {None: f"{old.target.name} alone", BOTH: "either, by the vector of the call", NEW_ONLY: "the new one alone"}
     rows: list[tuple[str, Any, Any]] = [
         ("target", old.target.name, phase.params.target.name),
         ("column", _column(old), _column(phase.params)),
         ("distance", old.vector.distance, phase.params.vector.distance),
         ("function", old.function_name, phase.params.function_name),
-        ("answers under the old name", who[stage(phase)], ""),
+        ("answers under the old name", who[stage(phase.connection, phase.params)], ""),
     ]
     return Table(("", "replaced", "new"), rows)
 
@@ -109,7 +111,7 @@ def _column(params: Params) -> str:
 def check(phase: Phase) -> Gates:
     """Before anything is changed: both targets are proved, fit each other, and their calls can be told apart."""
     old = replaced(phase)
-    fit = _targets_fit(phase, old.params)
+    fit = _targets_fit(phase.connection, phase.params, old.params)
     if fit.verdict is not Verdict.PASS:
         return collect([fit])
     complete = backfill.verify(phase).gates + tuple(g for g in build_index.verify(phase) if g.name in INDEX_GATES)
@@ -124,8 +126,7 @@ def check(phase: Phase) -> Gates:
     )
 
 
-def _targets_fit(phase: Phase, old: Params) -> Gate:
-    new = phase.params
+def _targets_fit(connection: db.Connection, params: Params, old: Params) -> Gate:
     same = {
         "target.schema": lambda p: p.target.schema_,
         "target.table": lambda p: p.target.table,
@@ -135,33 +136,34 @@ def _targets_fit(phase: Phase, old: Params) -> Gate:
         "ledger.schema": lambda p: p.ledger.schema_,
         "connection": db.dsn,
     }
-    wrong = [f"{what} differs" for what, of in same.items() if of(old) != of(new)]
+    wrong = [f"{what} differs" for what, of in same.items() if of(old) != of(params)]
     for what, a, b in (
-        ("target.name", old.target.name, new.target.name),
-        ("vector.column", old.vector.column, new.vector.column),
-        ("search.function", old.function_name, new.function_name),
+        ("target.name", old.target.name, params.target.name),
+        ("vector.column", old.vector.column, params.vector.column),
+        ("search.function", old.function_name, params.function_name),
     ):
         wrong += [f"{what} is the same"] if a == b else []
-    was, now = facts(phase.connection, new, old.function_name), facts(phase.connection, new, new.function_name)
-    wrong += [f"no function {p.function_name}" for p, f in ((old, was), (new, now)) if f is None]
+    was, now = facts(connection, params, old.function_name), facts(connection, params, params.function_name)
+    wrong += [f"no function {p.function_name}" for p, f in ((old, was), (params, now)) if f is None]
     if was and now and any(was[key] != now[key] for key in ("arguments", "result")):
         wrong.append("the functions differ in their arguments or results")
-    wrong += _somebodys_copy(phase, old, was)
+    wrong += _somebodys_copy(connection, params, old, was)
     return gate(
         "model_change.targets_fit",
         not wrong,
-        f"{old.target.name} and {new.target.name}",
-        found="; ".join(wrong) or f"one table, {old.vector.column} and {new.vector.column}, alike but for the model",
+        f"{old.target.name} and {params.target.name}",
+        found="; ".join(wrong)
+        or f"one table, {old.vector.column} and {params.vector.column}, alike but for the model",
         needed="the same table, key, filters, database and ledger; a name, a column and a function of its own",
         danger="the function could not answer for the other without the application noticing",
         do="fix the params file of the new target; filters in the same order",
     )
 
 
-def _somebodys_copy(phase: Phase, old: Params, was: db.Row | None) -> list[str]:
+def _somebodys_copy(connection: db.Connection, params: Params, old: Params, was: db.Row | None) -> list[str]:
     """A function of the name that is wanted for the copy, and that is none."""
-    copy = facts(phase.connection, phase.params, before_name(old), old.function_name)
-    if copy is None or was is None or stage(phase):
+    copy = facts(connection, params, before_name(old), old.function_name)
+    if copy is None or was is None or stage(connection, params):
         return []
     return [] if _renamed(copy) == was["definition"] else [f"a function {before_name(old)} is there already"]
 
@@ -223,22 +225,22 @@ def _renamed(function: db.Row) -> str:
     return str(function["other_head"] + function["definition"][len(function["head"]) :])
 
 
-def names_of_both(phase: Phase, function: db.Row) -> dict[str, sql.Composable]:
+def names_of_both(params: Params, function: db.Row) -> dict[str, sql.Composable]:
     """What the blocks need besides the names of the replaced target; arguments come from the catalogue."""
-    p, old = phase.params, replaced(phase).params
-    schema, by_setting = old.target.schema_, p.model_change.tell_apart == "setting"
+    old = replaced_params(params)
+    schema, by_setting = old.target.schema_, params.model_change.tell_apart == "setting"
     vector = identifier(function["passed"][1])
     setting = sql.Literal(setting_name(old))
-    is_new = sql.SQL("cardinality({}) = {}").format(vector, sql.Literal(p.vector.dimension))
-    ways = f"{old.vector.dimension} ({old.target.name}) or {p.vector.dimension} ({p.target.name})"
+    is_new = sql.SQL("cardinality({}) = {}").format(vector, sql.Literal(params.vector.dimension))
+    ways = f"{old.vector.dimension} ({old.target.name}) or {params.vector.dimension} ({params.target.name})"
     hint = f"{old.function_name} takes vectors of dimension {ways}."
     if by_setting:
-        is_new += sql.SQL(" AND current_setting({}, true) = {}").format(setting, sql.Literal(p.target.name))
+        is_new += sql.SQL(" AND current_setting({}, true) = {}").format(setting, sql.Literal(params.target.name))
         hint += f" SET {setting_name(old)} says of which model they are."
     parts = {
         "before": identifier(schema, before_name(old)),
         "function": identifier(schema, old.function_name),
-        "new_function": identifier(schema, p.function_name),
+        "new_function": identifier(schema, params.function_name),
         "identity": verbatim(function["identity"]),
         "arguments": verbatim(function["arguments"]),
         "result": verbatim(function["result"]),
@@ -246,9 +248,9 @@ def names_of_both(phase: Phase, function: db.Row) -> dict[str, sql.Composable]:
         "vector": vector,
         "is_new": is_new,
         "old_name": sql.SQL(old.target.name),
-        "new_name": sql.SQL(p.target.name),
+        "new_name": sql.SQL(params.target.name),
         "old_literal": sql.Literal(old.target.name),
-        "new_literal": sql.Literal(p.target.name),
+        "new_literal": sql.Literal(params.target.name),
         "old_dimension": sql.Literal(old.vector.dimension),
         "setting": setting,
         "hint": sql.Literal(hint),
@@ -263,13 +265,13 @@ def names_of_both(phase: Phase, function: db.Row) -> dict[str, sql.Composable]:
     return parts | {"refuse_unknown_setting": asks, "grants": sql.SQL("\n").join(grants)}
 
 
-def _swap(phase: Phase) -> db.Statement | None:
-    old = replaced(phase).params
-    function = facts(phase.connection, phase.params, old.function_name, before_name(old))
-    if function is None or stage(phase):
+def _swap(connection: db.Connection, params: Params) -> db.Statement | None:
+    old = replaced_params(params)
+    function = facts(connection, params, old.function_name, before_name(old))
+    if function is None or stage(connection, params):
         return None
-    extra = names_of_both(phase, function) | {"copy": verbatim(_renamed(function))}
-    return db.statement(SQL["swap"], phase.params, extra)
+    extra = names_of_both(params, function) | {"copy": verbatim(_renamed(function))}
+    return db.statement(SQL["swap"], params, extra)
 
 
 def plan(phase: Phase) -> db.Plan:
@@ -280,9 +282,9 @@ def plan(phase: Phase) -> db.Plan:
     moved = search_function.function_state(connection, params) is not None and search_function.current_route(
         connection, params
     ) == (route, 100)
-    swap = _swap(phase)
+    swap = _swap(connection, params)
     if swap:
-        old = replaced(phase).params
+        old = replaced_params(phase.params)
         for name in (old.function_name, before_name(old)):
             free_names.require_function(connection, old, name)
     return db.Plan((*(() if moved or swap is None else (move,)), *((swap,) if swap else ())), connection)
@@ -323,8 +325,11 @@ def _note_standing(phase: Phase) -> None:
 
 def check_undo(phase: Phase) -> Gates:
     """Before the rollback: the former function is kept, unless the replaced target answers alone already."""
-    old = replaced(phase).params
-    gone = stage(phase) is not None and facts(phase.connection, phase.params, before_name(old)) is None
+    old = replaced_params(phase.params)
+    gone = (
+        stage(phase.connection, phase.params) is not None
+        and facts(phase.connection, phase.params, before_name(old)) is None
+    )
     return collect(
         [
             gate(
@@ -348,15 +353,15 @@ def undo_plan(phase: Phase) -> db.Plan:
     Nothing where it is so already. Raises GateFailed where the replaced target was retired since.
     """
     connection, params = phase.connection, phase.params
-    old, now = replaced(phase).params, stage(phase)
+    old, now = replaced_params(phase.params), stage(connection, params)
     copy = facts(connection, params, before_name(old), old.function_name)
     if (kept := check_undo(phase)).failed:
         raise GateFailed(kept)
     if copy is None:
         return db.Plan((), connection)
-    if now is None and _somebodys_copy(phase, old, facts(connection, params, old.function_name)):
+    if now is None and _somebodys_copy(connection, params, old, facts(connection, params, old.function_name)):
         return db.Plan((), connection)  # the swap refuses it, and nothing is to be undone
-    extra = names_of_both(phase, copy) | {"original": verbatim(_renamed(copy))}
+    extra = names_of_both(params, copy) | {"original": verbatim(_renamed(copy))}
     blocks = ("swap_back", "drop_before") if now else ("drop_before",)
     return db.Plan(tuple(db.statement(SQL[b], params, extra) for b in blocks), connection)
 
@@ -370,7 +375,7 @@ def undo(phase: Phase) -> Table:
     todo = undo_plan(phase)
     if not phase.execute or not todo.statements:
         return phase.carry_out(todo)
-    claim.take_for_notebook(phase.ledger.connection, replaced(phase).params, phase.run_id)
+    claim.take_for_notebook(phase.ledger.connection, replaced_params(phase.params), phase.run_id)
     rows = []
     for statement in todo:
         if statement.name == SQL["drop_before"].name:
@@ -410,13 +415,13 @@ def verify_undone(phase: Phase) -> Gates:
     Where the ledger has no swap that stands there is no text to compare with: the function must be there, and answer
     for the replaced target alone.
     """
-    old, who = replaced(phase).params, stage(phase)
+    old, who = replaced_params(phase.params), stage(phase.connection, phase.params)
     noted, now = (
         phase.ledger.latest_standing("model_change", "operate/change_model"),
         facts(phase.connection, phase.params, old.function_name),
     )
     left = facts(phase.connection, phase.params, before_name(old)) is not None and (
-        noted is not None or not _somebodys_copy(phase, old, now)
+        noted is not None or not _somebodys_copy(phase.connection, phase.params, old, now)
     )
     if now is None:
         same, found = False, "no such function"

@@ -146,34 +146,34 @@ def _is_not_short(found: dict[str, Any]) -> Gate:
 
 def verify_swapped(phase: Phase) -> Gates:
     """The application's function answers either model's vectors as that model's own, and refuses all others."""
-    old = model_change.replaced(phase).params
+    old = model_change.replaced_params(phase.params)
     swapped = gate(
         "models.function_answers_for_both",
-        model_change.stage(phase) == BOTH,
+        model_change.stage(phase.connection, phase.params) == BOTH,
         old.function_name,
-        found=f"it answers for {model_change.stage(phase) or 'the replaced target alone'}",
+        found=f"it answers for {model_change.stage(phase.connection, phase.params) or 'the replaced target alone'}",
         needed=BOTH,
         danger="the vectors of one of the models would be refused",
         do="run operate/change_model again with execute: true",
     )
-    if model_change.stage(phase) != BOTH:
+    if model_change.stage(phase.connection, phase.params) != BOTH:
         return collect([swapped])
-    answers = [answers_as(phase, which) for which in ("new", "replaced")]
-    return collect([swapped, *answers, _others_are_refused(phase)])
+    answers = [answers_as(phase.connection, phase.params, which) for which in ("new", "replaced")]
+    return collect([swapped, *answers, _others_are_refused(phase.connection, phase.params)])
 
 
-def answers_as(phase: Phase, which: str) -> Gate:
+def answers_as(connection: db.Connection, params: Params, which: str) -> Gate:
     """Calls the application's function and the one that stands behind it, and compares key by key."""
-    p, old = phase.params, model_change.replaced(phase).params
-    one, behind = (p, p.function_name) if which == "new" else (old, model_change.before_name(old))
-    queries = query_set.sample(query_set.read_queries(p), p.queries.sample)
+    old = model_change.replaced_params(params)
+    one, behind = (params, params.function_name) if which == "new" else (old, model_change.before_name(old))
+    queries = query_set.sample(query_set.read_queries(params), params.queries.sample)
     queries = query_set.with_vectors(one, queries)
     direct = search_function.SQL["call"].compose(names(one) | {"function": identifier(old.target.schema_, behind)})
-    with db.beside(phase.connection, phase.params, "swapped") as connection:
-        own = loop.ask(connection, one, direct, queries, p.queries.k).keys
+    with db.beside(connection, params, "swapped") as reader:
+        own = loop.ask(reader, one, direct, queries, params.queries.k).keys
         if which == "new":
-            model_change.say_new(connection, p, old)
-        called = loop.ask(connection, old, statements.call_statement(old), queries, p.queries.k)
+            model_change.say_new(reader, params, old)
+        called = loop.ask(reader, old, statements.call_statement(old), queries, params.queries.k)
     alike = sum(own[q.query_id] == keys for q, keys in zip(queries, called.keys.values(), strict=True))
     by_route = called.answered_by(one.cut_over.route)
     answered = sum(map(bool, called.rows))
@@ -189,14 +189,14 @@ def answers_as(phase: Phase, which: str) -> Gate:
     )
 
 
-def _others_are_refused(phase: Phase) -> Gate:
-    p, old = phase.params, model_change.replaced(phase).params
-    wrong = max(p.vector.dimension, old.vector.dimension) + 1
+def _others_are_refused(connection: db.Connection, params: Params) -> Gate:
+    old = model_change.replaced_params(params)
+    wrong = max(params.vector.dimension, old.vector.dimension) + 1
     said = "an answer"
-    with db.beside(phase.connection, phase.params, "wrong dimension") as connection:
+    with db.beside(connection, params, "wrong dimension") as reader:
         values = {"query": "word", "embedding": [1.0] * wrong, "k": 1}
         try:
-            connection.execute(statements.call_statement(old), values)
+            reader.execute(statements.call_statement(old), values)
         except psycopg.errors.DataException as error:
             said = f"{error.diag.message_primary} ({error.diag.message_hint})"
     return gate(

@@ -49,7 +49,7 @@ def note_searches(phase: Phase) -> Table:
 
 def check(phase: Phase) -> Gates:
     """Before anything is changed: the function was swapped, the new column is whole, the old one not searched."""
-    old, stage = model_change.replaced(phase), model_change.stage(phase)
+    old, stage = model_change.replaced(phase), model_change.stage(phase.connection, phase.params)
     route, share = search_function.current_route(phase.connection, phase.params)
     swapped = gate(
         "retire_model.new_target_answers",
@@ -93,8 +93,8 @@ def plan(phase: Phase) -> db.Plan:
     old = model_change.replaced(phase)
     return db.Plan(
         (
-            *_forward(phase),
-            *_forget(phase, old),
+            *_forward(phase.connection, phase.params),
+            *_forget(phase.connection, phase.params, old),
             *build_index.undo_plan(old),
             *live_shadow.undo_plan(old),
             *expand_schema.undo_plan(old),
@@ -103,19 +103,19 @@ def plan(phase: Phase) -> db.Plan:
     )
 
 
-def _forward(phase: Phase) -> list[db.Statement]:
-    function = model_change.facts(phase.connection, phase.params, model_change.replaced(phase).params.function_name)
-    if function is None or model_change.stage(phase) != BOTH:
+def _forward(connection: db.Connection, params: Params) -> list[db.Statement]:
+    function = model_change.facts(connection, params, model_change.replaced_params(params).function_name)
+    if function is None or model_change.stage(connection, params) != BOTH:
         return []
-    return [db.statement(SQL["forward"], phase.params, model_change.names_of_both(phase, function))]
+    return [db.statement(SQL["forward"], params, model_change.names_of_both(params, function))]
 
 
-def _forget(phase: Phase, old: Phase) -> list[db.Statement]:
+def _forget(connection: db.Connection, params: Params, old: Phase) -> list[db.Statement]:
     """The copy of the former function goes, and with it the replaced target's route and strategies."""
-    copy = model_change.facts(phase.connection, phase.params, model_change.before_name(old.params))
-    if copy is None or model_change.stage(phase) is None:
+    copy = model_change.facts(connection, params, model_change.before_name(old.params))
+    if copy is None or model_change.stage(connection, params) is None:
         return []
-    extra = model_change.names_of_both(phase, copy)
+    extra = model_change.names_of_both(params, copy)
     before = sql.SQL("{}({})").format(extra["before"], extra["identity"])
     own = search_function.answering(old.connection, old.params)
     return [search_function.drop_statement(old.params, [before, *own])]
@@ -128,8 +128,10 @@ def apply(phase: Phase) -> Table:
     if not phase.execute:
         return phase.carry_out(plan(phase))
     claim.take_for_notebook(phase.ledger.connection, old.params, phase.run_id)
-    rows: list[tuple[Any, ...]] = [(s.purpose, round(phase.do(s).seconds, 3)) for s in _forward(phase)]
-    if forget := _forget(phase, old):
+    rows: list[tuple[Any, ...]] = [
+        (s.purpose, round(phase.do(s).seconds, 3)) for s in _forward(phase.connection, phase.params)
+    ]
+    if forget := _forget(phase.connection, phase.params, old):
         model_change.let_calls_end(phase.connection, phase.params)
         rows += [(s.purpose, round(phase.do(s).seconds, 3)) for s in forget]
     rows += [(what, seconds) for _, what, _, seconds in build_index.undo(old).rows]
@@ -154,12 +156,13 @@ def verify(phase: Phase) -> Gates:
     old = model_change.replaced(phase)
     alone = gate(
         "retire_model.new_target_answers_alone",
-        model_change.stage(phase) == NEW_ONLY and not _forget(phase, old),
+        model_change.stage(phase.connection, phase.params) == NEW_ONLY
+        and not _forget(phase.connection, phase.params, old),
         old.params.function_name,
-        found=model_change.stage(phase) or "the replaced target alone",
+        found=model_change.stage(phase.connection, phase.params) or "the replaced target alone",
         needed=f"{NEW_ONLY}, and no copy of the former function",
         danger="calls would reach a column that is not there",
         do="run operate/retire_model again with execute: true",
     )
     left = [*build_index.verify_undone(old), *live_shadow.verify_undone(old), *expand_schema.verify_undone(old)]
-    return collect([alone, model_comparison.answers_as(phase, "new"), *left])
+    return collect([alone, model_comparison.answers_as(phase.connection, phase.params, "new"), *left])
