@@ -54,7 +54,7 @@ def test_every_search_is_measured_and_those_of_the_record_are_there(tuned: Calla
     assert "answers in common with legacy" in shown and "by class of query" in shown
     assert set(recorded["answers"]) == set(recorded["per_query"]) == {"vector"}
     assert sum(recorded["moved"][n] for n in ("better", "worse", "alike")) == recorded["judged"]
-    single = comparison.per_query(phase.ledger, phase.params).to_frame()
+    single = comparison.per_query(phase).to_frame()
     assert dict(zip(single["query_id"], single["vector"], strict=True)) == recorded["per_query"]["vector"]
     assert (single["difference"] == single["vector"] - single["legacy"]).all()
     assert (single["difference"] > 0).sum() == recorded["moved"]["better"]

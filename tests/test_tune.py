@@ -124,7 +124,7 @@ def test_tuning_is_measured_written_down_and_carried_into_the_function(ready: Ca
         ("status", "below 1 %"), ("status", "1 to 10 %"), ("status", "above 50 %")
     ]  # fmt: skip
     swept = found.to_frame()
-    assert swept.equals(tune.sweep(phase.ledger).to_frame()), "the ledger has what the cell has shown"
+    assert swept.equals(tune.sweep(phase).to_frame()), "the ledger has what the cell has shown"
     unfiltered = swept[(swept["filter"] == "") & ~swept["held_out"]]
     assert unfiltered["candidates"].tolist() == [20, 60]
     assert unfiltered["recall"].tolist() == [p["recall"] for p in recorded["points"]]
@@ -259,7 +259,7 @@ def test_a_plan_measures_and_changes_nothing(ready: Callable[..., Phase]) -> Non
     phase = gates_passed(Phase(phase.name, phase.run_id, False, phase.params, phase.connection, phase.ledger))
     tune.apply(phase)
     assert phase.ledger.latest("tuning") is None
-    assert len(tune.sweep(phase.ledger).to_frame()) == 0, "the cell below it passes as well"
+    assert len(tune.sweep(phase).to_frame()) == 0, "the cell below it passes as well"
     assert tune.undo_plan(phase).statements == ()
 
 

@@ -278,13 +278,13 @@ def moved(legacy: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return {**counts, "gains": gains[:MOST_MOVED], "losses": losses[:MOST_MOVED]} if found else {}
 
 
-def per_query(ledger: Ledger, params: Params) -> Table:
+def per_query(phase: Phase) -> Table:
     """Each judged query: nDCG@10 of legacy and of the new route, by what was
     measured last in 10_baseline and 80_shadow. Best gains first."""
-    route = params.cut_over.route
-    before, after = (ledger.latest(kind) or {} for kind in ("baseline", "shadow"))
+    route = phase.params.cut_over.route
+    before, after = (phase.ledger.latest(kind) or {} for kind in ("baseline", "shadow"))
     old, new = before.get("per_query", {}), after.get("per_query", {}).get(route, {})
-    texts = {q.query_id: q.text for q in query_set.read_queries(params)} if old else {}
+    texts = {q.query_id: q.text for q in query_set.read_queries(phase.params)} if old else {}
     rows = [(i, texts.get(i), old[i], new[i], new[i] - old[i]) for i in old.keys() & new.keys()]
     return Table(
         ("query_id", "query", "legacy", route, "difference"),

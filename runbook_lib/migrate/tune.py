@@ -28,7 +28,6 @@ from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.display import Amount, Table, duration, share
 from runbook_lib.core.gates import Gate, Gates, collect, gate
-from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import index_name, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, milliseconds, score
@@ -142,11 +141,11 @@ def _row(choice: Choice) -> tuple[Any, ...]:
     return (*of, str(m.way), recall, share(m.returned), *times, m.buffers, beside)
 
 
-def sweep(ledger: Ledger) -> Table:
+def sweep(phase: Phase) -> Table:
     """Every way that was measured, for each filter class, as the ledger has it: where and how it was asked, recall
     with its interval, latency; held_out where it is the chosen way on the other half of the queries.
     """
-    return _sweep(ledger.latest("tuning") or {})
+    return _sweep(phase.ledger.latest("tuning") or {})
 
 
 # What tells a measured way from another, and what was found for it.
