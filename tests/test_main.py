@@ -18,6 +18,7 @@ import runbook_lib
 from runbook_lib.cli import embedded
 from runbook_lib.cli.main import main
 from runbook_lib.core.registry import NOTEBOOKS_ENV
+from runbook_lib.core.target import load_params
 from runbook_lib.runner import manifest, runner
 from tests import small_notebooks
 from tests.conftest import write_params
@@ -55,10 +56,32 @@ def test_bad_parameters_exit_with_2_and_name_every_problem(runbook: Callable[...
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        ("status toi.yaml", "toy.yaml"),
+        ("approve toy.yaml 90_cutover", "90_cut_over"),
+        ("operate toy.yaml refesh", "refresh"),
+        ("operate toy.yaml rebuild_indx --undo", "rebuild_index"),
+        ("undo toy.yaml --to indx", "index"),
+        ("run toy.yaml --to 70_tuen", "70_tune"),
+        ("diff 20260102T030405Z-artikles x --runs-dir runs", "20260102T030405Z-articles"),
+        ("status route.yaml", "hybrid"),
+    ],
+)
 @pytest.mark.usefixtures("articles")
-def test_a_mistyped_phase_is_answered_with_the_nearest(runbook: Callable[..., Result], tmp_path: Path) -> None:
-    result = runbook("run", write_params(tmp_path), "--from", "70_tuen")
-    assert (result.exit_code, "did you mean 70_tune?" in result.stderr) == (2, True), result.stderr
+def test_a_mistyped_name_is_answered_with_the_nearest(
+    runbook: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, meant: str
+) -> None:
+    write_params(tmp_path, cut_over={"route": "hybird"}).rename(tmp_path / "route.yaml")
+    run = runner.first_manifest(
+        "20260102T030405Z-articles", load_params(write_params(tmp_path)), tmp_path, "", False, ()
+    )
+    (tmp_path / "runs" / run.run_id).mkdir(parents=True)
+    manifest.write(tmp_path / "runs" / run.run_id, run)
+    monkeypatch.chdir(tmp_path)
+    result = runbook(*command.split())
+    assert (result.exit_code, result.stdout) == (2, "") and f"did you mean {meant}?" in result.stderr
 
 
 @pytest.mark.usefixtures("articles")
@@ -71,6 +94,8 @@ def test_check_starts_nothing(runbook: Callable[..., Result], tmp_path: Path) ->
     unjudged = runbook("check", write_params(tmp_path, queries={"judgements": None}))
     assert unjudged.exit_code == 0 and "80_shadow will stop: without queries.judgements" in unjudged.stderr
     assert "80_shadow" not in result.stderr
+    quiet = runbook("check", write_params(tmp_path, queries={"judgements": None}), "--quiet")
+    assert (quiet.exit_code, quiet.output) == (0, ""), "a schedule that says something sends a mail"
     bad = runbook("check", write_params(tmp_path, target={"key": "no_such_column"}))
     assert (bad.exit_code, "no_such_column" in bad.stderr) == (2, True), bad.stderr
     assert not (tmp_path / "runs").exists()
