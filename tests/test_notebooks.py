@@ -1,6 +1,7 @@
 """The shape of a notebook: what a reader may rely on in every one of them."""
 
 import ast
+import inspect
 import re
 from importlib import import_module
 from pathlib import Path
@@ -106,6 +107,17 @@ def test_what_its_cells_import_and_call_is_there(path: Path) -> None:
     exec(compile(ast.Module(imports, []), str(path), "exec"), found)
     called = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
     assert [ast.unparse(n) for n in called if n.value.id in found and not hasattr(found[n.value.id], n.attr)] == []  # type: ignore[attr-defined]
+    ours = [n for n in called if n.value.id in found]  # type: ignore[attr-defined]
+    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        if call.func in ours:
+            signature = inspect.signature(eval(ast.unparse(call.func), found))
+            given = signature.bind(*call.args, **{str(k.arg): k.value for k in call.keywords}).arguments
+            takes = [signature.parameters[name] for name, of in given.items() if ast.unparse(of) == "phase"]
+            assert all(p.annotation == "Phase" for p in takes), ast.unparse(call)
+        if ast.unparse(call.func) in ("phase.require", "phase.prove"):
+            for look in (a for a in call.args if a in ours):
+                (only,) = inspect.signature(eval(ast.unparse(look), found)).parameters.values()
+                assert only.annotation == "Phase", ast.unparse(look)
 
 
 @notebooks
