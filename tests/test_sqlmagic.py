@@ -167,7 +167,10 @@ def test_an_error_is_the_servers_own_words_in_a_few_lines(ready: InteractiveShel
     assert refused(ready, "SELECT 1 +")[0] == "ERROR:  syntax error at end of input"
     raised = "DO $$ BEGIN RAISE 'a' USING DETAIL = E'1\\n2\\n3\\n4\\n5\\n6', HINT = 'h'; END $$"
     assert refused(ready, raised)[0] == "ERROR:  a"
-    assert refused(ready, "SELECT 'infinity'::timestamptz")[0].startswith("ERROR:  ")
+    assert refused(ready, "SELECT 'infinity'::timestamptz")[1:] == [
+        "Python has no such value. Cast the column to read it: ::text"
+    ]
+    assert refused(ready, "SELECT 1 / 0") == ["ERROR:  division by zero"], "the server's own, without advice"
     ready.user_ns["thing"] = object()
     assert "cannot adapt type 'object'" in refused(ready, "SELECT :thing")[0]
     assert refused(ready, "SELECT :absent, :secret") == [
@@ -186,6 +189,16 @@ def test_a_cell_neither_begins_nor_ends_a_transaction(ready: InteractiveShell, q
 @pytest.mark.parametrize("query", ["postgresql://elsewhere/ SELECT 1", "me@there", "--connections", " ", " ; "])
 def test_no_other_connection_can_be_named(ready: InteractiveShell, query: str) -> None:
     assert refused(ready, query) == ["%sql takes SQL: no option, and no connection but this step's own"]
+
+
+def test_a_plan_is_printed_whole_and_can_be_kept(ready: InteractiveShell, capsys: pytest.CaptureFixture[str]) -> None:
+    query = "EXPLAIN (COSTS off) SELECT * FROM articles ORDER BY title LIMIT 3"
+    assert frame_of(ready, query) is None
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:3] == ["Limit", "  ->  Sort"]
+    assert frame_of(ready, query, "kept <<") is None and ready.user_ns["kept"]["QUERY PLAN"][0] == "Limit"
+    as_json = frame_of(ready, "EXPLAIN (FORMAT json) SELECT 1")
+    assert as_json["QUERY PLAN"][0][0]["Plan"]["Node Type"] == "Result"
 
 
 def test_notices_are_shown(ready: InteractiveShell, capsys: pytest.CaptureFixture[str]) -> None:

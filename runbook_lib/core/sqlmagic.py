@@ -114,7 +114,9 @@ def display_connection(params: Params, run_id: str) -> psycopg.Connection[Any]:
 
 
 def _read(cell: str, connect_: Callable[[], psycopg.Connection[Any]]) -> pandas.DataFrame | None:
-    """Reads, says where and how many rows, and gives them as a DataFrame; to a variable where ``name <<`` says so."""
+    """Reads, says where and how many rows, and gives them as a DataFrame; to a variable where ``name <<`` says so.
+    A plan that is not kept is printed.
+    """
     from sql.magic import SqlMagic
     from sql.parse import parse
     from sql.run import run
@@ -137,7 +139,11 @@ def _read(cell: str, connect_: Callable[[], psycopg.Connection[Any]]) -> pandas.
     found = frame(result.field_names, [tuple(row) for row in result])
     print(reading.said(len(found)))
     if not parsed["result_var"]:
-        return found
+        if list(found.columns) != ["QUERY PLAN"] or not all(isinstance(line, str) for line in found["QUERY PLAN"]):
+            return found
+        # As psql shows it: a DataFrame would cut the lines of a plan, and drop their indentation.
+        print(*found["QUERY PLAN"], sep="\n")
+        return None
     shell.user_ns[parsed["result_var"]] = found
     return None
 
@@ -261,4 +267,6 @@ def _said(error: psycopg.Error) -> str:
         ]
     elif isinstance(error, psycopg.OperationalError) and error.diag.sqlstate in (None, "57P01"):
         lines = [lines[0], "The session has ended. Run the cell again: it opens another."]
+    elif isinstance(error, psycopg.DataError) and error.diag.sqlstate is None:
+        lines = [lines[0], "Python has no such value. Cast the column to read it: ::text"]
     return "\n".join(lines)
