@@ -51,7 +51,7 @@ def test_a_production_install_does_not_carry_the_embedded_server() -> None:
 
 def test_conda_takes_everything_from_the_lock_file() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    assert environment["dependencies"][0] == f"python{project()['requires-python']}"
+    assert environment["dependencies"][0] == f"python{project()['requires-python']},<3.14"
     assert environment["dependencies"][-1] == {"pip": ["--require-hashes", "--requirement requirements.lock"]}
 
 
