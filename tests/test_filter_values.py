@@ -121,6 +121,12 @@ def test_values_are_found_for_every_share(filtered: Params, articles: psycopg.Co
             assert (len(allowed) > 1) == (name == share_classes.TOGETHER)
 
 
+def test_sets_reach_from_one_value_to_all_of_them() -> None:
+    found = [value.count(",") + 1 for value in filter_values._sets([str(i) for i in range(40)])]
+    assert sorted(set(found)) == [1, 2, 4, 16, 20, 40] and found.count(1) == 40
+    assert list(filter_values._sets([])) == []
+
+
 def test_the_planner_expects_what_a_join_lets_through(filtered: Params, articles: psycopg.Connection[Any]) -> None:
     with db.connect(filtered, "test") as connection:
         estimate = filter_values.Estimate(connection, filtered)
