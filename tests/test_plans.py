@@ -272,7 +272,7 @@ def test_a_failed_gate_that_is_shown_above_is_not_repeated(open_phase: Opens) ->
         phase.require(lambda _: Gates((DOES_NOT,)))
     assert failed.value._render_traceback_() == [
         "GateFailed: the notebook stops here.",
-        "FAIL    toy.does_not, shown above",
+        "FAIL    toy.does_not   toy",
         "  do      do it",
     ]
     assert str(failed.value).startswith("\nFAIL    toy.does_not   toy\n  found   it does not")

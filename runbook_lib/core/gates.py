@@ -186,7 +186,7 @@ class BadInput(RunbookError):
 class GateFailed(RunbookError):
     """At least one gate did not pass; the phase stops here and can be run again.
 
-    shown: stand the gates right above it, in the notebook? Then it repeats of them only what to do.
+    shown: stand the gates right above it, in the notebook? Then it repeats only which failed, and what to do.
     """
 
     def __init__(self, gates: Gates, *, shown: bool = False) -> None:
@@ -201,7 +201,9 @@ class GateFailed(RunbookError):
         if not self.shown:
             return super()._render_traceback_()
         told = [
-            line for g in self.gates.failed for line in (f"{g.verdict:<8}{g.name}, shown above", *_said({"do": g.do}))
+            line
+            for g in self.gates.failed
+            for line in (f"{g.verdict:<8}{g.name}   {one_line(g.subject)}", *_said({"do": g.do}))
         ]
         return [f"{type(self).__name__}: the notebook stops here.", *told]
 
