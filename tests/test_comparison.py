@@ -135,6 +135,15 @@ def test_a_table_read_whole_for_another_cause_is_no_excuse(
     )
 
 
+def test_what_a_smallest_similarity_would_keep_and_lose_is_shown(tuned: Callable[..., Phase]) -> None:
+    phase = tuned()
+    shown = str(shadow.apply(phase))
+    found = (phase.ledger.latest("shadow") or {})["thresholds"]
+    assert "what search.smallest_similarity would keep and lose" in shown and found
+    kept, left_out = ([row[name] for row in found] for name in ("right_kept", "others_left_out"))
+    assert kept == sorted(kept, reverse=True) and left_out == sorted(left_out)
+
+
 def test_without_judgements_agreement_and_a_sheet_stand_in_their_place(
     tuned: Callable[..., Phase], tmp_path: Path
 ) -> None:
@@ -142,6 +151,7 @@ def test_without_judgements_agreement_and_a_sheet_stand_in_their_place(
     shown = str(shadow.apply(phase))
     recorded = phase.ledger.latest("shadow")
     assert recorded is not None and recorded["judged"] == 0 and recorded["slices"] == []
+    assert recorded["thresholds"] == []
     assert set(recorded["agreement_with_legacy"]["vector"]) == {"overlap", "rbo", "tau"}
     assert "the most different answers" in shown
 
@@ -253,9 +263,9 @@ def test_the_function_must_answer_as_legacy(open_phase: Open, articles: psycopg.
     baseline.apply(phase)
     assert baseline.verify(phase).passed
     articles.execute(
-        "CREATE OR REPLACE FUNCTION search_articles(query_text text, query_embedding real[] DEFAULT NULL,"
-        " k integer DEFAULT 10) RETURNS TABLE (id bigint, score double precision, answered_by text) LANGUAGE sql"
-        " AS 'SELECT 1::bigint, 1::double precision, ''legacy''::text'"
+        "CREATE OR REPLACE FUNCTION runbook.articles_by_legacy(query_text text, query_embedding real[], k integer,"
+        " min_similarity float8) RETURNS TABLE (key bigint, similarity float8, score float8) LANGUAGE sql"
+        " AS 'SELECT 1::bigint, NULL::float8, NULL::float8'"
     )
     (failed,) = baseline.verify(phase).failed
     assert (failed.name, failed.found.split(";")[0]) == (
@@ -300,7 +310,7 @@ def test_legacy_is_asked_once_a_query_and_what_the_baseline_knows_is_not_asked_a
     real = loop.ask
 
     def ask(connection: Any, params: Any, statement: Any, queries: Any, k: int) -> loop.Answers:
-        if statement.as_string() == legacy:
+        if not callable(statement) and statement.as_string() == legacy:
             asked.extend(q.query_id for q in queries)
         return real(connection, params, statement, queries, k)
 

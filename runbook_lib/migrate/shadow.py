@@ -13,7 +13,7 @@ from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, score
-from runbook_lib.migrate import slices
+from runbook_lib.migrate import similarity_thresholds, slices
 from runbook_lib.params import Params
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ SHOWN_LETTERS = 80
 
 @dataclass(frozen=True)
 class Comparison:
-    """What phase 80 shows: every search, the classes of queries, and the sheet of the most different answers."""
+    """What phase 80 shows: every search, the classes of queries, thresholds of similarity, and the sheet."""
 
     tables: tuple[Table, ...]
 
@@ -64,6 +64,7 @@ def apply(phase: Phase) -> Comparison | Table:
     }
     answers = {name: figures["answers"] for name, figures in result.items()}
     found = _slices(connection, params, result) if judged else []
+    thresholds = similarity_thresholds.measured(connection, ledger, params) if judged else []
     reads_index = _reads_the_index(connection, ledger, params)
     agreed = {
         name: relevance_measures.agreement(answers["legacy"], answers[name], k) for name in result if name != "legacy"
@@ -81,6 +82,7 @@ def apply(phase: Phase) -> Comparison | Table:
             "paired": _paired(result, route) if judged else None,
             "pairs": {name: _paired(result, name) for name in agreed} if judged else {},
             "slices": found,
+            "thresholds": thresholds,
             "agreement_with_legacy": agreed,
             "systems": comparison.totals(result),
             "answers": {route: answers[route]},
@@ -91,7 +93,9 @@ def apply(phase: Phase) -> Comparison | Table:
     agreed_table = Table.of(({"system": n, **a} for n, a in agreed.items()), "answers in common with legacy")
     slices_table = Table.of(found, f"legacy against {route}, by class of query (nDCG@10)")
     sheet_of = sheet(connection, ledger, params, answers["legacy"], answers[route])
-    return Comparison((comparison.show(result), agreed_table, *([slices_table] if found else []), sheet_of))
+    least = Table.of(thresholds, "vector: what search.smallest_similarity would keep and lose, on judged queries")
+    more = [*([slices_table] if found else []), *([least] if thresholds else [])]
+    return Comparison((comparison.show(result), agreed_table, *more, sheet_of))
 
 
 def _reads_the_index(connection: db.Connection, ledger: Ledger, params: Params) -> bool:
