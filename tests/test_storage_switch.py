@@ -71,7 +71,7 @@ def held(connection: psycopg.Connection[Any]) -> dict[str, tuple[bool, str, str]
 
 def function(connection: psycopg.Connection[Any]) -> str:
     row = connection.execute(
-        "SELECT string_agg(pg_get_functiondef(oid), '' ORDER BY proname) FROM pg_proc"
+        "SELECT string_agg(pg_get_functiondef(oid), '' ORDER BY proname, proargtypes::text) FROM pg_proc"
         " WHERE proname ~ '^(search_articles|articles_by_.*)$'"
     ).fetchone()
     return str(row[0] or "") if row else ""
