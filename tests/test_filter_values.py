@@ -121,6 +121,16 @@ def test_values_are_found_for_every_share(filtered: Params, articles: psycopg.Co
             assert (len(allowed) > 1) == (name == share_classes.TOGETHER)
 
 
+def test_values_of_a_large_table_are_sampled_all_over_it(
+    filtered: Params, articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    articles.execute("TRUNCATE acl; INSERT INTO acl SELECT i, i / 5000 FROM generate_series(0, 29999) i; ANALYZE acl")
+    monkeypatch.setattr(filter_values, "SAMPLED_ROWS", 6000)
+    with db.connect(filtered, "test") as connection:
+        known = filter_values.of_filters(connection, filtered, [])["owner"]
+    assert set(known) == {str(owner) for owner in range(6)}, "the first 6,000 rows are of two owners"
+
+
 def test_sets_reach_from_one_value_to_all_of_them() -> None:
     found = [value.count(",") + 1 for value in filter_values._sets([str(i) for i in range(40)])]
     assert sorted(set(found)) == [1, 2, 4, 16, 20, 40] and found.count(1) == 40

@@ -119,7 +119,11 @@ def _told(params: Params, f: Filter) -> Compared | None:
 
 
 def _looked_up(connection: db.Connection, params: Params, where: Compared, kind: str, elements: bool) -> list[str]:
-    rows = row_counts.of(connection, params).n if where.ours else 0
+    if where.ours:
+        rows = row_counts.of(connection, params).n
+    else:
+        # The first rows of a table are often the oldest, or those of one owner.
+        rows = int(db.one(connection, SQL["rows_of"], params, relation=where.relation)["rows"])
     percent = 100.0 * SAMPLED_ROWS / max(rows, 1)
     sampled = sql.SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (1)").format(sql.Literal(percent))
     parts = {

@@ -1,5 +1,10 @@
 -- Values to measure conditions with. {relation} and {column} are as the condition names them.
 
+-- name: rows_of
+-- purpose: Rows of a table that a condition reads, as last analyzed; 0 of what no sample can be taken from.
+SELECT coalesce(max(c.reltuples) FILTER (WHERE c.relkind IN ('r', 'm')), 0) AS rows
+FROM pg_class c WHERE c.oid = to_regclass(%(relation)s);
+
 -- name: cuts
 -- purpose: The values that cut an ordered column at these shares of its rows.
 SELECT (percentile_disc(%(cuts)s::double precision[]) WITHIN GROUP (ORDER BY {column}))::{type}[]::text[] AS values
