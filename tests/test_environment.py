@@ -8,6 +8,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from runbook_lib.cli.lab import lab
 from runbook_lib.core import versions
 from runbook_lib.migrate import pgvector_releases
 
@@ -72,3 +73,12 @@ def test_compose_has_health_checks_and_no_password() -> None:
     assert "POSTGRES_PASSWORD:" not in text
     assert re.search(r"^secrets/$", (ROOT / ".gitignore").read_text(), re.M)
     assert all(":" in p and p.startswith("127.0.0.1") for p in compose["services"]["jupyter"]["ports"])
+
+
+def test_compose_opens_copies_and_never_the_tracked_notebooks() -> None:
+    service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["jupyter"]
+    last = service["command"][-1].strip().splitlines()[-1].replace("$$", "$").split()
+    program, command, params, *options = last[1:]
+    assert (program, command) == ("/venv/bin/runbook", "lab") and params.strip('"$') in service["environment"]
+    with lab.make_context(command, ["params/demo.yaml", *options]) as context:
+        assert context.params["ip"] == "0.0.0.0" and context.params["no_browser"]

@@ -18,7 +18,10 @@ from runbook_lib.runner.manifest import SYMBOLS, Status
 @PARAMS
 @click.option("--no-browser", is_flag=True, help="Print the address, open no browser.")
 @click.option("--port", type=int, help="Port of JupyterLab; the first free one from 8888 if not given.")
-def lab(params_file: Path, no_browser: bool, port: int | None) -> None:
+@click.option(
+    "--ip", help="Address that JupyterLab listens on, such as 0.0.0.0 in a container; this machine only if not given."
+)
+def lab(params_file: Path, no_browser: bool, port: int | None, ip: str | None) -> None:
     """Step through the notebooks in JupyterLab. It opens copies below runs/; Ctrl-C ends it and makes the record.
 
     \b
@@ -27,10 +30,10 @@ def lab(params_file: Path, no_browser: bool, port: int | None) -> None:
       runbook lab params/articles.yaml --no-browser --port 8890    # for ssh -L
     """
     with plain_errors():
-        open_lab(params_file, no_browser=no_browser, port=port)
+        open_lab(params_file, no_browser=no_browser, port=port, ip=ip)
 
 
-def open_lab(params_file: Path, *, no_browser: bool = False, port: int | None = None) -> None:
+def open_lab(params_file: Path, *, no_browser: bool = False, port: int | None = None, ip: str | None = None) -> None:
     """JupyterLab on the copies, in a group of processes of its own, so that Ctrl-C reaches it once and through us."""
     from runbook_lib.core.target import load_params
     from runbook_lib.runner import by_hand
@@ -40,7 +43,7 @@ def open_lab(params_file: Path, *, no_browser: bool = False, port: int | None = 
     folder = by_hand.begin(params_file)
     say(f"JupyterLab on {folder / by_hand.START}.ipynb; Ctrl-C ends it and makes the record")
     with terminated_like_interrupted():
-        command = _command(folder, no_browser, port)
+        command = _command(folder, no_browser, port, ip)
         lab = subprocess.Popen(command, start_new_session=True, env=by_hand.environment(folder))  # noqa: S603
         try:
             lab.wait()
@@ -57,7 +60,7 @@ def open_lab(params_file: Path, *, no_browser: bool = False, port: int | None = 
         click.echo(f"{SYMBOLS[Status(run.status)]} {run.status}: {folder / 'index.html'}")
 
 
-def _command(folder: Path, no_browser: bool, port: int | None) -> list[str]:
+def _command(folder: Path, no_browser: bool, port: int | None, ip: str | None) -> list[str]:
     from runbook_lib.runner import by_hand
 
     root = by_hand.root(folder)
@@ -66,4 +69,5 @@ def _command(folder: Path, no_browser: bool, port: int | None) -> list[str]:
     command.append(f"--LabApp.default_url=/lab/tree/{start}")
     command += ["--no-browser"] if no_browser else []
     command += [f"--port={port}"] if port else []
+    command += [f"--ip={ip}"] if ip else []
     return [*command, "--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else command
