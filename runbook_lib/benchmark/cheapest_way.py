@@ -92,7 +92,7 @@ def filtered(connection: db.Connection, params: Params, of: FilterClass, asked: 
     target = params.tune.target_recall
     points = [measure(connection, params, ways.exact(params), tuning[: 2 * SCREENED])]
     reached = [points[0]]
-    for family in _families(params, rows):
+    for family in _families(params, rows, every_value_is_known=not of.listed):
         for way in family:
             screened = measure(connection, params, way, tuning[:SCREENED])
             dear = screened.p50_ms > HOPELESS * min(m.p50_ms for m in reached)
@@ -115,12 +115,15 @@ def _best_first(reached: Sequence[Measured]) -> list[Measured]:
     return [best, *sorted((m for m in reached if m is not best), key=lambda m: m.p50_ms)]
 
 
-def _families(params: Params, rows: int) -> Iterator[list[Way]]:
-    """Ways through the index, in lists that grow dearer and better."""
+def _families(params: Params, rows: int, *, every_value_is_known: bool) -> Iterator[list[Way]]:
+    """Ways through the index, in lists that grow dearer and better. Values to come may let through fewer rows than
+    those measured: only an iterative scan fills their pages.
+    """
     method = params.index.method
     candidates = ways.candidates(params)
     default = ways.MOST_SCANNED_DEFAULT[method]
-    yield [Way("index", n, "off", default) for n in candidates]
+    if every_value_is_known:
+        yield [Way("index", n, "off", default) for n in candidates]
     limits = sorted(set(params.tune.max_scan_tuples)) if method == "hnsw" else [default]
     # Past the whole table a higher limit changes nothing.
     whole = next((i for i, limit in enumerate(limits) if limit >= rows), len(limits))
