@@ -227,7 +227,8 @@ def test_a_function_that_lost_a_setting_fails_the_gate(
 ) -> None:
     phase = ready()
     tune.apply(phase)
-    articles.execute("ALTER FUNCTION search_articles RESET hnsw.max_scan_tuples")
+    called = "search_articles(text, real[], integer, text, float8)"
+    articles.execute(f"ALTER FUNCTION {called} RESET hnsw.max_scan_tuples")  # type: ignore[call-overload]
     failed = next(g for g in tune.verify(phase) if g.name == "tune.function_carries_the_setting")
     assert str(failed) == (
         "FAIL    tune.function_carries_the_setting   search_articles\n"
