@@ -240,7 +240,7 @@ def test_a_storage_that_does_not_fit_says_why(tmp_path: Path, sections: dict[str
         (
             "cut_over",
             {"route": "hybrid"},
-            "cut_over.route: hybrid needs search.fulltext_column or search.fulltext_expression",
+            "cut_over.route: hybrid needs search.fulltext_column, fulltext_expression or words_query",
         ),
         ("target", {"text_columns": ["title", "title"]}, "target.text_columns names a column twice"),
     ],

@@ -138,6 +138,7 @@ def test_tuning_is_measured_written_down_and_carried_into_the_function(ready: Ca
         *["tune.filter_class_reaches_the_target"] * 3,
         "tune.function_carries_the_setting",
         "tune.function_searches_by_filter_as_chosen",
+        "tune.hybrid_weights_are_as_learned",
     ]
     search_function.move_route(phase, "vector", 100, "test")
     assert {row["id"] for row in call(phase.connection, "cookie leaks", status="Rare")} == {7}
@@ -246,7 +247,7 @@ def test_undo_takes_strategies_first_and_settings_after_and_twice_does_nothing(
     tune.apply(phase)
     tune.apply(phase)
     names = [s.name for s in tune.undo_plan(phase)]
-    assert names == ["search.forget_strategies", *["search.reset_search_settings"] * 3]
+    assert names == ["search.forget_strategies", *["search.reset_search_settings"] * 3, "words.learn_weight"]
     tune.undo(phase)
     assert tune.undo_plan(phase).statements == ()
     assert articles.execute("SELECT count(*) FROM runbook.strategy").fetchone() == (0,)

@@ -88,6 +88,11 @@ def function_of(params: Params, way: str) -> str:
     return f"{params.target.name}_by_{way}"
 
 
+def words_functions(params: Params) -> dict[str, str]:
+    """Names of the functions, in the ledger's schema, that say what words weigh, and what the vectors' half does."""
+    return {name: f"{params.target.name}_{name}" for name in ("weigh_words", "vector_weight")}
+
+
 def operator_class(params: Params) -> str:
     """Of the index, for instance ``vector_cosine_ops``. Bits have one distance, whatever the vectors' own is."""
     if params.index.storage == "bit":
@@ -237,6 +242,9 @@ def _names(params: Params) -> dict[str, sql.Composable]:
         "strategy": identifier(ledger, "strategy"),
         "way_to_search": identifier(ledger, "way_to_search"),
         "check_vector": identifier(ledger, "check_vector"),
+        "words": identifier(ledger, "words"),
+        "hybrid": identifier(ledger, "hybrid"),
+        **{name: identifier(ledger, function) for name, function in words_functions(params).items()},
         **{f"by_{way}": identifier(ledger, function_of(params, way)) for way in WAYS_TO_ANSWER},
         "staging": identifier(ledger, f"{target.name}_staging"),
         "rejected": identifier(ledger, f"{target.name}_rejected"),

@@ -32,7 +32,7 @@ MOST_STATEMENTS = 3
 
 def check(connection: db.Connection, params: Params, columns: Mapping[str, db.Row]) -> Iterator[Gate]:
     """Gates of search.fulltext_column or search.fulltext_expression; none where hybrid is not wanted."""
-    if not params.search.has_fulltext:
+    if not params.search.has_tsvector:
         return
     document = _expression(connection, params) if params.search.fulltext_expression else _column(params, columns)
     config = _config(connection, params)
@@ -155,7 +155,7 @@ def _index(connection: db.Connection, params: Params) -> Gate:
 
 
 def _plan(connection: db.Connection, params: Params) -> QueryPlan:
-    statement = statements.fulltext_statement(connection, params)
+    statement = statements.any_word_statement(connection, params)
     with as_in_the_function(connection, params):
         connection.execute(SQL["without_scans"].compose({}))
         return explain(connection, statement, WORD)

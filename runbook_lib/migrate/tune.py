@@ -31,7 +31,7 @@ from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import index_name, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, milliseconds, score
-from runbook_lib.migrate import row_security_recall
+from runbook_lib.migrate import hybrid_weights, row_security_recall
 from runbook_lib.params import Params
 from runbook_lib.search import combined_filters, search_function, statements, ways
 from runbook_lib.search.ways import Way
@@ -167,10 +167,9 @@ def _sweep(tuning: Mapping[str, Any]) -> Table:
 
 def plan(phase: Phase) -> db.Plan:
     """What is carried into the search function, with the first setting as an example; measuring only reads."""
-    return db.Plan(
-        tuple(search_function.set_search_setting(phase.connection, phase.params, ways.candidates(phase.params)[0])),
-        phase.connection,
-    )
+    first = ways.candidates(phase.params)[0]
+    carried = search_function.set_search_setting(phase.connection, phase.params, first)
+    return db.Plan((*carried, *hybrid_weights.plan(phase)), phase.connection)
 
 
 @changes
@@ -202,6 +201,7 @@ def apply(phase: Phase) -> Tuning | Table:
     phase.note("tuning", tuning.as_data() | {"exact": dict(agrees.figures)})
     if tuning.chosen is not None:
         _carry_into_function(phase, tuning)
+        hybrid_weights.apply(phase, tuning.chosen)
     return tuning
 
 
@@ -295,7 +295,9 @@ def verify(phase: Phase) -> Gates:
         *_function_has_strategies(connection, params, tuning),
     ]
     seen = row_security_recall.gates(connection, params, params.tune.target_recall)
-    return collect([*measured, *carried, *explain.gates(connection, ledger, params), *seen])
+    return collect(
+        [*measured, *carried, *hybrid_weights.gates(phase), *explain.gates(connection, ledger, params), *seen]
+    )
 
 
 def _exact_agrees(params: Params, tuning: dict[str, Any] | None) -> Gate:
@@ -413,7 +415,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     if db.rows(connection, search_function.SQL["strategies"], params):
         # First: a strategy's settings would outlive a call of the function once that has no SET for them.
         statements.insert(0, db.statement(search_function.SQL["forget_strategies"], params))
-    return db.Plan(tuple(statements), connection)
+    return db.Plan((*statements, *hybrid_weights.undo_plan(phase)), connection)
 
 
 @changes

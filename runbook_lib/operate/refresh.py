@@ -11,6 +11,7 @@ from runbook_lib.core.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
+from runbook_lib.search import word_statistics
 from runbook_lib.sql import load
 
 SQL = load("refresh")
@@ -59,6 +60,9 @@ def apply(phase: Phase) -> Table:
     began = db.one(phase.connection, SQL["clock"], phase.params)["now"]
     phase.do(db.statement(SQL["one_more_try"], phase.params, tries=phase.params.embeddings.refresh_tries))
     drained = change_queue.drain(phase)
+    connection, p = phase.connection, phase.params
+    if word_statistics.tables_are_there(connection, p) and word_statistics.is_outdated(connection, p):
+        phase.do(word_statistics.count_statement(connection, p))
     phase.note("refresh", {"began": began.isoformat(), **vars(drained)})
     shown = {"changes": drained.changes, "rows embedded": drained.updated, "set aside": drained.refused}
     return Table.of([shown | {"put off, since somebody holds the row": drained.put_off}])

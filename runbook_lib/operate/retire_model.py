@@ -21,7 +21,7 @@ from runbook_lib.core.thresholds import apart, plain
 from runbook_lib.migrate import backfill, build_index, expand_schema
 from runbook_lib.operate import model_change, model_comparison
 from runbook_lib.params import Params
-from runbook_lib.search import live_shadow, search_function
+from runbook_lib.search import live_shadow, search_function, word_statistics
 from runbook_lib.search.function_ownership import BOTH, NEW_ONLY
 from runbook_lib.sql import load
 
@@ -118,7 +118,8 @@ def _forget(connection: db.Connection, params: Params, old: Phase) -> list[db.St
     extra = model_change.names_of_both(params, copy)
     before = sql.SQL("{}({})").format(extra["before"], extra["identity"])
     own = search_function.answering(old.connection, old.params)
-    return [search_function.drop_statement(old.params, [before, *own])]
+    forget = word_statistics.forget_plan(old.connection, old.params)
+    return [search_function.drop_statement(old.params, [before, *own]), *forget]
 
 
 @changes

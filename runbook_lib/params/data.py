@@ -273,6 +273,17 @@ class SeenAs(Section):
         return f"{self.role} ({', '.join(given)})" if given else self.role
 
 
+class Hybrid(Section):
+    """How the hybrid route merges its halves."""
+
+    weights: Literal["learned", "equal"] = Field(
+        "learned", description="Of the two halves: learned by 70_tune from judged queries, equal without any."
+    )
+    word_rows: int = Field(
+        5000, ge=100, le=1_000_000, description="Rows that a query's rarest words may bring in; bounds the latency."
+    )
+
+
 class Search(Section):
     """The function that the application calls."""
 
@@ -298,7 +309,15 @@ class Search(Section):
         " to_tsvector('english', body).",
     )
     fulltext_config: Name = Field("english", description="Its text search configuration.")
-    hybrid_candidates: int = Field(100, ge=10, le=1000, description="Rows that each half of hybrid contributes.")
+    hybrid_candidates: int = Field(
+        100, ge=10, le=1000, description="Nearest rows that hybrid ranks, with twice as many by their words."
+    )
+    hybrid: Hybrid = Hybrid()
+    words_query: str | None = Field(
+        None,
+        description="Instead of a tsvector: a statement over a BM25 index that returns key and score, higher is"
+        " better, with :query, :k and :<filter>.",
+    )
     read_dsn_env: str | None = Field(
         None, description="Environment variable with the DSN of a streaming replica to measure on."
     )
@@ -325,16 +344,29 @@ class Search(Section):
             raise ValueError("one expression is needed, its brackets and quotes closed, without a semicolon")
         return value
 
+    @field_validator("words_query")
+    @classmethod
+    def mentions_the_words(cls, value: str | None) -> str | None:
+        if value is not None and not any(is_name for is_name, _ in split(value, ("query",))):
+            raise ValueError("the statement does not mention :query")
+        return value and value.strip().rstrip(";")
+
     @model_validator(mode="after")
-    def fulltext_is_a_column_or_an_expression(self) -> Self:
-        if self.fulltext_column is not None and self.fulltext_expression is not None:
-            raise ValueError("give fulltext_column or fulltext_expression, not both")
+    def words_are_searched_in_one_way(self) -> Self:
+        ways = {name: getattr(self, name) for name in ("fulltext_column", "fulltext_expression", "words_query")}
+        if len(given := [name for name, value in ways.items() if value is not None]) > 1:
+            raise ValueError(f"give {' or '.join(given)}, not both")
         return self
 
     @property
-    def has_fulltext(self) -> bool:
-        """Is there a tsvector, without which there is no hybrid route?"""
+    def has_tsvector(self) -> bool:
+        """Are words found by a tsvector?"""
         return self.fulltext_column is not None or self.fulltext_expression is not None
+
+    @property
+    def has_fulltext(self) -> bool:
+        """Are words found at all, without which there is no hybrid route?"""
+        return self.has_tsvector or self.words_query is not None
 
     @model_validator(mode="after")
     def application_gives_its_query(self) -> Self:

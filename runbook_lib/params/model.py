@@ -95,7 +95,9 @@ class Params(Section):
     @model_validator(mode="after")
     def fits_together(self, info: ValidationInfo) -> Self:
         if self.cut_over.route == "hybrid" and not self.search.has_fulltext:
-            raise ValueError("cut_over.route: hybrid needs search.fulltext_column or search.fulltext_expression")
+            raise ValueError(
+                "cut_over.route: hybrid needs search.fulltext_column, fulltext_expression or words_query"
+            )
         if len(set(self.target.text_columns)) < len(self.target.text_columns):
             raise ValueError("target.text_columns names a column twice")
         columns = "" if len(self.target.filter_columns) == len(self.target.filters) else " as a column"

@@ -14,13 +14,22 @@ from runbook_lib.params.model import Params
 
 def rows() -> list[tuple[str, str, str, str]]:
     """Every parameter as (key, type, default as JSON or ``required``, description), in the order of the model."""
+    return [
+        row
+        for section_name, section in Params.model_fields.items()
+        for row in _of(section_name, typing.cast(type[BaseModel], section.annotation))
+    ]
+
+
+def _of(section: str, model: type[BaseModel]) -> list[tuple[str, str, str, str]]:
     found: list[tuple[str, str, str, str]] = []
-    for section_name, section in Params.model_fields.items():
-        model = typing.cast(type[BaseModel], section.annotation)
-        for name, field in model.model_fields.items():
-            key = f"{section_name}.{field.alias or name}"
-            default = "required" if field.is_required() else json.dumps(field.default, default=str)
-            found.append((key, _type_name(field.annotation), default, field.description or ""))
+    for name, field in model.model_fields.items():
+        key = f"{section}.{field.alias or name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += _of(key, field.annotation)
+            continue
+        default = "required" if field.is_required() else json.dumps(field.default, default=str)
+        found.append((key, _type_name(field.annotation), default, field.description or ""))
     return found
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from psycopg import sql
 
 from runbook_lib.core import db, session
-from runbook_lib.core.names import function_of, identifier, names, verbatim
+from runbook_lib.core.names import function_of, identifier, names, verbatim, words_functions
 from runbook_lib.params import Params
-from runbook_lib.search import combined_filters, conditions, share_classes, ways
+from runbook_lib.search import combined_filters, conditions, hybrid, share_classes, ways
 from runbook_lib.search.statements import (
     Route,
+    fulltext_names,
     legacy_statement,
     min_similarity,
     route_statement,
@@ -27,7 +28,7 @@ from runbook_lib.search.statements import (
 )
 from runbook_lib.sql import DOLLAR_TAG, load
 
-SQL = load("search_function")
+SQL, WORDS = load("search_function"), load("words")
 
 # Rows that a call gets which does not say how many, or says NULL.
 DEFAULT_K = 10
@@ -92,7 +93,9 @@ def functions(
     if retired:
         answering = [f for f in answering if f.name != function_of(params, "legacy")]
     search = _search(connection, params, settings, retired)
-    return [search, *overloads(connection, params, params.function_name), *answering, _check_vector(params)]
+    words = _of_words(connection, params)
+    called = overloads(connection, params, params.function_name)
+    return [search, *called, *answering, *words, _check_vector(params)]
 
 
 def filter_arguments(connection: db.Connection, params: Params) -> list[Argument]:
@@ -412,6 +415,35 @@ def as_in_the_function(connection: db.Connection, params: Params) -> Iterator[No
     with db.rolled_back(connection):
         connection.execute(SQL["path"].compose({}), {"path": path.replace("%%", "%")})
         yield
+
+
+def _of_words(connection: db.Connection, params: Params) -> list[Function]:
+    """What hybrid asks about the words of a query, and about the weights of its halves."""
+    if not params.search.has_fulltext:
+        return []
+    p, schema, called = params, params.ledger.schema_, words_functions(params)
+    weight = WORDS["vector_weight"].compose(names(p))
+    otherwise = Argument("otherwise", "double precision")
+    made = [Function(schema, called["vector_weight"], [otherwise], [], weight)]
+    if p.search.has_tsvector:
+        arguments = [Argument("query_text", "text")]
+        results = [
+            Argument("place", "bigint"),
+            Argument("word", "tsquery"),
+            Argument("weight", "double precision"),
+            Argument("lookup", "tsquery"),
+        ]
+        own = {
+            "arguments": sql.SQL(", ").join(a.declared() for a in arguments),
+            "results": sql.SQL(", ").join(a.declared() for a in results),
+            "code": verbatim(sql.Literal(hybrid.CODE).as_string()),
+            "code_factor": sql.Literal(hybrid.CODE_FACTOR),
+            **hybrid.limits(p),
+            **fulltext_names(connection, p),
+        }
+        text = WORDS["weigh_words"].compose({**names(p), **own})
+        made.append(Function(schema, called["weigh_words"], arguments, results, text))
+    return made
 
 
 def _check_vector(params: Params) -> Function:

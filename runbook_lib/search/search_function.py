@@ -10,10 +10,10 @@ from psycopg import sql
 from runbook_lib.core import closed, db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, Gates, collect, gate
-from runbook_lib.core.names import WAYS_TO_ANSWER, function_of, identifier, spelled, verbatim
+from runbook_lib.core.names import WAYS_TO_ANSWER, function_of, identifier, spelled, verbatim, words_functions
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
-from runbook_lib.search import free_names, function_ownership, function_text, ways
+from runbook_lib.search import free_names, function_ownership, function_text, ways, word_statistics
 from runbook_lib.search.function_text import DEFAULT_K as DEFAULT_K
 from runbook_lib.search.function_text import Function
 from runbook_lib.search.statements import Route
@@ -61,7 +61,11 @@ def _installed(connection: db.Connection, params: Params, wanted: list[Function]
         schema=spelled(params, "schema"),
         function=params.function_name,
         ledger=spelled(params, "ledger"),
-        by_route=[*(function_of(params, way) for way in WAYS_TO_ANSWER), *(f.name for f in wanted)],
+        by_route=[
+            *(function_of(params, way) for way in WAYS_TO_ANSWER),
+            *words_functions(params).values(),
+            *(f.name for f in wanted),
+        ],
     )
 
 
@@ -90,6 +94,9 @@ def create_statement(
         *(sql.SQL("DROP FUNCTION {}").format(verbatim(row["function"])) for row in outdated),
         *(f.made for f in reversed(wanted)),
     ]
+    if params.search.has_fulltext:
+        # A function of an earlier release had none of them.
+        made.insert(0, word_statistics.create_tables(params))
     parts, kept = [_in_order(made)], _kept(called, outdated, wanted[0].signature, everything)
     if kept:
         parts.append(sql.SQL("{}\n{}").format(sql.SQL(closed.MARK), _in_order(kept)))
@@ -171,7 +178,8 @@ def plan(phase: Phase) -> db.Plan:
         db.statement(SQL["grant"], p, {"functions": everything, "role": identifier(role)})
         for role in p.search.grant_to
     ]
-    return db.Plan((*tables, create, *grants), connection)
+    count = [word_statistics.count_statement(connection, p)] if word_statistics.is_outdated(connection, p) else []
+    return db.Plan((*tables, create, *grants, *count), connection)
 
 
 @changes
@@ -252,7 +260,8 @@ def undo_plan(phase: Phase) -> db.Plan:
         return db.Plan((), phase.connection)
     _require_no_dependents(phase.params, installed)
     dropped = [verbatim(row["function"]) for row in installed]
-    return db.Plan((drop_statement(phase.params, dropped),), phase.connection)
+    forget = word_statistics.forget_plan(phase.connection, phase.params)
+    return db.Plan((drop_statement(phase.params, dropped), *forget), phase.connection)
 
 
 def drop_statement(params: Params, functions: Sequence[sql.Composable]) -> db.Statement:

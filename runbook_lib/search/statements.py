@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from psycopg import sql
@@ -10,7 +10,7 @@ from psycopg import sql
 from runbook_lib.core import db
 from runbook_lib.core.names import as_indexed, identifier, names, verbatim
 from runbook_lib.params import Params, placeholders
-from runbook_lib.search import conditions
+from runbook_lib.search import conditions, hybrid
 from runbook_lib.search.ways import Scan
 from runbook_lib.sql import load
 
@@ -79,27 +79,53 @@ def route_statement(
     places = _placeholders(params, in_function)
     sorted_again = scan == "relaxed" or (scan == "index" and params.index.storage != "vector")
     block = "hybrid" if route == "hybrid" else "relaxed" if sorted_again else "exact_or_vector"
-    n, least = names(params), min_similarity(params)
-    alike = similarity(params, sql.SQL("distance"))
-    return ROUTES[block].compose(
-        n
-        | {
-            "nearest_first": _nearest_first(params, places["embedding"], scan),
-            "query_text": places["query"],
-            "query_vector": places["embedding"],
-            "k": places["k"],
-            **_how_many(params, places["k"], scan),
-            "filters": conditions.where(connection, params, places, given) if filters is None else filters,
-            "row_similarity": similarity(
-                params, sql.SQL("({} {} {})").format(n["row_embedding"], n["distance"], places["embedding"])
-            ),
-            "near_enough": sql.SQL("({m} IS NULL OR {s} >= {m})").format(m=least, s=alike)
-            if in_function
-            else sql.SQL("true"),
-            **(fulltext_names(connection, params) if route == "hybrid" else {}),
-        },
-        indent,
-    )
+    parts = {
+        **names(params),
+        "nearest_first": _nearest_first(params, places["embedding"], scan),
+        "query_text": places["query"],
+        "query_vector": places["embedding"],
+        "k": places["k"],
+        **_how_many(params, places["k"], scan),
+        "filters": conditions.where(connection, params, places, given) if filters is None else filters,
+    }
+    if route == "hybrid":
+        least, alike = min_similarity(params), similarity(params, sql.SQL("distance"))
+        near = sql.SQL("({m} IS NULL OR {s} >= {m})").format(m=least, s=alike)
+        words = {**parts, **_of_words(connection, params, places), "similarity": alike}
+        return hybrid.statement(params, words, scan, near if in_function else sql.SQL("true"), indent)
+    return ROUTES[block].compose(parts, indent)
+
+
+def scored_statement(connection: db.Connection, params: Params) -> sql.Composed:
+    """Every row that either half of hybrid finds, with the scores of both: ``near`` and ``wordy``."""
+    return hybrid.scored_statement(params, _unfiltered(connection, params))
+
+
+def fulltext_statement(connection: db.Connection, params: Params) -> sql.Composed:
+    """The words half of hybrid alone, without filters."""
+    return hybrid.words_statement(params, _unfiltered(connection, params))
+
+
+def _unfiltered(connection: db.Connection, params: Params) -> dict[str, sql.Composable]:
+    places = _placeholders(params, in_function=False)
+    return {
+        **names(params),
+        "nearest_first": _nearest_first(params, places["embedding"], "index"),
+        "query_text": sql.SQL("{}::text").format(places["query"]),
+        "query_vector": places["embedding"],
+        "k": places["k"],
+        **_how_many(params, places["k"], "index"),
+        "filters": conditions.where(connection, params, places, ()),
+        **_of_words(connection, params, places),
+    }
+
+
+def _of_words(
+    connection: db.Connection, params: Params, places: Mapping[str, sql.Composable]
+) -> dict[str, sql.Composable]:
+    """What the words half needs: the tsvector, or the filters by name for a statement of the user's own."""
+    given = {f"filter {name}": places[name] for name in params.target.filters}
+    return given | (fulltext_names(connection, params) if params.search.has_tsvector else {})
 
 
 def fulltext_names(connection: db.Connection, params: Params) -> dict[str, sql.Composable]:
@@ -123,9 +149,9 @@ def fulltext_names(connection: db.Connection, params: Params) -> dict[str, sql.C
     }
 
 
-def fulltext_statement(connection: db.Connection, params: Params) -> sql.Composed:
-    """Full text alone: the words half of hybrid, without filters."""
-    return ROUTES["fulltext"].compose(names(params) | fulltext_names(connection, params))
+def any_word_statement(connection: db.Connection, params: Params) -> sql.Composed:
+    """Any word of a query by the index on the tsvector: what preflight plans."""
+    return ROUTES["any_word"].compose(names(params) | fulltext_names(connection, params))
 
 
 def text_search_config(connection: db.Connection, params: Params, name: str = "") -> db.Row | None:

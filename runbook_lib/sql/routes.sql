@@ -21,39 +21,101 @@ WITH nearest AS MATERIALIZED (
 SELECT key, -distance AS score FROM nearest ORDER BY distance + 0 LIMIT {k};
 
 -- name: hybrid
--- purpose: Nearest rows and best full-text rows, merged by reciprocal rank fusion (Cormack et al. 2009, constant 60).
+-- purpose: The nearest rows and the best by their words, by the sum of both scores; each score is brought to mean 0 and deviation 1 over the rows that either half found.
+SELECT key, {similarity} AS similarity,
+       {vector_weight} * near + (1 - {vector_weight}) * wordy AS score
+FROM (
+    {scored}
+) both_halves
+ORDER BY score DESC, key
+LIMIT {k};
+
+-- name: scored
+-- purpose: Part of hybrid: every row that either half found, with both of its scores.
 WITH nearest AS MATERIALIZED (
     SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
     FROM {from_vectors}
     WHERE {filters} AND {row_embedding} IS NOT NULL
     ORDER BY {nearest_first}
     LIMIT {nearest_candidates}
-), words AS (
-    SELECT pg_catalog.replace(
-        pg_catalog.plainto_tsquery({fulltext_config}, {query_text})::pg_catalog.text, ' & ', ' | '
-    )::pg_catalog.tsquery AS any_word
-), matching AS MATERIALIZED (
-    SELECT t.{key} AS key, pg_catalog.ts_rank(d.document, w.any_word, 1) AS rank
-    FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d, words w
-    WHERE d.document OPERATOR(pg_catalog.@@) w.any_word AND {filters}
-    ORDER BY rank DESC, t.{key}
-    LIMIT {candidates}
-), votes AS (
-    SELECT key, pg_catalog.row_number() OVER (ORDER BY distance, key) AS place FROM nearest WHERE {near_enough}
-    UNION ALL
-    SELECT key, pg_catalog.row_number() OVER (ORDER BY rank DESC, key) FROM matching
-), best AS (
-    SELECT key, pg_catalog.sum(1.0 / (60 + place))::double precision AS score
-    FROM votes GROUP BY key
-    ORDER BY score DESC, key
-    LIMIT {k}
+), {words_half}, found AS (
+    SELECT key FROM nearest WHERE {near_enough}
+    UNION
+    SELECT key FROM matching
+), weighed AS MATERIALIZED (
+    {weighed}
 )
-SELECT best.key, {row_similarity} AS similarity, best.score
-FROM {with_vectors} JOIN best ON best.key = t.{key}
-ORDER BY best.score DESC, best.key;
+SELECT key, distance,
+       coalesce((avg(distance) OVER () - distance) / nullif(stddev_pop(distance) OVER (), 0), 0) AS near,
+       coalesce((weight - avg(weight) OVER ()) / nullif(stddev_pop(weight) OVER (), 0), 0) AS wordy
+FROM weighed
+
+-- name: by_rare_words
+-- purpose: Part of hybrid: the rows that hold rare words of the query, by the weights of the words that they hold. However common the words are, so many rows are read and no more.
+words AS MATERIALIZED (
+    SELECT w.* FROM {weigh_words}({query_text}) w
+), holding AS MATERIALIZED (
+    SELECT row_of.key, w.weight
+    FROM (SELECT words.* FROM words WHERE words.lookup IS NOT NULL ORDER BY words.place) w CROSS JOIN LATERAL (
+        SELECT t.{key} AS key
+        FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d
+        WHERE d.document OPERATOR(pg_catalog.@@) w.lookup AND {filters}
+        LIMIT {word_rows}
+    ) row_of
+    LIMIT {most_looked_up}
+), matching AS (
+    SELECT key FROM holding GROUP BY key ORDER BY sum(weight) DESC, key LIMIT {word_candidates}
+)
+
+-- name: by_any_word
+-- purpose: Part of hybrid, where a filter lets few rows through: of these, the rows that hold any word of the query.
+words AS MATERIALIZED (
+    SELECT w.* FROM {weigh_words}({query_text}) w
+), matching AS (
+    SELECT t.{key} AS key
+    FROM (SELECT pg_catalog.string_agg(words.word::text, ' | ')::pg_catalog.tsquery AS any_word FROM words) w,
+         {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d
+    WHERE d.document OPERATOR(pg_catalog.@@) w.any_word AND {filters}
+    LIMIT {word_rows}
+)
+
+-- name: weighed_by_words
+-- purpose: Part of hybrid: both scores of each row. A word counts by its weight and, by ts_rank, by how often and where it stands; a code, by whose parts ts_rank goes, where the row holds it whole.
+SELECT t.{key} AS key, {row_distance} AS distance,
+       coalesce((
+           SELECT sum(words.weight * pg_catalog.ts_rank(d.document, words.word, 1)) FROM words
+           WHERE pg_catalog.numnode(words.word) OPERATOR(pg_catalog.=) 1 OR d.document OPERATOR(pg_catalog.@@) words.word
+       ), 0) AS weight
+FROM {with_vectors} JOIN found ON found.key = t.{key}
+CROSS JOIN LATERAL (SELECT {fulltext} AS document OFFSET 0) d
+
+-- name: by_words_query
+-- purpose: Part of hybrid: the words half is a statement of the user's own, over an index that ranks by itself.
+matching AS MATERIALIZED (
+    SELECT best.key, best.score::double precision AS weight FROM (
+        {words_query}
+    ) best (key, score)
+    ORDER BY best.score DESC, best.key LIMIT {word_candidates}
+)
+
+-- name: weighed_by_words_query
+-- purpose: Part of hybrid: both scores of each row; of a row that the statement did not find 0, or its lowest where that is less.
+SELECT t.{key} AS key, {row_distance} AS distance,
+       coalesce(matching.weight, (SELECT least(0, min(matching.weight)) FROM matching), 0) AS weight
+FROM {with_vectors} JOIN found ON found.key = t.{key}
+LEFT JOIN matching ON matching.key = t.{key}
 
 -- name: fulltext
--- purpose: Full text alone, as in hybrid, any word of the query, best rank first.
+-- purpose: The words half of hybrid alone, without filters.
+WITH {words_half}, found AS (
+    SELECT key FROM matching
+), weighed AS (
+    {weighed}
+)
+SELECT key, weight AS score FROM weighed ORDER BY weight DESC, key LIMIT {k};
+
+-- name: any_word
+-- purpose: Any word of the query, best rank first: what the index on the tsvector must serve.
 SELECT t.{key} AS key, ts_rank(d.document, w.any_word, 1) AS score
 FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d,
      (SELECT replace(plainto_tsquery({fulltext_config}, %(query)s)::text, ' & ', ' | ')::tsquery AS any_word) w

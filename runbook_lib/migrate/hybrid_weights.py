@@ -1,0 +1,97 @@
+"""Part of phase 70: how much each half of hybrid counts, learned where queries are judged, and equal elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runbook_lib.benchmark import comparison, fusion, loop, query_set
+from runbook_lib.core import db
+from runbook_lib.core.display import number
+from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.phase import Phase
+from runbook_lib.search import word_statistics
+from runbook_lib.search.hybrid import EQUAL_WEIGHT
+
+KIND = "hybrid_weights"
+
+
+def plan(phase: Phase) -> list[db.Statement]:
+    """The words counted where that is due, and the weight kept."""
+    if not phase.params.search.has_fulltext:
+        return []
+    learned = phase.params.search.hybrid.weights == "learned"
+    return [*_count(phase), *([word_statistics.learn_statement(phase.params, None)] if learned else [])]
+
+
+def apply(phase: Phase, candidates: int) -> None:
+    """Counts the table's words where that is due, and learns the weights of hybrid's halves.
+
+    candidates: ef_search or probes, as the search function has it.
+    """
+    p = phase.params
+    if not p.search.has_fulltext:
+        return
+    for statement in _count(phase):
+        phase.do(statement)
+    if p.search.hybrid.weights == "equal":
+        return
+    asked, marks = comparison.sampled(phase)
+    found = None
+    if asked.judged:
+        judged = query_set.with_vectors(p, asked.judged)
+        with loop.through_the_index(phase, candidates) as connection:
+            found = fusion.learn(connection, p, judged, marks)
+    phase.do(word_statistics.learn_statement(p, found.vector_weight if found and found.kept else None))
+    phase.note(KIND, {"judged": len(asked.judged)} | (found.as_data() if found else {}))
+
+
+def _count(phase: Phase) -> list[db.Statement]:
+    due = word_statistics.is_outdated(phase.connection, phase.params)
+    return [word_statistics.count_statement(phase.connection, phase.params)] if due else []
+
+
+def undo_plan(phase: Phase) -> list[db.Statement]:
+    """Equal weights again, where others were learned."""
+    known = word_statistics.counted(phase.connection, phase.params)
+    learned = known is not None and known.vector_weight is not None
+    return [word_statistics.learn_statement(phase.params, None)] if learned else []
+
+
+def gates(phase: Phase) -> list[Gate]:
+    """Does hybrid weigh its halves as the record says?"""
+    p, noted = phase.params, phase.ledger.latest(KIND)
+    if not p.search.has_fulltext or p.search.hybrid.weights == "equal" or noted is None:
+        return []
+    known = word_statistics.counted(phase.connection, p)
+    there = known.vector_weight if known else None
+    wanted = noted["vector_weight"] if noted.get("kept") else None
+    return [
+        gate(
+            "tune.hybrid_weights_are_as_learned",
+            there == wanted,
+            p.function_name,
+            found=_said(there, noted),
+            needed=f"{_weights(wanted)}, as the ledger has it",
+            danger="hybrid would rank by weights that nobody measured",
+            do="run 70_tune again",
+            figures=noted,
+        )
+    ]
+
+
+def _weights(vectors: float | None) -> str:
+    vectors = EQUAL_WEIGHT if vectors is None else vectors
+    return f"vectors {vectors:g}, words {1 - vectors:g}"
+
+
+def _said(there: float | None, noted: dict[str, Any]) -> str:
+    if "proved" not in noted:
+        few = f"only {number(noted['judged'])} judged queries" if noted["judged"] else "no judged queries"
+        return f"{_weights(there)}: equal, with {few} to learn from"
+    on = noted["proved"]
+    tried = "" if noted["kept"] else f"; {_weights(noted['vector_weight'])} was no better and is not used"
+    return (
+        f"{_weights(there)}{tried}; learned on {number(noted['learned_on'])} judged queries, nDCG@10 on"
+        f" {number(noted['proved_on'])} others: learned {on['learned']:.3f}, equal {on['equal']:.3f},"
+        f" words alone {on['words']:.3f}, vectors alone {on['vectors']:.3f}"
+    )

@@ -1,0 +1,98 @@
+"""How common each word of the table is, by which hybrid weighs the words of a query: counted, renewed, forgotten."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import NamedTuple
+
+from psycopg import sql
+
+from runbook_lib.core import db, row_counts
+from runbook_lib.core.names import identifier, names, spelled, verbatim
+from runbook_lib.params import Params
+from runbook_lib.search import function_text, statements
+from runbook_lib.sql import load
+
+SQL = load("words")
+
+# Rows that are counted; of a larger table, those of a sample of its pages.
+SAMPLE_ROWS = 200_000
+# A word of fewer rows is as good as unique, and may be somebody's name: it is not kept.
+LEAST_ROWS = 2
+COUNT = SQL["count"].name
+# Counted again once the table has grown or shrunk by so much, or after so long.
+LARGEST_CHANGE, OLDEST_S = 0.2, 7 * 86_400.0
+
+
+class Counted(NamedTuple):
+    """rows: of the table when its words were counted. vector_weight: None where the halves weigh alike."""
+
+    rows: int | None
+    counted_at: datetime | None
+    vector_weight: float | None
+    age_s: float | None
+
+
+def create_tables(params: Params) -> sql.Composed:
+    """The tables that the functions of the words half read; nothing where they are there."""
+    return SQL["create_tables"].compose(names(params))
+
+
+def tables_are_there(connection: db.Connection, params: Params) -> bool:
+    """They come with the search function; one of an earlier release had none."""
+    tables = {name: spelled(params, name) for name in ("words", "hybrid")}
+    return bool(db.one(connection, SQL["tables_are_there"], params, **tables)["there"])
+
+
+def counted(connection: db.Connection, params: Params) -> Counted | None:
+    """What is known of this target's words; None where they were never counted."""
+    if not tables_are_there(connection, params):
+        return None
+    found = db.rows(connection, SQL["counted"], params)
+    return Counted(**found[0]) if found else None
+
+
+def is_outdated(connection: db.Connection, params: Params) -> bool:
+    """Has the table changed so much since its words were counted, or so long ago, that they should be again?"""
+    if not params.search.has_tsvector:
+        return False
+    known = counted(connection, params)
+    if known is None or known.rows is None or known.age_s is None or known.age_s > OLDEST_S:
+        return True
+    return abs(row_counts.of(connection, params).n - known.rows) > LARGEST_CHANGE * max(known.rows, 1)
+
+
+def count_statement(connection: db.Connection, params: Params) -> db.Statement:
+    """Counts the words anew; a search meanwhile weighs by the former count."""
+    rows = row_counts.of(connection, params).n
+    share = min(1.0, SAMPLE_ROWS / rows) if rows else 1.0
+    sample = f" TABLESAMPLE SYSTEM ({100 * share:.6f})" if share < 1 else ""
+    names_of_it = {**statements.fulltext_names(connection, params), "sample": sql.SQL(sample)}
+    documents = SQL["documents"].compose({**names(params), **names_of_it}).as_string(connection).replace("%%", "%")
+    path = ", ".join(map(_quoted, function_text.expression_path(connection, params)))
+    own = {
+        "documents": _literal(documents),
+        "path": _literal(path),
+        "rows": sql.Literal(rows),
+        "times": sql.Literal(1 / share),
+        "least_rows": sql.Literal(LEAST_ROWS),
+    }
+    return db.statement(SQL["count"], params, own)
+
+
+def learn_statement(params: Params, vector_weight: float | None) -> db.Statement:
+    """Keeps the weight of the vectors' half; None for equal weights."""
+    return db.statement(SQL["learn_weight"], params, vector_weight=vector_weight)
+
+
+def forget_plan(connection: db.Connection, params: Params) -> list[db.Statement]:
+    """Takes away what is known of this target's words, where something is."""
+    return [db.statement(SQL["forget"], params)] if counted(connection, params) else []
+
+
+def _literal(text: str) -> sql.SQL:
+    return verbatim(sql.Literal(text).as_string())
+
+
+def _quoted(name: str) -> str:
+    return identifier(name).as_string().replace("%%", "%")
