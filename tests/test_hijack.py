@@ -49,6 +49,8 @@ INSTALLED = {
     "runbook.articles_by_vector",
     "runbook.articles_by_vector_exact",
     "runbook.articles_by_hybrid",
+    "runbook.articles_weigh_words",
+    "runbook.articles_vector_weight",
 }
 CLOSED_PATH = "search_path=pg_catalog, pg_temp"
 VECTOR = [float(x) for x in toy.embed(["cookie leaks"])[0]]

@@ -11,7 +11,7 @@ from runbook_lib.backfill import partitioned_twin, vector_store
 from runbook_lib.core import db, session
 from runbook_lib.core.display import some
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import WAYS_TO_ANSWER, changing, function_of, names, spelled
+from runbook_lib.core.names import WAYS_TO_ANSWER, changing, function_of, names, spelled, words_functions
 from runbook_lib.params import Params
 from runbook_lib.search import live_shadow
 from runbook_lib.sql import load
@@ -66,7 +66,7 @@ def check(connection: db.Connection, params: Params) -> Gate:
 
 
 def _open(connection: db.Connection, params: Params, values: dict[str, str | None]) -> list[db.Row]:
-    answering = [function_of(params, way) for way in WAYS_TO_ANSWER]
+    answering = [*(function_of(params, way) for way in WAYS_TO_ANSWER), *words_functions(params).values()]
     functions = [params.function_name, live_shadow.function_name(params), *answering, "check_vector"]
     own = [*_in_ledger(params), *IN_LEDGER, live_shadow.log_name(params)]
     beside = {

@@ -30,17 +30,21 @@ BEGIN
     RETURN QUERY
     WITH known AS (
         SELECT max(h.rows)::float8 AS rows FROM {hybrid} h WHERE h.target = {target_name}
-    ), asked AS (
-        SELECT array_to_tsvector(ARRAY[a.lexeme])::text::tsquery AS word, coalesce(w.rows, 1)::float8 AS rows,
-               1 AS factor
+    ), codes AS (
+        -- A code, which is what is looked for, is cut into parts that may be common; whole it is rare.
+        SELECT DISTINCT phraseto_tsquery({fulltext_config}, found.code[1]) AS phrase,
+               found.code[1] ~ '[[:alpha:]]' AS is_no_number
+        FROM regexp_matches(query_text, {code}, 'g') found (code)
+    ), lexemes AS (
+        SELECT a.lexeme, array_to_tsvector(ARRAY[a.lexeme])::text::tsquery AS word
         FROM unnest(tsvector_to_array(to_tsvector({fulltext_config}, query_text))) a (lexeme)
-        LEFT JOIN {words} w ON w.target = {target_name} AND w.lexeme = a.lexeme
-        UNION
-        -- A code is cut into parts that may be common; whole it is rare, and what is looked for.
-        SELECT phrase, 1, {code_factor} FROM (
-            SELECT phraseto_tsquery({fulltext_config}, found.code[1]) AS phrase
-            FROM regexp_matches(query_text, {code}, 'g') found (code)
-        ) codes WHERE numnode(phrase) > 1
+    ), asked AS (
+        SELECT l.word, coalesce(w.rows, 1)::float8 AS rows,
+               CASE WHEN l.word IN (SELECT c.phrase FROM codes c WHERE c.is_no_number) THEN {code_factor} ELSE 1 END
+                   AS factor
+        FROM lexemes l LEFT JOIN {words} w ON w.target = {target_name} AND w.lexeme = l.lexeme
+        UNION ALL
+        SELECT DISTINCT c.phrase, 1, {code_factor} FROM codes c WHERE numnode(c.phrase) > 1
     ), ranked AS (
         SELECT a.*, row_number() OVER rarest AS place, sum(a.rows) OVER rarest AS up_to
         FROM asked a WINDOW rarest AS (ORDER BY a.rows, a.word::text)
