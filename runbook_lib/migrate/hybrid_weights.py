@@ -35,11 +35,11 @@ def apply(phase: Phase, candidates: int) -> None:
         phase.do(statement)
     if p.search.hybrid.weights == "equal":
         return
-    asked, marks = comparison.sampled(phase)
+    asked, marks = comparison.sampled(phase.connection, phase.ledger, p)
     found = None
     if asked.judged:
         judged = query_set.with_vectors(p, asked.judged)
-        with loop.through_the_index(phase, candidates) as connection:
+        with loop.through_the_index(phase.connection, p, candidates) as connection:
             found = fusion.learn(connection, p, judged, marks)
     phase.do(word_statistics.learn_statement(p, found.vector_weight if found and found.kept else None))
     phase.note(KIND, {"judged": len(asked.judged)} | (found.as_data() if found else {}))
