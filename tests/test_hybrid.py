@@ -225,7 +225,7 @@ def test_a_statement_of_their_own_can_be_the_words_half(
     own = "SELECT doc, points FROM public.bm25(:query) ORDER BY points DESC LIMIT :k"
     ready({"fulltext_column": None, "words_query": own})
     assert set(asked(articles, "gleam", near="buffer blocks")[:2]) == {7, 9}, "both far from that vector"
-    assert set(asked(articles, "nothing of it", k=5, near="cookie leaks on logout")) <= toy.nearest(
+    assert set(asked(articles, "nothing of it", k=3, near="cookie leaks on logout")) <= toy.nearest(
         "cookie leaks on logout"
     )
 
