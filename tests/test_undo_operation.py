@@ -238,7 +238,7 @@ def test_what_has_no_way_back_says_why_and_starts_nothing(tmp_path: Path, name: 
 def test_every_operation_has_a_way_back_or_a_reason() -> None:
     assert {name for name in OPERATE if STEPS[name].no_rollback} == set(NO_ROLLBACK)
     assert {STEPS[name].after for name in UNDO_OPERATION} == {"", DIVIDE}
-    with pytest.raises(BadInput, match="did you mean operate/rebuild_index"):
+    with pytest.raises(BadInput, match="did you mean rebuild_index"):
         selection.rollback_of_operation("rebuild")
 
 
