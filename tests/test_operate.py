@@ -124,9 +124,9 @@ def test_names_are_told_apart() -> None:
 def test_a_mistyped_operation_starts_nothing(tmp_path: Path) -> None:
     path = str(write_params(tmp_path))
     result = CliRunner().invoke(main, ["operate", path, "20_wacht", "--execute"])
-    assert (result.exit_code, "did you mean operate/monitor?" in result.output) == (2, True)
+    assert (result.exit_code, "did you mean monitor?" in result.output) == (2, True)
     result = CliRunner().invoke(main, ["operate", path, "montor", "--execute"])
-    assert (result.exit_code, "did you mean operate/monitor?" in result.output) == (2, True)
+    assert (result.exit_code, "did you mean monitor?" in result.output) == (2, True)
     with pytest.raises(BadInput, match="operate/rebuild_index"):
         write = write_params(tmp_path, approval={"phases": ["operate/rebuild"]})
         from runbook_lib.core.target import load_params

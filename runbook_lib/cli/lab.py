@@ -60,7 +60,7 @@ def open_lab(params_file: Path, *, no_browser: bool = False, port: int | None = 
         click.echo(f"{SYMBOLS[Status(run.status)]} {run.status}: {folder / 'index.html'}")
 
 
-def _command(folder: Path, no_browser: bool, port: int | None, ip: str | None) -> list[str]:
+def _command(folder: Path, no_browser: bool, port: int | None, ip: str | None = None) -> list[str]:
     from runbook_lib.runner import by_hand
 
     root = by_hand.root(folder)

@@ -48,7 +48,7 @@ def search(params_file: Path, words: str, k: int, filters: dict[str, str]) -> No
 
     \b
     Example:
-      runbook search params/articles.yaml "cannot log in" --k 5 --filter status=open
+      runbook search params/articles.yaml "no login" --k 5 --filter status=open
     """
     from runbook_lib.core import db
     from runbook_lib.core.target import load_params

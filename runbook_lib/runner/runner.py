@@ -88,10 +88,10 @@ def run(
     say = say or _to_standard_error
     first, last = (name and current(name, way) for name in (first, last))
     params = load_params(params_file)
+    selection.check(params, way, first, last)
     if execute:
         with db.connect(params, "runbook-runner") as connection:
             Ledger(connection, params, "", "").bring_up_to_date()
-    selection.check(params, way, first, last)
     chosen = selection.chosen(params, way, first, last, execute, say)
     if not chosen:
         return RunResult(Status.PASSED, EXIT_CODES[Status.PASSED], None)
