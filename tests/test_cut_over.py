@@ -235,8 +235,11 @@ def test_filters_are_tried_by_the_canary_before_any_user_comes_with_them(
     assert "cutover.no_filtered_answer_is_short" in [g.name for g in failed.value.gates.failed]
 
 
-def test_users_own_calls_judge_the_canary_too(ready: Callable[..., Phase], database: str) -> None:
+def test_users_own_calls_judge_the_canary_too(
+    ready: Callable[..., Phase], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # How fast they are is judged elsewhere, on figures of the test's own: here other tests are at work.
+    monkeypatch.setattr(cut_over, "LATENCY_TOLERANCE", 100.0)
     slow = {"hold_s": 1.0, "largest_slowdown": 100.0}
     phase = ready(shadow={"sample_percent": 100, "calls_per_minute": 10_000}, cut_over=slow)
     live_shadow.apply(phase)
