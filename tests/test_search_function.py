@@ -714,6 +714,23 @@ def test_the_smallest_similarity_of_the_parameters_is_the_default_and_spares_row
     }
 
 
+@pytest.mark.parametrize("least", [0.3, -0.5, 1.0, 1e-05, 0.1 + 0.2, None])
+def test_another_smallest_similarity_makes_the_function_another(
+    ready: Callable[..., Phase], open_phase: Open, least: float | None
+) -> None:
+    ready(search={"smallest_similarity": 0.25})
+    again = open_phase("10_baseline", **(FILTERED | {"search": {"smallest_similarity": least}}))
+    assert not search_function.is_as_planned(again.connection, again.params)
+    search_function.apply(again)
+    assert search_function.is_as_planned(again.connection, again.params)
+    search_function.move_route(again, "vector", 100, "test")
+    spelt = again.connection.execute(
+        "SELECT pg_get_function_arguments(p.oid) AS a FROM pg_proc p WHERE p.proname = 'search_articles'"
+    ).fetchall()
+    expected = "NULL" if least is None else f"'{least:g}'" if least != 0.1 + 0.2 else "'0.30000000000000004'"
+    assert len(spelt) == 3 and all(f"min_similarity double precision DEFAULT {expected}::" in r["a"] for r in spelt)
+
+
 # Made anew with other arguments or columns
 
 

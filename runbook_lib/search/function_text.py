@@ -78,6 +78,7 @@ class Function:
             "takes": [a.type for a in self.arguments],
             "names": [a.name for a in columns],
             "types": [a.type for a in columns],
+            "defaults": [a.default for a in self.arguments if a.default],
             "source": hashlib.md5(body.encode(), usedforsecurity=False).hexdigest(),
         }
 
@@ -106,12 +107,14 @@ def filter_arguments(connection: db.Connection, params: Params) -> list[Argument
 
 def _arguments(connection: db.Connection, params: Params) -> list[Argument]:
     least = params.search.smallest_similarity
+    # As PostgreSQL spells it, so that the one in the catalogue can be compared.
+    spelt = "NULL" if least is None else f"'{repr(least).removesuffix('.0')}'::double precision"
     return [
         Argument("query_text", "text"),
         Argument("query_embedding", "real[]", "NULL"),
         Argument("k", "integer", str(DEFAULT_K)),
         *filter_arguments(connection, params),
-        Argument("min_similarity", "double precision", "NULL" if least is None else repr(least)),
+        Argument("min_similarity", "double precision", spelt),
     ]
 
 

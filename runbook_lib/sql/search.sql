@@ -143,18 +143,23 @@ WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s 
 -- name: installed
 -- purpose: This target's functions: who may call them, what is made on them, and whether they are as wanted.
 WITH wanted AS (
-    SELECT w.schema, w.name, w.source, w.names,
+    SELECT w.schema, w.name, w.source, w.names, w.defaults,
            (SELECT string_agg(to_regtype(t.name)::oid::text, ' ' ORDER BY t.i)
             FROM unnest(w.takes) WITH ORDINALITY AS t (name, i)) AS takes,
            (SELECT string_agg(to_regtype(t.name)::oid::text, ' ' ORDER BY t.i)
             FROM unnest(w.types) WITH ORDINALITY AS t (name, i)) AS types
     FROM jsonb_to_recordset(%(wanted)s::jsonb)
-        AS w (schema text, name text, source text, names text[], takes text[], types text[])
+        AS w (schema text, name text, source text, names text[], takes text[], types text[], defaults text[])
 )
 SELECT format('%%I.%%I(%%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)) AS function,
        p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {is_called} AS is_called,
        p.pronamespace = to_regnamespace(%(ledger)s) AND p.proname = ANY (%(by_route)s) AS answers,
-       w.names IS NOT NULL AS fits, w.source IS NOT DISTINCT FROM md5(p.prosrc) AS same,
+       w.names IS NOT NULL AS fits,
+       w.source IS NOT DISTINCT FROM md5(p.prosrc) AND w.defaults = ARRAY(
+           SELECT regexp_replace(spelt, '^NULL::.*', 'NULL')
+           FROM generate_series(1, p.pronargs) i, pg_get_function_arg_default(p.oid, i) spelt
+           WHERE spelt IS NOT NULL ORDER BY i
+       ) AS same,
        obj_description(p.oid, 'pg_proc') AS comment,
        CASE WHEN p.proowner <> current_user::regrole THEN pg_get_userbyid(p.proowner)::text END AS owner,
        ARRAY(SELECT jsonb_build_object('role', CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee) END,
