@@ -15,8 +15,17 @@ from psycopg import sql
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate
 from runbook_lib.core.phase import Phase
-from runbook_lib.migrate import backfill, build_index, expand_schema, extension, fulltext_check, load_embeddings
+from runbook_lib.migrate import (
+    backfill,
+    build_index,
+    expand_schema,
+    extension,
+    fulltext_check,
+    inputs,
+    load_embeddings,
+)
 from runbook_lib.params import Params
+from runbook_lib.params.data import Search
 from runbook_lib.search import search_function
 from tests import partitioned, toy
 
@@ -342,3 +351,80 @@ def answers(connection: Connection, text: str) -> list[Any]:
     found = connection.execute("SELECT * FROM search_articles(%s, %s::real[], 10)", [text, vector]).fetchall()
     assert {row[2] for row in found} == {"hybrid"}
     return found
+
+
+# A statement of their own
+
+
+BM25 = (
+    "CREATE FUNCTION bm25(text) RETURNS TABLE (doc bigint, points real) STABLE LANGUAGE sql AS"
+    " $$SELECT id, (100 - id)::real FROM public.articles WHERE title LIKE $1$$"
+)
+OWN = (
+    "SELECT doc, points FROM public.bm25(:query) WHERE :status IS NULL OR doc IN (SELECT id FROM public.articles"
+    " WHERE status = :status) ORDER BY points DESC LIMIT :k -- best first"
+)
+
+
+def asked_by(query: str, make_params: MakeParams, **more: Any) -> list[Gate]:
+    own = {"fulltext_column": None, "words_query": query} | more
+    params = make_params(search=own, target={"filters": ["status"]})
+    with db.connect(params, "test") as connection:
+        return list(fulltext_check.check_words_query(connection, params))
+
+
+def test_a_words_query_is_planned_with_its_filters(articles: Connection, make_params: MakeParams) -> None:
+    articles.execute(BM25)
+    assert [str(g.verdict) for g in asked_by(OWN, make_params)] == ["PASS", "PASS"]
+    assert articles.execute("SELECT FROM pg_class WHERE relname = 'runbook_probe'").fetchone() is None
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("SELECT doc, points FROM bm24(:query)", "function bm24(text) does not exist"),
+        ("SELECT doc FROM bm25(:query)", 'table "best" has 1 columns available but 2 columns specified'),
+        ("SELECT title, 1 FROM articles WHERE title = :query", "operator does not exist: text = bigint"),
+        ("SELECT id, ARRAY[1] FROM articles WHERE title = :query", "cannot cast type integer[] to double precision"),
+        ("SELECT id, 1 FROM articles WHERE title = :query AND status = :state", 'syntax error at or near ":"'),
+        ("SELECT id, 1 FROM articles WHERE title = :query LIMIT :k - status", "operator does not exist"),
+        ("DELETE FROM articles WHERE title = :query RETURNING id, 1", "syntax error"),
+    ],
+)
+def test_a_words_query_that_cannot_be_planned_is_refused_in_postgresqls_words(
+    articles: Connection, make_params: MakeParams, query: str, said: str
+) -> None:
+    articles.execute(BM25)
+    (found,) = asked_by(query, make_params)
+    assert (found.name, str(found.verdict)) == ("inputs.words_query_can_be_planned", "FAIL")
+    assert said in found.found
+
+
+def test_what_a_words_query_reads_is_granted_by_name(articles: Connection, make_params: MakeParams) -> None:
+    articles.execute(BM25 + "; CREATE ROLE words_caller; REVOKE EXECUTE ON FUNCTION bm25 FROM PUBLIC")
+    try:
+        _, found = asked_by(OWN, make_params, grant_to=["words_caller"])
+        assert str(found) == (
+            "FAIL    inputs.callers_may_read_what_words_query_reads   search.grant_to and search.seen_as\n"
+            "  found   words_caller lacks EXECUTE on bm25(text); words_caller lacks SELECT on public.articles\n"
+            "  needed  SELECT on the columns, EXECUTE on the functions that search.words_query names\n"
+            "  danger  the search function runs with its caller's rights: their hybrid searches would fail\n"
+            "  do      have their owner run: GRANT EXECUTE ON FUNCTION bm25(text) TO words_caller;"
+            " GRANT SELECT ON public.articles TO words_caller;"
+        )
+    finally:
+        articles.execute("DROP OWNED BY words_caller; DROP ROLE words_caller")
+
+
+def test_a_words_query_is_one_statement() -> None:
+    for text in ("SELECT 1, 2 WHERE :query; DROP TABLE a", "SELECT 1, (:query", "SELECT 1, :query) b (a, b) --"):
+        with pytest.raises(ValueError, match="one statement is needed, its brackets and quotes closed"):
+            Search(words_query=text)
+
+
+def test_preflight_names_a_fault_of_the_words_query(articles: Connection, make_params: MakeParams) -> None:
+    own = {"fulltext_column": None, "words_query": "SELECT doc, points FROM public.bm25(:query)"}
+    params = make_params(search=own)
+    with db.connect(params, "test") as connection:
+        failed = [g for g in inputs.check(connection, params) if str(g.verdict) == "FAIL"]
+    assert [g.name for g in failed] == ["inputs.words_query_can_be_planned"]

@@ -27,7 +27,7 @@ PROBE = "runbook_probe"
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What PostgreSQL makes of a condition. lacking: privileges of the application's roles."""
 
     problem: str = ""
@@ -39,10 +39,10 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
     """A gate for each condition of target.filters, and for target.always; none where columns are all there is."""
     t = params.target
     asked = [(f"target.filters.{f.name}", f) for f in t.each_filter if f.column is None]
-    found: list[tuple[str, Filter | None, _Found]] = []
+    found: list[tuple[str, Filter | None, Found]] = []
     found += [(subject, f, _looked_at(connection, params, f)) for subject, f in asked]
     if t.always:
-        found.append(("target.always", None, _of_condition(connection, params, names(params)["always"])))
+        found.append(("target.always", None, of_condition(connection, params, names(params)["always"])))
     for subject, f, seen in found:
         value = f", {written(f.name)} of type {f.type}" if f else ""
         yield gate(
@@ -57,7 +57,9 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
         if seen.volatile:
             yield _volatile(subject)
     if t.always or asked:
-        yield _privileges(params, [row for _, _, seen in found for row in seen.lacking])
+        lacking = [row for _, _, seen in found for row in seen.lacking]
+        gate_name = "inputs.callers_may_read_what_filters_read"
+        yield privileges(gate_name, params, lacking, "the conditions name", "searches with these filters")
 
 
 def _volatile(subject: str) -> Gate:
@@ -72,16 +74,17 @@ def _volatile(subject: str) -> Gate:
     )
 
 
-def _privileges(params: Params, lacking: Sequence[db.Row]) -> Gate:
+def privileges(name: str, params: Params, lacking: Sequence[db.Row], named_by: str, failing: str) -> Gate:
+    """May the callers read what SQL of the parameters reads? name, named_by, failing: of the gate."""
     said = list(dict.fromkeys(f"{row['role']} lacks {row['privilege']}" for row in lacking))
     grants = list(dict.fromkeys(row["granted"] for row in lacking))
     return gate(
-        "inputs.callers_may_read_what_filters_read",
+        name,
         not lacking,
         "search.grant_to and search.seen_as",
         found=some(said, SHOWN, "; ") or f"{len(callers(params))} roles may read it",
-        needed="SELECT on the columns, EXECUTE on the functions that the conditions name",
-        danger="the search function runs with its caller's rights: their searches with these filters would fail",
+        needed=f"SELECT on the columns, EXECUTE on the functions that {named_by}",
+        danger=f"the search function runs with its caller's rights: their {failing} would fail",
         do=f"have their owner run: {' '.join(grants)}",
     )
 
@@ -92,21 +95,21 @@ def callers(params: Params) -> list[str]:
     return list(dict.fromkeys([*s.grant_to, *(caller.role for caller in s.seen_as)]))
 
 
-def _looked_at(connection: db.Connection, params: Params, f: Filter) -> _Found:
+def _looked_at(connection: db.Connection, params: Params, f: Filter) -> Found:
     try:
         with connection.transaction(force_rollback=True):
             there = db.rows(connection, SQL["type_of"], params, type=f.type)
     except psycopg.Error as error:
         db.raise_if_lost(connection, error)
-        return _Found(update_effects.said(error))
+        return Found(update_effects.said(error))
     if not there:
-        return _Found(f"type {f.type} does not exist, or is none of a value")
+        return Found(f"type {f.type} does not exist, or is none of a value")
     value = sql.SQL("NULL::{}").format(verbatim(f.type))
-    return _of_condition(connection, params, conditions.holds(connection, params, f, value))
+    return of_condition(connection, params, conditions.holds(connection, params, f, value))
 
 
-def _of_condition(connection: db.Connection, params: Params, condition: sql.Composable) -> _Found:
-    """As in the search function, where its search path is; nothing of it stays."""
+def of_condition(connection: db.Connection, params: Params, condition: sql.Composable) -> Found:
+    """A condition on a row ``t``, as in the search function, by whose search path names resolve; nothing stays."""
     parts = names(params) | {"condition": condition}
     try:
         with as_in_the_function(connection, params):
@@ -115,9 +118,9 @@ def _of_condition(connection: db.Connection, params: Params, condition: sql.Comp
             lacking = db.rows(connection, SQL["lacking"], params, roles=callers(params))
     except psycopg.Error as error:
         db.raise_if_lost(connection, error)
-        return _Found(update_effects.said(error))
+        return Found(update_effects.said(error))
     plan = row["QUERY PLAN"][0]["Plan"] if row else {}
-    return _Found("", _keeps_apart(plan), lacking)
+    return Found("", _keeps_apart(plan), lacking)
 
 
 def _keeps_apart(node: Mapping[str, object]) -> bool:

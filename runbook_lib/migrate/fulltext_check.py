@@ -15,6 +15,7 @@ from runbook_lib.core.gates import Gate, Verdict, gate
 from runbook_lib.core.names import identifier, names, shortened, spelled
 from runbook_lib.core.query_plan import SMALL_PARTITION_ROWS, QueryPlan, explain
 from runbook_lib.indexes import partitions
+from runbook_lib.migrate import filter_checks
 from runbook_lib.params import Params
 from runbook_lib.search import statements
 from runbook_lib.search.function_text import as_in_the_function
@@ -82,6 +83,25 @@ def _expression(connection: db.Connection, params: Params) -> Gate:
         do="write it as CREATE INDEX takes it: columns without the table's name; functions and configurations of your"
         " own with their schema",
     )
+
+
+def check_words_query(connection: db.Connection, params: Params) -> Iterator[Gate]:
+    """Gates of search.words_query, whose filters must be sound; none where there is none. Citus is not asked."""
+    if params.search.words_query is None or params.target.distributed:
+        return
+    seen = filter_checks.of_condition(connection, params, statements.words_query_condition(connection, params))
+    yield gate(
+        "inputs.words_query_can_be_planned",
+        not seen.problem,
+        "search.words_query",
+        found=f"PostgreSQL says: {seen.problem}" if seen.problem else "planned",
+        needed=f"a SELECT of two columns, {params.target.key} of {spelled(params, 'table')} and a score",
+        danger="every hybrid search would fail",
+        do="try it in psql with values in place of :query and :k; name what is in other schemas with its schema",
+    )
+    if not seen.problem:
+        name = "inputs.callers_may_read_what_words_query_reads"
+        yield filter_checks.privileges(name, params, seen.lacking, "search.words_query names", "hybrid searches")
 
 
 def _config(connection: db.Connection, params: Params) -> Gate:

@@ -90,12 +90,13 @@ def _files(params: Params) -> Iterator[Gate]:
 def _server(connection: db.Connection, params: Params) -> Iterator[Gate]:
     """What can be read first; what must be tried only where all of that is sound, so that one fault is named once."""
     # Imported here: it knows every phase, and phases know these checks.
-    from runbook_lib.migrate import trials
+    from runbook_lib.migrate import fulltext_check, trials
 
-    looked_at = list(_looked_at(connection, params))
-    yield from looked_at
-    if all(g.verdict is Verdict.PASS for g in looked_at):
-        yield from trials.gates(connection, params)
+    for check_more in (_looked_at, fulltext_check.check_words_query, trials.gates):
+        found = list(check_more(connection, params))
+        yield from found
+        if any(g.verdict is not Verdict.PASS for g in found):
+            return
 
 
 def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:

@@ -349,7 +349,11 @@ class Search(Section):
     def mentions_the_words(cls, value: str | None) -> str | None:
         if value is not None and not any(is_name for is_name, _ in split(value, ("query",))):
             raise ValueError("the statement does not mention :query")
-        return value and value.strip().rstrip(";")
+        value = value and value.strip().rstrip(";")
+        # Its columns are listed with commas, which no expression has outside of brackets.
+        if value and not is_one_expression(f"({value}\n)"):
+            raise ValueError("one statement is needed, its brackets and quotes closed")
+        return value
 
     @model_validator(mode="after")
     def words_are_searched_in_one_way(self) -> Self:

@@ -380,7 +380,8 @@ def expression_path(connection: db.Connection, params: Params) -> list[str]:
     """The path of what the parameters write as SQL, conditions and the words half: pg_catalog first, pg_temp last.
     Between them the table's schema and those that the session sees; none of them where others may create.
     """
-    if not (params.search.fulltext_expression or conditions.are_expressions(params)):
+    s = params.search
+    if not (s.fulltext_expression or s.words_query or conditions.are_expressions(params)):
         return list(CLOSED)
     row = connection.execute("SELECT current_schemas(false) AS seen").fetchone()
     wanted = [params.target.schema_, *(row["seen"] if row else [])]

@@ -75,12 +75,12 @@ def _scored(params: Params, parts: Parts, scan: Scan, near_enough: sql.Composabl
 def _words_half(params: Params, parts: Parts, scan: Scan, indent: int) -> sql.Composed:
     own = {**parts, **limits(params)}
     if params.search.words_query is not None:
-        return SQL["by_words_query"].compose({**own, "words_query": _words_query(params, parts)}, indent)
+        return SQL["by_words_query"].compose({**own, "words_query": words_query(params, parts)}, indent)
     # Where few rows pass the filters, hardly one may be among those that hold the rarest words.
     return SQL["by_any_word" if scan == "exact" else "by_rare_words"].compose(own, indent)
 
 
-def _words_query(params: Params, parts: Parts) -> sql.Composed:
+def words_query(params: Params, parts: Parts) -> sql.Composed:
     """The user's own statement, its :query, :k and :<filter> bound."""
     own = {
         "query": parts["query_text"],

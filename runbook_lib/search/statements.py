@@ -124,7 +124,12 @@ def _of_words(
     connection: db.Connection, params: Params, places: Mapping[str, sql.Composable]
 ) -> dict[str, sql.Composable]:
     """What the words half needs: the tsvector, or the filters by name for a statement of the user's own."""
-    given = {f"filter {name}": places[name] for name in params.target.filters}
+    types = conditions.types(connection, params)
+    # Typed here as in the function, where a statement may only ask whether one is NULL.
+    given: dict[str, sql.Composable] = {
+        f"filter {name}": sql.SQL("({}::{})").format(places[name], verbatim(types[name]))
+        for name in params.target.filters
+    }
     return given | (fulltext_names(connection, params) if params.search.has_tsvector else {})
 
 
@@ -152,6 +157,13 @@ def fulltext_names(connection: db.Connection, params: Params) -> dict[str, sql.C
 def any_word_statement(connection: db.Connection, params: Params) -> sql.Composed:
     """Any word of a query by the index on the tsvector: what preflight plans."""
     return ROUTES["any_word"].compose(names(params) | fulltext_names(connection, params))
+
+
+def words_query_condition(connection: db.Connection, params: Params) -> sql.Composed:
+    """``search.words_query`` as a condition on a row ``t``, that it finds this row, without filters."""
+    nothing = dict.fromkeys(params.target.filters, sql.SQL("NULL"))
+    parts = {**names(params), "query_text": sql.SQL("'word'::text"), **_of_words(connection, params, nothing)}
+    return ROUTES["found_by_words_query"].compose(parts | {"words_query": hybrid.words_query(params, parts)})
 
 
 def text_search_config(connection: db.Connection, params: Params, name: str = "") -> db.Row | None:

@@ -98,6 +98,15 @@ matching AS MATERIALIZED (
     ORDER BY best.score DESC, best.key LIMIT {word_candidates}
 )
 
+-- name: found_by_words_query
+-- purpose: That statement as a condition on a row: what preflight plans.
+EXISTS (
+    SELECT FROM (
+        {words_query}
+    ) best (key, score)
+    WHERE best.key = t.{key} AND best.score::double precision IS NOT NULL
+)
+
 -- name: weighed_by_words_query
 -- purpose: Part of hybrid: both scores of each row; of a row that the statement did not find 0, or its lowest where that is less.
 SELECT t.{key} AS key, {row_distance} AS distance,
