@@ -76,8 +76,8 @@ def test_without_rules_texts_stay_as_they_are(make_params: MakeParams) -> None:
 @pytest.mark.parametrize(
     ("pattern", "needed"),
     [
-        ("(", "ticket is no regular expression: missing ), unterminated subpattern at position 0"),
-        ("x*", "ticket matches where there is nothing, so it would mask every place of a text"),
+        ("(", "ticket is not a regular expression: missing ), unterminated subpattern at position 0"),
+        ("x*", "ticket matches the empty string, so it would mask every position of a text"),
     ],
 )
 def test_a_pattern_that_cannot_work_is_refused_before_the_start(

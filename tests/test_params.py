@@ -214,7 +214,7 @@ def test_halfvec_and_bit_allow_what_vector_does_not(make_params: Callable[..., P
         ),
         (
             {"index": {"storage": "bit", "rerank": 3}},
-            "storage: bit needs rerank of 4 at least: bits alone rank too coarsely",
+            "storage: bit needs rerank of 4 at least: binary quantization alone ranks too coarsely",
         ),
         (
             {"index": {"storage": "bit", "rerank": 1000}, "queries": {"k": 21}},
@@ -276,7 +276,7 @@ def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
     ("dsn", "needed"),
     [
         ("postgresql://u:hunter2@h/db", "a URL without credentials"),
-        ("host=h password=hunter2", "names an environment variable"),
+        ("host=h password=hunter2", "takes the name of an environment variable"),
     ],
 )
 def test_a_dsn_in_the_file_is_refused_and_not_repeated(tmp_path: Path, dsn: str, needed: str) -> None:
@@ -330,7 +330,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> N
     (problem,) = _problems(path)
     assert (problem.name, problem.found) == (
         "params.file_is_yaml",
-        f"the key dimension stands twice: lines {at + 1} and {at + 2}",
+        f"the key dimension occurs twice: lines {at + 1} and {at + 2}",
     )
 
 
@@ -488,6 +488,6 @@ def test_prewarm_of_an_older_file_is_passed_over_where_it_asks_for_nothing_and_n
     (problem,) = _problems(_change(tmp_path, lambda d: d.setdefault("index", {}).update(prewarm=True)))
     assert (problem.subject.split(": ")[-1], problem.needed) == (
         "index",
-        "prewarm was removed: take it out, and read the index in with pg_prewarm after 60_build_index, as"
+        "prewarm was removed: delete the key, and warm the cache with pg_prewarm after 60_build_index, as"
         " docs/guide.md says",
     )

@@ -103,11 +103,12 @@ def documented() -> dict[str, dict[str, set[str]]]:
     text = (Path(__file__).parent.parent / "docs" / "security.md").read_text()
     found = {}
     for line in text.split("## Privileges")[1].split("\n## ")[0].splitlines():
-        if named := re.match(r"\| (?:schema )?`([^`]+)` \|(.*)\|$", line):
-            name = named[1].replace("<target>", "articles").removesuffix("()")
-            name = f"public.{name}" if name.startswith("search_") else name
-            cells = [{p.strip() for p in cell.split(",")} - {"–"} for cell in named[2].split("|")]
-            found[name] = {r: c for r, c in zip((APPLICATION, APPROVER, "public"), cells, strict=True) if c}
+        if row := re.match(r"\| ((?:schema )?`.*?`) \|(.*)\|$", line):
+            cells = [{p.strip() for p in cell.split(",")} - {"–"} for cell in row[2].split("|")]
+            granted = {r: c for r, c in zip((APPLICATION, APPROVER, "public"), cells, strict=True) if c}
+            for name in re.findall(r"`([^`]+)`", row[1].replace("<target>", "articles")):
+                name = name.removesuffix("()")
+                found[f"public.{name}" if name.startswith("search_") else name] = granted
     return found
 
 

@@ -363,7 +363,7 @@ def test_scans_of_the_replica_count_as_use(opened: Opener, pair: tuple[str, str]
 def test_the_variable_is_named_and_the_dsn_is_not_written_down(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as raised:
         load_params(params_file(tmp_path, read_dsn_env="postgresql://u@h/db"))
-    assert "the DSN itself must not stand in this file" in str(raised.value)
+    assert "keep the DSN itself out of this file" in str(raised.value)
     with pytest.raises(BadInput) as raised:
         load_params(params_file(tmp_path, read_dsn_env="postgresql://u:hush@h/db"))
     assert "a URL without credentials" in str(raised.value) and "hush" not in str(raised.value)

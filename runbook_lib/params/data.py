@@ -14,7 +14,7 @@ from runbook_lib.params.section import AnyPath, Name, NewColumn, Section, ShortN
 # pgvector's limits for a column, and for what an index holds; README of pgvector, "Indexing".
 MAX_DIMENSION = 16_000
 MAX_INDEXED_DIMENSION = {"vector": 2000, "halfvec": 4000, "bit": 64_000}
-# Arguments and results of the search function beside the key and the filters.
+# Arguments and results of the search function besides the key and the filters.
 NAMES_IN_THE_FUNCTION = frozenset(
     {"query_text", "query_embedding", "k", "min_similarity", "score", "answered_by", "similarity", "rank"}
 )
@@ -49,7 +49,7 @@ class Connection(Section):
     @classmethod
     def is_a_name(cls, value: str | None) -> str | None:
         if value is not None and not value.replace("_", "").isalnum():
-            raise ValueError("names an environment variable; the DSN itself must not stand in this file")
+            raise ValueError("takes the name of an environment variable; keep the DSN itself out of this file")
         return value
 
 
@@ -72,11 +72,11 @@ class Target(Section):
     text_columns: list[Name] = Field(min_length=1, description="Columns to embed, in this order.")
     filters: Filters = Field(
         {},
-        description="What the application filters by: a list of columns, or a mapping of names, each to nothing for a"
-        " column, or to a condition on the row t and the type of its value.",
+        description="What the application filters by: a list of columns, or names, each with nothing (a column) or"
+        " with a condition on the row t and the type of its value.",
     )
     always: Expression | None = Field(
-        None, description='Condition on the row t of every search, such as "t.deleted_at IS NULL".'
+        None, description='Condition on the row t that every search adds, such as "t.deleted_at IS NULL".'
     )
 
     @field_validator("key")
@@ -93,7 +93,7 @@ class Target(Section):
     @classmethod
     def always_takes_no_value(cls, value: str | None) -> str | None:
         if value is not None and (named := placeholders_of(value)):
-            raise ValueError(f"{written(named[0])}: a condition of every search takes no value")
+            raise ValueError(f"{written(named[0])}: a condition of every search cannot take a value")
         return value
 
     @property
@@ -180,9 +180,7 @@ class Embeddings(Section):
         description="Rows of a file or table that may be rejected (unknown or duplicate key, older text, unsound"
         " vector), provided every row with text still gets a vector.",
     )
-    refresh_tries: int = Field(
-        3, ge=1, le=100, description="Tries to embed a changed row before it is set aside with its error."
-    )
+    refresh_tries: int = Field(3, ge=1, le=100, description="Tries to embed a changed row before it is set aside.")
 
     @model_validator(mode="after")
     def source_is_complete(self) -> Self:
@@ -237,9 +235,9 @@ class Masking(Section):
             try:
                 compiled = re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{name} is no regular expression: {error}") from None
+                raise ValueError(f"{name} is not a regular expression: {error}") from None
             if compiled.search(""):
-                raise ValueError(f"{name} matches where there is nothing, so it would mask every place of a text")
+                raise ValueError(f"{name} matches the empty string, so it would mask every position of a text")
         return value
 
 
@@ -262,7 +260,7 @@ class Legacy(Section):
 
 
 class SeenAs(Section):
-    """A caller from whom the table's row level security keeps rows."""
+    """A caller from whom row level security hides rows."""
 
     role: Name = Field(description="The role; the runbook's role must be a member.")
     settings: dict[str, str] = Field({}, description="Settings that its policies read.")
@@ -274,13 +272,17 @@ class SeenAs(Section):
 
 
 class Hybrid(Section):
-    """How the hybrid route merges its halves."""
+    """How the hybrid route combines words and vectors."""
 
     weights: Literal["learned", "equal"] = Field(
-        "learned", description="Of the two halves: learned by 70_tune from judged queries, equal without any."
+        "learned",
+        description="Weights of words and vectors: learned by 70_tune from judged queries (if any), or equal.",
     )
     word_rows: int = Field(
-        5000, ge=100, le=1_000_000, description="Rows that a query's rarest words may bring in; bounds the latency."
+        5000,
+        ge=100,
+        le=1_000_000,
+        description="Rows that the rarest words of a query may contribute; bounds the latency.",
     )
 
 
@@ -289,13 +291,11 @@ class Search(Section):
 
     function: Name | None = Field(None, description="Its name; search_<target> by default.")
     grant_to: list[Name] = Field([], description="Roles that may call it.")
-    returns: list[Name] = Field(
-        [], description="Columns of the row that it returns too; who calls it must be allowed to read them."
-    )
+    returns: list[Name] = Field([], description="Columns that it returns as well; callers need SELECT on them.")
     smallest_similarity: float | None = Field(
         None,
-        description="Similarity below which the vectors find nothing, unless a call says so by min_similarity."
-        " 80_shadow shows what thresholds keep and lose.",
+        description="Default of min_similarity, which leaves out less similar rows. 80_shadow shows what thresholds"
+        " keep and lose.",
     )
     seen_as: list[SeenAs] = Field(
         [],
@@ -310,20 +310,20 @@ class Search(Section):
     )
     fulltext_config: Name = Field("english", description="Its text search configuration.")
     hybrid_candidates: int = Field(
-        100, ge=10, le=1000, description="Nearest rows that hybrid ranks, with twice as many by their words."
+        100, ge=10, le=1000, description="Nearest rows that hybrid ranks, plus twice as many that match by words."
     )
     hybrid: Hybrid = Hybrid()
     words_query: str | None = Field(
         None,
-        description="Instead of a tsvector: a statement over a BM25 index that returns key and score, higher is"
-        " better, with :query, :k and :<filter>.",
+        description="Instead of a tsvector: a statement over a BM25 index, with :query, :k and :<filter>, that"
+        " returns key and score (higher is better).",
     )
     read_dsn_env: str | None = Field(
         None, description="Environment variable with the DSN of a streaming replica to measure on."
     )
     read_wait_s: float = Field(60.0, gt=0, le=86_400, description="Longest wait for that replica to catch up.")
     mode: Literal["function", "application"] = Field(
-        "function", description="Who holds the new query: the search function, or the application's own SQL."
+        "function", description="Where the new query is: in the search function, or in the application's own SQL."
     )
     application_query: str | None = Field(
         None,
@@ -334,7 +334,7 @@ class Search(Section):
     @classmethod
     def is_a_name(cls, value: str | None) -> str | None:
         if value is not None and not value.replace("_", "").isalnum():
-            raise ValueError("names an environment variable; the DSN itself must not stand in this file")
+            raise ValueError("takes the name of an environment variable; keep the DSN itself out of this file")
         return value
 
     @field_validator("fulltext_expression")

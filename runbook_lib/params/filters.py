@@ -1,4 +1,4 @@
-"""What a search is filtered by: columns, which are compared, and conditions of the user's own."""
+"""What a search is filtered by: columns compared for equality, and the user's conditions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from runbook_lib.params.placeholders import TOKEN, is_one_expression, split, written
 from runbook_lib.params.section import Name, Section
 
-# What :name may stand for in legacy.query and search.application_query, beside the filters.
+# What :name may mean in legacy.query and search.application_query, besides the filters.
 PLACEHOLDERS = frozenset({"query", "embedding", "k"})
-# A mapping says of a filter that it is a column by this word, or by nothing at all.
+# In a mapping, this word or nothing says that the filter is a column.
 COLUMN = "column"
-# Of which PostgreSQL spells types: names, dots, quotes, lengths and brackets. The server has the last word.
+# Names, dots, quotes, lengths and brackets, as types are spelled. The server has the last word.
 TYPE = re.compile(r'[\w .,"()\[\]]+')
 
 
@@ -34,9 +34,9 @@ class Filter:
 
 def _expression(value: str) -> str:
     if any(match[0].startswith(("--", "/*")) for match in TOKEN.finditer(value)):
-        raise ValueError("a comment could swallow what follows; put it in a comment of this file")
+        raise ValueError("a comment could hide what follows; write it as a YAML comment in this file")
     if not is_one_expression(value):
-        raise ValueError("one condition is needed, its brackets and quotes closed, without a semicolon")
+        raise ValueError("one condition is needed, with closed brackets and quotes, without a semicolon")
     return value.strip()
 
 
@@ -51,11 +51,11 @@ Type = Annotated[str, AfterValidator(_type)]
 
 
 class Condition(Section):
-    """A filter that is no comparison with a column."""
+    """A filter other than a comparison with a column."""
 
     type: Type = Field(description="Type of its value, such as numeric, text[] or public.mood.")
     where: Expression = Field(
-        description="Condition on a row t of the table that mentions the value as :name; subqueries are allowed."
+        description="Condition on a row t of the table, with the value as :name; subqueries are allowed."
     )
 
 
@@ -104,7 +104,7 @@ def _names_are_free(value: dict[str, Condition | None]) -> dict[str, Condition |
 def _wrong(name: str, condition: Condition) -> list[str]:
     used = placeholders_of(condition.where)
     wrong = [
-        f"{name}: {written(other)} is no value of it; a condition mentions its own, {written(name)}"
+        f"{name}: {written(other)} is not its value; a condition may only mention its own, {written(name)}"
         for other in used
         if other != name
     ]
@@ -134,5 +134,5 @@ def filters_of(given: dict[str, Condition | None]) -> tuple[Filter, ...]:
 
 
 def pieces(condition: Filter) -> list[tuple[bool, str]]:
-    """The condition of a filter in pieces: (True, its name) where its value stands, else (False, SQL)."""
+    """The condition of a filter in pieces: (True, its name) for its value, else (False, SQL)."""
     return split(condition.where, [condition.name])

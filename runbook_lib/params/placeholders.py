@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-# What is no SQL of its own: strings, dollar quotes, comments; and quoted names, where no placeholder begins.
+# What is not SQL: strings, dollar quotes, comments; and quoted names, where no placeholder begins.
 OPAQUE = r"""[eE]'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'|(?P<dollar>\$\w*\$).*?(?P=dollar)|--[^\n]*|/\*.*?\*/"""
 QUOTED_NAME = r'"(?:[^"]|"")*"'
 PLAIN = r"(?<![:\w]):(?P<plain>[^\W\d]\w*)"
@@ -14,7 +14,7 @@ TOKEN = re.compile("|".join((OPAQUE, QUOTED, QUOTED_NAME, PLAIN)), re.S)
 
 
 def split(text: str, names: Sequence[str]) -> list[tuple[bool, str]]:
-    """The statement in pieces: (True, name) where a placeholder of these names stands, else (False, SQL).
+    """The statement in pieces: (True, name) for a placeholder with one of these names, else (False, SQL).
 
     Strings, comments and quoted names are left as they are, as psql leaves them.
     """

@@ -42,7 +42,7 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key} stands twice: lines {seen[key]} and {line}"
+                    None, None, f"the key {key} occurs twice: lines {seen[key]} and {line}"
                 )
             seen[key] = line
         return super().construct_mapping(node, deep)
@@ -136,7 +136,7 @@ def _values(where: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _unsound(subject: str, text: str) -> Iterator[Problem]:
-    """What of a text can be written into no statement and no record, or must not stand in either."""
+    """What of a text can be written into no statement and no record, or must stay out of both."""
     if why := unsound(text):
         yield Problem("value_is_valid", subject, why, "a text that can be stored in UTF-8")
     # A masking pattern describes what credentials look like.

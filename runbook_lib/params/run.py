@@ -113,7 +113,9 @@ class Notify(Section):
     @classmethod
     def is_a_name(cls, value: str | None) -> str | None:
         if value is not None and not value.replace("_", "").isalnum():
-            raise ValueError("names an environment variable; the URL itself is a secret and must not stand here")
+            raise ValueError(
+                "takes the name of an environment variable; the URL itself is a secret, so keep it out of this file"
+            )
         return value
 
 

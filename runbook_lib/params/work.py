@@ -36,7 +36,7 @@ class Index(Section):
             return given
         if given["prewarm"] is not False:
             raise ValueError(
-                "prewarm was removed: take it out, and read the index in with pg_prewarm after 60_build_index, as"
+                "prewarm was removed: delete the key, and warm the cache with pg_prewarm after 60_build_index, as"
                 " docs/guide.md says"
             )
         return {key: value for key, value in given.items() if key != "prewarm"}
@@ -50,7 +50,9 @@ class Index(Section):
     @model_validator(mode="after")
     def bits_are_ranked_again(self) -> Self:
         if self.storage == "bit" and self.rerank < LEAST_RERANK:
-            raise ValueError(f"storage: bit needs rerank of {LEAST_RERANK} at least: bits alone rank too coarsely")
+            raise ValueError(
+                f"storage: bit needs rerank of {LEAST_RERANK} at least: binary quantization alone ranks too coarsely"
+            )
         return self
 
 
@@ -70,7 +72,10 @@ class Rehearse(Section):
         [1.0, 2.0, 5.0], min_length=1, max_length=10, description="Sample sizes, in percent of the rows."
     )
     most_rows: int = Field(
-        100_000, ge=100, le=10_000_000, description="Rows in the largest sample at most; the others shrink with it."
+        100_000,
+        ge=100,
+        le=10_000_000,
+        description="At most this many rows in the largest sample; the others shrink with it.",
     )
     statement_timeout_minutes: float = Field(15.0, gt=0, le=1440, description="Timeout of each statement.")
 
@@ -78,7 +83,7 @@ class Rehearse(Section):
 class Storage(Section):
     """Index formats to compare before choosing ``index.storage``."""
 
-    sample_rows: int = Field(100_000, ge=100, le=100_000_000, description="Rows in the scratch table, at most all.")
+    sample_rows: int = Field(100_000, ge=100, le=100_000_000, description="Rows in the scratch table.")
     where: Literal["sample", "column"] = Field(
         "sample", description="Build on a sample in a scratch table, or on the real column."
     )
@@ -98,12 +103,12 @@ class Extension(Section):
 
 
 class Locks(Section):
-    """How long a statement may wait for its lock, with others queueing behind it."""
+    """How long a statement may wait for its lock while others queue behind it."""
 
     timeout_ms: int = Field(200, ge=10, le=60_000, description="lock_timeout of one try.")
     tries: int = Field(20, ge=1, le=1000, description="Tries before the phase gives up and names the blocker.")
     longest_wait_between_tries_s: float = Field(
-        15.0, ge=0.01, le=600, description="Waits between tries double up to this."
+        15.0, ge=0.01, le=600, description="The wait between tries doubles up to this."
     )
 
 
@@ -115,12 +120,12 @@ class Backfill(Section):
     )
     workers: int = Field(1, ge=1, le=64, description="Workers in this run, each with its own connection.")
     batch_rows: int = Field(
-        500, ge=1, le=100_000, description="Rows in the first transaction; later ones follow batch_ms."
+        500, ge=1, le=100_000, description="Rows in the first transaction; later ones are sized by batch_ms."
     )
     batch_ms: int = Field(60, ge=5, le=60_000, description="Target duration of a transaction.")
-    most_batch_rows: int = Field(20_000, ge=1, le=1_000_000, description="Rows per transaction at most.")
+    most_batch_rows: int = Field(20_000, ge=1, le=1_000_000, description="At most this many rows per transaction.")
     pause_between_batches_ms: int = Field(0, ge=0, le=60_000, description="Pause after each batch.")
-    lease_s: int = Field(60, ge=1, le=86_400, description="A worker silent for longer loses its range.")
+    lease_s: int = Field(60, ge=1, le=86_400, description="A worker that is silent for longer loses its range.")
 
 
 class Health(Section):
@@ -165,9 +170,11 @@ class Filters(Section):
         {},
         description="Column: values (as text). If empty, the values that 70_tune found slow or below the target.",
     )
-    most_indexes: int = Field(4, ge=1, le=100, description="Indexes at most; with more values, partition instead.")
+    most_indexes: int = Field(
+        4, ge=1, le=100, description="At most this many indexes; for more values, partition instead."
+    )
     smallest_share: float = Field(
-        0.01, ge=0, le=1, description="Share of the rows below which an unnamed value gets none."
+        0.01, ge=0, le=1, description="Share of the rows that an unlisted value must reach."
     )
     slow_ms: float = Field(5.0, gt=0, le=60_000, description="p50 above which a filter counts as slow.")
     smallest_gain: float = Field(1.5, gt=0, le=1000, description="Speed-up that a value needs to keep its index.")
@@ -181,16 +188,18 @@ class Partitioning(Section):
         "list", description="list: one partition per value and one for the rest; hash: a fixed number."
     )
     smallest_share: float = Field(
-        0.01, ge=0.0001, le=1, description="list: share of the rows that earns a value its own partition."
+        0.01, ge=0.0001, le=1, description="list: share of the rows that a value must reach for its own partition."
     )
-    most_partitions: int = Field(50, ge=1, le=1000, description="list: values with their own partition at most.")
+    most_partitions: int = Field(
+        50, ge=1, le=1000, description="list: at most this many values with their own partition."
+    )
     hash_partitions: int = Field(8, ge=2, le=1000, description="hash: number of partitions.")
     accept_wider_key: bool = Field(
         False,
         description="The primary key becomes (key, column); only its sequence then keeps the key unique.",
     )
     most_rows_in_swap: int = Field(
-        500, ge=1, le=100_000, description="Changes that may remain for the swap, while the table is locked."
+        500, ge=1, le=100_000, description="Changes that may remain for the swap, which locks the table."
     )
     longest_catch_up_minutes: float = Field(
         60,
@@ -206,7 +215,7 @@ class Shadow(Section):
     sample_percent: float = Field(
         0, ge=0, le=100, description="Share of the calls of search_<target>_shadow; 0 creates no such function."
     )
-    calls_per_minute: int = Field(60, ge=1, le=100_000, description="Sampled calls a minute at most.")
+    calls_per_minute: int = Field(60, ge=1, le=100_000, description="At most this many sampled calls a minute.")
 
 
 class CutOver(Section):

@@ -63,7 +63,7 @@ def load(module: str) -> dict[str, Block]:
         if not head.get("purpose"):
             raise ValueError(f"{module}.sql: block {head['name']} does not say its purpose")
         if head["name"] in blocks:
-            raise ValueError(f"{module}.sql: block {head['name']} stands twice")
+            raise ValueError(f"{module}.sql: block {head['name']} occurs twice")
         text = "\n".join(body).strip().removesuffix(";")
         blocks[head["name"]] = Block(
             f"{module}.{head['name']}", head["purpose"], head.get("lock", ""), head.get("undo", ""), text
