@@ -293,12 +293,41 @@ def test_what_is_learned_from_is_what_the_function_ranks(ready: Callable[..., Ph
     phase = ready()
     queries = query_set.with_vectors(phase.params, query_set.read_queries(phase.params))[:8]
     hybrid_weights.apply(phase, 200)
+    weight = 0.3
+    phase.do(word_statistics.learn_statement(phase.params, weight))
     with db.connect(phase.params, "test") as connection, connection.transaction():
         scores = fusion._scores(connection, phase.params, queries)
         route = statements.route_statement(connection, phase.params, "hybrid")
-        weight = phase.ledger.latest("hybrid_weights")["vector_weight"]  # type: ignore[index]
         for q in queries:
             rows = connection.execute(route, {"query": q.text, "embedding": q.vector, "k": 5}).fetchall()
-            assert [str(r["key"]) for r in rows] == fusion.ranking(scores[q.query_id], weight)[:5] or len(
-                {round(r["score"], 9) for r in rows}
-            ) < 5, "rows of one score may come in any order"
+            weighed = {key: weight * near + (1 - weight) * wordy for key, near, wordy in scores[q.query_id]}
+            # Rows of one score may come in any order, so each row is compared with its own.
+            answered = [r["score"] for r in rows]
+            assert answered == pytest.approx([weighed[str(r["key"])] for r in rows]), q.text
+            best = fusion.ranking(scores[q.query_id], weight)[:5]
+            assert answered == pytest.approx([weighed[key] for key in best]), q.text
+
+
+def test_a_weight_that_loses_on_the_queries_held_out_is_not_kept(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words are right on the half that learns, vectors on the other; no weight suits both."""
+    phase = ready()
+    dealt = query_set.sample(query_set.read_queries(phase.params), 40)
+    marks = query_set.read_judgements(phase.params)
+    sides = {q.query_id: (-2.0, 1.0) if place % 2 == 0 else (1.0, -0.5) for place, q in enumerate(dealt)}
+    scores = {
+        query_id: [(next(iter(marks[query_id])), *right), ("wrong", 0.0, 0.0)] for query_id, right in sides.items()
+    }
+    monkeypatch.setattr(fusion, "_scores", lambda *_: scores)
+    hybrid_weights.apply(phase, 40)
+    noted = phase.ledger.latest("hybrid_weights")
+    assert noted and (noted["vector_weight"], noted["kept"]) == (0.3, False), "by hand: below 1 / 3"
+    assert noted["proved"]["learned"] < noted["proved"]["equal"] == noted["proved"]["vectors"]
+    assert articles.execute("SELECT vector_weight FROM runbook.hybrid").fetchone() == (None,)
+    (kept,) = hybrid_weights.gates(phase)
+    tried = "vectors 0.3, words 0.7 did worse and is not used; learned on 20 judged queries, nDCG@10 on 20 others"
+    assert kept.verdict == "PASS" and kept.found.startswith(f"vectors 0.5, words 0.5; {tried}: learned ")
+
+    articles.execute("UPDATE runbook.hybrid SET vector_weight = %s", [noted["vector_weight"]])
+    assert [str(g.verdict) for g in hybrid_weights.gates(phase)] == ["FAIL"], "the weight that lost"

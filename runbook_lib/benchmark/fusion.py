@@ -5,12 +5,11 @@ The scores of both halves are asked for once; every weight is then tried on them
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runbook_lib.benchmark import loop, relevance_measures
+from runbook_lib.benchmark import loop, query_set, relevance_measures
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.params import Params
@@ -51,12 +50,13 @@ def learn(
 ) -> Fusion | None:
     """The weight that is best on one half of these judged queries; kept if it is no worse than equal on the other.
 
-    None where there are too few of them. marks: relevance by query id and key.
+    None where there are too few of them. marks: relevance by query id and key, of these queries at least.
     """
-    halves = _halves([q for q in queries if q.query_id in marks])
+    dealt = query_set.sample(queries, len(queries))
+    halves = dealt[::2], dealt[1::2]
     if min(map(len, halves)) < FEWEST_QUERIES:
         return None
-    scores = _scores(connection, params, [q for half in halves for q in half])
+    scores = _scores(connection, params, dealt)
     learned_on, proved_on = ({q.query_id: marks[q.query_id] for q in half} for half in halves)
     # Of weights that are equally good, the one nearest to equal.
     best = max(WEIGHTS, key=lambda w: (round(measure(scores, learned_on, w), 6), -abs(w - EQUAL_WEIGHT)))
@@ -75,12 +75,6 @@ def ranking(scored: Sequence[tuple[str, float, float]], vector_weight: float) ->
     return [
         key for key, _, _ in sorted(scored, key=lambda row: -(vector_weight * row[1] + (1 - vector_weight) * row[2]))
     ]
-
-
-def _halves(queries: Sequence[Query]) -> tuple[list[Query], list[Query]]:
-    """Two halves by the hash of their ids: the same each time."""
-    dealt = sorted(queries, key=lambda q: hashlib.sha256(q.query_id.encode()).digest())
-    return dealt[::2], dealt[1::2]
 
 
 def _scores(connection: db.Connection, params: Params, queries: Sequence[Query]) -> dict[str, list[Any]]:

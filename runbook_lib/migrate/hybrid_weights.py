@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runbook_lib.benchmark import comparison, fusion, loop, query_set
+from runbook_lib.benchmark import comparison, fusion, loop, query_set, replica
 from runbook_lib.core import db
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
@@ -36,13 +36,15 @@ def apply(phase: Phase, candidates: int) -> None:
     if p.search.hybrid.weights == "equal":
         return
     asked, marks = comparison.sampled(phase.connection, phase.ledger, p)
-    found = None
-    if asked.judged:
-        judged = query_set.with_vectors(p, asked.judged)
+    judged = query_set.with_vectors(p, asked.judged)
+
+    def learn() -> fusion.Fusion | None:
         with loop.through_the_index(phase.connection, p, candidates) as connection:
-            found = fusion.learn(connection, p, judged, marks)
+            return fusion.learn(connection, p, judged, marks)
+
+    found = replica.again(p, learn)
     phase.do(word_statistics.learn_statement(p, found.vector_weight if found and found.kept else None))
-    phase.note(KIND, {"judged": len(asked.judged)} | (found.as_data() if found else {}))
+    phase.note(KIND, {"judged": len(judged)} | (found.as_data() if found else {}))
 
 
 def _count(phase: Phase) -> list[db.Statement]:
@@ -89,7 +91,7 @@ def _said(there: float | None, noted: dict[str, Any]) -> str:
         few = f"only {number(noted['judged'])} judged queries" if noted["judged"] else "no judged queries"
         return f"{_weights(there)}: equal, with {few} to learn from"
     on = noted["proved"]
-    tried = "" if noted["kept"] else f"; {_weights(noted['vector_weight'])} was no better and is not used"
+    tried = "" if noted["kept"] else f"; {_weights(noted['vector_weight'])} did worse and is not used"
     return (
         f"{_weights(there)}{tried}; learned on {number(noted['learned_on'])} judged queries, nDCG@10 on"
         f" {number(noted['proved_on'])} others: learned {on['learned']:.3f}, equal {on['equal']:.3f},"
