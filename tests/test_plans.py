@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.core import plans
+from runbook_lib.core import db, plans
 from runbook_lib.core.cell_order import OutOfOrder
 from runbook_lib.core.gates import Gate, GateFailed, Gates, Verdict, gate
 from runbook_lib.core.phase import Phase
@@ -128,17 +128,24 @@ def test_what_is_there_is_looked_at(filled: Opens, open_phase: Opens, articles: 
     }, "the next drain has a row to embed"
 
 
-def test_a_look_that_takes_too_long_claims_nothing(open_phase: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "LONGEST_LOOK_S", 0.05)
+@pytest.mark.parametrize("further", [False, True])
+def test_a_look_that_takes_too_long_claims_nothing(
+    further: bool, open_phase: Opens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "LONGEST_LOOK", "50 ms")
 
     def look(phase: Phase) -> Gates:
-        phase.connection.execute("SELECT pg_sleep(60)")
+        with db.beside(phase.connection, phase.params, "looks") as another:
+            (another if further else phase.connection).execute("SELECT pg_sleep(60)")
         return Gates((HOLDS,))
 
     close(open_phase, "60_build_index")
     phase = open_phase("60_build_index", execute=False)
-    assert verdicts(phase.prove(look)) == {"test_plans.look": "NOT RUN"}
-    assert phase.connection.execute("SHOW statement_timeout").fetchone() == {"statement_timeout": "0"}
+    phase.connection.execute("SET statement_timeout = '7min'")
+    (seen,) = phase.prove(look)
+    assert (seen.name, str(seen.verdict)) == ("test_plans.look", "NOT RUN")
+    assert seen.found.startswith("a look took longer than 50 ms; known only after 60_build_index")
+    assert phase.connection.execute("SHOW statement_timeout").fetchone() == {"statement_timeout": "7min"}
 
 
 TRIED = {"seconds": 0.012, "lock": "ACCESS EXCLUSIVE", "held_s": 0.3}

@@ -41,6 +41,7 @@ REACHABLE = "db.server_is_reachable"
 FIRST_WAIT_BETWEEN_TRIES_S = 0.1
 # Between the statements of a transaction that holds locks nothing happens: a session that rests there is frozen.
 FROZEN_MS = 15_000
+LONGEST_STATEMENT = "SELECT set_config('statement_timeout', %s, false)"
 GIVE_UP_WHERE_FROZEN = "SELECT set_config('idle_in_transaction_session_timeout', %s, true)"
 
 # What passes by itself: a lock that others hold, or a row that an update of its partition key has just moved.
@@ -106,16 +107,33 @@ def connect(
 def beside(
     connection: Connection, params: Params, purpose: str, *, conninfo: str | None = None, trial: bool = False
 ) -> Connection:
-    """A further session of the run that this one belongs to, read-only in the server while this one is.
+    """A further session of the run that this one belongs to, read-only and bounded in the server while this one is.
 
     trial: one that rolls back everything it does. conninfo: of another server than the target's.
     """
     run = " ".join(connection.info.get_parameters()["application_name"].split()[:2])
     further = connect(params, f"{run} {purpose}", conninfo=conninfo)
-    fence = connection.execute("SELECT current_setting('default_transaction_read_only') AS value").fetchone()
-    if fence and fence["value"] == "on" and not trial:
+    further.execute(LONGEST_STATEMENT, [_setting(connection, "statement_timeout")])
+    if _setting(connection, "default_transaction_read_only") == "on" and not trial:
         further.execute(session.READ_ONLY, ["on"])
     return further
+
+
+@contextmanager
+def bounded(connection: Connection, longest: str) -> Iterator[None]:
+    """No statement of this session, or of one that is opened :func:`beside` it meanwhile, takes longer than that."""
+    before = _setting(connection, "statement_timeout")
+    connection.execute(LONGEST_STATEMENT, [longest])
+    try:
+        yield
+    finally:
+        if connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+            connection.execute(LONGEST_STATEMENT, [before])
+
+
+def _setting(connection: Connection, name: str) -> str:
+    row = connection.execute("SELECT current_setting(%s) AS value", [name]).fetchone()
+    return str(row["value"]) if row else ""
 
 
 def opened(conninfo: str, application_name: str, params: Params) -> Connection:

@@ -285,13 +285,16 @@ class Phase:
         there = not left or (self.name in MIGRATE and self.ledger.phase_verdict(self.name) == Verdict.PASS)
         if self.name in UNDO:
             there = there and not predecessors.gone(self.name, self.ledger, self.params, 0)
+        why = ""
         if step is not None and not step.measures and there:
             try:
-                with plans.bounded(self.connection):
+                with db.bounded(self.connection, plans.LONGEST_LOOK):
                     return plans.of_what_is_there(self.name, look(self))
+            except psycopg.errors.QueryCanceled:
+                why = f"a look took longer than {plans.LONGEST_LOOK}; "
             except psycopg.Error as error:
                 db.raise_if_lost(self.connection, error)
-        return plans.not_there_yet(name, self.name, left, look)
+        return plans.not_there_yet(name, self.name, left, look, why)
 
     def _judge(self, gates: Gates) -> Gates:
         """Writes the gates down; shows the table first and raises after it, so that the record holds both.

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psycopg
-
-from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, Gates, Verdict, not_run
 from runbook_lib.core.redaction import redacted
 from runbook_lib.core.registry import OPERATE, UNDO_OPERATION
@@ -24,7 +20,7 @@ from runbook_lib.params import Params
 
 FILE = "plan.jsonl"
 # Of one statement that looks at what is there: a plan is made again and again, on tables of any size.
-LONGEST_LOOK_S = 60
+LONGEST_LOOK = "60 s"
 # What the steps before it in the same plan bring about; an operation has none before it.
 KNOWN_AFTER = "known only after"
 BROUGHT_ABOUT = ("phase.predecessor_passed", "phase.nothing_stands_on_it")
@@ -51,23 +47,13 @@ def _not_yet(gates: Gates, names: Collection[str], after: str) -> Gates:
     return Gates(tuple(map(told, gates)))
 
 
-@contextmanager
-def bounded(connection: db.Connection) -> Iterator[None]:
-    """No statement of a block takes longer than LONGEST_LOOK_S."""
-    limit = "SELECT pg_catalog.set_config('statement_timeout', %s::text, false)"
-    connection.execute(limit, [f"{LONGEST_LOOK_S}s"])
-    try:
-        yield
-    finally:
-        with suppress(psycopg.Error):
-            connection.execute(limit, ["0"])
-
-
-def not_there_yet(name: str, step: str, statements: int, look: Any) -> Gates:
-    """The one gate of a look that a plan cannot take. look: its function, which says in a sentence what it proves."""
+def not_there_yet(name: str, step: str, statements: int, look: Any, why: str = "") -> Gates:
+    """The one gate of a look that a plan cannot take. look: its function, which says in a sentence what it proves.
+    why: what ended a look that was begun.
+    """
     left = f", which has {statements} statement{'s' if statements != 1 else ''} to run" if statements else ""
     proves = " ".join((look.__doc__ or "").split("\n\n")[0].split())
-    return Gates((not_run(name, step, f"{KNOWN_AFTER} {step}{left}", proves),))
+    return Gates((not_run(name, step, f"{why}{KNOWN_AFTER} {step}{left}", proves),))
 
 
 def note(params: Params, run_id: str, step: str, kind: str, body: Mapping[str, Any]) -> None:

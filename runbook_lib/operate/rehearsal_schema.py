@@ -112,8 +112,8 @@ def _phase_on(phase: Phase, params: Params) -> Iterator[Phase]:
     with (
         db.connect(params, f"runbook {phase.run_id} rehearsal") as connection,
         db.connect(params, f"runbook {phase.run_id} rehearsal ledger") as ledger_connection,
+        db.bounded(connection, timeout(params)),
     ):
-        limit(connection, params)
         own = Ledger(ledger_connection, params, phase.run_id, phase.name)
         own.create()
         # What is made here is thrown away again; the rehearsal itself has asked.
@@ -121,11 +121,6 @@ def _phase_on(phase: Phase, params: Params) -> Iterator[Phase]:
         yield Phase(phase.name, phase.run_id, True, params, connection, own, asked)
 
 
-def limit(connection: db.Connection, params: Params) -> None:
-    """Lets no statement of this session take longer than ``rehearse.statement_timeout_minutes``."""
-    connection.execute(SQL["session"].compose({}), {"timeout": timeout(params)})
-
-
 def timeout(params: Params) -> str:
-    """The same, as PostgreSQL spells it."""
+    """``rehearse.statement_timeout_minutes``, as PostgreSQL spells it."""
     return f"{round(params.rehearse.statement_timeout_minutes * 60_000)}ms"

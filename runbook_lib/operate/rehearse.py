@@ -160,13 +160,8 @@ def _claimed(connection: db.Connection, params: Params) -> Iterator[None]:
     with db.beside(connection, params, "rehearses") as holder:
         if at_it := claim.take(holder, params, _subject(params)):
             raise BadInput([_nobody_else(params, at_it)])
-        before = connection.execute("SELECT current_setting('statement_timeout') AS value").fetchone()
-        rehearsal_schema.limit(connection, params)
-        try:
+        with db.bounded(connection, rehearsal_schema.timeout(params)):
             yield
-        finally:
-            was = {"timeout": before["value"] if before else "0"}
-            connection.execute(SQL["session"].compose({}), was)
 
 
 def _drop_left_over(phase: Phase) -> None:

@@ -47,10 +47,6 @@ SELECT a.attname::text AS name FROM pg_attribute a
 WHERE a.attrelid = to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdropped AND NOT a.attname = ANY (%(added)s)
 ORDER BY a.attnum;
 
--- name: session
--- purpose: Cancel a statement of the rehearsal that takes too long.
-SELECT set_config('statement_timeout', %(timeout)s, false);
-
 -- name: vacuum
 -- purpose: Leave the sample as a table in use is: tidied, and known to the planner.
 VACUUM (ANALYZE) {table};
