@@ -17,6 +17,7 @@ from psycopg.conninfo import make_conninfo
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate, Gates
 from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.names import names
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, load_embeddings, preflight
 from runbook_lib.operate import rehearse, sample, whole_table
@@ -397,6 +398,18 @@ def test_a_write_is_measured_with_and_without_what_the_migration_adds(
     assert articles.execute("SELECT count(*) FROM runbook.articles_queue").fetchone() == (0,)
 
 
+def test_the_write_that_is_measured_changes_the_text_of_rows_whose_first_text_is_null_too(
+    filled: Open, articles: Connection
+) -> None:
+    phase = filled()
+    articles.execute("UPDATE articles SET title = NULL WHERE id % 2 = 0")
+    articles.execute("TRUNCATE runbook.articles_queue")
+    with phase.opened(), phase.connection.transaction(force_rollback=True):
+        phase.connection.execute(sample.SQL["write"].compose(names(phase.params)), {"keys": list(range(1, 41))})
+        queued = phase.connection.execute("SELECT count(*) AS n FROM runbook.articles_queue").fetchone()
+    assert queued == {"n": 40}
+
+
 def test_of_a_text_that_may_not_grow_no_write_is_measured(filled: Open, articles: Connection) -> None:
     phase = filled()
     build_index.apply(phase)
@@ -404,3 +417,17 @@ def test_of_a_text_that_may_not_grow_no_write_is_measured(filled: Open, articles
     with phase.opened():
         assert sample._writes(phase) == (None, None)
     assert phase.connection.execute("SELECT 1 AS one").fetchone() == {"one": 1}
+
+
+def test_a_rehearsal_that_is_cancelled_while_writes_are_measured_ends(
+    filled: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = filled()
+    build_index.apply(phase)
+
+    def cancelled(*_: Any) -> float:
+        raise psycopg.errors.QueryCanceled("canceling statement due to user request")
+
+    monkeypatch.setattr(sample, "_write_ms", cancelled)
+    with phase.opened(), pytest.raises(psycopg.errors.QueryCanceled):
+        sample._writes(phase)

@@ -138,9 +138,8 @@ def _writes(phase: Phase) -> tuple[float | None, float | None]:
             for block in ("without_index", "without_capture"):
                 connection.execute(SQL[block].compose(n))
             return whole, _write_ms(phase, keys)
-    except psycopg.Error as error:
+    except (psycopg.DataError, psycopg.IntegrityError, psycopg.ProgrammingError):
         # A text that may not grow, or is none: then nothing is said of writes.
-        db.raise_if_lost(connection, error)
         return None, None
 
 

@@ -92,7 +92,7 @@ WHERE {row_embedding} IS NOT NULL ORDER BY md5(t.{key}::text) LIMIT %(rows)s;
 -- purpose: Change the text of some rows of the sample as an application would, to see what a write costs; rolled back.
 -- lock: none on the target
 -- undo: rolled back
-UPDATE {table} SET {first_text_column} = {first_text_column} || ' ' WHERE {key} = ANY (%(keys)s);
+UPDATE {table} SET {first_text_column} = coalesce({first_text_column}, '') || ' ' WHERE {key} = ANY (%(keys)s);
 
 -- name: without_index
 -- purpose: Take the vector index off the sample, to see what a write costs without it; rolled back.
