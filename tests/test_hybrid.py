@@ -119,7 +119,10 @@ def _limited(node: dict[str, Any]) -> Any:
 
 
 def test_words_are_counted_again_once_the_table_has_grown(
-    ready: Callable[..., Phase], articles: psycopg.Connection[Any], open_phase: Open
+    ready: Callable[..., Phase],
+    articles: psycopg.Connection[Any],
+    open_phase: Open,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     ready()
     before = articles.execute("SELECT rows FROM runbook.words WHERE lexeme = 'cooki'").fetchone()
@@ -127,10 +130,31 @@ def test_words_are_counted_again_once_the_table_has_grown(
     articles.execute("ANALYZE articles")
     again = open_phase("operate/refresh", search=COLUMN)
     assert word_statistics.is_outdated(again.connection, again.params)
+    assert [s.name for s in refresh.plan(again)][-1] == "words.count"
     refresh.apply(again)
+    assert "words.count: about 301 rows are read" in capsys.readouterr().out
     after = articles.execute("SELECT rows FROM runbook.words WHERE lexeme = 'cooki'").fetchone()
     assert (before, after) == ((25,), (125,))
     assert not word_statistics.is_outdated(again.connection, again.params)
+
+
+def test_a_refresh_goes_on_while_another_counts_the_words(
+    ready: Callable[..., Phase],
+    articles: psycopg.Connection[Any],
+    open_phase: Open,
+    database: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ready()
+    articles.execute("INSERT INTO articles (title) SELECT 'cookie ' || n FROM generate_series(1, 100) n")
+    articles.execute("ANALYZE articles")
+    with psycopg.connect(database) as other:
+        other.execute("SELECT FROM runbook.hybrid FOR UPDATE")
+        refresh.apply(open_phase("operate/refresh", search=COLUMN, locks={"timeout_ms": 20, "tries": 2}))
+    assert "the words are being counted by another worker" in capsys.readouterr().out
+    assert articles.execute(
+        "SELECT count(*) FROM articles WHERE title ~ '^cookie' AND embedding IS NULL"
+    ).fetchone() == (0,)
 
 
 def test_words_are_not_counted_where_the_function_is_of_an_earlier_release(

@@ -221,7 +221,10 @@ NOT_KNOWN_YET = {"keys": "'{the keys of one batch}'"}
 
 @dataclass(frozen=True)
 class Statement:
-    """A statement that changes something: what, under which lock, and how it is undone."""
+    """A statement that changes something: what, under which lock, and how it is undone.
+
+    announced: said before it begins, where it may take minutes.
+    """
 
     name: str
     purpose: str
@@ -229,6 +232,7 @@ class Statement:
     undo: str
     query: sql.Composed
     values: Mapping[str, Any]
+    announced: str = ""
 
     @property
     def blocks(self) -> str:
@@ -315,6 +319,8 @@ def carry_out(
     sleep: Callable[[float], None] = time.sleep,
 ) -> Done:
     """Runs one statement in a transaction of its own, waiting for its lock in short, bounded tries."""
+    if what.announced:
+        say(f"  {what.announced}")
     started = time.perf_counter()
     affected, tries = in_short_tries(
         connection,

@@ -20,7 +20,8 @@ def plan(phase: Phase) -> list[db.Statement]:
     if not phase.params.search.has_fulltext:
         return []
     learned = phase.params.search.hybrid.weights == "learned"
-    return [*_count(phase), *([word_statistics.learn_statement(phase.params, None)] if learned else [])]
+    count = word_statistics.due(phase.connection, phase.params)
+    return [*count, *([word_statistics.learn_statement(phase.params, None)] if learned else [])]
 
 
 def apply(phase: Phase, candidates: int) -> None:
@@ -31,7 +32,7 @@ def apply(phase: Phase, candidates: int) -> None:
     p = phase.params
     if not p.search.has_fulltext:
         return
-    for statement in _count(phase):
+    for statement in word_statistics.due(phase.connection, p):
         phase.do(statement)
     if p.search.hybrid.weights == "equal":
         return
@@ -45,11 +46,6 @@ def apply(phase: Phase, candidates: int) -> None:
     found = replica.again(p, learn)
     phase.do(word_statistics.learn_statement(p, found.vector_weight if found and found.kept else None))
     phase.note(KIND, {"judged": len(judged)} | (found.as_data() if found else {}))
-
-
-def _count(phase: Phase) -> list[db.Statement]:
-    due = word_statistics.is_outdated(phase.connection, phase.params)
-    return [word_statistics.count_statement(phase.connection, phase.params)] if due else []
 
 
 def undo_plan(phase: Phase) -> list[db.Statement]:

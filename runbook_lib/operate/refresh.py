@@ -7,7 +7,7 @@ from datetime import datetime
 from runbook_lib.backfill import change_queue, vector_store
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, duration, number
-from runbook_lib.core.gates import BadInput, Gate, Gates, Verdict, collect, gate
+from runbook_lib.core.gates import BadInput, Gate, Gates, LockNotObtained, Verdict, collect, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
@@ -18,17 +18,22 @@ SQL = load("refresh")
 
 
 def plan(phase: Phase) -> db.Plan:
-    """The UPDATE that a drain sends for each row; empty where nothing waits.
+    """The UPDATE that a drain sends for each row, where one waits; the count of the words, where that is due.
 
     Raises BadInput where there is no queue to drain, unless it only plans.
     """
     connection, params = phase.connection, phase.params
     there = _queue_is_there(connection, params, phase.execute)
     if there and not (state := change_queue.waiting(connection, params)).waiting + state.set_aside:
-        return db.Plan((), connection)
+        return db.Plan(tuple(_count(phase)), connection)
     block = SQL[vector_store.of(params).write_row]
     update = db.statement(block, params, key=None, text_hash=None, embedding=None)
-    return db.Plan((update,), connection)
+    return db.Plan((update, *_count(phase)), connection)
+
+
+def _count(phase: Phase) -> list[db.Statement]:
+    connection, p = phase.connection, phase.params
+    return word_statistics.due(connection, p) if word_statistics.tables_are_there(connection, p) else []
 
 
 def _queue_is_there(connection: db.Connection, params: Params, execute: bool) -> bool:
@@ -60,9 +65,11 @@ def apply(phase: Phase) -> Table:
     began = db.one(phase.connection, SQL["clock"], phase.params)["now"]
     phase.do(db.statement(SQL["one_more_try"], phase.params, tries=phase.params.embeddings.refresh_tries))
     drained = change_queue.drain(phase)
-    connection, p = phase.connection, phase.params
-    if word_statistics.tables_are_there(connection, p) and word_statistics.is_outdated(connection, p):
-        phase.do(word_statistics.count_statement(connection, p))
+    try:
+        for count in _count(phase):
+            phase.do(count)
+    except LockNotObtained:
+        print("  the words are being counted by another worker")
     phase.note("refresh", {"began": began.isoformat(), **vars(drained)})
     shown = {"changes": drained.changes, "rows embedded": drained.updated, "set aside": drained.refused}
     return Table.of([shown | {"put off, since somebody holds the row": drained.put_off}])

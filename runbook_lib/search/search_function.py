@@ -178,8 +178,7 @@ def plan(phase: Phase) -> db.Plan:
         db.statement(SQL["grant"], p, {"functions": everything, "role": identifier(role)})
         for role in p.search.grant_to
     ]
-    count = [word_statistics.count_statement(connection, p)] if word_statistics.is_outdated(connection, p) else []
-    return db.Plan((*tables, create, *grants, *count), connection)
+    return db.Plan((*tables, create, *grants, *word_statistics.due(connection, p)), connection)
 
 
 @changes

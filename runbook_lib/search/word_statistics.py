@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from typing import NamedTuple
 
 from psycopg import sql
 
 from runbook_lib.core import db, row_counts
+from runbook_lib.core.display import number
 from runbook_lib.core.names import identifier, names, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.search import function_text, statements
@@ -62,6 +64,11 @@ def is_outdated(connection: db.Connection, params: Params) -> bool:
     return abs(row_counts.of(connection, params).n - known.rows) > LARGEST_CHANGE * max(known.rows, 1)
 
 
+def due(connection: db.Connection, params: Params) -> list[db.Statement]:
+    """The count of the words, where they were never counted or too long ago."""
+    return [count_statement(connection, params)] if is_outdated(connection, params) else []
+
+
 def count_statement(connection: db.Connection, params: Params) -> db.Statement:
     """Counts the words anew; a search meanwhile weighs by the former count."""
     rows = row_counts.of(connection, params).n
@@ -77,7 +84,9 @@ def count_statement(connection: db.Connection, params: Params) -> db.Statement:
         "times": sql.Literal(1 / share),
         "least_rows": sql.Literal(LEAST_ROWS),
     }
-    return db.statement(SQL["count"], params, own)
+    of = f"{number(SAMPLE_ROWS)} of {number(rows)}" if share < 1 else number(rows)
+    announced = f"{COUNT}: about {of} rows are read; searches go on meanwhile"
+    return replace(db.statement(SQL["count"], params, own), announced=announced)
 
 
 def learn_statement(params: Params, vector_weight: float | None) -> db.Statement:
