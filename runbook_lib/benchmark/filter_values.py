@@ -214,7 +214,7 @@ def _drawn(
 
 
 def any_row(connection: db.Connection, params: Params, estimate: Estimate, asked: Allowed) -> bool:
-    """Do these filters let a row with a vector through?"""
+    """Does any row with a vector match these filters?"""
     held = [names(params)["always"], *(estimate.conditions[name] for name, _ in asked)]
     query = SQL["any_row"].compose(names(params) | {"filters": sql.SQL(" AND ").join(held)})
     row = connection.execute(query, dict(asked), prepare=False).fetchone()

@@ -1,7 +1,7 @@
 -- Sign-off: what was asked for, what it rests on, and who may give it.
 
 -- name: rights
--- purpose: What the approver may do with the ledger, as the catalogue says, which needs no right of its own.
+-- purpose: What the approver may do with the ledger; read from the catalogue, which needs no privilege.
 SELECT session_user::text AS session_user,
        c.oid IS NOT NULL AS there,
        coalesce(has_schema_privilege(n.oid, 'USAGE'), false) AS "USAGE",
@@ -13,7 +13,7 @@ LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = 'entry'
 LEFT JOIN pg_proc f ON f.pronamespace = n.oid AND f.proname = 'sign_off' AND c.oid IS NOT NULL;
 
 -- name: session_user
--- purpose: Who this session belongs to, whatever role it has taken on by SET ROLE.
+-- purpose: The session user, whatever SET ROLE says.
 SELECT session_user::text AS name;
 
 -- name: newest
@@ -24,7 +24,7 @@ WHERE target = {target_name} AND phase = ANY (%(phases)s) AND kind = %(kind)s
 ORDER BY seq DESC LIMIT 1;
 
 -- name: evidence
--- purpose: The newest row that a sign-off rests on; its hash stands for every row before it.
+-- purpose: The newest row that a sign-off rests on; its hash covers every row before it.
 SELECT seq, hash, phase, kind FROM {counted} e
 WHERE target = {target_name}
   AND (phase = ANY (%(before)s) AND kind <> 'notebook'

@@ -25,7 +25,7 @@ SELECT set_config('enable_seqscan', 'off', false), set_config('enable_hashjoin',
        set_config('idle_in_transaction_session_timeout', %(frozen_ms)s, false);
 
 -- name: ranked
--- purpose: The rows of a range of heap blocks that want a vector, by rank within their block, the largest row first.
+-- purpose: The rows of a range of heap blocks that need a vector, by rank within their block, the largest row first.
 SELECT rank, array_agg(key ORDER BY block) AS keys FROM (
     SELECT t.{key} AS key, (t.ctid::text::point)[0] AS block,
            row_number() OVER (PARTITION BY (t.ctid::text::point)[0] ORDER BY {row_bytes} DESC) AS rank
@@ -38,12 +38,12 @@ SELECT rank, array_agg(key ORDER BY block) AS keys FROM (
 SELECT array_agg(s.key ORDER BY s.key) AS keys FROM {staging} s WHERE {after} AND s.key <= %(to_key)s;
 
 -- name: left_over
--- purpose: Staged rows that their table has not taken yet; those whose text changed meanwhile are among them.
+-- purpose: Staged rows that are not in the table yet, including those whose text has changed since.
 SELECT s.key FROM {staging} s JOIN {with_vectors} ON t.{key} = s.key
 WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash ORDER BY s.key;
 
 -- name: refusing
--- purpose: Staged rows whose text is still that of their vector, and which their table has not taken all the same.
+-- purpose: Staged rows that are not in the table although their text has not changed.
 SELECT s.key FROM {staging} s JOIN {with_vectors} ON t.{key} = s.key
 WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash AND s.text_hash = {text_hash} ORDER BY s.key LIMIT %(most)s;
 
@@ -62,7 +62,7 @@ SELECT coalesce(sum(pg_stat_get_xact_tuples_updated(oid)), 0)::bigint AS updates
        coalesce(sum(pg_stat_get_xact_tuples_hot_updated(oid)), 0)::bigint AS hot FROM part;
 
 -- name: left
--- purpose: Rows that want a vector, by their texts as they are now; newer: those written since the last drain began.
+-- purpose: Rows that need a vector, by their current texts; newer: those written since the last drain began.
 SELECT count(*) FILTER (WHERE wants AND bare AND NOT newer) AS missing,
        count(*) FILTER (WHERE wants AND NOT bare AND NOT newer) AS stale,
        count(*) FILTER (WHERE newer) AS newer,
@@ -91,7 +91,7 @@ SELECT clock_timestamp()::text AS began,
        pg_snapshot_xmin(pg_current_snapshot())::text::bigint %% 4294967296 AS oldest;
 
 -- name: textless
--- purpose: Rows that have a vector and no text any more.
+-- purpose: Rows that have a vector but no longer a text.
 SELECT t.{key} AS key FROM {table} t WHERE t.{embedding} IS NOT NULL AND NOT {has_text};
 
 -- name: clear_textless

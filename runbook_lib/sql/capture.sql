@@ -2,7 +2,7 @@
 -- no trigger and no rule of the target takes part.
 
 -- name: columns
--- purpose: The key and the text columns of the table with their types, and a text that is sure to be a key of that type.
+-- purpose: The table's key and text columns with their types, and a text that is a valid key of that type.
 SELECT a.attname::text AS name, format_type(a.atttypid, a.atttypmod) AS type,
     CASE WHEN t.typname = 'uuid' THEN '00000000-0000-0000-0000-000000000000'
          WHEN t.typcategory = 'N' THEN '-1' ELSE '-' END AS value
@@ -15,23 +15,23 @@ WHERE a.attrelid = to_regclass(%(table)s) AND a.attname = ANY (%(columns)s) AND 
 CREATE TABLE {probe} AS SELECT {probe_columns} FROM {table} t WITH NO DATA;
 
 -- name: insert
--- purpose: Write a made-up row into the probe's own table.
+-- purpose: Write a test row into the probe table.
 INSERT INTO {probe} ({key}) VALUES (%(key)s::{key_type});
 
 -- name: change_text
--- purpose: Change a text of the made-up row.
+-- purpose: Change a text of the test row.
 UPDATE {probe} SET {changed} = 'a';
 
 -- name: write_again
--- purpose: Write the made-up row again as it is.
+-- purpose: Write the test row again, unchanged.
 UPDATE {probe} SET {changed} = {changed};
 
 -- name: arrived
--- purpose: How often the made-up row is in the queue, as this transaction sees it.
+-- purpose: How often the test row is in the queue, as this transaction sees it.
 SELECT count(*)::int AS queued FROM {queue} WHERE key = ANY (%(keys)s::{key_type}[]);
 
 -- name: triggers_of
--- purpose: Our triggers of a table, whole: when they fire, on what, and which function they call.
+-- purpose: Definitions of the runbook's triggers on a table: when they fire, on what, and which function they call.
 SELECT g.tgname::text AS name, g.tgenabled::text AS enabled,
     replace(pg_get_triggerdef(g.oid), format(' ON %%I.%%I ', n.nspname, c.relname), ' ON ... ') AS definition
 FROM pg_trigger g JOIN pg_class c ON c.oid = g.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -39,7 +39,7 @@ WHERE g.tgrelid = to_regclass(%(relation)s) AND NOT g.tgisinternal AND g.tgname 
 ORDER BY g.tgname;
 
 -- name: functions
--- purpose: What the function that serves does, and what the one just made does.
+-- purpose: The body of the installed function, and of the one just made.
 SELECT p.oid = to_regproc(%(function)s) AS serves, p.prosrc AS body, p.prosecdef AS definer, p.proconfig::text AS settings,
     p.provolatile::text AS volatility, l.lanname::text AS language
 FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang

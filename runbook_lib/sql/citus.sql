@@ -51,7 +51,7 @@ DROP FUNCTION IF EXISTS {text_hash_function}(text[]);
 SELECT create_distributed_table({staging_name}, 'key', colocate_with => {table_name});
 
 -- name: create_rejected
--- purpose: Create the table of refused vectors, a copy of it on every node: a refused key may be none at all.
+-- purpose: Create the table of rejected vectors, with a copy on every node, since a rejected row may have no key.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_staging
 {create_rejected};
@@ -86,5 +86,5 @@ UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = now() WHERE id IN (
 ) RETURNING id, key;
 
 -- name: lock_rows
--- purpose: Which of these rows there are; Citus locks none across shards, and the update asks for the text's hash.
+-- purpose: Which of these rows exist; Citus does not lock rows across shards, and the update compares the text's hash.
 SELECT t.{key} AS key FROM {table} t WHERE t.{key} = ANY (%(keys)s);

@@ -1,18 +1,18 @@
 -- One run at a time on one target and on one table: advisory locks, which end with the session that holds them. Each
--- claim has a key that nobody can guess, written into a table that only the ledger's owner can read.
+-- claim has an unguessable key, written into a table that only the ledger's owner can read.
 
 -- name: there
 -- purpose: Is there a ledger with a table of claims?
 SELECT pg_catalog.to_regclass(%(claims)s) IS NOT NULL AS there;
 
 -- name: turn
--- purpose: One claimant at a time; nobody but the ledger's owner can take this lock.
+-- purpose: One claimant at a time; only the ledger's owner can take this lock.
 -- lock: EXCLUSIVE on the runbook's own table, for milliseconds
 -- undo: ends with its transaction
 LOCK TABLE {claims} IN EXCLUSIVE MODE;
 
 -- name: holder
--- purpose: The session that has claimed this, if it still does, and where it is: the same process and role hold the key
+-- purpose: The session that holds this claim, and where it is: the same process and role hold the key
 -- of its claim.
 SELECT c.pid, c.claimed_by AS usename, c.application AS application_name, c.claimed_at AS since,
     CASE WHEN a.client_port = -1 THEN 'the server''s own machine' ELSE pg_catalog.host(a.client_addr) END AS host

@@ -1,4 +1,4 @@
--- What the runbook makes is nobody's but its owner's, whatever ALTER DEFAULT PRIVILEGES says of new objects.
+-- Only the owner may use what the runbook makes, whatever ALTER DEFAULT PRIVILEGES says about new objects.
 
 -- name: there
 -- purpose: Of these tables, sequences, functions and schemas, those that are there.
@@ -15,7 +15,7 @@ FROM unnest(%(schemas)s::text[]) AS n (name)
 JOIN pg_catalog.pg_namespace s ON s.oid = pg_catalog.to_regnamespace(n.name);
 
 -- name: revokes
--- purpose: What takes every privilege on these objects, and on the sequences of their columns, from all but the owner.
+-- purpose: Statements that revoke every privilege on these objects, and on their columns' sequences, from all but the owner.
 -- Each catalogue has numbers of its own: what is a table's in one may be a function's in another.
 WITH made AS (
     SELECT 'SCHEMA' AS kind, pg_catalog.quote_ident(s.nspname) AS name, s.nspowner AS owner,

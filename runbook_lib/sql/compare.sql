@@ -5,7 +5,7 @@
 SELECT text, tsvector_to_array(to_tsvector('simple', text)) AS words FROM unnest(%(texts)s::text[]) AS text;
 
 -- name: document_frequency
--- purpose: In how many of the rows, or of a sample of the table's pages, each of these words stands, and their share.
+-- purpose: How many rows, of all or of a sample of pages, contain each of these words, and their share.
 WITH sampled AS MATERIALIZED (
     SELECT to_tsvector('simple', left({text}, 20000)) AS words
     FROM {table} AS t TABLESAMPLE SYSTEM (%(percent)s)
@@ -24,7 +24,7 @@ FROM {table} t WHERE t.{key}::text = ANY (%(keys)s);
 SELECT left({text}, 2000) AS text FROM {table} t WHERE {has_text} LIMIT %(rows)s;
 
 -- name: judgements
--- purpose: The marks that people gave in the notebook, the newest for each query and row.
+-- purpose: The judgements given in the notebook, the newest for each query and row.
 SELECT DISTINCT ON (body ->> 'query_id', body ->> 'key')
        body ->> 'query_id' AS query_id, body ->> 'key' AS key, (body ->> 'relevance')::int AS relevance
 FROM {counted} e WHERE target = {target_name} AND kind = 'judgement'

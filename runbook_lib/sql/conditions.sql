@@ -1,16 +1,15 @@
 -- What a search is filtered by.
 
 -- name: types
--- purpose: The types of the values of conditions, as the parameters name them, without their lengths.
+-- purpose: The types of the conditions' values, as the parameters name them, without lengths.
 SELECT w.name, CASE n.nspname WHEN 'pg_catalog' THEN format_type(t.oid, -1) ELSE format('%%I.%%I', n.nspname, t.typname) END AS type
 FROM unnest(%(names)s::text[], %(types)s::text[]) AS w (name, type)
 JOIN pg_type t ON t.oid = to_regtype(w.type)
 JOIN pg_namespace n ON n.oid = t.typnamespace;
 
 -- name: column_types
--- purpose: The types of the key and the filters, without their lengths, which a cast would cut a longer value to; and
--- the operator of equality of each, that of its default btree operator class. Types without a class of their own, such
--- as enums and varchar, have PostgreSQL's.
+-- purpose: The types of the key and the filters, without lengths, to which a cast would truncate; and the equality
+-- operator of each type's default btree operator class, or PostgreSQL's for types without one, such as enums and varchar.
 WITH RECURSIVE wanted AS (
     SELECT a.attname AS name, a.atttypid AS type FROM pg_attribute a
     WHERE a.attrelid = to_regclass(%(table)s) AND a.attname = ANY (%(columns)s) AND NOT a.attisdropped
@@ -33,9 +32,9 @@ SELECT w.name,
 FROM wanted w JOIN pg_type t ON t.oid = w.type JOIN pg_namespace n ON n.oid = t.typnamespace;
 
 -- name: rows_let_through
--- purpose: How many rows the planner expects the filters to let through; it reads none.
+-- purpose: How many rows the planner expects to match the filters; it reads none.
 EXPLAIN SELECT FROM {table} t WHERE {filters};
 
 -- name: rows_in_all
--- purpose: How many rows the planner believes the table to have.
+-- purpose: The planner's estimate of the table's rows.
 EXPLAIN SELECT FROM {table} t;

@@ -65,7 +65,7 @@ CREATE INDEX articles_status ON demo.articles (status);
 CREATE INDEX articles_category ON demo.articles (category);
 
 -- name: vacuum
--- purpose: Leave the table as a server that has been running for a while: visible pages marked, statistics known.
+-- purpose: Leave the table as on a server that has run for a while: visibility map set, statistics collected.
 -- lock: SHARE UPDATE EXCLUSIVE on the demo's own table
 -- undo: none needed
 VACUUM (ANALYZE) demo.articles;

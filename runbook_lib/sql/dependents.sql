@@ -18,13 +18,13 @@ WITH RECURSIVE part AS (
 SELECT pubname::text AS name, quote_ident(pubname) AS shown, all_tables, columns FROM sent ORDER BY 1;
 
 -- name: publications_of_new_tables
--- purpose: Publications that send every table that is made in the database, or in a schema that the runbook uses.
+-- purpose: Publications that include every new table of the database, or of a schema that the runbook uses.
 SELECT p.pubname::text AS name, quote_ident(p.pubname) AS shown, p.puballtables AS all_tables,
        {in_schemas} AS schemas
 FROM pg_publication p WHERE p.puballtables OR {in_schemas} <> '{{}}' ORDER BY 1;
 
 -- name: slots
--- purpose: Logical replication slots of this database, with whoever reads them.
+-- purpose: Logical replication slots of this database, with their readers.
 SELECT s.slot_name::text AS name, s.plugin::text AS plugin, s.active FROM pg_replication_slots s
 WHERE s.database = current_database() AND s.slot_type = 'logical' AND NOT s.temporary ORDER BY 1;
 

@@ -8,7 +8,7 @@ WHERE target = {target_name} AND kind = 'index' AND body->>'method' = 'ivfflat' 
 ORDER BY seq DESC LIMIT 1;
 
 -- name: sides
--- purpose: Rows whose vector is newer than the index, of those that are looked at.
+-- purpose: How many of the sampled rows have a vector newer than the index.
 SELECT count(*) AS rows, count(*) FILTER (WHERE {row_embedding_updated_at} > %(began_at)s) AS newer
 FROM {from_vectors} WHERE {row_embedding} IS NOT NULL AND {looked_at};
 

@@ -1,7 +1,7 @@
--- Exact answers, worked out beside the server.
+-- Exact answers, computed outside the server.
 
 -- name: copy_out
--- purpose: Every vector once, with the codes of its filters and its key, in the order in which they lie on disk.
+-- purpose: Every vector once, with the codes of its filters and its key, in disk order.
 COPY (SELECT {codes}{row_embedding}, {key} FROM {from_vectors} WHERE {row_embedding} IS NOT NULL AND {always})
     TO STDOUT (FORMAT BINARY);
 

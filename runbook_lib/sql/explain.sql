@@ -19,7 +19,7 @@ WHERE am.amname IN ('hnsw', 'ivfflat')
 ORDER BY c.relname;
 
 -- name: scans
--- purpose: How often this transaction has begun a scan of these indexes, by the server's own count.
+-- purpose: How often this transaction has scanned these indexes, by the server's count.
 SELECT coalesce(sum(pg_stat_get_xact_numscans(o)), 0)::bigint AS scans FROM unnest(%(oids)s::oid[]) AS o;
 
 -- name: prepared
@@ -31,7 +31,7 @@ SELECT parameter_types::text[] AS types FROM pg_prepared_statements WHERE name =
 SELECT set_config(%(name)s, %(value)s, %(local)s) AS value;
 
 -- name: setting
--- purpose: A setting as it is, and who set it.
+-- purpose: The current value of a setting, and who set it.
 SELECT name, setting, source FROM pg_settings WHERE name = %(name)s;
 
 -- name: usual_value

@@ -1,7 +1,7 @@
 -- Phase 20: pgvector on the server, installed or updated, and removed only where the runbook brought it.
 
 -- name: offered
--- purpose: The versions of pgvector that this server offers, the default one and the installed one.
+-- purpose: The versions of pgvector that this server offers, its default and the installed one.
 SELECT
     (SELECT a.default_version FROM pg_available_extensions a WHERE a.name = 'vector') AS default_version,
     (SELECT a.installed_version FROM pg_available_extensions a WHERE a.name = 'vector') AS installed,
@@ -14,7 +14,7 @@ SELECT
     has_database_privilege(current_database(), 'CREATE') AS may_create_in_database;
 
 -- name: state
--- purpose: What of pgvector is installed, what the server offers by default, and whether it offers a version at all.
+-- purpose: The installed version of pgvector, the server's default, and whether it offers any version.
 SELECT
     (SELECT e.extversion FROM pg_extension e WHERE e.extname = 'vector') AS installed,
     (SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector')
@@ -48,7 +48,7 @@ SELECT '[1]'::{vector_in_schema};
 SELECT EXISTS (SELECT FROM pg_settings WHERE name = %(setting)s AND vartype = 'enum') AS known;
 
 -- name: installed_by_runbook
--- purpose: Did the runbook install it for this target, and not remove it since?
+-- purpose: Did the runbook install it for this target, without removing it since?
 SELECT coalesce(max(seq) FILTER (WHERE body->>'name' = 'extension.create'), 0)
      > coalesce(max(seq) FILTER (WHERE body->>'name' = 'extension.drop'), 0) AS installed
 FROM {counted} e WHERE target = {target_name} AND kind = 'statement';

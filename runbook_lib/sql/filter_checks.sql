@@ -1,19 +1,19 @@
--- Conditions of the parameters, looked at before anything relies on them. {condition} is one on a row t.
+-- Conditions from the parameters, checked before anything relies on them. {condition} is a condition on a row t.
 
 -- name: type_of
--- purpose: The type that the parameters name, if there is one that a value can have.
+-- purpose: The type that the parameters name, if it exists and can be that of a value.
 SELECT format_type(t.oid, -1) AS type FROM pg_type t WHERE t.oid = to_regtype(%(type)s) AND t.typtype <> 'p';
 
 -- name: plan
--- purpose: Has PostgreSQL plan the condition; it reads no row. Only a volatile function keeps the two levels apart.
+-- purpose: Let PostgreSQL plan the condition; no row is read. Only a volatile function keeps the two levels apart.
 EXPLAIN (FORMAT JSON) SELECT FROM (SELECT {condition} AS holds FROM {table} t) runbook_probe WHERE holds;
 
 -- name: create_probe
--- purpose: Make a view of the condition, whose dependencies say what it reads; in a transaction that is rolled back.
+-- purpose: Make a view of the condition, to learn from its dependencies what it reads; in a transaction that is rolled back.
 CREATE TEMPORARY VIEW runbook_probe AS SELECT FROM {table} t WHERE {condition};
 
 -- name: lacking
--- purpose: What a role may not read, or not call, of what the view reads; with the statement that grants it.
+-- purpose: What the view reads or calls that a role may not, each with its GRANT.
 WITH read AS (
     SELECT DISTINCT d.refclassid AS class, d.refobjid AS oid, d.refobjsubid AS place
     FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid

@@ -1,7 +1,7 @@
 -- Partial vector indexes: one for each value of a filter that is searched badly without.
 
 -- name: standing
--- purpose: Every vector index with a condition on the relation that holds the vectors, whole or left over.
+-- purpose: Every partial vector index on the relation that holds the vectors, valid or not.
 SELECT c.relname::text AS name, i.indisvalid AND i.indisready AS usable, c.oid::bigint AS oid,
        pg_get_expr(i.indpred, i.indrelid) AS condition, pg_relation_size(c.oid) AS bytes
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am am ON am.oid = c.relam
@@ -34,14 +34,14 @@ WHERE t.{column}::text = ANY (%(values)s) AND {row_embedding} IS NOT NULL GROUP 
 DROP INDEX CONCURRENTLY IF EXISTS {partial_index};
 
 -- name: strategy_of
--- purpose: How one value of a filter is searched: by its own row, or by that of values that are not listed.
+-- purpose: How a filter value is searched: by its own row, or by the row for unlisted values.
 SELECT s.value, s.scan, s.candidates, s.iterative_scan, s.most_scanned, s.share, s.recall, s.p50_ms
 FROM {strategy} s
 WHERE s.target = {target_name} AND s.filter = %(filter)s AND (s.value = %(value)s OR s.value IS NULL)
 ORDER BY s.value LIMIT 1;
 
 -- name: forget_strategy
--- purpose: Forget how one filter value is searched; it is then searched like values that are not listed.
+-- purpose: Forget how one filter value is searched; it is then searched like unlisted values.
 -- lock: one row of the strategy table
 -- undo: search.learn_strategy
 DELETE FROM {strategy} WHERE target = {target_name} AND filter = %(filter)s AND value = %(value)s;

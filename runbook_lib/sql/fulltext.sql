@@ -1,7 +1,7 @@
 -- Full text, the words half of hybrid: what it is made of, and the index that serves it.
 
 -- name: configurations
--- purpose: The text search configurations that could be named.
+-- purpose: The text search configurations that exist.
 SELECT c.cfgname::text AS name FROM pg_ts_config c ORDER BY 1;
 
 -- name: generated
@@ -10,11 +10,11 @@ SELECT pg_get_expr(d.adbin, d.adrelid) AS expression FROM pg_attribute a JOIN pg
 WHERE a.attrelid = to_regclass(%(table)s) AND a.attname = %(column)s::text AND a.attgenerated <> '';
 
 -- name: shape
--- purpose: What the expression gives, without reading a row.
+-- purpose: The type of the expression, without reading a row.
 SELECT {fulltext} FROM {table} t LIMIT 0;
 
 -- name: without_scans
--- purpose: Have the planner read the table by an index wherever one can be used, for this transaction.
+-- purpose: Make the planner use an index wherever it can, for this transaction.
 SELECT set_config('enable_seqscan', 'off', true);
 
 -- name: candidates

@@ -1,7 +1,7 @@
 -- Functions of one target that another target has taken over; read from their own source, which is what runs.
 
 -- name: standing
--- purpose: The functions of this schema that hand calls over from one target to another.
+-- purpose: The functions of this schema that forward calls from one target to another.
 SELECT p.proname::text AS function, h.parts[1] AS old, h.parts[2] AS new, h.parts[3] AS who
 FROM pg_proc p
 CROSS JOIN LATERAL (

@@ -9,7 +9,7 @@ FROM pg_stat_replication WHERE state IS DISTINCT FROM 'backup'
 ORDER BY 3 DESC NULLS FIRST LIMIT 1;
 
 -- name: wal
--- purpose: Where the WAL stands, how much was written since the last checkpoint, and how much may be.
+-- purpose: The WAL position, how much was written since the last checkpoint, and how much may be.
 SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::float8 AS position,
        extract(epoch FROM clock_timestamp())::float8 AS at_s,
        pg_wal_lsn_diff(pg_current_wal_lsn(), redo_lsn)::bigint AS since_checkpoint,
@@ -17,7 +17,7 @@ SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::float8 AS position,
 FROM pg_control_checkpoint();
 
 -- name: requested_checkpoints
--- purpose: Checkpoints that came before their time, since WAL ran out.
+-- purpose: Checkpoints that were forced early by max_wal_size.
 SELECT num_requested AS requested FROM pg_stat_checkpointer;
 
 -- name: requested_checkpoints_before_17
@@ -51,7 +51,7 @@ WHERE a.wait_event_type = 'Lock' AND a.pid <> ALL (%(pids)s) AND pg_blocking_pid
 ORDER BY a.query_start LIMIT 1;
 
 -- name: snapshot
--- purpose: The oldest transaction of this database that holds back the cleaning of dead rows.
+-- purpose: The oldest transaction of this database that holds back vacuum.
 SELECT who, age_s FROM (
     SELECT format('pid %%s (%%s, %%s, %%s)', a.pid, a.usename, coalesce(nullif(a.application_name, ''), 'no name'),
                   a.state) AS who, extract(epoch FROM clock_timestamp() - a.xact_start)::float8 AS age_s

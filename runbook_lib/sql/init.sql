@@ -28,7 +28,7 @@ WHERE a.attrelid = to_regclass(%(relation)s) AND a.attnum > 0 AND NOT a.attisdro
 ORDER BY a.attnum;
 
 -- name: keys
--- purpose: NOT NULL columns that one valid, complete unique index of their own identifies, the primary key first.
+-- purpose: NOT NULL columns with a valid unique index on that column alone, without a condition; the primary key first.
 SELECT a.attname::text AS name, format_type(a.atttypid, NULL) AS type, bool_or(i.indisprimary) AS is_primary
 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
 WHERE i.indrelid = to_regclass(%(relation)s) AND i.indisunique AND i.indisvalid AND i.indimmediate
@@ -36,7 +36,7 @@ WHERE i.indrelid = to_regclass(%(relation)s) AND i.indisunique AND i.indisvalid 
 GROUP BY 1, 2 ORDER BY 3 DESC, 1;
 
 -- name: settings
--- purpose: What the server says about its memory, its workers and its language.
+-- purpose: The server's settings of memory, workers and language.
 SELECT pg_size_bytes(current_setting('effective_cache_size'))::bigint AS effective_cache_bytes,
     current_setting('max_parallel_maintenance_workers')::int AS maintenance_workers,
     current_setting('max_parallel_workers')::int AS workers,
@@ -53,7 +53,7 @@ WHERE i.indrelid = to_regclass(%(relation)s) AND i.indisvalid AND i.indpred IS N
 ORDER BY length(pg_get_indexdef(i.indexrelid, k.n, false)) DESC, c.relname;
 
 -- name: readers
--- purpose: Roles that were granted SELECT on the table, its owner left out.
+-- purpose: Roles with SELECT on the table, other than its owner.
 SELECT DISTINCT r.rolname::text AS role
 FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) x JOIN pg_roles r ON r.oid = x.grantee
 WHERE c.oid = to_regclass(%(relation)s) AND x.privilege_type = 'SELECT' AND x.grantee <> c.relowner

@@ -53,7 +53,7 @@ FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
 WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(name)s AND NOT {of_trusted_owner} ORDER BY 1;
 
 -- name: made_by_runbook
--- purpose: Did the runbook make this for the target, by that statement, and not take it away since?
+-- purpose: Did the runbook make this for the target, by that statement, without removing it since?
 SELECT coalesce(max(seq) FILTER (WHERE kind = 'statement' AND body->>'name' = %(made)s OR kind = 'owns'), 0)
      > coalesce(max(seq) FILTER (WHERE (kind = 'statement' AND body->>'name' = %(dropped)s)
         OR (kind = 'phase' AND phase = '30_expand_schema' AND body->>'verdict' = 'UNDONE')), 0) AS made

@@ -7,7 +7,7 @@
 CREATE SCHEMA IF NOT EXISTS {ledger};
 
 -- name: create_entry
--- purpose: Create the table of everything that was done and proved.
+-- purpose: Create the ledger's table of everything that was done and proved.
 -- lock: none on the target
 -- undo: ledger.drop_schema
 CREATE TABLE IF NOT EXISTS {entry} (
@@ -100,7 +100,7 @@ CREATE TRIGGER keep BEFORE TRUNCATE ON {entry}
     FOR EACH STATEMENT EXECUTE FUNCTION {ledger}.chain_entry();
 
 -- name: create_sign_off
--- purpose: Create the function through which a second person signs; it writes sign-offs and nothing else.
+-- purpose: Create the function through which a second person signs off; it writes only sign-offs.
 -- lock: none on the target
 -- undo: ledger.drop_schema
 CREATE OR REPLACE FUNCTION {ledger}.sign_off(request bigint, bound jsonb, reason text) RETURNS bigint
@@ -177,7 +177,7 @@ WHERE NOT r.rolsuper AND o.owner NOT IN (SELECT mine.oid FROM mine)
 GROUP BY 1 ORDER BY 1;
 
 -- name: writer
--- purpose: Who owns the ledger, and whether this session's role may write it; by the catalogue, without a right.
+-- purpose: Who owns the ledger, and whether this session's role may write it; read from the catalogue, which needs no privilege.
 SELECT pg_catalog.pg_get_userbyid(c.relowner) AS owner, session_user::text AS session_user,
     pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(c.relowner)) AS quoted_owner,
     pg_catalog.quote_ident(session_user::text) AS quoted_session_user,
@@ -191,7 +191,7 @@ FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a USING (pid)
 WHERE l.granted AND l.relation = pg_catalog.to_regclass(%(chain_lock)s);
 
 -- name: rows_of_others
--- purpose: Rows that somebody else wrote than the ledger's owner; sign-offs are another's by their nature.
+-- purpose: Rows not written by the ledger's owner, other than sign-offs.
 SELECT e.seq, e.kind, e.phase, e.target, e.run_id, e.written_by FROM {entry} e
 WHERE e.kind <> 'approval' AND e.seq NOT IN (SELECT c.seq FROM {counted} c) ORDER BY e.seq;
 
@@ -202,7 +202,7 @@ WHERE e.target = {target_name} AND e.kind = %(kind)s AND (%(phases)s::text[] IS 
 ORDER BY e.seq DESC LIMIT 1;
 
 -- name: latest_standing
--- purpose: The newest row of a kind for this target, unless one of these phases was taken back since.
+-- purpose: The newest row of a kind for this target, unless one of these phases was rolled back since.
 SELECT e.* FROM {counted} e
 WHERE e.target = {target_name} AND e.kind = %(kind)s AND NOT EXISTS (
     SELECT FROM {counted} later

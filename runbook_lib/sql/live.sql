@@ -10,7 +10,7 @@ FROM pg_proc p
 WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {is_called};
 
 -- name: functions
--- purpose: The function that the application calls during the shadow phase, and its overloads, as DROP wants them.
+-- purpose: The function that the application calls during the shadow phase, and its overloads, as DROP needs them.
 SELECT format('%%I.%%I(%%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)) AS function
 FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
 WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s
@@ -36,7 +36,7 @@ CREATE TABLE IF NOT EXISTS {log} (
 CREATE INDEX IF NOT EXISTS {log_index} ON {log} (logged_at);
 
 -- name: create_function
--- purpose: Create the function that answers as the search function does, and lets the other search answer a share of the calls too.
+-- purpose: Create the function that answers like the search function, and runs the other search as well for a share of the calls.
 -- lock: none on the target
 -- undo: live.drop_function
 {drop_outdated}CREATE OR REPLACE FUNCTION {shadow_function}({arguments}) RETURNS {result}
@@ -101,13 +101,13 @@ END
 $runbook$;
 
 -- name: create_overloads
--- purpose: Let it take a query's vector in the types that the search function takes.
+-- purpose: Create its overloads for the types of a query's vector that the search function takes.
 -- lock: none on the target
 -- undo: live.drop_function
 {overloads};
 
 -- name: grant
--- purpose: Let the application's role call it and write the log, of which it may set no number or time, and read the times alone.
+-- purpose: Let the application's role call it and write the log, except its numbers and times; of the log it may read only the times.
 -- lock: none on the target
 -- undo: live.drop_function
 GRANT EXECUTE ON FUNCTION {functions} TO {role};
@@ -134,7 +134,7 @@ SELECT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = to_regnamespace(%(sc
        to_regclass(%(log)s) IS NOT NULL AS log;
 
 -- name: logged
--- purpose: The newest sampled calls since a moment, or (NULL) of all. The application may write into the log what it wants, so rows that the function would not have written are left out.
+-- purpose: The newest sampled calls, since a time or (NULL) of all. The application can write anything into the log, so rows that the function would not write are left out.
 SELECT filters, live_route, live_ms, live_keys, other_route, other_ms, other_keys, left(problem, 500) AS problem
 FROM (
     SELECT l.* FROM {log} l

@@ -1,7 +1,7 @@
--- Another model or dimension: a second column beside the first, and one function that answers by either.
+-- Another model or dimension: a second column, and one function that answers from either.
 
 -- name: facts
--- purpose: A search function as the catalogue has it, and the roles that may call it beside its owner.
+-- purpose: A search function as the catalogue has it, and the roles that may call it, apart from its owner.
 SELECT p.oid::bigint AS oid, pg_get_functiondef(p.oid) AS definition, p.prosrc AS source,
        format('CREATE OR REPLACE FUNCTION %%I.%%I(', n.nspname, p.proname) AS head,
        format('CREATE OR REPLACE FUNCTION %%I.%%I(', n.nspname, %(other)s::text) AS other_head,
@@ -12,12 +12,12 @@ SELECT p.oid::bigint AS oid, pg_get_functiondef(p.oid) AS definition, p.prosrc A
              WHERE a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner ORDER BY 1) AS callers
 FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
 WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {of_trusted_owner}
-  -- Somebody's own of that name is looked at too; those that only pass other types on are not.
+  -- Includes a user's function of that name; not the overloads, which only convert types.
   AND coalesce({is_called} OR NOT 'answered_by' = ANY (p.proargnames), true)
 ORDER BY {is_called} DESC NULLS LAST LIMIT 1;
 
 -- name: callers_without_rights
--- purpose: Of the roles that call the function now, those that may not call the other one or read its vectors.
+-- purpose: Roles that may call this function, but not the other one, or not read its vectors.
 SELECT r.role FROM unnest(%(callers)s::text[]) AS r (role)
 WHERE NOT has_function_privilege(r.role, %(oid)s::oid, 'EXECUTE')
    OR NOT has_column_privilege(r.role, %(vectors)s, %(column)s, 'SELECT');
@@ -46,7 +46,7 @@ END
 $runbook$;
 
 -- name: refuse_unknown_setting
--- purpose: Part of the function where both models have one dimension: a mistyped setting is no old vector.
+-- purpose: Part of the function if both models have the same dimension: a mistyped setting is an error.
 IF coalesce(nullif(current_setting({setting}, true), ''), {old_literal}) NOT IN ({old_literal}, {new_literal}) THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
             MESSAGE = concat({setting}, ' names no model: ', current_setting({setting}, true)), HINT = {hint};
@@ -69,7 +69,7 @@ DROP FUNCTION IF EXISTS {before}({identity});
 SELECT clock_timestamp() AS at;
 
 -- name: older_calls
--- purpose: Sessions whose statement began before then; of those that this role may not look into, any at work.
+-- purpose: Sessions whose statement began before that; for sessions this role may not look into, any that are active.
 SELECT count(DISTINCT l.pid)::int AS calls
 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
 WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock' AND l.pid <> pg_backend_pid()

@@ -2,13 +2,13 @@
 -- other one: the partitioned table before the swap, the ordinary one after it.
 
 -- name: standing
--- purpose: Where the move stands: what serves, what stands beside, and how far the copy is.
+-- purpose: The state of the move: which table serves, which other one exists, and how far the copy is.
 SELECT (SELECT relkind::text FROM pg_class WHERE oid = to_regclass(%(table)s)) AS serves,
        to_regclass(%(parts)s) IS NOT NULL AS parts, to_regclass(%(whole)s) IS NOT NULL AS whole,
        to_regclass(%(move)s) IS NOT NULL AS begun;
 
 -- name: session
--- purpose: Let no row security policy hide rows from this session: it errs instead.
+-- purpose: Raise an error if a row security policy would hide rows from this session.
 SELECT set_config('row_security', 'off', false);
 
 -- name: key
@@ -24,7 +24,7 @@ SELECT (SELECT array_agg(a.attname::text ORDER BY a.attnum) FROM pg_constraint c
        current_user::text AS role;
 
 -- name: in_the_way
--- purpose: What cannot be carried over to a partitioned table of the same name, each by its name.
+-- purpose: What cannot be carried over to a partitioned table of the same name, by name.
 WITH t AS (SELECT * FROM pg_class WHERE oid = to_regclass(%(table)s))
 SELECT 'foreign key' AS what, format('%%s on %%s', c.conname, c.conrelid::regclass) AS name
 FROM pg_constraint c, t WHERE c.contype = 'f' AND t.oid IN (c.conrelid, c.confrelid)
@@ -76,7 +76,7 @@ SELECT what, t.relname::text FROM t, LATERAL (VALUES
 ORDER BY 1, 2;
 
 -- name: columns
--- purpose: The columns that are written, in their order; generated ones come by themselves.
+-- purpose: The columns to write, in order, without generated ones.
 SELECT a.attname::text AS name FROM pg_attribute a
 WHERE a.attrelid = to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
 ORDER BY a.attnum;
@@ -89,7 +89,7 @@ SELECT 'toast.' || o FROM pg_class c JOIN pg_class s ON s.oid = c.reltoastrelid,
 WHERE c.oid = to_regclass(%(table)s);
 
 -- name: indexes
--- purpose: The indexes of the table, and of each what follows its name and its table in CREATE INDEX.
+-- purpose: The table's indexes, each with the part of CREATE INDEX after its name and table.
 SELECT c.relname::text AS name, i.indisprimary AS is_key, am.amname::text AS method,
        substr(pg_get_indexdef(c.oid), length(format('CREATE INDEX %%I ON %%s%%I.%%I', c.relname,
            CASE WHEN t.relkind = 'p' THEN 'ONLY ' ELSE '' END, n.nspname, t.relname)) + 1) AS tail
@@ -98,7 +98,7 @@ JOIN pg_namespace n ON n.oid = t.relnamespace JOIN pg_am am ON am.oid = c.relam
 WHERE i.indrelid = to_regclass(%(relation)s) ORDER BY am.amname IN ('hnsw', 'ivfflat'), c.relname;
 
 -- name: definitions
--- purpose: What names the table by its name, as statements: carried out after the swap they mean the table that serves.
+-- purpose: Objects that refer to the table by name, as statements: run after the swap, they mean the table that then serves.
 WITH t AS (SELECT c.*, format('%%I.%%I', n.nspname, c.relname) AS full_name FROM pg_class c
            JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass(%(table)s))
 SELECT 1 AS place, pg_get_triggerdef(g.oid) AS statement FROM pg_trigger g, t
@@ -138,14 +138,14 @@ FROM t JOIN pg_attribute a ON a.attrelid = t.oid WHERE a.attnum > 0 AND NOT a.at
 ORDER BY 1, 2;
 
 -- name: fire_always
--- purpose: Triggers that fire for replicated rows too, which ENABLE TRIGGER USER does not bring back as they were.
+-- purpose: Triggers that also fire for replicated rows, which ENABLE TRIGGER USER does not restore.
 SELECT format('ALTER TABLE %%s ENABLE ALWAYS TRIGGER %%I', %(table)s::text, g.tgname) AS statement
 FROM pg_trigger g JOIN pg_trigger kept ON kept.tgname = g.tgname AND kept.tgrelid = to_regclass(%(beside)s)
 WHERE g.tgrelid = to_regclass(%(table)s) AND NOT g.tgisinternal AND g.tgenabled = 'A'
   AND g.tgname <> ALL (%(own_triggers)s) ORDER BY 1;
 
 -- name: owned_sequences
--- purpose: Sequences that belong to a column: handed over with the name, so that dropping a table leaves them.
+-- purpose: Sequences owned by a column, which are moved with the name, so that dropping a table keeps them.
 SELECT format('ALTER SEQUENCE %%s OWNED BY %%I.%%I.%%I', s.oid::regclass, n.nspname, c.relname, a.attname) AS statement
 FROM pg_depend d JOIN pg_class s ON s.oid = d.objid AND s.relkind = 'S' JOIN pg_class c ON c.oid = d.refobjid
 JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -154,7 +154,7 @@ WHERE d.refobjid = to_regclass(%(table)s) AND d.deptype = 'a' AND d.classid = 'p
   AND d.refclassid = 'pg_class'::regclass;
 
 -- name: identities
--- purpose: Identity columns, whose sequence goes on where that of the other table stands.
+-- purpose: Identity columns: their sequences continue from those of the other table.
 SELECT format('SELECT setval(%%L, s.last_value, s.is_called) FROM %%s s', pg_get_serial_sequence(%(beside)s, a.attname),
               pg_get_serial_sequence(%(table)s, a.attname)) AS statement
 FROM pg_attribute a WHERE a.attrelid = to_regclass(%(table)s) AND a.attidentity <> '' AND NOT a.attisdropped;
@@ -170,7 +170,7 @@ ALTER TABLE {move} REPLICA IDENTITY FULL;
 INSERT INTO {move} DEFAULT VALUES;
 
 -- name: create_capture
--- purpose: Create the function that queues changed keys. It runs as its owner, so writers need no rights on the ledger.
+-- purpose: Create the function that queues changed keys. It runs as its owner, so writers need no privileges on the ledger.
 -- lock: none on the target
 -- undo: partitioning.drop_queue
 CREATE OR REPLACE FUNCTION {move_capture}() RETURNS trigger
@@ -203,15 +203,15 @@ ALTER TABLE {parts} ADD CONSTRAINT {parts_key} PRIMARY KEY ({key}, {column});
 CREATE TABLE {leaf} PARTITION OF {parts} FOR VALUES IN ({value}) {options};
 
 -- name: partition_of_rest
--- purpose: Part of create_table: the partition of every value that has none of its own.
+-- purpose: Part of create_table: the default partition.
 CREATE TABLE {leaf} PARTITION OF {parts} DEFAULT {options};
 
 -- name: partition_by_hash
--- purpose: Part of create_table: one of so many partitions by the hash of the value.
+-- purpose: Part of create_table: one hash partition.
 CREATE TABLE {leaf} PARTITION OF {parts} FOR VALUES WITH (MODULUS {modulus}, REMAINDER {remainder}) {options};
 
 -- name: set_owner
--- purpose: Part of create_table: the partitioned table or a partition is given the owner of the table.
+-- purpose: Part of create_table: give the partitioned table or a partition the owner of the table.
 ALTER TABLE {relation} OWNER TO {owner};
 
 -- name: create_triggers
@@ -266,16 +266,16 @@ SELECT count(*) AS rows, coalesce(bool_or(key IS NULL), false) AS truncated,
 TRUNCATE {beside};
 
 -- name: take_away
--- purpose: Take away the rows of changed keys, as they were.
+-- purpose: Delete the old rows of changed keys.
 DELETE FROM {beside} t WHERE t.{key} = ANY (%(keys)s::{key_type}[]);
 
 -- name: put_back
--- purpose: Put back the rows of changed keys, as they are now; a deleted row has none.
+-- purpose: Insert the rows of changed keys as they are now.
 INSERT INTO {beside} ({written}) OVERRIDING SYSTEM VALUE
 SELECT {columns} FROM {table} t WHERE t.{key} = ANY (%(keys)s::{key_type}[]);
 
 -- name: create_index
--- purpose: Build an index of the table on every partition, while nobody reads them.
+-- purpose: Build an index of the table on every partition, before they are in use.
 -- lock: none that others wait for
 -- undo: partitioning.drop_table
 CREATE INDEX {beside_index} ON {parts}{tail};
@@ -330,11 +330,11 @@ CREATE TRIGGER {move_truncate_trigger} AFTER TRUNCATE ON {table}
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {move_trigger}, ENABLE ALWAYS TRIGGER {move_truncate_trigger};
 
 -- name: rename_index
--- purpose: Part of swap: an index takes the name that it will have.
+-- purpose: Part of swap: rename an index to its final name.
 ALTER INDEX {index_was} RENAME TO {index_becomes};
 
 -- name: drop_table
--- purpose: Drop the partitioned table, which nobody reads.
+-- purpose: Drop the partitioned table, which is not in use.
 -- lock: none on {table}
 -- undo: partitioning.create_table
 DROP TABLE IF EXISTS {parts};

@@ -1,7 +1,7 @@
 -- What a partitioned table consists of. All of it reads, and none of it locks a partition.
 
 -- name: tree
--- purpose: The table and every partition below it, whatever their depth; an ordinary table is its only row.
+-- purpose: The table and every partition at any depth; an ordinary table is the only row.
 WITH RECURSIVE tree AS (
     SELECT c.oid, NULL::oid AS parent, 0 AS level FROM pg_class c WHERE c.oid = to_regclass(%(table)s)
     UNION ALL
@@ -34,7 +34,7 @@ WHERE i.indrelid = ANY (%(relations)s::oid[]) AND (am.amname IN ('hnsw', 'ivffla
 ORDER BY c.relname, c.oid;
 
 -- name: key
--- purpose: What keeps the key of a partitioned table unique: an index that holds it with others, and where it is drawn from.
+-- purpose: What keeps the key of a partitioned table unique: an index that includes it, and where it is generated.
 SELECT
     (SELECT i.indexrelid::regclass::text FROM pg_index i JOIN pg_am am
         ON am.oid = (SELECT c.relam FROM pg_class c WHERE c.oid = i.indexrelid)

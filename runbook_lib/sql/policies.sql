@@ -1,7 +1,7 @@
 -- Row level security of the table: does it hold wherever the runbook keeps something of its rows?
 
 -- name: security
--- purpose: Whether policies are on for the table or a partition of it, and whether they keep rows from this role.
+-- purpose: Whether row security is enabled on the table or a partition of it, and applies to this role.
 WITH target AS (
     SELECT c.oid FROM pg_class c WHERE c.relnamespace = to_regnamespace(%(schema)s) AND c.relname = %(table)s
 ), part AS (
@@ -13,7 +13,7 @@ SELECT coalesce(bool_or(c.relrowsecurity), false) AS is_on,
 FROM part JOIN pg_class c USING (oid);
 
 -- name: subject_to_them
--- purpose: Whether each of these roles exists, and whether the table's policies may keep rows from it.
+-- purpose: Whether each of these roles exists, and whether the table's policies may hide rows from it.
 SELECT w.role, r.oid IS NOT NULL AS exists,
        coalesce(c.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
                 AND (c.relforcerowsecurity OR NOT pg_has_role(r.oid, c.relowner, 'USAGE')), false) AS is_subject
@@ -21,7 +21,7 @@ FROM unnest(%(roles)s::text[]) AS w (role) LEFT JOIN pg_roles r ON r.rolname = w
 JOIN pg_class c ON c.relnamespace = to_regnamespace(%(schema)s) AND c.relname = %(table)s;
 
 -- name: not_in_both
--- purpose: Privileges and policies that the table or the ordinary one kept beside it has, and the other lacks.
+-- purpose: Privileges and policies that either the table or the ordinary one kept for a rollback lacks.
 WITH relation AS (
     SELECT c.oid, c.relname, c.relowner, c.relacl, c.relrowsecurity, c.relforcerowsecurity,
            quote_ident(c.relname) || '.' AS prefix

@@ -1,7 +1,7 @@
 -- What a step rests on, asked again while it is at work.
 
 -- name: newest
--- purpose: The number of the newest ledger row of any target, to tell later rows by.
+-- purpose: The number of the newest ledger row of any target; later rows have higher ones.
 SELECT coalesce(max(seq), 0) AS seq FROM {entry};
 
 -- name: undone_since

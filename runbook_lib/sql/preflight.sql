@@ -1,7 +1,7 @@
 -- Phase 00: reads only. What the table, its neighbours and the server look like before anything is changed.
 
 -- name: table
--- purpose: Size, shape and life of the table; its partitions' figures summed.
+-- purpose: Size, structure and write statistics of the table; its partitions' figures are summed.
 WITH part AS (
     SELECT c.oid FROM pg_class c WHERE c.oid = to_regclass(%(table)s) AND c.relkind = 'r'
     UNION SELECT p.relid FROM pg_partition_tree(to_regclass(%(table)s)) p WHERE p.isleaf
@@ -64,7 +64,7 @@ WHERE a.datid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_datab
 ORDER BY a.xact_start;
 
 -- name: hidden_sessions
--- purpose: How many sessions of this database this role may not look into.
+-- purpose: How many sessions of this database are hidden from this role.
 SELECT count(*) AS hidden, quote_ident(current_user) AS role FROM pg_stat_activity a
 WHERE a.datid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
   AND a.query = '<insufficient privilege>';

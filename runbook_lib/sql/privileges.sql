@@ -1,7 +1,7 @@
 -- Who may do what to the runbook's own objects: the privileges that stand, whoever has granted them.
 
 -- name: open
--- purpose: Every privilege on them of a role that is neither a superuser nor a member of the owner; NULL is PUBLIC.
+-- purpose: Every privilege on them held by a role that is neither a superuser nor a member of the owner; NULL is PUBLIC.
 -- By the catalogue's own names: to_regclass() wants USAGE on the schema, which may be what this role lacks.
 WITH named AS (
     SELECT c.oid, c.relname, c.relacl, c.relrowsecurity FROM pg_class c

@@ -1,4 +1,4 @@
--- The vector index built again beside the one that serves, proved, and put into its place.
+-- The vector index rebuilt while the old one serves, proved, and swapped in.
 
 -- name: drop
 -- purpose: Drop an index that is no longer used, or that an unfinished build left behind.
@@ -19,7 +19,7 @@ ALTER INDEX {renamed} RENAME TO {name};
 ALTER INDEX {renamed} RENAME TO {name};
 
 -- name: definition
--- purpose: The search function, and those that answer for it, as statements that make them again.
+-- purpose: The search function and the functions it calls for each route, as statements that recreate them.
 SELECT string_agg(pg_get_functiondef(p.oid), E';\n' ORDER BY p.pronamespace = to_regnamespace(%(schema)s), p.proname) AS definition
 FROM pg_proc p
 WHERE p.pronamespace = to_regnamespace(%(ledger)s) AND p.proname = ANY (%(by_route)s)

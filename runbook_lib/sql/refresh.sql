@@ -1,7 +1,7 @@
 -- Rows whose text was inserted or changed since they were embedded.
 
 -- name: worker
--- purpose: Show by a lock of this session's that the worker is alive; its claims are free when the session ends.
+-- purpose: Show by a session lock that the worker is alive; its claims are free when the session ends.
 -- lock: an advisory lock
 -- undo: none needed; it ends with the session
 SELECT pg_try_advisory_lock(%(class)s, %(worker)s) AS taken;
@@ -40,7 +40,7 @@ WHERE t.{key} = ANY (%(keys)s)
   AND ({row_embedding} IS NULL OR {row_embedding_hash} IS DISTINCT FROM {text_hash});
 
 -- name: lock_rows
--- purpose: Lock those of these rows that nobody else has locked, and return them.
+-- purpose: Lock these rows, except those that are already locked, and return them.
 -- lock: ROW SHARE on {table}, on the rows of one batch, until its commit
 -- undo: none needed; the locks end with the transaction
 SELECT t.{key} AS key FROM {table} t WHERE t.{key} = ANY (%(keys)s) FOR NO KEY UPDATE SKIP LOCKED;
@@ -109,7 +109,7 @@ UPDATE {queue} SET error = %(error)s, claimed_by = NULL, claimed_at = NULL WHERE
 UPDATE {queue} SET attempts = %(tries)s - 1 WHERE attempts >= %(tries)s;
 
 -- name: settle
--- purpose: Remove changes from the queue whose rows are gone, or have their vector by other means.
+-- purpose: Remove changes from the queue if their rows are gone or already have their vector.
 -- lock: ROW EXCLUSIVE on the queue
 -- undo: none needed; nothing is left to do for these rows
 DELETE FROM {queue} q WHERE NOT EXISTS (
@@ -119,7 +119,7 @@ DELETE FROM {queue} q WHERE NOT EXISTS (
 );
 
 -- name: state
--- purpose: Rows that wait in the queue, by what they wait for.
+-- purpose: Rows that wait in the queue, by reason.
 SELECT count(DISTINCT key) FILTER (WHERE attempts < %(tries)s) AS waiting,
        count(DISTINCT key) FILTER (WHERE attempts < %(tries)s AND (
            queued_at < coalesce(%(before)s::timestamptz, clock_timestamp()) OR queued_at > clock_timestamp()

@@ -1,12 +1,12 @@
 -- The rehearsal: a sample of the table in a scratch schema. The target is only read.
 
 -- name: scratch
--- purpose: Is there a schema of the scratch schema's name, and did a rehearsal make it?
+-- purpose: Does the scratch schema exist, and did a rehearsal make it?
 SELECT n.oid IS NOT NULL AS there, coalesce(obj_description(n.oid, 'pg_namespace') = {mark}, false) AS ours
 FROM (SELECT to_regnamespace(%(scratch)s)::oid AS oid) n;
 
 -- name: rights
--- purpose: What a rehearsal in this database needs: pgvector, and the right to make a schema.
+-- purpose: What a rehearsal in this database needs: pgvector, and the privilege to create a schema.
 SELECT has_database_privilege(current_database(), 'CREATE') AS may_create, quote_ident(current_user) AS role,
        quote_ident(current_database()) AS database,
        (SELECT extversion FROM pg_extension WHERE extname = 'vector') AS pgvector;
@@ -48,7 +48,7 @@ WHERE a.attrelid = to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdroppe
 ORDER BY a.attnum;
 
 -- name: vacuum
--- purpose: Leave the sample as a table in use is: tidied, and known to the planner.
+-- purpose: Leave the sample like a table in use: vacuumed and analyzed.
 VACUUM (ANALYZE) {table};
 
 -- name: page
@@ -57,7 +57,7 @@ SELECT t.{key} AS key, {text_hash} AS text_hash FROM {table} t
 WHERE {after} AND {has_text} ORDER BY t.{key} LIMIT %(batch_rows)s;
 
 -- name: has_column
--- purpose: Has the relation this column, of a type of pgvector?
+-- purpose: Does the relation have this column, with a pgvector type?
 SELECT EXISTS (
     SELECT FROM pg_attribute a JOIN pg_type y ON y.oid = a.atttypid
     WHERE a.attrelid = to_regclass(%(relation)s) AND a.attname = %(column)s AND NOT a.attisdropped
@@ -65,12 +65,12 @@ SELECT EXISTS (
 ) AS there;
 
 -- name: vectors_of
--- purpose: Vectors that the target, or its staging table, has already of these rows.
+-- purpose: Vectors of these rows that the target or its staging table already has.
 SELECT s.{source_key} AS key, s.{source_vector} AS embedding FROM {source} s
 WHERE s.{source_key} = ANY (%(keys)s) AND s.{source_vector} IS NOT NULL;
 
 -- name: wal
--- purpose: Where the WAL of the whole server stands.
+-- purpose: The WAL position of the whole server.
 SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint AS bytes;
 
 -- name: relation_bytes
@@ -84,7 +84,7 @@ SELECT set_config('maintenance_work_mem', %(memory)s, false),
        set_config('lock_timeout', '0', false), set_config('statement_timeout', %(timeout)s, false);
 
 -- name: some_keys
--- purpose: Keys of some rows of the sample that have a vector, from all over it.
+-- purpose: Keys of some rows with a vector, spread over the sample.
 SELECT t.{key} AS key FROM {from_vectors}
 WHERE {row_embedding} IS NOT NULL ORDER BY md5(t.{key}::text) LIMIT %(rows)s;
 
@@ -95,13 +95,13 @@ WHERE {row_embedding} IS NOT NULL ORDER BY md5(t.{key}::text) LIMIT %(rows)s;
 UPDATE {table} SET {first_text_column} = coalesce({first_text_column}, '') || ' ' WHERE {key} = ANY (%(keys)s);
 
 -- name: without_index
--- purpose: Take the vector index off the sample, to see what a write costs without it; rolled back.
+-- purpose: Drop the sample's vector index, to see what a write costs without it; rolled back.
 -- lock: none on the target
 -- undo: rolled back
 DROP INDEX {qualified_index};
 
 -- name: without_capture
--- purpose: Keep the runbook's triggers on the sample from firing, likewise.
+-- purpose: Disable the runbook's triggers on the sample, to see what a write costs without them; rolled back.
 -- lock: none on the target
 -- undo: rolled back
 ALTER TABLE {table} DISABLE TRIGGER USER;

@@ -5,7 +5,7 @@
 SELECT pg_current_wal_lsn()::text AS lsn;
 
 -- name: replayed
--- purpose: On the replica: has it replayed so far, and if not, how far is it behind and does it stand still?
+-- purpose: On the replica: has it replayed that far, and if not, how far behind is it, and is it making progress?
 SELECT standby, CASE WHEN standby THEN pg_last_wal_replay_lsn()::text END AS lsn,
        NOT standby OR pg_last_wal_replay_lsn() >= %(lsn)s::pg_lsn AS level,
        CASE WHEN standby THEN greatest(pg_wal_lsn_diff(%(lsn)s::pg_lsn, pg_last_wal_replay_lsn()), 0) ELSE 0 END::bigint
@@ -22,24 +22,24 @@ SELECT pg_is_in_recovery() AS standby, d.datname::text AS database, d.oid::bigin
 FROM pg_database d WHERE d.datname = current_database();
 
 -- name: system
--- purpose: The number that a server and its standbys share, and no other server has.
+-- purpose: The system identifier, which a server shares only with its standbys.
 SELECT system_identifier::text AS number FROM pg_control_system();
 
 -- name: pgvector
--- purpose: pgvector as this server offers and has it, and whether the loaded library knows iterative scans.
+-- purpose: The versions of pgvector offered and installed, and whether the loaded library knows iterative scans.
 SELECT (SELECT default_version FROM pg_available_extensions WHERE name = 'vector') AS offered,
        (SELECT extversion FROM pg_extension WHERE extname = 'vector') AS installed,
        current_setting('hnsw.iterative_scan', true) IS NOT NULL AS knows_settings;
 
 -- name: patience
--- purpose: For how long a scan may hold up the replay, and how many were cancelled for it so far.
+-- purpose: How long a scan may delay replay, and how many were cancelled for it so far.
 SELECT current_setting('hot_standby_feedback') = 'on' AS feedback,
        (SELECT setting::bigint FROM pg_settings WHERE name = 'max_standby_streaming_delay') AS delay_ms,
        (SELECT confl_tablespace + confl_lock + confl_snapshot + confl_bufferpin + confl_deadlock
         FROM pg_stat_database_conflicts WHERE datname = current_database()) AS cancelled;
 
 -- name: planner
--- purpose: What sways the planner: its prices and switches, and the sizes that it and the cache work with.
+-- purpose: What the planner's choices depend on: cost settings, switches, relation sizes and cache size.
 SELECT name, current_setting(name) AS value, name ~ '^(enable_.*|jit|.*_cost)$' AS is_price
 FROM pg_settings
 WHERE name ~ '^(enable_.*|jit|.*_cost)$'

@@ -1,7 +1,7 @@
--- The legacy search retired: indexes that nobody reads any more, and the branch of the function that read them.
+-- Retiring the legacy search: the indexes that are no longer read, and the branch of the function that read them.
 
 -- name: indexes
--- purpose: Every index of the table but the vector indexes: what it is on, what else it is for, and its definition.
+-- purpose: Every index of the table except vector indexes: its columns, what else needs it, and its definition.
 SELECT c.relname::text AS name, c.oid::bigint AS oid, pg_relation_size(c.oid) AS bytes, pg_get_indexdef(c.oid) AS definition,
        obj_description(c.oid, 'pg_class') AS comment,
        ARRAY(SELECT o.opcname::text FROM pg_opclass o WHERE o.oid = ANY (i.indclass)) AS operator_classes,
@@ -18,48 +18,48 @@ WHERE i.indrelid = to_regclass(%(table)s) AND am.amname NOT IN ('hnsw', 'ivfflat
 ORDER BY c.relname;
 
 -- name: last_scans
--- purpose: When each index of the table was last read, where the server keeps it.
+-- purpose: When each index of the table was last scanned, if the server records it.
 SELECT indexrelname::text AS name, extract(epoch FROM last_idx_scan)::float8 AS last_s
 FROM pg_stat_user_indexes WHERE relid = to_regclass(%(table)s);
 
 -- name: scans
--- purpose: Reads of the table's indexes as this server has counted them.
+-- purpose: Scans of the table's indexes, as counted by this server.
 SELECT indexrelname::text AS name, idx_scan AS scans FROM pg_stat_user_indexes WHERE relid = to_regclass(%(table)s);
 
 -- name: counted_since
--- purpose: The time, and since when this database's reads are counted; a crash forgets them, and starts over.
+-- purpose: The time, and when the counting of this database's scans began; a crash resets the counters.
 SELECT extract(epoch FROM clock_timestamp())::float8 AS at_s,
        extract(epoch FROM greatest(d.stats_reset, b.stats_reset))::float8 AS reset_s
 FROM pg_stat_database d, pg_stat_bgwriter b WHERE d.datname = current_database();
 
 -- name: standbys
--- purpose: Standbys of this server; what is read there is counted there.
+-- purpose: Standbys of this server, which count their own scans.
 SELECT count(*)::int AS standbys FROM pg_stat_replication WHERE state IS DISTINCT FROM 'backup';
 
 -- name: earlier_look
--- purpose: The newest look from before a time.
+-- purpose: The newest look at the counters before a time.
 SELECT body FROM {counted} e
 WHERE target = {target_name} AND kind = 'retire_look' AND (body->>'at_s')::float8 <= %(before)s
 ORDER BY seq DESC LIMIT 1;
 
 -- name: generated
--- purpose: The type of a generated column and the expression that makes it; no row for a column that is written.
+-- purpose: The type and expression of a generated column; no row for any other column.
 SELECT format_type(a.atttypid, a.atttypmod) AS type, pg_get_expr(d.adbin, d.adrelid) AS expression,
        pg_relation_size(a.attrelid) AS table_bytes
 FROM pg_attribute a JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 WHERE a.attrelid = to_regclass(%(table)s) AND a.attname = %(column)s AND a.attgenerated = 's';
 
 -- name: column_is_there
--- purpose: Has the table this column?
+-- purpose: Does the table have this column?
 SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass(%(table)s) AND attname = %(column)s
                AND NOT attisdropped) AS there;
 
 -- name: sample
--- purpose: Some of the rows in a table of this session's own, to time the build of an index on; rolled back.
+-- purpose: Some of the rows in a temporary table, to time an index build; rolled back.
 CREATE TEMPORARY TABLE runbook_sample ON COMMIT DROP AS SELECT * FROM {table} t TABLESAMPLE SYSTEM ({percent}) LIMIT {rows};
 
 -- name: keep_reads
--- purpose: Refuse to send reads back to the legacy search, whoever asks.
+-- purpose: Refuse to send reads back to the legacy search.
 -- lock: ACCESS EXCLUSIVE on the route table, for milliseconds; calls of the search function wait that long
 -- undo: retire.let_reads_back
 ALTER TABLE {route} ADD CONSTRAINT {retired}

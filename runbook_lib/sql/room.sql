@@ -1,7 +1,7 @@
 -- Does the plan fit? Memory, shared memory, disk and WAL of the server, as far as they can be seen. Reads only.
 
 -- name: places
--- purpose: The session's process, and where its data stand; NULL where this role may not know.
+-- purpose: The session's process and the server's data directory; NULL where this role may not see it.
 SELECT pg_backend_pid() AS pid, current_database()::text AS database,
        CASE WHEN pg_has_role('pg_read_all_settings', 'USAGE') THEN current_setting('data_directory') END AS data_directory,
        nullif(pg_tablespace_location(
@@ -10,7 +10,7 @@ SELECT pg_backend_pid() AS pid, current_database()::text AS database,
 FROM (SELECT to_regclass(%(table)s)::oid AS oid) t JOIN pg_class c ON c.oid = t.oid;
 
 -- name: limits
--- purpose: Settings that bound WAL and shared memory; sizes in bytes, -1 where there is no bound.
+-- purpose: Settings that limit WAL and shared memory; sizes in bytes, -1 for no limit.
 SELECT current_setting('dynamic_shared_memory_type') AS shared_memory_type,
        pg_size_bytes(current_setting('max_wal_size')) AS max_wal_bytes,
        (SELECT CASE WHEN s.setting::bigint < 0 THEN -1 ELSE s.setting::bigint * 1024 * 1024 END

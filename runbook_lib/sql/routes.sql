@@ -1,8 +1,8 @@
--- The searches that are compared, and that the functions of search_function.sql hold. {query_text}, {query_vector}
+-- The searches that are compared, and that the functions of search_function.sql contain. {query_text}, {query_vector}
 -- and {k} are bound values for a client, $1 $2 $3 inside a function.
 
 -- name: exact_or_vector
--- purpose: The nearest rows by distance; with the index, or by reading every row.
+-- purpose: The nearest rows by distance, with the index or by reading every row.
 SELECT t.{key} AS key, -({row_embedding} {distance} {query_vector}) AS score
 FROM {from_vectors}
 WHERE {filters} AND {row_embedding} IS NOT NULL
@@ -10,7 +10,7 @@ ORDER BY {nearest_first}
 LIMIT {k};
 
 -- name: relaxed
--- purpose: The nearest rows through an index that finds them nearly in order; sorted by their vectors once found.
+-- purpose: The nearest rows through an index that returns them in nearly the right order; then sorted by exact distance.
 WITH nearest AS MATERIALIZED (
     SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
     FROM {from_vectors}
@@ -21,7 +21,7 @@ WITH nearest AS MATERIALIZED (
 SELECT key, -distance AS score FROM nearest ORDER BY distance + 0 LIMIT {k};
 
 -- name: hybrid
--- purpose: The nearest rows and the best by their words, by the sum of both scores; each score is brought to mean 0 and deviation 1 over the rows that either half found.
+-- purpose: The nearest rows and those that match best by words, ranked by the weighted sum of both scores; each score is scaled to mean 0 and standard deviation 1 over the rows that either half found.
 SELECT key, {similarity} AS similarity,
        {vector_weight} * near + (1 - {vector_weight}) * wordy AS score
 FROM (
@@ -31,7 +31,7 @@ ORDER BY score DESC, key
 LIMIT {k};
 
 -- name: scored
--- purpose: Part of hybrid: every row that either half found, with both of its scores.
+-- purpose: Part of hybrid: every row that either half found, with both scores.
 WITH nearest AS MATERIALIZED (
     SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
     FROM {from_vectors}
@@ -51,7 +51,7 @@ SELECT key, distance,
 FROM weighed
 
 -- name: by_rare_words
--- purpose: Part of hybrid: the rows that hold rare words of the query, by the weights of the words that they hold. However common the words are, so many rows are read and no more.
+-- purpose: Part of hybrid: the rows that contain rare words of the query, ranked by the weights of those words. The number of rows read is limited however common the words are.
 words AS MATERIALIZED (
     SELECT w.* FROM {weigh_words}({query_text}) w
 ), holding AS MATERIALIZED (
@@ -68,7 +68,7 @@ words AS MATERIALIZED (
 )
 
 -- name: by_any_word
--- purpose: Part of hybrid, where a filter lets few rows through: of these, the rows that hold any word of the query.
+-- purpose: Part of hybrid if few rows match the filters: of these, the rows that contain any word of the query.
 words AS MATERIALIZED (
     SELECT w.* FROM {weigh_words}({query_text}) w
 ), matching AS (
@@ -80,7 +80,7 @@ words AS MATERIALIZED (
 )
 
 -- name: weighed_by_words
--- purpose: Part of hybrid: both scores of each row. A word counts by its weight and, by ts_rank, by how often and where it stands; a code, by whose parts ts_rank goes, where the row holds it whole.
+-- purpose: Part of hybrid: both scores of each row. A word counts by its weight and, through ts_rank, by how often and where it occurs. A code counts only if the row contains it whole; ts_rank ranks by its parts.
 SELECT t.{key} AS key, {row_distance} AS distance,
        coalesce((
            SELECT sum(words.weight * pg_catalog.ts_rank(d.document, words.word, 1)) FROM words
@@ -90,7 +90,7 @@ FROM {with_vectors} JOIN found ON found.key = t.{key}
 CROSS JOIN LATERAL (SELECT {fulltext} AS document OFFSET 0) d
 
 -- name: by_words_query
--- purpose: Part of hybrid: the words half is a statement of the user's own, over an index that ranks by itself.
+-- purpose: Part of hybrid: the words half is the user's statement over an index with a ranking, such as BM25.
 matching AS MATERIALIZED (
     SELECT best.key, best.score::double precision AS weight FROM (
         {words_query}
@@ -99,7 +99,7 @@ matching AS MATERIALIZED (
 )
 
 -- name: found_by_words_query
--- purpose: That statement as a condition on a row: what preflight plans.
+-- purpose: That statement as a condition on a row, for preflight to plan.
 EXISTS (
     SELECT FROM (
         {words_query}
@@ -108,7 +108,7 @@ EXISTS (
 )
 
 -- name: weighed_by_words_query
--- purpose: Part of hybrid: both scores of each row; of a row that the statement did not find 0, or its lowest where that is less.
+-- purpose: Part of hybrid: both scores of each row. A row that the statement did not find scores 0, or the statement's lowest score if that is less.
 SELECT t.{key} AS key, {row_distance} AS distance,
        coalesce(matching.weight, (SELECT least(0, min(matching.weight)) FROM matching), 0) AS weight
 FROM {with_vectors} JOIN found ON found.key = t.{key}
@@ -124,7 +124,7 @@ WITH {words_half}, found AS (
 SELECT key, weight AS score FROM weighed ORDER BY weight DESC, key LIMIT {k};
 
 -- name: any_word
--- purpose: Any word of the query, best rank first: what the index on the tsvector must serve.
+-- purpose: Rows with any word of the query, best rank first: the statement that the index on the tsvector must serve.
 SELECT t.{key} AS key, ts_rank(d.document, w.any_word, 1) AS score
 FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d,
      (SELECT replace(plainto_tsquery({fulltext_config}, %(query)s)::text, ' & ', ' | ')::tsquery AS any_word) w

@@ -25,7 +25,7 @@ SELECT count(*) AS sessions FROM pg_catalog.pg_stat_activity
 WHERE datname = current_database() AND starts_with(application_name, %(prefix)s) AND backend_type = 'client backend';
 
 -- name: first_words
--- purpose: How the rows of these keys begin; keys is an array literal, and takes the type of the key.
+-- purpose: The first text of the rows with these keys; keys is an array literal with elements of the key's type.
 SELECT t.{key}::text AS key, left({text}, 200) AS text
 FROM {table} t WHERE t.{key} = ANY (%(keys)s);
 

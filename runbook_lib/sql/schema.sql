@@ -36,7 +36,7 @@ ALTER TABLE {rejected}
 CREATE INDEX ON {rejected} (key);
 
 -- name: create_queue
--- purpose: Create the queue of rows whose text was inserted or changed; it is only appended to, so no writer waits.
+-- purpose: Create the queue of rows whose text was inserted or changed; writers only append to it, so none waits.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_queue
 CREATE TABLE IF NOT EXISTS {queue} AS
@@ -52,7 +52,7 @@ ALTER TABLE {queue}
 CREATE INDEX ON {queue} (key);
 
 -- name: create_capture_function
--- purpose: Create the function that queues a row. It runs as its owner, so writers need no rights on the ledger.
+-- purpose: Create the function that queues a row. It runs as its owner, so writers need no privileges on the ledger.
 -- lock: none on the target
 -- undo: schema.drop_capture
 CREATE OR REPLACE FUNCTION {capture_function}() RETURNS trigger
@@ -131,7 +131,7 @@ SELECT format_type(atttypid, atttypmod) AS type FROM pg_attribute
 WHERE attrelid = to_regclass(%(table)s) AND attname = %(column)s AND NOT attisdropped;
 
 -- name: catalogue
--- purpose: Everything about the table that a schema comparison should see, one line an object.
+-- purpose: Everything about the table that a schema comparison covers, one line per object.
 SELECT line FROM (
     SELECT 1 AS part, format('column %%s %%s%%s%%s%%s', a.attname, format_type(a.atttypid, a.atttypmod),
         CASE WHEN a.attnotnull THEN ' not null' ELSE '' END,

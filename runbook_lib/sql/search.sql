@@ -2,7 +2,7 @@
 -- search_function.sql, the searches in them in routes.sql.
 
 -- name: create_route
--- purpose: Create the table that says where reads go; moving them is one row in one transaction.
+-- purpose: Create the table that says where reads go; one row moves them.
 -- lock: none on the target
 -- undo: search.drop_function
 CREATE TABLE IF NOT EXISTS {route} (
@@ -14,7 +14,7 @@ CREATE TABLE IF NOT EXISTS {route} (
 );
 
 -- name: create_strategy
--- purpose: Create the table that says how to search by which filter; 70_tune fills it.
+-- purpose: Create the table that says how to search by each filter; 70_tune fills it.
 -- lock: none on the target
 -- undo: search.drop_function
 CREATE TABLE IF NOT EXISTS {strategy} (
@@ -38,7 +38,7 @@ COMMENT ON TABLE {strategy} IS 'How the search functions search: one row a filte
     ' any row, they are searched exactly.';
 
 -- name: create_way_to_search
--- purpose: Create the function that says how to search by one value, so callers need not read all values of all rows.
+-- purpose: Create the function that says how to search by one value, so that callers need no access to the table of all values.
 -- lock: none on the target
 -- undo: ledger.drop_schema
 CREATE OR REPLACE FUNCTION {way_to_search}(of_target text, of_filter text, of_value text)
@@ -60,13 +60,13 @@ $$;
 INSERT INTO {route} (target, route, share_percent) VALUES ({target_name}, 'legacy', 0) ON CONFLICT DO NOTHING;
 
 -- name: create_function
--- purpose: Create the one function that the application calls, and the ones that answer for it by the route in the table.
+-- purpose: Create the function that the application calls, and the functions that answer for it, one for each route.
 -- lock: none on the target
 -- undo: search.drop_function
 {parts};
 
 -- name: legacy_is_retired
--- purpose: Is the route kept from going back to legacy?
+-- purpose: Is the route barred from going back to legacy?
 SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass(%(route)s) AND conname = %(name)s) AS retired;
 
 -- name: grant
@@ -91,7 +91,7 @@ ALTER FUNCTION {signature} SET {setting} = {value};
 ALTER FUNCTION {signature} RESET {setting};
 
 -- name: drop_function
--- purpose: Remove the search function with those that answer for it, this target's route and its strategies.
+-- purpose: Remove the search function, the functions that answer for it, and this target's route and strategies.
 -- lock: none on the target
 -- undo: search.create_function
 DROP FUNCTION IF EXISTS {functions};
@@ -99,13 +99,13 @@ DELETE FROM {route} WHERE target = {target_name};
 DELETE FROM {strategy} WHERE target = {target_name};
 
 -- name: forget_strategies
--- purpose: Forget how to search by which filter; every search then uses the function's own settings.
+-- purpose: Forget how to search by each filter; every search then uses the function's own settings.
 -- lock: rows of the strategy table
 -- undo: search.learn_strategy
 DELETE FROM {strategy} WHERE target = {target_name};
 
 -- name: learn_strategy
--- purpose: Record how to search by a filter's value, or (NULL) by every value that is not listed.
+-- purpose: Record how to search by a filter value, or (NULL) by every unlisted value.
 -- lock: one row of the strategy table
 -- undo: search.forget_strategies
 INSERT INTO {strategy} (target, filter, value, scan, candidates, iterative_scan, most_scanned, share, recall, p50_ms)
@@ -114,7 +114,7 @@ SELECT {target_name}, %(filter)s, v.value, %(scan)s, %(candidates)s, %(iterative
 FROM unnest(%(values)s::text[], %(shares)s::double precision[]) AS v (value, share);
 
 -- name: strategies
--- purpose: How this target is searched by which filter, rarest values first.
+-- purpose: How this target is searched by each filter, rarest values first.
 SELECT filter, value, scan, candidates, iterative_scan, most_scanned, share, recall, p50_ms
 FROM {strategy} WHERE target = {target_name} ORDER BY filter, share, value;
 
@@ -141,7 +141,7 @@ FROM pg_proc p
 WHERE p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {is_called};
 
 -- name: installed
--- purpose: This target's functions: who may call them, what is made on them, and whether they are as wanted.
+-- purpose: This target's functions: who may call them, what depends on them, and whether they are as intended.
 WITH wanted AS (
     SELECT w.schema, w.name, w.source, w.names, w.defaults,
            (SELECT string_agg(to_regtype(t.name)::oid::text, ' ' ORDER BY t.i)
@@ -195,18 +195,18 @@ ORDER BY pg_ts_config_is_visible(c.oid) DESC, n.nspname = %(schema)s::text DESC,
 SELECT * FROM {function}(%(query)s::text, %(embedding)s::real[], %(k)s::integer);
 
 -- name: call_filtered
--- purpose: Call the function with its filters; one that is NULL lets every row through.
+-- purpose: Call the function with its filters; a NULL filter matches every row.
 SELECT * FROM {function}(%(query)s::text, %(embedding)s::real[], %(k)s::integer{filters});
 
 -- name: count_matching
--- purpose: How many rows with a vector these filters let through, up to k.
+-- purpose: How many rows with a vector match these filters, up to k.
 SELECT count(*) AS rows FROM (SELECT FROM {from_vectors} WHERE {filters} AND {row_embedding} IS NOT NULL LIMIT %(k)s) m;
 
 -- name: texts_of
--- purpose: The beginning of the first text of these rows.
+-- purpose: The beginning of these rows' first text.
 SELECT t.{key} AS key, left(t.{first_text_column}::text, 200) AS text FROM {table} t
 WHERE t.{key} = ANY (%(keys)s::text[]::{key_type}[]);
 
 -- name: force_route
--- purpose: Name the route of the calls of this transaction, whatever the table says.
+-- purpose: Set the route of this transaction's calls, whatever the table says.
 SELECT set_config('runbook.route', %(route)s, true);

@@ -2,7 +2,7 @@
 -- the check of a query's vector. All run with their caller's rights. search.create_function puts them together.
 
 -- name: search
--- purpose: What the application calls: it checks its arguments, finds the route, and lets that route's function answer.
+-- purpose: The function that the application calls: it checks its arguments, looks up the route, and calls that route's function.
 CREATE OR REPLACE FUNCTION {function}({arguments})
 RETURNS TABLE ({results})
 LANGUAGE plpgsql STABLE ROWS {default_k}
@@ -18,10 +18,10 @@ BEGIN
     END IF;
     IF query_embedding IS NOT NULL THEN
         PERFORM {check_vector}(query_embedding, {dimension}, {refuses_zero});
-        -- A shadow, or who measures, names the route of a call in this setting; nobody else has a reason to.
+        -- Only shadows and measurements set the route of a call by this setting.
         chosen := nullif(pg_catalog.current_setting('runbook.route', true), '');
         IF chosen IS NULL THEN
-            -- The share is drawn by the text, so that a query is answered by one route as long as the share stands.
+            -- Drawn by the text, so that the same query keeps its route until the share changes.
             SELECT r.route INTO chosen FROM {route} r
             WHERE r.target OPERATOR(pg_catalog.=) {target_name}::pg_catalog.text
               AND {draw} OPERATOR(pg_catalog.<) r.share_percent;
@@ -33,18 +33,18 @@ END
 $runbook$;
 
 -- name: choose_way
--- purpose: Part of the function, for a target with filters: how to search by those that are given.
+-- purpose: Part of the function, for a target with filters: how to search by the given filters.
 IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
     {asked};
     SELECT w.* INTO how FROM {way_to_search}({target_name}::pg_catalog.text, asked_filter, asked_value) w;
     IF NOT FOUND OR how.scan = 'unmeasured' THEN
-        -- How few rows they let through nobody has measured; to read them all misses none.
+        -- How many rows match was not measured; an exact scan misses none.
         IF {exact_unmeasured} THEN
             way := 'exact';
         END IF;
     ELSE
         way := how.scan;
-        -- They end with this call: the function has a SET for each of them.
+        -- These settings end with this call, since the function has a SET for each.
         PERFORM pg_catalog.set_config({setting}, how.candidates::pg_catalog.text, true),
                 pg_catalog.set_config({iterative_setting}, how.iterative_scan, true),
                 pg_catalog.set_config({most_scanned_setting}, how.most_scanned::pg_catalog.text, true);
@@ -52,12 +52,12 @@ IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
 END IF;
 
 -- name: asked
--- purpose: Part of the function: the filters that are given and their values, as the strategies name them.
+-- purpose: Part of the function: the given filters and their values, as the strategies name them.
 asked_filter := {asked_filter};
 asked_value := {asked_value};
 
 -- name: asked_of_conditions
--- purpose: Part of the function: the same; of a condition no value is looked up, but the share of the rows that it lets through.
+-- purpose: Part of the function: the same, but for a condition by the share of the rows that match instead of the value.
 IF num_nonnulls({conditions}) = 0 THEN
     asked_filter := {asked_filter};
     asked_value := {asked_value};
@@ -75,17 +75,17 @@ asked_filter text;
 asked_value  text;
 
 -- name: answer
--- purpose: Part of the function: one route's function answers.
+-- purpose: Part of the function: call one route's function.
 RETURN QUERY
 SELECT answer.key, answer.score, {answered_by}, answer.similarity, answer.rank::pg_catalog.int4{columns}
 FROM {by_route}({passed}) WITH ORDINALITY AS answer (key, similarity, score, rank){of_the_row};
 
 -- name: of_the_row
--- purpose: Part of the function, for search.returns: the row whose columns are returned; legacy may name others' keys.
+-- purpose: Part of the function, for search.returns: the row with the returned columns; LEFT JOIN, since legacy may return a key without a row.
 LEFT JOIN {table} t ON t.{key} = answer.key ORDER BY answer.rank
 
 -- name: overload
--- purpose: The same function for a query's vector as other drivers send it.
+-- purpose: The same function, for a query's vector in another type.
 CREATE OR REPLACE FUNCTION {function}({arguments})
 RETURNS TABLE ({results})
 LANGUAGE plpgsql STABLE ROWS {default_k} SET search_path = pg_catalog, pg_temp AS $runbook$
@@ -102,7 +102,7 @@ RAISE EXCEPTION USING ERRCODE = 'feature_not_supported', MESSAGE = {retired_mess
     HINT = 'Pass query_embedding. undo/reads brings the legacy search back, with its indexes.';
 
 -- name: by_route
--- purpose: One way to answer, planned anew for the values of each call: the k best rows, best first.
+-- purpose: One way to answer: the k best rows, best first. It is planned for the values of each call.
 CREATE OR REPLACE FUNCTION {by_route}({arguments})
 RETURNS TABLE (key {key_type}, similarity double precision, score double precision)
 LANGUAGE plpgsql STABLE ROWS {default_k}
@@ -117,7 +117,7 @@ END
 $runbook$;
 
 -- name: by_route_of_subqueries
--- purpose: The same where a filter has a subquery: with the conditions of those that are given, and no others.
+-- purpose: The same if a filter has a subquery: with the conditions of the given filters only.
 CREATE OR REPLACE FUNCTION {by_route}({arguments})
 RETURNS TABLE (key {key_type}, similarity double precision, score double precision)
 LANGUAGE plpgsql STABLE ROWS {default_k}
@@ -135,13 +135,13 @@ END
 $runbook$;
 
 -- name: given
--- purpose: Part of a function: the condition of one filter, if it has a value.
+-- purpose: Part of a function: the condition of one filter, if it is given.
 IF {argument} IS NOT NULL THEN
     filters := filters || ' AND ' || {condition};
 END IF;
 
 -- name: share
--- purpose: The share of the rows that the planner expects these filters to let through, by its class; it reads none. Volatile, as PostgreSQL wants a function that explains.
+-- purpose: The class of the share of rows that the planner expects to match these filters; it reads none. It is volatile because it runs EXPLAIN.
 CREATE OR REPLACE FUNCTION {by_share}({arguments})
 RETURNS text
 LANGUAGE plpgsql VOLATILE
@@ -155,7 +155,7 @@ BEGIN
     {given};
     EXECUTE pg_catalog.replace({rows_let_through}, '/* given */', filters) INTO let_through USING {passed};
     EXECUTE {rows_in_all} INTO in_all;
-    -- The first line of a plan tells what the whole of it gives.
+    -- The first line of a plan has the estimate for the whole plan.
     share := substring(let_through FROM {rows})::double precision
         / greatest(substring(in_all FROM {rows})::double precision, 1);
     RETURN {class};
@@ -170,7 +170,7 @@ FROM (
 ) legacy
 
 -- name: vector
--- purpose: Part of the vector route's functions: the nearest rows, with their similarity, which grows as the distance shrinks.
+-- purpose: Part of the vector route's functions: the nearest rows, with their similarity.
 SELECT best.key, {similarity}, best.score
 FROM (
     {query}
@@ -178,7 +178,7 @@ FROM (
 WHERE {min_similarity} IS NULL OR {similarity} >= {min_similarity}
 
 -- name: check_vector
--- purpose: A vector that no row can be compared with is an error on every route, not only once reads have moved.
+-- purpose: Refuse a vector that cannot be compared, on every route, so that the mistake shows before reads move.
 CREATE OR REPLACE FUNCTION {check_vector}(query_embedding real[], dimension integer, refuses_zero boolean)
 RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $runbook$
@@ -202,5 +202,5 @@ END
 $runbook$;
 
 -- name: path
--- purpose: Have names resolve as they do in the functions, for this transaction.
+-- purpose: Resolve names as the functions do, for this transaction.
 SELECT set_config('search_path', %(path)s, true);

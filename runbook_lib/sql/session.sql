@@ -19,7 +19,7 @@ WHERE l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()
   AND l.locktype OPERATOR(pg_catalog.=) 'virtualxid'::pg_catalog.text;
 
 -- name: take_path
--- purpose: Put this session's search path into the runbook's hands, and remember the one that it came with.
+-- purpose: Set the runbook's search path for this session, and remember the one that it began with.
 SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false),
        pg_catalog.set_config('runbook.users_path', %(path)s, false),
        pg_catalog.set_config('runbook.users_schemas', %(schemas)s::pg_catalog.text[]::pg_catalog.text, false),
@@ -27,23 +27,23 @@ SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false),
        pg_catalog.set_config('runbook.target_table', %(table)s, false);
 
 -- name: set
--- purpose: Give settings the values that the runbook relies on; those that this server does not know are left out.
+-- purpose: Set the values that the runbook relies on, except for settings that this server does not know.
 SELECT set_config(s.name, w.value, false)
 FROM unnest(%(names)s::text[], %(values)s::text[]) AS w (name, value) JOIN pg_settings s ON s.name = w.name;
 
 -- name: privileged
--- purpose: Settings that are not as the runbook needs them, and that only a superuser may change.
+-- purpose: Settings that differ from what the runbook needs, and that only a superuser may change.
 SELECT s.name, w.value
 FROM unnest(%(names)s::text[], %(values)s::text[]) AS w (name, value) JOIN pg_settings s ON s.name = w.name
 WHERE s.setting IS DISTINCT FROM w.value;
 
 -- name: reset_of_pgvector
--- purpose: Give pgvector's own settings the values that it was built with; the search function carries its own.
+-- purpose: Set pgvector's settings to their built-in defaults; the search function has its own.
 SELECT set_config(name, boot_val, false) FROM pg_settings
 WHERE (name LIKE 'hnsw.%%' OR name LIKE 'ivfflat.%%') AND setting IS DISTINCT FROM boot_val;
 
 -- name: path
--- purpose: Of the schemas that the session came with, and pgvector's, those where nobody else can shadow a name.
+-- purpose: Those schemas of the session's original path, and pgvector's, in which no other role can shadow a name.
 WITH wanted (name, place) AS (
     SELECT * FROM unnest(current_setting('runbook.users_schemas')::text[]) WITH ORDINALITY
     UNION ALL
@@ -57,20 +57,20 @@ FROM (
 ) kept;
 
 -- name: use_path
--- purpose: Use this search path from here on; written exactly, since it also ends the use of the application's path.
+-- purpose: Use this search path from now on; qualified, since it also ends the use of the application's path.
 SELECT pg_catalog.set_config('search_path'::pg_catalog.text, %(path)s::pg_catalog.text, false);
 
 -- name: fixed_path
--- purpose: For what the catalogue spells out and is kept: every name with its schema, until this transaction ends.
+-- purpose: Make the catalogue spell every name with its schema, until this transaction ends.
 SELECT set_config('search_path', 'pg_catalog, pg_temp', true);
 
 -- name: users_path
--- purpose: The search path that the session came with, for the application's own query.
+-- purpose: The search path that the session began with, for the application's own query.
 SELECT current_setting('runbook.users_path') AS path, current_setting('runbook.users_schemas')::text[] AS schemas,
        current_setting('search_path') AS own;
 
 -- name: open_schemas
--- purpose: Of the schemas in use, those in which others may create, or have created, what an inexact call would find.
+-- purpose: Schemas in use in which others may create, or have created, objects that an unqualified call would find.
 -- Trusted are superusers, this role, and the owners of database and table, whose triggers run with our rights anyway.
 -- A function counts where it has the name of one of PostgreSQL's own: no other is found in its place.
 WITH trusted (oid) AS (
@@ -115,7 +115,7 @@ SELECT schema, quote_ident(schema) AS quoted, creators, grantees, planted FROM l
 WHERE cardinality(creators) > 0 OR cardinality(planted) > 0 ORDER BY schema;
 
 -- name: library
--- purpose: Where pgvector's types are, so that its library can be loaded, and whether this role may use that schema.
+-- purpose: The schema of pgvector's types, needed to load its library, and whether this role may use it.
 SELECT n.nspname::text AS schema, has_schema_privilege(n.oid, 'USAGE') AS usable, quote_ident(n.nspname) AS quoted,
        quote_ident(current_user) AS role
 FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector';
@@ -131,7 +131,7 @@ WHERE (n.nspname = %(schema)s AND t.typname IN ('vector', 'halfvec', 'sparsevec'
 SELECT '[1]'::{vector_in_schema};
 
 -- name: settings
--- purpose: Settings as this session has them.
+-- purpose: This session's settings.
 SELECT name, setting FROM pg_settings WHERE name = ANY (%(names)s) ORDER BY name;
 
 -- name: application_settings

@@ -17,14 +17,14 @@ WHERE {after} AND {has_text}
 ORDER BY t.{key} LIMIT %(batch_rows)s;
 
 -- name: forget_seen
--- purpose: Start over the list of keys that this session has read; it tells a key that comes twice from a rerun.
+-- purpose: Empty the list of keys that this session has read; it tells a duplicate key from a rerun.
 -- lock: none on the target; the list is a temporary table
 -- undo: none needed; the list ends with the session
 DROP TABLE IF EXISTS pg_temp.runbook_seen;
 CREATE TEMPORARY TABLE runbook_seen (key {key_type} PRIMARY KEY);
 
 -- name: look_up
--- purpose: For keys of a source: read before, rows of the table, hash of the text as it is now, staged, in the table.
+-- purpose: For keys of a source: already read, in the table, hash of the current text, staged, vector in the table.
 -- lock: none on the target; the keys go into the list of keys read
 -- undo: none needed
 WITH given AS (
@@ -63,13 +63,13 @@ COPY {staging} (key, text_hash, embedding) FROM STDIN (FORMAT BINARY);
 INSERT INTO {rejected} (key, key_text, reason, detail) VALUES (%(key)s, %(key_text)s, %(reason)s, %(detail)s);
 
 -- name: forgive
--- purpose: Forget earlier refusals, so that this load tries those rows again.
+-- purpose: Forget earlier rejections, so that this load tries those rows again.
 -- lock: ROW EXCLUSIVE on the table of refused vectors
 -- undo: none needed; a refusal is found again
 DELETE FROM {rejected};
 
 -- name: counts
--- purpose: Rows with text, and how many of them still want a vector, by the texts as they are now.
+-- purpose: Rows with text, and how many of them still need a vector, by their current texts.
 SELECT count(*) AS with_text,
        count(*) FILTER (WHERE current OR staged) AS ready,
        count(*) FILTER (WHERE NOT current AND staged IS NOT TRUE AND queued) AS queued,
@@ -93,7 +93,7 @@ SELECT count(*) AS staged,
 FROM {staging};
 
 -- name: rejected
--- purpose: Refused vectors by reason, each with one row of them.
+-- purpose: Rejected vectors by reason, with one row of each.
 SELECT reason, count(*) AS rows, (array_agg(key_text ORDER BY id))[1] AS key_text,
        (array_agg(detail ORDER BY id))[1] AS detail
 FROM {rejected} GROUP BY reason ORDER BY 2 DESC, 1;

@@ -1,7 +1,7 @@
 -- What pg_stat_statements has counted: the searches of today, found by their text. All of it only reads.
 
 -- name: source
--- purpose: Where pg_stat_statements stands, what its release knows, and whether it counts at all.
+-- purpose: The schema and features of pg_stat_statements, and whether it is counting.
 SELECT n.nspname::text AS schema, e.extversion AS version,
        to_regclass(format('%%I.pg_stat_statements_info', n.nspname)) IS NOT NULL AS has_info,
        EXISTS (SELECT FROM pg_attribute a
@@ -23,11 +23,11 @@ WHERE s.dbid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_databa
 GROUP BY s.queryid ORDER BY 2 DESC, 4 LIMIT %(rows)s::bigint;
 
 -- name: counted
--- purpose: Statements of this database whose text this role may not see; all entries, and the calls that they count.
+-- purpose: Statements of this database whose text is hidden from this role; all entries, and their calls.
 SELECT count(*) FILTER (WHERE s.query = '<insufficient privilege>' AND d.datname = current_database()) AS hidden,
        count(*) AS entries, coalesce(sum(s.calls), 0)::bigint AS calls
 FROM {statements} s LEFT JOIN pg_database d ON d.oid = s.dbid;
 
 -- name: since
--- purpose: Since when statements are counted, and how often some were thrown out for want of room.
+-- purpose: Since when statements are counted, and how often entries were evicted.
 SELECT extract(epoch FROM i.stats_reset)::float8 AS reset_s, i.dealloc AS thrown_out FROM {statements_info} i;

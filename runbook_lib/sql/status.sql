@@ -1,4 +1,4 @@
--- Where a target stands, asked so that it is answered at once however large table and ledger are. All of it only reads.
+-- The state of a target, in queries that are quick however large the table and the ledger are. They only read.
 
 -- name: verdicts
 -- purpose: The newest verdict of each step of this target.
@@ -6,7 +6,7 @@ SELECT DISTINCT ON (e.phase) e.phase, e.seq, e.run_id, e.written_by, e.written_a
 FROM {counted} e WHERE e.target = {target_name} AND e.kind = 'phase' ORDER BY e.phase, e.seq DESC;
 
 -- name: statements
--- purpose: The newest statement that each step of this target has carried out.
+-- purpose: The newest statement that each step of this target ran.
 SELECT DISTINCT ON (e.phase) e.phase, e.seq, e.run_id, e.written_by, e.written_at
 FROM {counted} e WHERE e.target = {target_name} AND e.kind = 'statement' ORDER BY e.phase, e.seq DESC;
 
@@ -18,7 +18,7 @@ WHERE e.target = {target_name} AND e.kind = 'gate' AND e.phase = ANY (%(phases)s
 ORDER BY e.seq DESC LIMIT 1;
 
 -- name: extent
--- purpose: Rows of the table by the planner's estimate, and its pages; partitions are added up.
+-- purpose: The planner's estimate of the table's rows, and its pages; partitions are added up.
 WITH RECURSIVE part AS (
     SELECT to_regclass(%(table)s)::oid AS oid
     UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
@@ -32,7 +32,7 @@ FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
 SELECT s.{key} AS key FROM {table} AS s TABLESAMPLE SYSTEM (%(percent)s);
 
 -- name: of_these_keys
--- purpose: Part of the query of freshness: rows that were drawn before.
+-- purpose: Part of the freshness query: rows that were sampled before.
 t.{key} = ANY (%(keys)s);
 
 -- name: queue

@@ -39,7 +39,7 @@ DROP INDEX CONCURRENTLY IF EXISTS {measured_index};
 ANALYZE {scratch};
 
 -- name: leftovers
--- purpose: What an earlier comparison left: its scratch table, and indexes of its own on the column.
+-- purpose: What an earlier comparison left: its scratch table, and its indexes on the column.
 SELECT to_regclass(%(scratch)s) IS NOT NULL AS scratch,
        ARRAY(SELECT c.relname::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
              WHERE i.indrelid = to_regclass(%(vectors)s) AND c.relname LIKE %(prefix)s ORDER BY 1) AS indexes;

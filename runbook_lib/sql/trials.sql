@@ -1,7 +1,7 @@
 -- What later phases will run, tried in transactions that are rolled back.
 
 -- name: settings
--- purpose: Bound the waits of a trial, of this transaction alone.
+-- purpose: Limit the waits of a trial, for this transaction only.
 SELECT set_config('lock_timeout', %(lock_ms)s, true), set_config('statement_timeout', %(statement_ms)s, true);
 
 -- name: create_probe
@@ -50,7 +50,7 @@ WHERE h.enabled = 'A' OR h.enabled = CASE current_setting('session_replication_r
 ORDER BY h.kind DESC, h.name, 3;
 
 -- name: sources
--- purpose: The source of these functions and of every function that they name, which is what they can reach.
+-- purpose: The source of these functions and of every function that they may call.
 WITH RECURSIVE called AS (
     SELECT p.oid AS root, p.oid, p.prosrc, p.prolang FROM pg_proc p WHERE p.oid = ANY (%(functions)s::bigint[]::oid[])
     UNION
@@ -62,7 +62,7 @@ SELECT c.root::bigint AS root, l.lanname::text AS language, l.lanpltrusted AS tr
 FROM called c JOIN pg_language l ON l.oid = c.prolang;
 
 -- name: tells_on_its_own
--- purpose: May a row change by more than what is asked, or be refused, though no trigger and no rule is there?
+-- purpose: Can an UPDATE change more than asked, or be refused, without any trigger or rule?
 WITH RECURSIVE part AS (
     SELECT to_regclass(%(table)s)::oid AS oid
     UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
@@ -87,7 +87,7 @@ SELECT key FROM (
 ) k ORDER BY place, random();
 
 -- name: lock_rows
--- purpose: Lock those of these rows that nobody else has locked, so no writer changes one between two looks.
+-- purpose: Lock these rows, except those that are already locked, so that no writer changes one between two reads.
 -- lock: ROW SHARE on {table}, on these rows, rolled back at once
 -- undo: its own rollback
 SELECT t.{key} AS key FROM {table} t WHERE t.{key} = ANY (%(keys)s) FOR NO KEY UPDATE SKIP LOCKED;
@@ -98,17 +98,17 @@ SELECT t.{key} AS key, {hashes} AS hashes, t.{embedding_hash} IS NOT NULL AND t.
 FROM {table} t WHERE t.{key} = ANY (%(keys)s);
 
 -- name: column_hash
--- purpose: The hash of one column; compared byte by byte, whatever its collation calls equal.
+-- purpose: The hash of one column; compared byte by byte, whatever its collation.
 pg_catalog.hashtextextended(t.{column}::text COLLATE "C", 0::bigint);
 
 -- name: staged
--- purpose: What takes the place of the staging table in the trial: vectors of these rows' texts as they are now.
+-- purpose: A stand-in for the staging table in the trial: vectors of these rows' current texts.
 (SELECT t.{key} AS key, {text_hash} AS text_hash,
         pg_catalog.array_fill(0.5::real, ARRAY[{dimension}])::{vector_type} AS embedding
  FROM {table} t WHERE t.{key} = ANY (%(keys)s));
 
 -- name: written
--- purpose: Of the table, and of what this transaction has opened for writing, the rows that this session has written.
+-- purpose: Rows that this session has written, in the table and in whatever this transaction has opened for writing.
 WITH RECURSIVE part AS (
     SELECT to_regclass(%(table)s)::oid AS oid
     UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
@@ -124,7 +124,7 @@ WHERE c.relkind IN ('r', 'm') AND n.oid IS DISTINCT FROM to_regnamespace(%(ledge
       SELECT l.relation FROM pg_locks l WHERE l.pid = pg_backend_pid() AND l.mode = 'RowExclusiveLock'));
 
 -- name: opened
--- purpose: Sequences that this transaction has advanced, and foreign tables that it has written to: neither is counted.
+-- purpose: Sequences that this transaction has advanced and foreign tables that it has written to, which are not counted.
 SELECT DISTINCT c.relkind::text AS kind, format('%%I.%%I', n.nspname, c.relname) AS relation
 FROM pg_locks l JOIN pg_class c ON c.oid = l.relation JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE l.pid = pg_backend_pid() AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -150,13 +150,13 @@ ALTER TABLE {relation} DISABLE RULE {hook};
 CREATE FUNCTION pg_temp.runbook_trial() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
 
 -- name: drop_trigger
--- purpose: Remove a trigger during a trial, to replace it by one that does nothing.
+-- purpose: Drop a trigger during a trial, to replace it by one that does nothing.
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds, rolled back at once
 -- undo: its own rollback
 DROP TRIGGER {hook} ON {relation};
 
 -- name: unchecked
--- purpose: CHECK and NOT NULL constraints that were never checked on the rows that were there before them.
+-- purpose: NOT VALID constraints: CHECK and NOT NULL that were never checked on older rows.
 WITH RECURSIVE part AS (
     SELECT to_regclass(%(table)s)::oid AS oid
     UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
@@ -170,5 +170,5 @@ WHERE k.conrelid IN (SELECT oid FROM part) AND k.contype IN ('c', 'n') AND NOT k
 ORDER BY 2, 1;
 
 -- name: violated
--- purpose: Rows that such a constraint would refuse.
+-- purpose: Rows that violate such a constraint.
 SELECT count(*) AS rows FROM ONLY {relation} WHERE NOT ({condition});

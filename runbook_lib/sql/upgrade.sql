@@ -1,22 +1,22 @@
 -- From one release of pgvector to a newer one, without new embeddings.
 
 -- name: loaded
--- purpose: The release of the library that this session has loaded, as the library itself says; PostgreSQL 18.
+-- purpose: The release of the library that this session has loaded, as the library reports it; PostgreSQL 18.
 SELECT version FROM pg_get_loaded_modules() WHERE module_name = 'vector';
 
 -- name: may_look_at_files
--- purpose: May this role see when the server's files changed, and which grants would let it?
+-- purpose: May this role see when the server's files changed, and which grants would allow it?
 SELECT has_function_privilege('pg_config()', 'EXECUTE')
        AND has_function_privilege('pg_stat_file(text, boolean)', 'EXECUTE') AS may, quote_ident(current_user) AS role;
 
 -- name: library_file
--- purpose: When the library's file came to where it is, to the second; a package may carry an older time of its own.
+-- purpose: When the library's file was put in place, to the second; its modification time may be older, from the package.
 SELECT greatest(f.modification, f.change) AS changed_at
 FROM pg_config() AS c, pg_stat_file(c.setting || '/vector.so', true) AS f
 WHERE c.name = 'PKGLIBDIR' AND f.modification IS NOT NULL;
 
 -- name: older_sessions
--- purpose: Sessions of this database that began before a time, or whose begin this role may not see.
+-- purpose: Sessions of this database that began before a time, or with a start time hidden from this role.
 SELECT a.pid, a.usename::text AS role, a.application_name AS application, a.backend_start AS began
 FROM pg_stat_activity a
 WHERE a.datname = current_database() AND coalesce(a.backend_type, 'client backend') = 'client backend'

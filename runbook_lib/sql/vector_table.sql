@@ -7,7 +7,7 @@ SELECT a.attname AS name, format_type(a.atttypid, NULL) AS type,
 FROM pg_attribute a WHERE a.attrelid = to_regclass(%(source)s) AND a.attnum > 0 AND NOT a.attisdropped;
 
 -- name: page
--- purpose: The next rows of that table in key order; rows of equal keys are not parted.
+-- purpose: The next rows of that table in key order; rows with equal keys are kept together.
 SELECT s.{key} AS key, {value} AS embedding, {hash} AS text_hash FROM {source} s
 WHERE s.{key} IS NOT NULL AND {after}
 ORDER BY s.{key} FETCH FIRST (%(batch_rows)s) ROWS WITH TIES;

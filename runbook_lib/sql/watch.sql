@@ -30,11 +30,11 @@ FROM (
 t.{key} IN (SELECT s.{key} FROM {table} AS s TABLESAMPLE SYSTEM (%(percent)s));
 
 -- name: captured
--- purpose: Is there a queue of changes?
+-- purpose: Does the queue of changes exist?
 SELECT to_regclass(%(queue)s) IS NOT NULL AS there;
 
 -- name: no_queue
--- purpose: Part of the query of freshness, where nothing is queued because nothing is captured.
+-- purpose: Part of the freshness query, if nothing is queued because nothing is captured.
 (SELECT t.{key} AS key WHERE false);
 
 -- name: queue

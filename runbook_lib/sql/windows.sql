@@ -1,7 +1,7 @@
 -- Phase 50: the ranges that workers on one or many machines share, and the row by which a DBA steers them.
 
 -- name: create_windows
--- purpose: Create the list of batch ranges, which workers claim one after the other.
+-- purpose: Create the list of batch ranges, for workers to claim.
 -- lock: ACCESS SHARE on {table}
 -- undo: windows.drop
 CREATE TABLE IF NOT EXISTS {window} AS
@@ -71,7 +71,7 @@ SELECT %(part)s, lag(ends.key) OVER (ORDER BY ends.n), ends.key FROM (
 ) ends WHERE ends.n %% %(rows)s = 0 OR ends.is_last ORDER BY ends.n;
 
 -- name: claim
--- purpose: Claim the next range that nobody has, or whose worker is gone or has not been seen for the lease.
+-- purpose: Claim the next range that is free, or whose worker is gone or has been silent for the lease.
 UPDATE {window} w
 SET claimed_by = %(worker)s, claimed_pid = pg_backend_pid(), seen_at = clock_timestamp(), claims = w.claims + 1,
     claimed_session = (SELECT a.backend_start FROM pg_stat_activity a WHERE a.pid = pg_backend_pid())
@@ -87,12 +87,12 @@ WHERE w.id = (
 ) RETURNING w.id, w.part, w.from_block, w.to_block, w.after_key, w.to_key, w.claims;
 
 -- name: seen
--- purpose: Say that the worker is alive, and what it has done; no row where the range was taken over.
+-- purpose: Report that the worker is alive, and what it has done; no row if the range was taken over.
 UPDATE {window} SET seen_at = clock_timestamp(), rows = rows + %(rows)s
 WHERE id = %(id)s AND claimed_by = %(worker)s AND done_at IS NULL RETURNING id;
 
 -- name: done
--- purpose: Close a range; no row where it was taken over.
+-- purpose: Close a range; no row if it was taken over.
 UPDATE {window} SET seen_at = clock_timestamp(), rows = rows + %(rows)s, done_at = clock_timestamp()
 WHERE id = %(id)s AND claimed_by = %(worker)s AND done_at IS NULL RETURNING id;
 
@@ -122,5 +122,5 @@ WHERE attrelid = to_regclass(%(table)s) AND attlen = -1 AND attnum > 0 AND NOT a
   AND attname <> ALL (%(added)s) ORDER BY attnum;
 
 -- name: control
--- purpose: What the DBA wants just now.
+-- purpose: The DBA's current request to pause or slow down.
 SELECT pause, reason, most_batch_rows, pause_between_batches_ms FROM {control} WHERE target = {target_name};
