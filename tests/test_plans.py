@@ -148,6 +148,17 @@ def test_a_look_that_takes_too_long_claims_nothing(
     assert phase.connection.execute("SHOW statement_timeout").fetchone() == {"statement_timeout": "7min"}
 
 
+def test_the_page_of_a_plan_names_the_role_that_looked(open_phase: Opens) -> None:
+    phase = open_phase("20_extension", execute=False)
+    folder = phase.params.record.runs_dir / phase.run_id
+    folder.mkdir(parents=True)
+    phase.require(lambda _: Gates((HOLDS,)))
+    me = (phase.connection.execute("SELECT session_user AS name").fetchone() or {})["name"]
+    run = records.make_manifest(execute=False, run_id=phase.run_id, status="planned", user="ann")
+    said = answers(review.collect(run, plans.read(folder)))["Who made this plan, where?"]
+    assert said.startswith(f"OS user ann on host db-tools as role {me}, on ")
+
+
 TRIED = {"seconds": 0.012, "lock": "ACCESS EXCLUSIVE", "held_s": 0.3}
 FORECAST = {
     "index_bytes": 3 << 30, "build_memory_bytes": 4 << 30, "table_growth_bytes": 2 << 30, "staging_bytes": 1 << 30,
@@ -258,6 +269,13 @@ def test_a_plan_that_stopped_is_not_to_be_typed() -> None:
     run = records.make_manifest(execute=False, status="failed", phases=phases)
     page = review.collect(run, [])
     assert page.questions[-1].code == "" and "Nothing yet" in page.questions[-1].answers[0]
+
+
+def test_only_trials_that_hold_count_as_tried() -> None:
+    failed = seen("00_preflight", "trial.index_can_be_built", "FAIL")
+    said = answers(planned_page(more=(failed,)))["What was looked at, what cannot be known yet?"]
+    assert said.startswith("2 gates would pass, by what the database says today, 1 of them tried and rolled back.")
+    assert "Not passed: trial.index_can_be_built." in said
 
 
 def test_the_plan_says_what_a_write_costs_afterwards_where_it_was_rehearsed() -> None:

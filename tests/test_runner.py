@@ -298,7 +298,7 @@ def test_at_no_time_can_others_read_a_record_but_whom_the_parameters_name(
     before = os.umask(0)
     try:
         folder = folders.new_folder(p.record, "articles")
-        plans.note(p, folder.name, FIRST, "gate", {})
+        plans.note(p, folder.name, FIRST, "migrator", "gate", {})
         manifest.write_atomically(folder / "index.html", "a row's text")
         os.umask(0o077)
         closed = folders.new_folder(p.record, "closed")

@@ -196,7 +196,7 @@ class Phase:
 
     def note_in_plan(self, kind: str, body: Mapping[str, Any]) -> None:
         """A row of figures for the page of a plan, which the ledger does not hold."""
-        plans.note(self.params, self.run_id, self.name, kind, body)
+        plans.note(self.params, self.run_id, self.name, self.connection.info.user, kind, body)
 
     def carry_out(self, plan: db.Plan) -> Table:
         """Carries out the plan, statement by statement, each with a bound wait and a row in the ledger."""

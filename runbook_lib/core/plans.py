@@ -56,11 +56,12 @@ def not_there_yet(name: str, step: str, statements: int, look: Any, why: str = "
     return Gates((not_run(name, step, f"{why}{KNOWN_AFTER} {step}{left}", proves),))
 
 
-def note(params: Params, run_id: str, step: str, kind: str, body: Mapping[str, Any]) -> None:
+def note(params: Params, run_id: str, step: str, role: str, kind: str, body: Mapping[str, Any]) -> None:
     """A row for the record of a run that only plans; nothing where somebody steps through by hand."""
     folder = params.record.runs_dir / run_id
     if folder.is_dir():
-        row = {"run_id": run_id, "target": params.target.name, "phase": step, "kind": kind, "body": dict(body)}
+        of = {"run_id": run_id, "target": params.target.name, "phase": step, "written_by": role}
+        row = of | {"kind": kind, "body": dict(body)}
         mode = folder.stat().st_mode & 0o644
         opened = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode)
         with os.fdopen(opened, "a", encoding="utf-8") as file:

@@ -219,10 +219,10 @@ def _time(run: Manifest, found: Newest) -> list[str]:
 
 
 def _looked_at(gates: Sequence[Mapping[str, Any]]) -> list[str]:
-    holds = sum(g["verdict"] == Verdict.WOULD_PASS for g in gates)
+    holds = [g["name"] for g in gates if g["verdict"] == Verdict.WOULD_PASS]
     failed = [g["name"] for g in gates if g["verdict"] in (Verdict.FAIL, Verdict.UNKNOWN)]
-    tried = sum(g["name"].startswith("trial.") for g in gates)
-    lines = [f"{count(holds, 'gate')} would pass, by what the database says today"]
+    tried = sum(name.startswith("trial.") for name in holds)
+    lines = [f"{count(len(holds), 'gate')} would pass, by what the database says today"]
     lines[0] += f", {tried} of them tried and rolled back." if tried else "."
     return [*lines, *([f"Not passed: {', '.join(failed)}."] if failed else [])]
 
