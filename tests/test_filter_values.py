@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -129,6 +130,22 @@ def test_values_of_a_large_table_are_sampled_all_over_it(
     with db.connect(filtered, "test") as connection:
         known = filter_values.of_filters(connection, filtered, [])["owner"]
     assert set(known) == {str(owner) for owner in range(6)}, "the first 6,000 rows are of two owners"
+
+
+def test_a_row_that_is_not_found_soon_is_not_waited_for(
+    filtered: Params, make_params: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row takes ten milliseconds to be left out: twenty seconds a value."""
+    slow = {"type": "int", "where": "t.views <= :slow AND pg_sleep(0.01) IS NULL"}
+    params = make_params(target={"filters": {"most_views": FILTERS["most_views"], "slow": slow}})
+    monkeypatch.setattr(filter_values, "LONGEST_LOOK_S", 0.05)
+    monkeypatch.setattr(filter_values, "LOOKED_FOR_S", 1.0)
+    started = time.monotonic()
+    with db.connect(params, "test") as connection:
+        found = filter_values.by_class(connection, params, [], random.Random(1))
+        assert connection.execute("SHOW statement_timeout").fetchone() == {"statement_timeout": "0"}
+    assert {name for name, _ in found} == {"most_views"}, "what is quick is found all the same"
+    assert time.monotonic() - started < 60, "all its values would take minutes"
 
 
 def test_sets_reach_from_one_value_to_all_of_them() -> None:

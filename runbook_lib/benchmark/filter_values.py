@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,12 +21,15 @@ from runbook_lib.params.filters import Filter, pieces
 from runbook_lib.search import combined_filters, conditions, share_classes
 from runbook_lib.sql import load
 
-SQL = load("filter_values")
+SQL, AT_MOST = load("filter_values"), load("recall")["at_most"]
 
 Allowed = tuple[tuple[str, str], ...]
 
 # What is measured of a class: half of them tune it, the others are held out.
 VALUES = 8
+# How long a row that filters let through is looked for: by one candidate, and by all of them. Where there is none, or
+# hardly one, a large table would be read whole each time.
+LONGEST_LOOK_S, LOOKED_FOR_S = 1.0, 60.0
 # Candidates that are drawn for several filters together, and rows in which a column's values are looked up.
 DRAWN, SAMPLED_ROWS = 600, 100_000
 # Values of a column like in frequency that are taken, and sizes of the sets made of them.
@@ -135,7 +139,7 @@ def _looked_up(connection: db.Connection, params: Params, where: Compared, kind:
     }
     if where.operator in ORDERED:
         cuts = [cut if where.operator.startswith("<") else 1 - cut for cut in CUTS]
-        row = connection.execute(SQL["cuts"].compose(parts), {"cuts": cuts}).fetchone()
+        row = connection.execute(SQL["cuts"].compose(parts), {"cuts": cuts, "rows": SAMPLED_ROWS}).fetchone()
         return [value for value in (row["values"] if row else None) or [] if value is not None]
     block = SQL["elements" if where.operator in ARRAYS else "frequencies"]
     values = {"most": OF_A_FREQUENCY, "rows": SAMPLED_ROWS}
@@ -179,18 +183,20 @@ def by_class(
     connection: db.Connection, params: Params, queries: Sequence[Query], chosen: random.Random
 ) -> dict[tuple[str, str], dict[Allowed, float]]:
     """What to ask of conditions: by the name of the filter, or TOGETHER, and the class of the share that is expected
-    of them, at most VALUES each with that share; those that let no row through are left out.
+    of them, at most VALUES each with that share; those of which no row was found are left out.
     """
     own = [f.name for f in params.target.each_filter if f.column is None]
     if not own:
         return {}
     known, estimate = of_filters(connection, params, queries), Estimate(connection, params)
     found: dict[tuple[str, str], dict[Allowed, float]] = {}
+    until = time.monotonic() + LOOKED_FOR_S
 
     def add(name: str, asked: Allowed) -> None:
         share = estimate.of(asked)
         place = found.setdefault((name, share_classes.of(share)), {})
-        if len(place) < VALUES and asked not in place and any_row(connection, params, estimate, asked):
+        wanted = len(place) < VALUES and asked not in place and time.monotonic() < until
+        if wanted and any_row(connection, params, estimate, asked):
             place[asked] = share
 
     for name in own:
@@ -214,10 +220,18 @@ def _drawn(
 
 
 def any_row(connection: db.Connection, params: Params, estimate: Estimate, asked: Allowed) -> bool:
-    """Does any row with a vector match these filters?"""
+    """Is a row with a vector that matches these filters found within LONGEST_LOOK_S?"""
     held = [names(params)["always"], *(estimate.conditions[name] for name, _ in asked)]
     query = SQL["any_row"].compose(names(params) | {"filters": sql.SQL(" AND ").join(held)})
-    row = connection.execute(query, dict(asked), prepare=False).fetchone()
+    started = time.monotonic()
+    try:
+        with connection.transaction():
+            connection.execute(AT_MOST.compose({}), {"ms": str(round(1000 * LONGEST_LOOK_S))})
+            row = connection.execute(query, dict(asked), prepare=False).fetchone()
+    except psycopg.errors.QueryCanceled:
+        if time.monotonic() - started < LONGEST_LOOK_S:
+            raise
+        return False
     return bool(row and row["there"])
 
 

@@ -8,7 +8,7 @@ FROM pg_class c WHERE c.oid = to_regclass(%(relation)s);
 -- name: cuts
 -- purpose: The values of an ordered column at these shares of its rows.
 SELECT (percentile_disc(%(cuts)s::double precision[]) WITHIN GROUP (ORDER BY {column}))::{type}[]::text[] AS values
-FROM {relation} t {sampled};
+FROM (SELECT * FROM {relation} t {sampled} LIMIT %(rows)s) t;
 
 -- name: frequencies
 -- purpose: A few values of a column for each frequency, rarest first; frequencies are grouped by powers of two.
