@@ -40,7 +40,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.spines.left": False,
 }
-SIZE_INCHES = (5.4, 3.3)
+SIZE_INCHES = (5.4, 2.9)
 
 
 def recall_against_latency(tuning: Mapping[str, Any]) -> str:
@@ -76,7 +76,8 @@ def recall_against_latency(tuning: Mapping[str, Any]) -> str:
             axes.annotate(
                 f"{point['value']}" + (" ✔ chosen" if chosen else ""),
                 (float(point["p50_ms"]), float(point["recall"])),
-                xytext=(8, -13),
+                # Above its point, since its neighbours may be close, and theirs are below.
+                xytext=(8, 7 if chosen else -13),
                 textcoords="offset points",
                 fontweight="bold" if chosen else "normal",
             )

@@ -279,7 +279,8 @@ def _build_of(rows: int, params: Params) -> tuple[int, int, int, int | None]:
 class Forecast:
     """What this migration will take, in bytes and seconds; ``lists`` and ``probes`` are None for HNSW.
 
-    build_memory_bytes: what the build wants; build_budget_bytes: what the parameters allow it. workers: of the build.
+    build_memory_bytes: what the build wants; build_budget_bytes: what the parameters allow it. wal_bytes: of load,
+    backfill and build; backfill_wal_bytes: the backfill's part. workers: of the build.
     Times are those of another machine, which the measurements were made on.
     """
 
@@ -290,6 +291,7 @@ class Forecast:
     table_growth_bytes: int
     staging_bytes: int
     wal_bytes: int
+    backfill_wal_bytes: int
     load_seconds: float
     backfill_seconds: float
     build_seconds: float
@@ -386,6 +388,7 @@ def forecast(
         staging_bytes=staging,
         # An index build logs each of its pages once, whole.
         wal_bytes=staged + moved + index_bytes,
+        backfill_wal_bytes=moved,
         load_seconds=rows * (LOAD_US_A_ROW * 1e3 + vector_bytes(v.dimension, v.type) * LOAD_NS_A_BYTE) / 1e9,
         backfill_seconds=moving,
         build_seconds=build_seconds(rows, params, workers, lists),

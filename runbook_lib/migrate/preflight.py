@@ -350,6 +350,7 @@ def plan_body(phase: Phase, found: Facts | None = None) -> dict[str, Any]:
             "table_growth_bytes": expects.table_growth_bytes,
             "staging_bytes": expects.staging_bytes,
             "wal_bytes": expects.wal_bytes,
+            "backfill_wal_bytes": expects.backfill_wal_bytes,
             "load_seconds": round(expects.load_seconds, 1),
             "build_seconds": round(expects.build_seconds, 1),
             "backfill_seconds": round(expects.backfill_seconds, 1),

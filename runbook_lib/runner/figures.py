@@ -351,18 +351,19 @@ def forecast(found: Newest) -> list[tuple[str, str, str, str]]:
         "load_seconds": load.body.get("seconds") if load else None,
         "build_seconds": index.body.get("seconds") if index else None,
         "table_growth_bytes": backfill.body.get("table_growth_bytes") if backfill else None,
-        "wal_bytes": backfill.body.get("wal_bytes") if backfill else None,
+        "backfill_wal_bytes": backfill.body.get("wal_bytes") if backfill else None,
         "backfill_seconds": backfill.body.get("seconds") if backfill else None,
     }
     names = {
         "index_bytes": "size of the index",
         "build_memory_bytes": "memory for the build",
         "table_growth_bytes": "growth of the table",
-        "wal_bytes": "write-ahead log (forecast: load, backfill without HOT, build; actual: backfill)",
+        "wal_bytes": "WAL of load, backfill and build",
+        "backfill_wal_bytes": "WAL of the backfill, without HOT",
         "staging_bytes": "staging table",
-        "load_seconds": "time of loading (forecast: without the model)",
+        "load_seconds": "time of loading, without the model",
         "build_seconds": "time of the build",
-        "backfill_seconds": "time of the backfill (forecast: without HOT)",
+        "backfill_seconds": "time of the backfill, without HOT",
     }
     rows: list[tuple[str, str, str, str]] = []
     for key, foreseen in foreseen_by.items():
@@ -373,7 +374,7 @@ def forecast(found: Newest) -> list[tuple[str, str, str, str]]:
         said: str = shown(was) if was is not None else "not measured"
         if key == "build_memory_bytes" and index:
             over = any("no longer fits" in n for n in index.body.get("notices", ()))
-            said = "did not fit into maintenance_work_mem" if over else "the build stayed within maintenance_work_mem"
+            said = "more than its limit" if over else "within its limit"
         ratio = f"{was / foreseen:.2f} ×" if was is not None and foreseen else ""
         expected: str = shown(foreseen)
         if r := rehearsed.get(key):
