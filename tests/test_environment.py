@@ -1,6 +1,7 @@
 """environment.yml and docker-compose.yml agree with the lock file; neither conda nor Docker is needed to see it."""
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,13 @@ def test_compose_opens_copies_and_never_the_tracked_notebooks() -> None:
     assert (program, command) == ("/venv/bin/runbook", "lab") and params.strip('"$') in service["environment"]
     with lab.make_context(command, ["params/demo.yaml", *options]) as context:
         assert context.params["ip"] == "0.0.0.0" and context.params["no_browser"]
+
+
+def test_compose_needs_the_params_file_to_start_and_not_to_stop() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    assert not re.search(r"(?<!\$)\$\{\w+:\?", text), "it would be refused by `docker compose logs` and `down` too"
+    script = yaml.safe_load(text)["services"]["jupyter"]["command"][-1].replace("$$", "$")
+    script = script[script.index('test -n "$RUNBOOK_PARAMS"') : script.index("export RUNBOOK_DSN")]
+    for given, code in (("", 2), ("params/a.yaml", 0)):
+        done = subprocess.run(["bash", "-euc", script], env={"RUNBOOK_PARAMS": given}, capture_output=True, text=True)
+        assert (done.returncode, "set RUNBOOK_PARAMS" in done.stderr) == (code, code == 2)
