@@ -185,13 +185,14 @@ def planned_page(
         records.entry("00_preflight", "plan", plan),
         seen("00_preflight", "trial.columns_can_be_added", "WOULD PASS", figures=TRIED),
         seen("00_preflight", "preflight.memory_fits_index", "WOULD PASS", figures=memory),
-        seen("30_expand_schema", "phase.predecessor_passed", "NOT RUN", found="x"),
+        seen("30_expand_schema", "phase.predecessor_passed", "NOT RUN", found="x", subject="20_extension"),
         seen("70_tune", "tune.verify", "NOT RUN", found="known only after 70_tune", needed="Recall."),
         records.entry("30_expand_schema", "planned", add),
         records.entry("60_build_index", "planned", built),
         *more,
     ]
-    return review.collect(run, entries)
+    order = "phase.predecessor_passed"
+    return review.collect(run, [e for e in entries if e["body"].get("name") != order or e["phase"] in names])
 
 
 def answers(page: RecordPage) -> dict[str, str]:
@@ -269,6 +270,12 @@ def test_a_plan_that_stopped_is_not_to_be_typed() -> None:
     run = records.make_manifest(execute=False, status="failed", phases=phases)
     page = review.collect(run, [])
     assert page.questions[-1].code == "" and "Nothing yet" in page.questions[-1].answers[0]
+
+
+def test_a_part_of_the_migration_whose_turn_has_not_come_is_not_to_be_typed() -> None:
+    page = planned_page(MIGRATE[3:])
+    assert page.questions[-1].answers == ["Nothing yet: 20_extension has to pass first, and is not in this plan."]
+    assert page.questions[-1].code == ""
 
 
 def test_only_trials_that_hold_count_as_tried() -> None:

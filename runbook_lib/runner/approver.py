@@ -49,7 +49,7 @@ def answer(
         Question("What was agreed to, and what needs a sign-off?", _consent(run, found, gates, read=read), GATES),
         Question("How would it be rolled back?", *_back(run)),
         Question("Who made this plan, where?", who(run, own), ("evidence", "versions and parameters")),
-        Question("What do I type?", *_typed(run, found)),
+        Question("What do I type?", *_typed(run, gates)),
     ]
     return [q for q in questions if q]
 
@@ -271,11 +271,14 @@ def _back(run: Manifest) -> tuple[list[str], tuple[str, str], str]:
     return lines, PLANNED, rollbacks.command(run.params_file)
 
 
-def _typed(run: Manifest, found: Newest) -> tuple[list[str], tuple[str, str], str]:
+def _typed(run: Manifest, gates: Sequence[Mapping[str, Any]]) -> tuple[list[str], tuple[str, str], str]:
     """The command that carries out what was planned, and nothing else."""
     if any(p.status != Status.PLANNED for p in run.phases):
         return ["Nothing yet: settle what stopped the plan, then make it again."], GATES, ""
     file, names = shlex.quote(run.params_file), [p.name for p in run.phases]
+    order = [g for g in gates if g["name"] == "phase.predecessor_passed" and g["verdict"] == Verdict.NOT_RUN]
+    if before := [g["subject"] for g in order if g["subject"] not in names]:
+        return [f"Nothing yet: {before[0]} has to pass first, and is not in this plan."], GATES, ""
     part = ""
     if run.way == "migrate":
         part += f" --from {names[0]}" if names[0] != MIGRATE[0] else ""
