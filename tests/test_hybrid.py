@@ -1,7 +1,7 @@
 """Hybrid: words weighed by how rare they are, bounded look-ups, both halves on one scale, weights learned."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
@@ -118,6 +118,37 @@ def _limited(node: dict[str, Any]) -> Any:
         yield from _limited(below)
 
 
+@pytest.mark.parametrize("source", [COLUMN, EXPRESSION], ids=["column", "expression"])
+def test_rows_that_hold_the_parts_of_a_code_in_another_order_are_read_up_to_the_limit(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], source: dict[str, Any]
+) -> None:
+    phase = ready(source | {"hybrid": {"word_rows": 100}})
+    if source is EXPRESSION:
+        articles.execute(f"CREATE INDEX ON articles USING gin (({EXPRESSION['fulltext_expression']}))")
+    coded = articles.execute("INSERT INTO articles (title) VALUES ('sees ERR_AUTH_EXPIRED') RETURNING id").fetchone()
+    articles.execute("INSERT INTO articles (title) SELECT 'auth err expired' FROM generate_series(1, 3000)")
+    articles.execute("VACUUM ANALYZE articles")
+    statement = statements.fulltext_statement(phase.connection, phase.params)
+    values = {"query": "ERR_AUTH_EXPIRED", "embedding": None, "k": 10}
+    with phase.connection.transaction():
+        phase.connection.execute("SET LOCAL enable_seqscan = off")
+        plan = phase.connection.execute(
+            b"EXPLAIN (ANALYZE, FORMAT JSON) " + statement.as_bytes(phase.connection), values, prepare=False
+        ).fetchone()
+        found = phase.connection.execute(statement, values).fetchall()
+    assert plan is not None and coded
+    assert sum(_read_in_vain(plan["QUERY PLAN"][0]["Plan"])) <= 3 * 100
+    assert found[0]["key"] == coded[0]
+
+
+def _read_in_vain(node: dict[str, Any]) -> Any:
+    """Rows that were read and then left out, over all loops."""
+    for removed in ("Rows Removed by Index Recheck", "Rows Removed by Filter"):
+        yield node.get(removed, 0) * node["Actual Loops"]
+    for below in node.get("Plans", []):
+        yield from _read_in_vain(below)
+
+
 def test_words_are_counted_again_once_the_table_has_grown(
     ready: Callable[..., Phase],
     articles: psycopg.Connection[Any],
@@ -194,6 +225,35 @@ def test_who_may_search_reads_neither_the_words_nor_the_weights(
                 articles.execute(f"SELECT * FROM runbook.{table}")
     finally:
         articles.execute("RESET ROLE; DROP OWNED BY hybrid_app; DROP ROLE hybrid_app")
+
+
+@pytest.fixture
+def a_role(articles: psycopg.Connection[Any]) -> Iterator[str]:
+    articles.execute("CREATE ROLE hybrid_reader")
+    yield "hybrid_reader"
+    articles.execute("RESET ROLE; DROP OWNED BY hybrid_reader; DROP ROLE hybrid_reader")
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("source", [COLUMN, EXPRESSION], ids=["column", "expression"])
+def test_under_row_level_security_neither_half_finds_a_row_that_the_caller_may_not_see(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], source: dict[str, Any], a_role: str
+) -> None:
+    """A caller of hybrid names the words, and the code, of a row of others; it may read these columns alone."""
+    hidden = "secret xylophone ERR_AUTH_EXPIRED cookie leaks"
+    ids = articles.execute("INSERT INTO articles (title) VALUES (%s), (%s) RETURNING id", [hidden, hidden]).fetchall()
+    articles.execute("UPDATE articles SET status = 'Theirs' WHERE title = %s", [hidden])
+    ready(source | {"grant_to": [a_role]})
+    assert set(asked(articles, hidden, k=2)) == {row[0] for row in ids}
+    articles.execute(
+        "ALTER TABLE articles ENABLE ROW LEVEL SECURITY;"
+        "CREATE POLICY theirs ON articles FOR SELECT USING (status <> 'Theirs');"
+        f"GRANT SELECT (id, title, body, tsv, embedding) ON articles TO {a_role}; SET ROLE {a_role}"
+    )
+    for text in (hidden, "xylophone", "ERR_AUTH_EXPIRED", "cookie leaks"):
+        found = asked(articles, text, k=200)
+        assert found and not {row[0] for row in ids} & set(found), text
+    assert len(set(asked(articles, "cookie leaks", k=10))) == 10
 
 
 # What is found

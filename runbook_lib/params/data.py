@@ -282,7 +282,7 @@ class Hybrid(Section):
         5000,
         ge=100,
         le=1_000_000,
-        description="Rows that the rarest words of a query may contribute; bounds the latency.",
+        description="Rows that the rarest words of a query, or a code's parts, may contribute; bounds the latency.",
     )
 
 

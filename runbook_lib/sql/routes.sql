@@ -51,16 +51,22 @@ SELECT key, distance,
 FROM weighed
 
 -- name: by_rare_words
--- purpose: Part of hybrid: the rows that contain rare words of the query, ranked by the weights of those words. The number of rows read is limited however common the words are.
+-- purpose: Part of hybrid: the rows that contain rare words of the query, ranked by the weights of those words. The number of rows read is limited however common the words are. So is the number read to find a code, whose parts may be common: an index does not know their order.
 words AS MATERIALIZED (
     SELECT w.* FROM {weigh_words}({query_text}) w
 ), holding AS MATERIALIZED (
     SELECT row_of.key, w.weight
-    FROM (SELECT words.* FROM words WHERE words.lookup IS NOT NULL ORDER BY words.place) w CROSS JOIN LATERAL (
-        SELECT t.{key} AS key
-        FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d
-        WHERE d.document OPERATOR(pg_catalog.@@) w.lookup AND {filters}
-        LIMIT {word_rows}
+    FROM (
+        SELECT words.*, pg_catalog.regexp_replace(words.lookup::text, '<(-|[0-9]+)>', '&', 'g')::pg_catalog.tsquery AS parts
+        FROM words WHERE words.lookup IS NOT NULL ORDER BY words.place
+    ) w CROSS JOIN LATERAL (
+        SELECT part.key FROM (
+            SELECT t.{key} AS key, CASE WHEN w.parts OPERATOR(pg_catalog.<>) w.lookup THEN d.document END AS document
+            FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d
+            WHERE d.document OPERATOR(pg_catalog.@@) w.parts AND {filters}
+            LIMIT {word_rows}
+        ) part
+        WHERE w.parts OPERATOR(pg_catalog.=) w.lookup OR part.document OPERATOR(pg_catalog.@@) w.lookup
     ) row_of
     LIMIT {most_looked_up}
 ), matching AS (
