@@ -182,7 +182,7 @@ def test_a_row_that_somebody_holds_stops_it_with_the_holder_named(
         assert left.fetchone() == ([40],), "every other row has its vector"
         holder.rollback()
     error = raised.value
-    assert error.found.startswith("id 40 held by somebody else; pid ") and "the nightly job" in error.found
+    assert error.found.startswith("id 40 held by another session; pid ") and "the nightly job" in error.found
     assert (error.needed, error.danger, error.do) == (
         "these rows free within 3 tries of 100 ms; the others are done",
         "the new search would never find them",

@@ -114,7 +114,7 @@ def test_undo_leaves_an_extension_that_was_there_before(
     extension.apply(phase)
     assert extension.undo(phase).rows == []
     g = extension.verify_undone(phase).gates[0]
-    assert (g.verdict, g.found) == ("PASS", "0.8.6, there before the runbook or installed by somebody else: it stays")
+    assert (g.verdict, g.found) == ("PASS", "0.8.6, there before the runbook or installed by another role: it stays")
 
 
 def test_undo_leaves_an_extension_that_others_have_come_to_use(

@@ -337,7 +337,7 @@ def test_without_a_swap_on_record_the_way_back_is_judged_by_the_function_that_is
         "FAIL    model_change.function_is_as_before   search_articles\n"
         "  found   no swap on record; both answer; search_articles_before is left\n"
         "  needed  the definition from before the swap, and no copy\n"
-        "  danger  the application calls something that nobody has judged"
+        "  danger  the application calls a function that was never judged"
     )
     assert way_out.startswith("  do      run ") and way_out.endswith(
         "the definition in the ledger, kind model_change"

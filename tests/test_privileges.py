@@ -233,6 +233,6 @@ def test_the_message_says_what_default_privileges_would_give(open_phase: Open, g
     assert passed.verdict is Verdict.PASS
     everything = "functions, schemas, sequences, tables"
     assert passed.found == (
-        f"nobody else may write or read them; ALTER DEFAULT PRIVILEGES gives rights to PUBLIC on {everything};"
+        f"no other role may write or read them; ALTER DEFAULT PRIVILEGES gives rights to PUBLIC on {everything};"
         f" shop_app on {everything}; shop_approver on {everything}, which each object loses as it is made"
     )

@@ -245,7 +245,7 @@ def test_a_row_that_somebody_holds_is_left_in_the_queue_and_the_others_go_on(
         gate = refresh.verify(phase).failed[0]
         pid = holder.info.backend_pid
         assert gate.found.startswith("2 rows wait since before this drain, the oldest for ")
-        why = ": changed since the last drain; 2 of them were tried: held by somebody else; "
+        why = ": changed since the last drain; 2 of them were tried: held by another session; "
         assert f"{why}pid {pid} (postgres, the shop, idle in transaction for 0 s) holds " in gate.found
         holder.rollback()
     kept = articles.execute("SELECT key, attempts, claimed_by FROM runbook.articles_queue ORDER BY key").fetchall()

@@ -213,7 +213,7 @@ def test_a_schema_of_somebody_else_is_never_dropped(ready: Connection, open_phas
         f"FAIL    rehearse.schema_is_free   {SCRATCH}\n"
         "  found   a schema of this name that no rehearsal made\n"
         "  needed  no schema of this name, or one that a rehearsal left\n"
-        "  danger  what somebody keeps there would be dropped with the sample\n"
+        "  danger  what is kept there would be dropped with the sample\n"
         f"  do      ALTER SCHEMA {SCRATCH} RENAME TO …; if it is wanted, or drop it"
     )
     with pytest.raises(psycopg.errors.DuplicateSchema):

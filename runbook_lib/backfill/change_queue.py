@@ -272,7 +272,7 @@ def _write(
 def _put_off(worker: _Worker, changes: dict[int, Any]) -> None:
     """Gives changes back whose row somebody holds, and remembers them for the end. changes: keys by place."""
     if changes:
-        error = f"held by somebody else; {db.holders(worker.phase.connection, worker.phase.params)}"
+        error = f"held by another session; {db.holders(worker.phase.connection, worker.phase.params)}"
         worker.run("put_off", ids=list(changes), error=error)
         worker.put_off.update(changes)
 

@@ -167,7 +167,7 @@ def _blocked(connection: db.Connection, params: Params, watch: LastLook) -> Answ
     most = params.health.blocked_session_ms
     found = db.rows(connection, SQL["blocked"], params, pids=watch.pids)
     if not found:
-        return Answer("blocked sessions", State.NORMAL, "nobody waits for the backfill")
+        return Answer("blocked sessions", State.NORMAL, "no session waits for the backfill")
     b = found[0]
     who = f"pid {b['pid']} ({b['role']}, {b['application'] or 'no name'}) waits for us since {number(b['ms'])} ms"
     return _stop_if("blocked sessions", b["ms"] > most, f"{who}, {number(most)} ms are allowed")

@@ -84,7 +84,7 @@ def verify(connection: db.Connection, ledger: Ledger, params: Params) -> list[Ga
             ", ".join(wrong or now),
             found="; ".join(f"{part}: {_said(value)}" for part, value in (wrong or now).items()),
             needed="; ".join(f"{part}: {_said(before[part])}" for part in (wrong or now)),
-            danger="new pages would keep room that nobody asked for, and the table would grow",
+            danger="new pages would keep room that was not asked for, and the table would grow",
             do="run this phase again; it puts the setting back",
         )
     ]

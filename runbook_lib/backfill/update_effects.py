@@ -181,7 +181,7 @@ def attempt(connection: db.Connection, params: Params, prepared: Prepared) -> Tr
         there = {r["key"] for r in on.rows("lock_rows", keys=list(keys))}
         held = [k for k in keys if k in there]
         if keys and not held:
-            raise psycopg.errors.LockNotAvailable("every row of the sample is held by somebody else, or gone")
+            raise psycopg.errors.LockNotAvailable("every row of the sample is held by another session, or gone")
         effects, tried = _more_and_more(on, held, hooks)
         alone = _one_by_one(on, tried, hooks, effects)
         agreed = [h for h, _ in alone if h.accepted(params)]

@@ -340,7 +340,7 @@ def agreement(params: Params, alike: int, n: int) -> Gate:
         found=f"{alike} of {n} questions answered alike, each to the last distance",
         needed="all of them",
         danger="recall would be measured against answers that are not exact",
-        do="run 70_tune again when nobody writes to the table; if it stays, report this with the versions of"
+        do="run 70_tune again when the table is not being written to; if it stays, report this with the versions of"
         " pgvector and numpy",
         figures={"asked": n, "alike": alike},
     )

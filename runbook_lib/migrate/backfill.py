@@ -87,7 +87,7 @@ def _shown(choice: StrategyChoice, outcome: BackfillOutcome, drained: change_que
             ("batches", len(outcome.seconds)),
             ("batch p50 and p95", f"{p50} ms and {p95} ms"),
             ("pauses", "; ".join(f"{s:.1f} s: {why}" for why, s in outcome.pauses) or "none"),
-            ("put off to the end, since somebody held a row of the batch", outcome.put_off),
+            ("put off to the end, since another session held a row of the batch", outcome.put_off),
             ("changed meanwhile and embedded again", drained.updated),
         ],
     )
@@ -263,7 +263,8 @@ def _transaction(
 
 def _are_held(connection: db.Connection, params: Params, keys: Sequence[Any]) -> LockNotObtained:
     return LockNotObtained(
-        found=f"{params.target.key} {some(keys, SHOWN_KEYS)} held by somebody else; {db.holders(connection, params)}",
+        found=f"{params.target.key} {some(keys, SHOWN_KEYS)} held by another session;"
+        f" {db.holders(connection, params)}",
         needed=f"these rows free within {params.locks.tries} tries of {params.locks.timeout_ms} ms; the others"
         " are done",
         danger="the new search would never find them",

@@ -78,7 +78,7 @@ def _baseline_is_recorded(ledger: Ledger) -> Gate:
         if recorded
         else "nothing",
         needed="figures, and an answer to at least one query, or to the own words of a row",
-        danger="without a baseline nobody can say whether the new search is better",
+        danger="without a baseline there is nothing to judge the new search by",
         do="look at legacy.query: it finds no row even by the row's own words"
         if recorded
         else "run 10_baseline with execute: true",

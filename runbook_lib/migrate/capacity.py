@@ -211,7 +211,7 @@ def _wal_slots_healthy(slots: list[db.Row]) -> Gate:
         found="; ".join(f"{slot(s)}, {s['wal_status'] or 'no WAL reserved'}" for s in bad)
         or (f"{len(slots)}, all active" if slots else "none"),
         needed="every slot active",
-        danger="a slot that nobody reads keeps all WAL of the backfill, until the disk is full or the slot is lost",
+        danger="a slot without a reader keeps all WAL of the backfill, until the disk is full or the slot is lost",
         do="bring its reader back, or drop it: SELECT pg_drop_replication_slot('<name>');",
         figures={"slots": len(slots), "unhealthy": len(bad)},
     )

@@ -246,7 +246,7 @@ def _judge(ledger: Ledger, params: Params, step: CanaryStep) -> Gates:
             canary("calls_go_where_the_route_says", step.by_new_route == step.names_the_route,
                    f"{step.by_new_route} of {step.calls} calls answered by {c.route}",
                    f"{step.names_the_route}, those with an answer whose text falls into the share",
-                   f"look at the route table, which somebody else may have changed, {again}"),
+                   f"look at the route table, which another session may have changed, {again}"),
             canary("calls_are_fast_enough", step.drawn == 0 or _is_fast_enough(step, limit_ms),
                    nothing_drawn if step.drawn == 0 else _speed(step, c.route, sure),
                    f"at most {limit}, {LATENCY_TOLERANCE:g} × the slowest of legacy now and 80_shadow",

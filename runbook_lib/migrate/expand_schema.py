@@ -121,7 +121,7 @@ def _only_ours_was_added(connection: db.Connection, ledger: Ledger, params: Para
         if before is None
         else f"{len(new)} objects added, {len(gone)} gone" + "".join(f"; {x}" for x in [*gone, *foreign][:5]),
         needed="the catalogue of the start and the runbook's own objects",
-        danger="somebody else is changing this table; undo would not lead back to where the migration began",
+        danger="another session is changing this table; undo would not lead back to where the migration began",
         do="settle with whoever made the change, then run 00_preflight again so that it is part of the start",
         figures={"added": len(new), "gone": len(gone)},
     )

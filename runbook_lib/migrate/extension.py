@@ -226,7 +226,7 @@ def verify_undone(phase: Phase) -> Gates:
     if installed is None:
         found = "not installed"
     elif not _is_ours(ledger, params):
-        found = f"{installed}, there before the runbook or installed by somebody else: it stays"
+        found = f"{installed}, there before the runbook or installed by another role: it stays"
     elif users:
         found = f"{installed}, used by {some(users, SHOWN)}: it stays"
     else:

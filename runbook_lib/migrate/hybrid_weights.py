@@ -70,7 +70,7 @@ def gates(phase: Phase) -> list[Gate]:
             p.function_name,
             found=_said(there, noted),
             needed=f"{_weights(wanted)}, as the ledger has it",
-            danger="hybrid would rank by weights that nobody measured",
+            danger="hybrid would rank by weights that were never measured",
             do="run 70_tune again",
             figures=noted,
         )

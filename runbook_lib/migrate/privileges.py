@@ -55,7 +55,7 @@ def check(connection: db.Connection, params: Params) -> Gate:
         not found,
         f"schema {params.ledger.schema_}, and what the runbook made next to the table",
         found=some(list(revokes), MOST_NAMED, "; ")
-        or "nobody else may write or read them" + _by_default(connection, params, values),
+        or "no other role may write or read them" + _by_default(connection, params, values),
         needed="for callers: the search function, the route, and the way to search by a value; for approvers: reads"
         " of the ledger, and sign-offs",
         danger="whoever may write them moves the reads, changes answers, or opens steps; whoever may read them sees"

@@ -191,7 +191,7 @@ def _relevance_is_kept(params: Params, recorded: dict[str, Any], route: str) -> 
             route,
             found="no judgements" + (", accepted by cut_over.accept_unjudged" if unjudged else ""),
             needed="judged queries, or cut_over.accept_unjudged: true",
-            danger="nobody knows whether the new answers are better or worse",
+            danger="it is not known whether the new answers are better or worse",
             do="judge a hundred queries into queries.judgements, or set cut_over.accept_unjudged: true in the open",
         )
     pair, losing = recorded["paired"], slices.where_legacy_wins(recorded["slices"])

@@ -438,7 +438,7 @@ def verify_undone(phase: Phase) -> Gates:
                 old.function_name,
                 found=found + (f"; {before_name(old)} is left" if left else ""),
                 needed="the definition from before the swap, and no copy",
-                danger="the application calls something that nobody has judged",
+                danger="the application calls a function that was never judged",
                 do="run model_change.undo(phase) again; compare with the definition in the ledger, kind model_change",
             )
         ]

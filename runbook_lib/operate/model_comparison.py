@@ -96,7 +96,7 @@ def _relevance_is_kept(params: Params, found: dict[str, Any]) -> Gate:
             found=f"no judgements; {agreed['overlap']:.0%} of the answers in common, rbo {agreed['rbo']:.2f}"
             + (", accepted by cut_over.accept_unjudged" if c.accept_unjudged else ""),
             needed="judged queries, or cut_over.accept_unjudged: true",
-            danger="nobody knows whether the new answers are better or worse",
+            danger="it is not known whether the new answers are better or worse",
             do="judge a hundred queries into queries.judgements, or set cut_over.accept_unjudged: true in the open",
             figures=agreed,
         )

@@ -162,7 +162,7 @@ def _route_is_as_set(connection: db.Connection, ledger: Ledger, params: Params) 
         params.target.name,
         found=f"{found[0]} at {found[1]} %" if found else "no search function",
         needed=f"{expected[0]} at {expected[1]} %, as the ledger has it",
-        danger="reads go where nobody has judged them",
+        danger="reads go to a route that was never judged",
         do="run 90_cut_over again, or undo/reads; both write down what they do",
     )
 

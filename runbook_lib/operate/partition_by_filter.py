@@ -390,7 +390,7 @@ def verify_undone(phase: Phase) -> Gates:
                 _subject(phase.params),
                 found=str(found),
                 needed="the ordinary table, and nothing else",
-                danger="every write would be queued for a table that nobody reads",
+                danger="every write would be queued for a table that is not read",
                 do="run `runbook operate PARAMS partition_by_filter --undo --execute` again",
             )
         ]

@@ -72,7 +72,7 @@ def apply(phase: Phase) -> Table:
         print("  the words are being counted by another worker")
     phase.note("refresh", {"began": began.isoformat(), **vars(drained)})
     shown = {"changes": drained.changes, "rows embedded": drained.updated, "set aside": drained.refused}
-    return Table.of([shown | {"put off, since somebody holds the row": drained.put_off}])
+    return Table.of([shown | {"put off, since another session holds the row": drained.put_off}])
 
 
 def verify(phase: Phase) -> Gates:

@@ -90,7 +90,7 @@ def _target_gates(connection: db.Connection, params: Params) -> Iterator[Gate]:
         if left["there"]
         else "free",
         needed="no schema of this name, or one that a rehearsal left",
-        danger="what somebody keeps there would be dropped with the sample",
+        danger="what is kept there would be dropped with the sample",
         do=f"ALTER SCHEMA {rehearsal_schema.scratch_name(params)} RENAME TO …; if it is wanted, or drop it",
     )
 
@@ -107,7 +107,7 @@ def _nobody_else(params: Params, at_it: list[db.Row]) -> Gate:
         "rehearse.nobody_else_is_at_it",
         not at_it,
         params.target.name,
-        found="; ".join(named) or ("one that has ended since" if at_it else "nobody"),
+        found="; ".join(named) or ("one that has ended since" if at_it else "no other rehearsal"),
         needed="one rehearsal of a target at a time",
         danger="two would measure each other",
         do="wait for it, or end it: SELECT pg_cancel_backend(<pid>);",
@@ -240,7 +240,7 @@ def _is_gone(connection: db.Connection, params: Params) -> Gate:
         rehearsal_schema.scratch_name(params),
         found="still there" if left["ours"] else "no schema of a rehearsal",
         needed="none",
-        danger="copies of rows take room, and nobody keeps them up to date",
+        danger="copies of rows take room, and are not kept up to date",
         do="rehearse.undo(phase) in a cell of this notebook, or run operate/rehearse again, which drops the schema",
     )
 

@@ -193,7 +193,7 @@ def test_rows_that_somebody_holds_for_long_while_the_queue_is_drained(
             gone = articles.execute(GONE).fetchone()
             assert gone is not None
             assert drained.changes >= 148 and drained.updated >= 148 - gone[0] and drained.put_off >= 2
-            assert "held by somebody else; pid" in change_queue.waiting(phase.connection, phase.params).why
+            assert "held by another session; pid" in change_queue.waiting(phase.connection, phase.params).why
             assert "the forgotten form" in change_queue.waiting(phase.connection, phase.params).why
             # A writer may wait for these rows too, and the writers are waited for at the end of the block.
             holder.rollback()
