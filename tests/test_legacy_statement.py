@@ -51,6 +51,13 @@ def test_placeholders_are_told_by_what_stands_around_them(text: str, query: str)
     assert (found.query, found.complete) == (query, True)
 
 
+A_SET = (
+    "(:status_any::text[] IS NULL OR status = ANY (:status_any))",
+    "status_any",
+    {"type": "text[]", "where": "t.status = ANY (:status_any)"},
+)
+
+
 @pytest.mark.parametrize(
     ("condition", "query", "name", "filter"),
     [
@@ -66,18 +73,8 @@ def test_placeholders_are_told_by_what_stands_around_them(text: str, query: str)
             "min_Made_At",
             {"type": "timestamp with time zone", "where": 't."Made At" > :min_Made_At'},
         ),
-        (
-            "status IN ($2, $3, $4)",
-            "(:status_any::text[] IS NULL OR status = ANY (:status_any))",
-            "status_any",
-            {"type": "text[]", "where": "t.status = ANY (:status_any)"},
-        ),
-        (
-            "status IN ($2 /*, ... */)",
-            "(:status_any::text[] IS NULL OR status = ANY (:status_any))",
-            "status_any",
-            {"type": "text[]", "where": "t.status = ANY (:status_any)"},
-        ),
+        ("status IN ($2, $3, $4)", *A_SET),
+        ("status IN ($2 /*, ... */)", *A_SET),
         (
             "tags @> $2",
             "(:has_tags::text[] IS NULL OR tags @> :has_tags)",

@@ -6,7 +6,6 @@ import random
 from typing import Any
 
 import psycopg
-from psycopg import sql
 
 from runbook_lib.core import db
 from runbook_lib.core.names import names, spelled
@@ -27,8 +26,7 @@ def look(params: Params) -> dict[str, Any]:
 
     rows: by the server's statistics, 0 where it has none. whole: every row was looked at.
     """
-    with db.connect(params, "runbook status") as connection:
-        connection.execute(sql.SQL("SET statement_timeout = {}").format(sql.Literal(LONGEST_LOOK)))
+    with db.connect(params, "runbook status") as connection, db.bounded(connection, LONGEST_LOOK):
         try:
             extent = db.one(connection, SQL["extent"], params, table=spelled(params, "table"))
             captured = db.relation_exists(connection, spelled(params, "queue"))

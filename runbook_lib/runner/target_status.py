@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from IPython.display import Markdown
-from psycopg import sql
 
 from runbook_lib.core import approval, claim, db
 from runbook_lib.core.approval import written_at
@@ -59,8 +58,7 @@ def ledger_rows(params_file: str | Path, kind: str = "", part: str = "") -> pand
 
 
 def _asked(params: Params, question: Callable[[Ledger], T]) -> T:
-    with db.connect(params, "runbook status") as connection:
-        connection.execute(sql.SQL("SET statement_timeout = {}").format(sql.Literal(LONGEST_LOOK)))
+    with db.connect(params, "runbook status") as connection, db.bounded(connection, LONGEST_LOOK):
         try:
             return question(Ledger(connection, params, "", ""))
         except psycopg.errors.InsufficientPrivilege as error:
