@@ -151,8 +151,8 @@ def test_answers_that_differ_fail_the_gate(rows: psycopg.Connection[Any], make_p
         "  found   1 of 2 questions answered alike, each to the last distance\n"
         "  needed  all of them\n"
         "  danger  recall would be measured against answers that are not exact\n"
-        "  do      run 70_tune again when the table is not being written to; if it stays, report this with the versions"
-        " of pgvector and numpy"
+        "  do      run 70_tune again when the table is not being written to; if it stays, report this with the"
+        " versions of pgvector and numpy"
     )
 
 
