@@ -66,8 +66,8 @@ def test_columns_alone_ask_for_no_gate(acl: psycopg.Connection[Any], make_params
 @pytest.mark.parametrize(
     ("condition", "said"),
     [
-        ({"type": "numerick", "where": "t.views = :f"}, "type numerick does not exist, or is none of a value"),
-        ({"type": "anyelement", "where": "t.views = :f"}, "type anyelement does not exist, or is none of a value"),
+        ({"type": "numerick", "where": "t.views = :f"}, "type numerick does not exist, or no value can have it"),
+        ({"type": "anyelement", "where": "t.views = :f"}, "type anyelement does not exist, or no value can have it"),
         ({"type": "int[", "where": "t.views = :f"}, "syntax error"),
         ({"type": "int", "where": "t.prize <= :f"}, "column t.prize does not exist"),
         ({"type": "text[]", "where": "t.views <= :f"}, "operator does not exist: integer <= text[]"),
@@ -101,9 +101,9 @@ def test_a_volatile_function_is_refused(
     assert str(gate) == (
         "FAIL    inputs.condition_is_stable   target.filters.f\n"
         "  found   a volatile function, such as random() or clock_timestamp()\n"
-        "  needed  STABLE or IMMUTABLE functions alone, such as now()\n"
-        "  danger  the same search would let other rows through each time, and no recall could be measured\n"
-        "  do      leave the function out, or declare your own STABLE if it changes nothing"
+        "  needed  only STABLE or IMMUTABLE functions, such as now()\n"
+        "  danger  the same search would match different rows each time, so recall could not be measured\n"
+        "  do      leave the function out; if it is yours and changes nothing, declare it STABLE"
     )
 
 
@@ -122,7 +122,8 @@ def test_what_the_application_may_not_read_is_granted_by_name(
         f'  found   {a_role} lacks SELECT on public.acl; {a_role} lacks EXECUTE on "x y".f(); {a_role} lacks USAGE on'
         ' schema "x y"\n'
         "  needed  SELECT on the columns, EXECUTE on the functions that the conditions name\n"
-        "  danger  the search function runs with its caller's rights: their searches with these filters would fail\n"
+        "  danger  the search function runs with its caller's privileges: their searches with these filters would"
+        " fail\n"
         f"  do      have their owner run: GRANT SELECT ON public.acl TO {a_role}; GRANT EXECUTE ON FUNCTION"
         f' "x y".f() TO {a_role}; GRANT USAGE ON SCHEMA "x y" TO {a_role};'
     )

@@ -408,7 +408,7 @@ def test_what_a_words_query_reads_is_granted_by_name(articles: Connection, make_
             "FAIL    inputs.callers_may_read_what_words_query_reads   search.grant_to and search.seen_as\n"
             "  found   words_caller lacks EXECUTE on bm25(text); words_caller lacks SELECT on public.articles\n"
             "  needed  SELECT on the columns, EXECUTE on the functions that search.words_query names\n"
-            "  danger  the search function runs with its caller's rights: their hybrid searches would fail\n"
+            "  danger  the search function runs with its caller's privileges: their hybrid searches would fail\n"
             "  do      have their owner run: GRANT EXECUTE ON FUNCTION bm25(text) TO words_caller;"
             " GRANT SELECT ON public.articles TO words_caller;"
         )
@@ -418,7 +418,7 @@ def test_what_a_words_query_reads_is_granted_by_name(articles: Connection, make_
 
 def test_a_words_query_is_one_statement() -> None:
     for text in ("SELECT 1, 2 WHERE :query; DROP TABLE a", "SELECT 1, (:query", "SELECT 1, :query) b (a, b) --"):
-        with pytest.raises(ValueError, match="one statement is needed, its brackets and quotes closed"):
+        with pytest.raises(ValueError, match="one statement is needed, with closed brackets and quotes"):
             Search(words_query=text)
 
 

@@ -125,19 +125,19 @@ def test_no_schema_that_others_may_create_in_is_on_the_path(
         found = inputs.check(phase.connection, phase.params).failed
         assert [g.name for g in found] == ["inputs.only_the_trusted_create_on_the_path"]
         assert str(found[0]) == (
-            "FAIL    inputs.only_the_trusted_create_on_the_path   schemas that legacy.query finds its names in\n"
+            "FAIL    inputs.only_the_trusted_create_on_the_path   schemas on legacy.query's search path\n"
             f"  found   {mallory} may create in postgres; {mallory} may create in public\n"
-            "  needed  CREATE held by superusers, this role, and the owners of database and table alone\n"
-            "  danger  what is made in postgres, public and fits a call of legacy.query better than PostgreSQL's own"
+            "  needed  CREATE only for superusers, this role, and the owners of the database and the table\n"
+            "  danger  what is made in postgres, public and fits a call of legacy.query better than PostgreSQL's"
             " function or operator runs as postgres, and in the search function as its caller\n"
             f"  do      REVOKE CREATE ON SCHEMA postgres FROM {mallory};"
-            f" REVOKE CREATE ON SCHEMA public FROM {mallory}; or agree to it: accept.open_schemas: [postgres, public]"
+            f" REVOKE CREATE ON SCHEMA public FROM {mallory}; or accept it: accept.open_schemas: [postgres, public]"
         )
         agreed = open_phase(extension={"schema": "vectors"}, accept={"open_schemas": ["postgres"]})
         (gate,) = inputs.check(agreed.connection, agreed.params).failed
         assert gate.found == f"{mallory} may create in public"
         assert gate.danger.startswith("what is made in public and fits a call")
-        assert gate.do.endswith("or agree to it: accept.open_schemas: [postgres, public]"), "the whole list"
+        assert gate.do.endswith("or accept it: accept.open_schemas: [postgres, public]"), "the whole list"
 
 
 @pytest.mark.attack

@@ -182,7 +182,7 @@ def test_a_refresh_goes_on_while_another_counts_the_words(
     with psycopg.connect(database) as other:
         other.execute("SELECT FROM runbook.hybrid FOR UPDATE")
         refresh.apply(open_phase("operate/refresh", search=COLUMN, locks={"timeout_ms": 20, "tries": 2}))
-    assert "the words are being counted by another worker" in capsys.readouterr().out
+    assert "another worker is counting the words" in capsys.readouterr().out
     assert articles.execute(
         "SELECT count(*) FROM articles WHERE title ~ '^cookie' AND embedding IS NULL"
     ).fetchone() == (0,)

@@ -593,7 +593,7 @@ def test_a_function_of_somebody_else_is_not_overwritten(
 ) -> None:
     articles.execute("CREATE FUNCTION search_articles_before() RETURNS int LANGUAGE sql AS 'SELECT 1'")
     (failed,) = model_change.check(opened()).failed
-    assert failed.found == "a function search_articles_before is there already"
+    assert failed.found == "a function search_articles_before already exists"
     assert model_change.undo_plan(opened()).statements == ()
 
 

@@ -45,7 +45,7 @@ def test_a_key_that_stands_twice_is_refused(parted: psycopg.Connection[Any], mak
         'FAIL    inputs.key_identifies_rows   id of "public"."articles"\n'
         "  found   no valid unique index on this column alone, drawn from nextval('articles_id_seq'::regclass), first"
         " in articles_pkey, 7 occurs twice, NOT NULL\n"
-        "  needed  NOT NULL, with a unique index of its own; or drawn from one source, occurring once, and first in"
+        "  needed  NOT NULL, with its own unique index; or drawn from one source, occurring once, and first in"
         " an index\n"
         "  danger  a row would get no vector, or every batch would read the whole table\n"
         '  do      give the rows that share a value of "id" values of their own;'

@@ -144,7 +144,7 @@ def test_a_look_that_takes_too_long_claims_nothing(
     phase.connection.execute("SET statement_timeout = '7min'")
     (seen,) = phase.prove(look)
     assert (seen.name, str(seen.verdict)) == ("test_plans.look", "NOT RUN")
-    assert seen.found.startswith("a look took longer than 50 ms; known only after 60_build_index")
+    assert seen.found.startswith("a check took longer than 50 ms; known only after 60_build_index")
     assert phase.connection.execute("SHOW statement_timeout").fetchone() == {"statement_timeout": "7min"}
 
 
@@ -216,7 +216,7 @@ def test_an_approver_sees_lock_size_time_and_what_to_type_first() -> None:
         " Held longest, for the whole build, about 60 min 0 s: SHARE UPDATE EXCLUSIVE, which blocks vacuum and other"
         " DDL."
     )
-    assert said["What was looked at, what cannot be known yet?"] == (
+    assert said["What was checked, and what cannot be known yet?"] == (
         "2 gates would pass, by what the database says today, 1 of them tried and rolled back."
         " Not known yet: what 70_tune has to prove when carried out, recall among it."
     )
@@ -239,7 +239,7 @@ def test_a_rehearsal_of_this_table_goes_before_times_of_another_machine() -> Non
 
 def test_a_plan_names_what_waits_for_a_sign_off_and_what_was_agreed_to() -> None:
     parameters = {"approval": {"phases": ["90_cut_over"]}, "accept": {"triggers": ["audit"]}}
-    asked = "What was agreed to, and what needs a sign-off?"
+    asked = "What was accepted, and what needs a sign-off?"
     said = answers(planned_page(parameters=parameters))[asked]
     assert said == (
         "Accepted by accept.triggers: audit. 90_cut_over waits for it: `runbook approve"
@@ -280,7 +280,7 @@ def test_a_part_of_the_migration_whose_turn_has_not_come_is_not_to_be_typed() ->
 
 def test_only_trials_that_hold_count_as_tried() -> None:
     failed = seen("00_preflight", "trial.index_can_be_built", "FAIL")
-    said = answers(planned_page(more=(failed,)))["What was looked at, what cannot be known yet?"]
+    said = answers(planned_page(more=(failed,)))["What was checked, and what cannot be known yet?"]
     assert said.startswith("2 gates would pass, by what the database says today, 1 of them tried and rolled back.")
     assert "Not passed: trial.index_can_be_built." in said
 

@@ -70,7 +70,7 @@ def test_a_table_without_any_text_is_refused_before_anything_starts(
         'FAIL    inputs.some_row_has_text   "public"."articles"\n'
         f"  found   {found}\n"
         "  needed  a row with text in title, body\n"
-        "  danger  there would be nothing to embed, and nothing to measure a search by\n"
+        "  danger  there would be nothing to embed or to measure a search with\n"
         f"  do      {do}"
     )
 
@@ -137,7 +137,7 @@ def test_a_misspelt_table_gets_the_nearest_name(articles: Connection, make_param
         'FAIL    inputs.table_exists   "public"."artikles"\n'
         "  found   no such table\n"
         "  needed  a table that columns can be added to\n"
-        "  danger  nothing was started; the run would break half-way\n"
+        "  danger  nothing was started; the run would fail half-way\n"
         '  do      did you mean "public"."articles"?'
     )
 
@@ -170,7 +170,7 @@ def test_a_misspelt_column_gets_the_nearest_name(articles: Connection, make_para
         'FAIL    inputs.text_column_exists   titel of "public"."articles"\n'
         "  found   no such column\n"
         "  needed  a column of text\n"
-        "  danger  nothing was started; the run would break half-way\n"
+        "  danger  nothing was started; the run would fail half-way\n"
         "  do      did you mean title?"
     )
 
@@ -208,7 +208,7 @@ def test_a_key_that_does_not_identify_rows_is_refused_with_the_statement_that_me
     assert str(_only(inputs.input_problems(make_params()))) == (
         'FAIL    inputs.key_identifies_rows   id of "public"."articles"\n'
         f"  found   {found}\n"
-        "  needed  NOT NULL, with a primary key or unique index of its own, without a condition\n"
+        "  needed  NOT NULL, with its own primary key or unique index, without a condition\n"
         "  danger  a vector could reach two rows, or none\n"
         f"  do      {do}"
     )

@@ -772,11 +772,11 @@ def test_a_view_on_the_function_is_found_before_it_is_dropped(
     assert str(raised.value).strip() == (
         "FAIL    search.nothing_depends_on_the_function   search_articles\n"
         "  found   view found needs public.search_articles(query_text text, query_embedding real[], k integer)\n"
-        "  needed  nothing that is made on it\n"
-        "  danger  with other arguments or columns it must be dropped and made again, which PostgreSQL refuses while"
+        "  needed  no object that depends on it\n"
+        "  danger  with other arguments or columns it must be dropped and recreated, which PostgreSQL refuses while"
         " something depends on it; DROP … CASCADE would drop that too\n"
-        "  do      keep the definition (SELECT pg_get_viewdef of a view), drop it, run this again, and make it again;"
-        " nothing was changed"
+        "  do      keep the definition (SELECT pg_get_viewdef of a view), drop the object, run this again, then"
+        " recreate the object; nothing was changed"
     )
     articles.execute("DROP VIEW found")
     search_function.apply(phase)

@@ -441,13 +441,13 @@ def test_every_row_that_goes_nowhere_is_kept_with_its_reason(
     assert [g.name for g in found] == ["staging.every_row_with_text_is_ready", "staging.no_vector_was_refused"]
     assert str(found[1]) == (
         'FAIL    staging.no_vector_was_refused   "runbook"."articles_rejected"\n'
-        "  found   2 × its key comes again (for instance key 1, vectors.parquet row 203:"
+        "  found   2 × its key occurs again (for instance key 1, vectors.parquet row 203:"
         " an earlier row has this key);"
         " 1 × NaN or infinity among its numbers (for instance key 8);"
         " 1 × a zero vector, which cosine cannot rank (for instance key 7);"
         " 1 × its key is no bigint (for instance key x7, vectors.parquet row 201: id is bigint);"
         " 1 × its vector cannot be read (for instance key 6, vectors.parquet row 6: 1 dimensions, 8 needed);"
-        " 1 × made from another text than the row has now (for instance key 5, vectors.parquet row 5);"
+        " 1 × made from a text that the row no longer has (for instance key 5, vectors.parquet row 5);"
         " 1 × no row of the table has its key (for instance key 9999, vectors.parquet row 202)\n"
         "  needed  none\n"
         "  danger  these rows would have no vector, or that of another row's text\n"
@@ -487,7 +487,7 @@ def test_vectors_of_another_table_are_staged(
         cursor.executemany(f"INSERT INTO made_elsewhere VALUES (%s, (%s{cast}{type_}))", values)
     assert load_embeddings.apply(phase).rows[0][:2] == (toy.ROWS, 2)
     assert {r["reason"] for r in phase.connection.execute("SELECT reason FROM runbook.articles_rejected")} == {
-        "its key comes again",
+        "its key occurs again",
         "its key is no bigint",
     }
     assert load_embeddings.apply(phase).rows[0][:2] == (0, 2)

@@ -151,7 +151,7 @@ def test_nothing_is_written_and_the_refusal_says_what_to_do_instead(
     assert lines[1:] == [
         "%sql only reads, with execute = True as well; nothing was changed.",
         "To carry out this step, set execute = True and run its cells, which record what they do.",
-        "For anything else use psql: what it changes is not the runbook's, and is not recorded.",
+        "For anything else use psql; the runbook neither records nor rolls back what you change there.",
     ]
     assert articles.execute("SELECT count(*) FROM articles").fetchone() == before
     assert read(ready, "SELECT 1") == 1, "the next cell reads"
@@ -174,7 +174,7 @@ def test_an_error_is_the_servers_own_words_in_a_few_lines(ready: InteractiveShel
     ready.user_ns["thing"] = object()
     assert "cannot adapt type 'object'" in refused(ready, "SELECT :thing")[0]
     assert refused(ready, "SELECT :absent, :secret") == [
-        "no variable absent in this notebook. A colon that is none is written \\:"
+        "no variable absent in this notebook. Write a literal colon as \\:"
     ]
     assert read(ready, "SELECT 1") == 1
 
@@ -183,12 +183,12 @@ def test_an_error_is_the_servers_own_words_in_a_few_lines(ready: InteractiveShel
     "query", ["BEGIN", "COMMIT; DELETE FROM articles", "rollback", r"\d articles", "COPY articles TO STDOUT"]
 )
 def test_a_cell_neither_begins_nor_ends_a_transaction(ready: InteractiveShell, query: str) -> None:
-    assert refused(ready, query)[0].startswith("each %sql is a read-only transaction of its own")
+    assert refused(ready, query)[0].startswith("each %sql runs in its own read-only transaction")
 
 
 @pytest.mark.parametrize("query", ["postgresql://elsewhere/ SELECT 1", "me@there", "--connections", " ", " ; "])
 def test_no_other_connection_can_be_named(ready: InteractiveShell, query: str) -> None:
-    assert refused(ready, query) == ["%sql takes SQL: no option, and no connection but this step's own"]
+    assert refused(ready, query) == ["%sql takes only SQL: no options, and no connection other than this step's"]
 
 
 def test_a_plan_is_printed_whole_and_can_be_kept(ready: InteractiveShell, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,5 +225,5 @@ def test_after_the_server_has_ended_the_session_the_next_cell_opens_another(
 ) -> None:
     pid = read(ready, "SELECT pg_backend_pid()")
     articles.execute("SELECT pg_terminate_backend(%s::int, 5000)", [pid])
-    assert refused(ready, "SELECT 1")[1] == "The session has ended. Run the cell again: it opens another."
+    assert refused(ready, "SELECT 1")[1] == "The session has ended. Run the cell again to open another."
     assert read(ready, "SELECT pg_backend_pid()") != pid

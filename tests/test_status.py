@@ -137,7 +137,7 @@ def test_the_fullest_screen_is_24_lines_of_80_characters(open_phase: Callable[..
     assert "rows      7 missing, 9 stale besides the queued, in 1,900 sampled of 123,456,789" in lines
     assert "queue     over 10,000 changes wait for a vector, the oldest for 90.0 s" in lines
     assert "also done rebuild_index, serve_filters" in lines
-    assert lines[-1] == "next      nothing while this run is at work"
+    assert lines[-1] == "next      nothing while this run is active"
 
 
 def test_a_run_at_work_is_seen(open_phase: Callable[..., Phase], make_params: Callable[..., Params]) -> None:
@@ -147,7 +147,7 @@ def test_a_run_at_work_is_seen(open_phase: Callable[..., Phase], make_params: Ca
     with claim.held_by_runner(phase.params, "20260102T030405Z-articles"):
         lines = screen(phase.params)
     assert any(line.startswith("running   20260102T030405Z-articles, by postgres, since ") for line in lines)
-    assert lines[-1] == "next      nothing while this run is at work"
+    assert lines[-1] == "next      nothing while this run is active"
     assert target_status.where_it_stands(phase.params)["running"] is None
 
 
@@ -205,7 +205,7 @@ def test_a_table_that_somebody_has_locked_costs_a_line_and_no_wait(
     with articles.transaction():
         articles.execute("LOCK TABLE articles")
         assert status_rows.look(phase.params) == {"why_not": "canceling statement due to lock timeout"}
-    assert "rows      not looked at: no reason" in screen(phase.params, {"why_not": "no reason"})
+    assert "rows      not checked: no reason" in screen(phase.params, {"why_not": "no reason"})
 
 
 def test_whoever_may_read_the_ledger_alone_sees_all_but_the_rows(
@@ -224,7 +224,7 @@ def test_whoever_may_read_the_ledger_alone_sees_all_but_the_rows(
     for right in ("USAGE ON SCHEMA runbook", "SELECT ON runbook.entry"):
         articles.execute(sql.SQL(f"GRANT {right} TO {{}}").format(sql.Identifier(reader)))
     lines = screen(phase.params, status_rows.look(phase.params))
-    assert "rows      not looked at: permission denied for table articles_queue" in lines
+    assert "rows      not checked: permission denied for table articles_queue" in lines
     assert lines[-1] == "next      runbook run 'params/a b.yaml' --execute"
 
 

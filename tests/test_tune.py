@@ -303,7 +303,7 @@ def test_a_dear_class_is_told_what_to_build_and_why(
         'CREATE INDEX CONCURRENTLY ON "public"."articles"'
         ' USING hnsw ("embedding" "public"."vector_cosine_ops") WHERE "status"'
     )
-    assert advice(phase, few) == (f"{reason}Give each value an index of its own: {create} = 'a'; {create} = 'b''s';")
+    assert advice(phase, few) == (f"{reason}Give each value its own index: {create} = 'a'; {create} = 'b''s';")
     assert advice(phase, many) == (f"{reason}Partition the table by status, with a vector index on each partition")
     assert cheapest_way._advice(phase.connection, phase.params, few, [], measured(DEAR, p50_ms=4)) == "", (
         "fast enough as it is"

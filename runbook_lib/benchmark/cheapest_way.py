@@ -171,7 +171,7 @@ def _advice(
     if best:
         reason += f"; the index, at {best.way}, finds {best.recall:.3f} in {best.p50_ms:.1f} ms"
     if not of.columns:
-        return f"{reason}. An index that finds the rows of these conditions would help"
+        return f"{reason}. An index on what these conditions compare would help"
     if not filter_classes.has_btree(connection, params, of.columns):
         return f"{reason}. Find its rows by an index: {_btree(params, of.columns)}"
     if not vector_store.of(params).knows_filters:
@@ -180,7 +180,7 @@ def _advice(
         return f"{reason}. The vectors are in {there}: an index for these rows alone needs vector.layout: column"
     if not of.shares or len(of.shares) > MOST_PARTIAL_INDEXES:
         return f"{reason}. Partition the table by {', '.join(of.columns)}, with a vector index on each partition"
-    return f"{reason}. Give each value an index of its own: {' '.join(_partial(params, of))}"
+    return f"{reason}. Give each value its own index: {' '.join(_partial(params, of))}"
 
 
 def _denser_index(params: Params, points: Sequence[Measured]) -> str:
@@ -192,7 +192,7 @@ def _denser_index(params: Params, points: Sequence[Measured]) -> str:
         # Plans are known to read the vectors' index by its name.
         name = identifier(shortened(index_name(params), "_always"))
         statement = _pasted(_create(params, verbatim(kept), name))
-        found += f"Give the rows of target.always an index of their own, and run 70_tune again: {statement} Or: "
+        found += f"Build a partial index on the rows of target.always, and run 70_tune again: {statement} Or: "
     if i.storage == "bit":
         return f"{found}Sort more rows again, index.rerank: {2 * i.rerank}, or go over to index.storage: halfvec"
     if i.method == "ivfflat":

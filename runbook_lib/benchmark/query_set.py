@@ -106,7 +106,7 @@ def read_queries(params: Params) -> list[Query]:
         elif query_id in lines:
             problems.add(path, line, f"query_id {query_id} again, as in line {lines[query_id]}", "each query_id once")
         elif wrong := _wrong_filters(params, record.get("filters")):
-            problems.add(path, line, f"filters: {wrong}", "an object: a value by the name of each of target.filters")
+            problems.add(path, line, f"filters: {wrong}", "an object with values for the names in target.filters")
         else:
             lines[query_id] = line
             queries.append(Query(query_id, text, filters=_allowed(params, record.get("filters") or {})))

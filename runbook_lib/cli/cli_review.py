@@ -76,8 +76,8 @@ def verify(params_file: Path, run_id: str, head: str) -> None:
 def record(params_file: Path, run_id: str | None) -> None:
     """Write the page of the whole migration. It is runs/TARGET/index.html, made from the ledger alone.
 
-    With RUN_ID: write and seal a missing record from ledger and notebooks, of a run whose disk was full, or of work
-    in JupyterLab that was killed.
+    With RUN_ID: write and seal a missing record from the ledger and notebooks, after a full disk or a killed
+    JupyterLab.
     """
     from runbook_lib.core.target import load_params
     from runbook_lib.runner import by_hand, finishing
@@ -102,7 +102,7 @@ def diff(a: str, b: str, runs_dir: Path, notebooks: bool) -> None:
     """Compare two runs, by id or folder. Figures first, then the notebooks.
 
     \b
-    Exit codes, as of diff(1):
+    Exit codes, like those of diff(1):
       0  the same figures, gates and statements; times and notebooks do not count
       1  they differ
       2  one of them cannot be read

@@ -67,9 +67,9 @@ class Wishes:
 def write(wishes: Wishes, output: Path | None, *, force: bool, ask: Ask, say: Say, interactive: bool = False) -> Path:
     """Looks, asks, and writes the params file, and a starter queries file if none was given; returns its path.
 
-    interactive: an answer that cannot be used is asked for again, with the reason.
-    Raises BadInput where a file is there already (without ``force``), the server cannot be reached, or the table
-    has no key or no text; then nothing was written.
+    interactive: an answer that cannot be used is asked for again, with the reason. Raises BadInput where a file
+    already exists (without ``force``), the server cannot be reached, or the table has no key or no text; then nothing
+    was written.
     """
     patiently = partial(_patiently, say, interactive)
     wishes, only_connection, opened = patiently(wishes.dsn_env or wishes.service, lambda: _connection(wishes, ask))
@@ -221,7 +221,7 @@ def _which_key(found: FoundTable, wishes: Wishes, ask: Ask) -> str:
         "key_is_found",
         found.name,
         f"{key} is not one" if key else "no primary key, and no other column that identifies a row",
-        f"a NOT NULL column of type {', '.join(table_checks.KEY_TYPES)} with a unique index of its own",
+        f"a NOT NULL column of type {', '.join(table_checks.KEY_TYPES)} with its own unique index",
         _nearest(key, found.keys) + f"say --key with one of {', '.join(found.keys)}"
         if found.keys
         else f"ALTER TABLE {found.name} ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY;"

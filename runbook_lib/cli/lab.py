@@ -19,7 +19,7 @@ from runbook_lib.runner.manifest import SYMBOLS, Status
 @click.option("--no-browser", is_flag=True, help="Print the address, open no browser.")
 @click.option("--port", type=int, help="Port of JupyterLab; the first free one from 8888 if not given.")
 @click.option(
-    "--ip", help="Address that JupyterLab listens on, such as 0.0.0.0 in a container; this machine only if not given."
+    "--ip", help="Address that JupyterLab listens on, such as 0.0.0.0 in a container; by default this machine only."
 )
 def lab(params_file: Path, no_browser: bool, port: int | None, ip: str | None) -> None:
     """Step through the notebooks in JupyterLab. It opens copies below runs/; Ctrl-C ends it and makes the record.

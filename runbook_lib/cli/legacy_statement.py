@@ -78,7 +78,7 @@ def of_statement(text: str, filters: Mapping[str, str], text_search_config: str)
         assumed.append(f"an equality is a filter that may be absent: {', '.join(used)}")
     query, conditions = _comparisons(query, filters)
     if conditions:
-        assumed.append(f"a comparison is a filter that may be absent: {', '.join(conditions)}")
+        assumed.append(f"each comparison became an optional filter: {', '.join(conditions)}")
     if ":k" not in query:
         query, missing = _with_limit(query)
         assumed.append(missing)

@@ -174,9 +174,10 @@ def operate(params_file: Path, name: str, execute: bool, take_back: bool, quiet:
 @main.command(name="help-out", epilog=EXIT_CODES_HELP)
 @PARAMS
 def help_out(params_file: Path) -> None:
-    """Help with a backfill from this machine. It ends when no range of rows is left.
+    """Help with a backfill from this machine.
 
-    The run that began it finishes and proves it. A helper that stops costs nothing: its range is taken over.
+    It ends when no range of rows is left; the run that began the backfill finishes and proves it. If a helper stops,
+    another worker takes over its range.
     """
     from runbook_lib.migrate import backfill
 
@@ -190,10 +191,11 @@ def help_out(params_file: Path) -> None:
 def check(params_file: Path, quiet: bool) -> None:
     """Check parameters and inputs. After a migration, also that the search meets the baseline. Starts nothing.
 
-    What can only be tried is tried and rolled back: this locks the table for a few tenths of a second at most, and
-    every wait is bounded.
+    Later statements are tried and rolled back, which locks the table for a few tenths of a second at most; every wait
+    is limited.
 
-    Exits with 2 and every problem if a run would not start, with 1 and every failed gate if the search regressed.
+    Exits with 2 and lists every problem if a run would not start, with 1 and every failed gate if the search got
+    worse.
     """
     from runbook_lib.core.gates import BadInput
     from runbook_lib.core.target import load_params
@@ -273,7 +275,7 @@ def init_(output: Path | None, force: bool, **wishes: Any) -> None:
 @PARAMS
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(params_file: Path, as_json: bool) -> None:
-    """Show where the target stands, and what is next. One screen; quick on a table of any size."""
+    """Show the state of the target and the next command. One screen; quick on a table of any size."""
     from runbook_lib.core import db
     from runbook_lib.core.gates import BadInput
     from runbook_lib.core.target import load_params
@@ -334,7 +336,9 @@ def demo(lab: bool, stop: bool, rows: int) -> None:
                 open_lab(DEMO_PARAMS)
                 return
             result = runner.run(DEMO_PARAMS, execute=True, say=say)
-            say("the server stops now; `runbook demo --lab` keeps one up, with $RUNBOOK_DEMO_DSN in its terminals")
+            say(
+                "the server stops now; `runbook demo --lab` keeps it running, with $RUNBOOK_DEMO_DSN in its terminals"
+            )
         _end(result)
 
 

@@ -84,7 +84,7 @@ def ask(
             found="no such function",
             needed="the search function of this target",
             danger="nothing was asked",
-            do="run 10_baseline, which makes it",
+            do="run 10_baseline, which creates it",
         )
         raise BadInput([missing])
     route, share = search_function.current_route(connection, params)

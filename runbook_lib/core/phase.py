@@ -256,9 +256,9 @@ class Phase:
     def prove(self, look: Callable[[Phase], Gates], *, ahead: bool = False, midway: bool = False) -> Gates:
         """Looks at the database and judges; raises GateFailed, after showing the gates.
 
-        A run that carries nothing out looks as well where the look is ``ahead`` of any change, and at what is there
-        already: what holds says WOULD PASS. What only the step itself brings about says NOT RUN. midway: the step
-        goes on after these gates, so they do not close it.
+        A run that carries nothing out looks as well where the look is ``ahead`` of any change, and at what already
+        exists: what holds says WOULD PASS. What only the step itself brings about says NOT RUN. midway: the step goes
+        on after these gates, so they do not close it.
         """
         self._must_be_connected()
         name = _name(look)
@@ -291,7 +291,7 @@ class Phase:
                 with db.bounded(self.connection, plans.LONGEST_LOOK):
                     return plans.of_what_is_there(self.name, look(self))
             except psycopg.errors.QueryCanceled:
-                why = f"a look took longer than {plans.LONGEST_LOOK}; "
+                why = f"a check took longer than {plans.LONGEST_LOOK}; "
             except psycopg.Error as error:
                 db.raise_if_lost(self.connection, error)
         return plans.not_there_yet(name, self.name, left, look, why)

@@ -130,7 +130,7 @@ def _read(cell: str, connect_: Callable[[], psycopg.Connection[Any]]) -> pandas.
             setattr(magic, name, value)
     parsed = parse(cell, magic)
     if parsed["connection"] or _is_empty(parsed["sql"]):
-        raise ReadFailed("%sql takes SQL: no option, and no connection but this step's own")
+        raise ReadFailed("%sql takes only SQL: no options, and no connection other than this step's")
     _refuse_what_is_no_read(parsed["sql"])
     reading = _Reading(connect_(), magic.autolimit or None)
     result = run(reading, NO_VARIABLES.sub(_without_variables, parsed["sql"]), magic, shell.user_ns)
@@ -150,7 +150,7 @@ def _read(cell: str, connect_: Callable[[], psycopg.Connection[Any]]) -> pandas.
 
 def _refuse_what_is_no_read(text: str) -> None:
     if NO_READ.match(text):
-        raise ReadFailed("each %sql is a read-only transaction of its own; it takes no BEGIN, COMMIT, COPY or \\d")
+        raise ReadFailed("each %sql runs in its own read-only transaction, without BEGIN, COMMIT, COPY or \\d")
 
 
 def _is_empty(text: str) -> bool:
@@ -194,9 +194,7 @@ class _Reading:
         statement, names = str(compiled), list(compiled.params)
         _refuse_what_is_no_read(statement)
         if unknown := [name for name in names if name not in namespace]:
-            raise ReadFailed(
-                f"no variable {', '.join(unknown)} in this notebook. A colon that is none is written \\:"
-            )
+            raise ReadFailed(f"no variable {', '.join(unknown)} in this notebook. Write a literal colon as \\:")
         try:
             with self.connection.transaction():
                 self.last = self._rows(statement, {name: namespace[name] for name in names})
@@ -263,10 +261,10 @@ def _said(error: psycopg.Error) -> str:
             lines[0],
             "%sql only reads, with execute = True as well; nothing was changed.",
             "To carry out this step, set execute = True and run its cells, which record what they do.",
-            "For anything else use psql: what it changes is not the runbook's, and is not recorded.",
+            "For anything else use psql; the runbook neither records nor rolls back what you change there.",
         ]
     elif isinstance(error, psycopg.OperationalError) and error.diag.sqlstate in (None, "57P01"):
-        lines = [lines[0], "The session has ended. Run the cell again: it opens another."]
+        lines = [lines[0], "The session has ended. Run the cell again to open another."]
     elif isinstance(error, psycopg.DataError) and error.diag.sqlstate is None:
         lines = [lines[0], "Python has no such value. Cast the column to read it: ::text"]
     return "\n".join(lines)

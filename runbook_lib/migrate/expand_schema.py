@@ -41,7 +41,7 @@ def _what_is_there(connection: db.Connection, params: Params) -> db.Row:
 
 
 def plan(phase: Phase) -> db.Plan:
-    """The statements that are still to be carried out; what is there already is left alone."""
+    """The statements that are still to be carried out; what already exists is left alone."""
     connection, params = phase.connection, phase.params
     there, p = _what_is_there(connection, params), params
     wanted = [

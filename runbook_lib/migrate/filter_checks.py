@@ -52,7 +52,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
             found=f"PostgreSQL says: {seen.problem}" if seen.problem else "planned",
             needed=f"one condition on a row t of {spelled(params, 'table')}{value}",
             danger="every search with it would fail",
-            do="try it in psql: SELECT … FROM the table t WHERE …; name what is in other schemas with its schema",
+            do="try it in psql: SELECT … FROM the table t WHERE …; qualify names from other schemas",
         )
         if seen.volatile:
             yield _volatile(subject)
@@ -68,9 +68,9 @@ def _volatile(subject: str) -> Gate:
         False,
         subject,
         found="a volatile function, such as random() or clock_timestamp()",
-        needed="STABLE or IMMUTABLE functions alone, such as now()",
-        danger="the same search would let other rows through each time, and no recall could be measured",
-        do="leave the function out, or declare your own STABLE if it changes nothing",
+        needed="only STABLE or IMMUTABLE functions, such as now()",
+        danger="the same search would match different rows each time, so recall could not be measured",
+        do="leave the function out; if it is yours and changes nothing, declare it STABLE",
     )
 
 
@@ -84,7 +84,7 @@ def privileges(name: str, params: Params, lacking: Sequence[db.Row], named_by: s
         "search.grant_to and search.seen_as",
         found=some(said, SHOWN, "; ") or f"{len(callers(params))} roles may read it",
         needed=f"SELECT on the columns, EXECUTE on the functions that {named_by}",
-        danger=f"the search function runs with its caller's rights: their {failing} would fail",
+        danger=f"the search function runs with its caller's privileges: their {failing} would fail",
         do=f"have their owner run: {' '.join(grants)}",
     )
 
@@ -103,7 +103,7 @@ def _looked_at(connection: db.Connection, params: Params, f: Filter) -> Found:
         db.raise_if_lost(connection, error)
         return Found(update_effects.said(error))
     if not there:
-        return Found(f"type {f.type} does not exist, or is none of a value")
+        return Found(f"type {f.type} does not exist, or no value can have it")
     value = sql.SQL("NULL::{}").format(verbatim(f.type))
     return of_condition(connection, params, conditions.holds(connection, params, f, value))
 

@@ -97,7 +97,7 @@ def check_words_query(connection: db.Connection, params: Params) -> Iterator[Gat
         found=f"PostgreSQL says: {seen.problem}" if seen.problem else "planned",
         needed=f"a SELECT of two columns, {params.target.key} of {spelled(params, 'table')} and a score",
         danger="every hybrid search would fail",
-        do="try it in psql with values in place of :query and :k; name what is in other schemas with its schema",
+        do="try it in psql with values in place of :query and :k; qualify names from other schemas",
     )
     if not seen.problem:
         name = "inputs.callers_may_read_what_words_query_reads"

@@ -52,7 +52,7 @@ def input_problems(params: Params) -> Gates:
 
 
 def check(connection: db.Connection, params: Params) -> Gates:
-    """The same checks on a connection that is there already."""
+    """The same checks on a connection that already exists."""
     return collect([*_server(connection, params), *_files(params)])
 
 

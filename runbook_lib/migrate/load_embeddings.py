@@ -205,7 +205,7 @@ def _wanted(connection: db.Connection, params: Params, rows: sources.SourceRows,
         row, fault = found[key], rows.faults.get(i)
         made_from = rows.text_hashes[i] if rows.text_hashes else None
         if row["again"]:
-            refused.append(_refusal(params, rows, i, key, "its key comes again", "an earlier row has this key"))
+            refused.append(_refusal(params, rows, i, key, "its key occurs again", "an earlier row has this key"))
         elif not row["known"]:
             refused.append(_refusal(params, rows, i, key, "no row of the table has its key", ""))
         elif row["current"] or row["staged"] or not row["has_text"]:
@@ -213,7 +213,7 @@ def _wanted(connection: db.Connection, params: Params, rows: sources.SourceRows,
         elif fault:
             refused.append(_refusal(params, rows, i, key, "its vector cannot be read", fault))
         elif made_from is not None and made_from != row["text_hash"]:
-            refused.append(_refusal(params, rows, i, key, "made from another text than the row has now", ""))
+            refused.append(_refusal(params, rows, i, key, "made from a text that the row no longer has", ""))
         else:
             wanted.append(i)
     back = {i: key for key, i in keys.items()}
@@ -240,7 +240,7 @@ def _read_keys(params: Params, rows: sources.SourceRows, kind: str) -> tuple[dic
             continue
         if key in keys:
             detail = f"row {rows.places[keys[key]]} has this key"
-            refused.append(_refusal(params, rows, i, key, "its key comes again", detail))
+            refused.append(_refusal(params, rows, i, key, "its key occurs again", detail))
         else:
             keys[key] = i
     return keys, refused
@@ -331,7 +331,7 @@ def _vectors_are_sound(connection: db.Connection, params: Params) -> Gate:
         found=f"{number(vectors['staged'])} staged; {vectors['wrong_dimension']} of another dimension,"
         f" {vectors['zero']} without direction",
         needed=f"{params.vector.dimension} dimensions each"
-        + (", none all zero (cosine)" if params.vector.distance == "cosine" else ""),
+        + (", no zero vectors (cosine)" if params.vector.distance == "cosine" else ""),
         danger="a zero vector is left out of a cosine index without a word",
         do="look at the model's output for these rows, and run this phase again",
         figures=dict(vectors),

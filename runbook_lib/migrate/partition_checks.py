@@ -93,8 +93,7 @@ def key_is_unique(connection: db.Connection, params: Params, table: db.Row, not_
         bool(may_count) and not twice,
         f"{key} of {subject}",
         found=", ".join(found),
-        needed="NOT NULL, with a unique index of its own; or drawn from one source, occurring once, and first in an"
-        " index",
+        needed="NOT NULL, with its own unique index; or drawn from one source, occurring once, and first in an index",
         danger="a row would get no vector, or every batch would read the whole table",
         do=" ".join(text for held, text in todo if not held).rstrip(";") + ";",
     )

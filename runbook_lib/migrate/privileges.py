@@ -141,14 +141,14 @@ def check_open_schemas(connection: db.Connection, params: Params) -> Gate:
     return gate(
         "inputs.only_the_trusted_create_on_the_path",
         not open_now,
-        "schemas that legacy.query finds its names in",
+        "schemas on legacy.query's search path",
         found="; ".join(map(_described, open_now))
         or ("others may create in none" + (f", but for {', '.join(agreed)}: agreed to" if agreed else "")),
-        needed="CREATE held by superusers, this role, and the owners of database and table alone",
+        needed="CREATE only for superusers, this role, and the owners of the database and the table",
         danger=f"what is made in {', '.join(row['schema'] for row in open_now)} and fits a call of legacy.query"
-        f" better than PostgreSQL's own function or operator runs as {connection.info.user}, and in the search"
+        f" better than PostgreSQL's function or operator runs as {connection.info.user}, and in the search"
         " function as its caller",
-        do=" ".join([*filter(None, map(_remedy, open_now)), f"or agree to it: accept.open_schemas: [{names}]"]),
+        do=" ".join([*filter(None, map(_remedy, open_now)), f"or accept it: accept.open_schemas: [{names}]"]),
     )
 
 

@@ -21,7 +21,7 @@ from runbook_lib.sql import load
 
 SQL = load("inputs")
 
-NOTHING_STARTED = "nothing was started; the run would break half-way"
+NOTHING_STARTED = "nothing was started; the run would fail half-way"
 FIX_PARAMS = "fix the params file and rerun the same command"
 KEY_TYPES = ("bigint", "integer", "uuid", "text", "character varying")
 # Rows are deleted while a migration is under way; more than this and the judgements are of another table.
@@ -148,7 +148,7 @@ def _key_is_unique(look: Look) -> Gate:
         bool(found) and not_null,
         f"{key} of {look.subject}",
         found=f"{unique}, {'NOT NULL' if not_null else 'NULL allowed'}",
-        needed="NOT NULL, with a primary key or unique index of its own, without a condition",
+        needed="NOT NULL, with its own primary key or unique index, without a condition",
         danger="a vector could reach two rows, or none",
         do=" ".join(wanted),
     )
@@ -185,7 +185,7 @@ def _some_row_has_text(look: Look) -> Gate:
         look.subject,
         found=found,
         needed=f"a row with text in {columns}",
-        danger="there would be nothing to embed, and nothing to measure a search by",
+        danger="there would be nothing to embed or to measure a search with",
         do="resolve what the server reports, then rerun the same command"
         if holds is None
         else "name the columns that hold text in target.text_columns"
@@ -233,6 +233,6 @@ def _judgement_gate(look: Look, holds: bool | None, found: str) -> Gate:
         found=found,
         needed=f"every judged key a {look.params.target.key} of {look.subject}, but for"
         f" {MOST_JUDGED_ROWS_GONE:.0%} that may have been deleted since",
-        danger="a right answer that cannot be found would count against every search",
-        do="take the unknown keys out of the file, or make the judgements on this database's rows",
+        danger="a relevant row that does not exist would count against every search",
+        do="remove the unknown keys from the file, or judge this database's rows",
     )

@@ -252,7 +252,7 @@ def _ledger(ledger: Ledger, params: Params) -> list[db.Statement]:
 
 
 def _function(phase: Phase) -> list[db.Statement]:
-    """Where it is there already, making it again would lock its catalogue rows under calls that are under way."""
+    """Where it already exists, making it again would lock its catalogue rows under calls that are under way."""
     if search_function.function_state(phase.connection, phase.params):
         return []
     # Counting words takes seconds on a large table, and needs no right that reading it does not.

@@ -81,7 +81,7 @@ class Tuning:
 
     def advice(self) -> list[str]:
         """What would make the classes fast that are not."""
-        unknown = "no values to measure it with, so it is searched exactly; give some as filters of queries.file"
+        unknown = "no values to measure it with, so it is searched exactly; add some as filters in queries.file"
         return [
             *(f"{c.of}: {c.advice}" for c in self.choices if c.advice),
             *(f"{n}: {unknown}" for n in self.unmeasured),

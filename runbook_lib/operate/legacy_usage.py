@@ -157,7 +157,8 @@ def _no_legacy_call(params: Params, now: Look, before: Look | None) -> Gate:
         holds,
         "searches by LIKE, full text or similarity",
         found=found,
-        needed=f"no call for {params.retire.unused_days:g} days, as two looks or the statistics' age show",
+        needed=f"no call for {params.retire.unused_days:g} days, as shown by two runs or by the age"
+        " of the statistics",
         danger="whoever still sends such a search would read the whole table, again and again",
         do=do,
         figures={"calls": now.calls, "since_s": now.calls_reset_s, "earlier_s": before.at_s if before else None},
@@ -192,7 +193,7 @@ def _judge_calls(params: Params, now: Look, before: Look | None) -> tuple[bool |
         lost = f"no call, but {number(now.thrown_out)} statements were thrown out for want of room"
         return None, lost, f"raise pg_stat_statements.max, and {_again(params, now.at_s)}"
     found = f"{_said(now, called)} since {_day(now.calls_reset_s)}; when, one look does not tell"
-    return None, found, f"this look is written down with execute: true; {_again(params, now.at_s)}"
+    return None, found, f"with execute: true this check is recorded; {_again(params, now.at_s)}"
 
 
 def _judge_without_age(
@@ -259,4 +260,4 @@ def _judge_reads(params: Params, now: Look, before: Look | None, name: str) -> t
     if not scans:
         return True, f"not read since {_day(now.reset_s)}", ""
     found = f"{number(scans)} scans since {_day(now.reset_s)}; when, one look does not tell"
-    return None, found, f"this look is written down with execute: true; {_again(params, now.at_s)}"
+    return None, found, f"with execute: true this check is recorded; {_again(params, now.at_s)}"

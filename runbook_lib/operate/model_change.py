@@ -153,7 +153,7 @@ def _targets_fit(connection: db.Connection, params: Params, old: Params) -> Gate
         not wrong,
         f"{old.target.name} and {params.target.name}",
         found="; ".join(wrong)
-        or f"one table, {old.vector.column} and {params.vector.column}, alike but for the model",
+        or f"one table, {old.vector.column} and {params.vector.column}, the same except for the model",
         needed="the same table, key, filters, database and ledger; a name, a column and a function of its own",
         danger="the function could not answer for the other without the application noticing",
         do="fix the params file of the new target; filters in the same order",
@@ -165,7 +165,7 @@ def _somebodys_copy(connection: db.Connection, params: Params, old: Params, was:
     copy = facts(connection, params, before_name(old), old.function_name)
     if copy is None or was is None or stage(connection, params):
         return []
-    return [] if _renamed(copy) == was["definition"] else [f"a function {before_name(old)} is there already"]
+    return [] if _renamed(copy) == was["definition"] else [f"a function {before_name(old)} already exists"]
 
 
 def _old_serves(connection: db.Connection, ledger: Ledger, params: Params) -> Gate:

@@ -183,8 +183,8 @@ def _recall_holds(connection: db.Connection, ledger: Ledger, params: Params) -> 
         found=f"recall@{params.queries.k} {shown} on {len(queries)} queries and {len(rows)} rows",
         needed=f"{least}, the target less watch.largest_recall_loss",
         danger="the index hides answers that exact search finds",
-        do="run 70_tune again; if no setting reaches it, run operate/rebuild_index: many rows of one vector, written"
-        " since the build, cut others off, whatever the setting",
+        do="run 70_tune again; if no setting reaches it, run operate/rebuild_index: many rows with nearly the same"
+        " vector, written since the build, hide others at any setting",
         figures={"recall": found, "queries": len(queries), "rows": len(rows)},
     )
 
@@ -366,7 +366,7 @@ def _dead_rows_are_few(connection: db.Connection, ledger: Ledger, params: Params
         + (f", without {number(outside)} that died before the index was built" if outside else ""),
         needed=f"at most {most} %",
         danger="an index scan spends its candidates on dead rows, and returns fewer than were asked for",
-        do=f"VACUUM (ANALYZE) {spelled(params, 'vectors')}, and look at what keeps autovacuum from it",
+        do=f"VACUUM (ANALYZE) {spelled(params, 'vectors')}, and find out why autovacuum did not do it",
         figures={"dead": dead, "live": found["live"]},
     )
 

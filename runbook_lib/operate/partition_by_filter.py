@@ -65,7 +65,7 @@ def _table_is_ordinary(ledger: Ledger, params: Params, found: TwinState) -> Gate
         _subject(params),
         found="the vectors are in a table of their own"
         if not divisible
-        else f"{spelled_beside(params, WHOLE)} is there already"
+        else f"{spelled_beside(params, WHOLE)} already exists"
         if clash
         else "partitioned, not by this operation"
         if foreign

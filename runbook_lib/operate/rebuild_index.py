@@ -244,7 +244,7 @@ def recall_gate(
         danger="the index would hide answers that exact search finds, and that the one before found",
         do=do
         + (
-            "raise index.rerank, or go over to index.storage: halfvec; nothing else has changed"
+            "raise index.rerank, or change to index.storage: halfvec; nothing else has changed"
             if params.index.storage == "bit"
             else "build with a higher ef_construction or m in index; nothing else has changed"
         ),

@@ -69,7 +69,7 @@ def apply(phase: Phase) -> Table:
         for count in _count(phase):
             phase.do(count)
     except LockNotObtained:
-        print("  the words are being counted by another worker")
+        print("  another worker is counting the words")
     phase.note("refresh", {"began": began.isoformat(), **vars(drained)})
     shown = {"changes": drained.changes, "rows embedded": drained.updated, "set aside": drained.refused}
     return Table.of([shown | {"put off, since another session holds the row": drained.put_off}])

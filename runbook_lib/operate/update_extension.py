@@ -285,7 +285,7 @@ def _recall_is_kept(phase: Phase) -> Gate:
     last = phase.ledger.latest("upgrade")
     before = _recall_of(phase.ledger, last["from"]) if last else None
     was, now = (index_recall.IndexRecall.of_data(body) for body in (before, _measure(phase)))
-    do = "run operate/rebuild_index: many rows of one vector, written since the build, cut others off; or "
+    do = "run operate/rebuild_index: many rows with nearly the same vector, written since the build, hide others; or "
     return rebuild_index.recall_gate(phase.params, "upgrade.recall_is_kept", index_name(phase.params), was, now, do)
 
 

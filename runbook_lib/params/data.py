@@ -352,7 +352,7 @@ class Search(Section):
         value = value and value.strip().rstrip(";")
         # Its columns are listed with commas, which no expression has outside of brackets.
         if value and not is_one_expression(f"({value}\n)"):
-            raise ValueError("one statement is needed, its brackets and quotes closed")
+            raise ValueError("one statement is needed, with closed brackets and quotes")
         return value
 
     @model_validator(mode="after")

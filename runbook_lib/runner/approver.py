@@ -42,11 +42,11 @@ def answer(
     questions = [
         Question("What would be done?", _done(run, planned), PLANNED),
         Question("Which is the strongest lock, for how long?", _lock(run, found, gates, planned), PLANNED),
-        Question("What room does it need?", _room(found, gates), GATES) if sized else None,
+        Question("How much space does it need?", _room(found, gates), GATES) if sized else None,
         Question("What does it cost afterwards?", [f"Writes: {write_cost(found)}"], FORECAST) if sized else None,
         Question("How long does it take?", _time(run, found), FORECAST),
-        Question("What was looked at, what cannot be known yet?", [*_looked_at(gates), *_later(run, gates)], LATER),
-        Question("What was agreed to, and what needs a sign-off?", _consent(run, found, gates, read=read), GATES),
+        Question("What was checked, and what cannot be known yet?", [*_looked_at(gates), *_later(run, gates)], LATER),
+        Question("What was accepted, and what needs a sign-off?", _consent(run, found, gates, read=read), GATES),
         Question("How would it be rolled back?", *_back(run)),
         Question("Who made this plan, where?", who(run, own), ("evidence", "versions and parameters")),
         Question("What do I type?", *_typed(run, gates)),
@@ -230,7 +230,7 @@ def _looked_at(gates: Sequence[Mapping[str, Any]]) -> list[str]:
 def _later(run: Manifest, gates: Sequence[Mapping[str, Any]]) -> list[str]:
     steps = list(dict.fromkeys(g["phase"] for g in gates if _is_later(g)))
     if not steps:
-        return [NOT_KNOWN if _stopped(run) else "All that is to hold was looked at."]
+        return [NOT_KNOWN if _stopped(run) else "Every gate was checked."]
     known = {"70_tune": "recall", "80_shadow": "relevance and latency"}
     which = ", ".join(steps) if len(steps) <= FEW else f"{len(steps)} steps, {steps[0]} to {steps[-1]},"
     told = [what for step, what in known.items() if step in steps]
@@ -267,14 +267,14 @@ def _back(run: Manifest) -> tuple[list[str], tuple[str, str], str]:
         return ["This is a rollback; to go forward again, run the steps again."], PLANNED, ""
     steps = [n for n in UNDO if names & {*STEPS[n].rolls_back}]
     ways = ", ".join(f"{short(n)} ({STEPS[n].takes})" for n in steps)
-    lines = [f"From wherever it has come to, in this order: {ways}. The table is then as it was; the ledger stays."]
+    lines = [f"At any point, in this order: {ways}. The table is then as it was; the ledger stays."]
     return lines, PLANNED, rollbacks.command(run.params_file)
 
 
 def _typed(run: Manifest, gates: Sequence[Mapping[str, Any]]) -> tuple[list[str], tuple[str, str], str]:
     """The command that carries out what was planned, and nothing else."""
     if any(p.status != Status.PLANNED for p in run.phases):
-        return ["Nothing yet: settle what stopped the plan, then make it again."], GATES, ""
+        return ["Nothing yet: resolve what stopped the plan, then plan again."], GATES, ""
     file, names = shlex.quote(run.params_file), [p.name for p in run.phases]
     order = [g for g in gates if g["name"] == "phase.predecessor_passed" and g["verdict"] == Verdict.NOT_RUN]
     if before := [g["subject"] for g in order if g["subject"] not in names]:
@@ -289,5 +289,7 @@ def _typed(run: Manifest, gates: Sequence[Mapping[str, Any]]) -> tuple[list[str]
         command = f"runbook operate {file} {short(operation_of(run.operation))}{undo} --execute"
     elif run.way == "undo":
         command = rollbacks.command(run.params_file, names[-1] if names[-1] != UNDO[-1] else "")
-    lines = ["Nothing was carried out. This carries it out; each step looks again, and stops where a gate fails:"]
+    lines = [
+        "Nothing was carried out. This command carries it out; each step checks again and stops if a gate fails:"
+    ]
     return lines, ("evidence", "parameters"), command

@@ -127,7 +127,7 @@ def settle_abandoned(params: Params, execute: bool) -> None:
     that it began here, by that process, and did not end; and never while its runner is still connected.
     """
     for folder, old in manifests.abandoned(params.record.runs_dir, params.target.name):
-        settled = manifests.interrupted(old, "the runner was killed; its end was found out by a later run")
+        settled = manifests.interrupted(old, "the runner was killed; a later run found out")
         if not old.execute:
             save(folder, settled)
         elif old.way == BY_HAND:

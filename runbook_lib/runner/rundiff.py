@@ -210,5 +210,5 @@ def _no_record(name: str, found: str, runs_dir: Path) -> Gate:
         found,
         "a run's folder, or its id",
         "there is nothing to compare",
-        f"did you mean {near[0]}?" if near else "look into index.html of the runs folder, or say --runs-dir",
+        f"did you mean {near[0]}?" if near else "see index.html in the runs folder, or give --runs-dir",
     )

@@ -184,7 +184,7 @@ def _bad_choice(name: str, subject: str, found: str, do: str) -> Gate:
         Verdict.FAIL,
         subject,
         found,
-        "steps of this runbook, in their order",
-        "another step than the one meant would run; nothing was started",
+        "steps of this runbook, in order",
+        "the wrong step could run; nothing was started",
         do,
     )

@@ -146,7 +146,7 @@ def _needs_none(params: Params, phase: str) -> Gate:
         phase,
         "this phase waits for no sign-off",
         f"a phase of approval.phases: {waiting}",
-        "nobody would ever look at the approval",
+        "the approval would never be used",
         "name the phase in approval.phases, or run it without a sign-off",
     )
 

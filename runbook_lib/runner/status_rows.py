@@ -36,7 +36,7 @@ def look(params: Params) -> dict[str, Any]:
             db.raise_if_lost(connection, error)
             timed_out = isinstance(error, psycopg.errors.QueryCanceled)
             said = error.diag.message_primary or type(error).__name__
-            return {"why_not": f"a look took longer than {LONGEST_LOOK}" if timed_out else said}
+            return {"why_not": f"a check took longer than {LONGEST_LOOK}" if timed_out else said}
 
 
 def _freshness(connection: db.Connection, params: Params, pages: int, captured: bool) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def _below(stands: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[tuple
 
 def _rows(rows: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "why_not" in rows:
-        yield "rows", f"not looked at: {rows['why_not']}"
+        yield "rows", f"not checked: {rows['why_not']}"
         return
     if "missing" in rows:
         seen = "all" if rows["whole"] else f"{number(rows['looked_at'])} sampled of {number(rows['rows'])}"
@@ -69,7 +69,7 @@ def _next(stands: Mapping[str, Any], rows: Mapping[str, Any], params_file: str) 
     """What to type now."""
     file = shlex.quote(params_file)
     if stands["running"]:
-        return "nothing while this run is at work"
+        return "nothing while this run is active"
     for asked in stands["waits_for_approval"]:
         step = asked["step"]
         if step == stands["next"] or operation_of(step) in OPERATE:

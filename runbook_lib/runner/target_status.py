@@ -181,7 +181,7 @@ def _may_not_read(connection: db.Connection, params: Params, error: psycopg.Erro
         f"{schema}.entry",
         f"{user}: {error.diag.message_primary}",
         "USAGE on the schema and SELECT on the table",
-        "where the target stands cannot be told",
+        "the state of the target is unknown",
         f"let the ledger's owner run: GRANT USAGE ON SCHEMA {schema} TO {user};"
         f" GRANT SELECT ON {schema}.entry TO {user}",
     )

@@ -277,13 +277,13 @@ WHAT: Mapping[str, tuple[str, Route, ways.Scan]] = {
     "legacy": ("The search from before the migration, as params.legacy.query has it.", "legacy", "index"),
     "vector": ("The nearest rows by their vectors, through the index.", "vector", "index"),
     "vector_relaxed": (
-        "The nearest rows through the index, which may find them out of order: sorted once found.",
+        "The nearest rows through the index, which may return them out of order; sorted afterwards.",
         "vector",
         "relaxed",
     ),
-    "vector_exact": ("The nearest of all rows that the filters let through; no vector index.", "vector", "exact"),
-    "hybrid": ("The nearest rows through the index and the best by their words, merged.", "hybrid", "index"),
-    "hybrid_exact": ("The same as hybrid, with the nearest of all rows; no vector index.", "hybrid", "exact"),
+    "vector_exact": ("The nearest of all rows that match the filters, without the vector index.", "vector", "exact"),
+    "hybrid": ("The nearest rows through the index and those that match best by words, combined.", "hybrid", "index"),
+    "hybrid_exact": ("Like hybrid, but with the nearest of all rows, without the vector index.", "hybrid", "exact"),
 }
 
 

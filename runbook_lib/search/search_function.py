@@ -140,11 +140,11 @@ def _require_no_dependents(params: Params, dropped: list[db.Row]) -> None:
                     False,
                     params.function_name,
                     found="; ".join(found),
-                    needed="nothing that is made on it",
-                    danger="with other arguments or columns it must be dropped and made again, which PostgreSQL"
+                    needed="no object that depends on it",
+                    danger="with other arguments or columns it must be dropped and recreated, which PostgreSQL"
                     " refuses while something depends on it; DROP … CASCADE would drop that too",
-                    do="keep the definition (SELECT pg_get_viewdef of a view), drop it, run this again, and make it"
-                    " again; nothing was changed",
+                    do="keep the definition (SELECT pg_get_viewdef of a view), drop the object, run this again, then"
+                    " recreate the object; nothing was changed",
                 )
             ]
         )

@@ -85,7 +85,7 @@ def count_statement(connection: db.Connection, params: Params) -> db.Statement:
         "least_rows": sql.Literal(LEAST_ROWS),
     }
     of = f"{number(SAMPLE_ROWS)} of {number(rows)}" if share < 1 else number(rows)
-    announced = f"{COUNT}: about {of} rows are read; searches go on meanwhile"
+    announced = f"{COUNT}: about {of} rows are read; searches continue meanwhile"
     return replace(db.statement(SQL["count"], params, own), announced=announced)
 
 
