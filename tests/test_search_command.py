@@ -7,12 +7,16 @@ from typing import Any
 import psycopg
 import pytest
 from click.testing import CliRunner
+from psycopg import sql
 
+from runbook_lib.cli import search as search_command
 from runbook_lib.cli.main import main
 from runbook_lib.cli.search import Answer, shown
+from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
-from runbook_lib.search import search_function
+from runbook_lib.params import Params
+from runbook_lib.search import search_function, statements
 from tests.conftest import write_params
 from tests.test_search_function import FILTERED, call, keys
 
@@ -67,6 +71,37 @@ def test_before_the_vectors_are_there_legacy_answers_and_the_others_say_why_not(
     result = asked(path)
     assert result.exit_code == 0 and "calls are answered by: legacy" in result.output
     assert result.stdout.splitlines()[1].startswith("legacy, ") and "vector: the server says: " in result.output
+
+
+def test_a_route_that_takes_too_long_is_left_out_and_where_none_answers_the_command_fails(
+    migrated: tuple[Phase, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path = migrated
+    of_route = search_command._by
+
+    def by(connection: db.Connection, params: Params, route: str, values: Any) -> Answer:
+        if route in slow:
+            monkeypatch.setattr(
+                statements, "filtered_call_statement", lambda *_, **__: sql.SQL("SELECT pg_sleep(60)")
+            )
+        try:
+            return of_route(connection, params, route, values)
+        finally:
+            monkeypatch.setattr(statements, "filtered_call_statement", call_statement)
+
+    call_statement = statements.filtered_call_statement
+    monkeypatch.setattr(search_command, "_by", by)
+    monkeypatch.setattr(search_command, "LONGEST_SEARCH", "300 ms")
+    slow = ["legacy"]
+    result = asked(path)
+    assert (
+        result.exit_code == 0
+        and "legacy: the server says: canceling statement due to statement timeout" in result.stderr
+    )
+    assert result.stdout.splitlines()[1].startswith("vector, ")
+    slow = ["legacy", "vector", "hybrid"]
+    result = asked(path)
+    assert (result.exit_code, result.stdout.splitlines()[1:]) == (1, ["no route answered"])
 
 
 def test_a_narrow_terminal_shows_the_routes_below_each_other_and_cuts_each_line() -> None:

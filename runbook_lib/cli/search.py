@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runbook_lib.cli.console import EXIT_CODES_HELP, PARAMS, plain_errors, say
+from runbook_lib.cli.console import EXIT_CODES_HELP, GATE_DID_NOT_PASS, PARAMS, plain_errors, say
 
 if TYPE_CHECKING:
     from runbook_lib.core import db
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 NARROWEST = 28
 BETWEEN = "  "
 MOST_K = 1000
+# By each route: a legacy search reads a large table whole.
+LONGEST_SEARCH = "60 s"
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,22 @@ def search(params_file: Path, words: str, k: int, filters: dict[str, str]) -> No
         if unknown := set(filters) - set(params.target.filters):
             known = ", ".join(params.target.filters) or "none"
             raise click.UsageError(f"--filter {min(unknown)}: target.filters has {known}")
-        with db.connect(params, "runbook search") as connection, connection.transaction(force_rollback=True):
+        with (
+            db.connect(params, "runbook search") as connection,
+            db.bounded(connection, LONGEST_SEARCH),
+            connection.transaction(force_rollback=True),
+        ):
             connection.execute("SET TRANSACTION READ ONLY")
             live, answers = ask(connection, params, words, k, filters)
             texts = _texts(connection, params, answers)
         for answer in answers:
             if answer.problem:
                 say(f"{answer.route}: {answer.problem}")
+        answered = [a for a in answers if not a.problem]
         click.echo(f"calls are answered by: {live}")
-        click.echo(shown([a for a in answers if not a.problem], texts, shutil.get_terminal_size((120, 24)).columns))
+        click.echo(shown(answered, texts, shutil.get_terminal_size((120, 24)).columns))
+        if not answered:
+            sys.exit(GATE_DID_NOT_PASS)
 
 
 def ask(
