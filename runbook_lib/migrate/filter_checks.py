@@ -17,7 +17,7 @@ from runbook_lib.params import Params
 from runbook_lib.params.filters import Filter
 from runbook_lib.params.placeholders import written
 from runbook_lib.search import conditions
-from runbook_lib.search.function_text import as_in_the_function
+from runbook_lib.search.search_path import as_in_the_function
 from runbook_lib.sql import load
 
 SQL = load("filter_checks")

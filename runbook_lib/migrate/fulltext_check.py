@@ -18,7 +18,7 @@ from runbook_lib.indexes import partitions
 from runbook_lib.migrate import filter_checks
 from runbook_lib.params import Params
 from runbook_lib.search import statements
-from runbook_lib.search.function_text import as_in_the_function
+from runbook_lib.search.search_path import as_in_the_function
 from runbook_lib.sql import load
 
 SQL = load("fulltext")

@@ -14,8 +14,8 @@ from runbook_lib.core.names import WAYS_TO_ANSWER, function_of, identifier, spel
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
 from runbook_lib.search import free_names, function_ownership, function_text, ways, word_statistics
-from runbook_lib.search.function_text import DEFAULT_K as DEFAULT_K
-from runbook_lib.search.function_text import Function
+from runbook_lib.search.signature import DEFAULT_K as DEFAULT_K
+from runbook_lib.search.signature import Function
 from runbook_lib.search.statements import Route
 from runbook_lib.sql import load
 

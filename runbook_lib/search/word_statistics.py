@@ -12,7 +12,7 @@ from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import number
 from runbook_lib.core.names import identifier, names, spelled, verbatim
 from runbook_lib.params import Params
-from runbook_lib.search import function_text, statements
+from runbook_lib.search import search_path, statements
 from runbook_lib.sql import load
 
 SQL = load("words")
@@ -76,7 +76,7 @@ def count_statement(connection: db.Connection, params: Params) -> db.Statement:
     sample = f" TABLESAMPLE SYSTEM ({100 * share:.6f})" if share < 1 else ""
     names_of_it = {**statements.fulltext_names(connection, params), "sample": sql.SQL(sample)}
     documents = SQL["documents"].compose({**names(params), **names_of_it}).as_string(connection).replace("%%", "%")
-    path = ", ".join(map(_quoted, function_text.expression_path(connection, params)))
+    path = ", ".join(map(_quoted, search_path.expression_path(connection, params)))
     own = {
         "documents": _literal(documents),
         "path": _literal(path),
