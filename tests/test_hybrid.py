@@ -9,6 +9,7 @@ import pytest
 
 from runbook_lib.benchmark import fusion, query_set
 from runbook_lib.core import db
+from runbook_lib.core.gates import Gate
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, hybrid_weights, load_embeddings
 from runbook_lib.operate import refresh
@@ -50,6 +51,10 @@ def weights(connection: psycopg.Connection[Any], text: str) -> dict[str, tuple[f
     """Weight and look-up of each word of a query."""
     rows = connection.execute("SELECT * FROM runbook.articles_weigh_words(%s)", [text]).fetchall()
     return {word: (weight, lookup) for _, word, weight, lookup in rows}
+
+
+def gates(phase: Phase) -> list[Gate]:
+    return hybrid_weights.gates(phase.connection, phase.ledger, phase.params)
 
 
 # How common words are
@@ -342,20 +347,20 @@ def test_weights_are_learned_on_one_half_proved_on_the_other_and_kept_in_the_dat
     assert noted and (noted["judged"], noted["learned_on"], noted["proved_on"]) == (40, 20, 20)
     assert noted["kept"] and noted["proved"]["learned"] >= noted["proved"]["equal"]
     assert articles.execute("SELECT vector_weight FROM runbook.hybrid").fetchone() == (noted["vector_weight"],)
-    assert [str(g.verdict) for g in hybrid_weights.gates(phase)] == ["PASS"]
+    assert [str(g.verdict) for g in gates(phase)] == ["PASS"]
 
     articles.execute("UPDATE runbook.hybrid SET vector_weight = 0.93")
-    (changed,) = hybrid_weights.gates(phase)
+    (changed,) = gates(phase)
     assert changed.verdict == "FAIL" and changed.found.startswith("vectors 0.93, words 0.07")
-    for statement in hybrid_weights.undo_plan(phase):
+    for statement in hybrid_weights.undo_plan(phase.connection, phase.params):
         phase.do(statement)
-    assert hybrid_weights.undo_plan(phase) == []
+    assert hybrid_weights.undo_plan(phase.connection, phase.params) == []
 
 
 def test_without_judgements_the_halves_weigh_alike_and_the_record_says_so(ready: Callable[..., Phase]) -> None:
     phase = ready(queries={"judgements": None})
     hybrid_weights.apply(phase, 40)
-    (found,) = hybrid_weights.gates(phase)
+    (found,) = gates(phase)
     assert found.verdict == "PASS"
     assert found.found == "vectors 0.5, words 0.5: equal, with no judged queries to learn from"
 
@@ -409,9 +414,9 @@ def test_a_weight_that_loses_on_the_queries_held_out_is_not_kept(
     assert noted and (noted["vector_weight"], noted["kept"]) == (0.3, False), "by hand: below 1 / 3"
     assert noted["proved"]["learned"] < noted["proved"]["equal"] == noted["proved"]["vectors"]
     assert articles.execute("SELECT vector_weight FROM runbook.hybrid").fetchone() == (None,)
-    (kept,) = hybrid_weights.gates(phase)
+    (kept,) = gates(phase)
     tried = "vectors 0.3, words 0.7 did worse and is not used; learned on 20 judged queries, nDCG@10 on 20 others"
     assert kept.verdict == "PASS" and kept.found.startswith(f"vectors 0.5, words 0.5; {tried}: learned ")
 
     articles.execute("UPDATE runbook.hybrid SET vector_weight = %s", [noted["vector_weight"]])
-    assert [str(g.verdict) for g in hybrid_weights.gates(phase)] == ["FAIL"], "the weight that lost"
+    assert [str(g.verdict) for g in gates(phase)] == ["FAIL"], "the weight that lost"

@@ -382,14 +382,14 @@ def test_a_write_is_measured_with_and_without_what_the_migration_adds(
     )
     seen, measured = [], sample._write_ms
 
-    def watched(phase: Phase, keys: list[Any]) -> float:
-        seen.append(phase.connection.execute(state).fetchone())
-        return measured(phase, keys)
+    def watched(connection: db.Connection, params: Params, keys: list[Any]) -> float:
+        seen.append(connection.execute(state).fetchone())
+        return measured(connection, params, keys)
 
     monkeypatch.setattr(sample, "_write_ms", watched)
     before = articles.execute("SELECT * FROM articles ORDER BY id").fetchall()
     with phase.opened():
-        whole, bare = sample._writes(phase)
+        whole, bare = sample._writes(phase.connection, phase.params)
     assert whole and bare and whole > 0 < bare
     assert seen == [{"index": True, "triggers": 2}, {"index": False, "triggers": 0}]
     # Nothing of it stays: neither the texts, nor what the triggers queued, nor what was taken off.
@@ -415,7 +415,7 @@ def test_of_a_text_that_may_not_grow_no_write_is_measured(filled: Open, articles
     build_index.apply(phase)
     articles.execute("ALTER TABLE articles ADD CHECK (title = rtrim(title)) NOT VALID")
     with phase.opened():
-        assert sample._writes(phase) == (None, None)
+        assert sample._writes(phase.connection, phase.params) == (None, None)
     assert phase.connection.execute("SELECT 1 AS one").fetchone() == {"one": 1}
 
 
@@ -430,4 +430,4 @@ def test_a_rehearsal_that_is_cancelled_while_writes_are_measured_ends(
 
     monkeypatch.setattr(sample, "_write_ms", cancelled)
     with phase.opened(), pytest.raises(psycopg.errors.QueryCanceled):
-        sample._writes(phase)
+        sample._writes(phase.connection, phase.params)

@@ -8,20 +8,22 @@ from runbook_lib.benchmark import comparison, fusion, loop, query_set, replica
 from runbook_lib.core import db
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
+from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
+from runbook_lib.params import Params
 from runbook_lib.search import word_statistics
 from runbook_lib.search.hybrid import EQUAL_WEIGHT
 
 KIND = "hybrid_weights"
 
 
-def plan(phase: Phase) -> list[db.Statement]:
+def plan(connection: db.Connection, params: Params) -> list[db.Statement]:
     """The words counted where that is due, and the weight kept."""
-    if not phase.params.search.has_fulltext:
+    if not params.search.has_fulltext:
         return []
-    learned = phase.params.search.hybrid.weights == "learned"
-    count = word_statistics.due(phase.connection, phase.params)
-    return [*count, *([word_statistics.learn_statement(phase.params, None)] if learned else [])]
+    learned = params.search.hybrid.weights == "learned"
+    count = word_statistics.due(connection, params)
+    return [*count, *([word_statistics.learn_statement(params, None)] if learned else [])]
 
 
 def apply(phase: Phase, candidates: int) -> None:
@@ -48,26 +50,26 @@ def apply(phase: Phase, candidates: int) -> None:
     phase.note(KIND, {"judged": len(judged)} | (found.as_data() if found else {}))
 
 
-def undo_plan(phase: Phase) -> list[db.Statement]:
+def undo_plan(connection: db.Connection, params: Params) -> list[db.Statement]:
     """Equal weights again, where others were learned."""
-    known = word_statistics.counted(phase.connection, phase.params)
+    known = word_statistics.counted(connection, params)
     learned = known is not None and known.vector_weight is not None
-    return [word_statistics.learn_statement(phase.params, None)] if learned else []
+    return [word_statistics.learn_statement(params, None)] if learned else []
 
 
-def gates(phase: Phase) -> list[Gate]:
+def gates(connection: db.Connection, ledger: Ledger, params: Params) -> list[Gate]:
     """Does hybrid weigh its halves as the record says?"""
-    p, noted = phase.params, phase.ledger.latest(KIND)
-    if not p.search.has_fulltext or p.search.hybrid.weights == "equal" or noted is None:
+    noted = ledger.latest(KIND)
+    if not params.search.has_fulltext or params.search.hybrid.weights == "equal" or noted is None:
         return []
-    known = word_statistics.counted(phase.connection, p)
+    known = word_statistics.counted(connection, params)
     there = known.vector_weight if known else None
     wanted = noted["vector_weight"] if noted.get("kept") else None
     return [
         gate(
             "tune.hybrid_weights_are_as_learned",
             there == wanted,
-            p.function_name,
+            params.function_name,
             found=_said(there, noted),
             needed=f"{_weights(wanted)}, as the ledger has it",
             danger="hybrid would rank by weights that were never measured",

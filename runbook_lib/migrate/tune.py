@@ -169,7 +169,7 @@ def plan(phase: Phase) -> db.Plan:
     """What is carried into the search function, with the first setting as an example; measuring only reads."""
     first = ways.candidates(phase.params)[0]
     carried = search_function.set_search_setting(phase.connection, phase.params, first)
-    return db.Plan((*carried, *hybrid_weights.plan(phase)), phase.connection)
+    return db.Plan((*carried, *hybrid_weights.plan(phase.connection, phase.params)), phase.connection)
 
 
 @changes
@@ -296,7 +296,13 @@ def verify(phase: Phase) -> Gates:
     ]
     seen = row_security_recall.gates(connection, params, params.tune.target_recall)
     return collect(
-        [*measured, *carried, *hybrid_weights.gates(phase), *explain.gates(connection, ledger, params), *seen]
+        [
+            *measured,
+            *carried,
+            *hybrid_weights.gates(connection, phase.ledger, params),
+            *explain.gates(connection, ledger, params),
+            *seen,
+        ]
     )
 
 
@@ -415,7 +421,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     if db.rows(connection, search_function.SQL["strategies"], params):
         # First: a strategy's settings would outlive a call of the function once that has no SET for them.
         statements.insert(0, db.statement(search_function.SQL["forget_strategies"], params))
-    return db.Plan((*statements, *hybrid_weights.undo_plan(phase)), connection)
+    return db.Plan((*statements, *hybrid_weights.undo_plan(connection, params)), connection)
 
 
 @changes

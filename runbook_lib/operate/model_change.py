@@ -121,7 +121,7 @@ def check(phase: Phase) -> Gates:
             _old_serves(old.connection, old.ledger, old.params),
             _told_apart(phase.params, old.params),
             *complete,
-            _callers_may(phase.connection, phase.params, old),
+            _callers_may(phase.connection, phase.params, old.params),
         ]
     )
 
@@ -201,8 +201,8 @@ def _told_apart(params: Params, old: Params) -> Gate:
     )
 
 
-def _callers_may(connection: db.Connection, params: Params, old: Phase) -> Gate:
-    was, now = facts(connection, params, old.params.function_name), facts(connection, params, params.function_name)
+def _callers_may(connection: db.Connection, params: Params, old: Params) -> Gate:
+    was, now = facts(connection, params, old.function_name), facts(connection, params, params.function_name)
     callers = was["callers"] if was else []
     values = {"callers": callers, "oid": now["oid"] if now else 0, "column": params.vector.column}
     lacking = db.rows(connection, SQL["callers_without_rights"], params, vectors=spelled(params, "vectors"), **values)
@@ -214,7 +214,7 @@ def _callers_may(connection: db.Connection, params: Params, old: Phase) -> Gate:
         found=f"{', '.join(roles)} may not call it, or not read {params.vector.column}"
         if roles
         else f"{len(callers)} roles beside the owner",
-        needed=f"every role that may call {old.params.function_name}",
+        needed=f"every role that may call {old.function_name}",
         danger="their calls would fail from the swap on",
         do=f"name them in search.grant_to and run 10_baseline again; GRANT SELECT ({params.vector.column}) to them",
     )

@@ -171,7 +171,7 @@ def _note_before(phase: Phase) -> None:
             "before": before.options if before else {},
             "partitions": before.other_options if before else {},
             "storage": before.storage if before else None,
-            "function": storage_switch.definition(phase) if goes_over else None,
+            "function": storage_switch.definition(phase.connection, phase.params) if goes_over else None,
         },
     )
 

@@ -25,15 +25,14 @@ def plan(phase: Phase) -> db.Plan:
     connection, params = phase.connection, phase.params
     there = _queue_is_there(connection, params, phase.execute)
     if there and not (state := change_queue.waiting(connection, params)).waiting + state.set_aside:
-        return db.Plan(tuple(_count(phase)), connection)
+        return db.Plan(tuple(_count(connection, params)), connection)
     block = SQL[vector_store.of(params).write_row]
     update = db.statement(block, params, key=None, text_hash=None, embedding=None)
-    return db.Plan((update, *_count(phase)), connection)
+    return db.Plan((update, *_count(connection, params)), connection)
 
 
-def _count(phase: Phase) -> list[db.Statement]:
-    connection, p = phase.connection, phase.params
-    return word_statistics.due(connection, p) if word_statistics.tables_are_there(connection, p) else []
+def _count(connection: db.Connection, params: Params) -> list[db.Statement]:
+    return word_statistics.due(connection, params) if word_statistics.tables_are_there(connection, params) else []
 
 
 def _queue_is_there(connection: db.Connection, params: Params, execute: bool) -> bool:
@@ -66,7 +65,7 @@ def apply(phase: Phase) -> Table:
     phase.do(db.statement(SQL["one_more_try"], phase.params, tries=phase.params.embeddings.refresh_tries))
     drained = change_queue.drain(phase)
     try:
-        for count in _count(phase):
+        for count in _count(phase.connection, phase.params):
             phase.do(count)
     except LockNotObtained:
         print("  another worker is counting the words")

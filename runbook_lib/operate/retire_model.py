@@ -94,7 +94,7 @@ def plan(phase: Phase) -> db.Plan:
     return db.Plan(
         (
             *_forward(phase.connection, phase.params),
-            *_forget(phase.connection, phase.params, old),
+            *_forget(phase.connection, phase.params, old.params),
             *build_index.undo_plan(old),
             *live_shadow.undo_plan(old),
             *expand_schema.undo_plan(old),
@@ -110,16 +110,16 @@ def _forward(connection: db.Connection, params: Params) -> list[db.Statement]:
     return [db.statement(SQL["forward"], params, model_change.names_of_both(params, function))]
 
 
-def _forget(connection: db.Connection, params: Params, old: Phase) -> list[db.Statement]:
+def _forget(connection: db.Connection, params: Params, old: Params) -> list[db.Statement]:
     """The copy of the former function goes, and with it the replaced target's route and strategies."""
-    copy = model_change.facts(connection, params, model_change.before_name(old.params))
+    copy = model_change.facts(connection, params, model_change.before_name(old))
     if copy is None or model_change.stage(connection, params) is None:
         return []
     extra = model_change.names_of_both(params, copy)
     before = sql.SQL("{}({})").format(extra["before"], extra["identity"])
-    own = search_function.answering(old.connection, old.params)
-    forget = word_statistics.forget_plan(old.connection, old.params)
-    return [search_function.drop_statement(old.params, [before, *own]), *forget]
+    own = search_function.answering(connection, old)
+    forget = word_statistics.forget_plan(connection, old)
+    return [search_function.drop_statement(old, [before, *own]), *forget]
 
 
 @changes
@@ -132,7 +132,7 @@ def apply(phase: Phase) -> Table:
     rows: list[tuple[Any, ...]] = [
         (s.purpose, round(phase.do(s).seconds, 3)) for s in _forward(phase.connection, phase.params)
     ]
-    if forget := _forget(phase.connection, phase.params, old):
+    if forget := _forget(phase.connection, phase.params, old.params):
         model_change.let_calls_end(phase.connection, phase.params)
         rows += [(s.purpose, round(phase.do(s).seconds, 3)) for s in forget]
     rows += [(what, seconds) for _, what, _, seconds in build_index.undo(old).rows]
@@ -158,7 +158,7 @@ def verify(phase: Phase) -> Gates:
     alone = gate(
         "retire_model.new_target_answers_alone",
         model_change.stage(phase.connection, phase.params) == NEW_ONLY
-        and not _forget(phase.connection, phase.params, old),
+        and not _forget(phase.connection, phase.params, old.params),
         old.params.function_name,
         found=model_change.stage(phase.connection, phase.params) or "the replaced target alone",
         needed=f"{NEW_ONLY}, and no copy of the former function",

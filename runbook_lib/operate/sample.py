@@ -98,7 +98,7 @@ def measure(connection: db.Connection, params: Params, place: Place, lists: int 
     fitting = None if lists is None else max(1, min(lists, vectors // LEAST_ROWS_A_LIST))
     a_row = _memory_a_row(phase.connection, phase.params, vectors) if memory and fitting is None else None
     built = _build(phase.connection, phase.params, fitting)
-    write_ms, bare_write_ms = _writes(phase)
+    write_ms, bare_write_ms = _writes(phase.connection, phase.params)
     return Sample(
         rows=place.rows,
         vectors=vectors,
@@ -123,32 +123,32 @@ def measure(connection: db.Connection, params: Params, place: Place, lists: int 
     )
 
 
-def _writes(phase: Phase) -> tuple[float | None, float | None]:
+def _writes(connection: db.Connection, params: Params) -> tuple[float | None, float | None]:
     """Milliseconds of the UPDATE of a row's text on the sample as it is now, and without vector index and capture.
 
     The same rows on the same pages, so that the difference is what these two cost.
     """
-    connection, n = phase.connection, names(phase.params)
+    n = names(params)
     keys = [r["key"] for r in connection.execute(SQL["some_keys"].compose(n), {"rows": WRITTEN_ROWS}).fetchall()]
     if not keys:
         return None, None
     try:
         with connection.transaction(force_rollback=True):
-            whole = _write_ms(phase, keys)
+            whole = _write_ms(connection, params, keys)
             for block in ("without_index", "without_capture"):
                 connection.execute(SQL[block].compose(n))
-            return whole, _write_ms(phase, keys)
+            return whole, _write_ms(connection, params, keys)
     except (psycopg.DataError, psycopg.IntegrityError, psycopg.ProgrammingError):
         # A text that may not grow, or is none: then nothing is said of writes.
         return None, None
 
 
-def _write_ms(phase: Phase, keys: Sequence[Any]) -> float:
+def _write_ms(connection: db.Connection, params: Params, keys: Sequence[Any]) -> float:
     seconds = []
     for _ in range(WRITTEN_TIMES):
-        with phase.connection.transaction(force_rollback=True):
+        with connection.transaction(force_rollback=True):
             started = time.perf_counter()
-            phase.connection.execute(SQL["write"].compose(names(phase.params)), {"keys": list(keys)})
+            connection.execute(SQL["write"].compose(names(params)), {"keys": list(keys)})
             seconds.append(time.perf_counter() - started)
     return round(1000 * float(np.median(seconds[1:])) / len(keys), 4)
 

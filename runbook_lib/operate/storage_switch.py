@@ -71,12 +71,11 @@ def _together(renames: db.Statement, function: sql.Composed) -> db.Statement:
     )
 
 
-def definition(phase: Phase) -> str | None:
+def definition(connection: db.Connection, params: Params) -> str | None:
     """The search function, and those that answer for it, as they could be made again; None where there are none."""
-    p = phase.params
-    own = {"by_route": [function_of(p, way) for way in WAYS_TO_ANSWER], "ledger": spelled(p, "ledger")}
-    called = {"schema": spelled(p, "schema"), "function": p.function_name}
-    found = db.one(phase.connection, SQL["definition"], p, **called, **own)["definition"]
+    own = {"by_route": [function_of(params, way) for way in WAYS_TO_ANSWER], "ledger": spelled(params, "ledger")}
+    called = {"schema": spelled(params, "schema"), "function": params.function_name}
+    found = db.one(connection, SQL["definition"], params, **called, **own)["definition"]
     return str(found) if found else None
 
 
