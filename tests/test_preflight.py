@@ -109,6 +109,11 @@ def test_vectors_without_a_model_and_queries_without_vectors_are_found_first(
     assert _failed(inputs.input_problems(p)) == ["embed.model_can_be_loaded"]
 
 
+def test_a_model_that_cannot_be_loaded_is_said_once(articles: Connection, make_params: MakeParams) -> None:
+    p = make_params(embeddings={"callable": "no_such_module:embed"})
+    assert _failed(inputs.input_problems(p)) == ["embed.model_can_be_loaded"]
+
+
 def test_problems_of_every_kind_are_named_at_once(articles: Connection, make_params: MakeParams) -> None:
     articles.execute("ALTER TABLE articles ADD COLUMN embedding real[]")
     p = make_params(

@@ -62,11 +62,11 @@ def _files(params: Params) -> Iterator[Gate]:
     from runbook_lib.embeddings import embedding
 
     yield pgvector_releases.check_wanted(params)
-    for check_model in (embedding.check_dimension, embedding.check_distance):
-        try:
-            yield check_model(params)
-        except BadInput as error:
-            yield from error.problems
+    try:
+        yield embedding.check_dimension(params)
+        yield embedding.check_distance(params)
+    except BadInput as error:
+        yield from error.problems
     try:
         queries = query_set.read_queries(params)
         query_set.read_judgements(params)
