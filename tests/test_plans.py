@@ -218,7 +218,7 @@ def test_an_approver_sees_lock_size_time_and_what_to_type_first() -> None:
     )
     assert said["What was checked, and what cannot be known yet?"] == (
         "2 gates would pass, by what the database says today, 1 of them tried and rolled back."
-        " Not known yet: what 70_tune has to prove when carried out, recall among it."
+        " Not known yet: what 70_tune has to prove when carried out, such as recall."
     )
     assert page.questions[-1].code == "runbook run /srv/runbook/params/articles.yaml --execute"
     assert page.later is not None and page.later.rows == [("70_tune", "Recall.")]

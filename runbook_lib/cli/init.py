@@ -318,8 +318,9 @@ def _from_file(path: Path, kinds: Mapping[str, str]) -> LegacyQuery:
     try:
         text = path.read_text("utf-8")
     except OSError as error:
+        found = error.strerror or "cannot be read"
         raise _problem(
-            "legacy_is_readable", str(path), error.strerror or "unreadable", "a file", "mend it"
+            "legacy_is_readable", str(path), found, "a file", "name another file, or make it readable"
         ) from error
     used = [name for name in kinds if re.search(rf"(?<![:\w]):{re.escape(name)}\b", text)]
     conditions = legacy_statement.conditions_by_name(text, kinds)

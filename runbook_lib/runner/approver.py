@@ -234,8 +234,8 @@ def _later(run: Manifest, gates: Sequence[Mapping[str, Any]]) -> list[str]:
     known = {"70_tune": "recall", "80_shadow": "relevance and latency"}
     which = ", ".join(steps) if len(steps) <= FEW else f"{len(steps)} steps, {steps[0]} to {steps[-1]},"
     told = [what for step, what in known.items() if step in steps]
-    among = f", {', '.join(told)} among it" if told else ""
-    return [f"Not known yet: what {which} {'has' if len(steps) == 1 else 'have'} to prove when carried out{among}."]
+    such_as = f", such as {', '.join(told)}" if told else ""
+    return [f"Not known yet: what {which} {'has' if len(steps) == 1 else 'have'} to prove when carried out{such_as}."]
 
 
 def _consent(run: Manifest, found: Newest, gates: Sequence[Mapping[str, Any]], *, read: bool) -> list[str]:
@@ -260,7 +260,7 @@ def _back(run: Manifest) -> tuple[list[str], tuple[str, str], str]:
     if operation := next((n for n in names if n in OPERATE), ""):
         back, file = rollback_of(operation), shlex.quote(run.params_file)
         if not back:
-            return [f"It cannot be: {STEPS[operation].no_rollback}."], PLANNED, ""
+            return [f"There is no rollback: {STEPS[operation].no_rollback}."], PLANNED, ""
         command = f"runbook operate {file} {short(operation)} --undo --execute"
         return [f"By {back}, which removes {STEPS[back].does}."], PLANNED, command
     if not names & {*MIGRATE}:
