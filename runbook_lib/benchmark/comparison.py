@@ -31,7 +31,7 @@ JUDGED_DEPTH = 100
 ROUNDS = 3
 # Below this p95 a difference is noise, and no user notices it.
 FAST_ENOUGH_MS = 5.0
-MEASURES = ("nDCG@10", "RR", "R@10", "R@100", "P@10")
+MEASURES = relevance_measures.MEASURES
 WITHOUT_VECTORS = ("legacy", "fulltext")
 # What is kept of single queries, and shown in no table.
 SINGLE = ("answers", "per_query", "first_right", "unanswered", "marks", "left")

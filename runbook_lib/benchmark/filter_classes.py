@@ -111,10 +111,10 @@ def find(connection: db.Connection, params: Params) -> list[FilterClass]:
         for bucket, mine in _by_bucket(there):
             listed = {} if bucket == RARE_BUCKET else mine
             found.append(of_values(columns, bucket, mine, _spread(list(mine), MEASURED_VALUES), listed))
-    return [*found, *_expected(params, asked)]
+    return [*found, *expected(params, asked)]
 
 
-def _expected(params: Params, asked: Mapping[tuple[str, str], Mapping[Allowed, float]]) -> list[FilterClass]:
+def expected(params: Params, asked: Mapping[tuple[str, str], Mapping[Allowed, float]]) -> list[FilterClass]:
     """The classes of conditions, by the share that is expected of them, rarest first."""
     names_of_them = names_of_conditions(params)
     places = sorted(asked, key=lambda place: (names_of_them.index(place[0]), share_classes.NAMES.index(place[1])))
@@ -228,7 +228,7 @@ def of_strategies(connection: db.Connection, params: Params, chosen: random.Rand
                     found.append(of_values(columns, bucket, group, values, {}))
         asked = filter_values.by_class(reader, params, query_set.read_queries(params), chosen)
     tuned = {(r["filter"], r["value"]) for r in rows}
-    return [*found, *_expected(params, {place: mine for place, mine in asked.items() if place in tuned})]
+    return [*found, *expected(params, {place: mine for place, mine in asked.items() if place in tuned})]
 
 
 @dataclass(frozen=True)

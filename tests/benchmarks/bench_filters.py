@@ -178,17 +178,9 @@ def unseen(phase: Phase, chosen: tune.Tuning) -> list[FilterClass]:
         mine = found.setdefault(place, {})
         if len(mine) < OF_A_CLASS and filter_values.any_row(phase.connection, p, estimate, allowed):
             mine[allowed] = share
-    order = [*conditions, share_classes.TOGETHER]
-    places = sorted(
-        (place for place, mine in found.items() if mine),
-        key=lambda place: (order.index(place[0]), share_classes.NAMES.index(place[1])),
-    )
     return [
         filter_classes.UNFILTERED,
-        *(
-            FilterClass(n, c, tuple(found[n, c]), {}, float(np.mean(list(found[n, c].values()))), c)
-            for n, c in places
-        ),
+        *filter_classes.expected(p, {place: mine for place, mine in found.items() if mine}),
     ]
 
 
