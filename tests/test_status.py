@@ -38,7 +38,7 @@ def screen(params: Params, rows: dict[str, Any] | None = None) -> list[str]:
 @pytest.fixture
 def reader(database: str) -> Iterator[str]:
     """A role that has no right on anything yet."""
-    name = f"reader_{abs(hash(database)):x}"
+    name = f"an odd-reader_{abs(hash(database)):x}"
     role = sql.Identifier(name)
     with psycopg.connect(database, autocommit=True) as admin:
         admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
@@ -217,12 +217,9 @@ def test_whoever_may_read_the_ledger_alone_sees_all_but_the_rows(
     with pytest.raises(BadInput) as refused:
         target_status.where_it_stands(phase.params)
     assert refused.value.found == f"{reader}: permission denied for schema runbook"
-    assert refused.value.do == (
-        f"let the ledger's owner run: GRANT USAGE ON SCHEMA runbook TO {reader};"
-        f" GRANT SELECT ON runbook.entry TO {reader}"
-    )
-    for right in ("USAGE ON SCHEMA runbook", "SELECT ON runbook.entry"):
-        articles.execute(sql.SQL(f"GRANT {right} TO {{}}").format(sql.Identifier(reader)))
+    grants = f'GRANT USAGE ON SCHEMA "runbook" TO "{reader}"; GRANT SELECT ON "runbook"."entry" TO "{reader}"'
+    assert refused.value.do == f"let the ledger's owner run: {grants}"
+    articles.execute(grants)
     lines = screen(phase.params, status_rows.look(phase.params))
     assert "rows      not checked: permission denied for table articles_queue" in lines
     assert lines[-1] == "next      runbook run 'params/a b.yaml' --execute"

@@ -16,6 +16,7 @@ from runbook_lib.core import approval, claim, db
 from runbook_lib.core.approval import written_at
 from runbook_lib.core.gates import SYMBOLS, BadInput, Gate, Verdict
 from runbook_lib.core.ledger import Ledger
+from runbook_lib.core.names import identifier, spelled
 from runbook_lib.core.registry import (
     MIGRATE,
     OPERATE,
@@ -174,16 +175,16 @@ def _newest_record(params: Params) -> dict[str, str] | None:
 
 
 def _may_not_read(connection: db.Connection, params: Params, error: psycopg.Error) -> Gate:
-    schema, user = params.ledger.schema_, connection.info.user
+    schema, entry = spelled(params, "ledger"), spelled(params, "entry")
+    user = identifier(connection.info.user).as_string()
     return Gate(
         "ledger.can_be_read",
         Verdict.FAIL,
-        f"{schema}.entry",
-        f"{user}: {error.diag.message_primary}",
+        entry,
+        f"{connection.info.user}: {error.diag.message_primary}",
         "USAGE on the schema and SELECT on the table",
         "the state of the target is unknown",
-        f"let the ledger's owner run: GRANT USAGE ON SCHEMA {schema} TO {user};"
-        f" GRANT SELECT ON {schema}.entry TO {user}",
+        f"let the ledger's owner run: GRANT USAGE ON SCHEMA {schema} TO {user}; GRANT SELECT ON {entry} TO {user}",
     )
 
 
