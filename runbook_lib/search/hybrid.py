@@ -66,6 +66,7 @@ def _scored(params: Params, parts: Parts, scan: Scan, near_enough: sql.Composabl
     distance = sql.SQL("{} {} {}").format(parts["row_embedding"], parts["distance"], parts["query_vector"])
     own = {**parts, "row_distance": distance, "near_enough": near_enough}
     halves = {
+        "nearest": SQL["nearest"].compose(own, indent),
         "words_half": _words_half(params, own, scan, indent),
         "weighed": _weighed(params, own, indent + 4),
     }

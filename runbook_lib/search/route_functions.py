@@ -75,6 +75,7 @@ def _by_route(connection: db.Connection, params: Params) -> list[Function]:
     for way in ways_of(p):
         what, route, scan = WHAT[way]
         subqueries = route != "legacy" and any(conditions.has_subquery(f) for f in p.target.each_filter)
+        query = _query(connection, p, route, scan, sql.SQL(GIVEN) if subqueries else None)
         own = {
             "by_route": names(p)[f"by_{way}"],
             "arguments": sql.SQL(", ").join(a.declared() for a in taken),
@@ -83,15 +84,22 @@ def _by_route(connection: db.Connection, params: Params) -> list[Function]:
             "search_path": sql.SQL(", ").join(map(identifier, search_path.of_route(connection, p, route))),
             "what": sql.SQL(what),
             "arguments_by_number": verbatim(numbered),
-            "query": _query(connection, p, route, scan, sql.SQL(GIVEN) if subqueries else None),
+            "body": _put_together(connection, p, query) if subqueries else SQL["static"].compose({"query": query}),
         }
-        if subqueries:
-            own["query"] = _string(own["query"])
-            own |= {"given": _given(connection, p, first=4), "always": _string(names(p)["always"])}
-            own["passed"] = sql.SQL(", ").join(identifier(a.name) for a in taken)
-        block = SQL["by_route_of_subqueries" if subqueries else "by_route"]
-        made.append(Function(p.ledger.schema_, function_of(p, way), taken, results, block.compose(own)))
+        made.append(Function(p.ledger.schema_, function_of(p, way), taken, results, SQL["by_route"].compose(own)))
     return made
+
+
+def _put_together(connection: db.Connection, params: Params, query: sql.Composable) -> sql.Composable:
+    """The body of a function whose query takes the conditions of the given filters only."""
+    return SQL["put_together"].compose(
+        {
+            "always": _string(names(params)["always"]),
+            "given": _given(connection, params, first=4),
+            "query": _string(query),
+            "passed": sql.SQL(", ").join(identifier(a.name) for a in arguments(connection, params)),
+        }
+    )
 
 
 def _string(text: sql.Composable) -> sql.Composable:

@@ -26,7 +26,9 @@ def _placeholders(params: Params, in_function: bool) -> dict[str, sql.Composable
     own: dict[str, sql.Composable] = {
         name: sql.SQL(f"${i}") if in_function else sql.Placeholder(name) for i, name in enumerate(asked, 1)
     }
-    return {**own, "embedding": sql.SQL("{}::{}").format(own["embedding"], names(params)["vector_type"])}
+    text = own["query"] if in_function else sql.SQL("{}::text").format(own["query"])
+    vector = sql.SQL("{}::{}").format(own["embedding"], names(params)["vector_type"])
+    return {**own, "query": text, "embedding": vector}
 
 
 def min_similarity(params: Params) -> sql.SQL:
@@ -79,21 +81,14 @@ def route_statement(
     places = _placeholders(params, in_function)
     sorted_again = scan == "relaxed" or (scan == "index" and params.index.storage != "vector")
     block = "hybrid" if route == "hybrid" else "relaxed" if sorted_again else "exact_or_vector"
-    parts = {
-        **names(params),
-        "nearest_first": _nearest_first(params, places["embedding"], scan),
-        "query_text": places["query"],
-        "query_vector": places["embedding"],
-        "k": places["k"],
-        **_how_many(params, places["k"], scan),
-        "filters": conditions.where(connection, params, places, given) if filters is None else filters,
-    }
+    passed = conditions.where(connection, params, places, given) if filters is None else filters
+    parts = _parts(params, places, route, scan, passed)
     if route == "hybrid":
         least, alike = min_similarity(params), similarity(params, sql.SQL("distance"))
         near = sql.SQL("({m} IS NULL OR {s} >= {m})").format(m=least, s=alike)
         words = {**parts, **_of_words(connection, params, places), "similarity": alike}
         return hybrid.statement(params, words, scan, near if in_function else sql.SQL("true"), indent)
-    return ROUTES[block].compose(parts, indent)
+    return ROUTES[block].compose(parts | {"nearest": ROUTES["nearest"].compose(parts, indent)}, indent)
 
 
 def scored_statement(connection: db.Connection, params: Params) -> sql.Composed:
@@ -108,15 +103,21 @@ def fulltext_statement(connection: db.Connection, params: Params) -> sql.Compose
 
 def _unfiltered(connection: db.Connection, params: Params) -> dict[str, sql.Composable]:
     places = _placeholders(params, in_function=False)
+    parts = _parts(params, places, "hybrid", "index", conditions.where(connection, params, places, ()))
+    return parts | _of_words(connection, params, places)
+
+
+def _parts(
+    params: Params, places: Mapping[str, sql.Composable], route: Route, scan: Scan, filters: sql.Composable
+) -> dict[str, sql.Composable]:
     return {
         **names(params),
-        "nearest_first": _nearest_first(params, places["embedding"], "index"),
-        "query_text": sql.SQL("{}::text").format(places["query"]),
+        "nearest_first": _nearest_first(params, places["embedding"], scan),
+        "query_text": places["query"],
         "query_vector": places["embedding"],
         "k": places["k"],
-        **_how_many(params, places["k"], "index"),
-        "filters": conditions.where(connection, params, places, ()),
-        **_of_words(connection, params, places),
+        "fetched": _fetched(params, places["k"], route, scan),
+        "filters": filters,
     }
 
 
@@ -182,14 +183,13 @@ def _nearest_first(params: Params, vector: sql.Composable, scan: Scan) -> sql.Co
     return sql.SQL("{} {} {}").format(n["row_indexed"], n["index_distance"], as_indexed(params, vector))
 
 
-def _how_many(params: Params, k: sql.Composable, scan: Scan) -> dict[str, sql.Composable]:
-    """Rows that are fetched by the sort key, before the full vectors sort them: more than k only for storage bit."""
-    candidates: sql.Composable = sql.Literal(params.search.hybrid_candidates)
+def _fetched(params: Params, k: sql.Composable, route: Route, scan: Scan) -> sql.Composable:
+    """Rows that are fetched by the sort key, before the full vectors sort them: storage bit needs more of them."""
+    candidates = sql.Literal(params.search.hybrid_candidates)
     if params.index.storage != "bit" or scan == "exact":
-        return {"nearest_rows": k, "nearest_candidates": candidates, "candidates": candidates}
+        return candidates if route == "hybrid" else k
     rows = sql.SQL("{} * {}").format(k, sql.Literal(params.index.rerank))
-    deeper = sql.SQL("greatest({}, {})").format(candidates, rows)
-    return {"nearest_rows": rows, "nearest_candidates": deeper, "candidates": candidates}
+    return sql.SQL("greatest({}, {})").format(candidates, rows) if route == "hybrid" else rows
 
 
 def call_statement(params: Params) -> sql.Composed:

@@ -9,15 +9,19 @@ WHERE {filters} AND {row_embedding} IS NOT NULL
 ORDER BY {nearest_first}
 LIMIT {k};
 
--- name: relaxed
--- purpose: The nearest rows through an index that returns them in nearly the right order; then sorted by exact distance.
-WITH nearest AS MATERIALIZED (
+-- name: nearest
+-- purpose: Part of relaxed and hybrid: the nearest rows in the order of the index, with their exact distances.
+nearest AS MATERIALIZED (
     SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
     FROM {from_vectors}
     WHERE {filters} AND {row_embedding} IS NOT NULL
     ORDER BY {nearest_first}
-    LIMIT {nearest_rows}
+    LIMIT {fetched}
 )
+
+-- name: relaxed
+-- purpose: The nearest rows through an index that returns them in nearly the right order; then sorted by exact distance.
+WITH {nearest}
 SELECT key, -distance AS score FROM nearest ORDER BY distance + 0 LIMIT {k};
 
 -- name: hybrid
@@ -32,13 +36,7 @@ LIMIT {k};
 
 -- name: scored
 -- purpose: Part of hybrid: every row that either half found, with both scores.
-WITH nearest AS MATERIALIZED (
-    SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
-    FROM {from_vectors}
-    WHERE {filters} AND {row_embedding} IS NOT NULL
-    ORDER BY {nearest_first}
-    LIMIT {nearest_candidates}
-), {words_half}, found AS (
+WITH {nearest}, {words_half}, found AS (
     SELECT key FROM nearest WHERE {near_enough}
     UNION
     SELECT key FROM matching

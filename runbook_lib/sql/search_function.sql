@@ -110,21 +110,18 @@ SET search_path = {search_path} SET plan_cache_mode = force_custom_plan AS $runb
 -- {what}
 -- {arguments_by_number}
 #variable_conflict use_column
+{body}
+$runbook$;
+
+-- name: static
+-- purpose: Part of a route's function: its query.
 BEGIN
     RETURN QUERY
     {query};
 END
-$runbook$;
 
--- name: by_route_of_subqueries
--- purpose: The same if a filter has a subquery: with the conditions of the given filters only.
-CREATE OR REPLACE FUNCTION {by_route}({arguments})
-RETURNS TABLE (key {key_type}, similarity double precision, score double precision)
-LANGUAGE plpgsql STABLE ROWS {default_k}
-SET search_path = {search_path} SET plan_cache_mode = force_custom_plan AS $runbook$
--- {what}
--- {arguments_by_number}
-#variable_conflict use_column
+-- name: put_together
+-- purpose: Part of a route's function if a filter has a subquery: its query, with the conditions of the given filters only.
 DECLARE
     filters text := {always};
 BEGIN
@@ -132,7 +129,6 @@ BEGIN
     RETURN QUERY EXECUTE pg_catalog.replace({query}, '/* given */', filters)
     USING {passed};
 END
-$runbook$;
 
 -- name: given
 -- purpose: Part of a function: the condition of one filter, if it is given.
