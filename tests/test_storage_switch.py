@@ -103,7 +103,7 @@ def test_bits_through_the_whole_migration_then_over_to_halfvec_and_all_the_way_b
     step("operate/rebuild_index", path)
     assert held(articles) == OF_HALFVEC
     assert "halfvec" in function(articles) and "binary_quantize" not in function(articles)
-    assert "hnsw.ef_search" in function(articles), "the function goes over with a setting that was proved"
+    assert "hnsw.ef_search" in function(articles), "the function is switched with a setting that was proved"
     assert recall_of_the_function(articles, tmp_path) >= 0.99
     step("migrate/70_tune", path)
     step("operate/monitor", path)
@@ -198,7 +198,7 @@ def test_an_index_of_another_storage_does_not_pass_for_this_one(
         "  found   hnsw with vector_cosine_ops on embedding\n"
         "  needed  hnsw with halfvec_cosine_ops on (embedding::halfvec(64))\n"
         "  danger  queries with the distance that was asked for cannot use it\n"
-        "  do      put index.storage back, or go over to another one with operate/rebuild_index"
+        "  do      put index.storage back, or switch to another one with operate/rebuild_index"
     )
 
 

@@ -1,4 +1,4 @@
-"""The cheapest way to search that reaches the target recall, per filter class; and advice where every way is dear."""
+"""The cheapest way to search that reaches the target recall, per filter class; and advice where every way is slow."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _best_first(reached: Sequence[Measured]) -> list[Measured]:
 
 
 def _families(params: Params, rows: int, *, every_value_is_known: bool) -> Iterator[list[Way]]:
-    """Ways through the index, in lists that grow dearer and better. Values to come may let through fewer rows than
+    """Ways through the index, in lists that grow slower and better. Values to come may let through fewer rows than
     those measured: only an iterative scan fills their pages.
     """
     method = params.index.method
@@ -194,7 +194,7 @@ def _denser_index(params: Params, points: Sequence[Measured]) -> str:
         statement = _pasted(_create(params, verbatim(kept), name))
         found += f"Build a partial index on the rows of target.always, and run 70_tune again: {statement} Or: "
     if i.storage == "bit":
-        return f"{found}Sort more rows again, index.rerank: {2 * i.rerank}, or go over to index.storage: halfvec"
+        return f"{found}Re-rank more rows, index.rerank: {2 * i.rerank}, or switch to index.storage: halfvec"
     if i.method == "ivfflat":
         return f"{found}Try higher tune.probes, or index.method: hnsw"
     return f"{found}Build again with index.m: {2 * i.m} and index.ef_construction: {2 * i.ef_construction}"

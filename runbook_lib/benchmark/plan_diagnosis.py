@@ -234,7 +234,7 @@ def _plain(side: str, column: str) -> str:
 
 
 def _of_price(case: _Case) -> Cause:
-    """The index can serve the statement, and the planner finds it dear: which change lets it win?"""
+    """The index can serve the statement, and the planner finds it expensive: which change lets it win?"""
     for test in (_scan_is_off, _generic, _no_limit, _probes_are_lists, _random_pages_are_dear, _other_index):
         if cause := test(case):
             return cause

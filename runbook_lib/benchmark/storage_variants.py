@@ -32,7 +32,7 @@ TIMED_PASSES = 3
 # The measure is nDCG@10.
 JUDGED_K = 10
 MOST_CANDIDATES = 1000
-# To go over to another storage is worth a build where it saves this share of the bytes, at least.
+# Switching to another storage is worth a build where it saves this share of the bytes, at least.
 LEAST_SAVING = 0.2
 # Much slower than today's and the users would notice; below so many ms nobody does.
 MOST_TIMES_SLOWER, UNNOTICED_MS = 1.5, 5.0

@@ -108,7 +108,7 @@ def has_right_class(index: VectorIndex) -> Gate:
         danger="queries with the distance that was asked for cannot use it",
         do="drop the index of this name, or name another column, and run 60_build_index again"
         if of_column
-        else "put index.storage back, or go over to another one with operate/rebuild_index",
+        else "put index.storage back, or switch to another one with operate/rebuild_index",
     )
 
 

@@ -1,4 +1,4 @@
-"""Operate 20: is the search still what was proved? It only reads, so it can run every hour and before a release."""
+"""Does the search still meet the accepted baseline? It only reads, so it can run every hour and before a release."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """An ordinary table becomes a partitioned one while it is in use: made beside, filled, kept level, swapped.
 
 After the swap the queue runs the other way, so that the ordinary table can be brought level and take its place again
-without losing a row. What serves and what stands beside is read from the catalogue; run again, it goes on from there.
+without losing a row. The catalogue says which table serves and how far the other one is; a rerun resumes there.
 """
 
 from __future__ import annotations

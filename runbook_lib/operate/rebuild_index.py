@@ -97,7 +97,7 @@ def swapping_plan(connection: db.Connection, ledger: Ledger, params: Params) -> 
 
 
 def _swap(connection: db.Connection, ledger: Ledger, params: Params, current: VectorIndex | None) -> BuildStep:
-    """The renames; the search function goes over with them where it must."""
+    """The renames; the search function is switched with them where it must be."""
     new = vector_index.find(connection, params, "_new")
     renames = _renames(connection, params, "swap", [(current, "_old"), (new, "")])
     goes_over = current is not None and storage_switch.changes_function(connection, params, current.storage)

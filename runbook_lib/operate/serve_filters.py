@@ -1,4 +1,4 @@
-"""Vector indexes of their own for filter values that are searched badly: measured, built, used or taken back.
+"""Partial vector indexes for filter values that are slow or have low recall: measured, built, used or rolled back.
 
 The search function plans its inner statement again in each call, with the value as a constant, so the planner knows
 that a partial index holds every row that is asked for. What sends a value to its index is its row in the strategy
@@ -266,7 +266,7 @@ def shown(ledger: Ledger, params: Params) -> Table:
 
 
 def _verdict(m: Mapping[str, Any]) -> str:
-    return "served by its index" if m.get("served") else f"dropped again: {m.get('why_not') or 'taken back'}"
+    return "served by its index" if m.get("served") else f"dropped again: {m.get('why_not') or 'rolled back'}"
 
 
 def verify(phase: Phase) -> Gates:

@@ -1,4 +1,4 @@
-"""From one ``index.storage`` to another: the search function goes over together with the index, in one transaction.
+"""From one ``index.storage`` to another: the search function is switched with the index, in one transaction.
 
 The query must spell what the index holds. The function of today serves by the old index for as long as that has its
 name; from the swap on, the new function serves by the new one.
@@ -35,7 +35,7 @@ def under(params: Params, storage: str) -> Params:
 
 
 def changes_function(connection: db.Connection, params: Params, serving: str) -> bool:
-    """Must the search function go over too? serving: what the index holds that serves now.
+    """Must the search function be switched too? serving: what the index holds that serves now.
 
     With the same storage only another ``index.rerank`` stands in its text.
     """
@@ -66,7 +66,7 @@ def swap_back(renames: db.Statement, definition: str | None) -> db.Statement:
 def _together(renames: db.Statement, function: sql.Composed) -> db.Statement:
     return replace(
         renames,
-        purpose=f"{renames.purpose.removesuffix('.')}; the search function goes over with it.",
+        purpose=f"{renames.purpose.removesuffix('.')}; the search function is switched with it.",
         query=sql.SQL(";\n").join([renames.query, function]),
     )
 

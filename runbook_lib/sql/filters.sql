@@ -1,4 +1,4 @@
--- Partial vector indexes: one for each value of a filter that is searched badly without.
+-- Partial vector indexes: one for each filter value that is slow or has low recall without it.
 
 -- name: standing
 -- purpose: Every partial vector index on the relation that holds the vectors, valid or not.
