@@ -111,7 +111,7 @@ def test_a_phase_that_waits_says_what_for_and_asks_once(waiting: Phase) -> None:
 
 
 def test_an_approval_is_shown_given_and_stands_in_the_record(
-    waiting: Phase, approve: Callable[..., Result], approver: str
+    waiting: Phase, approve: Callable[..., Result], approver: str, open_phase: Callable[..., Phase]
 ) -> None:
     unread = approve(approver)
     assert (unread.exit_code, unread.stderr) == (2, "no terminal to ask at: read the above, then rerun with --yes\n")
@@ -126,8 +126,8 @@ def test_an_approval_is_shown_given_and_stands_in_the_record(
     assert (gate.name, gate.verdict) == ("approval.is_given", "PASS")
     assert gate.found.startswith(f"by {approver} at ") and gate.found.endswith(": change 4711")
     assert "approval.is_given" in [e["body"].get("name") for e in waiting.ledger.entries()]
-    planned = approval.check(PHASE, waiting.ledger, False, waiting.planned).in_a_plan()
-    assert [str(g.verdict) for g in planned] == ["WOULD PASS"]
+    (planned,) = (g for g in open_phase(PHASE, execute=False, **WAITING).require() if g.name == gate.name)
+    assert (str(planned.verdict), planned.found) == ("WOULD PASS", gate.found)
 
 
 def test_a_plan_needs_no_sign_off_and_says_that_it_would(open_phase: Callable[..., Phase]) -> None:

@@ -129,7 +129,7 @@ class Phase:
     def _way_here(self) -> Gates:
         gates = collect(predecessors.gates(self.name, self.ledger, self.params))
         if not self.execute:
-            return self._judge(plans.on_the_way(self.name, gates) + self._sign_off())
+            return self._judge(plans.on_the_way(self.name, gates) + self._sign_off().in_a_plan())
         gates = self._judge(gates)
         if waits(self.name):
             gates += self._judge(maintenance_window.clocks_agree(self.ledger.connection, self.params))
