@@ -189,7 +189,7 @@ def _denser_index(params: Params, points: Sequence[Measured]) -> str:
     found = f"the best setting, {best.way}, finds {recall} in {best.p50_ms:.1f} ms. " if best else ""
     i = params.index
     if (kept := conditions.always_of_an_index(params)) and vector_store.of(params).knows_filters:
-        # Plans are known to read the vectors' index by its name.
+        # The index is recognised in plans by its name.
         name = identifier(shortened(index_name(params), "_always"))
         statement = _pasted(_create(params, verbatim(kept), name))
         found += f"Build a partial index on the rows of target.always, and run 70_tune again: {statement} Or: "
@@ -214,7 +214,7 @@ def _partial(params: Params, of: FilterClass) -> Iterator[str]:
 
 
 def _create(params: Params, condition: sql.Composable, name: sql.Composable | None = None) -> sql.Composed:
-    """A vector index on the rows of a condition."""
+    """A partial vector index on a condition."""
     statement = sql.SQL(
         "CREATE INDEX CONCURRENTLY {name}ON {table} USING {method} ({indexed} {ops}) WHERE {condition};"
     )

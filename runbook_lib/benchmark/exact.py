@@ -42,7 +42,7 @@ DECIMALS = 6
 # How far two may differ that sum the same products in another order, relative to a distance.
 RELATIVE_TOLERANCE = 1e-4
 CHECKED = 5
-# Of a number that COPY sends, the sign left out.
+# Bits of a number that COPY sends, without the sign.
 BITS = 31
 COMPONENT = {"vector": ">f4", "halfvec": ">f2"}
 KEY_TYPES = {"smallint": ">i2", "integer": ">i4", "bigint": ">i8"}
@@ -125,7 +125,7 @@ def _small_enough(whole: Iterator[VectorBlock], queries: int) -> Iterator[Vector
 
 
 class _Conditions:
-    """Each filter with each value that is asked for, as a bit of one of the numbers that come with every row."""
+    """Each filter with each requested value, as a bit of one of the numbers that are read with every row."""
 
     def __init__(self, questions: Iterable[Query]) -> None:
         self.all = sorted({condition for q in questions for condition in q.allowed})
@@ -133,13 +133,14 @@ class _Conditions:
 
     @property
     def numbers(self) -> list[list[tuple[str, str]]]:
-        """Conditions, a list a number."""
+        """Conditions, one list per number."""
         return [self.all[i : i + BITS] for i in range(0, len(self.all), BITS)]
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Questions with the same filters: their places, the numbers of their vectors, and the bit of each condition."""
+    """Questions with the same filters: their positions, the indexes of their vectors, and the bit of each
+    condition."""
 
     places: NDArray[np.intp]
     queries: NDArray[np.intp]
@@ -240,7 +241,7 @@ def _rounded(distances: FLOAT) -> FLOAT:
 
 
 def blocks(connection: db.Connection, params: Params, asked: _Conditions) -> Iterator[VectorBlock]:
-    """The rows that have a vector and that a search may give, a block at a time."""
+    """The rows that have a vector and may be found, block by block."""
     key = params.target.key
     key_type = db.one(connection, SQL["key_type"], params, table=spelled(params, "table"), key=key)["type"]
     layout = _Layout(params.vector.type, params.vector.dimension, len(asked.numbers), key_type)

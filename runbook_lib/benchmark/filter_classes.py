@@ -40,11 +40,12 @@ COUNTED_ROWS = 1_000_000
 
 @dataclass(frozen=True)
 class FilterClass:
-    """Values of a filter, or of several given together, that let through a like share of the rows.
+    """Values of a filter, or of several filters together, that match a similar share of the rows.
 
     filter: its name in the strategies; None for searches without one. asked: those measured, each as filters with
     their values. shares: of every value that is listed in the search function's strategies; empty for rare values,
-    too many to list. listed: the value that stands for a class by the share that is expected; empty for others.
+    which are too many to list. listed: the value that stands for a class by the share that is expected; empty for
+    others.
     """
 
     filter: str | None
@@ -61,7 +62,7 @@ class FilterClass:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """What is measured, for a person to read."""
+        """What is measured, as text."""
         if self.listed:
             return tuple(combined_filters.AND.join(f"{name} = {v}" for name, v in each) for each in self.asked)
         return tuple(combined_filters.AND.join(v for _, v in each) for each in self.asked)
@@ -94,7 +95,7 @@ def of_values(
 
 
 def measured_filters(params: Params) -> list[tuple[str, ...]]:
-    """Each column alone, then pairs, then all of them together, which let through the fewest rows."""
+    """Each column alone, then pairs, then all together, which match the fewest rows."""
     columns = params.target.filter_columns
     pairs: list[tuple[str, ...]] = list(combinations(columns, 2))
     several = [*pairs[: MOST_TOGETHER - 1], tuple(columns)] if len(columns) > 2 else pairs
@@ -125,7 +126,7 @@ def expected(params: Params, asked: Mapping[tuple[str, str], Mapping[Allowed, fl
 
 
 def names_of_conditions(params: Params) -> list[str]:
-    """What the strategies call filters that no value is looked up for; none where all are columns."""
+    """The strategies' name for filters without a look-up by value; none if all are columns."""
     conditions = [f.name for f in params.target.each_filter if f.column is None]
     return [*conditions, share_classes.TOGETHER] if conditions else []
 
@@ -186,9 +187,9 @@ def questions(
 
 def _filter(found: FilterClass, i: int) -> Allowed:
     if found.shares:
-        # Two queries in a row take the same value: one for tuning, one to be held out.
+        # Two successive queries take the same value: one for tuning, one held out.
         return found.asked[i // 2 % len(found.asked)]
-    # Other values will be asked for than these: every second of them is held out too, as every second query is.
+    # Searches will use other values than these, so every second value is held out, like every second query.
     even = len(found.asked) // 2 * 2 or len(found.asked)
     return found.asked[i % even] if even else ()
 

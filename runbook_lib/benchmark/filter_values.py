@@ -1,5 +1,5 @@
-"""Values to measure filters with that are conditions: from the queries' own, else from what the column holds that the
-condition compares with its value.
+"""Values for measuring filters that are conditions: those of the queries, or else values of the column that the
+condition compares.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ SQL, AT_MOST = load("filter_values"), load("recall")["at_most"]
 
 Allowed = tuple[tuple[str, str], ...]
 
-# What is measured of a class: half of them tune it, the others are held out.
+# Queries measured per class: half of them tune it, the others are held out.
 VALUES = 8
 # How long a row that filters let through is looked for: by one candidate, and by all of them. Where there is none, or
 # hardly one, a large table would be read whole each time.
 LONGEST_LOOK_S, LOOKED_FOR_S = 1.0, 60.0
-# Candidates that are drawn for several filters together, and rows in which a column's values are looked up.
+# Candidates drawn for several filters together, and rows sampled for a column's values.
 DRAWN, SAMPLED_ROWS = 600, 100_000
-# Values of a column like in frequency that are taken, and sizes of the sets made of them.
+# Values taken of each frequency, and sizes of the sets made of them.
 OF_A_FREQUENCY, SETS = 6, (1, 2, 4, 16)
-# Shares at which an ordered column is cut, a few in each class.
+# Shares at which an ordered column is cut; a few per class.
 CUTS = (
     *(0.0001, 0.0002, 0.0005, 0.0008, 0.0015, 0.0025, 0.005, 0.008, 0.015, 0.025, 0.05, 0.08, 0.15, 0.25),
     *(0.4, 0.6, 0.8, 0.95, 1.0),
@@ -54,7 +54,7 @@ RELATION = rf"\b(?:FROM|JOIN)\s+(?:ONLY\s+)?(?P<relation>{NAME}(?:\s*\.\s*{NAME}
 
 @dataclass(frozen=True)
 class Compared:
-    """What a condition compares with its value: a column of the relation, as SQL names both, by an operator.
+    """What a condition compares with its value: a column of a relation, both in SQL's spelling, and the operator.
 
     any: with the elements of the value. ours: the relation is the target.
     """
@@ -67,7 +67,7 @@ class Compared:
 
 
 def compared(f: Filter, table: str) -> Compared | None:
-    """What the condition of a filter compares with its value; None where that is not to be told from its text."""
+    """What the condition of a filter compares with its value; None if its text does not show that."""
     text = "".join(VALUE if is_name else piece for is_name, piece in pieces(f))
     if match := AFTER.search(text):
         operator = match["operator"]
@@ -90,7 +90,7 @@ def _unquoted(name: str) -> str:
 
 
 def of_filters(connection: db.Connection, params: Params, queries: Sequence[Query]) -> dict[str, list[str]]:
-    """Values by the name of each filter, the queries' own first; an empty list where none are known."""
+    """Values by filter name, those of the queries first; an empty list if none are known."""
     found: dict[str, list[str]] = {}
     for f in params.target.each_filter:
         own = [value for q in queries for name, value in q.filters if name == f.name]
@@ -99,8 +99,8 @@ def of_filters(connection: db.Connection, params: Params, queries: Sequence[Quer
 
 
 def _held(connection: db.Connection, params: Params, f: Filter) -> list[str]:
-    """Values that let through rows, of many frequencies, from what the column holds that is compared with them."""
-    # The catalogue spells an array of a type of the user's own without brackets.
+    """Values that match rows, of many frequencies, taken from the compared column."""
+    # The catalogue spells an array of a user-defined type without brackets.
     kind = f.type or conditions.types(connection, params)[f.name]
     column = f"t.{sql.Identifier(f.column).as_string()}" if f.column else ""
     where = Compared(spelled(params, "table"), column, "=", False, True) if f.column else _told(params, f)
@@ -108,7 +108,7 @@ def _held(connection: db.Connection, params: Params, f: Filter) -> list[str]:
     if where is None or (elements and not kind.endswith("[]")) or (where.any and where.operator != "="):
         return []
     try:
-        # What the condition casts may not be had from every row.
+        # A cast in the condition may fail on some rows.
         with connection.transaction():
             found = _looked_up(connection, params, where, kind, elements)
     except psycopg.Error as error:
@@ -126,7 +126,7 @@ def _looked_up(connection: db.Connection, params: Params, where: Compared, kind:
     if where.ours:
         rows = row_counts.of(connection, params).n
     else:
-        # The first rows of a table are often the oldest, or those of one owner.
+        # The first rows of a table are often its oldest, or belong to one owner.
         rows = int(db.one(connection, SQL["rows_of"], params, relation=where.relation)["rows"])
     percent = 100.0 * SAMPLED_ROWS / max(rows, 1)
     sampled = sql.SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (1)").format(sql.Literal(percent))
@@ -149,7 +149,7 @@ def _looked_up(connection: db.Connection, params: Params, where: Compared, kind:
 def _sets(values: Sequence[str]) -> Iterator[str]:
     """Arrays of one and of several of the values, as PostgreSQL writes them."""
     chosen = random.Random(1)  # noqa: S311 - a sample, not a secret
-    # The last two let through most rows, as a search of somebody who may see nearly everything.
+    # The last two match most rows, like searches by users who may see nearly everything.
     for size in sorted({size for size in (*SETS, len(values) // 2, len(values)) if 0 < size <= len(values)}):
         sets = [[v] for v in values] if size == 1 else [chosen.sample(values, size) for _ in values[: 2 * VALUES]]
         for elements in sets:
@@ -157,7 +157,7 @@ def _sets(values: Sequence[str]) -> Iterator[str]:
 
 
 class Estimate:
-    """The share of the rows that the planner expects filters to let through; what the search function asks too."""
+    """The share of the rows that the planner expects to match the filters, as the search function asks for it."""
 
     def __init__(self, connection: db.Connection, params: Params) -> None:
         self.connection, self.params = connection, params
@@ -214,7 +214,7 @@ def by_class(
 def _drawn(
     chosen: random.Random, params: Params, known: Mapping[str, Sequence[str]], usable: Sequence[str]
 ) -> Allowed:
-    """Some of the filters, in the order of the parameters, each with one of its values."""
+    """Some of the filters, in the order of the parameters, each with a value."""
     some = set(chosen.sample(usable, chosen.randint(2, len(usable))))
     return tuple((name, chosen.choice(known[name])) for name in params.target.filters if name in some)
 

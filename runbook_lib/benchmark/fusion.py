@@ -1,6 +1,5 @@
-"""How much each half of hybrid should count: learned on one half of the judged queries, proved on the other.
-
-The scores of both halves are asked for once; every weight is then tried on them without the database.
+"""How to weight words against vectors in hybrid: learned on one half of the judged queries, proved on the other. Both
+scores are queried once; every weight is then tried on them without the database.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from runbook_lib.params import Params
 from runbook_lib.search import statements
 from runbook_lib.search.hybrid import EQUAL_WEIGHT
 
-# Of the vectors' half; the words' half has the rest.
+# Weights of the vectors; the words have the rest.
 WEIGHTS = tuple(step / 10 for step in range(11))
-# With fewer queries in each half chance alone would choose the weight.
+# With fewer queries in each half, chance would choose the weight.
 FEWEST_QUERIES = 20
 MEASURE = relevance_measures.PAIRED_MEASURE
 NAMES = {"words": 0.0, "equal": EQUAL_WEIGHT, "vectors": 1.0}
@@ -28,10 +27,9 @@ Scores = Mapping[str, Sequence[tuple[str, float, float]]]
 
 @dataclass(frozen=True)
 class Fusion:
-    """Weights of hybrid's halves. vector_weight: of the vectors' half; kept: is it used, or are both equal?
-
-    learned_on, proved_on: numbers of queries. proved: nDCG@10 on those that did not choose the weight, of the words
-    half, of equal weights, of the vectors' half, and of the learned weight.
+    """Hybrid's weights. vector_weight: of the vectors; kept: is it used, or are both equal? learned_on, proved_on:
+    numbers of queries. proved: nDCG@10 on the queries not used for learning: of words alone, of equal weights, of
+    vectors alone, and of the learned weight.
     """
 
     vector_weight: float
@@ -48,9 +46,8 @@ class Fusion:
 def learn(
     connection: db.Connection, params: Params, queries: Sequence[Query], marks: Mapping[str, Mapping[str, int]]
 ) -> Fusion | None:
-    """The weight that is best on one half of these judged queries; kept if it is no worse than equal on the other.
-
-    None where there are too few of them. marks: relevance by query id and key, of these queries at least.
+    """The weight that is best on one half of these judged queries; kept if it is no worse than equal weights on the
+    other half. None if there are too few queries. marks: relevance by query id and key, of these queries at least.
     """
     dealt = query_set.sample(queries, len(queries))
     halves = dealt[::2], dealt[1::2]
@@ -58,14 +55,14 @@ def learn(
         return None
     scores = _scores(connection, params, dealt)
     learned_on, proved_on = ({q.query_id: marks[q.query_id] for q in half} for half in halves)
-    # Of weights that are equally good, the one nearest to equal.
+    # Of equally good weights, the one nearest to equal.
     best = max(WEIGHTS, key=lambda w: (round(measure(scores, learned_on, w), 6), -abs(w - EQUAL_WEIGHT)))
     proved = {name: round(measure(scores, proved_on, w), 4) for name, w in (*NAMES.items(), ("learned", best))}
     return Fusion(best, proved["learned"] >= proved["equal"], len(learned_on), len(proved_on), proved)
 
 
 def measure(scores: Scores, marks: Mapping[str, Mapping[str, int]], vector_weight: float) -> float:
-    """nDCG@10 over these queries with this weight of the vectors' half."""
+    """nDCG@10 over these queries with this weight of the vectors."""
     ranked = {query_id: ranking(scores.get(query_id, ()), vector_weight) for query_id in marks}
     return relevance_measures.relevance(ranked, marks, (MEASURE,)).measures[MEASURE]
 
@@ -78,7 +75,7 @@ def ranking(scored: Sequence[tuple[str, float, float]], vector_weight: float) ->
 
 
 def _scores(connection: db.Connection, params: Params, queries: Sequence[Query]) -> dict[str, list[Any]]:
-    """Of every row that either half finds, by query id: key, score of the vectors, score of the words."""
+    """Every row that either half finds, by query id: key, score of the vectors, score of the words."""
     statement = statements.scored_statement(connection, params)
     loop.know_vectors(connection, queries)
     found = {}

@@ -50,7 +50,7 @@ class IndexRecall:
 
     @classmethod
     def of_data(cls, body: Mapping[str, Any] | None) -> IndexRecall | None:
-        """From the ledger, where other figures may be beside these; None where nothing was measured."""
+        """From the ledger row, which may hold other figures as well; None if nothing was measured."""
         return cls(**{k: body[k] for k in cls.__dataclass_fields__}) if body and "recall" in body else None
 
     def __str__(self) -> str:

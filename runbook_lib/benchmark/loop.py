@@ -225,7 +225,7 @@ def _measure(connection: db.Connection, params: Params, way: Way, queries: Seque
     k, by_filters = params.queries.k, dict[tuple[str, ...], sql.Composed]()
 
     def statement(query: Query) -> sql.Composed:
-        """As the search function has it: with the conditions of the filters that are given, and no others."""
+        """As in the search function: with the conditions of the given filters only."""
         given = tuple(name for name, _ in query.allowed)
         if given not in by_filters:
             by_filters[given] = statements.route_statement(connection, params, "vector", scan=way.scan, given=given)

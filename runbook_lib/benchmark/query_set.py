@@ -34,11 +34,11 @@ INTEGERS = {"smallint": 16, "integer": 32, "bigint": 64}
 
 @dataclass(frozen=True)
 class Query:
-    """One query, as it is put to a search.
+    """One query, as a search gets it.
 
     vector: shape (dimension,); None for a search that needs none. allowed: by filter, its value as PostgreSQL reads
     it; empty for every row. filters: what the query file says that it came with, likewise. own_key: the row that the
-    query was made from, which counts for none of its answers. exact: its exact answers, where recall is measured.
+    query was made from, which counts for none of its answers. exact: its exact answers, if recall is measured.
     """
 
     query_id: str
@@ -118,7 +118,7 @@ def read_queries(params: Params) -> list[Query]:
 
 
 def _wrong_filters(params: Params, given: object) -> str:
-    """What is wrong with the filters of a query; empty where nothing is."""
+    """What is wrong with the filters of a query; empty if nothing is."""
     if given is None:
         return ""
     if not isinstance(given, dict):

@@ -276,7 +276,7 @@ class StorageComparison:
         )  # fmt: skip
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row an index format, with every figure of it."""
+        """One row per index format, with all its figures."""
         return frame_of(self.as_data()["found"])
 
     def __str__(self) -> str:

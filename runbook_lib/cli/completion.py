@@ -1,6 +1,6 @@
 """What the Tab key completes: params files, phases, rollbacks, operations, run ids.
 
-Imports next to nothing: a shell starts the command anew for each press of the key.
+Imports next to nothing, since the shell starts the command for each press of the key.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Tab completion, in one line of ~/.bashrc (zsh_source in ~/.zshrc):
 For fish, in ~/.config/fish/completions/runbook.fish:
   _RUNBOOK_COMPLETE=fish_source runbook | source
 """
-# Where params files are kept, and where runs are.
+# The folders of params files and of runs.
 FOLDERS, RUNS = ("params", "."), Path("runs")
-# Of a command's help, within which click indents by two.
+# Width of a command's help, which click indents by two.
 WIDTH = 78
 
 
@@ -34,7 +34,7 @@ def listed(title: str, names: Iterable[str]) -> str:
 
 
 def params_files(_ctx: Context, _param: Parameter, incomplete: str) -> list[CompletionItem]:
-    """Params files of the project, and whatever the shell completes as a file where there is none of that name."""
+    """Params files of the project; if none matches, files as the shell completes them."""
     names = (path.as_posix() for folder in FOLDERS for path in sorted(Path(folder).glob("*.y*ml")))
     found = [CompletionItem(name) for name in names if name.startswith(incomplete) and "compose" not in name]
     return found or [CompletionItem(incomplete, type="file")]

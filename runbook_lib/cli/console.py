@@ -1,7 +1,5 @@
-"""What every command shares: results on stdout, progress and errors on stderr, and exit codes that mean something.
-
-The commands import what they work with when they are called: `--help` and the Tab key need none of it, and it takes a
-second.
+"""What every command shares: results on stdout, progress and errors on stderr, and exit codes. Commands import their
+modules when they are called, which takes a second that `--help` and the Tab key need not spend.
 """
 
 from __future__ import annotations

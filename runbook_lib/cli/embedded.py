@@ -59,8 +59,8 @@ def start(data_dir: Path) -> str:
 
 
 def _make_user() -> None:
-    """Makes the user that the package runs servers as where root starts them. Its own useradd is not safe beside a
-    second one: each has a number for the name, one of them stays, and who took the other cannot start.
+    """Makes the user as which the package runs servers that root starts. Two concurrent runs of the package's own
+    useradd get different user ids for the name; only one is kept, and the server with the other cannot start.
     """
     with Path(postgres_server.__file__).open() as one_at_a_time:
         fcntl.flock(one_at_a_time, fcntl.LOCK_EX)

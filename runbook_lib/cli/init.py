@@ -262,7 +262,7 @@ def _which_filters(
 
 
 def _as_filters(names: Sequence[str], seen: LegacyQuery | None) -> dict[str, Any]:
-    """The filters by name, as the file has them: nothing for a column, type and condition for another."""
+    """The filters by name, as in the file: nothing for a column, else type and condition."""
     return {name: dict(seen.conditions[name]) if seen and name in seen.conditions else None for name in names}
 
 

@@ -28,7 +28,7 @@ SIMILARITY = re.compile(rf"(?P<head>\b(?:similarity|strpos|word_similarity)\([^(
 INSIDE = r'(?:[^"]|"")+'
 NAMED = rf'(?P<column>(?:(?:"{INSIDE}"|\w+)\.)?(?:"(?P<quoted>{INSIDE})"|(?P<plain>\w+)))'
 EQUALS = re.compile(rf"{NAMED}\s*=\s*{PART}")
-# pg_stat_statements of PostgreSQL 18 writes a list of constants as one with a comment.
+# pg_stat_statements of PostgreSQL 18 writes a list of constants as a single one with a comment.
 LISTED = rf"(?:=\s*ANY\s*\(\s*{PART}\s*\)|IN\s*\(\s*{PART}(?:\s*,\s*{PART}|\s*/\*, \.\.\. \*/)*\s*\))"
 COMPARED = re.compile(
     rf"{NAMED}\s*(?:(?P<operator><=|>=|<(?![@<=>-])|>(?!>)|@>|&&)\s*{PART}|(?P<listed>{LISTED}))", re.I
@@ -42,7 +42,7 @@ UNKNOWN = re.compile(r"\$\d+")
 
 @dataclass(frozen=True)
 class LegacyQuery:
-    """A query with :query, :k and :<filter>; what was assumed; and the placeholders that could not be told.
+    """A query with :query, :k and :<filter>; what was assumed; and the placeholders that could not be identified.
 
     filters: all of them, those of ``conditions`` among them, which have a type and a condition on the row t.
     """
@@ -156,7 +156,7 @@ def _comparisons(query: str, filters: Mapping[str, str]) -> tuple[str, dict[str,
 
 
 def conditions_by_name(query: str, columns: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Of a query that a person wrote: what placeholders that are no columns are compared with. columns: types."""
+    """For a handwritten query: what placeholders other than columns are compared with. columns: types."""
     found: dict[str, dict[str, str]] = {}
     for match in re.finditer(BY_NAME, query, re.I):
         column, name = _column(match), match["name"]

@@ -1,4 +1,4 @@
-"""``runbook search``: asks the live function by each route that can answer, and shows the rows side by side."""
+"""``runbook search``: calls the live function with each route that can answer, and shows the rows side by side."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONGEST_SEARCH = "60 s"
 
 @dataclass(frozen=True)
 class Answer:
-    """What one route found. problem: why it could not be asked; then there are no rows."""
+    """What one route found. problem: why it could not answer; then there are no rows."""
 
     route: str
     ms: float
@@ -115,7 +115,7 @@ def ask(
 
 
 def _vector(params: Params, words: str) -> tuple[list[float] | None, str]:
-    """The vector of the words: by the target's model, or made elsewhere for a query; or why there is none."""
+    """The vector of the words, from the target's model or from the file of query vectors; or why there is none."""
     from runbook_lib.benchmark import query_set
     from runbook_lib.benchmark.query_set import Query
     from runbook_lib.core.gates import BadInput
@@ -161,7 +161,7 @@ def _texts(connection: db.Connection, params: Params, answers: Sequence[Answer])
 
 
 def shown(answers: Sequence[Answer], texts: Mapping[Any, str], width: int) -> str:
-    """The answers side by side, or below each other where the terminal is too narrow for that."""
+    """The answers side by side, or one below the other on a narrow terminal."""
     if not answers:
         return "no route answered"
     each = (width - len(BETWEEN) * (len(answers) - 1)) // len(answers)

@@ -148,7 +148,7 @@ def filters(found: FoundTable, key: str, text_columns: Sequence[str]) -> list[st
 def target(
     found: FoundTable, way_in: Setting, name: str, key: str, text_columns: Sequence[str], chosen: Mapping[str, Any]
 ) -> list[Setting]:
-    """Sections connection and target. chosen: filters as the file has them, by name."""
+    """Sections connection and target. chosen: filters by name, as in the file."""
     others = [f for f in filters(found, key, text_columns) if f not in chosen]
     why = "columns that the application filters by, with equality"
     if any(chosen.values()):

@@ -83,8 +83,8 @@ class Asked:
 
 
 def check(step: str, ledger: Ledger, execute: bool, planned: Callable[[], list[dict[str, str]]]) -> Gates:
-    """The gate of the sign-off; none for a phase that needs none. Asks for it where it is missing; a plan only says
-    so. The rollback of an operation needs one, of its own, where the operation does.
+    """The gate of the sign-off; none for a phase that needs none. Requests a missing one; a plan only says so. The
+    rollback of an operation needs its own sign-off if the operation needs one.
 
     Raises NotApproved, saying what voids an approval that is there: the plan, newer evidence, or who gave it.
     """

@@ -107,9 +107,8 @@ def connect(
 def beside(
     connection: Connection, params: Params, purpose: str, *, conninfo: str | None = None, trial: bool = False
 ) -> Connection:
-    """A further session of the run that this one belongs to, read-only and bounded in the server while this one is.
-
-    trial: one that rolls back everything it does. conninfo: of another server than the target's.
+    """Another session of this session's run, read-only and with the same time limits in the server. trial: it rolls
+    back everything it does. conninfo: of another server than the target's.
     """
     run = " ".join(connection.info.get_parameters()["application_name"].split()[:2])
     further = connect(params, f"{run} {purpose}", conninfo=conninfo)
@@ -223,7 +222,7 @@ NOT_KNOWN_YET = {"keys": "'{the keys of one batch}'"}
 class Statement:
     """A statement that changes something: what, under which lock, and how it is undone.
 
-    announced: said before it begins, where it may take minutes.
+    announced: printed before it begins, if it may take minutes.
     """
 
     name: str
@@ -291,7 +290,7 @@ class Plan:
         printer.text(str(self))
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row a statement: name, purpose, lock, blocks, undo, sql."""
+        """One row per statement: name, purpose, lock, blocks, undo, sql."""
         heads = ("name", "purpose", "lock", "blocks", "undo", "sql")
         told = [(s.name, s.purpose, s.lock, s.blocks, s.undo, s.text(self.connection)) for s in self.statements]
         return frame(heads, told)

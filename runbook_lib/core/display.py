@@ -26,8 +26,8 @@ VERDICT = CELL.replace("pre-wrap", "nowrap")
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONG_WORD = re.compile(r"\S{20,}")
 MARK = re.compile(r"([/._,(=])")
-# A wide table scrolls by itself: the arrow keys reach it, and a shadow at its edge says that there is more. As in the
-# record's style sheet, with JupyterLab's colours for a page that has none of ours.
+# A wide table scrolls separately: the arrow keys reach it, and a shadow at its edge shows that there is more. As in
+# the record's style sheet, with JupyterLab's colours on a page without ours.
 FITS_COLUMNS = 4
 _PAGE, _SHADE = "var(--page, var(--jp-layout-color0, transparent))", "var(--bar, #7d8fa2)"
 SCROLLER = (
@@ -44,7 +44,7 @@ ROW_STYLES = {
     "gate-would-pass": "border-left:.4em dotted #1a7f37",
 }
 
-# JupyterLab's own colours, which follow its theme; else those of the record's page.
+# JupyterLab's colours, which follow its theme; else those of the record's page.
 SQL_COLOURS = {
     Keyword: "var(--jp-mirror-editor-keyword-color, var(--sql-keyword, #0550ae))",
     Name.Builtin: "var(--jp-mirror-editor-builtin-color, var(--sql-builtin, #6639ba))",
@@ -57,7 +57,7 @@ NO_FORMULAS = "mathjax_ignore"
 
 
 class Amount(str):
-    """A figure as people read it, which keeps its value and unit for :meth:`Table.to_frame`."""
+    """A formatted figure that keeps its value and unit for :meth:`Table.to_frame`."""
 
     value: float
     unit: str
@@ -107,13 +107,13 @@ def share(of_one: float, digits: int = 0) -> Amount:
 
 
 def frame(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> pandas.DataFrame:
-    """Rows as a DataFrame: numbers, durations and sizes as numbers, their unit in the column's title; timestamps as
-    such. A column of mixed kinds or units stays as it is shown.
+    """Rows as a DataFrame: numbers, durations and sizes as numbers, with the unit in the column's title; timestamps
+    as timestamps. A column of mixed kinds or units keeps its text.
     """
-    # Here, because it takes half a second to import, and few kernels need it.
+    # Imported here, because it takes half a second and few kernels need it.
     import pandas
 
-    # Else JupyterLab typesets what is between two dollar signs.
+    # Otherwise JupyterLab typesets text between two dollar signs.
     pandas.set_option("display.html.use_mathjax", False)
     series = [_typed(name or f"column {i + 1}", [row[i] for row in rows]) for i, name in enumerate(columns)]
     index = pandas.RangeIndex(len(rows))
@@ -121,7 +121,7 @@ def frame(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> pandas.DataF
 
 
 def frame_of(records: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
-    """Plain data as a DataFrame, a row a record; a record in a record becomes columns, ``chosen.recall``."""
+    """Plain data as a DataFrame, one row per record; a nested record becomes columns, ``chosen.recall``."""
     flat = [_flat(record) for record in records]
     columns = list(dict.fromkeys(name for record in flat for name in record))
     return frame(columns, [[record.get(name) for name in columns] for record in flat])
@@ -152,7 +152,7 @@ def _typed(name: str, values: list[Any]) -> pandas.Series[Any]:
 
 
 def _bare(value: Any) -> Any:
-    """The number that a figure shows. Decimals become floats, as in pandas.read_sql: few methods take them."""
+    """The number behind a figure. Decimals become floats, as in pandas.read_sql, since few methods take Decimals."""
     if isinstance(value, Amount):
         return value.value
     return None if value is None or value == "" else float(value) if isinstance(value, Decimal) else value
@@ -241,7 +241,7 @@ class Table:
 
 
 def scroller(table: str, label: str) -> str:
-    """The HTML of a table, which scrolls by itself where there is no room for it."""
+    """The HTML of a table, which scrolls separately if it does not fit."""
     about = f'tabindex="0" role="region" aria-label="{html.escape(label)}"'
     return f'<div class="scroll" {about} style="{SCROLLER}">{table}</div>'
 

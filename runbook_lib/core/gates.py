@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Verdict(StrEnum):
-    """What a gate found. Only PASS opens the next phase; in a plan, WOULD PASS was looked at and holds."""
+    """What a gate found. Only PASS opens the next phase; WOULD PASS, in a plan, holds today."""
 
     PASS = "PASS"  # noqa: S105 - a verdict, not a password
     FAIL = "FAIL"
@@ -81,7 +81,7 @@ def gate(
 
 
 def not_run(name: str, subject: str, found: str, needed: str) -> Gate:
-    """The gate of a plan whose fact is not there yet, so nothing is claimed. found: after what it will be known."""
+    """The gate of a plan that cannot be judged yet. found: the step after which it will be known."""
     return Gate(name, Verdict.NOT_RUN, subject, found, needed)
 
 
@@ -111,13 +111,13 @@ class Gates:
         return bool(self.gates) and all(g.verdict is Verdict.PASS for g in self.gates)
 
     def in_a_plan(self) -> Gates:
-        """The same gates, just looked at, for a run that carries nothing out: those that hold say WOULD PASS."""
+        """The same gates for a run that carries nothing out: those that hold say WOULD PASS."""
         return Gates(
             tuple(replace(g, verdict=Verdict.WOULD_PASS) if g.verdict is Verdict.PASS else g for g in self.gates)
         )
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row a gate; each of their figures is a column, such as ``figures.recall``, in the unit that it names."""
+        """One row per gate; each figure is a column, such as ``figures.recall``, in the unit that it names."""
         return frame_of({**vars(g), "verdict": str(g.verdict)} for g in self.gates)
 
     def __str__(self) -> str:
@@ -186,7 +186,7 @@ class BadInput(RunbookError):
 class GateFailed(RunbookError):
     """At least one gate did not pass; the phase stops here and can be run again.
 
-    shown: stand the gates right above it, in the notebook? Then it repeats only which failed, and what to do.
+    shown: are the gates right above it, in the notebook? Then it repeats only which failed, and what to do.
     """
 
     def __init__(self, gates: Gates, *, shown: bool = False) -> None:

@@ -34,7 +34,7 @@ CREATE = (
     "create_chain_triggers",
     "create_sign_off",
 )
-# Of every row, in a DataFrame.
+# The columns of every row in a DataFrame.
 HEADS = ("seq", "written_at", "written_by", "run_id", "phase", "kind")
 # Rows of others that a message names.
 MOST_NAMED = 5
@@ -152,11 +152,11 @@ class Ledger:
         return db.rows(self.connection, SQL["entries"], self.params, run_id=run_id) if self.exists() else []
 
     def to_frame(self, kind: str = "", part: str = "", run_id: str | None = None) -> pandas.DataFrame:
-        """The rows that count of this target, or of one of its runs, oldest first.
+        """The rows by the ledger's owner for this target, or for one of its runs, oldest first.
 
         kind: only these rows (``statement``, ``gate``, ``tuning``, …), each item of their body a column. part: a list
-        in the body of the newest of them, a row an element: ``to_frame("tuning", "points")``. Raises ValueError for a
-        part that is not there, and names those that are.
+        in the body of the newest of them, one row per element: ``to_frame("tuning", "points")``. Raises ValueError
+        for a part that does not exist, and lists those that do.
         """
         found = [r for r in self.entries(run_id) if kind in ("", r["kind"])]
         if part:

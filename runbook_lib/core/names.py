@@ -18,8 +18,8 @@ HASH_BYTES = 16
 DIGITS_IN_A_NAME = 8
 
 
-# The search function has one function for each; those that other parameters would need are not made. The last of
-# them answers nothing: it tells the share of the rows by which one of the others is chosen.
+# The search function has one function for each of these that the parameters need. The last one does not answer: it
+# returns the share of rows by which one of the others is chosen.
 WAYS_TO_ANSWER = ("legacy", "vector", "vector_relaxed", "vector_exact", "hybrid", "hybrid_exact", "share")
 
 # Of a text: which of a hundred shares of the calls it falls into. Exact to the types, so that nothing shadows it.
@@ -89,7 +89,8 @@ def function_of(params: Params, way: str) -> str:
 
 
 def words_functions(params: Params) -> dict[str, str]:
-    """Names of the functions, in the ledger's schema, that say what words weigh, and what the vectors' half does."""
+    """Names of the functions, in the ledger's schema, that return the weights of words and the weight of the
+    vectors."""
     return {name: f"{params.target.name}_{name}" for name in ("weigh_words", "vector_weight")}
 
 

@@ -49,7 +49,7 @@ class Phase:
     """What a notebook works with.
 
     connection: for the work, in autocommit; read-only in the server but inside :meth:`opened`. ledger: on a
-    connection of its own. execute: False only prints. order: how far this session has come. judged: its gates.
+    connection of its own. execute: False only prints. order: the progress of this session. judged: its gates.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Phase:
 
     @property
     def gates(self) -> Gates:
-        """Every gate that was judged in this session, as it was found last; also those that stopped it."""
+        """The last result of every gate of this session, including those that stopped it."""
         return Gates(tuple({(g.name, g.subject): g for g in self.judged}.values()))
 
     def where_am_i(self) -> Table:
@@ -195,7 +195,7 @@ class Phase:
         return db.rendered(statements, self.connection)
 
     def note_in_plan(self, kind: str, body: Mapping[str, Any]) -> None:
-        """A row of figures for the page of a plan, which the ledger does not hold."""
+        """A row of figures for the page of a plan, which is not in the ledger."""
         plans.note(self.params, self.run_id, self.name, self.connection.info.user, kind, body)
 
     def carry_out(self, plan: db.Plan) -> Table:

@@ -1,7 +1,5 @@
-"""A run that only plans: what it can know before the first change, and what it leaves.
-
-Its gates and statements are in a file of its folder, in the shape of ledger rows. The ledger gets no row of it, and
-may not even be there.
+"""A run that only plans: what it can know before the first change, and what it leaves. Its gates and statements go
+into a file of its folder, as ledger rows. The ledger gets no row, and may not exist yet.
 """
 
 from __future__ import annotations
@@ -19,22 +17,22 @@ from runbook_lib.core.registry import OPERATE, UNDO_OPERATION
 from runbook_lib.params import Params
 
 FILE = "plan.jsonl"
-# Of one statement that looks at what is there: a plan is made again and again, on tables of any size.
+# Of one statement that looks at what exists: plans are made again and again, on tables of any size.
 LONGEST_LOOK = "60 s"
-# What the steps before it in the same plan bring about; an operation has none before it.
+# What earlier steps of the same plan bring about; an operation has none.
 KNOWN_AFTER = "known only after"
 BROUGHT_ABOUT = ("phase.predecessor_passed", "phase.nothing_stands_on_it")
 
 
 def on_the_way(step: str, gates: Gates) -> Gates:
-    """The gates of a step's order, in a plan: an earlier step may be in the same plan, and is to pass before it."""
+    """The gates of a step's order, in a plan, where an earlier step may be in the same plan."""
     alone = step in (*OPERATE, *UNDO_OPERATION)
     names = () if alone else BROUGHT_ABOUT
     return _not_yet(gates, names, "the steps before it").in_a_plan()
 
 
 def of_what_is_there(step: str, gates: Gates) -> Gates:
-    """The proof of a step, looked at in a plan: what does not hold today is what the step is there for."""
+    """The proof of a step, checked in a plan: what does not hold today is for the step to bring about."""
     return _not_yet(gates, {g.name for g in gates}, step).in_a_plan()
 
 
@@ -48,8 +46,8 @@ def _not_yet(gates: Gates, names: Collection[str], after: str) -> Gates:
 
 
 def not_there_yet(name: str, step: str, statements: int, look: Any, why: str = "") -> Gates:
-    """The one gate of a look that a plan cannot take. look: its function, which says in a sentence what it proves.
-    why: what ended a look that was begun.
+    """The one gate of a check that a plan cannot run. look: its function, with a docstring that says what it proves.
+    why: what ended a check that was begun.
     """
     left = f", which has {statements} statement{'s' if statements != 1 else ''} to run" if statements else ""
     proves = " ".join((look.__doc__ or "").split("\n\n")[0].split())

@@ -1,8 +1,9 @@
 """%sql and %%sql of the notebooks: ad-hoc reads on a connection of the phase's own, which the server keeps read-only.
 
-ipython-sql 0.5.0 splits the text and binds the variables. Left to itself it prints SQL errors instead of raising
-them, drops NOTICEs, fetches a result whole, stays silently on an old connection when a new one fails, and takes
-``:word`` for a variable inside a text too. So it is handed one connection, and text in which only variables look so.
+ipython-sql 0.5.0 splits the text and binds the variables. By default it prints SQL errors instead of raising them,
+drops NOTICEs, fetches whole results, silently stays on an old connection when a new one fails, and takes ``:word``
+inside a string for a variable. So it gets a prepared connection, and text in which only variables look like
+variables.
 """
 
 from __future__ import annotations
@@ -29,39 +30,39 @@ from runbook_lib.params import Params
 if TYPE_CHECKING:
     import pandas
 
-# autolimit: rows of a result that are fetched at most; a person may change it by %config.
+# autolimit: rows fetched of a result at most; users may change it by %config.
 OPTIONS = {"autolimit": 1000, "feedback": False, "autocommit": False}
 IDENTITY = "SELECT current_database(), inet_server_addr(), inet_server_port(), current_user"
 MOST_ERROR_LINES = 5
 # What a cell cannot do: begin or end a transaction, COPY to a client, psql's own commands.
 NO_READ = re.compile(r"\s*((BEGIN|START|COMMIT|END|ROLLBACK|ABORT|SAVEPOINT|RELEASE|COPY)\b|\\)", re.I)
 COMMENT = r"--[^\n]*|/\*.*?\*/"
-# Statements that may return many rows: they are read row by row, and no further than needed.
+# Statements that may return many rows: they are read row by row, only as far as needed.
 LONG = re.compile(rf"([\s(]|{COMMENT})*(SELECT|WITH|TABLE|VALUES)\b", re.I | re.S)
-# Where a colon is no variable: strings, quoted names, bodies between dollars, comments, and casts.
+# Where a colon does not begin a variable: strings, quoted names, dollar-quoted bodies, comments, and casts.
 NO_VARIABLES = re.compile(
     rf"""\b[eE]'(?:[^'\\]|\\.|'')*' | '(?:[^']|'')*' | "(?:[^"]|"")*"
     | (\$(?:[^\W\d]\w*)?\$).*?\1 | {COMMENT} | ::""",
     re.S | re.X,
 )
-# The current display connection; the former one of this kernel is closed before.
+# The current display connection; this kernel's former one is closed first.
 _open: list[psycopg.Connection[Any]] = []
 
 
 class ReadFailed(RuntimeError):
-    """A %sql that was refused, in the server's own words: a traceback through the driver tells a DBA nothing."""
+    """A refused %sql, in the server's words; a traceback through the driver would not help a DBA."""
 
     def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()
 
 
 def connect(params: Params, run_id: str, phases: Callable[[], db.Connection]) -> None:
-    """Points %sql at the phase's server. Its first use connects, and loads ipython-sql and pandas, which takes a
+    """Points %sql at the phase's server. The first use connects, and loads ipython-sql and pandas, which takes a
     second. The cells find their objects by ``current_setting('runbook.table')``, ``runbook.index`` and
     ``runbook.ledger``. Does nothing outside IPython.
 
-    phases: gives the phase's own connection, to compare with. Cells raise ReadFailed for as long as the display
-    connection is not on the same database, server and role as that one.
+    phases: gives the phase's own connection, to compare with. Cells raise ReadFailed while the display connection is
+    on another database, server or role than that one.
     """
     shell = get_ipython()
     if shell is None:
@@ -75,7 +76,7 @@ def connect(params: Params, run_id: str, phases: Callable[[], db.Connection]) ->
 
 
 def let_go() -> None:
-    """Ends the connection of %sql, where it was used in this kernel."""
+    """Closes the connection of %sql, if this kernel used it."""
     while _open:
         _open.pop().close()
 
@@ -108,14 +109,14 @@ def display_connection(params: Params, run_id: str) -> psycopg.Connection[Any]:
     }
     for name, value in settings.items():
         connection.execute("SELECT set_config(%s, %s, false)", [name, value])
-    # Of the transactions that are begun here: a cell may SET the default, but not that of an open transaction.
+    # For the transactions begun here: a cell may SET the default, but not change an open transaction.
     connection.read_only = True
     return connection
 
 
 def _read(cell: str, connect_: Callable[[], psycopg.Connection[Any]]) -> pandas.DataFrame | None:
-    """Reads, says where and how many rows, and gives them as a DataFrame; to a variable where ``name <<`` says so.
-    A plan that is not kept is printed.
+    """Reads, says where and how many rows, and returns them as a DataFrame, or into a variable with ``name <<``. A
+    plan is printed unless it goes into a variable.
     """
     from sql.magic import SqlMagic
     from sql.parse import parse
@@ -141,7 +142,7 @@ def _read(cell: str, connect_: Callable[[], psycopg.Connection[Any]]) -> pandas.
     if not parsed["result_var"]:
         if list(found.columns) != ["QUERY PLAN"] or not all(isinstance(line, str) for line in found["QUERY PLAN"]):
             return found
-        # As psql shows it: a DataFrame would cut the lines of a plan, and drop their indentation.
+        # As in psql: a DataFrame would cut the lines of a plan and drop their indentation.
         print(*found["QUERY PLAN"], sep="\n")
         return None
     shell.user_ns[parsed["result_var"]] = found
@@ -158,13 +159,13 @@ def _is_empty(text: str) -> bool:
 
 
 def _without_variables(literal: re.Match[str]) -> str:
-    """With its colons as SQLAlchemy takes them for colons."""
+    """With literal colons escaped for SQLAlchemy."""
     return literal[0].replace(":", r"\:")
 
 
 @dataclass
 class _Reading:
-    """What ipython-sql takes for its connection. most: rows that are fetched; None for all. cut: were there more?"""
+    """Stands in for ipython-sql's connection. most: rows to fetch; None for all. cut: were there more?"""
 
     connection: psycopg.Connection[Any]
     most: int | None
@@ -220,7 +221,7 @@ class _Reading:
         return _Result(columns, rows[: self.most])
 
     def _columns_of_nothing(self, statement: str, values: Mapping[str, Any]) -> list[str]:
-        """The driver does not say them where it streams no row."""
+        """The driver does not report them if it streams no row."""
         with suppress(psycopg.Error), self.connection.transaction():
             inner = sql.SQL(statement.rstrip().rstrip(";"))
             nothing = sql.SQL("SELECT * FROM (\n{}\n) AS nothing LIMIT 0").format(inner)
@@ -230,7 +231,7 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _Result:
-    """What ipython-sql takes for a result of SQLAlchemy's."""
+    """Stands in for a result of SQLAlchemy."""
 
     columns: list[str]
     rows: list[tuple[Any, ...]]
@@ -254,7 +255,7 @@ def _columns(cursor: psycopg.Cursor[Any]) -> list[str]:
 
 
 def _said(error: psycopg.Error) -> str:
-    """The server's words, the place in the statement, and what to do where only that helps."""
+    """The server's words, the position in the statement, and what to do if the words do not say it."""
     lines = f"{error.diag.severity or 'ERROR'}:  {error}".splitlines()[:MOST_ERROR_LINES]
     if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
         lines = [

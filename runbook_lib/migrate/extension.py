@@ -144,7 +144,7 @@ def brings(connection: db.Connection, params: Params) -> Table:
 
 
 def verify(phase: Phase) -> Gates:
-    """The installed release is recent enough, and the loaded library is the one that the catalogue speaks of."""
+    """The installed release is recent enough, and the loaded library matches the catalogue."""
     connection, params = phase.connection, phase.params
     installed, default = _state(connection, params)
     wanted = params.extension.version
@@ -219,7 +219,7 @@ def undo(phase: Phase) -> Table:
 
 
 def verify_undone(phase: Phase) -> Gates:
-    """pgvector is gone, or stays for a reason that is not ours."""
+    """pgvector is gone, or stays because something else needs it."""
     connection, ledger, params = phase.connection, phase.ledger, phase.params
     installed, _ = _state(connection, params)
     users = _users(connection, params) if installed else []

@@ -1,4 +1,5 @@
-"""Can a search be filtered as the parameters say? Each condition is planned, and what it reads is looked up."""
+"""Can searches be filtered as the parameters say? Each condition is planned, and the privileges on what it reads are
+checked."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ class Found:
 
 
 def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
-    """A gate for each condition of target.filters, and for target.always; none where columns are all there is."""
+    """A gate for each condition of target.filters, and for target.always; none if all filters are columns."""
     t = params.target
     asked = [(f"target.filters.{f.name}", f) for f in t.each_filter if f.column is None]
     found: list[tuple[str, Filter | None, Found]] = []
@@ -75,7 +76,7 @@ def _volatile(subject: str) -> Gate:
 
 
 def privileges(name: str, params: Params, lacking: Sequence[db.Row], named_by: str, failing: str) -> Gate:
-    """May the callers read what SQL of the parameters reads? name, named_by, failing: of the gate."""
+    """May the callers read what the parameters' SQL reads? name, named_by, failing: for the gate."""
     said = list(dict.fromkeys(f"{row['role']} lacks {row['privilege']}" for row in lacking))
     grants = list(dict.fromkeys(row["granted"] for row in lacking))
     return gate(
@@ -109,7 +110,7 @@ def _looked_at(connection: db.Connection, params: Params, f: Filter) -> Found:
 
 
 def of_condition(connection: db.Connection, params: Params, condition: sql.Composable) -> Found:
-    """A condition on a row ``t``, as in the search function, by whose search path names resolve; nothing stays."""
+    """A condition on a row ``t``, with names resolved as in the search function; rolled back."""
     parts = names(params) | {"condition": condition}
     try:
         with as_in_the_function(connection, params):

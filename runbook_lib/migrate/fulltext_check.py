@@ -86,7 +86,7 @@ def _expression(connection: db.Connection, params: Params) -> Gate:
 
 
 def check_words_query(connection: db.Connection, params: Params) -> Iterator[Gate]:
-    """Gates of search.words_query, whose filters must be sound; none where there is none. Citus is not asked."""
+    """Gates of search.words_query, with sound filters; none without words_query. Not checked on Citus."""
     if params.search.words_query is None or params.target.distributed:
         return
     seen = filter_checks.of_condition(connection, params, statements.words_query_condition(connection, params))

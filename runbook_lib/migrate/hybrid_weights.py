@@ -1,4 +1,4 @@
-"""Part of phase 70: how much each half of hybrid counts, learned where queries are judged, and equal elsewhere."""
+"""Part of phase 70: the weights of words and vectors in hybrid, learned from judged queries, otherwise equal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KIND = "hybrid_weights"
 
 
 def plan(connection: db.Connection, params: Params) -> list[db.Statement]:
-    """The words counted where that is due, and the weight kept."""
+    """Counting the words if due, and storing the weight."""
     if not params.search.has_fulltext:
         return []
     learned = params.search.hybrid.weights == "learned"
@@ -27,9 +27,8 @@ def plan(connection: db.Connection, params: Params) -> list[db.Statement]:
 
 
 def apply(phase: Phase, candidates: int) -> None:
-    """Counts the table's words where that is due, and learns the weights of hybrid's halves.
-
-    candidates: ef_search or probes, as the search function has it.
+    """Counts the table's words if due, and learns hybrid's weights. candidates: the search function's ef_search or
+    probes.
     """
     p = phase.params
     if not p.search.has_fulltext:
@@ -51,14 +50,14 @@ def apply(phase: Phase, candidates: int) -> None:
 
 
 def undo_plan(connection: db.Connection, params: Params) -> list[db.Statement]:
-    """Equal weights again, where others were learned."""
+    """Back to equal weights, if others were learned."""
     known = word_statistics.counted(connection, params)
     learned = known is not None and known.vector_weight is not None
     return [word_statistics.learn_statement(params, None)] if learned else []
 
 
 def gates(connection: db.Connection, ledger: Ledger, params: Params) -> list[Gate]:
-    """Does hybrid weigh its halves as the record says?"""
+    """Does hybrid use the weights in the record?"""
     noted = ledger.latest(KIND)
     if not params.search.has_fulltext or params.search.hybrid.weights == "equal" or noted is None:
         return []

@@ -1,8 +1,6 @@
-"""What others may do: to the runbook's own tables, sequences, functions and schema only what is meant; and where they
-may create what an inexact call would find.
-
-The runbook's own are closed as they are made (:mod:`runbook_lib.core.closed`); this looks at what is there now,
-whoever granted it since.
+"""Privileges of other roles: on the runbook's tables, sequences, functions and schema; and where they may create
+objects that an unqualified call would find. The runbook's objects are closed when they are created
+(:mod:`runbook_lib.core.closed`); this checks what has been granted since.
 """
 
 from __future__ import annotations
@@ -129,14 +127,13 @@ def _by_default(connection: db.Connection, params: Params, values: dict[str, str
 def check_open_schemas(connection: db.Connection, params: Params) -> Gate:
     """Who else may create, or has created, in a schema that ``legacy.query`` finds its names in (CVE-2018-1058)?
 
-    The runbook's own SQL finds nothing there. What is left are the application's statements, which need its search
-    path.
+    The runbook's own SQL is qualified. What remains are the application's statements, which need its search path.
     """
     in_path = {*session.inherited(connection), params.target.schema_}
     found = [row for row in session.open_schemas(connection) if row["schema"] in in_path]
     open_now = [row for row in found if row["schema"] not in params.accept.open_schemas]
     agreed = [row["schema"] for row in found if row["schema"] in params.accept.open_schemas]
-    # The list takes the place of the one in the file, so that it holds what was agreed to before.
+    # This list replaces the one in the file, so it includes what was accepted before.
     names = ", ".join(dict.fromkeys([*params.accept.open_schemas, *(row["schema"] for row in open_now)]))
     return gate(
         "inputs.only_the_trusted_create_on_the_path",

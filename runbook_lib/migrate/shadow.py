@@ -26,12 +26,12 @@ SHOWN_LETTERS = 80
 
 @dataclass(frozen=True)
 class Comparison:
-    """What phase 80 shows: every search, the classes of queries, thresholds of similarity, and the sheet."""
+    """What phase 80 shows: every search, the classes of queries, similarity thresholds, and the sheet."""
 
     tables: tuple[Table, ...]
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row a search, with its figures; those of single queries: :func:`comparison.per_query`."""
+        """One row per search, with its figures; for single queries: :func:`comparison.per_query`."""
         return self.tables[0].to_frame()
 
     def __str__(self) -> str:

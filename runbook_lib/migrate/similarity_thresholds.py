@@ -1,4 +1,5 @@
-"""What a smallest similarity would keep and lose, on judged queries: a search by vectors always answers something."""
+"""What a minimum similarity would keep and lose, on judged queries; without one, a vector search always returns
+rows."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ from runbook_lib.core import db
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.params import Params
 
-# Of all rows found: the thresholds that are tried lie where so many are less similar.
+# Thresholds to try: these shares of all rows found are less similar.
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 DIGITS = 3
 
 
 def measured(connection: db.Connection, ledger: Ledger, params: Params) -> list[dict[str, Any]]:
-    """The same, by asking the judged queries through the index once more; empty where nothing is judged."""
+    """The same, by running the judged queries through the index once more; empty without judgements."""
     (judged, _), marks = comparison.sampled(connection, ledger, params, ledger.latest("baseline"))
     if not judged:
         return []
@@ -29,7 +30,7 @@ def measured(connection: db.Connection, ledger: Ledger, params: Params) -> list[
 
 def kept_and_lost(answers: Answers, marks: Mapping[str, Mapping[str, int]], distance: str) -> list[dict[str, Any]]:
     """For each threshold: the share of right answers that it keeps, the share of other rows that it leaves out, and
-    how many queries it leaves without rows. A row that nobody has judged is none of the right ones.
+    how many queries it leaves without rows. An unjudged row counts as wrong.
     """
     similar = [[similarity(d, distance) for _, d in rows if d is not None] for rows in answers.rows]
     right = [
@@ -57,7 +58,7 @@ def kept_and_lost(answers: Answers, marks: Mapping[str, Mapping[str, int]], dist
 
 
 def similarity(distance: float, kind: str) -> float:
-    """As the search function gives it; see :func:`runbook_lib.search.statements.similarity`."""
+    """As the search function returns it; see :func:`runbook_lib.search.statements.similarity`."""
     return {"cosine": 1 - distance, "inner_product": -distance, "l2": 1 / (1 + distance)}[kind]
 
 

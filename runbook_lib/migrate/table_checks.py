@@ -1,4 +1,5 @@
-"""The target against its table: what of ``target`` the table has, and whether its rows can be told and read."""
+"""The target against its table: does the table have what ``target`` names, and can its rows be identified and
+read?"""
 
 from __future__ import annotations
 
@@ -24,14 +25,14 @@ SQL = load("inputs")
 NOTHING_STARTED = "nothing was started; the run would fail half-way"
 FIX_PARAMS = "fix the params file and rerun the same command"
 KEY_TYPES = ("bigint", "integer", "uuid", "text", "character varying")
-# Rows are deleted while a migration is under way; more than this and the judgements are of another table.
+# Rows are deleted during a migration; if more than this are missing, the judgements belong to another table.
 MOST_JUDGED_ROWS_GONE = 0.05
 SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Look:
-    """A table that there is, with its columns by name."""
+    """An existing table, with its columns by name."""
 
     connection: db.Connection
     params: Params
@@ -57,7 +58,7 @@ def columns_fit(look: Look) -> Iterator[Gate]:
 
 
 def rows_fit(look: Look) -> Iterator[Gate]:
-    """The judged rows are there, and some row has text."""
+    """The judged rows exist, and some row has text."""
     if look.params.target.key in look.columns:
         yield _judged_keys(look)
     if look.table["readable"] and set(look.params.target.text_columns) <= set(look.columns):
@@ -95,7 +96,7 @@ def table_exists(connection: db.Connection, params: Params, found: db.Row | None
 
 def _nearest_table(connection: db.Connection, params: Params, tables: list[tuple[str, str]]) -> str:
     target = params.target
-    # The right name in another schema is nearer than a similar name in the same one.
+    # The right name in another schema is a better guess than a similar name in the same schema.
     exact = [t for t in tables if t[1] == target.table]
     here = difflib.get_close_matches(target.table, [t for s, t in tables if s == target.schema_], n=1, cutoff=0.5)
     near = exact[0] if exact else (target.schema_, here[0]) if here else None
@@ -169,7 +170,7 @@ def _text_column(look: Look, column: str) -> Gate:
 
 
 def _some_row_has_text(look: Look) -> Gate:
-    """Of an empty table nothing can be staged, measured or tuned."""
+    """An empty table cannot be staged, measured or tuned."""
     columns = ", ".join(look.params.target.text_columns)
     try:
         there = db.one(look.connection, row_counts.SQL["texts"], look.params)

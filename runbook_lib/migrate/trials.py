@@ -255,7 +255,7 @@ def _function(phase: Phase) -> list[db.Statement]:
     """Where it already exists, making it again would lock its catalogue rows under calls that are under way."""
     if search_function.function_state(phase.connection, phase.params):
         return []
-    # Counting words takes seconds on a large table, and needs no right that reading it does not.
+    # Counting words takes seconds on a large table, and needs only the privilege to read it.
     return [s for s in search_function.plan(phase) if s.name != word_statistics.COUNT]
 
 

@@ -45,7 +45,7 @@ SQL = load("tune")
 
 @dataclass(frozen=True)
 class Tuning:
-    """Every filter class with its choice; the first is the unfiltered one. unmeasured: filters without any class."""
+    """Every filter class with its choice; the first is the unfiltered one. unmeasured: filters without a class."""
 
     k: int
     queries: int
@@ -80,7 +80,7 @@ class Tuning:
         }
 
     def advice(self) -> list[str]:
-        """What would make the classes fast that are not."""
+        """What would make the slow classes fast."""
         unknown = "no values to measure it with, so it is searched exactly; add some as filters in queries.file"
         return [
             *(f"{c.of}: {c.advice}" for c in self.choices if c.advice),
@@ -142,13 +142,13 @@ def _row(choice: Choice) -> tuple[Any, ...]:
 
 
 def sweep(phase: Phase) -> Table:
-    """Every way that was measured, for each filter class, as the ledger has it: where and how it was asked, recall
-    with its interval, latency; held_out where it is the chosen way on the other half of the queries.
+    """Every measured way for each filter class, from the ledger: settings, recall with its interval, latency;
+    held_out for the chosen way on the other half of the queries.
     """
     return _sweep(phase.ledger.latest("tuning") or {})
 
 
-# What tells a measured way from another, and what was found for it.
+# What identifies a measured way, and what was found for it.
 SWEEP = (
     *("scan", "candidates", "iterative_scan", "most_scanned", "questions", "recall", "low", "high", "returned"),
     *("rows_short", "p50_ms", "p95_ms", "p99_ms", "buffers", "plan"),
