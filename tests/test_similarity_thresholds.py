@@ -1,10 +1,16 @@
 """What a smallest similarity keeps and loses, worked out by hand."""
 
+from collections.abc import Callable
+
+import psycopg
 import pytest
+from psycopg import sql
 
 from runbook_lib.benchmark.loop import Answers
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.migrate import similarity_thresholds
+from runbook_lib.params import Params
+from runbook_lib.search import statements
 
 MARKS = {"a": {"1": 1, "2": 0}, "b": {"3": 2}}
 
@@ -33,7 +39,15 @@ def test_without_rows_or_right_answers_nothing_is_made_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "distance", "similarity"), [("cosine", 0.25, 0.75), ("l2", 3, 0.25), ("inner_product", -2, 2)]
+    ("kind", "distance", "similarity"), [("cosine", 0.25, 0.75), ("l2", 3.0, 0.25), ("inner_product", -2.0, 2.0)]
 )
-def test_similarity_is_that_of_the_search_function(kind: str, distance: float, similarity: float) -> None:
+def test_similarity_is_that_of_the_search_function(
+    database: str, make_params: Callable[..., Params], kind: str, distance: float, similarity: float
+) -> None:
+    params = make_params(vector={"distance": kind})
+    by_distance = statements.similarity(params, sql.Literal(distance))
+    by_score = statements.similarity_of_score(params, sql.Literal(-distance))
+    with psycopg.connect(database) as connection:
+        row = connection.execute(sql.SQL("SELECT ({})::real, ({})::real").format(by_distance, by_score)).fetchone()
+    assert row == (similarity, similarity)
     assert similarity_thresholds.similarity(distance, kind) == similarity
