@@ -14,7 +14,7 @@ from psycopg import sql
 from runbook_lib.backfill.online_copy import Move
 from runbook_lib.core import db
 from runbook_lib.core.display import Table
-from runbook_lib.core.names import digits, identifier, shortened, spelled, trigger_name, verbatim
+from runbook_lib.core.names import digits, identifier, literal, shortened, spelled, trigger_name, verbatim
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -151,7 +151,7 @@ def leaves(connection: db.Connection, params: Params, shares: Mapping[str, float
             f"_p_{digits(v)}",
             v,
             share,
-            value=verbatim(sql.Literal(v).as_string()),
+            value=literal(v),
         )
         for v, share in own
     ]

@@ -23,7 +23,7 @@ from runbook_lib.benchmark.query_set import Query, exact_of, vector_of, with_exa
 from runbook_lib.benchmark.recall_at_k import SAME_DISTANCE, Nearest
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import identifier, names, spelled, verbatim
+from runbook_lib.core.names import identifier, literal, names, spelled
 from runbook_lib.core.session import register_vector
 from runbook_lib.params import Params
 from runbook_lib.search import conditions
@@ -264,7 +264,7 @@ def _copy_out(connection: db.Connection, params: Params, asked: _Conditions) -> 
     filters = {f.name: f for f in params.target.each_filter}
     numbers = []
     for number in asked.numbers:
-        literals = [(name, verbatim(sql.Literal(value).as_string())) for name, value in number]
+        literals = [(name, literal(value)) for name, value in number]
         held = [conditions.holds(connection, params, filters[name], value) for name, value in literals]
         bits = sql.SQL(" | ").join(bit.format(c, sql.Literal(i)) for i, c in enumerate(held))
         numbers.append(sql.SQL("({}), ").format(bits))

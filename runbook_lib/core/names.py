@@ -36,6 +36,11 @@ def verbatim(text: str) -> sql.SQL:
     return sql.SQL(text.replace("%", "%%"))
 
 
+def literal(text: str) -> sql.SQL:
+    """A string of SQL, with its per cent signs doubled likewise."""
+    return verbatim(sql.Literal(text).as_string())
+
+
 def identifier(*parts: str) -> sql.Composable:
     """A quoted, qualified name, with its per cent signs doubled as a statement with bound values needs them."""
     return verbatim(sql.Identifier(*parts).as_string())

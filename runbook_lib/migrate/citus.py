@@ -15,7 +15,7 @@ from runbook_lib.backfill import vector_store
 from runbook_lib.core import db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import HASH_BYTES, names, spelled, verbatim
+from runbook_lib.core.names import HASH_BYTES, literal, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -150,12 +150,9 @@ def _nodes(connection: db.Connection, params: Params) -> Iterator[Gate]:
 def names_of(params: Params) -> dict[str, sql.Composable]:
     """What the blocks of ``citus.sql`` name besides :func:`runbook_lib.core.names.names`."""
     n = names(params)
-    literal = {
-        f"{name}_name": verbatim(sql.Literal(spelled(params, name)).as_string())
-        for name in ("staging", "rejected", "queue", "table")
-    }
+    quoted = {f"{name}_name": literal(spelled(params, name)) for name in ("staging", "rejected", "queue", "table")}
     parts = {name: SCHEMA[name].compose(n) for name in ("create_staging", "create_rejected")}
-    return {**literal, **parts, "hash_bytes": sql.Literal(HASH_BYTES)}
+    return {**quoted, **parts, "hash_bytes": sql.Literal(HASH_BYTES)}
 
 
 def statement(params: Params, block: str) -> db.Statement:

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from psycopg import sql
-
 from runbook_lib.backfill import vector_store
 from runbook_lib.benchmark import partial_index_candidates
 from runbook_lib.benchmark.loop import Measured
@@ -23,7 +21,7 @@ from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import Table, share, size
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.ledger import Ledger
-from runbook_lib.core.names import identifier, spelled, verbatim
+from runbook_lib.core.names import identifier, literal, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, plain, score
 from runbook_lib.indexes import building, forecast, partitions
@@ -98,8 +96,7 @@ def _create(connection: db.Connection, params: Params, name: str, value: Value) 
     rows = partial_index_candidates.rows_of(connection, params, [value])[value]
     lists = {"lists": params.index.lists or forecast.lists_rule(rows)}
     build = building.create_statement(connection, params, partitions.relation(params), name, lists)
-    literal = verbatim(sql.Literal(value.value).as_string())
-    condition = conditions.filter_is(connection, params, value.column, literal)
+    condition = conditions.filter_is(connection, params, value.column, literal(value.value))
     extra = {"build": build.query, "condition": condition}
     return replace(db.statement(SQL["create"], params, extra), values=build.values)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from psycopg import sql
 
-from runbook_lib.core.names import verbatim
+from runbook_lib.core.names import literal
 
 # Between the names of filters, and between their values where a person reads them.
 AND = " & "
@@ -21,8 +21,8 @@ def name(columns: Sequence[str]) -> str:
 def given_name(columns: Sequence[str], given: Sequence[sql.Composable]) -> sql.Composable:
     """The same as an expression, of those of the columns whose value is not NULL."""
     case = sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END")
-    named = [case.format(value, _literal(column)) for column, value in zip(columns, given, strict=True)]
-    return sql.SQL("concat_ws({}, {})").format(_literal(AND), sql.SQL(", ").join(named))
+    named = [case.format(value, literal(column)) for column, value in zip(columns, given, strict=True)]
+    return sql.SQL("concat_ws({}, {})").format(literal(AND), sql.SQL(", ").join(named))
 
 
 def given_value(given: Sequence[sql.Composable]) -> sql.Composable:
@@ -59,8 +59,3 @@ def text_of(value: object) -> str:
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     return array_of(value) if isinstance(value, list) else str(value)
-
-
-def _literal(text: str) -> sql.Composable:
-    """A string of SQL, with its per cent signs doubled as a statement with bound values needs them."""
-    return verbatim(sql.Literal(text).as_string())

@@ -12,7 +12,7 @@ from dataclasses import replace
 from psycopg import sql
 
 from runbook_lib.core import db
-from runbook_lib.core.names import identifier, names, verbatim
+from runbook_lib.core.names import identifier, literal, names
 from runbook_lib.params import Params
 from runbook_lib.search import combined_filters, route_functions, share_classes, signature, ways
 from runbook_lib.search.signature import DEFAULT_K, Argument, Function
@@ -134,7 +134,7 @@ def _answers(params: Params, arguments: Sequence[Argument], retired: bool) -> sq
         )
         for i, (condition, route, way) in enumerate(given)
     ]
-    message = verbatim(sql.Literal(f"the legacy search behind {params.function_name} was retired").as_string())
+    message = literal(f"the legacy search behind {params.function_name} was retired")
     last = SQL["refuse_legacy"].compose({"retired_message": message}, 8) if retired else answer("legacy", "legacy")
     return sql.SQL("{}ELSE\n        {};\n    END IF;").format(sql.SQL("").join(parts), last)
 

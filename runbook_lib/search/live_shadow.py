@@ -14,7 +14,7 @@ from psycopg import sql
 from runbook_lib.core import db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gates, collect, gate
-from runbook_lib.core.names import identifier, names, shortened, spelled, verbatim
+from runbook_lib.core.names import identifier, literal, names, shortened, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
 from runbook_lib.search import free_names, function_text, search_function
@@ -56,7 +56,7 @@ def _names(connection: db.Connection, params: Params) -> dict[str, sql.Composabl
     facts = _facts(connection, p, p.function_name)
     passed = [identifier(name) for name in facts["passed"]]
     filters = [
-        sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(argument, verbatim(sql.Literal(column).as_string()))
+        sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(argument, literal(column))
         for column, argument in zip(p.target.filters, passed[3:-1], strict=True)
     ]
     # By the function's own name: a variable in it may be called as a column is.

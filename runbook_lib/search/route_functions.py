@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from psycopg import sql
 
 from runbook_lib.core import db
-from runbook_lib.core.names import function_of, identifier, names, verbatim, words_functions
+from runbook_lib.core.names import function_of, identifier, literal, names, verbatim, words_functions
 from runbook_lib.params import Params
 from runbook_lib.search import conditions, hybrid, search_path, share_classes, ways
 from runbook_lib.search.signature import DEFAULT_K, Argument, Function, arguments, filter_arguments
@@ -104,7 +104,7 @@ def _put_together(connection: db.Connection, params: Params, query: sql.Composab
 
 def _string(text: sql.Composable) -> sql.Composable:
     """A piece of SQL as a string, for EXECUTE."""
-    return verbatim(sql.Literal(text.as_string().replace("%%", "%")).as_string())
+    return literal(text.as_string().replace("%%", "%"))
 
 
 def _given(connection: db.Connection, params: Params, first: int) -> sql.Composable:
@@ -177,7 +177,7 @@ def _of_words(connection: db.Connection, params: Params) -> list[Function]:
         own = {
             "arguments": sql.SQL(", ").join(a.declared() for a in taken),
             "results": sql.SQL(", ").join(a.declared() for a in results),
-            "code": verbatim(sql.Literal(hybrid.CODE).as_string()),
+            "code": literal(hybrid.CODE),
             "code_factor": sql.Literal(hybrid.CODE_FACTOR),
             **hybrid.limits(p),
             **fulltext_names(connection, p),

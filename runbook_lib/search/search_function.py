@@ -10,7 +10,15 @@ from psycopg import sql
 from runbook_lib.core import closed, db
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, Gates, collect, gate
-from runbook_lib.core.names import WAYS_TO_ANSWER, function_of, identifier, spelled, verbatim, words_functions
+from runbook_lib.core.names import (
+    WAYS_TO_ANSWER,
+    function_of,
+    identifier,
+    literal,
+    spelled,
+    verbatim,
+    words_functions,
+)
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
 from runbook_lib.search import free_names, function_ownership, function_text, ways, word_statistics
@@ -122,7 +130,7 @@ def _kept(
     ]
     for row in outdated:
         if row["is_called"] and row["comment"]:
-            comment = verbatim(sql.Literal(row["comment"]).as_string())
+            comment = literal(row["comment"])
             kept.append(sql.SQL("COMMENT ON FUNCTION {} IS {}").format(function, comment))
         if row["is_called"] and row["owner"]:
             kept.append(sql.SQL("ALTER FUNCTION {} OWNER TO {}").format(function, identifier(row["owner"])))

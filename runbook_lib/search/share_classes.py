@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from psycopg import sql
 
-from runbook_lib.core.names import verbatim
+from runbook_lib.core.names import literal
 
 # Where the cheapest way changes is measured; half a decade is as near as an estimate usually is.
 EDGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -33,7 +33,7 @@ def of(share: float) -> str:
 
 def expression(share: sql.Composable) -> sql.Composed:
     """The same as SQL."""
-    named = sql.SQL(", ").join(verbatim(sql.Literal(name).as_string()) for name in NAMES)
+    named = sql.SQL(", ").join(literal(name) for name in NAMES)
     edges = sql.SQL(", ").join(map(sql.Literal, EDGES))
     return sql.SQL("(ARRAY[{}])[1 + pg_catalog.width_bucket({}, ARRAY[{}]::pg_catalog.float8[])]").format(
         named, share, edges

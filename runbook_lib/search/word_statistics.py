@@ -10,7 +10,7 @@ from psycopg import sql
 
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import number
-from runbook_lib.core.names import identifier, names, spelled, verbatim
+from runbook_lib.core.names import identifier, literal, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.search import search_path, statements
 from runbook_lib.sql import load
@@ -78,8 +78,8 @@ def count_statement(connection: db.Connection, params: Params) -> db.Statement:
     documents = SQL["documents"].compose({**names(params), **names_of_it}).as_string(connection).replace("%%", "%")
     path = ", ".join(map(_quoted, search_path.expression_path(connection, params)))
     own = {
-        "documents": _literal(documents),
-        "path": _literal(path),
+        "documents": literal(documents),
+        "path": literal(path),
         "rows": sql.Literal(rows),
         "times": sql.Literal(1 / share),
         "least_rows": sql.Literal(LEAST_ROWS),
@@ -97,10 +97,6 @@ def learn_statement(params: Params, vector_weight: float | None) -> db.Statement
 def forget_plan(connection: db.Connection, params: Params) -> list[db.Statement]:
     """Takes away what is known of this target's words, where something is."""
     return [db.statement(SQL["forget"], params)] if counted(connection, params) else []
-
-
-def _literal(text: str) -> sql.SQL:
-    return verbatim(sql.Literal(text).as_string())
 
 
 def _quoted(name: str) -> str:
