@@ -20,7 +20,7 @@ DIGITS = 3
 
 
 def measured(connection: db.Connection, ledger: Ledger, params: Params) -> list[dict[str, Any]]:
-    """What thresholds keep and lose, by asking the judged queries through the index again; empty without judgements."""
+    """What thresholds keep and lose: asks the judged queries through the index again; empty without judgements."""
     (judged, _), marks = comparison.sampled(connection, ledger, params, ledger.latest("baseline"))
     if not judged:
         return []
