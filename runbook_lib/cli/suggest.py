@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from psycopg import sql
 
 from runbook_lib.core import db, row_counts, session
 from runbook_lib.core.display import number, size
 from runbook_lib.core.names import identifier, names, spelled
 from runbook_lib.indexes import forecast
-from runbook_lib.migrate import preflight, table_checks
+from runbook_lib.migrate import table_checks
 from runbook_lib.params import Params
 from runbook_lib.params.data import MAX_INDEXED_DIMENSION
 from runbook_lib.sql import load
@@ -289,9 +288,7 @@ def _yaml(key: str, value: Any) -> str:
 
 def starter_queries(connection: db.Connection, found: FoundTable, column: str) -> str:
     """JSON lines: the first words of texts sampled from the column, spread over the sample; each said a starter."""
-    whole = found.rows < preflight.SAMPLE_WHOLE_PAGES_FROM_ROWS
-    percent = sql.Literal(min(100.0, 200.0 * SAMPLED_TITLES / max(found.rows, 1)))
-    how = sql.SQL("") if whole else sql.SQL("TABLESAMPLE SYSTEM ({})").format(percent)
+    how = row_counts.some_pages(found.rows, SAMPLED_TITLES)
     block = SQL["titles"].compose(names(found.draft) | {"column": identifier(column), "tablesample": how})
     rows = connection.execute(block, {"rows": SAMPLED_TITLES}).fetchall()
     cut = list(dict.fromkeys(" ".join(r["text"].split()[:WORDS_OF_A_QUERY]) for r in rows))

@@ -18,6 +18,9 @@ from runbook_lib.sql import load
 
 SQL = load("row_counts")
 
+# Below so many times the rows that are wanted, a sample of pages could come back empty.
+SAMPLE_PAGES_FROM = 20
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -48,3 +51,12 @@ def of(connection: db.Connection, params: Params, which: str = "table") -> Rows:
 def _counted(connection: db.Connection, relation: sql.Composable) -> int:
     row = connection.execute(SQL["counted"].compose({"relation": relation}), {}).fetchone()
     return int(row["rows"]) if row else 0
+
+
+def some_pages(n: int, wanted: int) -> sql.Composable:
+    """TABLESAMPLE for about so many of n rows, to be cut by LIMIT; empty for a table that is as cheap to read from
+    its beginning."""
+    if n < SAMPLE_PAGES_FROM * wanted:
+        return sql.SQL("")
+    # Twice the share that is wanted, since pages are not equally full.
+    return sql.SQL("TABLESAMPLE SYSTEM ({})").format(sql.Literal(min(100.0, 200.0 * wanted / n)))

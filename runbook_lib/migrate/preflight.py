@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-from psycopg import sql
 
 from runbook_lib.backfill import vector_store
 from runbook_lib.core import db, row_counts, versions
@@ -18,7 +17,15 @@ from runbook_lib.core.phase import Phase, changes
 from runbook_lib.embeddings import masking
 from runbook_lib.indexes import forecast as forecast_module
 from runbook_lib.indexes.forecast import Forecast
-from runbook_lib.migrate import capacity, extension, inputs, replica_checks, statement_statistics, table_checks
+from runbook_lib.migrate import (
+    capacity,
+    extension,
+    inputs,
+    replica_checks,
+    statement_statistics,
+    table_checks,
+    text_lengths,
+)
 from runbook_lib.migrate.capacity import Room
 from runbook_lib.migrate.inputs import input_problems as input_problems
 from runbook_lib.params import Params
@@ -33,8 +40,6 @@ SQL = load("preflight")
 OLD_SNAPSHOT_S = 300
 SAMPLED_ROWS = 1000
 SAMPLED_CHARACTERS = 10_000
-# Below this many rows reading the first pages is as cheap as sampling, and never comes back empty.
-SAMPLE_WHOLE_PAGES_FROM_ROWS = 20 * SAMPLED_ROWS
 SHOWN_STATEMENTS = 5
 SHOWN_LETTERS = 200
 
@@ -217,11 +222,7 @@ def facts(phase: Phase) -> Facts:
 
 
 def _sample(connection: db.Connection, params: Params, n: int, not_seen: dict[str, str]) -> list[db.Row] | None:
-    whole = n < SAMPLE_WHOLE_PAGES_FROM_ROWS
-    # Twice the share that is wanted, since pages are not equally full; LIMIT cuts the rest.
-    percent = sql.Literal(min(100.0, 200.0 * SAMPLED_ROWS / max(n, 1)))
-    how = sql.SQL("") if whole else sql.SQL("TABLESAMPLE SYSTEM ({})").format(percent)
-    query = SQL["sample"].compose(names(params) | {"tablesample": how})
+    query = SQL["sample"].compose(names(params) | {"tablesample": row_counts.some_pages(n, SAMPLED_ROWS)})
     try:
         values = {"longest": SAMPLED_CHARACTERS, "rows": SAMPLED_ROWS}
         return connection.execute(query, values).fetchall()
@@ -290,6 +291,7 @@ def _risks(phase: Phase) -> Iterator[Gate]:
     yield _no_prepared_transactions(connection, params)
     yield from capacity.gates(connection, params, expected(facts(phase), connection, params))
     yield from replica_checks.gates(connection, params)
+    yield from text_lengths.gates(connection, params)
 
 
 def _no_old_snapshot(connection: db.Connection, params: Params) -> Gate:

@@ -180,6 +180,9 @@ class Embeddings(Section):
         description="Rows of a file or table that may be rejected (unknown or duplicate key, older text, unsound"
         " vector), provided every row with text still gets a vector.",
     )
+    accept_unread_percent: float = Field(
+        5.0, ge=0, le=100, description="Share of the text that may lie beyond what the model reads of each row."
+    )
     refresh_tries: int = Field(3, ge=1, le=100, description="Tries to embed a changed row before it is set aside.")
 
     @model_validator(mode="after")

@@ -51,6 +51,7 @@ NOT_OF_THE_MODEL = {
     "parallel_requests",
     "api_key_env",
     "accept_refused_rows",
+    "accept_unread_percent",
     "refresh_tries",
 }
 

@@ -74,6 +74,11 @@ WHERE a.datid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_datab
 SELECT p.gid, p.owner::text AS owner, extract(epoch FROM now() - p.prepared)::float8 AS age_s
 FROM pg_prepared_xacts p WHERE p.database = current_database() ORDER BY p.prepared;
 
+-- name: texts
+-- purpose: The texts of some rows, cut where they are very long, and how long they are.
+SELECT left({text}, %(longest)s) AS text, length({text}) AS length FROM {table} t {tablesample}
+WHERE {has_text} LIMIT %(rows)s;
+
 -- name: sample
 -- purpose: A sample of rows: their text, cut, and how wide text and row are.
 SELECT left({text}, %(longest)s) AS text, {has_text} AS has_text, octet_length({text}) AS text_bytes,
