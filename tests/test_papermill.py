@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nbformat
 import psycopg
 import pytest
 
+from runbook_lib.core import kernel
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import expand_schema, extension
 
@@ -66,3 +67,27 @@ def test_a_mistyped_switch_is_refused(papermill: Papermill, tmp_path: Path, open
     open_phase("20_extension")
     refused = papermill(params_file=str(tmp_path / "toy.yaml"), execute="yes")
     assert refused.returncode == 1 and "pass execute: true or execute: false" in refused.stderr
+
+
+def test_a_mistyped_parameter_is_refused_with_the_nearest_name(
+    papermill: Papermill, tmp_path: Path, open_phase: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    open_phase("20_extension")
+    before = columns(articles)
+    refused = papermill(param_file=str(tmp_path / "toy.yaml"), execute="true")
+    assert refused.returncode == 1
+    assert "FAIL    params.notebook_has_it   param_file" in refused.stderr
+    assert "do      did you mean params_file?" in refused.stderr
+    assert columns(articles) == before
+
+
+def test_a_parameter_that_somebody_added_to_the_notebook_is_none_that_is_mistyped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Shell:
+        user_ns: ClassVar[dict[str, list[str]]] = {
+            "In": ["", "params_file = 'a'\nk = 7", "x = (", "# Parameters\nk = 9\nkk = 1\n"]
+        }
+
+    monkeypatch.setattr(kernel, "get_ipython", Shell)
+    assert kernel.unknown_parameters(("run_id",)) == (["kk"], ["run_id", "params_file", "k"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ from runbook_lib.core.ledger import Ledger, as_data
 from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, following, function, rolled_back_by, waits
 from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
+
+# What every notebook has in its cell of parameters.
+PARAMETERS = ("params_file", "run_id", "execute")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -373,12 +377,14 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     """Reads the parameters, connects, and claims the target for this session.
 
     run_id: empty when somebody steps through by hand. execute: papermill's ``-p execute true`` arrives as text.
-    Raises BadInput for parameters, server or another run at work on the same target.
+    Raises BadInput for parameters, server or another run at work on the same target, and for a parameter that
+    papermill set although the notebook has none of its name.
     """
     kernel.keep_secrets()
     # First of all: where this fails, the cells below must not work on what was open before.
     here = f"{cell(cell_order.OPEN)} of its own notebook"
     let_go = kernel.let_go(f"was let go when {name} was opened in this kernel", here)
+    _refuse_unknown_parameters()
     params = load_params(params_file)
     carry_out = _boolean(execute)
     run_id = run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-by-hand-{uuid.uuid4().hex[:4]}"
@@ -400,6 +406,25 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
             f"{let_go} was open in this kernel and has been let go; {name} is open. Next: {cell(cell_order.REQUIRE)}."
         )
     return phase
+
+
+def _refuse_unknown_parameters() -> None:
+    unknown, names = kernel.unknown_parameters(PARAMETERS)
+    if unknown:
+        raise BadInput([_unknown_parameter(name, names) for name in unknown])
+
+
+def _unknown_parameter(name: str, names: list[str]) -> Gate:
+    near = difflib.get_close_matches(name, names, n=1)
+    return Gate(
+        "params.notebook_has_it",
+        Verdict.FAIL,
+        name,
+        "the notebook has no such parameter",
+        f"one of {', '.join(PARAMETERS)}",
+        "the notebook would run with its defaults, on another target or without changing anything",
+        f"did you mean {near[0]}?" if near else "leave it out",
+    )
 
 
 def _name(look: Callable[[Phase], Gates]) -> str:
