@@ -11,7 +11,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
-from runbook_lib.core import sqlmagic
+from runbook_lib.core import display, sqlmagic
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.sqlmagic import MOST_ERROR_LINES, ReadFailed
 from tests.small_runs import wait_until
@@ -53,6 +53,16 @@ def refused(shell: InteractiveShell, query: str) -> list[str]:
     lines = failed.value._render_traceback_()
     assert 1 <= len(lines) <= MOST_ERROR_LINES
     return lines
+
+
+def test_a_wide_frame_scrolls_and_says_so_and_a_narrow_one_is_left_alone(
+    shell: InteractiveShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "get_ipython", lambda: shell)
+    wide, narrow = (display.frame(columns, [[1] * len(columns)]) for columns in ("abcde", "ab"))
+    said = [shell.display_formatter.format(f)[0]["text/html"] for f in (wide, narrow)]  # type: ignore[union-attr]
+    assert said[0].startswith('<div class="scroll" tabindex="0" role="region" aria-label="DataFrame"')
+    assert said[1] == narrow._repr_html_()  # type: ignore[operator]
 
 
 def test_a_connection_of_another_role_is_refused_each_time_and_let_go(

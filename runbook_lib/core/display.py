@@ -115,9 +115,23 @@ def frame(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> pandas.DataF
 
     # Otherwise JupyterLab typesets text between two dollar signs.
     pandas.set_option("display.html.use_mathjax", False)
+    _show_wide_frames()
     series = [_typed(name or f"column {i + 1}", [row[i] for row in rows]) for i, name in enumerate(columns)]
     index = pandas.RangeIndex(len(rows))
     return pandas.concat(series, axis=1) if series else pandas.DataFrame(index=index)
+
+
+def _show_wide_frames() -> None:
+    """From here on a wide DataFrame in this kernel scrolls as a wide table does: seen to, and by keyboard."""
+    if (shell := get_ipython()) is not None:
+        html_of = shell.display_formatter.formatters["text/html"]  # type: ignore[union-attr]
+        html_of.for_type_by_name("pandas", "DataFrame", _frame_html)
+        html_of.for_type_by_name("pandas.core.frame", "DataFrame", _frame_html)
+
+
+def _frame_html(of: pandas.DataFrame) -> str:
+    made = str(of._repr_html_())  # type: ignore[operator]
+    return made if len(of.columns) <= FITS_COLUMNS else scroller(made, "DataFrame")
 
 
 def frame_of(records: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
