@@ -11,7 +11,6 @@ from runbook_lib.core import db
 from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.phase import Phase
-from runbook_lib.core.thresholds import apart, at_most, milliseconds
 from runbook_lib.params import Params
 from runbook_lib.search import combined_filters, live_shadow
 
@@ -124,16 +123,13 @@ def _nothing_failed(params: Params, rows: list[db.Row], *, timed: bool) -> Gate:
 
 def _is_fast_enough(route: str, new: list[float], old: list[float], slowdown: float) -> Gate:
     """new, old: milliseconds of each call. slowdown: the multiple of legacy's p95 that was accepted."""
-    new_p95, old_p95 = (relevance_measures.latency([ms / 1000 for ms in times])["p95_ms"] for times in (new, old))
-    limit = max(old_p95 * slowdown, comparison.FAST_ENOUGH_MS)
-    shown, most = apart(new_p95, limit, milliseconds)
-    return gate(
+    mine, legacy = (relevance_measures.latency([ms / 1000 for ms in times]) for times in (new, old))
+    return comparison.is_fast_enough(
         "live.new_route_is_fast_enough",
-        at_most(new_p95, limit),
         f"{route} on live calls",
-        found=f"p95 {shown}, legacy {old_p95:.2f} ms, {len(new)} calls",
-        needed=f"at most {most}",
-        danger="users wait longer than today",
-        do="look at the load of the server and at the setting chosen by 70_tune",
-        figures={"p95_ms": round(new_p95, 3), "legacy_p95_ms": round(old_p95, 3)},
+        mine,
+        legacy["p95_ms"],
+        lambda p95: f"{p95}, legacy {legacy['p95_ms']:.2f} ms, {len(new)} calls",
+        "look at the load of the server and at the setting chosen by 70_tune",
+        slowdown,
     )

@@ -210,36 +210,26 @@ def _relevance_is_kept(params: Params, recorded: dict[str, Any], route: str) -> 
     )
 
 
-def _limit_ms(recorded: dict[str, Any], slowdown: float) -> float:
-    return float(max(recorded["systems"]["legacy"]["p95_ms"] * slowdown, comparison.FAST_ENOUGH_MS))
-
-
 def _is_fast_enough(recorded: dict[str, Any], route: str, slowdown: float) -> Gate:
-    """Users feel the slow answers, so against legacy p95 counts, by the slowdown that was accepted."""
-    p95 = {name: figures["p95_ms"] for name, figures in recorded["systems"].items()}
-    limit = _limit_ms(recorded, slowdown)
+    """Against legacy, by the slowdown that was accepted."""
+    systems, legacy_ms = recorded["systems"], recorded["systems"]["legacy"]["p95_ms"]
+    limit = comparison.limit_ms(legacy_ms, slowdown)
     others = [
-        f"{name} would pass (p95 {p95[name]:.2f} ms{_scored(recorded, name)})"
+        f"{name} would pass (p95 {systems[name]['p95_ms']:.2f} ms{_scored(recorded, name)})"
         for name in ("vector", "hybrid")
-        if name != route and name in p95 and at_most(p95[name], limit)
+        if name != route and name in systems and at_most(systems[name]["p95_ms"], limit)
     ]
-    shown, most = apart(p95[route], limit, milliseconds)
-    enough = p95[route] / p95["legacy"] if p95["legacy"] else 0.0
+    enough = systems[route]["p95_ms"] / legacy_ms if legacy_ms else 0.0
     accept = f"accept it by cut_over.largest_slowdown: {enough + 0.05:.1f}, if its answers are worth the wait"
-    return gate(
+    return comparison.is_fast_enough(
         f"compare.{route}_is_not_slower_than_legacy",
-        at_most(p95[route], limit),
         route,
-        found=f"p95 {shown}{_scored(recorded, route)}, legacy {p95['legacy']:.2f} ms" + _scored(recorded, "legacy"),
-        needed=f"at most {most}, {slowdown:g} × legacy (cut_over.largest_slowdown)"
-        + (
-            f"; below {comparison.FAST_ENOUGH_MS:g} ms a difference is noise"
-            if limit == comparison.FAST_ENOUGH_MS
-            else ""
-        ),
-        danger="users wait longer than today",
-        do="; or ".join([*(f"cut_over.route: {o}" for o in others), accept, "look at the plan in 70_tune"]),
-        figures={"p95_ms": p95[route], "legacy_p95_ms": p95["legacy"]},
+        systems[route],
+        legacy_ms,
+        lambda p95: f"{p95}{_scored(recorded, route)}, legacy {legacy_ms:.2f} ms" + _scored(recorded, "legacy"),
+        "; or ".join([*(f"cut_over.route: {o}" for o in others), accept, "look at the plan in 70_tune"]),
+        slowdown,
+        f", {slowdown:g} × legacy (cut_over.largest_slowdown)",
     )
 
 

@@ -16,7 +16,7 @@ from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import identifier, names
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, score
+from runbook_lib.core.thresholds import apart, at_least, score
 from runbook_lib.operate import model_change
 from runbook_lib.params import Params
 from runbook_lib.search import search_function, statements
@@ -116,18 +116,14 @@ def _relevance_is_kept(params: Params, found: dict[str, Any]) -> Gate:
 
 
 def _is_fast_enough(found: dict[str, Any]) -> Gate:
-    old, new = (found["models"][name]["p95_ms"] for name in ("replaced", "new"))
-    limit = max(old, comparison.FAST_ENOUGH_MS)
-    shown, most = apart(new, limit, milliseconds)
-    return gate(
+    old, new = (found["models"][name] for name in ("replaced", "new"))
+    return comparison.is_fast_enough(
         "models.new_is_not_slower",
-        at_most(new, limit),
-        found["models"]["new"]["target"],
-        found=f"p95 {shown}, replaced {old:.2f} ms",
-        needed=f"at most {most}",
-        danger="users wait longer than today",
-        do="look at the plan and the setting in 70_tune, and at shared_buffers: both indexes want to be in memory",
-        figures={"p95_ms": new, "replaced_p95_ms": old},
+        new["target"],
+        new,
+        old["p95_ms"],
+        lambda p95: f"{p95}, replaced {old['p95_ms']:.2f} ms",
+        "look at the plan and the setting in 70_tune, and at shared_buffers: both indexes want to be in memory",
     )
 
 
