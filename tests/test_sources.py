@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ import pytest
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import Phase
-from runbook_lib.embeddings import embedding, memory, sources
+from runbook_lib.embeddings import embedding, json_block, memory, sources
 from runbook_lib.migrate import expand_schema, extension, load_embeddings
 from runbook_lib.params import Params
 from tests import toy
@@ -125,6 +126,96 @@ def test_lines_that_are_no_rows_are_told_by_number(make_params: MakeParams, tmp_
     first, second = read(make_params, {"source": "file", "callable": None, "file": "vectors.csv"})
     assert (first.vectors[0].tolist(), first.faults) == ([1, 2, 3], {1: "1 fields, 2 needed"})
     assert second.vectors[0].tolist() == [4, 5, 6]
+
+
+ODD_LINES = [
+    '{"id": 1, "embedding": [1, null, 3]}',
+    '{"id": 1, "embedding": [1, 2]}',
+    '{"id": 1, "embedding": null}',
+    '{"embedding": [1, 2, 3]}',
+    '{"id": 1, "id": 5, "embedding": [1, 2, 3]}',
+    '{"id": "1", "embedding": [1, 2, 3]}',
+    '{"id": "2024-01-01", "embedding": [1, 2, 3]}',
+    '{"id": 1.0, "embedding": [1, 2, 3]}',
+    '{"id": true, "embedding": [1, 2, 3]}',
+    '{"id": 99999999999999999999, "embedding": [1, 2, 3]}',
+    '{"id": null, "embedding": [1, 2, 3]}',
+    *(f'{{"id": 1, "embedding": [1, 2, {number}]}}' for number in (
+        ".5", "5.", "05", "+5", "-", "1e", "NaN", "-Infinity", "1e39", "1e400", "1_0", "0x1", '"1"', "true", "[1]",
+        "{}", "-0.0", "1e-50", "0.1000000000000000055511151231257827", "3,",
+    )),
+    '{"id": 1, "embedding": {"a": 1}}',
+    '{"id": 1, "embedding": "[1, 2, 3]"}',
+    '{"id": 1, "embedding": "{1, 2, 3}"}',
+    '{"id": 1, "embedding": [1, 2, 3]} {"id": 5, "embedding": [1, 2, 3]}',
+    '{"id": 1, "embedding": [1, 2, 3],}',
+    '{"id": 1, "embedding": [1, 2, 3], "x": {}',
+    '{"id": 1, "embedding": [1, 2, 3]}\x00',
+    '{"id": 1, "embedding": [1, 2, 3], "text": "a\\u0000b"}',
+    '{"id": 1, "embedding": [1, 2, 3], "text": "a\\ud800b"}',
+    '{"id": 1, "embedding": [1, 2, 3], "text": 5}',
+    '{"id": 1, "embedding": [1, 2, 3], "text": null}',
+    '{"id": 1, "embedding": [1, 2, 3], "t\\u0065xt": "words"}',
+    '{"id": 1, "embedding": [1, 2, 3], "text_hash": "00"}',
+    '{"id": 1, "embedding": [1, 2, 3], "other": {"text": "words", "deep": [[[[1]]]]}}',
+    '[1, 2, 3]', '5', '{}', "{'id': 1}", "}{",
+]  # fmt: skip
+
+
+def as_compared(batches: list[sources.SourceRows]) -> list[Any]:
+    """Everything of these rows, NaN being equal to NaN."""
+    return [
+        (list(b.places), [(type(k), k) for k in b.keys], str(b.vectors.tolist()), b.faults, b.text_hashes)
+        for b in batches
+    ]
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("line", ODD_LINES)
+def test_lines_read_at_once_are_what_they_are_line_by_line(
+    make_params: MakeParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    sound = '{"id": 2, "embedding": [4.25, -5e-3, 6]}'
+    (tmp_path / "vectors.jsonl").write_text("\n".join([sound, line, "", sound, sound, line, line]))
+    given = {"source": "file", "callable": None, "file": "vectors.jsonl", "batch_rows": 3}
+    at_once = read(make_params, given)
+    with monkeypatch.context() as patch:
+        patch.setattr(json_block, "objects", lambda lines, schema: None)
+        assert as_compared(at_once) == as_compared(read(make_params, given))
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    "vector",
+    ["[1,2,3]", " [1, 2, 3] ", "{1,2,3}", "[1,2]", "", "null", "[1,2,3", "1,2,3", "[1,2,3]]", "[[1,2,3]]", "[.5,1,2]",
+     "[01,2,3]", "[1,NULL,3]", "[1,null,3]", "[NaN,1,2]", "[1,2,3],", '[1,2,"3"]', "[1,2,3]}{[4,5,6]", "[true,2,3]",
+     "[1e400,2,3]", "[1,2,3]\n", "[1;2;3]", "(1,2,3)", "[１,2,3]", "[1,2,3]//", "[1 2 3]", '[1,2,3]},"v":[4,5,6]'],
+)  # fmt: skip
+def test_vectors_read_at_once_are_what_they_are_one_by_one(
+    make_params: MakeParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vector: str
+) -> None:
+    with (tmp_path / "vectors.csv").open("w", newline="") as lines:
+        rows = [("id", "embedding"), (1, "[4.25,-5e-3,6]"), (2, vector), (3, "[7,8,9]"), (4, "[0.1,0.2,0.3]")]
+        csv.writer(lines).writerows(rows)
+    given = {"source": "file", "callable": None, "file": "vectors.csv", "batch_rows": 3}
+    at_once = read(make_params, given)
+    with monkeypatch.context() as patch:
+        patch.setattr(json_block, "objects", lambda lines, schema: None)
+        assert as_compared(at_once) == as_compared(read(make_params, given))
+
+
+@pytest.mark.parametrize("kind", ["smallint", "integer", "bigint", "uuid", "text"])
+def test_keys_read_at_once_are_what_they_are_one_by_one(kind: str) -> None:
+    values = [1, "2", " 3 ", "4_0", -7, 40000, 3_000_000_000, 2**63, True, 1.0, None, b"x", b"0" * 16, "", "x", "1",
+              "a\0", "\ud800", str(uuid.UUID(int=5)), uuid.UUID(int=5), "0" * 32, "٣"]  # fmt: skip
+    read_one = sources.key_reader(kind)
+    for pair in itertools.product(values, repeat=2):
+        try:
+            expected = [read_one(value) for value in pair]
+        except ValueError:
+            expected = []
+        known = expected if len(set(expected)) == 2 else None
+        assert sources.read_at_once(kind, list(pair)) == known, pair
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])

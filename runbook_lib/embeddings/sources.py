@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.names import HASH_BYTES
-from runbook_lib.embeddings import memory
+from runbook_lib.embeddings import json_block, memory
 from runbook_lib.params import Params
 from runbook_lib.params.data import FORMATS
 from runbook_lib.params.section import unsound
@@ -170,14 +170,19 @@ def _from_arrow(file: Wanted, batches: Iterable[pa.RecordBatch]) -> Iterator[Sou
         whole.validate(full=True)
         for start in range(0, whole.num_rows, file.rows):
             batch = whole.slice(start, file.rows)
-            vectors, faults = _arrow_vectors(batch.column(EMBEDDING_COLUMN), file.dimension)
-            given = [
-                batch.column(n).to_pylist() if n in batch.schema.names else None for n in (HASH_COLUMN, TEXT_COLUMN)
-            ]
-            hashes = _hashes(given[0], given[1], faults)
-            keys = batch.column(file.key).to_pylist()
-            yield SourceRows(range(first, first + len(keys)), keys, vectors, faults, hashes)
-            first += len(keys)
+            yield _rows_of(file, batch, range(first, first + batch.num_rows))
+            first += batch.num_rows
+
+
+def _rows_of(file: Wanted, batch: pa.RecordBatch, places: Sequence[int]) -> SourceRows:
+    vectors, faults = _arrow_vectors(batch.column(EMBEDDING_COLUMN), file.dimension)
+    given = [batch.column(n).to_pylist() if n in batch.schema.names else None for n in (HASH_COLUMN, TEXT_COLUMN)]
+    hashes = _hashes(given[0], given[1], faults)
+    keys = batch.column(file.key)
+    whole_numbers = pa.types.is_integer(keys.type) and not keys.null_count
+    return SourceRows(
+        places, keys.to_numpy().tolist() if whole_numbers else keys.to_pylist(), vectors, faults, hashes
+    )
 
 
 def _arrow_vectors(column: pa.Array, dimension: int) -> tuple[Vectors, dict[int, str]]:
@@ -254,17 +259,34 @@ _Record = tuple[int, Any, Any, Any, Any, str]
 
 
 def _json_lines(file: Wanted) -> Iterator[SourceRows]:
-    def records() -> Iterator[_Record]:
-        for place, line in enumerate(lines_of(file.path), 1):
-            if not (line := line.rstrip()):
-                continue
-            record, fault = read_json(line)
-            if not fault and not isinstance(record, dict):
-                fault = f"a JSON {type(record).__name__}, not an object"
-            get = {}.get if fault else record.get
-            yield place, get(file.key), get(EMBEDDING_COLUMN), get(HASH_COLUMN), get(TEXT_COLUMN), fault
+    stripped = ((place, line.rstrip()) for place, line in enumerate(lines_of(file.path), 1))
+    numbered = ((place, line) for place, line in stripped if line)
+    while batch := list(islice(numbered, file.rows)):
+        places, lines = zip(*batch, strict=True)
+        rows = _sound_objects(file, lines)
+        if rows is not None:
+            yield _rows_of(file, rows, places)
+        else:
+            yield from _from_records(file, (_record(file, place, line) for place, line in batch))
 
-    yield from _from_records(file, records())
+
+def _sound_objects(file: Wanted, lines: Sequence[str]) -> pa.RecordBatch | None:
+    """The columns of these lines, read at once; None where a line must be looked at by itself."""
+    others = [(name, pa.string()) for name in (HASH_COLUMN, TEXT_COLUMN) if name != file.key]
+    for key in (pa.int64(), pa.string()):
+        schema = pa.schema([(file.key, key), (EMBEDDING_COLUMN, json_block.VECTOR), *others])
+        if (found := json_block.objects(lines, schema)) is not None:
+            given = [name for name, _ in others if found[name].null_count < len(lines)]
+            return found.select([file.key, EMBEDDING_COLUMN, *given])
+    return None
+
+
+def _record(file: Wanted, place: int, line: str) -> _Record:
+    record, fault = read_json(line)
+    if not fault and not isinstance(record, dict):
+        fault = f"a JSON {type(record).__name__}, not an object"
+    get = {}.get if fault else record.get
+    return place, get(file.key), get(EMBEDDING_COLUMN), get(HASH_COLUMN), get(TEXT_COLUMN), fault
 
 
 def read_json(text: str) -> tuple[Any, str]:
@@ -314,10 +336,20 @@ def as_array(value: Any) -> NDArray[Any]:
 
 def stack(values: Sequence[object], dimension: int) -> tuple[Vectors, dict[int, str]]:
     """Vectors as lists, arrays or text ('[1,2]') to one array of shape (n, dimension), and what is wrong by index."""
+    texts = [_as_json(v) if isinstance(v, str) else v for v in values]
+    if all(isinstance(v, str | None) for v in texts):
+        column = json_block.vectors(texts)  # type: ignore[arg-type]
+        if column is not None:
+            return _arrow_vectors(column, dimension)
+    if all(isinstance(v, np.ndarray) and v.shape == (dimension,) and v.dtype.kind == "f" for v in texts):
+        return np.stack(texts).astype(np.float32, copy=False), {}  # type: ignore[arg-type]
+    return _stack_each([read_json(v)[0] if isinstance(v, str) else v for v in texts], dimension)
+
+
+def _stack_each(values: Sequence[object], dimension: int) -> tuple[Vectors, dict[int, str]]:
     vectors = np.zeros((len(values), dimension), dtype=np.float32)
     faults: dict[int, str] = {}
-    parsed: list[object] = [_parsed(v) if isinstance(v, str) else v for v in values]
-    for i, value in enumerate(parsed):
+    for i, value in enumerate(values):
         if not isinstance(value, list | np.ndarray):
             faults[i] = _length_fault(-1, dimension)
         elif len(value) != dimension:
@@ -331,9 +363,9 @@ def stack(values: Sequence[object], dimension: int) -> tuple[Vectors, dict[int, 
     return vectors, faults
 
 
-def _parsed(text: str) -> object:
+def _as_json(text: str) -> str:
     """JSON, pgvector's own notation, or an array as PostgreSQL writes it."""
-    return read_json(text.strip().replace("{", "[").replace("}", "]"))[0]
+    return text.strip().replace("{", "[").replace("}", "]")
 
 
 def _hashes(
@@ -394,6 +426,22 @@ def _text_key(value: Any) -> str:
     if not isinstance(value, str | int) or isinstance(value, bool) or unsound(str(value)):
         raise ValueError("not a text")
     return str(value)
+
+
+def read_at_once(key_type: str, values: list[Any]) -> list[Any] | None:
+    """These keys as keys of this type; None unless all are, each once: then :func:`key_reader` says of each."""
+    kinds = set(map(type, values))
+    try:
+        if key_type in INTEGERS and kinds <= {int, str}:
+            limit, keys = INTEGERS[key_type], list[Any](map(int, values))
+            sound = not keys or (-limit <= min(keys) and max(keys) < limit)
+        elif key_type in INTEGERS or key_type == "uuid":
+            keys, sound = list(map(key_reader(key_type), values)), True
+        else:
+            keys, sound = list(map(str, values)), kinds <= {int, str} and not unsound("".join(map(str, values)))
+    except ValueError:
+        return None
+    return keys if sound and len(set(keys)) == len(keys) else None
 
 
 def query_vectors(path: Path, dimension: int, wanted_ids: Sequence[str]) -> Vectors:

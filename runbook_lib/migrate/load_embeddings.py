@@ -6,8 +6,9 @@ The database is asked for the rows that still want a vector, so a load that was 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from runbook_lib.core import db
 from runbook_lib.core.cell_order import SECONDS_BETWEEN_QUESTIONS
 from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
-from runbook_lib.core.names import names, spelled
+from runbook_lib.core.names import HASH_BYTES, names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import embedding, masking, packing, sources
@@ -31,6 +32,8 @@ from runbook_lib.sql import load
 SQL = load("staging")
 # A key that is none is kept this long.
 LONGEST_KEY_TEXT = 200
+# Batches that are made and not yet copied; each holds its vectors in memory.
+MOST_BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,13 @@ def apply(phase: Phase) -> Table:
     phase.do(db.statement(SQL["forgive"], params))
     counts, tally = _counts(connection, params), _Tally()
     started = time.perf_counter()
-    with Progress("staged", total=counts["with_text"] - counts["ready"]) as progress:
-        done = copy_all(phase, _batches(connection, params, tally), progress)
+    with (
+        db.beside(connection, params, "reader") as reader,
+        Progress("staged", total=counts["with_text"] - counts["ready"]) as progress,
+    ):
+        register_vector(reader)
+        reader.execute(SQL["session"].compose({}))
+        done = copy_all(phase, _batches(reader, params, tally), progress)
     seconds = time.perf_counter() - started
     tally.refused = done.refused
     phase.note_statement(db.Done(db.statement(SQL["copy"], params), progress.done, seconds, 1))
@@ -144,14 +152,27 @@ class Copied:
 
 
 def copy_all(phase: Phase, batches: Iterable[RowsToStage], progress: Progress) -> Copied:
-    """Copies batch after batch, a transaction each."""
-    kind, refused = key_type(phase.connection, phase.params), 0
-    for batch in batches:
-        phase.ask(SECONDS_BETWEEN_QUESTIONS)
-        copied = copy(phase.connection, phase.params, batch, kind)
-        refused += copied.refused
-        progress.add(copied.staged)
-    return Copied(progress.done, refused)
+    """Copies batch after batch, a transaction each, in a thread, while the next one is read and embedded. batches:
+    come over another session than the phase's. Stopped, by an error or by hand, it still copies what was embedded.
+    """
+    kind, total = key_type(phase.connection, phase.params), Copied(0, 0)
+    under_way = deque[Future[Copied]]()
+
+    def await_all_but(most: int) -> None:
+        nonlocal total
+        while len(under_way) > most:
+            copied = under_way.popleft().result()
+            total = Copied(total.staged + copied.staged, total.refused + copied.refused)
+            progress.add(copied.staged)
+
+    # The model stays in this thread: what it prints is dropped for the whole process while it works.
+    with ThreadPoolExecutor(1, "copy") as pool:
+        for batch in batches:
+            phase.ask(SECONDS_BETWEEN_QUESTIONS)
+            await_all_but(MOST_BATCHES_AHEAD - 1)
+            under_way.append(pool.submit(copy, phase.connection, phase.params, batch, kind))
+        await_all_but(0)
+    return total
 
 
 def _batches(connection: db.Connection, params: Params, tally: _Tally) -> Iterator[RowsToStage]:
@@ -197,39 +218,57 @@ def _from_store(connection: db.Connection, params: Params) -> Iterator[RowsToSta
 
 def _wanted(connection: db.Connection, params: Params, rows: sources.SourceRows, kind: str) -> RowsToStage:
     """The rows of one batch that are to be staged; what is staged or in the table already is passed over."""
-    keys, refused = _read_keys(params, rows, kind)
-    query = SQL["look_up"].compose(names(params) | {"key_type": sql.SQL(kind)})
-    found = {r["key"]: r for r in connection.execute(query, {"keys": list(keys)}).fetchall()}
-    wanted: list[int] = []
-    for key, i in keys.items():
-        row, fault = found[key], rows.faults.get(i)
-        made_from = rows.text_hashes[i] if rows.text_hashes else None
-        if row["again"]:
-            refused.append(_refusal(params, rows, i, key, "its key occurs again", "an earlier row has this key"))
-        elif not row["known"]:
-            refused.append(_refusal(params, rows, i, key, "no row of the table has its key", ""))
-        elif row["current"] or row["staged"] or not row["has_text"]:
-            continue
-        elif fault:
-            refused.append(_refusal(params, rows, i, key, "its vector cannot be read", fault))
-        elif made_from is not None and made_from != row["text_hash"]:
-            refused.append(_refusal(params, rows, i, key, "made from a text that the row no longer has", ""))
-        else:
-            wanted.append(i)
-    back = {i: key for key, i in keys.items()}
-    taken = [back[i] for i in wanted]
-    whole = len(wanted) == len(rows.keys)
+    keys, at, refused = _read_keys(params, rows, kind)
+    found = _look_up(connection, params, keys, kind)
+    hashes, made_from = found["hash"].tolist(), rows.text_hashes
+    is_read = np.isin(at, list(rows.faults), invert=True) if rows.faults else np.ones(len(keys), bool)
+    is_current = np.ones(len(keys), bool)
+    if made_from:
+        pairs = zip((made_from[i] for i in at), hashes, strict=True)
+        is_current = np.fromiter((given is None or given == of_row for given, of_row in pairs), bool, len(keys))
+    known = found["known"] & ~found["again"]
+    open_ = known & ~found["done"]
+    reasons = [
+        (found["again"], "its key occurs again"),
+        (~found["known"] & ~found["again"], "no row of the table has its key"),
+        (open_ & ~is_read, "its vector cannot be read"),
+        (open_ & is_read & ~is_current, "made from a text that the row no longer has"),
+    ]
+    for those, reason in reasons:
+        for n in np.flatnonzero(those).tolist():
+            detail = {"its key occurs again": "an earlier row has this key"}.get(reason, "")
+            detail = rows.faults[at[n]] if reason == "its vector cannot be read" else detail
+            refused.append(_refusal(params, rows, at[n], keys[n], reason, detail))
+    taken = np.flatnonzero(open_ & is_read & is_current).tolist()
+    before = found["staged_before"]
     return RowsToStage(
-        taken,
-        [found[key]["text_hash"] for key in taken],
-        rows.vectors if whole else rows.vectors[wanted],
-        [key for key in taken if found[key]["staged_before"]],
+        [keys[n] for n in taken],
+        [hashes[n] for n in taken],
+        rows.vectors if len(taken) == len(rows.keys) else rows.vectors[[at[n] for n in taken]],
+        [keys[n] for n in taken if before[n]] if before.any() else [],
         refused,
     )
 
 
-def _read_keys(params: Params, rows: sources.SourceRows, kind: str) -> tuple[dict[Any, int], list[Refusal]]:
+# What the database says of a key, as a block look_up in staging.sql packs it.
+LOOKED_UP = np.dtype(
+    [("hash", f"V{HASH_BYTES}"), *((name, "?") for name in ("again", "known", "done", "staged_before"))]
+)
+
+
+def _look_up(connection: db.Connection, params: Params, keys: list[Any], kind: str) -> np.ndarray:
+    """One record a key, in their order."""
+    query = SQL["look_up"].compose(names(params) | {"key_type": sql.SQL(kind)})
+    # Numbers and uuids need no quoting; text of an array is made in a tenth of the time of a list's dump.
+    given = f"{{{','.join(map(str, keys))}}}" if packing.can_pack(kind) else keys
+    row = connection.execute(query, {"keys": given}, binary=True).fetchone()
+    return np.frombuffer(row["found"] if row else b"", dtype=LOOKED_UP)
+
+
+def _read_keys(params: Params, rows: sources.SourceRows, kind: str) -> tuple[list[Any], Sequence[int], list[Refusal]]:
     """Keys of the table's type, each with its place in the batch; what is no key, or comes again, is refused."""
+    if (read_at_once := sources.read_at_once(kind, rows.keys)) is not None:
+        return read_at_once, range(len(rows.keys)), []
     read, keys, refused = sources.key_reader(kind), dict[Any, int](), list[Refusal]()
     for i, raw in enumerate(rows.keys):
         try:
@@ -243,7 +282,7 @@ def _read_keys(params: Params, rows: sources.SourceRows, kind: str) -> tuple[dic
             refused.append(_refusal(params, rows, i, key, "its key occurs again", detail))
         else:
             keys[key] = i
-    return keys, refused
+    return list(keys), list(keys.values()), refused
 
 
 def _refusal(params: Params, rows: sources.SourceRows, i: int, key: Any, reason: str, detail: str) -> Refusal:
@@ -267,7 +306,8 @@ def copy(connection: db.Connection, params: Params, batch: RowsToStage, kind: st
     if faults:
         keep = [i for i in range(len(batch.keys)) if i not in faults]
         keys, hashes = [batch.keys[i] for i in keep], [batch.hashes[i] for i in keep]
-        batch = RowsToStage(keys, hashes, batch.vectors[keep], [k for k in batch.replaced if k in set(keys)])
+        kept = set(keys)
+        batch = RowsToStage(keys, hashes, batch.vectors[keep], [k for k in batch.replaced if k in kept])
     with connection.transaction(), connection.cursor() as cursor:
         if batch.replaced:
             cursor.execute(SQL["forget"].compose(names(params)), {"keys": list(batch.replaced)})
@@ -284,7 +324,7 @@ def _copy_rows(cursor: Any, params: Params, batch: RowsToStage, kind: str) -> No
         if packing.can_pack(kind):
             rows = packing.pack(batch.keys, batch.hashes, batch.vectors, kind, vector_type)
             out.write(packing.HEADER)
-            out.write(rows.tobytes())
+            out.write(rows.view(np.uint8).data)
             out.write(packing.TRAILER)
             return
         out.set_types([kind, "bytea", vector_type])

@@ -5,6 +5,10 @@
 SELECT format_type(atttypid, NULL) AS type FROM pg_attribute
 WHERE attrelid = to_regclass(%(table)s) AND attname = %(key)s AND NOT attisdropped;
 
+-- name: session
+-- purpose: Look rows up one by one: compiling the plan of each batch would take longer than the batch.
+SELECT set_config('jit', 'off', false), set_config('enable_mergejoin', 'off', false);
+
 -- name: to_stage
 -- purpose: The next rows in key order that have text, but neither the vector of that text nor a staged one.
 SELECT t.{key} AS key, {text} AS text, {text_hash} AS text_hash,
@@ -28,19 +32,25 @@ CREATE TEMPORARY TABLE runbook_seen (key {key_type} PRIMARY KEY);
 -- lock: none on the target; the keys go into the list of keys read
 -- undo: none needed
 WITH given AS (
-    SELECT unnest(%(keys)s::{key_type}[]) AS key
+    SELECT key, n FROM unnest(%(keys)s::{key_type}[]) WITH ORDINALITY u (key, n)
 ), fresh AS (
     INSERT INTO pg_temp.runbook_seen SELECT key FROM given ON CONFLICT DO NOTHING RETURNING key
 )
-SELECT g.key, f.key IS NULL AS again, r.text_hash IS NOT NULL AS known, r.has_text, r.text_hash,
-       r.kept_hash IS NOT DISTINCT FROM r.text_hash AS current,
-       s.key IS NOT NULL AS staged_before, s.text_hash = r.text_hash AS staged
+-- Sixteen bytes of hash and four of yes or no for each key, in one value: a row each costs more than its look.
+SELECT coalesce(string_agg(
+    coalesce(r.text_hash, decode(repeat('00', 16), 'hex'))
+    || CASE WHEN f.key IS NULL THEN '\x01'::bytea ELSE '\x00' END
+    || CASE WHEN r.text_hash IS NOT NULL THEN '\x01'::bytea ELSE '\x00' END
+    || CASE WHEN r.done OR s.text_hash = r.text_hash THEN '\x01'::bytea ELSE '\x00' END
+    || CASE WHEN s.key IS NOT NULL THEN '\x01'::bytea ELSE '\x00' END, ''::bytea ORDER BY g.n), '') AS found
 FROM given g
 LEFT JOIN fresh f ON f.key = g.key
 LEFT JOIN LATERAL (
     -- OFFSET 0 keeps the subquery apart, so that each text is hashed once.
-    SELECT {has_text} AS has_text, {text_hash} AS text_hash, {row_embedding_hash} AS kept_hash
-    FROM {with_vectors} WHERE t.{key} = g.key OFFSET 0
+    SELECT text_hash, NOT has_text OR kept_hash IS NOT DISTINCT FROM text_hash AS done FROM (
+        SELECT {has_text} AS has_text, {text_hash} AS text_hash, {row_embedding_hash} AS kept_hash
+        FROM {with_vectors} WHERE t.{key} = g.key OFFSET 0
+    ) x
 ) r ON true
 LEFT JOIN {staging} s ON s.key = g.key;
 

@@ -201,7 +201,7 @@ def from_arrays(folder: Path, rows: Rows, *, packed: bool) -> None:
         can_pack = packing.can_pack
         packing.can_pack = can_pack if packed else lambda kind: False
         try:
-            with Progress("staged", len(rows.keys)) as progress:
+            with phase.order.lifted(phase.connection), Progress("staged", len(rows.keys)) as progress:
                 load_embeddings.copy_all(phase, batches, progress)
         finally:
             packing.can_pack = can_pack
