@@ -1,5 +1,6 @@
 """Phase 40: every row with text staged once, whatever stops the load."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,55 @@ def test_a_stopped_load_goes_on_where_it_was(ready: Callable[..., Phase], monkey
     monkeypatch.setattr(toy, "embed", lambda texts, embed=toy.embed: asked.extend(texts) or embed(texts))
     load_embeddings.apply(phase)
     assert (staged(phase), len(asked)) == (toy.ROWS, toy.ROWS), "nothing lost, nothing embedded twice"
+
+
+def test_the_next_batch_is_embedded_while_the_last_is_copied(
+    ready: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase, second, asked = ready(embeddings={"batch_rows": 30}), threading.Event(), list[int]()
+    copy = load_embeddings.copy
+
+    def embed(texts: list[str]) -> np.ndarray:
+        asked.append(len(texts))
+        if len(asked) == 2:
+            second.set()
+        return toy.embed(texts)
+
+    def waiting(*given: Any) -> Any:
+        assert second.wait(60), "the second batch was not embedded before the first was copied"
+        return copy(*given)
+
+    monkeypatch.setattr(embedding, "model", lambda params: embed)
+    monkeypatch.setattr(load_embeddings, "copy", waiting)
+    load_embeddings.apply(phase)
+    assert staged(phase) == toy.ROWS
+
+
+def test_a_copy_that_fails_ends_the_load_and_the_next_resumes(
+    ready: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase, asked = ready(embeddings={"batch_rows": 10}), list[int]()
+    copy, calls = load_embeddings.copy, list[int]()
+
+    def failing(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise psycopg.errors.DiskFull("no space left on device")
+        return copy(*given)
+
+    def embed(texts: list[str]) -> np.ndarray:
+        asked.append(len(texts))
+        return toy.embed(texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "model", lambda params: embed)
+        patch.setattr(load_embeddings, "copy", failing)
+        with pytest.raises(psycopg.errors.DiskFull):
+            load_embeddings.apply(phase)
+    assert len(asked) <= 2 + load_embeddings.MOST_BATCHES_AHEAD, "the model did not work on for nothing"
+    assert not [t for t in threading.enumerate() if t.name.startswith("copy")], "no thread is left behind"
+    load_embeddings.apply(phase)
+    assert staged(phase) == toy.ROWS
 
 
 def test_a_text_changed_after_staging_is_staged_anew(

@@ -170,7 +170,6 @@ def as_compared(batches: list[sources.SourceRows]) -> list[Any]:
     ]
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize("line", ODD_LINES)
 def test_lines_read_at_once_are_what_they_are_line_by_line(
     make_params: MakeParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
@@ -184,7 +183,6 @@ def test_lines_read_at_once_are_what_they_are_line_by_line(
         assert as_compared(at_once) == as_compared(read(make_params, given))
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize(
     "vector",
     ["[1,2,3]", " [1, 2, 3] ", "{1,2,3}", "[1,2]", "", "null", "[1,2,3", "1,2,3", "[1,2,3]]", "[[1,2,3]]", "[.5,1,2]",

@@ -164,8 +164,9 @@ PARAMETERS_KEPT = 16
 
 
 def has_text(text: sql.Composable) -> sql.Composed:
-    """Is there more than blanks and ends of lines in it?"""
-    return sql.SQL("(btrim({}, E' \\t\\r\\n') <> '')").format(text)
+    """Is there more than blanks and ends of lines in it? btrim looks at every character, so first at one of them."""
+    first = "left({text}, 1) NOT IN ('', ' ', E'\\t', E'\\r', E'\\n')"
+    return sql.SQL(f"({first} OR btrim({{text}}, E' \\t\\r\\n') <> '')").format(text=text)
 
 
 def trigger_name(params: Params, event: str) -> str:
