@@ -121,6 +121,11 @@ def _replicas(connection: db.Connection, params: Params, watch: LastLook) -> Ans
 
 
 def _wal(connection: db.Connection, params: Params, watch: LastLook) -> Answer:
+    """A checkpoint starts by itself at max_wal_size / (1 + checkpoint_completion_target), and is spread by the WAL
+    written meanwhile or by the clock, whichever is ahead, to end at max_wal_size (CalculateCheckpointSegments in
+    xlog.c, IsCheckpointOnSchedule in checkpointer.c). Once 100 % are written it goes at full speed to its end, and a
+    pause lasts as long as the disk needs; who pauses earlier waits for the clock, up to checkpoint_timeout.
+    """
     limits = params.health
     w = db.one(connection, SQL["wal"], params)
     before, watch.wal = watch.wal, (w["at_s"], w["position"])

@@ -134,7 +134,11 @@ class Health(Section):
     replica_lag_mb: int = Field(256, ge=1, description="WAL a standby has not replayed.")
     replica_lag_s: int = Field(30, ge=1, description="Replay lag of a standby.")
     wal_since_checkpoint_percent: int = Field(
-        90, ge=10, le=1000, description="WAL since the last checkpoint, in percent of max_wal_size."
+        100,
+        ge=10,
+        le=1000,
+        description="WAL since the last checkpoint, in percent of max_wal_size. Below 100 a pause can last for"
+        " checkpoint_timeout.",
     )
     wal_mb_per_s: int | None = Field(None, ge=1, description="WAL rate of the whole server; no limit if unset.")
     archiver_backlog_files: int = Field(64, ge=1, description="WAL files waiting for the archiver.")

@@ -6,7 +6,8 @@ Every arm starts from a copy of the same database, in turn, so that a slow momen
 medians, ratios are of medians. Text: real passages, four to a row, about 1 kB; vectors of 384 dimensions, staged
 beforehand. Two neighbours work beside each arm: one reads by primary key, one updates single rows. With --own-core
 they have the first core to themselves, sessions and all, and the rest of the server has the others: what is left is
-what the arm does to them by locks, pages and WAL, not by taking their processor. Prints a table, and ends with
+what the arm does to them by locks, pages and WAL, not by taking their processor. `--arms backfill held_at_90
+--max-wal-size 64MB` compares what the backfill waits for checkpoints. Prints a table, and ends with
 status 1 where a ratio misses what was promised.
 """
 
@@ -152,7 +153,9 @@ def our_backfill(p: params.Params) -> tuple[float, str]:
     with opened(p) as phase:
         backfill.move_staged(phase)
         noted = phase.ledger.latest("backfill") or {}
-    return noted["batch_p95_ms"] / 1000, f"{noted['strategy']}, {noted['batches']} batches"
+    paused = sum(p["seconds"] for p in noted["pauses"])
+    note = f"{noted['strategy']}, {noted['batches']} batches, paused {paused:.1f} s"
+    return noted["batch_p95_ms"] / 1000, note
 
 
 def give_core_away(server: str) -> None:
@@ -214,15 +217,15 @@ def measure(server: str, arm: str, rows: int, own_core: bool) -> Measured:
     with psycopg.connect(server, autocommit=True) as admin:
         copy_database(admin, "base_side" if arm == "side_table" else "base_column", name)
     dsn = os.environ[DSN_ENV] = make_conninfo(server, dbname=name)
-    p = parameters("side_table" if arm == "side_table" else "column")
+    p = parameters("side_table" if arm == "side_table" else "column", HELD_AT.get(arm))
     with psycopg.connect(dsn, autocommit=True, row_factory=psycopg.rows.dict_row) as connection:
         connection.execute("SELECT count(*) FROM articles")
         before = connection.execute(COUNTS).fetchone()
-        work = {"big_update": big_update, "backfill": our_backfill, "side_table": our_backfill}[arm]
+        work = big_update if arm == "big_update" else our_backfill
         (seconds, result), reads, updates = beside(dsn, rows, lambda: timed(lambda: work(p)), own_core)
         time.sleep(SETTLE_S)
         after = connection.execute(COUNTS).fetchone()
-        missing = connection.execute(MISSING[arm]).fetchone()
+        missing = connection.execute(MISSING["side_table" if arm == "side_table" else "column"]).fetchone()
         assert before and after and missing == {"count": 0}, f"{arm} left {missing}"
     p95, note = result if isinstance(result, tuple) else (result, "one statement")
     changed = after["updates"] - before["updates"]
@@ -238,9 +241,10 @@ def measure(server: str, arm: str, rows: int, own_core: bool) -> Measured:
     )
 
 
+# Arms that pause at another share of max_wal_size than the default.
+HELD_AT = {"held_at_90": 90}
 MISSING = {
-    "big_update": "SELECT count(*) FROM articles WHERE embedding IS NULL",
-    "backfill": "SELECT count(*) FROM articles WHERE embedding IS NULL",
+    "column": "SELECT count(*) FROM articles WHERE embedding IS NULL",
     "side_table": "SELECT count(*) FROM articles a"
     " WHERE NOT EXISTS (SELECT FROM articles_embedding e WHERE e.id = a.id)",
 }
@@ -252,8 +256,8 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def parameters(layout: str) -> params.Params:
-    """Parameters for the benchmark's table."""
+def parameters(layout: str, held_at: int | None = None) -> params.Params:
+    """Parameters for the benchmark's table. held_at: percent of max_wal_size at which the backfill pauses."""
     data = {
         "connection": {"dsn_env": DSN_ENV},
         "target": {"name": "articles", "table": "articles", "key": "id", "text_columns": ["title", "body"]},
@@ -261,7 +265,7 @@ def parameters(layout: str) -> params.Params:
         "embeddings": {"source": "callable", "callable": "tests.toy:embed"},
         "legacy": {"query": "SELECT id FROM articles WHERE body ILIKE '%' || :query || '%' LIMIT :k"},
         "queries": {"file": "none.jsonl"},
-    }
+    } | ({"health": {"wal_since_checkpoint_percent": held_at}} if held_at else {})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.yaml"
         path.write_text(yaml.safe_dump(data))
@@ -281,6 +285,7 @@ def main() -> int:
     arguments.add_argument("--rows", type=int, default=10_000)
     arguments.add_argument("--repetitions", type=int, default=3)
     arguments.add_argument("--own-core", action="store_true")
+    arguments.add_argument("--max-wal-size", default="4GB", help="small, to see what a checkpoint does to each arm")
     arguments.add_argument("--arms", nargs="+", default=["big_update", "backfill", "side_table"])
     options = arguments.parse_args()
     runs: dict[str, list[Measured]] = {arm: [] for arm in options.arms}
@@ -291,6 +296,7 @@ def main() -> int:
         with psycopg.connect(server, autocommit=True) as admin:
             # Its naps would hit one arm and not the other.
             admin.execute("ALTER SYSTEM SET autovacuum = off")
+            admin.execute(sql.SQL("ALTER SYSTEM SET max_wal_size = {}").format(sql.Literal(options.max_wal_size)))
             admin.execute("SELECT pg_reload_conf()")
             admin.execute("CREATE DATABASE before")
             fill(make_conninfo(server, dbname="before"), options.rows)
