@@ -6,9 +6,9 @@ Every arm starts from a copy of the same database, in turn, so that a slow momen
 medians, ratios are of medians. Text: real passages, four to a row, about 1 kB; vectors of 384 dimensions, staged
 beforehand. Two neighbours work beside each arm: one reads by primary key, one updates single rows. With --own-core
 they have the first core to themselves, sessions and all, and the rest of the server has the others: what is left is
-what the arm does to them by locks, pages and WAL, not by taking their processor. `--arms backfill held_at_90
---max-wal-size 64MB` compares what the backfill waits for checkpoints. Prints a table, and ends with
-status 1 where a ratio misses what was promised.
+what the arm does to them by locks, pages and WAL, not by taking their processor. Two other questions: what it waits
+for checkpoints (`--arms backfill held_at_90 --max-wal-size 64MB`), and what a second worker brings (`--arms backfill
+two_workers --without-trigram`). Prints a table, and ends with status 1 where a ratio misses what was promised.
 """
 
 from __future__ import annotations
@@ -98,14 +98,19 @@ def rows_of_text(rows: int) -> Iterator[tuple[int, str, str]]:
         yield i + 1, drawn[0].title, " ".join(a.body for a in drawn)
 
 
-def fill(dsn: str, rows: int) -> None:
-    """The table with its indexes, as it is before anybody thinks of vectors."""
+def fill(dsn: str, rows: int, *, trigram: bool = True) -> None:
+    """The table with its indexes, as it is before anybody thinks of vectors; without a trigram index two of numbers
+    and titles."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(CREATE)
         with connection.cursor().copy("COPY articles (id, title, body) FROM STDIN") as copy:
             for row in rows_of_text(rows):
                 copy.write_row(row)
         connection.execute("SET maintenance_work_mem = '512MB'")
+        if not trigram:
+            connection.execute("CREATE INDEX ON articles (title)")
+            connection.execute("CREATE INDEX ON articles (views)")
+            return
         connection.execute("CREATE INDEX articles_trgm ON articles USING gin (title gin_trgm_ops, body gin_trgm_ops)")
 
 
@@ -150,7 +155,7 @@ def big_update(p: params.Params) -> float:
 
 def our_backfill(p: params.Params) -> tuple[float, str]:
     """The backfill as phase 50 does it, strategy included; returns p95 of its batches in seconds, and a note."""
-    with opened(p) as phase:
+    with opened(p) as phase, phase.opened():
         backfill.move_staged(phase)
         noted = phase.ledger.latest("backfill") or {}
     paused = sum(p["seconds"] for p in noted["pauses"])
@@ -217,7 +222,7 @@ def measure(server: str, arm: str, rows: int, own_core: bool) -> Measured:
     with psycopg.connect(server, autocommit=True) as admin:
         copy_database(admin, "base_side" if arm == "side_table" else "base_column", name)
     dsn = os.environ[DSN_ENV] = make_conninfo(server, dbname=name)
-    p = parameters("side_table" if arm == "side_table" else "column", HELD_AT.get(arm))
+    p = parameters("side_table" if arm == "side_table" else "column", CHANGED.get(arm, {}))
     with psycopg.connect(dsn, autocommit=True, row_factory=psycopg.rows.dict_row) as connection:
         connection.execute("SELECT count(*) FROM articles")
         before = connection.execute(COUNTS).fetchone()
@@ -241,8 +246,11 @@ def measure(server: str, arm: str, rows: int, own_core: bool) -> Measured:
     )
 
 
-# Arms that pause at another share of max_wal_size than the default.
-HELD_AT = {"held_at_90": 90}
+# Arms of the backfill with another parameter than the default.
+CHANGED = {
+    "held_at_90": {"health": {"wal_since_checkpoint_percent": 90}},
+    "two_workers": {"backfill": {"workers": 2}},
+}
 MISSING = {
     "column": "SELECT count(*) FROM articles WHERE embedding IS NULL",
     "side_table": "SELECT count(*) FROM articles a"
@@ -256,8 +264,8 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def parameters(layout: str, held_at: int | None = None) -> params.Params:
-    """Parameters for the benchmark's table. held_at: percent of max_wal_size at which the backfill pauses."""
+def parameters(layout: str, changed: dict[str, Any] | None = None) -> params.Params:
+    """Parameters for the benchmark's table. changed: sections that differ from the defaults."""
     data = {
         "connection": {"dsn_env": DSN_ENV},
         "target": {"name": "articles", "table": "articles", "key": "id", "text_columns": ["title", "body"]},
@@ -265,7 +273,7 @@ def parameters(layout: str, held_at: int | None = None) -> params.Params:
         "embeddings": {"source": "callable", "callable": "tests.toy:embed"},
         "legacy": {"query": "SELECT id FROM articles WHERE body ILIKE '%' || :query || '%' LIMIT :k"},
         "queries": {"file": "none.jsonl"},
-    } | ({"health": {"wal_since_checkpoint_percent": held_at}} if held_at else {})
+    } | (changed or {})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.yaml"
         path.write_text(yaml.safe_dump(data))
@@ -285,6 +293,7 @@ def main() -> int:
     arguments.add_argument("--rows", type=int, default=10_000)
     arguments.add_argument("--repetitions", type=int, default=3)
     arguments.add_argument("--own-core", action="store_true")
+    arguments.add_argument("--without-trigram", action="store_true")
     arguments.add_argument("--max-wal-size", default="4GB", help="small, to see what a checkpoint does to each arm")
     arguments.add_argument("--arms", nargs="+", default=["big_update", "backfill", "side_table"])
     options = arguments.parse_args()
@@ -299,7 +308,7 @@ def main() -> int:
             admin.execute(sql.SQL("ALTER SYSTEM SET max_wal_size = {}").format(sql.Literal(options.max_wal_size)))
             admin.execute("SELECT pg_reload_conf()")
             admin.execute("CREATE DATABASE before")
-            fill(make_conninfo(server, dbname="before"), options.rows)
+            fill(make_conninfo(server, dbname="before"), options.rows, trigram=not options.without_trigram)
             for layout in ("column", *(["side_table"] if "side_table" in options.arms else [])):
                 name = f"base_{layout.split('_')[0]}"
                 copy_database(admin, "before", name)
