@@ -31,6 +31,8 @@ SQL = load("tune")
 # Queries that warm the cache and the session before any is timed, and those whose pages are counted.
 WARM_UP, EXPLAINED = 3, 3
 VECTOR_INDEX = "vector index"
+# Under these no index is read, so that the answers are exact.
+EXACT_ONLY = dict.fromkeys(("enable_indexscan", "enable_bitmapscan", "enable_indexonlyscan"), "off")
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ def planned(
 def exactly(connection: db.Connection, params: Params) -> Iterator[db.Connection]:
     """A fresh connection in a transaction that may use no index; nothing prepared earlier can slip in."""
     with replica.connect(connection, params, "exact") as reader, reader.transaction():
-        reader.execute(SQL["exact_only"].compose({}))
+        use(reader, EXACT_ONLY)
         yield reader
 
 
