@@ -21,13 +21,11 @@ SQL = load("citus")
 # Identity columns of distributed tables, and functions that reach the workers by themselves.
 OLDEST_CITUS = 12
 HASH = "h"
-# What pg_dist_partition says of a table: its method, and for one that is not cut how its copies are kept.
-KINDS = {
-    ("h", "s"): "by hash",
-    ("r", "s"): "by range",
-    ("a", "s"): "by append",
-    ("n", "t"): "as a reference table, with a copy on every node",
-    ("n", "s"): "as a local table of Citus, or in a single shard",
+# What pg_dist_partition says of a table: its method, and where it is cut by none how its copies are kept.
+BY_METHOD = {"h": "by hash", "r": "by range", "a": "by append"}
+BY_COPIES = {
+    "t": "as a reference table, with a copy on every node",
+    "s": "as a local table of Citus, or in a single shard",
 }
 WHY_NOT = {
     "by range": "nothing says which shard a new key belongs to",
@@ -59,7 +57,7 @@ class Distribution:
     @property
     def how(self) -> str:
         """In words."""
-        return KINDS.get((self.method, self.copies), f"by {self.method}, copies {self.copies}")
+        return BY_METHOD.get(self.method) or BY_COPIES.get(self.copies, f"by method {self.method}")
 
 
 def look(connection: db.Connection, params: Params) -> Distribution | None:
