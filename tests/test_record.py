@@ -177,7 +177,7 @@ def test_every_parameter_that_accepts_something_is_told_where_it_does() -> None:
         for name, field in model.annotation.model_fields.items()
         if section == "accept" or name.startswith("accept_")
     }
-    assert len(accepting) == 8
+    assert len(accepting) == 9
     assert accepting.items() <= questions.ACCEPTING.items()
 
 

@@ -16,7 +16,7 @@ from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, current, op
 from runbook_lib.runner import rollbacks
 from runbook_lib.runner.figures import Entry, Figures, Newest, Tile
 from runbook_lib.runner.manifest import Manifest, Status
-from runbook_lib.runner.questions import LOCKS, UNREAD, Question, accepted, count, who, write_cost
+from runbook_lib.runner.questions import LOCKS, UNREAD, Question, accepted, count, roles, who, write_cost
 
 PLANNED, LATER, GATES = ("planned", "statements"), ("later", "what is known later"), ("gates", "gates")
 FORECAST = ("forecast", "forecast")
@@ -24,6 +24,8 @@ FORECAST = ("forecast", "forecast")
 DISK = {"staging_bytes": "staging table", "table_growth_bytes": "growth of the table", "index_bytes": "index"}
 TIMES = {"load_seconds": "loading", "backfill_seconds": "backfill", "build_seconds": "building the index"}
 FEW = 3
+# The undo of what goes with the ledger's schema, which no rollback drops.
+OF_THE_LEDGER = "ledger."
 NOT_KNOWN = "The rest is not known: the plan stopped before it."
 # The time that the model takes is nowhere in the forecast.
 NOT_IN_IT = "The time of the model, of the measurements and of waiting for locks is not in it."
@@ -49,7 +51,7 @@ def answer(
         Question("What was accepted, and what needs a sign-off?", _consent(run, found, gates, read=read), GATES),
         Question("How would it be rolled back?", *_back(run)),
         Question("Who made this plan, where?", who(run, own), ("evidence", "versions and parameters")),
-        Question("What do I type?", *_typed(run, gates)),
+        Question("What do I type, and as which role does it run?", *_typed(run, own, gates)),
     ]
     return [q for q in questions if q]
 
@@ -96,8 +98,10 @@ def _is_later(gate: Mapping[str, Any]) -> bool:
     return gate["verdict"] == Verdict.NOT_RUN and gate["name"] not in BROUGHT_ABOUT
 
 
-def undone_by(phase: str) -> str:
-    """The rollback that undoes the statements of a step; empty where none does."""
+def undone_by(phase: str, undo: str) -> str:
+    """The rollback that undoes a statement of a step; empty where none does, or where it stays with the ledger."""
+    if undo.startswith(OF_THE_LEDGER):
+        return ""
     return rollback_of(phase) or next((name for name in UNDO if phase in STEPS[name].rolls_back), "")
 
 
@@ -271,8 +275,10 @@ def _back(run: Manifest) -> tuple[list[str], tuple[str, str], str]:
     return lines, PLANNED, rollbacks.command(run.params_file)
 
 
-def _typed(run: Manifest, gates: Sequence[Mapping[str, Any]]) -> tuple[list[str], tuple[str, str], str]:
-    """The command that carries out what was planned, and nothing else."""
+def _typed(
+    run: Manifest, own: Sequence[Entry], gates: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], tuple[str, str], str]:
+    """The command that carries out what was planned, and nothing else; and the role and server that it leads to."""
     if any(p.status != Status.PLANNED for p in run.phases):
         return ["Nothing yet: resolve what stopped the plan, then plan again."], GATES, ""
     file, names = shlex.quote(run.params_file), [p.name for p in run.phases]
@@ -290,6 +296,18 @@ def _typed(run: Manifest, gates: Sequence[Mapping[str, Any]]) -> tuple[list[str]
     elif run.way == "undo":
         command = rollbacks.command(run.params_file, names[-1] if names[-1] != UNDO[-1] else "")
     lines = [
-        "Nothing was carried out. This command carries it out; each step checks again and stops if a gate fails:"
+        *_as_whom(run, own),
+        "Nothing was carried out. This command carries it out; each step checks again and stops if a gate fails:",
     ]
     return lines, ("evidence", "parameters"), command
+
+
+def _as_whom(run: Manifest, own: Sequence[Entry]) -> list[str]:
+    """Whoever types the command: the role comes from the connection that the parameters name."""
+    connection: Mapping[str, Any] = run.parameters.get("connection") or {}
+    dsn, service = connection.get("dsn_env"), connection.get("service")
+    by = f"${dsn}" if dsn else f"service {service}" if service else "the same connection"
+    planned_as = roles(own)
+    if not planned_as or not run.server:
+        return []
+    return [f"Steps run as the role that {by} names: for this plan {', '.join(planned_as)} on {run.server}."]

@@ -67,7 +67,8 @@ def collect(
     rollback = rollbacks.of(passed, found, entries)
     head = next((e["hash"] for e in reversed(entries) if e.get("hash")), "")
     planned = [
-        s | {"undone_by": approver.undone_by(s["phase"])} for s in _folded(e for e in own if e["kind"] == "planned")
+        s | {"undone_by": approver.undone_by(s["phase"], s["undo"])}
+        for s in _folded(e for e in own if e["kind"] == "planned")
     ]
     asked = (
         questions.answer(run, found, own, gates, rollback, head, read=not notes)
