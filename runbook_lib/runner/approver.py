@@ -12,7 +12,17 @@ from runbook_lib.core.db import lock_level
 from runbook_lib.core.display import duration, number, size
 from runbook_lib.core.gates import Verdict
 from runbook_lib.core.plans import BROUGHT_ABOUT, KNOWN_AFTER
-from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, current, operation_of, rollback_of, short
+from runbook_lib.core.registry import (
+    MIGRATE,
+    OPERATE,
+    STEPS,
+    UNDO,
+    UNDO_OPERATION,
+    current,
+    operation_of,
+    rollback_of,
+    short,
+)
 from runbook_lib.runner import rollbacks
 from runbook_lib.runner.figures import Entry, Figures, Newest, Tile
 from runbook_lib.runner.manifest import Manifest, Status
@@ -152,17 +162,22 @@ def _lock(
         whole = f"the trial held it for {duration(_held_s(gates))}, with all that it tried"
         lines.append(f"Tried on this table and rolled back, it took {duration(took)} ({whole}).")
     if locks := run.parameters.get("locks"):
+        none = "Except for builds, which wait for older transactions to end, no" if _builds(planned) else "No"
         lines.append(
-            f"No statement waits longer than {duration(locks['timeout_ms'] / 1000)} for its lock, since others queue"
-            f" behind it; after {locks['tries']} tries it gives up and names the blocker."
+            f"{none} statement waits longer than {duration(locks['timeout_ms'] / 1000)} for its lock, since others"
+            f" queue behind it; after {locks['tries']} tries it gives up and names the blocker."
         )
-    if builds := [s for s in planned if "whole build" in s["lock"] and s is not strongest]:
+    if builds := [s for s in _builds(planned) if s is not strongest]:
         took_s = f", about {duration(_rehearsed_or_forecast(found, 'build_seconds'))}" if found("plan") else ""
         lines.append(
             f"Held longest, for the whole build{took_s}: {lock_level(builds[0]['lock'])}, which blocks"
             f" {builds[0]['blocks']}."
         )
     return lines
+
+
+def _builds(planned: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [s for s in planned if "whole build" in s["lock"]]
 
 
 def _room(found: Newest, gates: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -268,7 +283,8 @@ def _back(run: Manifest) -> tuple[list[str], tuple[str, str], str]:
         command = f"runbook operate {file} {short(operation)} --undo --execute"
         return [f"By {back}, which removes {STEPS[back].does}."], PLANNED, command
     if not names & {*MIGRATE}:
-        return ["This is a rollback; to go forward again, run the steps again."], PLANNED, ""
+        again = next((operation_of(n) for n in names if n in UNDO_OPERATION), "the phases")
+        return [f"This is a rollback. To go forward again, run {again} again."], PLANNED, ""
     steps = [n for n in UNDO if names & {*STEPS[n].rolls_back}]
     ways = ", ".join(f"{short(n)} ({STEPS[n].takes})" for n in steps)
     lines = [f"At any point, in this order: {ways}. The table is then as it was; the ledger stays."]
