@@ -169,11 +169,11 @@ def _slices(shadow: Mapping[str, Any]) -> Table | None:
             f"{s['legacy']:.3f}",
             f"{s['route']:.3f}",
             f"{s['low']:+.3f} to {s['high']:+.3f}, p = {s['p_value']:.2g}",
-            s["blame"] if s["difference"] < 0 else "",
+            f"the {s['blame']}" if s["difference"] < 0 else "",
         )
         for s in shadow.get("slices") or ()
     ]
-    heads = ("queries", "number", "legacy nDCG@10", "route nDCG@10", "difference", "where legacy wins")
+    heads = ("queries", "number", "legacy nDCG@10", "route nDCG@10", "difference", "what loses")
     shown = 6 if any(row[-1] for row in rows) else 5
     return ("Classes of queries", heads[:shown], [row[:shown] for row in rows]) if rows else None
 
