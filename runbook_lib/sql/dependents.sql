@@ -34,8 +34,7 @@ WITH RECURSIVE part AS (
     SELECT to_regclass(%(table)s)::oid AS oid
     UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
 )
--- Of pg_subscription itself, only superusers may read the oid before PostgreSQL 14.
-SELECT DISTINCT s.subname::text AS name FROM pg_subscription_rel r JOIN pg_stat_subscription s ON s.subid = r.srsubid
+SELECT DISTINCT s.subname::text AS name FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid
 WHERE r.srrelid IN (SELECT oid FROM part) ORDER BY 1;
 
 -- name: table
