@@ -24,6 +24,8 @@ from tests import toy
 from tests.opened import opened
 
 DSN_ENV = "RUNBOOK_TEST_DSN"
+# URL of a server, and of a superuser there, to run any test file on; it must hold nothing else.
+SERVER_ENV = "RUNBOOK_TEST_SERVER"
 ROOT_OF_TESTS = Path(__file__).parent
 # Files of tests that start servers, kernels or programs without the fixture ``server``.
 STARTS_ITS_OWN = {
@@ -78,7 +80,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
-    """DSN of a running embedded server."""
+    """DSN of a running embedded server, or of the one that the environment names."""
+    if elsewhere := os.environ.get(SERVER_ENV):
+        yield elsewhere
+        return
     folder = Path(tempfile.mkdtemp(prefix="runbook-tests-"))
     try:
         with embedded.running(folder / "data") as dsn:
@@ -96,6 +101,8 @@ def with_articles(server: str) -> str:
     """Name of a database with the toy table, to be copied: quicker than making the table for each test."""
     name = "with_articles"
     with psycopg.connect(server, autocommit=True) as admin:
+        # A server that is not this session's own may have it from an earlier one.
+        admin.execute(sql.SQL("DROP DATABASE IF EXISTS {}").format(sql.Identifier(name)))
         admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
     with psycopg.connect(make_conninfo(server, dbname=name), autocommit=True) as connection:
         toy.create_articles(connection)

@@ -1,5 +1,5 @@
 """A distributed target: found by a catalogue that looks like that of Citus, refused, planned for, and tried on
-stand-ins for its functions. This is one server: what a cluster says to these statements is not tested anywhere."""
+stand-ins for its functions. This is one server; tests/drills/test_citus.py does the same on a cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests import toy
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
 
 MakeParams = Callable[..., Params]
-ACCEPTED = {"distributed": "accept_untested"}
+ACCEPTED = {"distributed": "citus"}
 
 VALUES = {"key": 1, "text_hash": b"", "embedding": "[1]"}
 
@@ -35,13 +35,18 @@ CATALOGUE = """
     CREATE TABLE pg_dist_shard (logicalrelid regclass, shardid bigint);
     CREATE FUNCTION column_to_column_name(regclass, text) RETURNS text LANGUAGE sql AS 'SELECT $2';
     CREATE TABLE workers (nodename text, nodeport int, success boolean, result text);
-    INSERT INTO workers VALUES ('one', 5432, true, '0.8.6 on'), ('two', 5432, true, '0.8.6 on');
+    INSERT INTO workers VALUES ('one', 5432, true, '0.8.6'), ('two', 5432, true, '0.8.6');
     CREATE FUNCTION run_command_on_workers(text) RETURNS SETOF workers LANGUAGE sql AS 'SELECT * FROM workers';
     CREATE FUNCTION create_distributed_table(t regclass, c text, colocate_with text) RETURNS void LANGUAGE sql AS $$
         INSERT INTO pg_dist_partition
         SELECT t, 'h', c, (SELECT colocationid FROM pg_dist_partition WHERE logicalrelid = colocate_with::regclass),
             's'
     $$;
+    CREATE FUNCTION run_command_on_all_nodes(text, OUT nodeid int, OUT success boolean, OUT result text)
+        LANGUAGE sql AS $$ SELECT 1, true, '0' $$;
+    CREATE FUNCTION citus_table_size(regclass) RETURNS bigint LANGUAGE sql AS 'SELECT pg_table_size($1)';
+    CREATE FUNCTION get_shard_id_for_distribution_column(regclass, anyelement) RETURNS bigint LANGUAGE sql
+        AS 'SELECT 102008 + $2 % 4';
     CREATE FUNCTION create_reference_table(t regclass) RETURNS void LANGUAGE sql
         AS $$ INSERT INTO pg_dist_partition VALUES (t, 'n', NULL, 9, 't') $$;
     INSERT INTO pg_dist_partition VALUES ('articles', 'h', 'id', 7, 's');
@@ -55,7 +60,6 @@ def distribute(articles: psycopg.Connection[Any]) -> Callable[[], None]:
 
     def make() -> None:
         articles.execute(CATALOGUE)
-        articles.execute(f'ALTER DATABASE "{articles.info.dbname}" SET citus.enable_unsafe_triggers = on')
 
     return make
 
@@ -86,14 +90,14 @@ def test_a_distributed_table_is_found_and_not_gone_on_with_silently(
     assert "no: an ordinary table" in str(citus.plan_table(phase.connection, phase.params))
     distribute()
     found = citus.look(phase.connection, phase.params)
-    assert found == citus.Distribution("13.0-1", "h", 7, "id", 32)
-    assert _failed(make_params()) == ["inputs.distributed_is_accepted"]
-    assert str(_gates(make_params())["inputs.distributed_is_accepted"]) == (
-        'FAIL    inputs.distributed_is_accepted   "public"."articles"\n'
-        "  found   distributed by Citus; the runbook's statements for it have run on no cluster\n"
-        "  needed  target.distributed: accept_untested, after a rehearsal on a copy of the cluster\n"
-        "  danger  a statement that Citus refuses stops the migration half-way; 70_tune does not read its plans yet\n"
-        "  do      run the phases on a copy of the cluster first; then set target.distributed: accept_untested"
+    assert found == citus.Distribution("13.0-1", "h", "s", 7, "id", 32)
+    assert _failed(make_params()) == ["inputs.distributed_is_named"]
+    assert str(_gates(make_params())["inputs.distributed_is_named"]) == (
+        'FAIL    inputs.distributed_is_named   "public"."articles"\n'
+        "  found   distributed by hash; target.distributed is not set\n"
+        "  needed  target.distributed: citus\n"
+        "  danger  statements for an ordinary table stop half-way on Citus, and settings do not reach its workers\n"
+        "  do      set target.distributed: citus"
     )
     assert _failed(make_params(target=ACCEPTED)) == []
     articles.execute("UPDATE pg_dist_partition SET partkey = 'status'")
@@ -112,7 +116,19 @@ OTHERS: list[tuple[str, dict[str, dict[str, Any]], str, str]] = [
         "UPDATE pg_dist_partition SET partmethod = 'n', partkey = NULL",
         {},
         "inputs.distributed_by_its_key",
-        "distributed as a copy on every node, or on one, in 32 shards",
+        "distributed as a local table of Citus, or in a single shard, in 32 shards",
+    ),
+    (
+        "UPDATE pg_dist_partition SET partmethod = 'n', partkey = NULL, repmodel = 't'",
+        {},
+        "inputs.distributed_by_its_key",
+        "distributed as a reference table, with a copy on every node, in 32 shards",
+    ),
+    (
+        "UPDATE pg_dist_partition SET partmethod = 'a'",
+        {},
+        "inputs.distributed_by_its_key",
+        "distributed by append of id, in 32 shards",
     ),
     (
         "UPDATE pg_extension SET extversion = '11.3-1' WHERE extname = 'citus'",
@@ -128,18 +144,12 @@ OTHERS: list[tuple[str, dict[str, dict[str, Any]], str, str]] = [
         "backfill.strategy: page_interleaved",
     ),
     (
-        "UPDATE workers SET result = '0.8.2 on' WHERE nodename = 'two'",
+        "UPDATE workers SET result = '0.8.2' WHERE nodename = 'two'",
         {},
         "inputs.workers_have_pgvector",
         "they offer 0.8.2, 0.8.6",
     ),
-    ("UPDATE workers SET result = 'none on'", {}, "inputs.workers_have_pgvector", "they offer none"),
-    (
-        "UPDATE workers SET result = '0.8.6 off' WHERE nodename = 'two'",
-        {},
-        "inputs.capture_may_run_on_shards",
-        "citus.enable_unsafe_triggers is off on two:5432",
-    ),
+    ("UPDATE workers SET result = 'none'", {}, "inputs.workers_have_pgvector", "they offer none"),
 ]
 
 
@@ -162,11 +172,12 @@ def test_the_plan_says_what_is_done_otherwise(
     distribute()
     phase = open_phase(target=ACCEPTED)
     text = str(citus.plan_table(phase.connection, phase.params))
+    assert "schema.create_staging" in text and "search.create_route" in text and "20_extension" in text
+    plan = str(expand_schema.plan(phase))
     table = 'colocate_with => \'"public"."articles"\''
-    assert f"""SELECT create_distributed_table('"runbook"."articles_staging"', 'key', {table})""" in text
-    assert f"""SELECT create_distributed_table('"runbook"."articles_queue"', 'key', {table})""" in text
-    assert """SELECT create_reference_table('"runbook"."articles_rejected"')""" in text
-    assert "not run on a cluster" in text and "not supported from here on" in text
+    assert f"""SELECT create_distributed_table('"runbook"."articles_staging"', 'key', {table})""" in plan
+    assert f"""SELECT create_distributed_table('"runbook"."articles_queue"', 'key', {table})""" in plan
+    assert """SELECT create_reference_table('"runbook"."articles_rejected"')""" in plan
 
 
 def test_no_statement_that_changes_a_distributed_table_calls_a_stable_function_on_a_column(

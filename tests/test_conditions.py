@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import psycopg
 import pytest
 
-from runbook_lib.benchmark import cheapest_way, exact, loop, query_set
+from runbook_lib.benchmark import cheapest_way, comparison, exact, loop, query_set
 from runbook_lib.benchmark.prepared import reads_index
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
@@ -160,3 +161,29 @@ def test_a_partial_index_on_what_always_holds_is_advised_and_serves(
         plan = loop.planned(connection, phase.params, route, query)
         assert plan.indexes == ["articles_embedding_hnsw_always"]
         assert reads_index(connection, phase.params, plan)
+
+
+def test_every_compared_search_has_the_filters_that_its_query_has(
+    searched: Phase, articles: psycopg.Connection[Any]
+) -> None:
+    """legacy.query knows two of them; the words of hybrid weigh by what these filters let through."""
+    p = searched.params
+    given = {"a": {"status": "Draft"}, "b": {"most_views": 3, "owner": 7}, "c": {"states": ["Draft"]}, "d": {}}
+    lines = [{"query_id": i, "text": "cookie leaks", "filters": filters} for i, filters in given.items()]
+    p.queries.file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert p.queries.judgements
+    p.queries.judgements.write_text('{"query_id": "a", "key": "5", "relevance": 1}\n')
+    systems = comparison.systems(searched)
+    result = comparison.measure(searched.connection, searched.ledger, p, systems)
+    views = "(t.views <= 3 OR t.views = 21)"
+    wanted = {"a": "t.status = 'Draft'", "b": f"{views} AND t.id % 3 = 1", "c": "t.status = 'Draft'", "d": "true"}
+    legacy = {"a": "t.status = 'Draft'", "b": views, "c": "true", "d": "true"}
+    always = TARGET["always"]
+    for system in systems:
+        for i, keys in result[system]["answers"].items():
+            allowed = legacy[i] if system == "legacy" else f"{wanted[i]} AND {always}"
+            there = truth(articles, allowed)
+            assert keys and {int(key) for key in keys} <= there, (system, i)
+            assert len(keys) == p.queries.k or system in ("legacy", "fulltext"), (system, i)
+    for i in given:
+        assert set(result["vector"]["answers"][i]) <= set(map(str, truth(articles, f"{wanted[i]} AND {always}")))

@@ -190,7 +190,16 @@ def test_a_file_that_is_there_is_not_overwritten_without_force(
 @pytest.mark.parametrize(
     ("ddl", "name", "do"),
     [
-        ("CREATE TABLE notes (body text)", "init.key_is_found", "GENERATED ALWAYS AS IDENTITY PRIMARY KEY"),
+        (
+            "CREATE TABLE notes (body text)",
+            "init.key_is_found",
+            "ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY UNIQUE;",
+        ),
+        (
+            "CREATE TABLE notes (tenant_id int, id int, body text, PRIMARY KEY (tenant_id, id))",
+            "init.key_is_found",
+            "ADD COLUMN row_id bigint GENERATED ALWAYS AS IDENTITY UNIQUE;",
+        ),
         (
             "CREATE TABLE notes (id int PRIMARY KEY, n int)",
             "init.text_is_found",

@@ -113,6 +113,16 @@ def test_a_misspelt_key_gets_the_nearest_name(tmp_path: Path) -> None:
     )
 
 
+def test_a_key_of_several_columns_is_refused_with_a_way_out_and_one_in_a_list_is_taken(tmp_path: Path) -> None:
+    (problem,) = _problems(_change(tmp_path, lambda d: d["target"].update(key=["tenant_id", "id"])))
+    assert (problem.name, problem.found) == ("params.value_is_valid", "['tenant_id', 'id']")
+    assert problem.needed == (
+        "one column: keys of several columns are not supported yet; name one that is unique by itself, or add one:"
+        " GENERATED ALWAYS AS IDENTITY, with a unique index"
+    )
+    assert load_params(_change(tmp_path, lambda d: d["target"].update(key=["id"]))).target.key == "id"
+
+
 def test_a_misspelt_section_gets_the_nearest_name(tmp_path: Path) -> None:
     (problem,) = _problems(_change(tmp_path, lambda d: d.update(back_fill={})))
     assert (problem.name, problem.do) == ("params.key_is_known", "did you mean backfill?")

@@ -154,9 +154,20 @@ def test_the_page_of_a_plan_names_the_role_that_looked(open_phase: Opens) -> Non
     folder.mkdir(parents=True)
     phase.require(lambda _: Gates((HOLDS,)))
     me = (phase.connection.execute("SELECT session_user AS name").fetchone() or {})["name"]
-    run = records.make_manifest(execute=False, run_id=phase.run_id, status="planned", user="ann")
-    said = answers(review.collect(run, plans.read(folder)))["Who made this plan, where?"]
+    run = records.make_manifest(
+        execute=False,
+        run_id=phase.run_id,
+        status="planned",
+        user="ann",
+        server="articles at db:5432",
+        phases=tuple(PhaseRun(n, "planned") for n in MIGRATE),
+    )
+    page = review.collect(run, plans.read(folder))
+    said = answers(page)["Who made this plan, where?"]
     assert said.startswith(f"OS user ann on host db-tools as role {me}, on ")
+    assert page.questions[-1].answers[0] == (
+        f"Steps run as the role that $ARTICLES_DSN names: for this plan {me} on articles at db:5432."
+    )
 
 
 TRIED = {"seconds": 0.012, "lock": "ACCESS EXCLUSIVE", "held_s": 0.3}
@@ -226,7 +237,7 @@ def test_an_approver_sees_lock_size_time_and_what_to_type_first() -> None:
     assert {p["name"]: p["gates"] for p in page.phases if p["gates"]} == {
         "00_preflight": "2 of 2", "30_expand_schema": "0 of 1", "70_tune": "0 of 1",
     }  # fmt: skip
-    assert not page.rollback and "Nothing was carried out." in page.questions[-1].answers[0]
+    assert not page.rollback and "Nothing was carried out." in page.questions[-1].answers[-1]
 
 
 def test_a_rehearsal_of_this_table_goes_before_times_of_another_machine() -> None:

@@ -177,7 +177,7 @@ def test_every_parameter_that_accepts_something_is_told_where_it_does() -> None:
         for name, field in model.annotation.model_fields.items()
         if section == "accept" or name.startswith("accept_")
     }
-    assert len(accepting) == 8
+    assert len(accepting) == 9
     assert accepting.items() <= questions.ACCEPTING.items()
 
 
@@ -452,8 +452,10 @@ def test_filters_classes_and_backfill_have_tables_of_their_own() -> None:
             "difference": -0.1, "blame": "model"}  # fmt: skip
     classes = figures._slices({"slices": [lost]})
     assert classes is not None and classes[2] == [
-        ("short", 9, "0.500", "0.400", "-0.200 to +0.100, p = 0.3", "legacy wins: model")
+        ("short", 9, "0.500", "0.400", "-0.200 to +0.100, p = 0.3", "the model")
     ]
+    won = figures._slices({"slices": [lost | {"difference": 0.1}]})
+    assert won is not None and "what loses" not in won[1] and len(won[2][0]) == len(won[1]), "no empty column"
     assert figures._filters({}) is figures._slices({}) is figures._backfill({}) is None, (
         "older records are shown without"
     )

@@ -165,7 +165,7 @@ def test_after_the_columns_only_rows_without_a_vector_are_tried(articles: Connec
 
 
 def test_a_distributed_table_is_left_to_its_rehearsal(articles: Connection, make_params: MakeParams) -> None:
-    p = make_params(target={"distributed": "accept_untested"})
+    p = make_params(target={"distributed": "citus"})
     with db.connect(p, "test") as connection:
         (g,) = trials.gates(connection, p)
     assert (g.name, g.verdict) == ("trial.statements", "PASS")

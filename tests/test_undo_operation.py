@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -104,6 +105,13 @@ def seen(dsn: str) -> tuple[Any, ...]:
     return dump(dsn), rows, ways, route
 
 
+def told_in_a_plan(notebook: str, path: Path) -> tuple[set[str], list[tuple[str, str]]]:
+    """The verdicts of the way here, and verdict and finding of each gate of its proof."""
+    left = step(notebook, path, execute=False)
+    proof = [(str(g.verdict), g.found) for g in left["gates"]]
+    return {str(g.verdict) for g in left["phase"].gates if g not in left["gates"].gates}, proof
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_there_and_back_by_the_command(copied: str, tmp_path: Path, name: str) -> None:
     path, before = write_params(tmp_path, **WAY | OPERATIONS[name]), seen(copied)
@@ -119,7 +127,12 @@ def test_there_and_back_by_the_command(copied: str, tmp_path: Path, name: str) -
     if name == REBUILD:
         planned = operate(path, name, "--undo")
         assert (planned.exit_code, newest(tmp_path).status) == (0, "planned"), planned.output
-    step(UNDO_OF[name], path, execute=False)
+    way_here, proof = told_in_a_plan(UNDO_OF[name], path)
+    assert way_here == {"WOULD PASS"}, "the operation is there, and nothing later relies on it"
+    assert {verdict for verdict, _ in proof} == {"NOT RUN"}
+    assert all(
+        re.search(r"known only after undo/\w+, which has \d+ statements? to run$", found) for _, found in proof
+    )
     assert seen(copied) == after, "a plan changes nothing"
     assert ledger_rows(copied, "phase")[-1] == (name, {"verdict": "PASS"})
 
@@ -147,6 +160,7 @@ def test_there_and_back_by_the_command(copied: str, tmp_path: Path, name: str) -
     assert (seen(copied), len(list((tmp_path / "runs").glob("2*")))) == (before, runs)
     step(UNDO_OF[name], path)
     assert seen(copied) == before, "nor does the notebook by hand"
+    assert {verdict for verdict, _ in told_in_a_plan(UNDO_OF[name], path)[1]} == {"WOULD PASS"}, "nothing is left"
 
 
 @pytest.mark.parametrize("stopped_after", ["index.create_hnsw", "rebuild.swap"])

@@ -13,7 +13,7 @@ from psycopg import sql
 
 from runbook_lib.backfill import batch_strategy
 from runbook_lib.backfill.batch_strategy import StrategyChoice
-from runbook_lib.core import db
+from runbook_lib.core import db, table_kind
 from runbook_lib.core.names import names, spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
@@ -26,6 +26,8 @@ BACKFILL = load("backfill")
 BLOCKS_A_WINDOW = 1024
 FEWEST_BLOCKS_A_WINDOW = 64
 ROWS_A_WINDOW = 10_000
+# Of a distributed table a range is divided by shards once more.
+ROWS_A_DISTRIBUTED_WINDOW = 100_000
 # So many ranges for each worker at least, so that none waits long for the last.
 WINDOWS_A_WORKER = 8
 
@@ -82,7 +84,8 @@ def cut(connection: db.Connection, params: Params, choice: StrategyChoice) -> No
         if choice.strategy == "page_interleaved":
             _cut_blocks(connection, params)
         else:
-            values = {"part": spelled(params, "table"), "rows": ROWS_A_WINDOW}
+            rows = ROWS_A_DISTRIBUTED_WINDOW if table_kind.of(params).distributed else ROWS_A_WINDOW
+            values = {"part": spelled(params, "table"), "rows": rows}
             connection.execute(SQL["cut_keys"].compose(names(params)), values)
 
 
@@ -114,18 +117,18 @@ def close(connection: db.Connection, params: Params, worker: str, claimed: Batch
 def passes(connection: db.Connection, params: Params, claimed: BatchRange) -> Iterator[Sequence[Any]]:
     """The keys of a range, a list a pass: the largest row of every block, then the next, until none is left.
 
-    A range of keys is one pass.
+    A range of keys is one pass, or one for each shard that holds some of them.
     """
     if claimed.from_block is None:
-        yield _keys_between(connection, params, claimed)
+        yield from _keys_between(connection, params, claimed)
         return
     values = {"from_tid": f"({claimed.from_block},0)", "to_tid": f"({claimed.to_block},0)"}
     for row in connection.execute(batch_strategy.ranked(connection, params, claimed.part), values).fetchall():
         yield row["keys"]
 
 
-def _keys_between(connection: db.Connection, params: Params, claimed: BatchRange) -> Sequence[Any]:
+def _keys_between(connection: db.Connection, params: Params, claimed: BatchRange) -> Iterator[Sequence[Any]]:
     after = sql.SQL("true" if claimed.after_key is None else "s.key > %(after_key)s")
-    query = BACKFILL["keys_between"].compose(names(params) | {"after": after})
-    row = connection.execute(query, {"after_key": claimed.after_key, "to_key": claimed.to_key}).fetchone()
-    return row["keys"] or [] if row else []
+    query = db.reading(BACKFILL["keys_between"], params, {"after": after})
+    found = connection.execute(query, {"after_key": claimed.after_key, "to_key": claimed.to_key}).fetchall()
+    yield from (row["keys"] for row in found if row["keys"])

@@ -30,7 +30,6 @@ from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("refresh")
-CITUS = load("citus")
 # Class of the advisory locks by which workers show that they live: "rbrf" in ASCII.
 LOCK_CLASS = 0x72627266
 # Rows of the first transaction of a drain: with a vector index on the table a row may take milliseconds.
@@ -87,9 +86,7 @@ class _Worker:
 
     def run(self, block: str, **values: Any) -> Any:
         params = self.phase.params
-        blocks = CITUS if params.target.distributed and block in CITUS else SQL
-        query = blocks[block].compose(names(params) | changing(params))
-        return self.phase.connection.execute(query, self.values | values)
+        return self.phase.connection.execute(db.statement(SQL[block], params).query, self.values | values)
 
 
 def waiting(connection: db.Connection, params: Params, before: datetime | None = None) -> Waiting:

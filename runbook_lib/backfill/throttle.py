@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runbook_lib.backfill import health
-from runbook_lib.core import db, maintenance_window, thresholds
+from runbook_lib.core import db, maintenance_window, table_kind, thresholds
 from runbook_lib.core.display import LiveLine, duration
 from runbook_lib.core.gates import PausedTooLong
 from runbook_lib.core.phase import Phase
@@ -27,7 +27,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 WEIGHT_OF_NEWEST = 0.3
 LARGEST_GROWTH = 1.5
 LARGEST_CUT = 0.25
-FEWEST_ROWS = 10
+FEWEST_ROWS = table_kind.ORDINARY.fewest_rows_a_batch
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Pace:
     target_s: float
     most_rows: int
     row_s: float = 0.0
+    fewest_rows: int = FEWEST_ROWS
 
     def after(self, rows: int, seconds: float) -> Pace:
         """The pace once a batch of so many rows took so long. A batch without rows says nothing."""
@@ -47,14 +48,15 @@ class Pace:
         row_s = newest if not self.row_s else (1 - WEIGHT_OF_NEWEST) * self.row_s + WEIGHT_OF_NEWEST * newest
         wanted = self.target_s / max(row_s, newest, 1e-9)
         step = min(max(wanted, self.rows * LARGEST_CUT), self.rows * LARGEST_GROWTH)
-        return replace(self, rows=min(max(round(step), FEWEST_ROWS), self.most_rows), row_s=row_s)
+        return replace(self, rows=min(max(round(step), self.fewest_rows), self.most_rows), row_s=row_s)
 
 
 def first_pace(params: Params, *, rows: int | None = None, most: int | None = None) -> Pace:
     """The pace of the first batch, before anything was measured. rows, most: bounds instead of the parameters'."""
     b = params.backfill
     most_rows = min(b.most_batch_rows, most or b.most_batch_rows)
-    return Pace(min(rows or b.batch_rows, most_rows), b.batch_ms / 1000, most_rows)
+    fewest = min(table_kind.of(params).fewest_rows_a_batch, most_rows)
+    return Pace(min(rows or b.batch_rows, most_rows), b.batch_ms / 1000, most_rows, fewest_rows=fewest)
 
 
 def in_turn(keys: Sequence[Any], pace: Pace) -> Iterator[Sequence[Any]]:

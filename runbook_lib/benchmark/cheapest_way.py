@@ -81,10 +81,18 @@ def unfiltered(connection: db.Connection, params: Params, to_try: Sequence[Way],
     return _choice(connection, params, filter_classes.UNFILTERED, points, reached, held_out)
 
 
-def filtered(connection: db.Connection, params: Params, of: FilterClass, asked: Sequence[Query], rows: int) -> Choice:
+def filtered(
+    connection: db.Connection,
+    params: Params,
+    of: FilterClass,
+    asked: Sequence[Query],
+    rows: int,
+    served: Sequence[Way] | None = None,
+) -> Choice:
     """Every row that the filter lets through, then the index in each of its ways, as long as they can still win.
 
-    rows: of the table; an iterative scan cannot scan more. A way that PostgreSQL answers without the vector index,
+    rows: of the table; an iterative scan cannot scan more. served: the only ways through the index, where a search
+    cannot have settings of its own. A way that PostgreSQL answers without the vector index,
     because it finds the filter's rows sooner, is not chosen: which plan it takes may change with the statistics,
     and ``exact`` says the same for good.
     """
@@ -92,7 +100,8 @@ def filtered(connection: db.Connection, params: Params, of: FilterClass, asked: 
     target = params.tune.target_recall
     points = [measure(connection, params, ways.exact(params), tuning[: 2 * SCREENED])]
     reached = [points[0]]
-    for family in _families(params, rows, every_value_is_known=not of.listed):
+    families = _families(params, rows, every_value_is_known=not of.listed) if served is None else [served]
+    for family in families:
         for way in family:
             screened = measure(connection, params, way, tuning[:SCREENED])
             dear = screened.p50_ms > HOPELESS * min(m.p50_ms for m in reached)

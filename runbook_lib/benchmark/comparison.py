@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import psycopg
+from psycopg import sql
 
 from runbook_lib.benchmark import loop, query_set, relevance_measures, replica
 from runbook_lib.benchmark.loop import Answers, Variant
@@ -55,13 +56,24 @@ def variant(
     connection: db.Connection, ledger: Ledger, params: Params, system: str, queries: Sequence[Query]
 ) -> Variant:
     """A search that is compared, on fresh connections set up as it needs them."""
-    if system == "fulltext":
-        statement = statements.fulltext_statement(connection, params)
-    elif system == "exact":
-        statement = statements.route_statement(connection, params, "vector", scan="exact")
-    else:
-        statement = statements.route_statement(connection, params, system)  # type: ignore[arg-type]
+    statement = statement_of(connection, params, system)
     return Variant(params, statement, queries, _connected(connection, ledger, params, system))
+
+
+def statement_of(connection: db.Connection, params: Params, system: str) -> Callable[[Query], sql.Composed]:
+    """A search as it is compared, in a transaction whose calls go by its route."""
+    return loop.by_filters(lambda given: _statement(connection, params, system, given))
+
+
+def _statement(connection: db.Connection, params: Params, system: str, given: tuple[str, ...]) -> sql.Composed:
+    """given: the filters that have a value. The function knows how to search by these."""
+    if system == "fulltext":
+        return statements.fulltext_statement(connection, params, given)
+    if system == "exact":
+        return statements.route_statement(connection, params, "vector", scan="exact", given=given)
+    if given:
+        return statements.filtered_call_statement(connection, params)
+    return statements.route_statement(connection, params, system, given=given)  # type: ignore[arg-type]
 
 
 def _connected(
@@ -72,7 +84,14 @@ def _connected(
     if system in WITHOUT_VECTORS:
         return lambda: _in_a_transaction(connection, params, system)
     chosen = (ledger.latest("tuning") or {}).get("chosen") or ways.candidates(params)[-1]
-    return lambda: loop.through_the_index(connection, params, chosen)
+    return lambda: _through_the_index(connection, params, chosen, system)
+
+
+@contextmanager
+def _through_the_index(connection: db.Connection, params: Params, n: int, route: str) -> Iterator[db.Connection]:
+    with loop.through_the_index(connection, params, n) as reader:
+        statements.force_route(reader, params, route)
+        yield reader
 
 
 @contextmanager
@@ -194,7 +213,7 @@ def sampled(
     connection: db.Connection, ledger: Ledger, params: Params, known: Mapping[str, Any] | None = None
 ) -> tuple[_Asked, dict[str, dict[str, int]]]:
     """The queries to ask, and the marks of the judged ones; without those that the baseline had no time for."""
-    queries, marks = query_set.read_queries(params), judgements(connection, ledger, params)
+    queries, marks = query_set.as_asked(query_set.read_queries(params)), judgements(connection, ledger, params)
     judged = query_set.sample([q for q in queries if q.query_id in marks], params.queries.judged_sample)
     asked = _Asked(judged, query_set.sample(queries, params.queries.sample))
     left = set((known or {}).get("left", ()))

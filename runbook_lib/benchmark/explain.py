@@ -10,9 +10,9 @@ from typing import Any
 from psycopg import sql
 
 from runbook_lib.benchmark import plan_diagnosis, query_set, replica
-from runbook_lib.benchmark.prepared import CALLS, Sent, call_prepared, plan_of, scans, use, vector_indexes
+from runbook_lib.benchmark.prepared import CALLS, Sent, call_prepared, plan_of, scans, settled, vector_indexes
 from runbook_lib.benchmark.vector_statement import bound
-from runbook_lib.core import db
+from runbook_lib.core import db, table_kind
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import identifier, index_name, names, spelled
@@ -32,7 +32,9 @@ def gates(connection: db.Connection, ledger: Ledger, params: Params) -> list[Gat
     """The function searches by the index, and so does each statement, by the plans that really arise: the function
     plans each call by itself (EXECUTE), what an application prepares may turn to a generic plan.
     """
-    routes = list(dict.fromkeys(["vector", params.cut_over.route]))
+    kind = table_kind.of(params)
+    # The scans of a distributed table are counted on other servers.
+    routes = [] if kind.distributed else list(dict.fromkeys(["vector", params.cut_over.route]))
     found = [_function_searches_by_index(connection, params, route) for route in routes]
     sent: list[tuple[Sent, Exactly | None]] = [(function_query(connection, params), None)]
     if params.search.application_query:
@@ -40,8 +42,9 @@ def gates(connection: db.Connection, ledger: Ledger, params: Params) -> list[Gat
         sent.append((own, _chosen_exact(connection, ledger, params, own)))
     with as_the_application(connection, params) as reader:
         for s, exact in sent:
-            kinds = ("custom",) if s is sent[0][0] else ("custom", "generic")
-            found += [judge(reader, params, s, kind, exact) for kind in kinds]
+            # Citus plans a query of many shards for the values of each call.
+            kinds = ("custom",) if s is sent[0][0] or kind.distributed else ("custom", "generic")
+            found += [judge(reader, params, s, k, exact) for k in kinds]
     return found
 
 
@@ -131,13 +134,13 @@ def _usual_value(connection: db.Connection, params: Params, column: str) -> str 
 
 @contextmanager
 def as_the_application(connection: db.Connection, params: Params) -> Iterator[db.Connection]:
-    """A fresh connection with the settings that the search function carries, which sway the planner."""
+    """A fresh connection with the settings that the searches of the function have, which sway the planner."""
     state = search_function.function_state(connection, params)
     with replica.connect(connection, params, "plans") as reader:
         carried = dict(setting.split("=", 1) for setting in (state["settings"] or [] if state else []))
         carried.pop("search_path", None)
-        use(reader, carried, local=False)
-        yield reader
+        with settled(reader, params, carried):
+            yield reader
 
 
 def judge(connection: db.Connection, params: Params, sent: Sent, kind: str, exact: Exactly | None = None) -> Gate:

@@ -76,10 +76,11 @@ def ranking(scored: Sequence[tuple[str, float, float]], vector_weight: float) ->
 
 def _scores(connection: db.Connection, params: Params, queries: Sequence[Query]) -> dict[str, list[Any]]:
     """Every row that either half finds, by query id: key, score of the vectors, score of the words."""
-    statement = statements.scored_statement(connection, params)
+    statement = loop.by_filters(lambda given: statements.scored_statement(connection, params, given))
     loop.know_vectors(connection, queries)
     found = {}
     for query in queries:
-        rows = connection.execute(statement, loop.values(params, query, params.queries.k), prepare=False).fetchall()
+        bound = loop.values(params, query, params.queries.k)
+        rows = connection.execute(statement(query), bound, prepare=False).fetchall()
         found[query.query_id] = sorted((str(row["key"]), row["near"], row["wordy"]) for row in rows)
     return found

@@ -7,6 +7,7 @@ before it counts. Fresh connections throughout: nothing prepared earlier can sli
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from psycopg import sql
 
 from runbook_lib.benchmark import explain, loop, query_set, replica
 from runbook_lib.benchmark.loop import Answers
-from runbook_lib.benchmark.prepared import use
+from runbook_lib.benchmark.prepared import settled
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.gates import RunbookError
@@ -32,6 +33,7 @@ SQL = load("recall")
 ASKED_UNDER_LOCK = 5
 LONGEST_UNDER_LOCK_MS = 500
 TRIES_UNDER_LOCK = 5
+ONLY_THE_INDEX = {"enable_seqscan": "off", "enable_sort": "off", "jit": "off"}
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,9 @@ def through(
     Without JIT: a setting that is off adds 1e10 to the price of a plan that has no other way (before PostgreSQL 18),
     and such a price would have every query compiled.
     """
-    with db.beside(connection, params, "recall", trial=True) as reader:
+    with db.beside(connection, params, "recall", trial=True) as reader, ExitStack() as exits:
         own = search_function.carried_settings(connection, params) if settings is None else settings
-        use(reader, {**own, "enable_seqscan": "off", "enable_sort": "off", "jit": "off"}, local=False)
+        exits.enter_context(settled(reader, params, {**own, **ONLY_THE_INDEX}))
         search = _Search(reader, params, statements.route_statement(reader, params, "vector"))
         used = search.indexes(asked[0])
         # Each partition's part of a plan may prefer another of the two.

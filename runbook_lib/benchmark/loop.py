@@ -31,6 +31,8 @@ SQL = load("tune")
 # Queries that warm the cache and the session before any is timed, and those whose pages are counted.
 WARM_UP, EXPLAINED = 3, 3
 VECTOR_INDEX = "vector index"
+# Under these no index is read, so that the answers are exact.
+EXACT_ONLY = dict.fromkeys(("enable_indexscan", "enable_bitmapscan", "enable_indexonlyscan"), "off")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,21 @@ def together(parts: Iterable[Answers]) -> Answers:
     )
 
 
+def by_filters(make: Callable[[tuple[str, ...]], sql.Composed]) -> Callable[[Query], sql.Composed]:
+    """The statement of a query with the conditions of its given filters only, as the search function has it. make:
+    takes their names.
+    """
+    made: dict[tuple[str, ...], sql.Composed] = {}
+
+    def statement(query: Query) -> sql.Composed:
+        given = tuple(name for name, _ in query.allowed)
+        if given not in made:
+            made[given] = make(given)
+        return made[given]
+
+    return statement
+
+
 def values(params: Params, query: Query, k: int) -> dict[str, Any]:
     """What the statements of :mod:`runbook_lib.search.statements` bind."""
     filters: dict[str, Any] = dict.fromkeys(params.target.filters) | dict(query.allowed)
@@ -139,10 +156,13 @@ def _distance(row: db.Row) -> float | None:
 
 @dataclass(frozen=True)
 class Variant:
-    """A search that is compared with others. connected: opens a session set up as this search needs it."""
+    """A search that is compared with others.
+
+    statement: one for all queries, or what makes that of a query. connected: opens a session set up for this search.
+    """
 
     params: Params
-    statement: sql.Composed
+    statement: sql.Composed | Callable[[Query], sql.Composed]
     queries: Sequence[Query]
     connected: Callable[[], AbstractContextManager[db.Connection]]
 
@@ -222,15 +242,10 @@ def measure(connection: db.Connection, params: Params, way: Way, queries: Sequen
 
 
 def _measure(connection: db.Connection, params: Params, way: Way, queries: Sequence[Query]) -> Measured:
-    k, by_filters = params.queries.k, dict[tuple[str, ...], sql.Composed]()
-
-    def statement(query: Query) -> sql.Composed:
-        """As in the search function: with the conditions of the given filters only."""
-        given = tuple(name for name, _ in query.allowed)
-        if given not in by_filters:
-            by_filters[given] = statements.route_statement(connection, params, "vector", scan=way.scan, given=given)
-        return by_filters[given]
-
+    k = params.queries.k
+    statement = by_filters(
+        lambda given: statements.route_statement(connection, params, "vector", scan=way.scan, given=given)
+    )
     with connection.transaction():
         use(connection, way.settings(params.index.method))
         ask(connection, params, statement, queries[:WARM_UP], k)
@@ -273,7 +288,7 @@ def planned(
 def exactly(connection: db.Connection, params: Params) -> Iterator[db.Connection]:
     """A fresh connection in a transaction that may use no index; nothing prepared earlier can slip in."""
     with replica.connect(connection, params, "exact") as reader, reader.transaction():
-        reader.execute(SQL["exact_only"].compose({}))
+        use(reader, EXACT_ONLY)
         yield reader
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from psycopg import sql
 
-from runbook_lib.core import db, session, versions
+from runbook_lib.core import db, session, table_kind, versions
 from runbook_lib.core.names import index_name, spelled
 from runbook_lib.core.query_plan import QueryPlan, explain
 from runbook_lib.indexes import partitions
@@ -24,6 +24,8 @@ SQL = load("explain")
 EXECUTIONS_TO_A_GENERIC_PLAN = 6
 # Calls that prove how a statement is planned: so many with a custom plan, and as many with a generic one.
 CALLS = 2 * EXECUTIONS_TO_A_GENERIC_PLAN
+# Settings that decide how a search is planned and carried out, by the beginning of their names.
+OF_PLANS = ("enable_", "hnsw.", "ivfflat.")
 PARAMETER = re.compile(r"\$(\d+)\b")
 _probes = count(1)
 
@@ -63,6 +65,10 @@ def use_setting(connection: db.Connection, name: str, value: str, *, local: bool
     Raises psycopg.Error where the server refuses it.
     """
     row = connection.execute(SQL["set"].compose({}), {"name": name, "value": value, "local": local}).fetchone()
+    if local and name.startswith(OF_PLANS):
+        # Once more by the one command that reaches the workers of Citus.
+        command = sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(*name.split(".")), sql.Literal(value))
+        connection.execute(command)
     return str(row["value"]) if row else value
 
 
@@ -70,6 +76,15 @@ def use(connection: db.Connection, settings: Mapping[str, str], *, local: bool =
     """The same for several settings."""
     for name, value in settings.items():
         use_setting(connection, name, value, local=local)
+
+
+@contextmanager
+def settled(connection: db.Connection, params: Params, settings: Mapping[str, str]) -> Iterator[None]:
+    """With these settings wherever the rows are searched. On a distributed table it is one transaction."""
+    stay = table_kind.of(params).settings_stay
+    with nullcontext() if stay else connection.transaction():
+        use(connection, settings, local=not stay)
+        yield
 
 
 @dataclass(frozen=True)

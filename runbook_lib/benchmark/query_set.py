@@ -67,6 +67,11 @@ def with_vectors(params: Params, queries: Sequence[Query]) -> list[Query]:
     return [replace(q, vector=np.asarray(v)) for q, v in zip(queries, vectors, strict=True)]
 
 
+def as_asked(queries: Iterable[Query]) -> list[Query]:
+    """The same queries with the filters that the query file gives them, as the application asks them."""
+    return [replace(q, allowed=q.filters) for q in queries]
+
+
 def vector_of(query: Query) -> NDArray[Any]:
     """Its vector. Raises ValueError where it has none."""
     if query.vector is None:

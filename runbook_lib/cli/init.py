@@ -217,14 +217,15 @@ def _which_key(found: FoundTable, wishes: Wishes, ask: Ask) -> str:
     key = wishes.key or ask("key", found.keys[0] if found.keys else "")
     if key in found.columns and key in found.keys:
         return key
+    new = "id" if "id" not in found.columns else "row_id"
     raise _problem(
         "key_is_found",
         found.name,
-        f"{key} is not one" if key else "no primary key, and no other column that identifies a row",
+        f"{key} is not one" if key else "no column that identifies a row by itself",
         f"a NOT NULL column of type {', '.join(table_checks.KEY_TYPES)} with its own unique index",
         _nearest(key, found.keys) + f"say --key with one of {', '.join(found.keys)}"
         if found.keys
-        else f"ALTER TABLE {found.name} ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY;"
+        else f"ALTER TABLE {found.name} ADD COLUMN {new} bigint GENERATED ALWAYS AS IDENTITY UNIQUE;"
         " (it rewrites the table under a lock; for a large one add the column, fill and index it in steps)",
     )
 

@@ -14,6 +14,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import DictRow
 
+from runbook_lib.params.placeholders import OPAQUE, QUOTED_NAME
 from runbook_lib.sql import load
 
 SQL = load("closed")
@@ -28,6 +29,18 @@ MADE = re.compile(
     rf"((?:{_NAME})(?:\.(?:{_NAME}))?)",
     re.M,
 )
+BETWEEN_COMMANDS = re.compile(rf"{OPAQUE}|{QUOTED_NAME}|(?P<end>;)", re.S)
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a statement. Each is a message of its own: of several in one message Citus refuses most."""
+    ends = [match.start() for match in BETWEEN_COMMANDS.finditer(text) if match["end"]]
+    parts = [text[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, None], strict=True)]
+    return [part for part in parts if BETWEEN_COMMANDS.sub(_without_comments, part).strip()]
+
+
+def _without_comments(match: re.Match[str]) -> str:
+    return " " if match[0].startswith(("--", "/*")) else match[0]
 
 
 def makes(text: str) -> list[tuple[str, str]]:
@@ -44,17 +57,23 @@ def run(connection: psycopg.Connection[DictRow], query: sql.Composed, values: Ma
     text = query.as_string(connection)
     made = makes(text)
     if not made:
-        return connection.execute(query, values).rowcount
+        return _each(connection, text, values)
     known = _there(connection, made)
     affected = -1
     for part in text.split(MARK):
-        affected = max(affected, connection.execute(sql.SQL(part), values).rowcount)
+        affected = max(affected, _each(connection, part, values))
         new = _there(connection, made) - known
         known |= new
         opened = {kind: [oid for of, oid in new if of == kind] for kind in KINDS}
         for row in connection.execute(SQL["revokes"].compose({}), opened).fetchall():
             connection.execute(row["statement"])
     return affected
+
+
+def _each(connection: psycopg.Connection[DictRow], text: str, values: Mapping[str, Any]) -> int:
+    """Carries out each command; returns the rows of the first."""
+    rows = [connection.execute(sql.SQL(command), values).rowcount for command in commands(text)]
+    return rows[0] if rows else -1
 
 
 def _there(connection: psycopg.Connection[DictRow], made: list[tuple[str, str]]) -> set[tuple[str, int]]:

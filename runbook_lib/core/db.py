@@ -14,7 +14,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
-from runbook_lib.core import closed, conninfo_masking, redaction, session
+from runbook_lib.core import closed, conninfo_masking, redaction, session, table_kind
 from runbook_lib.core.display import duration, frame, statement_html
 from runbook_lib.core.gates import BadInput, Gate, LockNotObtained, Verdict
 from runbook_lib.core.names import changing, names, spelled
@@ -160,6 +160,8 @@ def opened(conninfo: str, application_name: str, params: Params) -> Connection:
         target = params.target.schema_, params.target.table
         session.refuse_pooler(connection, pid, conninfo)
         session.begin(connection, *target, lock_timeout_ms=params.locks.timeout_ms)
+        for name, value in table_kind.of(params).session.items():
+            connection.execute("SELECT set_config(%s, %s, false)", [name, value])
     except BaseException:
         connection.close()
         raise
@@ -195,14 +197,20 @@ def _unreachable(subject: str, found: str, do: str) -> Gate:
     )
 
 
+def reading(block: Block, params: Params, extra: Mapping[str, sql.Composable] | None = None) -> sql.Composed:
+    """A block that reads, as the kind of table takes it. ``extra`` adds names that only this block knows."""
+    kind = table_kind.of(params)
+    return kind.block(block).compose(names(params) | kind.names(params, block, extra) | dict(extra or {}))
+
+
 def rows(connection: Connection, block: Block, params: Params, **values: Any) -> list[Row]:
     """All rows of a reading block."""
-    return connection.execute(block.compose(names(params)), values).fetchall()
+    return connection.execute(reading(block, params), values).fetchall()
 
 
 def one(connection: Connection, block: Block, params: Params, **values: Any) -> Row:
     """The single row of a reading block."""
-    row = connection.execute(block.compose(names(params)), values).fetchone()
+    row = connection.execute(reading(block, params), values).fetchone()
     if row is None:
         raise LookupError(f"{block.name} returned no row")
     return row
@@ -252,7 +260,10 @@ def statement(
     block: Block, params: Params, extra: Mapping[str, sql.Composable] | None = None, **values: Any
 ) -> Statement:
     """A block with this target's names in it. ``extra`` adds names that only this statement knows."""
-    query = block.compose(names(params) | changing(params) | dict(extra or {}))
+    kind = table_kind.of(params)
+    own = names(params) | changing(params) | kind.names(params, block, extra) | dict(extra or {})
+    block = kind.block(block)
+    query = block.compose(own)
     lock = block.lock.replace("{table}", f"{params.target.schema_}.{params.target.table}")
     lock = lock.replace("{vectors}", spelled(params, "vectors"))
     return Statement(block.name, block.purpose, lock, block.undo, query, values)
@@ -326,13 +337,19 @@ def carry_out(
         params,
         what.name,
         what.lock,
-        lambda: closed.run(connection, what.query, what.values),
+        lambda: _run(connection, params, what),
         say=say,
         sleep=sleep,
     )
     done = Done(what, affected, time.perf_counter() - started, tries)
     say(f"  {what.name}: done in {duration(done.seconds)}" + (f", {tries} tries" if tries > 1 else ""))
     return done
+
+
+def _run(connection: Connection, params: Params, what: Statement) -> int:
+    for name, value in table_kind.of(params).of_a_change.items():
+        connection.execute("SELECT set_config(%s, %s, true)", [name, value])
+    return closed.run(connection, what.query, what.values)
 
 
 def in_short_tries(

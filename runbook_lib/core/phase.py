@@ -23,6 +23,7 @@ from runbook_lib.core import (
     plans,
     predecessors,
     sqlmagic,
+    table_kind,
 )
 from runbook_lib.core.cell_order import Order, OutOfOrder, WhileOpen, cell
 from runbook_lib.core.display import Table
@@ -387,6 +388,7 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     _refuse_unknown_parameters()
     params = load_params(params_file)
     carry_out = _boolean(execute)
+    _refuse_distributed(name, params)
     run_id = run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-by-hand-{uuid.uuid4().hex[:4]}"
     ledger = Ledger(db.connect(params, f"runbook {run_id} {name} ledger"), params, run_id, name)
     try:
@@ -425,6 +427,21 @@ def _unknown_parameter(name: str, names: list[str]) -> Gate:
         "the notebook would run with its defaults, on another target or without changing anything",
         f"did you mean {near[0]}?" if near else "leave it out",
     )
+
+
+def _refuse_distributed(name: str, params: Params) -> None:
+    why = STEPS[name].one_server if name in STEPS else ""
+    if why and table_kind.of(params).distributed:
+        problem = Gate(
+            "step.works_on_a_distributed_table",
+            Verdict.FAIL,
+            name,
+            "a table that Citus distributes",
+            "a table of one server",
+            f"{why}; nothing was started",
+            "leave it out: phases, operate/refresh, operate/monitor and every rollback of a phase work on Citus",
+        )
+        raise BadInput([problem])
 
 
 def _name(look: Callable[[Phase], Gates]) -> str:

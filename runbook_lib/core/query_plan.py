@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from psycopg import sql
 from runbook_lib.core import session
 
 Node = Mapping[str, Any]
+# The number of its shard that ends the name of each table and index on a worker of Citus.
+SHARD = re.compile(r"_\d+$")
+PAGES = ("Shared Hit Blocks", "Shared Read Blocks")
 # So few rows are read sooner than an index is entered, so the planner is right to.
 SMALL_PARTITION_ROWS = 1000
 # What the planner would do, and what it did do, counted.
@@ -51,7 +55,8 @@ class QueryPlan:
     @property
     def pages(self) -> int:
         """Pages of 8 kB that were touched; 0 where the statement was not carried out."""
-        return int(self.top.get("Shared Hit Blocks", 0) + self.top.get("Shared Read Blocks", 0))
+        touched = [(self.top, 1), *((n, n["Tasks"]) for n, _ in self.nodes() if "Tasks" in n)]
+        return int(sum(n.get(name, 0) * tasks for n, tasks in touched for name in PAGES))
 
     def _scan(self) -> tuple[Node, bool]:
         """The scan that orders by distance, else the first that reads a relation; and whether it is limited."""
@@ -111,11 +116,32 @@ def explain(
 
     how: :data:`CARRIED_OUT` runs the statement and counts pages.
     """
-    row = connection.execute(how.format(statement), values, prepare=False).fetchone()
+    # A worker of Citus explains no parameter of type vector; from an array it makes one.
+    bound = {name: v.tolist() if hasattr(v, "tolist") else v for name, v in (values or {}).items()}
+    row = connection.execute(how.format(statement), bound, prepare=False).fetchone()
     # A rule makes several statements of one, or none.
     found = [plan for plan in next(iter(row.values())) if isinstance(plan, dict)] if row else []
     called = frozenset(t["Trigger Name"] for plan in found for t in plan.get("Triggers", ()))
-    return QueryPlan(found[0].get("Plan", {}) if found else {}, called)
+    return QueryPlan(_with_remote_parts(found[0].get("Plan", {})) if found else {}, called)
+
+
+def _with_remote_parts(node: Node) -> Node:
+    """The plan with what Citus shows of its workers' plans in place: below the scan that collects their rows, with
+    the names that the coordinator has for their tables and indexes.
+    """
+    below = [_with_remote_parts(child) for child in node.get("Plans", [])]
+    job = node.get("Distributed Query", {}).get("Job", {})
+    for task in (tasks := job.get("Tasks", [])):
+        shown = [plan for part in task.get("Remote Plan", []) for plan in part if isinstance(plan, dict)]
+        # One task stands for those that Citus does not show.
+        alike = {"Tasks": job.get("Task Count", 1) / len(tasks)}
+        below += [_without_shard(plan["Plan"]) | alike for plan in shown if "Plan" in plan]
+    return {**node, "Plans": below} if below else node
+
+
+def _without_shard(node: Node) -> dict[str, Any]:
+    named = {name: SHARD.sub("", node[name]) for name in ("Index Name", "Relation Name") if name in node}
+    return {**node, **named, "Plans": [_without_shard(child) for child in node.get("Plans", [])]}
 
 
 def _below(node: Node, limited: bool = False) -> Iterator[tuple[Node, bool]]:

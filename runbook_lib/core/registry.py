@@ -37,6 +37,7 @@ class Step:
     concurrent: it only reads, or shares its work by claims on rows, so it needs no claim on the target. repeated: a
     schedule repeats it, so its records may be pruned. takes: of a rollback of phases, how long it takes, whatever the
     size of the table. measures: what it proves is measured or made anew each time, so that no plan can look at it.
+    one_server: why it is not offered for a table that Citus distributes; empty where it is.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Step:
     repeated: bool = False
     takes: str = ""
     measures: bool = False
+    one_server: str = ""
 
 
 def _phase(name: str, does: str, *plans: str, reads_only: bool = False, measures: bool = False) -> Step:
@@ -89,6 +91,7 @@ _STEPS = (
         instead="after a kill run operate/rehearse again, which drops them first",
         concurrent=True,
         measures=True,
+        one_server="its samples are drawn by pages and kept in tables of this server",
     ),
     Step(
         "operate/refresh",
@@ -121,6 +124,7 @@ _STEPS = (
         instead="the administrator installs the package of the older release and restarts the server; from 0.8.0 on"
         " it works with the catalogue of a newer one",
         measures=True,
+        one_server="it proves which library is loaded on this server alone",
     ),
     Step(
         "operate/rebuild_index",
@@ -129,6 +133,7 @@ _STEPS = (
         ("operate.rebuild_index.plan",),
         needs="60_build_index",
         measures=True,
+        one_server="it hides and renames indexes, which Citus keeps once for each shard",
     ),
     Step(
         "operate/compare_storage",
@@ -139,6 +144,7 @@ _STEPS = (
         no_rollback="it leaves nothing: its scratch table and its indexes are dropped when it ends",
         instead="after a kill run operate/compare_storage again, which drops what is left",
         measures=True,
+        one_server="its copies of the vectors are tables of this server",
     ),
     Step(
         "operate/change_model",
@@ -148,6 +154,7 @@ _STEPS = (
         ("operate.model_change.plan",),
         needs="80_shadow",
         measures=True,
+        one_server="two models would need index settings of their own, and a role has them once",
     ),
     Step(
         "operate/retire_model",
@@ -158,6 +165,7 @@ _STEPS = (
         no_rollback="the old vectors are gone; they can only be made again",
         instead="take the old target through its own phases again, as a target that replaces this one; before the"
         " retirement `change_model --undo` rolls back",
+        one_server="it ends a change of the model, which is not offered here",
     ),
     Step(
         "operate/serve_filters",
@@ -166,6 +174,7 @@ _STEPS = (
         ("operate.serve_filters.plan",),
         needs="70_tune",
         measures=True,
+        one_server="each value would need index settings of its own, which do not reach the workers",
     ),
     Step(
         "operate/partition_by_filter",
@@ -175,6 +184,7 @@ _STEPS = (
         ("operate.partition_by_filter.plan",),
         needs="70_tune",
         measures=True,
+        one_server="Citus copies the rows of a distributed table by itself",
     ),
     Step(
         "operate/retire_legacy",
@@ -183,6 +193,7 @@ _STEPS = (
         " removes it from the search function",
         ("operate.retire_legacy.plan",),
         needs="90_cut_over",
+        one_server="the workers count how often an index is used, and this server does not",
     ),
     _rollback(
         "reads",

@@ -92,14 +92,14 @@ def _function_answers_as_legacy(connection: db.Connection, ledger: Ledger, param
     Where an answer differs, legacy is asked once more: the table may have changed since.
     """
     known = (ledger.latest("baseline") or {}).get("answers", {})
-    queries = query_set.sample(query_set.read_queries(params), params.queries.sample)
+    queries = query_set.sample(query_set.as_asked(query_set.read_queries(params)), params.queries.sample)
     queries = [q for q in queries if q.query_id in known][:FUNCTION_CALLS]
     route, share = search_function.current_route(connection, params)
 
     def ask(statement: sql.Composed, asked: list[Query]) -> dict[str, list[str]]:
         return loop.ask(connection, params, statement, asked, params.queries.k).keys
 
-    call, legacy = statements.call_statement(params), statements.legacy_statement(params)
+    call, legacy = statements.filtered_call_statement(connection, params), statements.legacy_statement(params)
     called = ask(call, queries)
     differ = [q for q in queries if called[q.query_id] != known[q.query_id]]
     own, again = ask(legacy, differ), ask(call, differ)

@@ -1,7 +1,6 @@
-"""A table that Citus has distributed: found by its catalogue, refused or planned for, never run on silently.
+"""A table that Citus has distributed: found by its catalogue; what the runbook cannot do with it is refused first.
 
-The statements that Citus refuses are replaced by ones that it takes (its documentation and regression tests, release
-12 to 14). They were checked as text, and against stand-ins for its functions on one server. No cluster has run them.
+Its statements were run on Citus 14.0.1, PostgreSQL 18.6 and pgvector 0.8.6 (tests/drills/test_citus.py).
 """
 
 from __future__ import annotations
@@ -9,24 +8,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from psycopg import sql
-
 from runbook_lib.backfill import vector_store
-from runbook_lib.core import db
+from runbook_lib.core import db, table_kind
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import HASH_BYTES, literal, names, spelled
+from runbook_lib.core.names import spelled
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
 SQL = load("citus")
-SCHEMA = load("schema")
 
 # Identity columns of distributed tables, and functions that reach the workers by themselves.
 OLDEST_CITUS = 12
 HASH = "h"
-KINDS = {"h": "by hash", "r": "by range", "a": "by append", "n": "as a copy on every node, or on one"}
-REPLACED = ("create_staging", "create_rejected", "create_queue")
+# What pg_dist_partition says of a table: its method, and where it is cut by none how its copies are kept.
+BY_METHOD = {"h": "by hash", "r": "by range", "a": "by append"}
+BY_COPIES = {
+    "t": "as a reference table, with a copy on every node",
+    "s": "as a local table of Citus, or in a single shard",
+}
+WHY_NOT = {
+    "by range": "nothing says which shard a new key belongs to",
+    "by append": "Citus updates and indexes tables distributed by append in its own way",
+    "as a reference table, with a copy on every node": "a trigger that captures changes makes every UPDATE of the"
+    " application fail",
+    "as a local table of Citus, or in a single shard": "only tables distributed by hash of their key were tried",
+}
+# What needs no statement of its own.
+BY_ITSELF = [
+    ("20_extension", "CREATE EXTENSION reaches every node by itself", ""),
+    ("30_expand_schema", "ADD COLUMN and CREATE TRIGGER reach every shard by themselves", ""),
+    ("40_load_embeddings", "COPY sends each vector to the node of its row", ""),
+    ("60_build_index", "CREATE INDEX CONCURRENTLY reaches every shard; one that fails leaves it invalid", ""),
+]
 
 
 @dataclass(frozen=True)
@@ -35,9 +49,15 @@ class Distribution:
 
     version: str
     method: str
+    copies: str
     colocation: int
     column: str | None
     shards: int
+
+    @property
+    def how(self) -> str:
+        """In words."""
+        return BY_METHOD.get(self.method) or BY_COPIES.get(self.copies, f"by method {self.method}")
 
 
 def look(connection: db.Connection, params: Params) -> Distribution | None:
@@ -52,6 +72,7 @@ def look(connection: db.Connection, params: Params) -> Distribution | None:
 def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
     """The gates of a distributed target; of an ordinary one only that the parameters do not say otherwise."""
     found, subject = look(connection, params), spelled(params, "table")
+    yield from _is_no_columnar_table(connection, params, subject)
     if found is None:
         if params.target.distributed:
             yield gate(
@@ -64,36 +85,52 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
                 do="take target.distributed out of the parameters",
             )
         return
+    yield gate(
+        "inputs.distributed_is_named",
+        params.target.distributed is not None,
+        subject,
+        found=f"distributed {found.how}; target.distributed is {params.target.distributed or 'not set'}",
+        needed="target.distributed: citus",
+        danger="statements for an ordinary table stop half-way on Citus, and settings do not reach its workers",
+        do="set target.distributed: citus",
+    )
     yield _by_its_key(params, subject, found)
     yield _fits(params, subject, found)
     yield from _nodes(connection, params)
-    yield gate(
-        "inputs.distributed_is_accepted",
-        params.target.distributed == "accept_untested",
-        subject,
-        found="distributed by Citus; the runbook's statements for it have run on no cluster",
-        needed="target.distributed: accept_untested, after a rehearsal on a copy of the cluster",
-        danger="a statement that Citus refuses stops the migration half-way; 70_tune does not read its plans yet",
-        do="run the phases on a copy of the cluster first; then set target.distributed: accept_untested",
-    )
+
+
+def _is_no_columnar_table(connection: db.Connection, params: Params, subject: str) -> Iterator[Gate]:
+    stored = db.rows(connection, SQL["storage"], params, table=subject)
+    if stored and stored[0]["method"] == "columnar":
+        yield gate(
+            "inputs.table_is_not_columnar",
+            False,
+            subject,
+            found="stored in columns (access method columnar)",
+            needed="stored in rows",
+            danger="columnar tables refuse UPDATE and triggers for each row, so vectors cannot be kept up to date",
+            do=f"SELECT alter_table_set_access_method('{subject}', 'heap')",
+        )
 
 
 def _by_its_key(params: Params, subject: str, found: Distribution) -> Gate:
-    key, by = params.target.key, found.column
-    good = found.method == HASH and by == key
+    key, by, hashed = params.target.key, found.column, found.method == HASH
+    ways_out = (
+        f"name {by} in target.key if it is unique, or SELECT alter_distributed_table('{subject}',"
+        f" distribution_column := '{key}')"
+    )
     return gate(
         "inputs.distributed_by_its_key",
-        good,
+        hashed and by == key,
         subject,
-        found=f"distributed {KINDS.get(found.method, found.method)}"
-        + (f" of {by}" if by else "")
-        + f", in {found.shards} shards",
+        found=f"distributed {found.how}" + (f" of {by}" if by else "") + f", in {found.shards} shards",
         needed=f"by hash of target.key, {key}",
-        danger="Citus updates from a join only where both sides are distributed by the column they are joined on",
-        do=f"name {by} in target.key if it is unique, or SELECT alter_distributed_table('{subject}',"
-        f" distribution_column := '{key}')"
-        if found.method == HASH
-        else f"SELECT undistribute_table('{subject}'); migrate it as a local table, or distribute it by {key}",
+        danger="Citus updates from a join only where both sides are distributed by the column they are joined on"
+        if hashed
+        else WHY_NOT.get(found.how, "this was never tried"),
+        do=ways_out
+        if hashed
+        else f"SELECT undistribute_table('{subject}'); migrate it as an ordinary table, or distribute it by {key}",
         figures={"shards": found.shards, "colocation": found.colocation},
     )
 
@@ -119,7 +156,6 @@ def _fits(params: Params, subject: str, found: Distribution) -> Gate:
 
 def _nodes(connection: db.Connection, params: Params) -> Iterator[Gate]:
     nodes = db.rows(connection, SQL["nodes"], params)
-    here = db.one(connection, SQL["triggers_here"], params)["triggers"]
     lost = [n["node"] for n in nodes if not n["success"]]
     offered = sorted({n["pgvector"] for n in nodes if n["success"]})
     yield gate(
@@ -132,58 +168,12 @@ def _nodes(connection: db.Connection, params: Params) -> Iterator[Gate]:
         do="install the same package of pgvector on every worker as on the coordinator",
         figures={"workers": len(nodes)},
     )
-    off = [*(["the coordinator"] if here != "on" else []), *(n["node"] for n in nodes if n["triggers"] != "on")]
-    yield gate(
-        "inputs.capture_may_run_on_shards",
-        not off,
-        spelled(params, "table"),
-        found=f"citus.enable_unsafe_triggers is off on {', '.join(off)}"
-        if off
-        else "citus.enable_unsafe_triggers is on",
-        needed="on, on the coordinator and every worker",
-        danger="rows that change during the migration would keep the vector of their old text",
-        do="ALTER SYSTEM SET citus.enable_unsafe_triggers = on on every node, and reload: the runbook's trigger only"
-        " writes to the queue's shard beside its row",
-    )
-
-
-def names_of(params: Params) -> dict[str, sql.Composable]:
-    """What the blocks of ``citus.sql`` name besides :func:`runbook_lib.core.names.names`."""
-    n = names(params)
-    quoted = {f"{name}_name": literal(spelled(params, name)) for name in ("staging", "rejected", "queue", "table")}
-    parts = {name: SCHEMA[name].compose(n) for name in ("create_staging", "create_rejected")}
-    return {**quoted, **parts, "hash_bytes": sql.Literal(HASH_BYTES)}
-
-
-def statement(params: Params, block: str) -> db.Statement:
-    """One of the changing blocks."""
-    return db.statement(SQL[block], params, names_of(params))
 
 
 def plan_table(connection: db.Connection, params: Params) -> Table:
     """What is done otherwise on a distributed table, phase by phase; one line for an ordinary one."""
     if look(connection, params) is None:
         return Table(("distributed by Citus",), [("no: an ordinary table of this server",)])
-    own = [
-        ("30_expand_schema", s.purpose, s.lock or "none", s.text(connection))
-        for s in (statement(params, b) for b in ("create_text_functions", *REPLACED))
-    ]
-    rest = [
-        ("20_extension", "CREATE EXTENSION reaches every node by itself", "", ""),
-        ("30_expand_schema", "ADD COLUMN and CREATE TRIGGER reach every shard by themselves", "", ""),
-        ("40_load_embeddings", "COPY sends each vector to the node of its row", "", ""),
-        (
-            "50_backfill",
-            "by key ranges: each UPDATE joins shard with shard, on the key; no lock ahead",
-            "",
-            "",
-        ),
-        (
-            "60_build_index",
-            "CREATE INDEX CONCURRENTLY reaches every shard; one that fails leaves it invalid",
-            "",
-            "",
-        ),
-        ("70_tune", "not supported from here on: the plans of Citus are not read, TABLESAMPLE is refused", "", ""),
-    ]
-    return Table(("phase", "on a distributed table (not run on a cluster)", "lock", "statement"), [*own, *rest])
+    kind = table_kind.of(params)
+    own = [(name, block.purpose, block.lock or "none") for name, block in kind.blocks.items()]
+    return Table(("statement", "on a table that Citus distributes", "lock"), [*own, *BY_ITSELF])

@@ -153,7 +153,7 @@ def _shown(step: CanaryStep) -> dict[str, Any]:
 def _call(phase: Phase, share: int, hold_s: float = 0) -> CanaryStep:
     """Calls the function as the application does, on a connection that an ordinary caller has, over a time."""
     p = phase.params
-    queries = query_set.sample(query_set.read_queries(p), p.queries.sample)
+    queries = query_set.sample(query_set.as_asked(query_set.read_queries(p)), p.queries.sample)
     queries = query_set.with_vectors(p, queries)
     texts = [q.text for q in queries]
     drawn = {
@@ -168,9 +168,10 @@ def _call(phase: Phase, share: int, hold_s: float = 0) -> CanaryStep:
     since = db.one(phase.connection, SQL["now"], p)["now"]
     began = time.perf_counter()
     with db.beside(phase.connection, phase.params, "canary") as connection:
+        call = statements.filtered_call_statement(connection, p, as_application=True)
         for n, i in enumerate(calls, 1):
             try:
-                answers = loop.ask(connection, p, statements.call_statement(p), [queries[i]], p.queries.k)
+                answers = loop.ask(connection, p, call, [queries[i]], p.queries.k)
             except psycopg.Error as error:
                 errors += 1
                 errors_drawn += queries[i].text in drawn

@@ -11,7 +11,7 @@ from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import added_columns, spelled, trigger_name
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.migrate import citus, partition_checks
+from runbook_lib.migrate import partition_checks
 from runbook_lib.params import Params
 from runbook_lib.search import free_names
 from runbook_lib.sql import load
@@ -54,16 +54,8 @@ def plan(phase: Phase) -> db.Plan:
     ]
     made = there["columns"] == len(added_columns(p))
     todo = [] if made else [vector_store.of(p).create(connection, p)]
-    todo += [_making(p, n) for n, missing in wanted if missing]
-    if todo and p.target.distributed:
-        todo.insert(0, citus.statement(p, "create_text_functions"))
+    todo += [db.statement(SQL[n], p) for n, missing in wanted if missing]
     return db.Plan(tuple(todo), connection)
-
-
-def _making(params: Params, name: str) -> db.Statement:
-    """The statement of that name; on a distributed table the one that Citus takes."""
-    replaced = params.target.distributed and name in citus.REPLACED
-    return citus.statement(params, name) if replaced else db.statement(SQL[name], params)
 
 
 @changes
@@ -151,8 +143,6 @@ def undo_capture_plan(connection: db.Connection, params: Params) -> list[db.Stat
     ]
     windows = [db.statement(WINDOWS[n], params) for n in ("drop", "drop_control") if there["window"]]
     drops = [db.statement(SQL[n], params) for n, present in wanted if present]
-    if drops and params.target.distributed:
-        drops.append(citus.statement(params, "drop_text_functions"))
     return [*drops, *windows]
 
 

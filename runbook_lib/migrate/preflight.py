@@ -353,9 +353,9 @@ def plan_body(phase: Phase, found: Facts | None = None) -> dict[str, Any]:
             "staging_bytes": expects.staging_bytes,
             "wal_bytes": expects.wal_bytes,
             "backfill_wal_bytes": expects.backfill_wal_bytes,
-            "load_seconds": round(expects.load_seconds, 1),
-            "build_seconds": round(expects.build_seconds, 1),
-            "backfill_seconds": round(expects.backfill_seconds, 1),
+            "load_seconds": round(expects.load_seconds, 3),
+            "build_seconds": round(expects.build_seconds, 3),
+            "backfill_seconds": round(expects.backfill_seconds, 3),
         },
         "params": phase.params.for_record(),
     }

@@ -15,6 +15,7 @@ from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, at_most, milliseconds, score
 from runbook_lib.migrate import similarity_thresholds, slices
 from runbook_lib.params import Params
+from runbook_lib.search import statements
 
 if TYPE_CHECKING:
     import pandas
@@ -103,7 +104,8 @@ def _reads_the_index(connection: db.Connection, ledger: Ledger, params: Params) 
     queries = query_set.sample(query_set.read_queries(params), params.queries.sample)[:1]
     vector = comparison.variant(connection, ledger, params, "vector", query_set.with_vectors(params, queries))
     with vector.connected() as reader:
-        return reads_index(reader, params, loop.planned(reader, params, vector.statement, vector.queries[0]))
+        statement = statements.route_statement(connection, params, "vector")
+        return reads_index(reader, params, loop.planned(reader, params, statement, vector.queries[0]))
 
 
 def _slices(connection: db.Connection, params: Params, result: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def gates(connection: db.Connection, params: Params) -> Iterator[Gate]:
             True,
             spelled(params, "table"),
             found="not tried: Citus does not take these statements in one transaction",
-            needed="a rehearsal on a copy of the cluster, as target.distributed: accept_untested says",
+            needed="a rehearsal on a copy of the cluster",
         )
         return
     before = connection.prepare_threshold

@@ -25,7 +25,7 @@ from runbook_lib.benchmark.filter_classes import FilterClass
 from runbook_lib.benchmark.loop import Measured
 from runbook_lib.benchmark.prepared import reads_index, use
 from runbook_lib.benchmark.query_set import Query
-from runbook_lib.core import db
+from runbook_lib.core import db, table_kind
 from runbook_lib.core.display import Amount, Table, duration, share
 from runbook_lib.core.gates import Gate, Gates, collect, gate
 from runbook_lib.core.names import index_name, spelled
@@ -33,7 +33,7 @@ from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.thresholds import apart, at_least, milliseconds, score
 from runbook_lib.migrate import hybrid_weights, row_security_recall
 from runbook_lib.params import Params
-from runbook_lib.search import combined_filters, search_function, statements, ways
+from runbook_lib.search import combined_filters, role_settings, search_function, statements, ways
 from runbook_lib.search.ways import Way
 from runbook_lib.sql import load
 
@@ -188,7 +188,8 @@ def apply(phase: Phase) -> Tuning | Table:
     with replica.connect(phase.connection, phase.params, "tune") as connection:
         first = cheapest_way.unfiltered(connection, p, _ways_to_try(connection, p, without[0]), without)
         rows = query_set.exact_of(without)[0].matching
-        others = [cheapest_way.filtered(connection, p, c, q, rows) for c, q in _in_turn(asked)]
+        served = None if table_kind.of(p).settings_stay else [w.way for w in (first.chosen,) if w]
+        others = [cheapest_way.filtered(connection, p, c, q, rows, served) for c, q in _in_turn(asked)]
     tuning = Tuning(
         k=p.queries.k,
         queries=len(without),
@@ -293,6 +294,7 @@ def verify(phase: Phase) -> Gates:
     carried = [
         _function_has_settings(connection, params, tuning),
         *_function_has_strategies(connection, params, tuning),
+        *_roles_have_settings(connection, params, tuning),
     ]
     seen = row_security_recall.gates(connection, params, params.tune.target_recall)
     return collect(
@@ -377,6 +379,13 @@ def _function_has_settings(connection: db.Connection, params: Params, tuning: di
     )
 
 
+def _roles_have_settings(connection: db.Connection, params: Params, tuning: dict[str, Any] | None) -> Iterator[Gate]:
+    """Where a function's own settings do not reach the rows."""
+    if tuning and tuning["chosen"] and not table_kind.of(params).settings_stay:
+        carried = ways.through_the_index(params, tuning["chosen"]).settings(params.index.method)
+        yield from role_settings.gates(connection, params, [f"{name}={value}" for name, value in carried.items()])
+
+
 def _function_has_strategies(connection: db.Connection, params: Params, tuning: dict[str, Any] | None) -> list[Gate]:
     """The strategy table says what was chosen, value by value."""
     filters = _filters(params)
@@ -417,7 +426,7 @@ def undo_plan(phase: Phase) -> db.Plan:
     if found is None:
         return db.Plan((), connection)
     carried = [s.split("=")[0] for s in found["settings"] or [] if not s.startswith("search_path")]
-    statements = [search_function.reset_search_setting(connection, params, name) for name in carried]
+    statements = [s for name in carried for s in search_function.reset_search_setting(connection, params, name)]
     if db.rows(connection, search_function.SQL["strategies"], params):
         # First: a strategy's settings would outlive a call of the function once that has no SET for them.
         statements.insert(0, db.statement(search_function.SQL["forget_strategies"], params))

@@ -35,7 +35,8 @@ def _calls(connection: db.Connection, params: Params, queries: Sequence[Query]) 
             statements.force_route(reader, params, params.cut_over.route)
             yield reader
 
-    return Variant(params, statements.call_statement(params), query_set.with_vectors(params, queries), connected)
+    call = statements.filtered_call_statement(connection, params, as_application=True)
+    return Variant(params, call, query_set.with_vectors(params, queries), connected)
 
 
 @changes

@@ -244,13 +244,15 @@ def _relevance_holds(connection: db.Connection, ledger: Ledger, params: Params) 
     route = params.cut_over.route
     recorded = (ledger.latest("shadow") or {}).get("per_query", {}).get(route, {})
     marks = comparison.judgements(connection, ledger, params)
-    known = [q for q in query_set.read_queries(params) if q.query_id in recorded and q.query_id in marks]
+    asked = query_set.as_asked(query_set.read_queries(params))
+    known = [q for q in asked if q.query_id in recorded and q.query_id in marks]
     queries = query_set.sample(known, params.watch.judged)
     if not queries:
         return
-    statement = statements.route_statement(connection, params, route)
-    with explain.as_the_application(connection, params) as reader:
-        asked = query_set.with_vectors(params, queries)
+    asked = query_set.with_vectors(params, queries)
+    statement = comparison.statement_of(connection, params, route)
+    with explain.as_the_application(connection, params) as reader, reader.transaction():
+        statements.force_route(reader, params, route)
         got = loop.ask(reader, params, statement, asked, comparison.JUDGED_DEPTH)
     now = relevance_measures.relevance(got.keys, {q.query_id: marks[q.query_id] for q in queries}).per_query
     pair = relevance_measures.paired({q.query_id: recorded[q.query_id] for q in queries}, now)

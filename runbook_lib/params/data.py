@@ -66,8 +66,8 @@ class Target(Section):
         False,
         description="Partitioned table without a unique index on its key: you state that no key is issued twice.",
     )
-    distributed: Literal["accept_untested"] | None = Field(
-        None, description="Table distributed by Citus: proceed with statements never run on a cluster."
+    distributed: Literal["citus"] | None = Field(
+        None, description="Set to citus for a table that Citus distributes by hash of its key."
     )
     text_columns: list[Name] = Field(min_length=1, description="Columns to embed, in this order.")
     filters: Filters = Field(
@@ -78,6 +78,16 @@ class Target(Section):
     always: Expression | None = Field(
         None, description='Condition on the row t that every search adds, such as "t.deleted_at IS NULL".'
     )
+
+    @field_validator("key", mode="before")
+    @classmethod
+    def key_is_one_column(cls, value: object) -> object:
+        if isinstance(value, list) and len(value) > 1:
+            raise ValueError(
+                "one column: keys of several columns are not supported yet; name one that is unique by itself, or add"
+                " one: GENERATED ALWAYS AS IDENTITY, with a unique index"
+            )
+        return value[0] if isinstance(value, list) and value else value
 
     @field_validator("key")
     @classmethod

@@ -12,11 +12,21 @@ from runbook_lib.core.db import lock_level
 from runbook_lib.core.display import duration, number, size
 from runbook_lib.core.gates import Verdict
 from runbook_lib.core.plans import BROUGHT_ABOUT, KNOWN_AFTER
-from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, current, operation_of, rollback_of, short
+from runbook_lib.core.registry import (
+    MIGRATE,
+    OPERATE,
+    STEPS,
+    UNDO,
+    UNDO_OPERATION,
+    current,
+    operation_of,
+    rollback_of,
+    short,
+)
 from runbook_lib.runner import rollbacks
 from runbook_lib.runner.figures import Entry, Figures, Newest, Tile
 from runbook_lib.runner.manifest import Manifest, Status
-from runbook_lib.runner.questions import LOCKS, UNREAD, Question, accepted, count, who, write_cost
+from runbook_lib.runner.questions import LOCKS, UNREAD, Question, accepted, count, roles, who, write_cost
 
 PLANNED, LATER, GATES = ("planned", "statements"), ("later", "what is known later"), ("gates", "gates")
 FORECAST = ("forecast", "forecast")
@@ -24,6 +34,8 @@ FORECAST = ("forecast", "forecast")
 DISK = {"staging_bytes": "staging table", "table_growth_bytes": "growth of the table", "index_bytes": "index"}
 TIMES = {"load_seconds": "loading", "backfill_seconds": "backfill", "build_seconds": "building the index"}
 FEW = 3
+# The undo of what goes with the ledger's schema, which no rollback drops.
+OF_THE_LEDGER = "ledger."
 NOT_KNOWN = "The rest is not known: the plan stopped before it."
 # The time that the model takes is nowhere in the forecast.
 NOT_IN_IT = "The time of the model, of the measurements and of waiting for locks is not in it."
@@ -49,7 +61,7 @@ def answer(
         Question("What was accepted, and what needs a sign-off?", _consent(run, found, gates, read=read), GATES),
         Question("How would it be rolled back?", *_back(run)),
         Question("Who made this plan, where?", who(run, own), ("evidence", "versions and parameters")),
-        Question("What do I type?", *_typed(run, gates)),
+        Question("What do I type, and as which role does it run?", *_typed(run, own, gates)),
     ]
     return [q for q in questions if q]
 
@@ -96,8 +108,10 @@ def _is_later(gate: Mapping[str, Any]) -> bool:
     return gate["verdict"] == Verdict.NOT_RUN and gate["name"] not in BROUGHT_ABOUT
 
 
-def undone_by(phase: str) -> str:
-    """The rollback that undoes the statements of a step; empty where none does."""
+def undone_by(phase: str, undo: str) -> str:
+    """The rollback that undoes a statement of a step; empty where none does, or where it stays with the ledger."""
+    if undo.startswith(OF_THE_LEDGER):
+        return ""
     return rollback_of(phase) or next((name for name in UNDO if phase in STEPS[name].rolls_back), "")
 
 
@@ -148,17 +162,22 @@ def _lock(
         whole = f"the trial held it for {duration(_held_s(gates))}, with all that it tried"
         lines.append(f"Tried on this table and rolled back, it took {duration(took)} ({whole}).")
     if locks := run.parameters.get("locks"):
+        none = "Except for builds, which wait for older transactions to end, no" if _builds(planned) else "No"
         lines.append(
-            f"No statement waits longer than {duration(locks['timeout_ms'] / 1000)} for its lock, since others queue"
-            f" behind it; after {locks['tries']} tries it gives up and names the blocker."
+            f"{none} statement waits longer than {duration(locks['timeout_ms'] / 1000)} for its lock, since others"
+            f" queue behind it; after {locks['tries']} tries it gives up and names the blocker."
         )
-    if builds := [s for s in planned if "whole build" in s["lock"] and s is not strongest]:
+    if builds := [s for s in _builds(planned) if s is not strongest]:
         took_s = f", about {duration(_rehearsed_or_forecast(found, 'build_seconds'))}" if found("plan") else ""
         lines.append(
             f"Held longest, for the whole build{took_s}: {lock_level(builds[0]['lock'])}, which blocks"
             f" {builds[0]['blocks']}."
         )
     return lines
+
+
+def _builds(planned: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [s for s in planned if "whole build" in s["lock"]]
 
 
 def _room(found: Newest, gates: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -264,15 +283,18 @@ def _back(run: Manifest) -> tuple[list[str], tuple[str, str], str]:
         command = f"runbook operate {file} {short(operation)} --undo --execute"
         return [f"By {back}, which removes {STEPS[back].does}."], PLANNED, command
     if not names & {*MIGRATE}:
-        return ["This is a rollback; to go forward again, run the steps again."], PLANNED, ""
+        again = next((operation_of(n) for n in names if n in UNDO_OPERATION), "the phases")
+        return [f"This is a rollback. To go forward again, run {again} again."], PLANNED, ""
     steps = [n for n in UNDO if names & {*STEPS[n].rolls_back}]
     ways = ", ".join(f"{short(n)} ({STEPS[n].takes})" for n in steps)
     lines = [f"At any point, in this order: {ways}. The table is then as it was; the ledger stays."]
     return lines, PLANNED, rollbacks.command(run.params_file)
 
 
-def _typed(run: Manifest, gates: Sequence[Mapping[str, Any]]) -> tuple[list[str], tuple[str, str], str]:
-    """The command that carries out what was planned, and nothing else."""
+def _typed(
+    run: Manifest, own: Sequence[Entry], gates: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], tuple[str, str], str]:
+    """The command that carries out what was planned, and nothing else; and the role and server that it leads to."""
     if any(p.status != Status.PLANNED for p in run.phases):
         return ["Nothing yet: resolve what stopped the plan, then plan again."], GATES, ""
     file, names = shlex.quote(run.params_file), [p.name for p in run.phases]
@@ -290,6 +312,18 @@ def _typed(run: Manifest, gates: Sequence[Mapping[str, Any]]) -> tuple[list[str]
     elif run.way == "undo":
         command = rollbacks.command(run.params_file, names[-1] if names[-1] != UNDO[-1] else "")
     lines = [
-        "Nothing was carried out. This command carries it out; each step checks again and stops if a gate fails:"
+        *_as_whom(run, own),
+        "Nothing was carried out. This command carries it out; each step checks again and stops if a gate fails:",
     ]
     return lines, ("evidence", "parameters"), command
+
+
+def _as_whom(run: Manifest, own: Sequence[Entry]) -> list[str]:
+    """Whoever types the command: the role comes from the connection that the parameters name."""
+    connection: Mapping[str, Any] = run.parameters.get("connection") or {}
+    dsn, service = connection.get("dsn_env"), connection.get("service")
+    by = f"${dsn}" if dsn else f"service {service}" if service else "the same connection"
+    planned_as = roles(own)
+    if not planned_as or not run.server:
+        return []
+    return [f"Steps run as the role that {by} names: for this plan {', '.join(planned_as)} on {run.server}."]

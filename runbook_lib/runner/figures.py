@@ -169,12 +169,13 @@ def _slices(shadow: Mapping[str, Any]) -> Table | None:
             f"{s['legacy']:.3f}",
             f"{s['route']:.3f}",
             f"{s['low']:+.3f} to {s['high']:+.3f}, p = {s['p_value']:.2g}",
-            f"legacy wins: {s['blame']}" if s["difference"] < 0 else "",
+            f"the {s['blame']}" if s["difference"] < 0 else "",
         )
         for s in shadow.get("slices") or ()
     ]
-    heads = ("queries", "number", "legacy nDCG@10", "route nDCG@10", "difference", "")
-    return ("Classes of queries", heads, rows) if rows else None
+    heads = ("queries", "number", "legacy nDCG@10", "route nDCG@10", "difference", "what loses")
+    shown = 6 if any(row[-1] for row in rows) else 5
+    return ("Classes of queries", heads[:shown], [row[:shown] for row in rows]) if rows else None
 
 
 def _backfill(body: Mapping[str, Any]) -> Table | None:
@@ -182,12 +183,9 @@ def _backfill(body: Mapping[str, Any]) -> Table | None:
     if "strategy" not in body:
         return None
     rows: list[tuple[Any, ...]] = [
-        ("strategy", body["strategy"]),
+        ("strategy", body["strategy"].replace("_", " ")),
         ("updates that touched no index", f"{body['hot_share']:.0%}"),
-        (
-            "batches, p50 and p95",
-            f"{body['batches']}; {body['batch_p50_ms']} and {body['batch_p95_ms']} ms",
-        ),
+        ("batches", f"{number(body['batches'])}: p50 {ms(body['batch_p50_ms'])}, p95 {ms(body['batch_p95_ms'])}"),
         ("WAL", size(body["wal_bytes"])),
         ("workers, ranges taken over", f"{body['workers']}, {body['windows_taken_over']}"),
         ("pauses", f"{len(body['pauses'])}"),

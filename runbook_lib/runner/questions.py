@@ -27,6 +27,7 @@ ACCEPTING: dict[str, Any] = {
     "target.distributed": None,
     "target.key_from_one_source": False,
     "embeddings.accept_refused_rows": 0,
+    "embeddings.accept_unread_percent": 5.0,
     "partitioning.accept_wider_key": False,
     "cut_over.accept_unjudged": False,
     "cut_over.largest_relevance_loss": 0.0,
@@ -151,11 +152,16 @@ def _locks(statements: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def roles(own: Sequence[Entry]) -> list[str]:
+    """The database roles that wrote these rows, sign-offs left out."""
+    return sorted({e["written_by"] for e in own if e.get("written_by") and e["kind"] != "approval"})
+
+
 def who(run: Manifest, own: Sequence[Entry]) -> list[str]:
     """By which people and roles, on which server, in which versions."""
-    roles = sorted({e["written_by"] for e in own if e.get("written_by") and e["kind"] != "approval"})
+    by = roles(own)
     person = f"OS user {run.user} on host {run.host}" if run.user else f"Host {run.host}; the OS user was not noted"
-    role = f" as role {', '.join(roles)}" if roles else ""
+    role = f" as role {', '.join(by)}" if by else ""
     took = f" It took {duration(run.seconds)}." if run.seconds is not None else ""
     versions = ", ".join(
         f"{what} {run.versions[what]}" for what in ("PostgreSQL", "pgvector", "runbook") if what in run.versions

@@ -62,12 +62,15 @@ def collect(
     own = [e for e in entries if e["run_id"] == run.run_id]
     gates = _gates(own)
     found = Newest(run.run_id, entries)
+    # Of an operation or a rollback, figures of other runs say nothing of what it does.
+    shown = found if run.way in ("migrate", BY_HAND) else Newest(run.run_id, own)
     done = run.execute and run.way in ("migrate", BY_HAND)
     passed = {p.name for p in run.phases if p.status == Status.PASSED} if done else set()
     rollback = rollbacks.of(passed, found, entries)
     head = next((e["hash"] for e in reversed(entries) if e.get("hash")), "")
     planned = [
-        s | {"undone_by": approver.undone_by(s["phase"])} for s in _folded(e for e in own if e["kind"] == "planned")
+        s | {"undone_by": approver.undone_by(s["phase"], s["undo"])}
+        for s in _folded(e for e in own if e["kind"] == "planned")
     ]
     asked = (
         questions.answer(run, found, own, gates, rollback, head, read=not notes)
@@ -79,14 +82,14 @@ def collect(
         questions=asked,
         tiles=figures.tiles(found) if run.execute else approver.tiles(run, found, own, planned),
         later=None if run.execute else approver.later(own),
-        moved=questions.moved(found, texts.queries, texts.rows),
+        moved=questions.moved(shown, texts.queries, texts.rows),
         phases=_phases(run, gates, set(pages)),
         gates=gates,
         statements=_folded(e for e in own if e["kind"] == "statement"),
         planned=planned,
-        pictures=figures.drawn(found),
-        comparison=figures.comparison(found),
-        tables=figures.tables(found),
+        pictures=figures.drawn(shown),
+        comparison=figures.comparison(shown),
+        tables=figures.tables(shown),
         forecast=figures.forecast(found) if run.execute or any(e["kind"] == "plan" for e in own) else [],
         rollback=rollback,
         notes=[*run.notes, *notes],

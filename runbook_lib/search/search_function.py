@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from psycopg import sql
 
-from runbook_lib.core import closed, db
+from runbook_lib.core import closed, db, table_kind
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import BadInput, Gates, collect, gate
 from runbook_lib.core.names import (
@@ -21,7 +21,7 @@ from runbook_lib.core.names import (
 )
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.params import Params
-from runbook_lib.search import free_names, function_ownership, function_text, ways, word_statistics
+from runbook_lib.search import free_names, function_ownership, function_text, role_settings, ways, word_statistics
 from runbook_lib.search.signature import DEFAULT_K as DEFAULT_K
 from runbook_lib.search.signature import Function
 from runbook_lib.search.statements import Route
@@ -49,10 +49,12 @@ def _wanted(
     retired: bool | None = None,
 ) -> list[Function]:
     """The functions that these parameters make. settings, retired: as they are now if not given."""
+    in_function = table_kind.of(params).settings_stay
+    known = carried_settings(connection, params) if settings is None else settings
     return function_text.functions(
         connection,
         params,
-        carried_settings(connection, params) if settings is None else settings,
+        known if in_function else {},
         legacy_is_retired(connection, params) if retired is None else retired,
     )
 
@@ -210,7 +212,7 @@ def move_route(phase: Phase, route: Route, share_percent: int, reason: str) -> d
 
 
 def set_search_setting(connection: db.Connection, params: Params, value: int) -> list[db.Statement]:
-    """Statements that carry the tuned setting, and an iterative scan, into the function.
+    """Statements that carry the tuned setting, and an iterative scan, into the function, or to its callers.
 
     Where the function still searches what another ``index.storage`` held, it is made again first. Carry them out
     with pgvector's library loaded: a role that is no superuser may not name a setting that the server does not know
@@ -221,27 +223,23 @@ def set_search_setting(connection: db.Connection, params: Params, value: int) ->
         if function_state(connection, params) is None or is_as_planned(connection, params)
         else [create_statement(connection, params)]
     )
-    return [
-        *anew,
-        *(
-            db.statement(
-                SQL["set_search_settings"],
-                params,
-                {
-                    "signature": _signature(connection, params),
-                    "setting": sql.SQL(name),
-                    "value": sql.Literal(text),
-                },
-            )
-            for name, text in ways.through_the_index(params, value).settings(params.index.method).items()
-        ),
-    ]
+    settings = ways.through_the_index(params, value).settings(params.index.method)
+    return [*anew, *(s for name, text in settings.items() for s in _setting(connection, params, name, text))]
 
 
-def reset_search_setting(connection: db.Connection, params: Params, name: str) -> db.Statement:
-    """A statement that takes one index setting from the function."""
-    extra = {"signature": _signature(connection, params), "setting": sql.SQL(name)}
-    return db.statement(SQL["reset_search_settings"], params, extra)
+def _setting(connection: db.Connection, params: Params, name: str, value: str | None) -> list[db.Statement]:
+    """Statements that set one index setting of the searches, or reset it where the value is None."""
+    if not table_kind.of(params).settings_stay:
+        return role_settings.statements(connection, params, name, value)
+    block = SQL["reset_search_settings" if value is None else "set_search_settings"]
+    signature = _signature(connection, params)
+    extra = {"signature": signature, "setting": sql.SQL(name), "value": sql.Literal(value)}
+    return [db.statement(block, params, extra)]
+
+
+def reset_search_setting(connection: db.Connection, params: Params, name: str) -> list[db.Statement]:
+    """Statements that take one index setting from the function, or from the roles that call it."""
+    return _setting(connection, params, name, None)
 
 
 def _signature(connection: db.Connection, params: Params) -> sql.Composable:
@@ -250,10 +248,12 @@ def _signature(connection: db.Connection, params: Params) -> sql.Composable:
 
 
 def function_state(connection: db.Connection, params: Params) -> db.Row | None:
-    """The function as pg_proc has it; None where there is none."""
+    """The function as pg_proc has it, with the settings that its searches have; None where there is none."""
     schema = spelled(params, "schema")
     function = params.function_name
     found = db.rows(connection, SQL["function_state"], params, schema=schema, function=function)
+    if found and not table_kind.of(params).settings_stay:
+        return found[0] | {"settings": role_settings.of(connection, params)}
     return found[0] if found else None
 
 

@@ -35,6 +35,6 @@ def expression(share: sql.Composable) -> sql.Composed:
     """The same as SQL."""
     named = sql.SQL(", ").join(literal(name) for name in NAMES)
     edges = sql.SQL(", ").join(map(sql.Literal, EDGES))
-    return sql.SQL("(ARRAY[{}])[1 + pg_catalog.width_bucket({}, ARRAY[{}]::pg_catalog.float8[])]").format(
-        named, share, edges
-    )
+    return sql.SQL(
+        "(ARRAY[{}])[1 + pg_catalog.width_bucket(({})::pg_catalog.float8, ARRAY[{}]::pg_catalog.float8[])]"
+    ).format(named, share, edges)

@@ -91,19 +91,22 @@ def route_statement(
     return ROUTES[block].compose(parts | {"nearest": ROUTES["nearest"].compose(parts, indent)}, indent)
 
 
-def scored_statement(connection: db.Connection, params: Params) -> sql.Composed:
-    """Every row that either half of hybrid finds, with the scores of both: ``near`` and ``wordy``."""
-    return hybrid.scored_statement(params, _unfiltered(connection, params))
+def scored_statement(connection: db.Connection, params: Params, given: Collection[str] = ()) -> sql.Composed:
+    """Every row that either half of hybrid finds, with the scores of both: ``near`` and ``wordy``.
+
+    given: the filters that have a value.
+    """
+    return hybrid.scored_statement(params, _of_hybrid(connection, params, given))
 
 
-def fulltext_statement(connection: db.Connection, params: Params) -> sql.Composed:
-    """The words half of hybrid alone, without filters."""
-    return hybrid.words_statement(params, _unfiltered(connection, params))
+def fulltext_statement(connection: db.Connection, params: Params, given: Collection[str] = ()) -> sql.Composed:
+    """The words half of hybrid alone. given: the filters that have a value."""
+    return hybrid.words_statement(params, _of_hybrid(connection, params, given))
 
 
-def _unfiltered(connection: db.Connection, params: Params) -> dict[str, sql.Composable]:
+def _of_hybrid(connection: db.Connection, params: Params, given: Collection[str]) -> dict[str, sql.Composable]:
     places = _placeholders(params, in_function=False)
-    parts = _parts(params, places, "hybrid", "index", conditions.where(connection, params, places, ()))
+    parts = _parts(params, places, "hybrid", "index", conditions.where(connection, params, places, given))
     return parts | _of_words(connection, params, places)
 
 

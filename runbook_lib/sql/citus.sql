@@ -1,4 +1,4 @@
--- A table that Citus has distributed. Checked as text and against stand-ins on one server; run on no cluster.
+-- A table that Citus has distributed. Run on Citus 14.0.1 by tests/drills/test_citus.py.
 
 -- name: extension
 -- purpose: The release of Citus in this database; no row where there is none.
@@ -6,28 +6,26 @@ SELECT e.extversion AS version FROM pg_extension e WHERE e.extname = 'citus';
 
 -- name: distribution
 -- purpose: How Citus has distributed the table; no row where it has not.
-SELECT p.partmethod::text AS method, p.colocationid AS colocation,
+SELECT p.partmethod::text AS method, p.repmodel::text AS copies, p.colocationid AS colocation,
        column_to_column_name(p.logicalrelid, p.partkey)::text AS column,
        (SELECT count(*) FROM pg_dist_shard s WHERE s.logicalrelid = p.logicalrelid)::int AS shards
 FROM pg_dist_partition p WHERE p.logicalrelid = to_regclass(%(table)s);
 
+-- name: storage
+-- purpose: How the rows of the table are stored; no row where it has no storage of its own.
+SELECT am.amname::text AS method FROM pg_class c JOIN pg_am am ON am.oid = c.relam WHERE c.oid = to_regclass(%(table)s);
+
 -- name: nodes
--- purpose: What each worker offers of pgvector, and whether triggers may run there.
-SELECT w.nodename || ':' || w.nodeport AS node, w.success, split_part(w.result, ' ', 1) AS pgvector,
-       split_part(w.result, ' ', 2) AS triggers
+-- purpose: What each worker offers of pgvector.
+SELECT w.nodename || ':' || w.nodeport AS node, w.success, w.result AS pgvector
 FROM run_command_on_workers($$
-    SELECT coalesce((SELECT a.default_version FROM pg_available_extensions a WHERE a.name = 'vector'), 'none') || ' '
-        || coalesce(current_setting('citus.enable_unsafe_triggers', true), 'off')
+    SELECT coalesce((SELECT a.default_version FROM pg_available_extensions a WHERE a.name = 'vector'), 'none')
 $$) w ORDER BY 1;
 
--- name: triggers_here
--- purpose: May triggers on distributed tables be made from this server?
-SELECT coalesce(current_setting('citus.enable_unsafe_triggers', true), 'off') AS triggers;
-
--- name: create_text_functions
--- purpose: Make text and hash of a row by functions that Citus takes in an UPDATE: concat_ws and convert_to are only STABLE.
--- lock: none on the target
--- undo: citus.drop_text_functions
+-- name: schema.create_staging
+-- purpose: Create the staging table and distribute it as the table is, so that each vector lies next to its row; and make text and hash of a row by functions that Citus takes in an UPDATE, since concat_ws and convert_to are only STABLE.
+-- lock: ACCESS SHARE on {table}
+-- undo: schema.drop_staging
 CREATE OR REPLACE FUNCTION {text_function}(VARIADIC parts text[]) RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT pg_catalog.array_to_string(parts, E'\n'::pg_catalog.text) $$;
 CREATE OR REPLACE FUNCTION {text_hash_function}(VARIADIC parts text[]) RETURNS bytea
@@ -35,29 +33,25 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT substring(pg_catalog.sha256(pg_catalog.convert_to(
         pg_catalog.array_to_string(parts, E'\n'::pg_catalog.text), 'UTF8'::pg_catalog.name)) from 1 for {hash_bytes})
 $$;
+{own};
+SELECT create_distributed_table({staging_name}, 'key', colocate_with => {table_name});
 
--- name: drop_text_functions
--- purpose: Remove those functions.
+-- name: schema.drop_staging
+-- purpose: Remove the staging table, the table of rejected vectors, and the functions of text and hash.
 -- lock: none on the target
--- undo: citus.create_text_functions
+-- undo: schema.create_staging, then load again
+{own};
 DROP FUNCTION IF EXISTS {text_function}(text[]);
 DROP FUNCTION IF EXISTS {text_hash_function}(text[]);
 
--- name: create_staging
--- purpose: Create the staging table and distribute it as the table is, so that each vector lies next to its row.
--- lock: ACCESS SHARE on {table}
--- undo: schema.drop_staging
-{create_staging};
-SELECT create_distributed_table({staging_name}, 'key', colocate_with => {table_name});
-
--- name: create_rejected
+-- name: schema.create_rejected
 -- purpose: Create the table of rejected vectors, with a copy on every node, since a rejected row may have no key.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_staging
-{create_rejected};
+{own};
 SELECT create_reference_table({rejected_name});
 
--- name: create_queue
+-- name: schema.create_queue
 -- purpose: Create the queue of changed rows and distribute it as the table is, so that the trigger writes on its own node.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_queue
@@ -74,17 +68,89 @@ ALTER TABLE {queue}
 ALTER TABLE {queue} ADD PRIMARY KEY (key, id);
 SELECT create_distributed_table({queue_name}, 'key', colocate_with => {table_name});
 
--- name: claim
--- purpose: Claim the oldest changes of those that were there when the drain began; Citus knows no SKIP LOCKED across shards, so a claim ends with its lease alone.
+-- name: backfill.keys_between
+-- purpose: The staged keys of a range, a list a shard: a batch of one shard is one task. In any order, so that workers are on different shards.
+WITH k AS MATERIALIZED (SELECT s.key FROM {staging} s WHERE {after} AND s.key <= %(to_key)s)
+SELECT array_agg(k.key ORDER BY k.key) AS keys FROM k
+GROUP BY get_shard_id_for_distribution_column({table_name}, k.key) ORDER BY random();
+
+-- name: backfill.update
+-- purpose: Give each row of a batch its vector, if its text is still the text that was embedded. The keys are given for both tables: by those of either alone Citus asks every shard of the other.
+-- lock: ROW EXCLUSIVE on {table}, on the rows of one batch, until its commit
+-- undo: schema.drop_columns
+UPDATE {part} t
+SET {embedding} = s.embedding, {embedding_hash} = s.text_hash, {embedding_updated_at} = now()
+FROM {staging} s
+WHERE s.key = ANY (%(keys)s) AND t.{key} = ANY (%(keys)s) AND s.key = t.{key}
+  AND t.{embedding_hash} IS DISTINCT FROM s.text_hash
+  AND s.text_hash = {text_hash};
+
+-- name: backfill.hot
+-- purpose: The workers count the updates of a distributed table, and nothing here does.
+SELECT 0::bigint AS updates, 0::bigint AS hot;
+
+-- name: backfill.server_counts
+-- purpose: The positions of the WAL of all nodes added up, and how large the table's shards are.
+SELECT (SELECT sum(n.result::bigint) FROM run_command_on_all_nodes(
+            $$ SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint $$) n WHERE n.success)::bigint AS wal,
+       citus_table_size(to_regclass(%(table)s))::bigint AS bytes;
+
+-- name: refresh.claim
+-- purpose: Claim the oldest changes of those that were there when the drain began. Citus knows no SKIP LOCKED across shards: what another session claims meanwhile is asked for once more as the row is written, and a claim ends with its lease alone.
 -- lock: ROW EXCLUSIVE on the queue, for milliseconds
 -- undo: refresh.release
 UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = now() WHERE id IN (
     SELECT q.id FROM {queue} q
     WHERE (q.queued_at <= %(until)s OR q.queued_at > clock_timestamp()) AND q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s)
       AND (q.claimed_by IS NULL OR q.claimed_at < now() - make_interval(secs => %(lease_s)s))
-    ORDER BY q.id LIMIT %(batch_rows)s
-) RETURNING id, key;
+    ORDER BY q.queued_at, q.id LIMIT %(batch_rows)s
+) AND (claimed_by IS NULL OR claimed_at < now() - make_interval(secs => %(lease_s)s)) RETURNING id, key;
 
--- name: lock_rows
+-- name: refresh.lock_rows
 -- purpose: Which of these rows exist; Citus does not lock rows across shards, and the update compares the text's hash.
 SELECT t.{key} AS key FROM {table} t WHERE t.{key} = ANY (%(keys)s);
+
+-- name: search.create_route
+-- purpose: Create the table that says where reads go, with a copy on every node, so that the function answers on each; one row moves them.
+-- lock: none on the target
+-- undo: search.drop_function
+{own};
+SELECT create_reference_table({route_name})
+WHERE NOT EXISTS (SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass({route_name}));
+
+-- name: search.create_strategy
+-- purpose: Create the table that says how to search by each filter, with a copy on every node; 70_tune fills it.
+-- lock: none on the target
+-- undo: search.drop_function
+{own};
+SELECT create_reference_table({strategy_name})
+WHERE NOT EXISTS (SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass({strategy_name}));
+
+-- name: settings_of_role
+-- purpose: pgvector's settings that a role's sessions begin with in this database; no row where it has none of its own.
+SELECT s.setconfig AS settings FROM pg_db_role_setting s
+WHERE s.setrole = (SELECT r.oid FROM pg_roles r WHERE r.rolname = coalesce(%(role)s, current_user))
+  AND s.setdatabase = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database());
+
+-- name: may_alter
+-- purpose: Of these roles, and this one, those whose settings this session may change.
+SELECT r.rolname::text AS role FROM pg_roles r
+WHERE r.rolname = current_user OR (r.rolname = ANY (%(roles)s) AND (
+    (SELECT o.rolsuper FROM pg_roles o WHERE o.rolname = current_user)
+    OR ((SELECT o.rolcreaterole FROM pg_roles o WHERE o.rolname = current_user) AND NOT r.rolsuper
+        AND pg_has_role(current_user, r.oid, 'MEMBER WITH ADMIN OPTION'))))
+ORDER BY r.rolname = current_user DESC, r.rolname;
+
+-- name: set_search_settings
+-- purpose: Give a role's new sessions a measured index setting, on every node; a query first loads pgvector there, without which a worker refuses its settings.
+-- lock: none on the target
+-- undo: citus.reset_search_settings
+SELECT '[1]'::{pgvectors_type} FROM {table} t LIMIT 1;
+ALTER ROLE {role} IN DATABASE {database} SET {setting} = {value};
+
+-- name: reset_search_settings
+-- purpose: Take an index setting from a role's new sessions, on every node; a query first loads pgvector there.
+-- lock: none on the target
+-- undo: citus.set_search_settings
+SELECT '[1]'::{pgvectors_type} FROM {table} t LIMIT 1;
+ALTER ROLE {role} IN DATABASE {database} RESET {setting};

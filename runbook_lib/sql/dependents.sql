@@ -34,7 +34,8 @@ WITH RECURSIVE part AS (
     SELECT to_regclass(%(table)s)::oid AS oid
     UNION ALL SELECT i.inhrelid FROM part JOIN pg_inherits i ON i.inhparent = part.oid
 )
-SELECT DISTINCT s.subname::text AS name FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid
+-- Of pg_subscription itself, only superusers may read the oid before PostgreSQL 14.
+SELECT DISTINCT s.subname::text AS name FROM pg_subscription_rel r JOIN pg_stat_subscription s ON s.subid = r.srsubid
 WHERE r.srrelid IN (SELECT oid FROM part) ORDER BY 1;
 
 -- name: table

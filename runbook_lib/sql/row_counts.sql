@@ -20,4 +20,4 @@ SELECT count(*) AS rows FROM {relation};
 
 -- name: texts
 -- purpose: Is there a row, and is there one with text?
-SELECT EXISTS (SELECT FROM {table}) AS rows, EXISTS (SELECT FROM {table} t WHERE {has_text}) AS texts;
+SELECT EXISTS (SELECT 1 FROM {table}) AS rows, EXISTS (SELECT 1 FROM {table} t WHERE {has_text}) AS texts;

@@ -71,7 +71,8 @@ CREATE TRIGGER {insert_trigger} AFTER INSERT ON {table}
     FOR EACH ROW EXECUTE FUNCTION {capture_function}();
 CREATE TRIGGER {update_trigger} AFTER UPDATE ON {table}
     FOR EACH ROW WHEN ({new_text_differs}) EXECUTE FUNCTION {capture_function}();
-ALTER TABLE {table} ENABLE ALWAYS TRIGGER {insert_trigger}, ENABLE ALWAYS TRIGGER {update_trigger};
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {insert_trigger};
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger};
 
 -- name: drop_triggers
 -- purpose: Remove our triggers that are incomplete, disabled or of an earlier release; they are recreated next.

@@ -1,0 +1,77 @@
+"""What differs by the kind of table: one of this server, or one whose rows Citus has distributed over several.
+
+Two values of one dataclass answer it, so that callers need not ask which of them it is. Run on Citus 14.0.1 with
+PostgreSQL 18.6 and pgvector 0.8.6 (tests/drills/test_citus.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from psycopg import sql
+
+from runbook_lib.core.names import HASH_BYTES, changing, literal, names, spelled
+from runbook_lib.params import Params
+from runbook_lib.sql import Block, load
+
+# Relations whose names functions of Citus take as text.
+NAMED = ("table", "staging", "rejected", "queue", "route", "strategy")
+
+
+@dataclass(frozen=True)
+class TableKind:
+    """One kind of table.
+
+    distributed: do its rows lie on other servers? session: settings of every session, whether the server shows them
+    in pg_settings or not. settings_stay: do settings of a session, or of a function, reach where the rows are
+    searched? Otherwise only those of a transaction do, and those that ALTER ROLE gives. of_a_change: settings of a
+    transaction that changes what there is. fewest_rows_a_batch: however long such a batch takes. blocks: in place of
+    those of the same names.
+    """
+
+    distributed: bool = False
+    session: Mapping[str, str] = field(default_factory=dict)
+    settings_stay: bool = True
+    of_a_change: Mapping[str, str] = field(default_factory=dict)
+    fewest_rows_a_batch: int = 10
+    blocks: Mapping[str, Block] = field(default_factory=dict)
+
+    def block(self, given: Block) -> Block:
+        """The block that does the same on this kind of table. What it is called, in plans and records, stays."""
+        return replace(found, name=given.name) if (found := self.blocks.get(given.name)) else given
+
+    def names(
+        self, params: Params, given: Block, extra: Mapping[str, sql.Composable] | None = None
+    ) -> dict[str, sql.Composable]:
+        """What only the blocks of this kind name: ``{own}``, the block that they take the place of, and literals."""
+        if given.name not in self.blocks:
+            return {}
+        known = names(params) | changing(params) | dict(extra or {})
+        shown = {f"{name}_name": literal(spelled(params, name)) for name in NAMED}
+        return {**shown, "own": given.compose(known), "hash_bytes": sql.Literal(HASH_BYTES)}
+
+
+ORDINARY = TableKind()
+CITUS = TableKind(
+    distributed=True,
+    session={
+        # A capture trigger is made, and dropped, only where this is on; it fires whatever it is. The trigger writes
+        # to the shard of the queue that lies beside the row, so none of the dangers that Citus names is there.
+        "citus.enable_unsafe_triggers": "on",
+        # SET LOCAL reaches the workers; neither SET nor set_config nor a function's SET does.
+        "citus.propagate_set_commands": "local",
+    },
+    settings_stay=False,
+    # One connection a node: a function or a reference table cannot be changed after shards were changed in parallel.
+    of_a_change={"citus.multi_shard_modify_mode": "sequential"},
+    # A batch has a price of its own, of messages between nodes, which fewer rows do not lower.
+    fewest_rows_a_batch=200,
+    # By "module.name"; the others are asked for by their own.
+    blocks={name: block for name, block in load("citus").items() if "." in name},
+)
+
+
+def of(params: Params) -> TableKind:
+    """That of the target, as the parameters say; preflight has compared it with the catalogue."""
+    return CITUS if params.target.distributed else ORDINARY

@@ -1,0 +1,229 @@
+"""The whole way on a real cluster, which RUNBOOK_CITUS_DSN names; skipped without one.
+
+It is a database on the coordinator with the extensions citus and vector, in which the role may create. The role needs
+no superuser, but pg_monitor on every node. The test makes and drops table public.articles and schema runbook there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from runbook_lib.benchmark import comparison, index_recall
+from runbook_lib.core import db
+from runbook_lib.core.gates import BadInput
+from runbook_lib.core.registry import MIGRATE, UNDO
+from runbook_lib.core.target import load_params
+from runbook_lib.migrate import inputs
+from runbook_lib.params import Params
+from tests import toy
+from tests.conftest import DSN_ENV, write_params
+from tests.evidence import assert_every_row_has_the_vector_of_its_text
+from tests.servers import dump
+from tests.stepping import step, step_all
+
+DSN = os.environ.get("RUNBOOK_CITUS_DSN", "")
+pytestmark = [pytest.mark.drill, pytest.mark.skipif(not DSN, reason="RUNBOOK_CITUS_DSN names no cluster")]
+
+Connection = psycopg.Connection[Any]
+SECTIONS: dict[str, dict[str, Any]] = {
+    "target": {"distributed": "citus"},
+    "record": {"runs_dir": "runs"},
+    "search": {"fulltext_column": None},
+    "cut_over": {
+        "route": "vector",
+        "calls_per_step": 20,
+        "share_steps_percent": [100],
+        "largest_relevance_loss": 1.0,
+    },
+    "tune": {"ef_search": [1, 4, 60], "target_recall": 0.9},
+}
+SHARDS = 4
+# Enough for the index of a shard to be cheaper than its rows.
+MANY_ROWS = 8000
+UP_TO_THE_INDEX = MIGRATE[: MIGRATE.index("70_tune")]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
+    """The coordinator, with the toy table distributed by hash of its key; empty again afterwards."""
+    monkeypatch.setenv(DSN_ENV, DSN)
+    # So few rows are searched within milliseconds by any way, and messages between nodes take longer.
+    monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 5000)
+    with psycopg.connect(DSN, autocommit=True) as connection:
+        _sweep(connection)
+        toy.create_articles(connection, trigram=False)
+        connection.execute(f"SET citus.shard_count = {SHARDS}")
+        connection.execute("SELECT create_distributed_table('articles', 'id')")
+        connection.execute("ANALYZE articles")
+        yield connection
+        _sweep(connection)
+
+
+def _sweep(connection: Connection) -> None:
+    connection.execute("SET citus.multi_shard_modify_mode = 'sequential'")
+    connection.execute("SET citus.enable_unsafe_triggers = on")
+    connection.execute("DROP TABLE IF EXISTS articles CASCADE")
+    connection.execute("DROP SCHEMA IF EXISTS runbook CASCADE")
+    found = connection.execute("SELECT oid::regprocedure::text FROM pg_proc WHERE proname = 'search_articles'")
+    for (function,) in found.fetchall():
+        connection.execute(f"DROP FUNCTION {function} CASCADE")
+
+
+def _workers(connection: Connection) -> list[str]:
+    found = connection.execute("SELECT nodename, nodeport FROM pg_dist_node WHERE groupid > 0 ORDER BY nodeport")
+    return [make_conninfo(DSN, host=host, port=port) for host, port in found.fetchall()]
+
+
+def _queued(connection: Connection) -> list[int]:
+    return [key for (key,) in connection.execute("SELECT key FROM runbook.articles_queue ORDER BY key").fetchall()]
+
+
+def test_there_and_back_with_answers_from_every_node(cluster: Connection, tmp_path: Path) -> None:
+    before = dump(DSN)
+    path = write_params(tmp_path, **SECTIONS)
+    step_all("migrate", MIGRATE, path)
+    assert cluster.execute("SELECT route, share_percent FROM runbook.route").fetchall() == [("vector", 100)]
+    assert assert_every_row_has_the_vector_of_its_text(cluster) == toy.ROWS
+    vector = toy.embed(["cookie leaks"])[0].tolist()
+    for dsn in [DSN, *_workers(cluster)]:
+        with psycopg.connect(dsn, autocommit=True) as node:
+            call = "SELECT id, answered_by FROM search_articles('cookie leaks', %s::real[], 5)"
+            answers = node.execute(call, [vector]).fetchall()
+        assert {a for _, a in answers} == {"vector"} and {i for i, _ in answers} <= toy.nearest("cookie leaks")
+    cluster.execute("UPDATE articles SET title = 'thread blocks', body = NULL WHERE id IN (1, 2, 3)")
+    step("operate/refresh", path)
+    assert _queued(cluster) == []
+    assert assert_every_row_has_the_vector_of_its_text(cluster) == toy.ROWS
+    step_all("undo", UNDO, path)
+    assert dump(DSN) == before
+    left = cluster.execute("SELECT count(*) FROM pg_db_role_setting WHERE setconfig::text LIKE '%hnsw%'")
+    assert left.fetchone() == (0,)
+
+
+def test_changes_are_captured_from_every_node_and_after_a_shard_moved(cluster: Connection, tmp_path: Path) -> None:
+    path = write_params(tmp_path, **SECTIONS)
+    step_all("migrate", MIGRATE[: MIGRATE.index("40_load_embeddings")], path)
+    nodes = [DSN, *_workers(cluster)]
+    for i, dsn in enumerate(nodes):
+        with psycopg.connect(dsn, autocommit=True) as node:
+            node.execute(f"UPDATE articles SET title = 'changed {i}' WHERE id IN ({10 * i + 1}, {10 * i + 2})")
+            node.execute(f"UPDATE articles SET views = views + 1 WHERE id = {10 * i + 3}")
+    changed = [10 * i + n for i in range(len(nodes)) for n in (1, 2)]
+    assert _queued(cluster) == changed
+    moved = """
+        SELECT citus_move_shard_placement(p.shardid, p.nodename, p.nodeport, n.nodename, n.nodeport, 'block_writes')
+        FROM citus_shards p JOIN pg_dist_node n ON n.groupid > 0 AND n.nodeport <> p.nodeport
+        WHERE p.shardid = get_shard_id_for_distribution_column('articles', 50) AND p.table_name = 'articles'::regclass
+        LIMIT 1
+    """
+    cluster.execute(moved)
+    cluster.execute("UPDATE articles SET title = 'changed after' WHERE id = 50")
+    assert _queued(cluster) == [*changed, 50]
+    step_all("migrate", ["40_load_embeddings", "50_backfill"], path)
+    assert _queued(cluster) == []
+    assert assert_every_row_has_the_vector_of_its_text(cluster) == toy.ROWS
+
+
+def test_the_recall_of_each_setting_is_that_of_numpy_on_the_same_vectors(cluster: Connection, tmp_path: Path) -> None:
+    cluster.execute("DELETE FROM articles")
+    texts = """
+        INSERT INTO articles (id, title, body)
+        SELECT i, (ARRAY['cookie', 'password', 'buffer', 'index', 'query'])[1 + i % 5] || ' leaks ' || i, md5(i::text)
+        FROM generate_series(1, %s) i
+    """
+    cluster.execute(texts, [MANY_ROWS])
+    cluster.execute("ANALYZE articles")
+    path = write_params(tmp_path, **SECTIONS, embeddings={"callable": "tests.toy:embed_apart"})
+    step_all("migrate", UP_TO_THE_INDEX, path)
+    params = load_params(path)
+    rows = cluster.execute("SELECT id, embedding::real[] FROM articles").fetchall()
+    keys, vectors = [str(row[0]) for row in rows], np.array([row[1] for row in rows])
+    found = dict[int, float]()
+    with db.connect(params, "drill") as connection:
+        asked = index_recall.questions(connection, params)
+        for ef in (1, 2, 10, 200):
+            settings = {"hnsw.ef_search": str(ef), "hnsw.iterative_scan": "off"}
+            measured = index_recall.through(connection, params, asked, "articles_embedding_hnsw", (), settings)
+            assert measured is not None, "the plan of a task reads the shard's index"
+            mine = _recall(connection, params, [q.vector for q in asked], keys, vectors, settings)
+            assert measured.recall == pytest.approx(mine, abs=1e-4)
+            found[ef] = measured.recall
+    assert found[1] < found[10] <= found[200], "settings reach the workers"
+
+
+def _recall(
+    connection: db.Connection,
+    params: Params,
+    asked: list[Any],
+    keys: list[str],
+    vectors: np.ndarray,
+    settings: dict[str, str],
+) -> float:
+    """The share of the ten nearest, by numpy; of rows at one distance any is right."""
+    shares = []
+    place = {key: i for i, key in enumerate(keys)}
+    with connection.transaction():
+        for name, value in settings.items():
+            connection.execute(f"SET LOCAL {name} = '{value}'")
+        for vector in asked:
+            own = np.asarray(vector, dtype=np.float64)
+            distances = 1 - vectors @ own / (np.linalg.norm(vectors, axis=1) * np.linalg.norm(own))
+            farthest = np.sort(distances)[params.queries.k - 1] + 1e-6
+            query = f"SELECT id FROM articles ORDER BY embedding <=> '{json.dumps(own.tolist())}' LIMIT 10"
+            got = connection.execute(query).fetchall()
+            shares.append(sum(distances[place[str(row["id"])]] <= farthest for row in got) / params.queries.k)
+    return float(np.mean(shares))
+
+
+BY_ITS_KEY = "inputs.distributed_by_its_key"
+BY_STATUS = """
+    ALTER TABLE articles DROP CONSTRAINT articles_pkey; CREATE UNIQUE INDEX ON articles (id, status);
+    SELECT create_distributed_table('articles', 'status')
+"""
+REFUSED = {
+    "reference": ("SELECT create_reference_table('articles')", BY_ITS_KEY, "as a reference table"),
+    "local": ("SELECT citus_add_local_table_to_metadata('articles')", BY_ITS_KEY, "local table"),
+    "append": (
+        "TRUNCATE articles; SELECT create_distributed_table('articles', 'id', 'append')",
+        BY_ITS_KEY,
+        "distributed by append",
+    ),
+    "other column": (BY_STATUS, BY_ITS_KEY, "distributed by hash of status"),
+    "columnar": (
+        "ALTER TABLE articles DROP CONSTRAINT articles_pkey;"
+        "SELECT alter_table_set_access_method('articles', 'columnar')",
+        "inputs.table_is_not_columnar",
+        "columnar",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_tables_that_cannot_be_migrated_are_refused_with_the_reason(
+    cluster: Connection, tmp_path: Path, kind: str
+) -> None:
+    make, gate, found = REFUSED[kind]
+    cluster.execute("DROP TABLE articles")
+    cluster.execute("CREATE TABLE articles (id bigint PRIMARY KEY, title text, body text, status text, views int)")
+    cluster.execute("INSERT INTO articles VALUES (1, 'cookie leaks', 'the cookie leaks', 'Stable', 0)")
+    if kind == "columnar" and not cluster.execute("SELECT 1 FROM pg_am WHERE amname = 'columnar'").fetchone():
+        pytest.skip("the database has no extension citus_columnar")
+    for command in make.split(";"):
+        cluster.execute(command)
+    sections = {k: v for k, v in SECTIONS.items() if k != "target"}
+    failed = {g.name: g for g in inputs.input_problems(load_params(write_params(tmp_path, **sections))).failed}
+    assert gate in failed and found in failed[gate].found
+
+
+def test_an_operation_that_cannot_be_there_refuses_before_anything(cluster: Connection, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"step\.works_on_a_distributed_table"):
+        step("operate/rebuild_index", write_params(tmp_path, **SECTIONS))
