@@ -116,10 +116,16 @@ def test_values_are_found_for_every_share(filtered: Params, articles: psycopg.Co
     classes = {c for name, c in found if name == "most_views"}
     assert classes >= {"0.03 to 0.1 %", "0.3 to 1 %", "10 to 30 %", "above 30 %"}
     for (name, listed), asked in found.items():
-        assert len(asked) <= filter_values.VALUES
+        several = name == share_classes.TOGETHER
+        assert len(asked) <= (filter_values.VALUES_OF_SETS if several else filter_values.VALUES)
+        sets = [tuple(n for n, _ in allowed) for allowed in asked]
+        assert not several or max(map(sets.count, sets)) <= filter_values.OF_A_SET
+        # Every second value is held out: of two with the same filters, one is.
+        pairs = [i for i, own in enumerate(sets) if several and sets.count(own) == 2]
+        assert all(sets[i] == sets[i + 1] for i in pairs[::2]) and pairs == list(range(len(pairs)))
         for allowed, share in asked.items():
             assert share_classes.of(share) == listed
-            assert (len(allowed) > 1) == (name == share_classes.TOGETHER)
+            assert (len(allowed) > 1) == several
 
 
 def test_values_of_a_large_table_are_sampled_all_over_it(

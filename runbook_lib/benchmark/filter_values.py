@@ -27,6 +27,8 @@ Allowed = tuple[tuple[str, str], ...]
 
 # Queries measured per class: half of them tune it, the others are held out.
 VALUES = 8
+# Of several filters: so many for each set of them, one to tune and one held out, and so many in all.
+OF_A_SET, VALUES_OF_SETS = 2, 24
 # How long a row that filters let through is looked for: by one candidate, and by all of them. Where there is none, or
 # hardly one, a large table would be read whole each time.
 LONGEST_LOOK_S, LOOKED_FOR_S = 1.0, 60.0
@@ -195,7 +197,7 @@ def by_class(
     def add(name: str, asked: Allowed) -> None:
         share = estimate.of(asked)
         place = found.setdefault((name, share_classes.of(share)), {})
-        wanted = len(place) < VALUES and asked not in place and time.monotonic() < until
+        wanted = asked not in place and _has_room(place, asked) and time.monotonic() < until
         if wanted and any_row(connection, params, estimate, asked):
             place[asked] = share
 
@@ -208,7 +210,23 @@ def by_class(
     for asked in several:
         if any(name in own for name, _ in asked):
             add(share_classes.TOGETHER, asked)
-    return {place: asked for place, asked in found.items() if asked}
+    return {place: _in_pairs(asked) for place, asked in found.items() if asked}
+
+
+def _has_room(place: Mapping[Allowed, float], asked: Allowed) -> bool:
+    if len(asked) == 1:
+        return len(place) < VALUES
+    return len(place) < VALUES_OF_SETS and sum(_set_of(other) == _set_of(asked) for other in place) < OF_A_SET
+
+
+def _set_of(asked: Allowed) -> tuple[str, ...]:
+    return tuple(name for name, _ in asked)
+
+
+def _in_pairs(asked: Mapping[Allowed, float]) -> dict[Allowed, float]:
+    """Every second one is held out: two of the same filters come one after the other, and first."""
+    sets = [_set_of(each) for each in asked]
+    return dict(sorted(asked.items(), key=lambda item: (sets.count(_set_of(item[0])) == 1, _set_of(item[0]))))
 
 
 def _drawn(

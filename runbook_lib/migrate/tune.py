@@ -14,6 +14,7 @@ from runbook_lib.benchmark import (
     exact,
     explain,
     filter_classes,
+    filters_together,
     loop,
     plan_diagnosis,
     query_set,
@@ -22,6 +23,7 @@ from runbook_lib.benchmark import (
 )
 from runbook_lib.benchmark.cheapest_way import Choice
 from runbook_lib.benchmark.filter_classes import FilterClass
+from runbook_lib.benchmark.filters_together import Together
 from runbook_lib.benchmark.loop import Measured
 from runbook_lib.benchmark.prepared import reads_index, use
 from runbook_lib.benchmark.query_set import Query
@@ -45,7 +47,9 @@ SQL = load("tune")
 
 @dataclass(frozen=True)
 class Tuning:
-    """Every filter class with its choice; the first is the unfiltered one. unmeasured: filters without a class."""
+    """Every filter class with its choice; the first is the unfiltered one. unmeasured: filters without a class.
+    together: sets of filters given together.
+    """
 
     k: int
     queries: int
@@ -54,6 +58,7 @@ class Tuning:
     setting: str
     choices: tuple[Choice, ...]
     unmeasured: tuple[str, ...] = ()
+    together: tuple[Together, ...] = ()
 
     @property
     def chosen(self) -> int | None:
@@ -77,6 +82,7 @@ class Tuning:
             "points": points,
             "classes": [c.as_data() for c in self.choices],
             "unmeasured": list(self.unmeasured),
+            "together": [t.as_data() for t in self.together],
         }
 
     def advice(self) -> list[str]:
@@ -190,6 +196,7 @@ def apply(phase: Phase) -> Tuning | Table:
         rows = query_set.exact_of(without)[0].matching
         served = None if table_kind.of(p).settings_stay else [w.way for w in (first.chosen,) if w]
         others = [cheapest_way.filtered(connection, p, c, q, rows, served) for c, q in _in_turn(asked)]
+        together = filters_together.proved(connection, p, others, asked)
     tuning = Tuning(
         k=p.queries.k,
         queries=len(without),
@@ -198,6 +205,7 @@ def apply(phase: Phase) -> Tuning | Table:
         setting=ways.SETTING[p.index.method],
         choices=(first, *others),
         unmeasured=tuple(n for n in filter_classes.names_of_conditions(p) if n not in {c.of.filter for c in others}),
+        together=tuple(together),
     )
     phase.note("tuning", tuning.as_data() | {"exact": dict(agrees.figures)})
     if tuning.chosen is not None:
@@ -258,6 +266,9 @@ def strategies(params: Params, tuning: Tuning) -> list[db.Statement]:
     for choice in tuning.choices[1:]:
         listed = choice.of.in_strategies()
         learned.append(_learn(params, str(choice.of.filter), list(listed), list(listed.values()), choice.chosen))
+    for sets in tuning.together:
+        if sets.exact:
+            learned.append(_learn(params, sets.name, list(sets.shares), list(sets.shares.values()), None))
     # A value that did not exist when this was measured is rare: its few rows are read, and none is missed.
     measured_rare = {c.of.filter for c in tuning.choices if None in c.of.in_strategies()}
     unlisted = [name for name in _filters(params) if name not in measured_rare]
@@ -291,6 +302,7 @@ def verify(phase: Phase) -> Gates:
     connection, ledger, params = phase.connection, phase.ledger, phase.params
     tuning = ledger.latest("tuning", phase.name)
     measured = [_exact_agrees(params, tuning), _target_is_reached(params, tuning), *_classes_reach(params, tuning)]
+    measured += filters_together.gates(params, tuning)
     carried = [
         _function_has_settings(connection, params, tuning),
         *_function_has_strategies(connection, params, tuning),
@@ -400,6 +412,8 @@ def _function_has_strategies(connection: db.Connection, params: Params, tuning: 
         for c in classes_of_filters
         for v in (list(c["shares"]) or [c.get("listed") or None])
     }
+    exactly = _way(vars(ways.exact(params)))
+    wanted |= {(t["name"], v): exactly for t in tuning.get("together", ()) if t["exact"] for v in t["shares"]}
     wrong = [f"{c} = {v}: not as chosen" for (c, v), way in wanted.items() if has.get((c, v)) != way]
     wrong += [f"{c}: nothing for values that are not listed" for c in filters if (c, None) not in has]
     return [

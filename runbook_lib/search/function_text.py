@@ -150,7 +150,7 @@ def _choose_way(params: Params) -> sql.Composable:
         "conditions": sql.SQL(", ").join(own.values()),
         "asked_filter": combined_filters.given_name(t.filter_columns, columns) if columns else sql.SQL("NULL"),
         "asked_value": combined_filters.given_value(columns) if columns else sql.SQL("NULL"),
-        "asked_condition": combined_filters.given_name(list(own), list(own.values())),
+        "asked_condition": combined_filters.given_name(list(given), every),
         "together": sql.Literal(share_classes.TOGETHER),
     }
     several = "how.scan = 'unmeasured' AND num_nonnulls({filter_arguments}) > 1"
@@ -160,6 +160,7 @@ def _choose_way(params: Params) -> sql.Composable:
         | {
             "filter_arguments": parts["filter_arguments"],
             "asked": SQL["asked_of_conditions" if own else "asked"].compose(names(params) | parts, 4),
+            "of_others": _more(SQL["way_of_others"].compose(names(params) | parts, 4)) if own else sql.SQL(""),
             "exact_unmeasured": sql.SQL(unknown).format(**parts),
             "setting": sql.Literal(ways.SETTING[method]),
             "iterative_setting": sql.Literal(ways.ITERATIVE[method][0]),

@@ -36,7 +36,7 @@ $runbook$;
 -- purpose: Part of the function, for a target with filters: how to search by the given filters.
 IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
     {asked};
-    SELECT w.* INTO how FROM {way_to_search}({target_name}::pg_catalog.text, asked_filter, asked_value) w;
+    SELECT w.* INTO how FROM {way_to_search}({target_name}::pg_catalog.text, asked_filter, asked_value) w;{of_others}
     IF NOT FOUND OR how.scan = 'unmeasured' THEN
         -- How many rows match was not measured; an exact scan misses none.
         IF {exact_unmeasured} THEN
@@ -51,6 +51,12 @@ IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
     END IF;
 END IF;
 
+-- name: way_of_others
+-- purpose: Part of the function: filters given together without a way of their own have that of any that match as few rows.
+IF how.scan = 'unmeasured' AND num_nonnulls({filter_arguments}) > 1 AND num_nonnulls({conditions}) > 0 THEN
+    SELECT w.* INTO how FROM {way_to_search}({target_name}::pg_catalog.text, {together}, asked_value) w;
+END IF;
+
 -- name: asked
 -- purpose: Part of the function: the given filters and their values, as the strategies name them.
 asked_filter := {asked_filter};
@@ -62,7 +68,7 @@ IF num_nonnulls({conditions}) = 0 THEN
     asked_filter := {asked_filter};
     asked_value := {asked_value};
 ELSE
-    asked_filter := CASE num_nonnulls({filter_arguments}) WHEN 1 THEN {asked_condition} ELSE {together} END;
+    asked_filter := {asked_condition};
     asked_value := {by_share}({filter_arguments});
 END IF;
 
