@@ -13,8 +13,11 @@ from runbook_lib.benchmark import cheapest_way, comparison, exact, loop, query_s
 from runbook_lib.benchmark.prepared import reads_index
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
+from runbook_lib.core.gates import BadInput
 from runbook_lib.core.phase import Phase
-from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
+from runbook_lib.migrate import backfill, build_index, expand_schema, extension, filter_checks, load_embeddings
+from runbook_lib.operate import monitor, rebuild_index
+from runbook_lib.params import Params
 from runbook_lib.search import search_function, share_classes, statements, ways
 from tests import toy
 from tests.test_filter_checks import SOUND
@@ -134,33 +137,120 @@ def test_exact_answers_are_those_of_the_conditions(searched: Phase, articles: ps
     assert checked.verdict == "PASS"
 
 
-def test_a_partial_index_on_what_always_holds_is_advised_and_serves(
-    open_phase: Callable[..., Phase], articles: psycopg.Connection[Any]
-) -> None:
+ALWAYS = "t.views = 7 AND t.title <> 't.x'"
+
+
+@pytest.fixture
+def partly(open_phase: Callable[..., Phase], articles: psycopg.Connection[Any]) -> Callable[..., Phase]:
+    """Opens a phase on three thousand rows, of which searches may find every fiftieth."""
     articles.execute(
         "INSERT INTO articles (title, body) SELECT 'word ' || i % 97, 'more ' || i % 89"
-        " FROM generate_series(1, 3000) i;"
-        "UPDATE articles SET views = id % 50"
+        " FROM generate_series(1, 3000) i; UPDATE articles SET views = id % 50"
     )
-    always = "t.views = 7 AND t.title <> 't.x'"
-    tuning = {"queries": 40, "ef_search": [1, 2], "target_recall": 0.999}
-    sections = {"target": {"always": always}, "tune": tuning, "index": {"m": 2, "ef_construction": 4}}
-    phase = open_phase("70_tune", **sections, embeddings={"callable": "tests.toy:embed_apart"})
-    for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
-        module.apply(phase)
     articles.execute(f"ALTER DATABASE {articles.info.dbname} SET enable_seqscan = off")  # type: ignore[call-overload]
-    points = [measured(ways.Way("index", 2, "strict_order", 20_000), recall=0.7, p50_ms=5)]
-    advice = cheapest_way._denser_index(phase.params, points)
-    assert 'WHERE "articles".views = 7 AND "articles".title <> \'t.x\';' in advice
-    statement = advice[advice.index("CREATE INDEX") : advice.index(";") + 1]
-    articles.execute(statement)  # type: ignore[call-overload]
-    articles.execute("ANALYZE articles")
+
+    def make(name: str, *, build: bool = True, **index: Any) -> Phase:
+        tuning = {"queries": 40, "ef_search": [1, 2], "target_recall": 0.5}
+        sections = {"target": {"always": ALWAYS}, "tune": tuning, "index": {"m": 8, "ef_construction": 32, **index}}
+        phase = open_phase(name, **sections, embeddings={"callable": "tests.toy:embed_apart"})
+        if build:
+            for module in (search_function, extension, expand_schema, load_embeddings, backfill, build_index):
+                module.apply(phase)
+            articles.execute("ANALYZE articles")
+        return phase
+
+    return make
+
+
+def test_the_index_may_hold_what_always_lets_through_alone(
+    partly: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = partly("60_build_index", rows="always")
+    assert {g.name: str(g.verdict) for g in build_index.verify(phase)} == dict.fromkeys(
+        (
+            *("index.is_valid", "index.has_the_right_operator_class", "index.serves_every_search"),
+            *("index.was_built_without_warning", "index.finds_known_rows"),
+        ),
+        "PASS",
+    )
     with db.connect(phase.params, "test") as connection:
         (query,) = query_set.with_vectors(phase.params, [Query("q", "cookie leaks")])
         route = statements.route_statement(connection, phase.params, "vector")
         plan = loop.planned(connection, phase.params, route, query)
-        assert plan.indexes == ["articles_embedding_hnsw_always"]
-        assert reads_index(connection, phase.params, plan)
+        assert plan.indexes == ["articles_embedding_hnsw"] and reads_index(connection, phase.params, plan)
+    assert build_index.plan(phase).statements == ()
+    # An index with another condition than that of the searches is found out.
+    articles.execute("DROP INDEX articles_embedding_hnsw")
+    articles.execute(
+        "CREATE INDEX articles_embedding_hnsw ON articles USING hnsw (embedding vector_cosine_ops)"
+        " WITH (m = 8, ef_construction = 32) WHERE views = 8"
+    )
+    (failed,) = [g for g in build_index.verify(phase) if g.name == "index.serves_every_search"]
+    assert str(failed).startswith(
+        "FAIL    index.serves_every_search   articles_embedding_hnsw on public.articles\n"
+        "  found   not used for a search with this condition: public.articles\n"
+        "  needed  used wherever t.views = 7 AND t.title <> 't.x' is asked for\n"
+    )
+    build_index.undo(phase)
+    assert {str(g.verdict) for g in build_index.verify_undone(phase)} == {"PASS"}
+
+
+def test_an_index_of_all_rows_is_rebuilt_as_one_of_some_and_back(
+    partly: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    whole = partly("60_build_index")
+    phase = partly("rebuild_index", build=False, rows="always")
+    points = [measured(ways.Way("index", 2, "strict_order", 20_000), recall=0.3, p50_ms=5)]
+    assert "Set index.rows: always" in cheapest_way._denser_index(whole.params, points)
+    assert "Set index.rows: always" not in cheapest_way._denser_index(phase.params, points)
+    wrong = {g.name: g.needed for g in build_index.verify(phase) if g.verdict != "PASS"}
+    assert wrong["index.has_the_right_operator_class"].endswith(", of some rows")
+
+    def condition() -> str | None:
+        row = articles.execute(
+            "SELECT pg_get_expr(indpred, indrelid) FROM pg_index"
+            " WHERE indexrelid = 'articles_embedding_hnsw'::regclass"
+        ).fetchone()
+        assert row
+        return row[0]
+
+    assert condition() is None
+    rebuild_index.apply(phase)
+    assert {str(g.verdict) for g in rebuild_index.verify_new(phase)} == {"PASS"}
+    rebuild_index.swap(phase)
+    assert [g for g in rebuild_index.verify(phase) if g.verdict != "PASS"] == []
+    assert str(condition()).startswith("((views = 7) AND")
+    for _ in range(2):
+        rebuild_index.undo(phase)
+        assert condition() is None
+        assert {str(g.verdict) for g in rebuild_index.verify_undone(phase)} == {"PASS"}
+
+
+@pytest.mark.parametrize(
+    ("always", "layout", "said"),
+    [
+        (None, "column", "needs target.always"),
+        ("EXISTS (SELECT FROM acl a WHERE a.doc = t.id)", "column", "without a subquery"),
+        ("t.views = 7", "side_table", "a side table lacks"),
+    ],
+)
+def test_an_index_that_cannot_be_of_some_rows_is_refused_in_the_parameters(
+    make_params: Callable[..., Params], always: str | None, layout: str, said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        make_params(target={"always": always}, index={"rows": "always"}, vector={"layout": layout})
+
+
+def test_a_condition_that_changes_by_itself_is_no_indexs(
+    make_params: Callable[..., Params], articles: psycopg.Connection[Any]
+) -> None:
+    tried = {"t.views < extract(epoch FROM now())": "FAIL", 't."views" = 7 OR t.id IN (1, 2)': "PASS"}
+    for always, verdict in tried.items():
+        params = make_params(target={"always": always}, index={"rows": "always"})
+        with db.connect(params, "test") as connection:
+            (found,) = [g for g in filter_checks.check(connection, params) if "of_an_index" in g.name]
+        assert found.verdict == verdict
+        assert verdict == "PASS" or "must be marked IMMUTABLE" in found.found
 
 
 def test_every_compared_search_has_the_filters_that_its_query_has(
@@ -187,3 +277,36 @@ def test_every_compared_search_has_the_filters_that_its_query_has(
             assert len(keys) == p.queries.k or system in ("legacy", "fulltext"), (system, i)
     for i in given:
         assert set(result["vector"]["answers"][i]) <= set(map(str, truth(articles, f"{wanted[i]} AND {always}")))
+
+
+@pytest.mark.parametrize(("counted", "found"), [("all", "FAIL"), ("searched", "PASS")])
+def test_rows_that_no_search_may_find_are_missing_only_where_all_are_counted(
+    open_phase: Callable[..., Phase], articles: psycopg.Connection[Any], counted: str, found: str
+) -> None:
+    """A deleted row whose vector is missing, and one whose vector is of an older text; nothing is queued for them."""
+    articles.execute("UPDATE articles SET status = 'Deleted' WHERE id IN (7, 8)")
+    phase = open_phase("50_backfill", target={"always": "t.status <> 'Deleted'", "counted_rows": counted})
+    for module in (extension, expand_schema, load_embeddings, backfill):
+        module.apply(phase)
+    articles.execute(
+        "SET session_replication_role = replica;"
+        "UPDATE articles SET embedding = NULL, embedding_hash = NULL WHERE id = 7;"
+        "UPDATE articles SET body = 'another' WHERE id = 8; DELETE FROM runbook.articles_staging WHERE key IN (7, 8)"
+    )
+    articles.execute("TRUNCATE runbook.articles_queue")
+    gates = [
+        *monitor._rows_are_fresh(phase.connection, phase.params, True),
+        *backfill.verify(phase),
+        *load_embeddings.verify(phase),
+    ]
+    verdicts = {gate.name: str(gate.verdict) for gate in gates}
+    for name in (
+        *("watch.nothing_is_missing", "watch.nothing_is_stale", "backfill.nothing_is_missing"),
+        *("backfill.nothing_is_stale", "staging.every_row_with_text_is_ready"),
+    ):
+        assert verdicts[name] == found, name
+
+
+def test_rows_that_are_searched_are_told_by_always(make_params: Callable[..., Params]) -> None:
+    with pytest.raises(BadInput, match="counted_rows: searched needs always"):
+        make_params(target={"counted_rows": "searched"})

@@ -174,6 +174,35 @@ def test_words_are_counted_again_once_the_table_has_grown(
     assert not word_statistics.is_outdated(again.connection, again.params)
 
 
+def test_words_that_were_counted_long_ago_or_on_another_table_are_told(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any]
+) -> None:
+    phase = ready()
+
+    def gate() -> Gate:
+        return word_statistics.are_current(phase.connection, phase.params)
+
+    assert gate().verdict == "PASS"
+    articles.execute("INSERT INTO articles (title) SELECT 'cookie ' || n FROM generate_series(1, 60) n")
+    articles.execute("ANALYZE articles")
+    assert gate().verdict == "PASS", "a refresh counts them again before the monitor complains"
+    articles.execute("INSERT INTO articles (title) SELECT 'cookie ' || n FROM generate_series(1, 40) n")
+    articles.execute("ANALYZE articles; UPDATE runbook.hybrid SET counted_at = now() - interval '12 hours'")
+    assert str(gate()) == (
+        'FAIL    watch.words_are_counted   "runbook"."words"\n'
+        "  found   counted 0.5 days ago, over 201 rows of 301 today\n"
+        "  needed  counted in the last 14 days, since when the table has grown or shrunk by 40% at most\n"
+        "  danger  hybrid ranks worse by old counts, and may look up words that are common by now\n"
+        "  do      run operate/refresh with execute: true, which counts them again, and schedule it"
+    )
+    phase.do(word_statistics.count_statement(phase.connection, phase.params))
+    assert gate().verdict == "PASS"
+    articles.execute("UPDATE runbook.hybrid SET counted_at = now() - interval '15 days'")
+    assert gate().verdict == "FAIL" and gate().found.startswith("counted 15.0 days")
+    articles.execute("DELETE FROM runbook.hybrid")
+    assert gate().verdict == "FAIL" and gate().found == "the words were never counted"
+
+
 def test_a_refresh_goes_on_while_another_counts_the_words(
     ready: Callable[..., Phase],
     articles: psycopg.Connection[Any],

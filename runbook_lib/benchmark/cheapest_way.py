@@ -14,10 +14,11 @@ from runbook_lib.benchmark.filter_classes import FilterClass
 from runbook_lib.benchmark.loop import Measured, measure
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
-from runbook_lib.core.names import identifier, index_name, names, shortened, spelled, verbatim
+from runbook_lib.core.names import identifier, names, spelled
 from runbook_lib.core.thresholds import apart, at_least, score
 from runbook_lib.params import Params
-from runbook_lib.search import combined_filters, conditions, ways
+from runbook_lib.params.filters import has_subquery
+from runbook_lib.search import combined_filters, ways
 from runbook_lib.search.ways import Way
 
 # Questions that say whether a way is worth measuring in full.
@@ -197,11 +198,12 @@ def _denser_index(params: Params, points: Sequence[Measured]) -> str:
     recall, _ = apart(best.recall if best else 0.0, params.tune.target_recall, score)
     found = f"the best setting, {best.way}, finds {recall} in {best.p50_ms:.1f} ms. " if best else ""
     i = params.index
-    if (kept := conditions.always_of_an_index(params)) and vector_store.of(params).knows_filters:
-        # The index is recognised in plans by its name.
-        name = identifier(shortened(index_name(params), "_always"))
-        statement = _pasted(_create(params, verbatim(kept), name))
-        found += f"Build a partial index on the rows of target.always, and run 70_tune again: {statement} Or: "
+    always = params.target.always
+    if always and i.rows == "all" and not has_subquery(always) and vector_store.of(params).knows_filters:
+        found += (
+            "Set index.rows: always, which leaves out of the index what no search may find; run operate/rebuild_index"
+            " and 70_tune again. Or: "
+        )
     if i.storage == "bit":
         return f"{found}Re-rank more rows, index.rerank: {2 * i.rerank}, or switch to index.storage: halfvec"
     if i.method == "ivfflat":
@@ -222,14 +224,11 @@ def _partial(params: Params, of: FilterClass) -> Iterator[str]:
         yield _pasted(_create(params, sql.SQL(" AND ").join(wanted)))
 
 
-def _create(params: Params, condition: sql.Composable, name: sql.Composable | None = None) -> sql.Composed:
+def _create(params: Params, condition: sql.Composable) -> sql.Composed:
     """A partial vector index on a condition."""
-    statement = sql.SQL(
-        "CREATE INDEX CONCURRENTLY {name}ON {table} USING {method} ({indexed} {ops}) WHERE {condition};"
-    )
+    statement = sql.SQL("CREATE INDEX CONCURRENTLY ON {table} USING {method} ({indexed} {ops}) WHERE {condition};")
     n = names(params)
     return statement.format(
-        name=sql.SQL("{} ").format(name) if name else sql.SQL(""),
         table=n["table"],
         method=sql.SQL(params.index.method),
         indexed=n["indexed"],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 from psycopg import sql
 
 from runbook_lib.params import Params
+from runbook_lib.params.placeholders import OPAQUE, QUOTED_NAME
 from runbook_lib.params.section import LONGEST_NAME_BYTES
 
 OPERATORS = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
@@ -137,6 +139,16 @@ def indexed(params: Params) -> sql.Composable:
     return column if plain else sql.SQL("({})").format(as_indexed(params, column))
 
 
+def indexed_rows(params: Params, relation: str) -> sql.Composable:
+    """``WHERE …`` of an index on a relation of this name, which has no alias; empty where the index has every row."""
+    if params.index.rows == "all" or not params.target.always:
+        return sql.SQL("")
+    name = identifier(relation).as_string().replace("%%", "%")
+    own = re.compile(rf"{OPAQUE}|{QUOTED_NAME}|(?<![\w.$])(?P<alias>t)\s*\.", re.S | re.I)
+    text = own.sub(lambda match: f"{name}." if match["alias"] else match[0], params.target.always)
+    return sql.SQL(" WHERE ({})").format(verbatim(text))
+
+
 def changing(params: Params) -> dict[str, sql.Composable]:
     """What ``{text}``, ``{has_text}`` and ``{text_hash}`` are in a statement that changes rows: on a distributed
     table functions of the runbook's own, since Citus takes only IMMUTABLE ones of a column there."""
@@ -186,7 +198,9 @@ def names(params: Params) -> dict[str, sql.Composable]:
     be searched, and ``{with_vectors}`` every row of the target, both with alias ``t`` for the target;
     ``{row_embedding}``, ``{row_embedding_hash}`` and ``{row_embedding_updated_at}`` are that row's.
 
-    ``{always}`` is the condition on ``t`` of every search; true where there is none.
+    ``{always}`` is the condition on ``t`` of every search; true where there is none. ``{is_counted}`` says which rows
+    may be missing or stale: all, or those of ``{always}``; ``{is_indexed}`` which the index holds, and ``{of_rows}``
+    is the same as the end of its CREATE INDEX.
 
     ``{by_legacy}``, ``{by_vector}`` and so on are the functions, one for each way, that answer for ``{function}``.
 
@@ -211,6 +225,7 @@ def _names(params: Params) -> dict[str, sql.Composable]:
     target, vector = params.target, params.vector
     ledger = params.ledger.schema_
     text = _text(target.text_columns, "t")
+    always = sql.SQL("({})").format(verbatim(target.always)) if target.always else sql.SQL("true")
     vector_type = sql.SQL("{}({})").format(of_pgvector(params, vector.type), sql.Literal(vector.dimension))
     return {
         "schema": identifier(target.schema_),
@@ -233,7 +248,10 @@ def _names(params: Params) -> dict[str, sql.Composable]:
         "text_hash": sql.SQL("substring(pg_catalog.sha256(pg_catalog.convert_to({}, 'UTF8')) from 1 for {})").format(
             text, sql.Literal(HASH_BYTES)
         ),
-        "always": sql.SQL("({})").format(verbatim(target.always)) if target.always else sql.SQL("true"),
+        "always": always,
+        "is_indexed": sql.SQL("true") if params.index.rows == "all" else always,
+        "of_rows": indexed_rows(params, target.table),
+        "is_counted": always if target.counted_rows == "searched" else sql.SQL("true"),
         "first_text_column": identifier(target.text_columns[0]),
         "new_text_differs": sql.SQL(" OR ").join(
             # As text and by its bytes, as it is hashed: to citext and to some collations other letters are equal.

@@ -20,7 +20,7 @@ from psycopg import sql
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, duration, number
 from runbook_lib.core.gates import Gate, RunbookError, gate
-from runbook_lib.core.names import identifier, names, spelled
+from runbook_lib.core.names import identifier, indexed_rows, names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.indexes import forecast, partitions, vector_index
 from runbook_lib.indexes.partitions import Part
@@ -75,7 +75,8 @@ def create_statement(
     """
     blocks, block = (OF_PARTITIONS, "create_bracket") if bracket else (SQL, "create")
     chosen = _options(connection, params, part, options or {})
-    extra = {"index": identifier(name), **{k: sql.Literal(v) for k, v in chosen.items()}, **(other or {})}
+    held = {"of_rows": indexed_rows(params, part.name)}
+    extra = {"index": identifier(name), **held, **{k: sql.Literal(v) for k, v in chosen.items()}, **(other or {})}
     return _about(params, blocks[f"{block}_{params.index.method}"], part, extra)
 
 

@@ -12,6 +12,7 @@ from runbook_lib.core.display import size
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.names import as_indexed, identifier, names
+from runbook_lib.core.query_plan import explain
 from runbook_lib.core.session import register_vector
 from runbook_lib.indexes import partitions, vector_index
 from runbook_lib.indexes.partitions import Part
@@ -110,6 +111,41 @@ def has_right_class(index: VectorIndex) -> Gate:
         if of_column
         else "put index.storage back, or switch to another one with operate/rebuild_index",
     )
+
+
+def serves_every_search(connection: db.Connection, index: VectorIndex) -> list[Gate]:
+    """Gate: PostgreSQL can use a partial index for a search with target.always, on every partition; none for an index
+    of all rows.
+    """
+    params = index.params
+    if not any(own.partial for own in index.own.values()):
+        return []
+    register_vector(connection)
+    unused = [part.shown for part in index.leaves if not _is_used(connection, index, part)]
+    return [
+        gate(
+            "index.serves_every_search",
+            not unused,
+            subject(index),
+            found=f"not used for a search with this condition: {listed(unused)}" if unused else "used",
+            needed=f"used wherever {params.target.always or 'true (there is no target.always)'} is asked for",
+            danger="searches read the whole table: PostgreSQL uses a partial index only where the condition of the"
+            " query implies that of the index",
+            do="rebuild the index with operate/rebuild_index, so that its condition is today's target.always",
+        )
+    ]
+
+
+def _is_used(connection: db.Connection, index: VectorIndex, part: Part) -> bool:
+    """Can the nearest rows of one partition be found by the vector index on it?"""
+    own = {x.name for x in partitions.indexes(connection, index.params, [part]) if x.usable}
+    here = _names(index.params, identifier(part.schema, part.name))
+    axis = [1.0] + [0.0] * (index.params.vector.dimension - 1)
+    with connection.transaction():
+        connection.execute("SET LOCAL enable_seqscan = off")
+        connection.execute("SET LOCAL enable_sort = off")
+        plan = explain(connection, SQL["nearest"].compose(here), {"embedding": axis})
+    return bool(own & set(plan.indexes))
 
 
 def was_built_in_memory(index: VectorIndex, ledger: Ledger) -> Gate:

@@ -53,6 +53,7 @@ class PartIndex:
     operator_class: str
     indexed: str
     options: tuple[str, ...]
+    partial: bool
     on_column: bool
     bytes: int
     builds_under_way: int

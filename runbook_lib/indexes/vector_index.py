@@ -110,6 +110,12 @@ class VectorIndex:
         return held.pop() if len(held) == 1 else "other"
 
     @property
+    def rows(self) -> str:
+        """Which it holds, by the catalogue: a value of ``index.rows``, or "other"."""
+        held = {"always" if own.partial else "all" for own in self.own.values()}
+        return held.pop() if len(held) == 1 else "other"
+
+    @property
     def options(self) -> Options:
         """Of the index on the table itself, which later partitions get too; empty where there is none."""
         return stored(self.root.options) if self.root else {}
@@ -235,12 +241,15 @@ def _held(params: Params, own: PartIndex) -> str:
 
 def described(params: Params, own: PartIndex) -> str:
     """Method, operator class and column of an index, as :func:`wanted` writes them."""
-    return f"{own.method} with {own.operator_class} on {unquoted(params, own.indexed)}"
+    some = ", of some rows" if own.partial else ""
+    return f"{own.method} with {own.operator_class} on {unquoted(params, own.indexed)}{some}"
 
 
 def wanted(params: Params) -> str:
     """Method, operator class and column that the parameters ask for."""
-    return f"{params.index.method} with {operator_class(params)} on {unquoted(params, spelled(params, 'indexed'))}"
+    some = ", of some rows" if params.index.rows == "always" else ""
+    column = unquoted(params, spelled(params, "indexed"))
+    return f"{params.index.method} with {operator_class(params)} on {column}{some}"
 
 
 def asked_for(params: Params) -> Options:

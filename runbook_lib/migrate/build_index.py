@@ -41,6 +41,7 @@ def verify(phase: Phase) -> Gates:
     if found.usable:
         gates += [
             index_proof.has_right_class(found),
+            *index_proof.serves_every_search(phase.connection, found),
             index_proof.was_built_in_memory(found, phase.ledger),
             index_proof.finds_known_rows(phase.connection, found),
         ]

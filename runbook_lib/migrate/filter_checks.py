@@ -13,7 +13,7 @@ from runbook_lib.backfill import update_effects
 from runbook_lib.core import db
 from runbook_lib.core.display import some
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import names, spelled, verbatim
+from runbook_lib.core.names import indexed_rows, names, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.params.filters import Filter
 from runbook_lib.params.placeholders import written
@@ -24,6 +24,8 @@ from runbook_lib.sql import load
 SQL = load("filter_checks")
 
 SHOWN = 5
+# The table that the condition of an index is tried on.
+PROBE_OF_INDEX = "runbook_probe_of_index"
 PROBE = "runbook_probe"
 
 
@@ -44,6 +46,8 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
     found += [(subject, f, _looked_at(connection, params, f)) for subject, f in asked]
     if t.always:
         found.append(("target.always", None, of_condition(connection, params, names(params)["always"])))
+        if params.index.rows == "always":
+            yield _can_be_indexed(connection, params)
     for subject, f, seen in found:
         value = f", {written(f.name)} of type {f.type}" if f else ""
         yield gate(
@@ -61,6 +65,27 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
         lacking = [row for _, _, seen in found for row in seen.lacking]
         gate_name = "inputs.callers_may_read_what_filters_read"
         yield privileges(gate_name, params, lacking, "the conditions name", "searches with these filters")
+
+
+def _can_be_indexed(connection: db.Connection, params: Params) -> Gate:
+    problem = ""
+    try:
+        with as_in_the_function(connection, params):
+            connection.execute(SQL["create_indexed_probe"].compose(names(params)), {}, prepare=False)
+            where = {"of_rows": indexed_rows(params, PROBE_OF_INDEX)}
+            connection.execute(SQL["index_probe"].compose(names(params) | where), {}, prepare=False)
+    except psycopg.Error as error:
+        db.raise_if_lost(connection, error)
+        problem = update_effects.said(error)
+    return gate(
+        "inputs.condition_can_be_that_of_an_index",
+        not problem,
+        "target.always, index.rows",
+        found=f"PostgreSQL says: {problem}" if problem else "an index with this condition can be made",
+        needed="a condition of IMMUTABLE functions on columns of the table",
+        danger="the index could not be built, after the vectors were made",
+        do="set index.rows: all; or leave out of target.always what changes by itself, such as now()",
+    )
 
 
 def _volatile(subject: str) -> Gate:

@@ -60,6 +60,7 @@ def measured_params(params: Params) -> Params:
         update={
             "target": params.target.model_copy(update=target),
             "vector": params.vector.model_copy(update=vector),
+            "index": params.index.model_copy(update={"rows": "all"}),
         }
     )
 

@@ -44,7 +44,7 @@ from runbook_lib.migrate import (
 )
 from runbook_lib.operate import ivfflat_drift
 from runbook_lib.params import Params
-from runbook_lib.search import search_function, statements
+from runbook_lib.search import search_function, statements, word_statistics
 from runbook_lib.sql import load
 
 SQL = load("watch")
@@ -59,7 +59,12 @@ ROWS_A_SAMPLE = 20
 # Recall below its bound on so few rows may be bad luck: many more decide. Each is times watch.queries.
 FEW_THEN_MANY = (1, 8)
 # What these gates of 60_build_index say stays true; the other is about the build.
-STANDING_INDEX_GATES = ("index.is_valid", "index.has_the_right_operator_class", "index.finds_known_rows")
+STANDING_INDEX_GATES = (
+    "index.is_valid",
+    "index.has_the_right_operator_class",
+    "index.serves_every_search",
+    "index.finds_known_rows",
+)
 
 
 def look(phase: Phase) -> Gates:
@@ -102,6 +107,8 @@ def _gates(phase: Phase, seen: dict[str, Any]) -> Iterator[Gate]:
         yield from row_security_recall.gates(connection, params, params.lowest_recall)
         yield from ivfflat_drift.gates(connection, ledger, params)
     yield from _relevance_holds(connection, ledger, params)
+    if params.search.has_tsvector and search_function.function_state(connection, params):
+        yield word_statistics.are_current(connection, params)
     captured = _changes_are_captured(connection, params)
     yield from _rows_are_fresh(connection, params, captured)
     if captured:

@@ -46,7 +46,8 @@ def shown(phase: Phase) -> Table:
 
 def _may_become(params: Params, found: VectorIndex) -> bool:
     """Is this index, built so far as it is, the one that the parameters ask for?"""
-    return found.storage == params.index.storage and found.has_options(asked_for(params))
+    i = params.index
+    return found.storage == i.storage and found.rows == i.rows and found.has_options(asked_for(params))
 
 
 def _drops(found: Iterable[VectorIndex | None]) -> list[BuildStep]:
@@ -171,6 +172,7 @@ def _note_before(phase: Phase) -> None:
             "before": before.options if before else {},
             "partitions": before.other_options if before else {},
             "storage": before.storage if before else None,
+            "rows": before.rows if before else None,
             "function": storage_switch.definition(phase.connection, phase.params) if goes_over else None,
         },
     )
@@ -360,18 +362,19 @@ def _built_back(phase: Phase, found: list[VectorIndex], last: dict[str, Any]) ->
     """The index built again as it was, put into its place, and the other one dropped: what is left of these steps."""
     current, new, old = (one(found, role) for role in ("current", "new", "old"))
     options, of_partitions = _former(phase.ledger)
-    storage = last.get("storage") or phase.params.index.storage
+    storage, rows = (last.get(name) or getattr(phase.params.index, name) for name in ("storage", "rows"))
     if current is None or not options:
         return []
 
     def may_become_former(index: VectorIndex) -> bool:
         own = {p.shown: stored(index.own[p.oid].options) for p in index.leaves if p.oid in index.own}
-        return index.storage == storage and all(o == of_partitions.get(p, options) for p, o in own.items())
+        held = (index.storage, index.rows) == (storage, rows)
+        return held and all(o == of_partitions.get(p, options) for p, o in own.items())
 
     if current.usable and may_become_former(current):
         return _drops([new, old])
     keeps = new is not None and may_become_former(new)
-    params = storage_switch.under(phase.params, storage)
+    params = storage_switch.under(phase.params, storage, rows)
     former = vector_index.find(phase.connection, params, "_new")
     former = former if keeps else replace(former, own={})
     built = building.build_steps(
@@ -399,7 +402,9 @@ def _note_the_way_back(phase: Phase) -> None:
         return
     if "new" in roles:
         # Nothing was swapped: an earlier swap is not this rollback's to undo, nor to be proved by it.
-        phase.note("rebuild", {"run_id": None, "before": current.options, "storage": current.storage})
+        phase.note(
+            "rebuild", {"run_id": None, "before": current.options, "storage": current.storage, "rows": current.rows}
+        )
     elif last:
         phase.note("rebuild", last | {"run_id": None, "goes_back": True})
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from psycopg import sql
+
 from runbook_lib.backfill import vector_store
 from runbook_lib.benchmark import partial_index_candidates
 from runbook_lib.benchmark.loop import Measured
@@ -95,7 +97,9 @@ def expected(phase: Phase) -> Table:
 def _create(connection: db.Connection, params: Params, name: str, value: Value) -> db.Statement:
     rows = partial_index_candidates.rows_of(connection, params, [value])[value]
     lists = {"lists": params.index.lists or forecast.lists_rule(rows)}
-    build = building.create_statement(connection, params, partitions.relation(params), name, lists)
+    # A search for this value has the condition of every search too.
+    of_rows = {"of_rows": sql.SQL("")}
+    build = building.create_statement(connection, params, partitions.relation(params), name, lists, of_rows)
     condition = conditions.filter_is(connection, params, value.column, literal(value.value))
     extra = {"build": build.query, "condition": condition}
     return replace(db.statement(SQL["create"], params, extra), values=build.values)

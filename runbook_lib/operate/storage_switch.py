@@ -29,9 +29,10 @@ SQL = load("rebuild")
 PROVED = "storage_proved"
 
 
-def under(params: Params, storage: str) -> Params:
-    """The same parameters, with names and statements of another storage."""
-    return params.model_copy(update={"index": params.index.model_copy(update={"storage": storage})})
+def under(params: Params, storage: str, rows: str = "") -> Params:
+    """The same parameters, with names and statements of another storage. rows: in place of index.rows, if given."""
+    update = {"storage": storage, "rows": rows or params.index.rows}
+    return params.model_copy(update={"index": params.index.model_copy(update=update)})
 
 
 def changes_function(connection: db.Connection, params: Params, serving: str) -> bool:

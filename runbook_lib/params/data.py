@@ -78,6 +78,11 @@ class Target(Section):
     always: Expression | None = Field(
         None, description='Condition on the row t that every search adds, such as "t.deleted_at IS NULL".'
     )
+    counted_rows: Literal["all", "searched"] = Field(
+        "all",
+        description="Rows that must have a vector of their current text, or else count as missing or stale: all with"
+        " text, or only those that `always` lets through.",
+    )
 
     @field_validator("key", mode="before")
     @classmethod
@@ -105,6 +110,12 @@ class Target(Section):
         if value is not None and (named := placeholders_of(value)):
             raise ValueError(f"{written(named[0])}: a condition of every search cannot take a value")
         return value
+
+    @model_validator(mode="after")
+    def searched_rows_are_told_by_always(self) -> Self:
+        if self.counted_rows == "searched" and self.always is None:
+            raise ValueError("counted_rows: searched needs always, which says what those rows are")
+        return self
 
     @property
     def each_filter(self) -> tuple[Filter, ...]:

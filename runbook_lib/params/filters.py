@@ -65,6 +65,11 @@ def placeholders_of(text: str) -> list[str]:
     return list(dict.fromkeys(filter(None, found)))
 
 
+def has_subquery(text: str) -> bool:
+    """Does a condition read another table?"""
+    return re.search(r"\bselect\b", TOKEN.sub(" ", text), re.I) is not None
+
+
 def _as_mapping(value: Any) -> Any:
     """The short form, a list of columns, as a mapping."""
     if isinstance(value, list):

@@ -21,6 +21,7 @@ from runbook_lib.params.data import (
     Target,
     Vector,
 )
+from runbook_lib.params.filters import has_subquery
 from runbook_lib.params.run import Approval, LedgerSection, Notify, RecordSection, Run
 from runbook_lib.params.section import Section
 from runbook_lib.params.work import (
@@ -99,6 +100,13 @@ class Params(Section):
             raise ValueError(
                 "cut_over.route: hybrid needs search.fulltext_column, fulltext_expression or words_query"
             )
+        if self.index.rows == "always":
+            if self.target.always is None or has_subquery(self.target.always):
+                raise ValueError("index.rows: always needs target.always, without a subquery, which no index can use")
+            if self.vector.layout != "column":
+                raise ValueError(
+                    "index.rows: always needs vector.layout: column; a side table lacks what target.always compares"
+                )
         if len(set(self.target.text_columns)) < len(self.target.text_columns):
             raise ValueError("target.text_columns names a column twice")
         columns = "" if len(self.target.filter_columns) == len(self.target.filters) else " as a column"

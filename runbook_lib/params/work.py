@@ -21,6 +21,11 @@ class Index(Section):
         description="What the index holds: the column's type, halfvec, or one bit a dimension with re-ranking by the"
         " full vectors.",
     )
+    rows: Literal["all", "always"] = Field(
+        "all",
+        description="Rows in the index: all, or those that target.always lets through, as a partial index (with"
+        " vector.layout: column).",
+    )
     rerank: int = Field(10, ge=1, le=1000, description="With bit: re-rank this many times k rows.")
     m: int = Field(16, ge=2, le=100, description="HNSW: links per node.")
     ef_construction: int = Field(64, ge=4, le=1000, description="HNSW: candidates while building; at least 2 × m.")

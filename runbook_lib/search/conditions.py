@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 
 from psycopg import sql
@@ -11,7 +10,6 @@ from runbook_lib.core import db
 from runbook_lib.core.names import identifier, names, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.params.filters import Filter, pieces
-from runbook_lib.params.placeholders import OPAQUE, QUOTED_NAME, TOKEN
 from runbook_lib.sql import load
 
 SQL = load("conditions")
@@ -84,21 +82,6 @@ def where(
     if params.target.always:
         parts.append(names(params)["always"])
     return sql.SQL(" AND ").join(parts) if parts else sql.SQL("true")
-
-
-def has_subquery(f: Filter) -> bool:
-    """Does the condition read another table?"""
-    return re.search(r"\bselect\b", TOKEN.sub(" ", f.where), re.I) is not None
-
-
-def always_of_an_index(params: Params) -> str:
-    """target.always as the condition of an index on the table, which has no alias; empty where it cannot be one."""
-    text = params.target.always or ""
-    if re.search(r"\bselect\b", TOKEN.sub(" ", text), re.I):
-        return ""
-    table = spelled(params, "table").rpartition(".")[2]
-    own = re.compile(rf"{OPAQUE}|{QUOTED_NAME}|(?<![\w.$])(?P<alias>t)\s*\.", re.S | re.I)
-    return own.sub(lambda match: f"{table}." if match["alias"] else match[0], text)
 
 
 def are_expressions(params: Params) -> bool:

@@ -11,6 +11,7 @@ from psycopg import sql
 from runbook_lib.core import db
 from runbook_lib.core.names import function_of, identifier, literal, names, verbatim, words_functions
 from runbook_lib.params import Params
+from runbook_lib.params.filters import has_subquery
 from runbook_lib.search import conditions, hybrid, search_path, share_classes, ways
 from runbook_lib.search.signature import DEFAULT_K, Argument, Function, arguments, filter_arguments
 from runbook_lib.search.statements import (
@@ -74,7 +75,7 @@ def _by_route(connection: db.Connection, params: Params) -> list[Function]:
     made = []
     for way in ways_of(p):
         what, route, scan = WHAT[way]
-        subqueries = route != "legacy" and any(conditions.has_subquery(f) for f in p.target.each_filter)
+        subqueries = route != "legacy" and any(has_subquery(f.where) for f in p.target.each_filter)
         query = _query(connection, p, route, scan, sql.SQL(GIVEN) if subqueries else None)
         own = {
             "by_route": names(p)[f"by_{way}"],

@@ -10,6 +10,7 @@ from psycopg import sql
 
 from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import number
+from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import identifier, literal, names, spelled
 from runbook_lib.params import Params
 from runbook_lib.search import search_path, statements
@@ -23,7 +24,10 @@ SAMPLE_ROWS = 200_000
 LEAST_ROWS = 2
 COUNT = SQL["count"].name
 # Counted again once the table has grown or shrunk by so much, or after so long.
-LARGEST_CHANGE, OLDEST_S = 0.2, 7 * 86_400.0
+DAY_S = 86_400.0
+LARGEST_CHANGE, OLDEST_S = 0.2, 7 * DAY_S
+# By then a refresh that is run now and then has counted them: the monitor fails.
+OVERDUE = 2
 
 
 class Counted(NamedTuple):
@@ -62,6 +66,30 @@ def is_outdated(connection: db.Connection, params: Params) -> bool:
     if known is None or known.rows is None or known.age_s is None or known.age_s > OLDEST_S:
         return True
     return abs(row_counts.of(connection, params).n - known.rows) > LARGEST_CHANGE * max(known.rows, 1)
+
+
+def are_current(connection: db.Connection, params: Params) -> Gate:
+    """Gate: the words were counted not long ago, over about as many rows as there are."""
+    known = counted(connection, params)
+    there = row_counts.of(connection, params).n
+    found = "the words were never counted"
+    fits = False
+    if known and known.rows is not None and known.age_s is not None:
+        change = abs(there - known.rows) / max(known.rows, 1)
+        fits = known.age_s <= OVERDUE * OLDEST_S and change <= OVERDUE * LARGEST_CHANGE
+        ago = f"{known.age_s / DAY_S:.1f} days ago"
+        found = f"counted {ago}, over {number(known.rows)} rows of {number(there)} today"
+    return gate(
+        "watch.words_are_counted",
+        fits,
+        spelled(params, "words"),
+        found=found,
+        needed=f"counted in the last {OVERDUE * OLDEST_S / DAY_S:.0f} days, since when the table has grown or shrunk"
+        f" by {OVERDUE * LARGEST_CHANGE:.0%} at most",
+        danger="hybrid ranks worse by old counts, and may look up words that are common by now",
+        do="run operate/refresh with execute: true, which counts them again, and schedule it",
+        figures={"rows": known.rows, "age_s": known.age_s, "rows_now": there} if known else {},
+    )
 
 
 def due(connection: db.Connection, params: Params) -> list[db.Statement]:

@@ -80,7 +80,7 @@ FROM (
         FROM (
             SELECT t.{key} AS key, {row_embedding} IS NULL AS bare, {has_text} AS has_text,
                    {row_embedding_hash} IS DISTINCT FROM {text_hash} AS old
-            FROM {with_vectors}
+            FROM {with_vectors} WHERE {is_counted}
         ) x
     ) w
 ) counted;

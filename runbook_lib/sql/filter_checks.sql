@@ -12,6 +12,14 @@ EXPLAIN (FORMAT JSON) SELECT FROM (SELECT {condition} AS holds FROM {table} t) r
 -- purpose: Make a view of the condition, to learn from its dependencies what it reads; in a transaction that is rolled back.
 CREATE TEMPORARY VIEW runbook_probe AS SELECT FROM {table} t WHERE {condition};
 
+-- name: create_indexed_probe
+-- purpose: Create an empty table with the columns of the target, to try the condition of an index on; rolled back.
+CREATE TEMPORARY TABLE runbook_probe_of_index (LIKE {table});
+
+-- name: index_probe
+-- purpose: Try the condition of the index on that table; rolled back.
+CREATE INDEX ON runbook_probe_of_index ({key}){of_rows};
+
 -- name: lacking
 -- purpose: What the view reads or calls that a role may not, each with its GRANT.
 WITH read AS (

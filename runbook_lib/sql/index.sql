@@ -5,13 +5,13 @@
 -- lock: SHARE UPDATE EXCLUSIVE on {relation}, for the whole build; it waits for older transactions to end
 -- undo: index.drop
 CREATE INDEX CONCURRENTLY {index} ON {relation} USING hnsw ({indexed} {operator_class})
-    WITH (m = {m}, ef_construction = {ef_construction});
+    WITH (m = {m}, ef_construction = {ef_construction}){of_rows};
 
 -- name: create_ivfflat
 -- purpose: Build the IVFFlat index while the application runs.
 -- lock: SHARE UPDATE EXCLUSIVE on {relation}, for the whole build; it waits for older transactions to end
 -- undo: index.drop
-CREATE INDEX CONCURRENTLY {index} ON {relation} USING ivfflat ({indexed} {operator_class}) WITH (lists = {lists});
+CREATE INDEX CONCURRENTLY {index} ON {relation} USING ivfflat ({indexed} {operator_class}) WITH (lists = {lists}){of_rows};
 
 -- name: drop
 -- purpose: Drop the vector index, or what an unfinished build left of it.
@@ -39,17 +39,17 @@ SELECT phase, blocks_done, blocks_total, tuples_done FROM pg_stat_progress_creat
 
 -- name: rows
 -- purpose: Rows that the index of a table or partition should hold.
-SELECT count(*) AS rows FROM {relation} t WHERE t.{embedding} IS NOT NULL;
+SELECT count(*) AS rows FROM {relation} t WHERE t.{embedding} IS NOT NULL AND {is_indexed};
 
 -- name: known_row
 -- purpose: Vectors of known rows, spread over the table, to be found again through the index.
 SELECT t.{key} AS key, t.{embedding} AS embedding FROM {vectors} t {sampled}
-WHERE t.{embedding} IS NOT NULL ORDER BY t.{embedding_hash} LIMIT %(n)s;
+WHERE t.{embedding} IS NOT NULL AND {is_indexed} ORDER BY t.{embedding_hash} LIMIT %(n)s;
 
 -- name: nearest
 -- purpose: The distance of the nearest row, through the index and of what it holds.
 SELECT {indexed} {index_distance} {query_indexed} AS distance FROM {vectors} t
-ORDER BY {indexed} {index_distance} {query_indexed} LIMIT 1;
+WHERE {is_indexed} ORDER BY {indexed} {index_distance} {query_indexed} LIMIT 1;
 
 -- name: own_distance
 -- purpose: The distance of a vector to itself, by the same operator.

@@ -5,13 +5,13 @@
 -- lock: SHARE on {relation} alone, for milliseconds
 -- undo: index_partitions.drop_bracket
 CREATE INDEX {index} ON ONLY {relation} USING hnsw ({indexed} {operator_class})
-    WITH (m = {m}, ef_construction = {ef_construction});
+    WITH (m = {m}, ef_construction = {ef_construction}){of_rows};
 
 -- name: create_bracket_ivfflat
 -- purpose: Create the IVFFlat index of the partitioned table itself: it holds no rows, and becomes valid with its last partition.
 -- lock: SHARE on {relation} alone, for milliseconds
 -- undo: index_partitions.drop_bracket
-CREATE INDEX {index} ON ONLY {relation} USING ivfflat ({indexed} {operator_class}) WITH (lists = {lists});
+CREATE INDEX {index} ON ONLY {relation} USING ivfflat ({indexed} {operator_class}) WITH (lists = {lists}){of_rows};
 
 -- name: attach
 -- purpose: Attach a partition's index to its parent's; one that is attached already is left alone.

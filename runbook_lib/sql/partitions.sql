@@ -19,7 +19,7 @@ ORDER BY t.level, c.oid;
 SELECT i.indrelid::bigint AS relation, c.oid::bigint AS oid, n.nspname::text AS schema, c.relname::text AS name,
        format('%%I.%%I', n.nspname, c.relname) AS shown, i.indisvalid AND i.indisready AS usable,
        h.inhparent::bigint AS attached_to, am.amname::text AS method, oc.opcname::text AS operator_class,
-       pg_get_indexdef(c.oid, 1, true) AS indexed, coalesce(c.reloptions, '{{}}') AS options,
+       pg_get_indexdef(c.oid, 1, true) AS indexed, i.indpred IS NOT NULL AS partial, coalesce(c.reloptions, '{{}}') AS options,
        EXISTS (SELECT FROM pg_depend d JOIN pg_attribute a ON (a.attrelid, a.attnum) = (d.refobjid, d.refobjsubid)
                WHERE (d.classid, d.refclassid) = ('pg_class'::regclass, 'pg_class'::regclass) AND d.objid = c.oid
                  AND a.attname = %(column)s) AS on_column,

@@ -91,7 +91,7 @@ FROM (
         SELECT {text_hash} AS text_hash, {row_embedding_hash} AS kept_hash, s.text_hash AS staged_hash,
                EXISTS (SELECT FROM {queue} q WHERE q.key = t.{key}) AS queued
         FROM {with_vectors} LEFT JOIN {staging} s ON s.key = t.{key}
-        WHERE {has_text} OFFSET 0
+        WHERE {has_text} AND {is_counted} OFFSET 0
     ) h
 ) x;
 

@@ -22,7 +22,7 @@ FROM (
     SELECT {row_embedding} IS NULL AS bare, {has_text} AS has_text,
            {row_embedding_hash} IS DISTINCT FROM {text_hash} AS old,
            EXISTS (SELECT FROM {queue} q WHERE q.key = t.{key}) AS queued
-    FROM {with_vectors} WHERE {looked_at}
+    FROM {with_vectors} WHERE {looked_at} AND {is_counted}
 ) x;
 
 -- name: sampled
