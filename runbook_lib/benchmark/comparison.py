@@ -56,7 +56,8 @@ def variant(
     connection: db.Connection, ledger: Ledger, params: Params, system: str, queries: Sequence[Query]
 ) -> Variant:
     """A search that is compared, on fresh connections set up as it needs them."""
-    statement = statement_of(connection, params, system)
+    own = system == "legacy"
+    statement = statements.legacy_statement(params) if own else statement_of(connection, params, system)
     return Variant(params, statement, queries, _connected(connection, ledger, params, system))
 
 
