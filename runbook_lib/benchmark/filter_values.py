@@ -28,7 +28,7 @@ Allowed = tuple[tuple[str, str], ...]
 # Queries measured per class: half of them tune it, the others are held out.
 VALUES = 8
 # Of several filters: so many for each set of them, one to tune and one held out, and so many in all.
-OF_A_SET, VALUES_OF_SETS = 2, 24
+OF_A_SET, VALUES_OF_SETS = 2, 16
 # How long a row that filters let through is looked for: by one candidate, and by all of them. Where there is none, or
 # hardly one, a large table would be read whole each time.
 LONGEST_LOOK_S, LOOKED_FOR_S = 1.0, 60.0
