@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from pgvector import HalfVector
+from pgvector import HalfVector, Vector
 
 from runbook_lib.backfill import vector_store
 from runbook_lib.backfill.throttle import Pace, first_pace
@@ -25,7 +25,7 @@ from runbook_lib.core.display import number
 from runbook_lib.core.names import changing, names
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.session import register_vector
-from runbook_lib.embeddings import embedding, masking
+from runbook_lib.embeddings import embedding, masking, splitting
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -71,6 +71,7 @@ class _Worker:
     phase: Phase
     model: embedding.Model
     rules: tuple[masking.Rule, ...]
+    cut: splitting.Splitter
     number: int
     # When the drain began: what is queued later is left to the next one, or a drain might never end.
     until: datetime
@@ -120,7 +121,7 @@ def drain(phase: Phase) -> Drained:
     register_vector(connection)
     until = db.one(connection, SQL["clock"], params)["now"]
     rules = masking.rules(params.masking)
-    worker = _Worker(phase, embedding.model(params), rules, secrets.randbits(31), until)
+    worker = _Worker(phase, embedding.model(params), rules, splitting.splitter(params), secrets.randbits(31), until)
     worker.run("worker")
     done: list[Drained] = []
     try:
@@ -191,27 +192,29 @@ def _refresh(worker: _Worker, claimed: Sequence[db.Row]) -> Drained:
         ids.setdefault(row["key"], []).append(row["id"])
     rows = db.rows(connection, SQL["texts"], p, keys=list(ids))
     with_text = [r for r in rows if r["has_text"]]
-    texts, counts = masking.mask([r["text"] for r in with_text], worker.rules)
-    made = embedding.embed_each(worker.model, texts)
+    made, counts = splitting.embed_rows(p, worker.model, worker.cut, worker.rules, with_text)
     worker.masked.update(counts)
     failed = {with_text[i]["key"]: embedding.said(error) for i, error in made.errors.items()}
-    faults = embedding.check(made.vectors, p) if made.places else {}
-    failed |= {with_text[made.places[i]]["key"]: why for i, why in faults.items()}
-    values = [
-        {
-            "key": with_text[i]["key"],
-            "text_hash": with_text[i]["text_hash"],
-            "embedding": HalfVector(vector) if p.vector.type == "halfvec" else vector,
-        }
-        for i, vector in zip(made.places, made.vectors, strict=True)
-        if with_text[i]["key"] not in failed
-    ]
+    faults = embedding.check(made.vectors, p) if made.rows else {}
+    failed |= {with_text[made.rows[i]]["key"]: why for i, why in faults.items()}
+    values = [v for v in _values(p, with_text, made) if v["key"] not in failed]
     gone = [{"key": r["key"]} for r in rows if not r["has_text"]]
     rest = {key: ids[key] for key in ids if key not in failed}
     updated, held = _write_in_turn(worker, values, gone, rest)
     _put_off(worker, {i: key for key in held for i in ids[key]})
     refused = sum(_fail(worker, ids[key], error) for key, error in failed.items())
     return Drained(sum(len(ids[key]) for key in rest if key not in held), updated, refused)
+
+
+def _values(params: Params, rows: Sequence[db.Row], made: splitting.EmbeddedRows) -> list[dict[str, Any]]:
+    """A row each: its key, the hash of its text, and its vector, or its chunks with theirs."""
+    found: dict[int, dict[str, Any]] = {}
+    for i, chunk, vector in zip(made.rows, made.chunks, made.vectors, strict=True):
+        own = HalfVector(vector) if params.vector.type == "halfvec" else Vector(vector)
+        values = found.setdefault(i, {"key": rows[i]["key"], "text_hash": rows[i]["text_hash"], "embedding": own})
+        for name, value in (("starts", chunk.start), ("lengths", chunk.length), ("embeddings", own)):
+            values.setdefault(name, []).append(value)
+    return list(found.values())
 
 
 def _write_in_turn(

@@ -1,13 +1,14 @@
-"""Where the vectors are kept: in a column of the table, or in a table of their own with the same key.
+"""Where the vectors are kept: in a column of the table, in a table of their own with the same key, or in one with a
+row for each chunk of a text.
 
-What differs between the two is answered here, by two values of one dataclass, so that callers need not ask which of
-them it is. How SQL reads vectors in either is said by :func:`runbook_lib.core.names.names`.
+What differs between them is answered here, by values of one dataclass, so that callers need not ask which of them it
+is. How SQL reads vectors in either is said by :func:`runbook_lib.core.names.names`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from psycopg import sql
@@ -15,8 +16,10 @@ from psycopg import sql
 from runbook_lib.backfill.throttle import first_pace, in_turn
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, number
+from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import (
     added_columns,
+    has_chunks,
     has_side_table,
     identifier,
     names,
@@ -26,9 +29,9 @@ from runbook_lib.core.names import (
 )
 from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
-from runbook_lib.sql import load
+from runbook_lib.sql import Block, load
 
-SQL = load("sidetable")
+SQL, CHUNKED = load("sidetable"), load("chunks")
 SCHEMA = load("schema")
 BACKFILL = load("backfill")
 PREFLIGHT = load("preflight")
@@ -51,7 +54,8 @@ class VectorStore:
     updates the table's own rows, so that its triggers, rules, checks and indexes take part. table: the one that it
     makes, with a foreign key to the target's. promoted: that its backfill is one statement, and why; empty where it
     goes row by row. knows_filters: an index on the vectors may name the table's other columns. lock_rows, write_row,
-    clear_row: blocks of refresh.sql. create, drop: make it and remove it. write: the statement that moves a batch of
+    clear_row: blocks of refresh.sql. create, drop: make it and remove it. create_staging: the
+    table of vectors that are to be moved there. write: the statement that moves a batch of
     staged vectors. promotion: what moves all of them at once, as far as it is still to be done. clear_textless:
     removes the vectors of rows without text. not_hot_us: of one core, for an update of the table that is not HOT,
     with the vector index. search_times: p50 of a search against one in the column.
@@ -67,6 +71,7 @@ class VectorStore:
     clear_row: str
     create: Callable[[db.Connection, Params], db.Statement]
     drop: Callable[[db.Connection, Params], db.Statement]
+    create_staging: Block
     write: Callable[[Params, Sequence[Any] | None, str | None], db.Statement]
     promotion: Callable[[Phase], list[db.Statement]]
     clear_textless: Callable[[db.Connection, Params], Iterator[db.Statement]]
@@ -85,7 +90,7 @@ class VectorStore:
 
 def of(params: Params) -> VectorStore:
     """The one that the parameters ask for."""
-    return SIDE_TABLE if has_side_table(params) else COLUMN
+    return CHUNKS if has_chunks(params) else SIDE_TABLE if has_side_table(params) else COLUMN
 
 
 def _update(params: Params, keys: Sequence[Any] | None, part: str | None) -> db.Statement:
@@ -97,7 +102,7 @@ def _update(params: Params, keys: Sequence[Any] | None, part: str | None) -> db.
 
 def _upsert(params: Params, keys: Sequence[Any] | None, part: str | None) -> db.Statement:
     """The INSERT … ON CONFLICT of one batch."""
-    return db.statement(SQL["upsert"], params, keys=None if keys is None else list(keys))
+    return db.statement(_blocks(params)["upsert"], params, keys=None if keys is None else list(keys))
 
 
 def _clear_in_batches(connection: db.Connection, params: Params) -> Iterator[db.Statement]:
@@ -107,8 +112,13 @@ def _clear_in_batches(connection: db.Connection, params: Params) -> Iterator[db.
         yield db.statement(BACKFILL["clear_textless"], params, keys=list(batch))
 
 
+def _blocks(params: Params) -> dict[str, Block]:
+    """The statements of the table beside; those of chunks take the place of their namesakes."""
+    return SQL | CHUNKED if has_chunks(params) else SQL
+
+
 def _of_side_table(connection: db.Connection, params: Params, name: str) -> db.Statement:
-    return db.statement(SQL[name], params, _extra(connection, params))
+    return db.statement(_blocks(params)[name], params, _extra(connection, params))
 
 
 def _extra(connection: db.Connection, params: Params) -> dict[str, sql.Composable]:
@@ -137,15 +147,17 @@ def _promotion(phase: Phase) -> list[db.Statement]:
     after = [_of_side_table(connection, p, name) for name in AFTER_PROMOTION]
     state = db.one(connection, SQL["sizes"], p) if phase.execute else {"empty": True, "staged": True}
     if state["empty"] and state["staged"]:
-        extra = {"renames": _renames(connection, p), "create_staging": SCHEMA["create_staging"].compose(names(p))}
-        return [db.statement(SQL["promote"], p, _extra(connection, p) | extra), *after]
+        extra = {"renames": _renames(connection, p), "create_staging": of(p).create_staging.compose(names(p))}
+        return [db.statement(_blocks(p)["promote"], p, _extra(connection, p) | extra), *after]
     return [] if _is_validated(connection, p) else after
 
 
 def _renames(connection: db.Connection, params: Params) -> sql.Composable:
     """The staging table's columns and primary key take the names that they have in the side table."""
     column, staging = params.vector.column, names(params)["staging"]
+    places = {"chunk": "chunk", "chunk_start": "start", "chunk_length": "length"} if has_chunks(params) else {}
     pairs = {
+        **{staged: f"{column}_{name}" for staged, name in places.items()},
         "key": params.target.key,
         "text_hash": f"{column}_hash",
         "embedding": column,
@@ -179,6 +191,7 @@ COLUMN = VectorStore(
     clear_row="clear",
     create=lambda _, params: db.statement(SCHEMA["add_columns"], params),
     drop=lambda _, params: db.statement(SCHEMA["drop_columns"], params),
+    create_staging=SCHEMA["create_staging"],
     write=_update,
     promotion=lambda _: [],
     clear_textless=_clear_in_batches,
@@ -196,6 +209,7 @@ SIDE_TABLE = VectorStore(
     clear_row="clear_beside",
     create=lambda connection, params: _of_side_table(connection, params, "create"),
     drop=lambda connection, params: _of_side_table(connection, params, "drop"),
+    create_staging=SCHEMA["create_staging"],
     write=_upsert,
     promotion=_promotion,
     clear_textless=lambda connection, params: iter([_of_side_table(connection, params, "clear_textless")]),
@@ -204,7 +218,30 @@ SIDE_TABLE = VectorStore(
     # (tests/benchmarks/bench_layout.py).
     search_times=1.13,
 )
+CHUNKS = replace(
+    SIDE_TABLE,
+    name="chunks",
+    promoted="vector.layout: the staging table becomes the table of chunks",
+    write_row="update_chunks",
+    create_staging=CHUNKED["create_staging"],
+)
 STORES = (COLUMN, SIDE_TABLE)
+
+
+def not_with_chunks(params: Params, operation: str) -> list[Gate]:
+    """What refuses chunks in an operation that makes or compares vectors of rows that have one each."""
+    if not has_chunks(params):
+        return []
+    found = gate(
+        "operate.rows_have_one_vector",
+        False,
+        operation,
+        found=f"vector.layout: {CHUNKS.name}",
+        needed=f"{COLUMN.name} or {SIDE_TABLE.name}; this operation does not work with vector.layout: {CHUNKS.name}",
+        danger="it would measure rows that have one vector each, which these have not",
+        do="do without it: 60_build_index, 70_tune and operate/monitor measure the index that serves",
+    )
+    return [found]
 
 
 def advice(updates_per_s: float) -> str:

@@ -23,10 +23,10 @@ from runbook_lib.benchmark.query_set import Query, exact_of, vector_of, with_exa
 from runbook_lib.benchmark.recall_at_k import SAME_DISTANCE, Nearest
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import identifier, literal, names, spelled
+from runbook_lib.core.names import has_chunks, identifier, literal, names, spelled
 from runbook_lib.core.session import register_vector
 from runbook_lib.params import Params
-from runbook_lib.search import conditions
+from runbook_lib.search import conditions, statements
 from runbook_lib.sql import load
 
 SQL = load("exact")
@@ -88,12 +88,15 @@ def nearest(connection: db.Connection, params: Params, queries: Sequence[Query],
         # The server casts the query to the column's type.
         vectors = vectors.astype(np.float16).astype(np.float32)
     place = {query_id: i for i, query_id in enumerate(known)}
-    tops = [_Top(group, k) for group in _groups(queries, place, asked)]
+    chunks = has_chunks(params)
+    tops = [_Top(group, k, chunks) for group in _groups(queries, place, asked)]
     numbers = _distances(params.vector.distance, vectors)
     longest = 0.0
     for block in _small_enough(blocks(connection, params, asked), len(vectors)):
         distances = numbers(block.vectors)
         longest = max(longest, _longest(block.vectors))
+        if chunks:
+            distances, block = _by_row(distances, block)
         for top in tops:
             top.add(distances, block)
     answers: dict[int, Nearest] = {}
@@ -122,6 +125,20 @@ def _small_enough(whole: Iterator[VectorBlock], queries: int) -> Iterator[Vector
         for i in range(0, len(block.keys), rows):
             part = slice(i, i + rows)
             yield VectorBlock(block.vectors[part], block.codes[part], block.keys[part])
+
+
+def _by_row(distances: FLOAT, block: VectorBlock) -> tuple[FLOAT, VectorBlock]:
+    """Of chunks, the nearest of each row that has some in the block. The last code counts rows: it is that of the
+    row's first chunk, wherever that is."""
+    order = np.argsort(block.keys, kind="stable")
+    keys = block.keys[order]
+    first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else np.empty(0, np.intp)
+    if not len(first):
+        return distances, block
+    codes = block.codes[order[first]]
+    codes[:, -1] = np.add.reduceat(block.codes[order, -1], first)
+    nearest_of_row = np.minimum.reduceat(distances[:, order], first, axis=1)
+    return nearest_of_row, VectorBlock(block.vectors[:0], codes, keys[first])
 
 
 class _Conditions:
@@ -155,10 +172,10 @@ def _groups(questions: Sequence[Query], place: Mapping[str, int], asked: _Condit
 
 
 class _Top:
-    """The nearest rows of a group of questions so far."""
+    """The nearest rows of a group of questions so far. chunks: one row may come in several blocks."""
 
-    def __init__(self, group: _Group, k: int) -> None:
-        self.group, self.k, self.matching = group, k, 0
+    def __init__(self, group: _Group, k: int, chunks: bool = False) -> None:
+        self.group, self.k, self.chunks, self.matching = group, k, chunks, 0
         self.limit = np.full(len(group.places), np.inf)
         self.owner: NDArray[Any] = np.empty(0, np.intp)
         self.distance: NDArray[Any] = np.empty(0)
@@ -169,7 +186,7 @@ class _Top:
         rows = np.arange(len(block.keys))
         for number, bit in self.group.wanted:
             rows = rows[(block.codes[rows, number] >> bit) & 1 == 1]
-        self.matching += len(rows)
+        self.matching += int(block.codes[rows, -1].sum()) if self.chunks else len(rows)
         if not len(rows):
             return
         whole = not self.group.wanted and len(self.group.queries) == len(distances)
@@ -183,6 +200,11 @@ class _Top:
     def _merge(self, owner: NDArray[Any], distance: NDArray[Any], key: NDArray[Any]) -> None:
         owner, distance = np.concatenate([self.owner, owner]), np.concatenate([self.distance, distance])
         key = key if self.key is None else np.concatenate([self.key, key])
+        if self.chunks:
+            order = np.lexsort((distance, key, owner))
+            owner, distance, key = owner[order], distance[order], key[order]
+            new = np.concatenate([[True], (owner[1:] != owner[:-1]) | (key[1:] != key[:-1])])[: len(owner)]
+            owner, distance, key = owner[new], distance[new], key[new]
         order = np.lexsort((key, distance, owner))
         owner, distance, key = owner[order], distance[order], key[order]
         first = np.searchsorted(owner, owner, side="left")
@@ -244,7 +266,7 @@ def blocks(connection: db.Connection, params: Params, asked: _Conditions) -> Ite
     """The rows that have a vector and may be found, block by block."""
     key = params.target.key
     key_type = db.one(connection, SQL["key_type"], params, table=spelled(params, "table"), key=key)["type"]
-    layout = _Layout(params.vector.type, params.vector.dimension, len(asked.numbers), key_type)
+    layout = _Layout(params.vector.type, params.vector.dimension, len(asked.numbers) + has_chunks(params), key_type)
     held: list[bytes] = []
     size = 0
     with connection.cursor() as cursor, cursor.copy(_copy_out(connection, params, asked)) as copy:
@@ -268,7 +290,9 @@ def _copy_out(connection: db.Connection, params: Params, asked: _Conditions) -> 
         held = [conditions.holds(connection, params, filters[name], value) for name, value in literals]
         bits = sql.SQL(" | ").join(bit.format(c, sql.Literal(i)) for i, c in enumerate(held))
         numbers.append(sql.SQL("({}), ").format(bits))
-    parts = {n: names(params)[n] for n in ("row_embedding", "from_vectors", "always")}
+    if has_chunks(params):
+        numbers.append(sql.SQL("(e.{} = 0)::integer, ").format(names(params)["chunk"]))
+    parts = {n: names(params)[n] for n in ("row_embedding", "from_all_vectors", "always")}
     parts |= {"key": identifier("t", params.target.key), "codes": sql.Composed(numbers)}
     # COPY takes no bound values, so nothing here is read for placeholders; the block has no literal per cent sign.
     plain = {n: sql.SQL(part.as_string(connection).replace("%%", "%")) for n, part in parts.items()}
@@ -354,10 +378,12 @@ def by_sql(connection: db.Connection, params: Params, query: Query, k: int) -> l
         conditions.holds(connection, params, filters[name], sql.Placeholder(f"allowed_{i}"))
         for i, (name, _) in enumerate(query.allowed)
     ]
+    vector = sql.SQL("%(vector)s::{}").format(n["vector_type"])
     statement = SQL["nearest"].compose(
         n
+        | statements.nearest_chunk_of_each_row(params, vector)
         | {
-            "query_vector": sql.SQL("%(vector)s::{}").format(n["vector_type"]),
+            "query_vector": vector,
             "filters": sql.SQL(" AND ").join([n["always"], *held]),
         }
     )

@@ -82,12 +82,18 @@ def side_table_name(params: Params) -> str:
 def added_columns(params: Params) -> list[str]:
     """The columns that the runbook adds: to the table, or to the one that it makes for the vectors."""
     column = params.vector.column
-    return [column, f"{column}_updated_at", f"{column}_hash"]
+    places = [f"{column}_{place}" for place in ("chunk", "start", "length")] if has_chunks(params) else []
+    return [column, f"{column}_updated_at", f"{column}_hash", *places]
 
 
 def has_side_table(params: Params) -> bool:
     """Are the vectors in a table of their own?"""
-    return params.vector.layout == "side_table"
+    return params.vector.layout != "column"
+
+
+def has_chunks(params: Params) -> bool:
+    """Does that table have a row for each chunk of a text?"""
+    return params.vector.layout == "chunks"
 
 
 def function_of(params: Params, way: str) -> str:
@@ -196,7 +202,9 @@ def names(params: Params) -> dict[str, sql.Composable]:
 
     Whatever the layout: ``{vectors}`` is the relation that holds the vectors; ``{from_vectors}`` every row that can
     be searched, and ``{with_vectors}`` every row of the target, both with alias ``t`` for the target;
-    ``{row_embedding}``, ``{row_embedding_hash}`` and ``{row_embedding_updated_at}`` are that row's.
+    ``{row_embedding}``, ``{row_embedding_hash}`` and ``{row_embedding_updated_at}`` are that row's. Where the vectors
+    are of chunks, a row's first chunk stands for it here, so that each row comes once; all chunks of a row have the
+    hash of its whole text. ``{from_all_vectors}`` has every chunk. ``{staged}`` is the staging table, likewise.
 
     ``{always}`` is the condition on ``t`` of every search; true where there is none. ``{is_counted}`` says which rows
     may be missing or stale: all, or those of ``{always}``; ``{is_indexed}`` which the index holds, and ``{of_rows}``
@@ -323,14 +331,23 @@ def _where_vectors_stand(params: Params) -> dict[str, sql.Composable]:
     vectors = identifier(params.target.schema_, side_table_name(params)) if beside else table
     column, alias = params.vector.column, "e" if beside else "t"
     parts = {"table": table, "vectors": vectors, "key": identifier(params.target.key)}
-    inner, outer = (
+    every, outer = (
         "{vectors} e JOIN {table} t ON t.{key} = e.{key}",
         "{table} t LEFT JOIN {vectors} e ON e.{key} = t.{key}",
     )
+    own = {name: identifier(f"{column}_{name}") for name in ("chunk", "start", "length")}
+    first = sql.SQL(" AND e.{chunk} = 0").format(**own) if has_chunks(params) else sql.SQL("")
+    staging = identifier(params.ledger.schema_, f"{params.target.name}_staging")
+    staged = "(SELECT x.* FROM {} x WHERE x.chunk = 0)" if has_chunks(params) else "{}"
     return {
         "vectors": vectors,
-        "from_vectors": sql.SQL(inner if beside else "{table} t").format(**parts),
-        "with_vectors": sql.SQL(outer if beside else "{table} t").format(**parts),
+        "chunk": own["chunk"],
+        "chunk_start": own["start"],
+        "chunk_length": own["length"],
+        "staged": sql.SQL(staged).format(staging),
+        "from_all_vectors": sql.SQL(every if beside else "{table} t").format(**parts),
+        "from_vectors": sql.SQL(every if beside else "{table} t").format(**parts) + first,
+        "with_vectors": sql.SQL(outer if beside else "{table} t").format(**parts) + first,
         "row_embedding": identifier(alias, column),
         "row_indexed": as_indexed(params, identifier(alias, column)),
         "row_embedding_hash": identifier(alias, f"{column}_hash"),

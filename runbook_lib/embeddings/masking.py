@@ -233,20 +233,44 @@ def _cannot_mask(
 def mask(texts: Sequence[str], wanted: Sequence[Rule]) -> tuple[list[str], Counter[str]]:
     """The texts with every value replaced by ``<rule>``, and how many values each rule replaced."""
     counts: Counter[str] = Counter()
-    return [_mask_one(text, wanted, counts) for text in texts] if wanted else list(texts), counts
+    return [mask_one(text, wanted, counts)[0] for text in texts] if wanted else list(texts), counts
 
 
-def _mask_one(text: str, wanted: Sequence[Rule], counts: Counter[str]) -> str:
+@dataclass(frozen=True)
+class Replaced:
+    """What one rule replaced in a text: where it stood, and how long its placeholder is."""
+
+    spans: Sequence[tuple[int, int]]
+    placeholder: int
+
+    def before(self, place: int, *, is_end: bool) -> int:
+        """A place in the text before it, from one in the text after it. is_end: of a part, so that it takes in the
+        whole of a value that was replaced, as the beginning does by itself."""
+        longer = 0
+        for start, stop in self.spans:
+            if place + longer <= start:
+                break
+            if place + longer < start + self.placeholder:
+                return stop if is_end else start
+            longer += (stop - start) - self.placeholder
+        return place + longer
+
+
+def mask_one(text: str, wanted: Sequence[Rule], counts: Counter[str]) -> tuple[str, list[Replaced]]:
+    """The text with every value replaced, and what was replaced, rule by rule."""
+    replaced = []
     for rule in wanted:
         spans = _disjoint(rule.find(text))
         if spans:
             counts[rule.name] += len(spans)
+            placeholder = f"<{rule.name}>"
             parts, end = [], 0
             for start, stop in spans:
-                parts += [text[end:start], f"<{rule.name}>"]
+                parts += [text[end:start], placeholder]
                 end = stop
             text = "".join([*parts, text[end:]])
-    return text
+            replaced.append(Replaced(spans, len(placeholder)))
+    return text, replaced
 
 
 def _disjoint(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -54,7 +54,8 @@ def plan(phase: Phase) -> db.Plan:
     ]
     made = there["columns"] == len(added_columns(p))
     todo = [] if made else [vector_store.of(p).create(connection, p)]
-    todo += [db.statement(SQL[n], p) for n, missing in wanted if missing]
+    blocks = SQL | {"create_staging": vector_store.of(p).create_staging}
+    todo += [db.statement(blocks[n], p) for n, missing in wanted if missing]
     return db.Plan(tuple(todo), connection)
 
 

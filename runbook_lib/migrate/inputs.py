@@ -59,12 +59,13 @@ def check(connection: db.Connection, params: Params) -> Gates:
 def _files(params: Params) -> Iterator[Gate]:
     """What can be checked without a server: release, model, queries and judgements."""
     # Imported here: both modules load numerical libraries, which the checks of the server do without.
-    from runbook_lib.embeddings import embedding
+    from runbook_lib.embeddings import embedding, splitting
 
     yield pgvector_releases.check_wanted(params)
     try:
         yield embedding.check_dimension(params)
         yield embedding.check_distance(params)
+        splitting.splitter(params)
     except BadInput as error:
         yield from error.problems
     try:

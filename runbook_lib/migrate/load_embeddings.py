@@ -21,15 +21,15 @@ from runbook_lib.core import db
 from runbook_lib.core.cell_order import SECONDS_BETWEEN_QUESTIONS
 from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
-from runbook_lib.core.names import HASH_BYTES, names, spelled
+from runbook_lib.core.names import HASH_BYTES, has_chunks, names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.session import register_vector
-from runbook_lib.embeddings import embedding, masking, packing, sources
+from runbook_lib.embeddings import embedding, masking, packing, sources, splitting
 from runbook_lib.params import Params
 from runbook_lib.params.section import unsound
-from runbook_lib.sql import load
+from runbook_lib.sql import Block, load
 
-SQL = load("staging")
+SQL, CHUNKS = load("staging"), load("chunks")
 # A key that is none is kept this long.
 LONGEST_KEY_TEXT = 200
 # Batches that are made and not yet copied; each holds its vectors in memory.
@@ -50,7 +50,8 @@ class Refusal:
 class RowsToStage:
     """Rows to stage: keys, the hash of the text each vector was made from, vectors of shape (n, dimension).
 
-    replaced: keys that may be staged with an older text. refused: rows that are set aside instead.
+    replaced: keys that may be staged with an older text. refused: rows that are set aside instead. chunks: where the
+    vectors are of chunks, the number, first character and length of each.
     """
 
     keys: Sequence[Any]
@@ -58,6 +59,7 @@ class RowsToStage:
     vectors: np.ndarray
     replaced: Sequence[Any] = ()
     refused: Sequence[Refusal] = ()
+    chunks: Sequence[tuple[int, int, int]] = ()
 
 
 @dataclass
@@ -73,7 +75,11 @@ def plan(phase: Phase) -> db.Plan:
     """The COPY that fills the staging table; empty where no row wants a vector."""
     connection, params = phase.connection, phase.params
     missing = phase.execute and _counts(connection, params)["ready"] == _counts(connection, params)["with_text"]
-    return db.Plan(() if missing else (db.statement(SQL["copy"], params),), connection)
+    return db.Plan(() if missing else (db.statement(_copying(params), params),), connection)
+
+
+def _copying(params: Params) -> Block:
+    return CHUNKS["copy"] if has_chunks(params) else SQL["copy"]
 
 
 def source(phase: Phase) -> Table:
@@ -133,7 +139,7 @@ def apply(phase: Phase) -> Table:
         done = copy_all(phase, _batches(reader, params, tally), progress)
     seconds = time.perf_counter() - started
     tally.refused = done.refused
-    phase.note_statement(db.Done(db.statement(SQL["copy"], params), progress.done, seconds, 1))
+    phase.note_statement(db.Done(db.statement(_copying(params), params), progress.done, seconds, 1))
     phase.note("load", {"rows": progress.done, "seconds": round(seconds, 3), "samples": progress.samples})
     masking.note(phase, tally.masked, tally.texts)
     masked = ", ".join(f"{n} × {rule}" for rule, n in sorted(tally.masked.items())) or "nothing"
@@ -180,24 +186,26 @@ def _batches(connection: db.Connection, params: Params, tally: _Tally) -> Iterat
 
 
 def _from_model(connection: db.Connection, params: Params, tally: _Tally) -> Iterator[RowsToStage]:
-    model, rules = embedding.model(params), masking.rules(params.masking)
+    model, rules, cut = embedding.model(params), masking.rules(params.masking), splitting.splitter(params)
     after, last = sql.SQL("true"), None
     while True:
         query = SQL["to_stage"].compose(names(params) | {"after": after})
         rows = connection.execute(query, {"last": last, "batch_rows": params.embeddings.rows_a_batch}).fetchall()
         if not rows:
             return
-        texts, counts = masking.mask([r["text"] for r in rows], rules)
-        made = embedding.embed_each(model, texts)
+        made, counts = splitting.embed_rows(params, model, cut, rules, rows)
         tally.masked += counts
-        tally.texts += len(texts)
-        taken = [rows[i] for i in made.places]
+        tally.texts += len(rows)
+        taken = [rows[i] for i in made.rows]
         yield RowsToStage(
             [r["key"] for r in taken],
             [r["text_hash"] for r in taken],
             made.vectors,
-            [r["key"] for r in taken if r["staged_before"]],
+            [rows[i]["key"] for i in dict.fromkeys(made.rows) if rows[i]["staged_before"]],
             [_of_model(rows[i]["key"], error) for i, error in made.errors.items()],
+            [(n, c.start, c.length) for n, c in zip(made.numbered(), made.chunks, strict=True)]
+            if has_chunks(params)
+            else (),
         )
         last = rows[-1]["key"]
         after = sql.SQL("t.{} > %(last)s").format(names(params)["key"])  # type: ignore[assignment]
@@ -307,7 +315,8 @@ def copy(connection: db.Connection, params: Params, batch: RowsToStage, kind: st
         keep = [i for i in range(len(batch.keys)) if i not in faults]
         keys, hashes = [batch.keys[i] for i in keep], [batch.hashes[i] for i in keep]
         kept = set(keys)
-        batch = RowsToStage(keys, hashes, batch.vectors[keep], [k for k in batch.replaced if k in kept])
+        replaced, chunks = [k for k in batch.replaced if k in kept], [batch.chunks[i] for i in keep if batch.chunks]
+        batch = RowsToStage(keys, hashes, batch.vectors[keep], replaced, (), chunks)
     with connection.transaction(), connection.cursor() as cursor:
         if batch.replaced:
             cursor.execute(SQL["forget"].compose(names(params)), {"keys": list(batch.replaced)})
@@ -315,21 +324,22 @@ def copy(connection: db.Connection, params: Params, batch: RowsToStage, kind: st
             _copy_rows(cursor, params, batch, kind)
         if refused:
             cursor.executemany(SQL["reject"].compose(names(params)), [vars(r) for r in refused])
-    return Copied(len(batch.keys), len(refused))
+    return Copied(len(set(batch.keys)) if batch.chunks else len(batch.keys), len(refused))
 
 
 def _copy_rows(cursor: Any, params: Params, batch: RowsToStage, kind: str) -> None:
     vector_type = params.vector.type
-    with cursor.copy(SQL["copy"].compose(names(params))) as out:
-        if packing.can_pack(kind):
+    with cursor.copy(_copying(params).compose(names(params))) as out:
+        if packing.can_pack(kind) and not batch.chunks:
             rows = packing.pack(batch.keys, batch.hashes, batch.vectors, kind, vector_type)
             out.write(packing.HEADER)
             out.write(rows.view(np.uint8).data)
             out.write(packing.TRAILER)
             return
-        out.set_types([kind, "bytea", vector_type])
-        for key, text_hash, vector in zip(batch.keys, batch.hashes, batch.vectors, strict=True):
-            out.write_row((key, text_hash, HalfVector(vector) if vector_type == "halfvec" else vector))
+        places: Sequence[tuple[int, ...]] = batch.chunks or [()] * len(batch.keys)
+        out.set_types([kind, "bytea", vector_type, *(["integer"] * 3 if batch.chunks else [])])
+        for key, text_hash, vector, place in zip(batch.keys, batch.hashes, batch.vectors, places, strict=True):
+            out.write_row((key, text_hash, HalfVector(vector) if vector_type == "halfvec" else vector, *place))
 
 
 def verify(phase: Phase) -> Gates:

@@ -44,7 +44,7 @@ def check(connection: db.Connection, params: Params) -> Iterator[Gate]:
             "inputs.policies_hold_for_vectors",
             False,
             spelled(params, "vectors"),
-            found=f"{table} has row level security, and vector.layout is side_table",
+            found=f"{table} has row level security, and vector.layout is {params.vector.layout}",
             needed="vectors in the table itself, where its policies hold for them",
             danger="whoever may read the table would read the keys and vectors of every row in the side table,"
             " whatever the policies say",

@@ -69,6 +69,7 @@ class Facts:
     dead_rows: int
     row_bytes: int | None
     text_bytes: int | None
+    chunks_a_row: float
     sampled_rows: int
     sensitive_rows: Mapping[str, int] | None
     open_transactions: int
@@ -104,6 +105,7 @@ class Facts:
             ("dead rows", number(self.dead_rows)),
             ("average row", self._or_why("sample", None if self.row_bytes is None else size(self.row_bytes))),
             ("text, all rows", self._or_why("sample", None if self.text_bytes is None else size(self.text_bytes))),
+            *([("chunks", f"about {self.chunks_a_row:.1f} a row")] if self.chunks_a_row > 1 else []),
             ("sensitive data", self._or_why("sample", self._sensitive())),
             ("open transactions", self._or_why("sessions", self._transactions())),
             ("replicas", ", ".join(self.replicas) or "none"),
@@ -208,6 +210,7 @@ def facts(phase: Phase) -> Facts:
         dead_rows=shape["dead_rows"],
         row_bytes=None if sample is None else round(sum(row_bytes) / max(len(sample), 1)),
         text_bytes=None if sample is None else round(n * sum(text_bytes) / max(len(sample), 1)),
+        chunks_a_row=1.0 if sample is None else text_lengths.chunks_a_row(c, p),
         sampled_rows=len(sample or []),
         sensitive_rows=None if sample is None else masking.count(r["text"] or "" for r in sample),
         open_transactions=len(sessions),
@@ -268,7 +271,8 @@ def expected(found: Facts, connection: db.Connection, params: Params, rows: int 
     """The forecast from these facts, for all of the table or for so many of its rows."""
     n = found.rows if rows is None else rows
     return forecast_module.forecast(
-        n,
+        # Of the table beside, each row is a chunk.
+        round(n * found.chunks_a_row),
         params,
         row_bytes=found.row_bytes or round(found.heap_bytes / max(found.rows, 1)),
         table_bytes=round(found.heap_bytes * n / max(found.rows, 1)),

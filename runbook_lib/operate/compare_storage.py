@@ -12,6 +12,7 @@ from typing import Any
 
 from psycopg import sql
 
+from runbook_lib.backfill import vector_store
 from runbook_lib.benchmark import comparison, exact, query_set, relevance_measures, storage_variants
 from runbook_lib.benchmark.query_set import Query, exact_of
 from runbook_lib.benchmark.storage_variants import MeasuredShape, Shape, StorageComparison
@@ -167,6 +168,7 @@ def check(phase: Phase) -> Gates:
     table, where = spelled(params, "vectors"), params.storage.where
     return collect(
         [
+            *vector_store.not_with_chunks(params, phase.name),
             gate(
                 "storage.there_are_rows",
                 rows > 0,

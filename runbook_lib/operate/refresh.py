@@ -27,7 +27,8 @@ def plan(phase: Phase) -> db.Plan:
     if there and not (state := change_queue.waiting(connection, params)).waiting + state.set_aside:
         return db.Plan(tuple(_count(connection, params)), connection)
     block = SQL[vector_store.of(params).write_row]
-    update = db.statement(block, params, key=None, text_hash=None, embedding=None)
+    values = dict.fromkeys(("key", "text_hash", "embedding", "starts", "lengths", "embeddings"))
+    update = db.statement(block, params, **values)
     return db.Plan((update, *_count(connection, params)), connection)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from runbook_lib.backfill import vector_store
 from runbook_lib.core import claim, db, thresholds
 from runbook_lib.core.display import Table, duration, number, size
 from runbook_lib.core.gates import BadInput, Gate, Gates, Verdict, collect, gate
@@ -57,7 +58,8 @@ def check(phase: Phase) -> Gates:
     """Before a sample is taken: where it is to stand, and that nobody else is at it."""
     connection, params = phase.connection, phase.params
     at_it = claim.holders(connection, params, _subject(params))
-    return collect([*_target_gates(connection, params), _nobody_else(params, at_it)])
+    refused = vector_store.not_with_chunks(params, phase.name)
+    return collect([*refused, *_target_gates(connection, params), _nobody_else(params, at_it)])
 
 
 def _target_gates(connection: db.Connection, params: Params) -> Iterator[Gate]:

@@ -16,7 +16,10 @@ MAX_DIMENSION = 16_000
 MAX_INDEXED_DIMENSION = {"vector": 2000, "halfvec": 4000, "bit": 64_000}
 # Arguments and results of the search function besides the key and the filters.
 NAMES_IN_THE_FUNCTION = frozenset(
-    {"query_text", "query_embedding", "k", "min_similarity", "score", "answered_by", "similarity", "rank"}
+    {
+        *("query_text", "query_embedding", "k", "min_similarity", "score", "answered_by", "similarity", "rank"),
+        *("chunk_start", "chunk_length"),
+    }
 )
 # How a file of vectors tells its format.
 FORMATS = {
@@ -137,9 +140,26 @@ class Vector(Section):
     distance: Literal["cosine", "l2", "inner_product"] = Field(
         "cosine", description="The distance the model was trained for."
     )
-    layout: Literal["column", "side_table"] = Field(
-        "column", description="Store vectors in the table, or in a side table with one row per key."
+    layout: Literal["column", "side_table", "chunks"] = Field(
+        "column",
+        description="Store vectors in the table, in a side table with one row per key, or (embeddings.chunks) in one"
+        " with a row per chunk.",
     )
+
+
+class Chunks(Section):
+    """Texts in parts, each with a vector of its own."""
+
+    size: int = Field(ge=20, le=100_000, description="Largest chunk; cut at a paragraph, sentence or word.")
+    overlap: int = Field(0, ge=0, description="How much of its end, at most, each chunk shares with the next.")
+    by: Literal["characters", "tokens"] = Field("characters", description="Unit of both.")
+    title: bool = Field(False, description="Start every chunk with the first text column; it adds to size.")
+
+    @model_validator(mode="after")
+    def overlap_is_a_part(self) -> Self:
+        if 2 * self.overlap > self.size:
+            raise ValueError(f"overlap: {self.overlap} is more than half of size: {self.size}")
+        return self
 
 
 class Embeddings(Section):
@@ -188,7 +208,12 @@ class Embeddings(Section):
         None,
         ge=1,
         le=50_000,
-        description="Rows per COPY transaction; by default 1000 from a model, 5000 from a file or table.",
+        description="Rows per COPY transaction; by default 1000 from a model (50 in chunks), 5000 from a file or"
+        " table.",
+    )
+    chunks: Chunks | None = Field(None, description="Cut long texts into chunks, each with its own vector.")
+    tokenizer: AnyPath | None = Field(
+        None, description="The model's tokenizer.json (Hugging Face), for chunks by tokens; wordllama brings its own."
     )
     normalise: bool = Field(
         False,
@@ -216,6 +241,11 @@ class Embeddings(Section):
             raise ValueError("source: http and model: name the endpoint's model, and only there")
         if self.file is not None and self.file_format is None:
             raise ValueError(f"format: is needed, since {self.file.name} does not tell by its suffix")
+        if self.chunks and not self.has_model:
+            raise ValueError(f"chunks: needs a model, since source: {self.source} has one vector a row")
+        by_tokens = self.chunks is not None and self.chunks.by == "tokens" and self.source != "wordllama"
+        if (self.tokenizer is not None) != by_tokens:
+            raise ValueError("tokenizer: the model's tokenizer.json is needed for chunks by tokens, and only there")
         if (self.ids_file is not None) != (self.file_format == "npy"):
             raise ValueError("ids_file: is needed for an .npy file, and only there")
         return self
@@ -233,7 +263,7 @@ class Embeddings(Section):
     @property
     def rows_a_batch(self) -> int:
         """Rows of one transaction. A packed COPY gains up to 5000 rows; a model's batch is work lost by a stop."""
-        return self.batch_rows or (1000 if self.has_model else 5000)
+        return self.batch_rows or (50 if self.chunks else 1000 if self.has_model else 5000)
 
 
 class Masking(Section):

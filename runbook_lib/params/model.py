@@ -94,6 +94,15 @@ class Params(Section):
     record: RecordSection = RecordSection()
     ledger: LedgerSection = LedgerSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def chunks_have_a_table(cls, data: Any) -> Any:
+        """embeddings.chunks is enough to say where the vectors go."""
+        vector, embeddings = (data.get(s) if isinstance(data, dict) else None for s in ("vector", "embeddings"))
+        if isinstance(vector, dict) and isinstance(embeddings, dict) and embeddings.get("chunks") is not None:
+            return data | {"vector": {"layout": "chunks"} | vector}
+        return data
+
     @model_validator(mode="after")
     def fits_together(self, info: ValidationInfo) -> Self:
         if self.cut_over.route == "hybrid" and not self.search.has_fulltext:
@@ -107,6 +116,11 @@ class Params(Section):
                 raise ValueError(
                     "index.rows: always needs vector.layout: column; a side table lacks what target.always compares"
                 )
+        if (self.vector.layout == "chunks") != (self.embeddings.chunks is not None):
+            raise ValueError(
+                f"vector.layout: {self.vector.layout} and embeddings.chunks:"
+                f" {'given' if self.embeddings.chunks else 'missing'} do not fit"
+            )
         if len(set(self.target.text_columns)) < len(self.target.text_columns):
             raise ValueError("target.text_columns names a column twice")
         columns = "" if len(self.target.filter_columns) == len(self.target.filters) else " as a column"

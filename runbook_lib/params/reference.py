@@ -28,6 +28,10 @@ def _of(section: str, model: type[BaseModel]) -> list[tuple[str, str, str, str]]
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found += _of(key, field.annotation)
             continue
+        inner = [a for a in typing.get_args(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if inner and type(None) in typing.get_args(field.annotation):
+            found += _of(key, inner[0])
+            continue
         default = "required" if field.is_required() else json.dumps(field.default, default=str)
         found.append((key, _type_name(field.annotation), default, field.description or ""))
     return found

@@ -12,13 +12,13 @@ from dataclasses import replace
 from psycopg import sql
 
 from runbook_lib.core import db
-from runbook_lib.core.names import identifier, literal, names
+from runbook_lib.core.names import has_chunks, identifier, literal, names
 from runbook_lib.params import Params
 from runbook_lib.search import combined_filters, route_functions, share_classes, signature, ways
 from runbook_lib.search.signature import DEFAULT_K, Argument, Function
 from runbook_lib.sql import load
 
-SQL = load("search_function")
+SQL, CHUNKS = load("search_function"), load("chunks")
 
 
 def functions(
@@ -116,17 +116,11 @@ def _answers(params: Params, arguments: Sequence[Argument], retired: bool) -> sq
         for c, r, way in branches
         if way in made
     ]
-    returned = params.search.returns
-    of_the_row = SQL["of_the_row"].compose(names(params))
-    own = {
-        "passed": sql.SQL(", ").join(identifier(a.name) for a in arguments),
-        "columns": sql.SQL("").join(sql.SQL(", {}").format(identifier("t", c)) for c in returned),
-        "of_the_row": sql.SQL("\n        {}").format(of_the_row) if returned else sql.SQL(""),
-    }
+    passed = sql.SQL(", ").join(identifier(a.name) for a in arguments)
 
     def answer(route: str, way: str) -> sql.Composable:
-        asked = {"answered_by": sql.Literal(route), "by_route": names(params)[f"by_{way}"]}
-        return SQL["answer"].compose(own | asked, 8)
+        asked = {"answered_by": sql.Literal(route), "by_route": names(params)[f"by_{way}"], "passed": passed}
+        return SQL["answer"].compose(asked | _of_the_row(params, route), 8)
 
     parts = [
         sql.SQL("{} {} THEN\n        {};\n    ").format(
@@ -137,6 +131,23 @@ def _answers(params: Params, arguments: Sequence[Argument], retired: bool) -> sq
     message = literal(f"the legacy search behind {params.function_name} was retired")
     last = SQL["refuse_legacy"].compose({"retired_message": message}, 8) if retired else answer("legacy", "legacy")
     return sql.SQL("{}ELSE\n        {};\n    END IF;").format(sql.SQL("").join(parts), last)
+
+
+def _of_the_row(params: Params, route: str) -> dict[str, sql.Composable]:
+    """The columns of an answer that are read from its row or its chunk, and what they are read from. Legacy finds
+    rows and no chunks, and is there before they are."""
+    columns: list[sql.Composable] = [identifier("t", c) for c in params.search.returns]
+    joined = [SQL["of_the_row"].compose(names(params))] if columns else []
+    if has_chunks(params):
+        by_chunks = route != "legacy"
+        place = "passage.{}" if by_chunks else "NULL::pg_catalog.int4"
+        columns = [sql.SQL(place.format(name)) for name in signature.PLACE] + columns
+        joined = [CHUNKS["passage"].compose(names(params), 8)] * by_chunks + joined
+    ordered = sql.SQL(" ORDER BY answer.rank" if joined else "")
+    return {
+        "columns": sql.SQL("").join(sql.SQL(", {}").format(c) for c in columns),
+        "of_the_row": sql.SQL("").join(sql.SQL("\n        {}").format(j) for j in joined) + ordered,
+    }
 
 
 def _choose_way(params: Params) -> sql.Composable:

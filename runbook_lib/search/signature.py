@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from runbook_lib.core import db
-from runbook_lib.core.names import identifier, verbatim
+from runbook_lib.core.names import has_chunks, identifier, verbatim
 from runbook_lib.params import Params
 from runbook_lib.search import conditions
 from runbook_lib.sql import DOLLAR_TAG
 
+# Where the row's nearest chunk is in its text, as substr counts.
+PLACE = ("chunk_start", "chunk_length")
 # Rows that a call gets which does not say how many, or says NULL.
 DEFAULT_K = 10
 
@@ -93,5 +95,6 @@ def results(connection: db.Connection, params: Params) -> list[Argument]:
         Argument("answered_by", "text"),
         Argument("similarity", "double precision"),
         Argument("rank", "integer"),
+        *(Argument(name, "integer") for name in PLACE if has_chunks(params)),
         *(Argument(column, types[column]) for column in params.search.returns),
     ]

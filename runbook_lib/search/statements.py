@@ -8,14 +8,17 @@ from typing import Literal
 from psycopg import sql
 
 from runbook_lib.core import db
-from runbook_lib.core.names import as_indexed, identifier, names, verbatim
+from runbook_lib.core.names import as_indexed, has_chunks, identifier, names, verbatim
 from runbook_lib.params import Params, placeholders
 from runbook_lib.search import conditions, hybrid
 from runbook_lib.search.ways import Scan
 from runbook_lib.sql import load
 
 SQL = load("search")
-ROUTES = load("routes")
+ROUTES, CHUNKS = load("routes"), load("chunks")
+
+# Chunks that a search reads for each row that it looks for; where they are of fewer rows, as many again.
+CHUNKS_FOR_A_ROW = 4
 
 Route = Literal["legacy", "vector", "hybrid"]
 
@@ -113,7 +116,7 @@ def _of_hybrid(connection: db.Connection, params: Params, given: Collection[str]
 def _parts(
     params: Params, places: Mapping[str, sql.Composable], route: Route, scan: Scan, filters: sql.Composable
 ) -> dict[str, sql.Composable]:
-    return {
+    parts = {
         **names(params),
         "nearest_first": _nearest_first(params, places["embedding"], scan),
         "query_text": places["query"],
@@ -121,6 +124,38 @@ def _parts(
         "k": places["k"],
         "fetched": _fetched(params, places["k"], route, scan),
         "filters": filters,
+    }
+    return parts | _through_chunks(params, parts, scan)
+
+
+def nearest_chunk_of_each_row(params: Params, vector: sql.Composable) -> dict[str, sql.Composable]:
+    """Where the vectors are of chunks: in place of each row's first chunk, the one that is nearest to the query."""
+    if not has_chunks(params):
+        return {}
+    n = names(params)
+    nearest = CHUNKS["nearest_chunk"].compose(n | {"query_vector": vector}, 4)
+    return {
+        name: sql.SQL("{} t {} {}").format(n["table"], sql.SQL(join), nearest)
+        for name, join in (("from_vectors", "JOIN"), ("with_vectors", "LEFT JOIN"))
+    }
+
+
+def _through_chunks(params: Params, parts: Mapping[str, sql.Composable], scan: Scan) -> dict[str, sql.Composable]:
+    """The same for a search: through the index the rows of the nearest chunks alone, sorted by their distances."""
+    if not has_chunks(params):
+        return {}
+    vector = parts["query_vector"]
+    each_row = nearest_chunk_of_each_row(params, vector)
+    if scan == "exact":
+        return each_row
+    own = {
+        **parts,
+        "chunks": sql.SQL("({}) * {}").format(parts["fetched"], sql.Literal(CHUNKS_FOR_A_ROW)),
+        "nearest_chunk": CHUNKS["nearest_chunk"].compose(parts, 4),
+    }
+    return each_row | {
+        "from_vectors": CHUNKS["rows_through_the_index"].compose(own, 4),
+        "nearest_first": _nearest_first(params, vector, "exact"),
     }
 
 

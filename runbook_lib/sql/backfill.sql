@@ -35,21 +35,21 @@ SELECT rank, array_agg(key ORDER BY block) AS keys FROM (
 
 -- name: keys_between
 -- purpose: The staged keys of a range.
-SELECT array_agg(s.key ORDER BY s.key) AS keys FROM {staging} s WHERE {after} AND s.key <= %(to_key)s;
+SELECT array_agg(s.key ORDER BY s.key) AS keys FROM {staged} s WHERE {after} AND s.key <= %(to_key)s;
 
 -- name: left_over
 -- purpose: Staged rows that are not in the table yet, including those whose text has changed since.
-SELECT s.key FROM {staging} s JOIN {with_vectors} ON t.{key} = s.key
+SELECT s.key FROM {staged} s JOIN {with_vectors} ON t.{key} = s.key
 WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash ORDER BY s.key;
 
 -- name: refusing
 -- purpose: Staged rows that are not in the table although their text has not changed.
-SELECT s.key FROM {staging} s JOIN {with_vectors} ON t.{key} = s.key
+SELECT s.key FROM {staged} s JOIN {with_vectors} ON t.{key} = s.key
 WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash AND s.text_hash = {text_hash} ORDER BY s.key LIMIT %(most)s;
 
 -- name: to_do
 -- purpose: How many rows that is.
-SELECT count(*) AS rows FROM {staging} s JOIN {with_vectors} ON t.{key} = s.key
+SELECT count(*) AS rows FROM {staged} s JOIN {with_vectors} ON t.{key} = s.key
 WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash;
 
 -- name: hot
@@ -122,4 +122,4 @@ SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint AS wal,
 
 -- name: staged_rows
 -- purpose: Rows in the staging table.
-SELECT count(*) AS rows FROM {staging};
+SELECT count(*) AS rows FROM {staged} s;

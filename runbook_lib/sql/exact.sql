@@ -2,7 +2,7 @@
 
 -- name: copy_out
 -- purpose: Every vector once, with the codes of its filters and its key, in disk order.
-COPY (SELECT {codes}{row_embedding}, {key} FROM {from_vectors} WHERE {row_embedding} IS NOT NULL AND {always})
+COPY (SELECT {codes}{row_embedding}, {key} FROM {from_all_vectors} WHERE {row_embedding} IS NOT NULL AND {always})
     TO STDOUT (FORMAT BINARY);
 
 -- name: key_type

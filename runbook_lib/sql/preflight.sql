@@ -76,7 +76,7 @@ FROM pg_prepared_xacts p WHERE p.database = current_database() ORDER BY p.prepar
 
 -- name: texts
 -- purpose: The texts of some rows, cut where they are very long, and how long they are.
-SELECT left({text}, %(longest)s) AS text, length({text}) AS length FROM {table} t {tablesample}
+SELECT left({text}, %(longest)s) AS text, t.{first_text_column}::text AS title, length({text}) AS length FROM {table} t {tablesample}
 WHERE {has_text} LIMIT %(rows)s;
 
 -- name: sample

@@ -34,7 +34,8 @@ UPDATE {queue} SET claimed_by = NULL, claimed_at = NULL WHERE claimed_by = %(wor
 
 -- name: texts
 -- purpose: The texts of these rows as they are now, where the vector is not of that text.
-SELECT t.{key} AS key, {text} AS text, {text_hash} AS text_hash, {has_text} AS has_text
+SELECT t.{key} AS key, {text} AS text, t.{first_text_column}::text AS title, {text_hash} AS text_hash,
+       {has_text} AS has_text
 FROM {with_vectors}
 WHERE t.{key} = ANY (%(keys)s)
   AND ({row_embedding} IS NULL OR {row_embedding_hash} IS DISTINCT FROM {text_hash});
@@ -68,6 +69,27 @@ SELECT t.{key}, %(embedding)s, %(text_hash)s, now() FROM {table} t
 WHERE t.{key} = %(key)s AND {text_hash} = %(text_hash)s FOR SHARE OF t
 ON CONFLICT ({key}) DO UPDATE SET {embedding} = excluded.{embedding}, {embedding_hash} = excluded.{embedding_hash},
     {embedding_updated_at} = excluded.{embedding_updated_at};
+
+-- name: update_chunks
+-- purpose: Replace the chunks of a row, in one statement, if its text is still the text that was embedded.
+-- lock: ROW EXCLUSIVE on {vectors}; a share lock on the rows of one batch of {table}, until its commit
+-- undo: schema.drop_columns
+WITH unchanged AS MATERIALIZED (
+    SELECT t.{key} AS key FROM {table} t WHERE t.{key} = %(key)s AND {text_hash} = %(text_hash)s FOR SHARE OF t
+), cut_off AS (
+    DELETE FROM {vectors} e USING unchanged u WHERE e.{key} = u.key AND e.{chunk} >= cardinality(%(starts)s::integer[])
+), written AS (
+    INSERT INTO {vectors} ({key}, {chunk}, {chunk_start}, {chunk_length}, {embedding}, {embedding_hash}, {embedding_updated_at})
+    SELECT u.key, c.place - 1, c.start, c.length, c.embedding, %(text_hash)s, now()
+    FROM unchanged u,
+         ROWS FROM (unnest(%(starts)s::integer[]), unnest(%(lengths)s::integer[]), unnest(%(embeddings)s::{vector_type}[]))
+             WITH ORDINALITY AS c (start, length, embedding, place)
+    ON CONFLICT ({key}, {chunk}) DO UPDATE
+    SET {embedding} = excluded.{embedding}, {embedding_hash} = excluded.{embedding_hash},
+        {embedding_updated_at} = excluded.{embedding_updated_at},
+        {chunk_start} = excluded.{chunk_start}, {chunk_length} = excluded.{chunk_length}
+)
+SELECT key FROM unchanged;
 
 -- name: clear
 -- purpose: Remove the vector of a row whose text is gone.

@@ -88,7 +88,7 @@ FROM {by_route}({passed}) WITH ORDINALITY AS answer (key, similarity, score, ran
 
 -- name: of_the_row
 -- purpose: Part of the function, for search.returns: the row with the returned columns; LEFT JOIN, since legacy may return a key without a row.
-LEFT JOIN {table} t ON t.{key} = answer.key ORDER BY answer.rank
+LEFT JOIN {table} t ON t.{key} = answer.key
 
 -- name: overload
 -- purpose: The same function, for a query's vector in another type.

@@ -11,7 +11,7 @@ SELECT set_config('jit', 'off', false), set_config('enable_mergejoin', 'off', fa
 
 -- name: to_stage
 -- purpose: The next rows in key order that have text, but neither the vector of that text nor a staged one.
-SELECT t.{key} AS key, {text} AS text, {text_hash} AS text_hash,
+SELECT t.{key} AS key, {text} AS text, t.{first_text_column}::text AS title, {text_hash} AS text_hash,
        EXISTS (SELECT FROM {staging} s WHERE s.key = t.{key}) AS staged_before
 FROM {with_vectors}
 WHERE {after} AND {has_text}
@@ -90,7 +90,7 @@ FROM (
         -- OFFSET 0 keeps the subquery apart, so that each text is hashed once.
         SELECT {text_hash} AS text_hash, {row_embedding_hash} AS kept_hash, s.text_hash AS staged_hash,
                EXISTS (SELECT FROM {queue} q WHERE q.key = t.{key}) AS queued
-        FROM {with_vectors} LEFT JOIN {staging} s ON s.key = t.{key}
+        FROM {with_vectors} LEFT JOIN {staged} s ON s.key = t.{key}
         WHERE {has_text} AND {is_counted} OFFSET 0
     ) h
 ) x;

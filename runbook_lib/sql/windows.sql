@@ -67,7 +67,7 @@ FROM generate_series(0, greatest(pg_relation_size(to_regclass(%(part)s)) / curre
 INSERT INTO {window} (part, after_key, to_key)
 SELECT %(part)s, lag(ends.key) OVER (ORDER BY ends.n), ends.key FROM (
     SELECT s.key, row_number() OVER in_order AS n, lead(true) OVER in_order IS NULL AS is_last
-    FROM {staging} s WINDOW in_order AS (ORDER BY s.key)
+    FROM {staged} s WINDOW in_order AS (ORDER BY s.key)
 ) ends WHERE ends.n %% %(rows)s = 0 OR ends.is_last ORDER BY ends.n;
 
 -- name: claim
