@@ -135,7 +135,6 @@ def apply(phase: Phase) -> Table:
         Progress("staged", total=counts["with_text"] - counts["ready"]) as progress,
     ):
         register_vector(reader)
-        reader.execute(SQL["session"].compose({}))
         done = copy_all(phase, _batches(reader, params, tally), progress)
     seconds = time.perf_counter() - started
     tally.refused = done.refused
@@ -219,6 +218,7 @@ def _of_model(key: Any, error: Exception) -> Refusal:
 def _from_store(connection: db.Connection, params: Params) -> Iterator[RowsToStage]:
     """Vectors made elsewhere: those whose row wants them, and a refusal for each that goes nowhere."""
     kind = key_type(connection, params)
+    connection.execute(SQL["session"].compose({}))
     connection.execute(SQL["forget_seen"].compose(names(params) | {"key_type": sql.SQL(kind)}))
     for rows in embedding.stored(params, connection):
         yield _wanted(connection, params, rows, kind)

@@ -6,8 +6,9 @@ SELECT format_type(atttypid, NULL) AS type FROM pg_attribute
 WHERE attrelid = to_regclass(%(table)s) AND attname = %(key)s AND NOT attisdropped;
 
 -- name: session
--- purpose: Look rows up one by one: compiling the plan of each batch would take longer than the batch.
-SELECT set_config('jit', 'off', false), set_config('enable_mergejoin', 'off', false);
+-- purpose: Look rows up one by one, and compile no plan: the staging table grows while its statistics do not.
+SELECT set_config('enable_seqscan', 'off', false), set_config('enable_hashjoin', 'off', false),
+       set_config('enable_mergejoin', 'off', false), set_config('jit', 'off', false);
 
 -- name: to_stage
 -- purpose: The next rows in key order that have text, but neither the vector of that text nor a staged one.
@@ -39,12 +40,11 @@ WITH given AS (
 -- Sixteen bytes of hash and four of yes or no for each key, in one value: a row each costs more than its look.
 SELECT coalesce(string_agg(
     coalesce(r.text_hash, decode(repeat('00', 16), 'hex'))
-    || CASE WHEN f.key IS NULL THEN '\x01'::bytea ELSE '\x00' END
+    || CASE WHEN g.key IN (SELECT key FROM fresh) THEN '\x00'::bytea ELSE '\x01' END
     || CASE WHEN r.text_hash IS NOT NULL THEN '\x01'::bytea ELSE '\x00' END
     || CASE WHEN r.done OR s.text_hash = r.text_hash THEN '\x01'::bytea ELSE '\x00' END
     || CASE WHEN s.key IS NOT NULL THEN '\x01'::bytea ELSE '\x00' END, ''::bytea ORDER BY g.n), '') AS found
 FROM given g
-LEFT JOIN fresh f ON f.key = g.key
 LEFT JOIN LATERAL (
     -- OFFSET 0 keeps the subquery apart, so that each text is hashed once.
     SELECT text_hash, NOT has_text OR kept_hash IS NOT DISTINCT FROM text_hash AS done FROM (
