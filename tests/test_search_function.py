@@ -795,6 +795,29 @@ def test_other_filters_or_columns_leave_no_function_of_the_former_ones(
         assert search_function.is_as_planned(phase.connection, phase.params)
         count = "SELECT count(*) FROM pg_proc WHERE proname = 'search_articles'"
         assert articles.execute(count).fetchone() == (3,)
+        twice = "SELECT proname FROM pg_proc WHERE proname ~ '^articles_by_' GROUP BY proname HAVING count(*) > 1"
+        assert articles.execute(twice).fetchall() == []
+
+
+def test_a_call_under_way_finds_what_answers_for_it_while_the_function_gets_another_filter(
+    open_phase: Open, articles: psycopg.Connection[Any]
+) -> None:
+    first = open_phase("10_baseline", target={"filters": ["status"]})
+    search_function.apply(first)
+    by_legacy = articles.execute("SELECT oid FROM pg_proc WHERE proname = 'articles_by_legacy'").fetchall()
+    phase = open_phase("10_baseline", target={"filters": ["status", "views"]})
+    statements_of_it = [s.name for s in search_function.plan(phase).statements]
+    assert statements_of_it.index("search.drop_former") == statements_of_it.index("search.create_function") + 1
+    phase.do(search_function.create_statement(phase.connection, phase.params))
+    former = "SELECT oid FROM pg_proc WHERE proname = 'articles_by_legacy' AND pronargs = 5"
+    assert articles.execute(former).fetchall() == by_legacy, "a call that has begun asks for it by its arguments"
+    assert search_function.is_as_planned(phase.connection, phase.params)
+    search_function.apply(phase)
+    assert (
+        articles.execute(former).fetchall() == []
+        and search_function.drop_former(phase.connection, phase.params) == []
+    )
+    assert "search.drop_former" not in [s.name for s in search_function.plan(phase).statements]
 
 
 @pytest.mark.parametrize("column", ["id", "rank", "filter_status", "k"])

@@ -29,6 +29,9 @@ from runbook_lib.sql import load
 
 SQL = load("search")
 
+# By then a call under way has found the function that answers for it.
+CALLS_UNDER_WAY_S = 1
+
 
 def retired_constraint(params: Params) -> str:
     """Name of the constraint that keeps the route from going back to a legacy search that was retired."""
@@ -96,7 +99,7 @@ def create_statement(
     free_names.require_function(connection, params, params.function_name)
     wanted = _wanted(connection, params, settings_of, retired)
     installed = _installed(connection, params, wanted)
-    outdated = [row for row in installed if not row["fits"]]
+    outdated = [row for row in installed if not row["fits"] and not _is_former(row)]
     _require_no_dependents(params, outdated)
     called = [row for row in installed if row["is_called"]]
     everything = sql.SQL(", ").join(f.signature for f in wanted)
@@ -111,6 +114,24 @@ def create_statement(
     if kept:
         parts.append(sql.SQL("{}\n{}").format(sql.SQL(closed.MARK), _in_order(kept)))
     return db.statement(SQL["create_function"], params, {"parts": sql.SQL(";\n\n").join(parts)})
+
+
+def _is_former(row: db.Row) -> bool:
+    """Does this function answer calls of the one that is replaced, and may it stay for a while?"""
+    return bool(row["answers"] and not row["fits"] and not row["is_in_the_way"])
+
+
+def drop_former(connection: db.Connection, params: Params) -> list[db.Statement]:
+    """Drops what answered for a function with other arguments, after :func:`create_statement`: a call under way when
+    that committed would not find it otherwise.
+    """
+    former = [row for row in _installed(connection, params, _wanted(connection, params)) if _is_former(row)]
+    if not former:
+        return []
+    _require_no_dependents(params, former)
+    named = sql.SQL(", ").join(verbatim(row["function"]) for row in former)
+    own = {"functions": named, "seconds": sql.Literal(CALLS_UNDER_WAY_S)}
+    return [db.statement(SQL["drop_former"], params, own)]
 
 
 def _in_order(statements: Sequence[sql.Composable]) -> sql.Composable:
@@ -188,7 +209,9 @@ def plan(phase: Phase) -> db.Plan:
         db.statement(SQL["grant"], p, {"functions": everything, "role": identifier(role)})
         for role in p.search.grant_to
     ]
-    return db.Plan((*tables, create, *grants, *word_statistics.due(connection, p)), connection)
+    return db.Plan(
+        (*tables, create, *grants, *drop_former(connection, p), *word_statistics.due(connection, p)), connection
+    )
 
 
 @changes
@@ -221,7 +244,7 @@ def set_search_setting(connection: db.Connection, params: Params, value: int) ->
     anew = (
         []
         if function_state(connection, params) is None or is_as_planned(connection, params)
-        else [create_statement(connection, params)]
+        else [create_statement(connection, params), *drop_former(connection, params)]
     )
     settings = ways.through_the_index(params, value).settings(params.index.method)
     return [*anew, *(s for name, text in settings.items() for s in _setting(connection, params, name, text))]

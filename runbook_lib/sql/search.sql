@@ -65,6 +65,13 @@ INSERT INTO {route} (target, route, share_percent) VALUES ({target_name}, 'legac
 -- undo: search.drop_function
 {parts};
 
+-- name: drop_former
+-- purpose: Remove the functions of former filters once the calls under way that ask for them have found them.
+-- lock: none on the target
+-- undo: search.create_function
+SELECT pg_sleep({seconds});
+DROP FUNCTION IF EXISTS {functions};
+
 -- name: legacy_is_retired
 -- purpose: Is the route barred from going back to legacy?
 SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass(%(route)s) AND conname = %(name)s) AS retired;
@@ -155,6 +162,8 @@ SELECT format('%%I.%%I(%%s)', n.nspname, p.proname, pg_get_function_identity_arg
        p.pronamespace = to_regnamespace(%(schema)s) AND p.proname = %(function)s AND {is_called} AS is_called,
        p.pronamespace = to_regnamespace(%(ledger)s) AND p.proname = ANY (%(by_route)s) AS answers,
        w.names IS NOT NULL AS fits,
+       EXISTS (SELECT FROM wanted o WHERE to_regnamespace(quote_ident(o.schema)) = n.oid AND o.name = p.proname
+               AND o.takes = p.proargtypes::text) AS is_in_the_way,
        w.source IS NOT DISTINCT FROM md5(p.prosrc) AND w.defaults = ARRAY(
            SELECT regexp_replace(spelt, '^NULL::.*', 'NULL')
            FROM generate_series(1, p.pronargs) i, pg_get_function_arg_default(p.oid, i) spelt
