@@ -501,3 +501,14 @@ def test_prewarm_of_an_older_file_is_passed_over_where_it_asks_for_nothing_and_n
         "prewarm was removed: delete the key, and warm the cache with pg_prewarm after 60_build_index, as"
         " docs/guide.md says",
     )
+
+
+def test_a_missing_file_is_looked_for_in_the_folder_of_params(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "demo.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput) as refused:
+        load_params("demo.yaml")
+    assert refused.value.do == "did you mean params/demo.yaml?"

@@ -461,6 +461,17 @@ def test_filters_classes_and_backfill_have_tables_of_their_own() -> None:
     )
 
 
+def test_the_time_of_a_model_is_not_held_against_the_forecast_of_loading() -> None:
+    def told(embeddings: dict[str, str]) -> tuple[str, ...]:
+        plan = {"forecast": {"load_seconds": 0.7}, "params": {"embeddings": embeddings}}
+        load = {"rows": 938, "seconds": 1.4}
+        entries = [entry("00_preflight", "plan", plan), entry("40_load_embeddings", "load", load)]
+        return figures.forecast(figures.Newest("another", entries))[0][2:]
+
+    assert told({"source": "wordllama"}) == ("1.4 s with the model", "")
+    assert told({"file": "vectors.npy"}) == ("1.4 s", "2.00 ×")
+
+
 def test_a_backfill_in_several_attempts_is_told_as_one() -> None:
     entries = make_entries()
     first = next(e for e in entries if e["kind"] == "backfill")

@@ -82,9 +82,7 @@ def load(path: str | Path, steps: StepNames | None = None) -> Params:
         data = yaml.load(path.read_text("utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
         texts = list(_texts(data))
     except OSError as error:
-        others = [other.name for other in path.parent.glob("*.y*ml")] if isinstance(error, FileNotFoundError) else []
-        near = difflib.get_close_matches(path.name, others, n=1)
-        do = f"did you mean {path.with_name(near[0])}?" if near else ""
+        do = f"did you mean {near}?" if isinstance(error, FileNotFoundError) and (near := _nearest(path)) else ""
         raise Unusable(
             [Problem("file_is_readable", str(path), error.strerror or "unreadable", "a YAML file", do)]
         ) from error
@@ -133,6 +131,13 @@ def _values(where: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(key, str):
             yield f"{where}.{shown}", key
         yield from _values(f"{where}.{shown}", each)
+
+
+def _nearest(missing: Path) -> Path | None:
+    """The file that was meant, next to the missing one or in the folder params/ there."""
+    others = {other.name: other for folder in ("params", ".") for other in (missing.parent / folder).glob("*.y*ml")}
+    near = difflib.get_close_matches(missing.name, others, n=1)
+    return others[near[0]] if near else None
 
 
 def _unsound(subject: str, text: str) -> Iterator[Problem]:

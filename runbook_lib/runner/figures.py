@@ -332,6 +332,12 @@ def _progress(entry: Figure) -> Picture:
     )
 
 
+def _embedded(plan: Mapping[str, Any]) -> bool:
+    """Did a model make the vectors while they were loaded? Otherwise they were read, from a file or a table."""
+    source = (plan.get("params") or {}).get("embeddings") or {}
+    return not (source.get("file") or source.get("table"))
+
+
 def forecast(found: Newest) -> list[tuple[str, str, str, str]]:
     """What was foreseen, by preflight's formulas and by a rehearsal where there was one; what it came to; the ratio.
 
@@ -374,6 +380,8 @@ def forecast(found: Newest) -> list[tuple[str, str, str, str]]:
             over = any("no longer fits" in n for n in index.body.get("notices", ()))
             said = "more than its limit" if over else "within its limit"
         ratio = f"{was / foreseen:.2f} ×" if was is not None and foreseen else ""
+        if key == "load_seconds" and was is not None and _embedded(plan.body):
+            said, ratio = f"{said} with the model", ""
         expected: str = shown(foreseen)
         if r := rehearsed.get(key):
             expected += f"; rehearsed {shown(r['low'])} to {shown(r['high'])}"
