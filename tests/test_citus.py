@@ -18,7 +18,7 @@ from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, citus, expand_schema, extension, inputs, load_embeddings
 from runbook_lib.operate import refresh
 from runbook_lib.params import Params
-from tests import toy
+from tests import citus_refuses, toy
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
 
 MakeParams = Callable[..., Params]
@@ -35,7 +35,7 @@ CATALOGUE = """
     CREATE TABLE pg_dist_shard (logicalrelid regclass, shardid bigint);
     CREATE FUNCTION column_to_column_name(regclass, text) RETURNS text LANGUAGE sql AS 'SELECT $2';
     CREATE TABLE workers (nodename text, nodeport int, success boolean, result text);
-    INSERT INTO workers VALUES ('one', 5432, true, '0.8.6'), ('two', 5432, true, '0.8.6');
+    INSERT INTO workers VALUES ('one', 5432, true, '0.8.6 268435456'), ('two', 5432, true, '0.8.6 268435456');
     CREATE FUNCTION run_command_on_workers(text) RETURNS SETOF workers LANGUAGE sql AS 'SELECT * FROM workers';
     CREATE FUNCTION create_distributed_table(t regclass, c text, colocate_with text) RETURNS void LANGUAGE sql AS $$
         INSERT INTO pg_dist_partition
@@ -44,6 +44,12 @@ CATALOGUE = """
     $$;
     CREATE FUNCTION run_command_on_all_nodes(text, OUT nodeid int, OUT success boolean, OUT result text)
         LANGUAGE sql AS $$ SELECT 1, true, '0' $$;
+    CREATE FUNCTION run_command_on_shards(t regclass, command text, OUT shardid bigint, OUT success boolean,
+        OUT result text) LANGUAGE plpgsql AS $$
+        BEGIN
+            shardid := 102008; success := true;
+            EXECUTE replace(command, '%s', t::text) INTO result;
+        END $$;
     CREATE FUNCTION citus_table_size(regclass) RETURNS bigint LANGUAGE sql AS 'SELECT pg_table_size($1)';
     CREATE FUNCTION get_shard_id_for_distribution_column(regclass, anyelement) RETURNS bigint LANGUAGE sql
         AS 'SELECT 102008 + $2 % 4';
@@ -144,12 +150,18 @@ OTHERS: list[tuple[str, dict[str, dict[str, Any]], str, str]] = [
         "backfill.strategy: page_interleaved",
     ),
     (
-        "UPDATE workers SET result = '0.8.2' WHERE nodename = 'two'",
+        "UPDATE workers SET result = '0.8.2 268435456' WHERE nodename = 'two'",
         {},
         "inputs.workers_have_pgvector",
         "they offer 0.8.2, 0.8.6",
     ),
-    ("UPDATE workers SET result = 'none'", {}, "inputs.workers_have_pgvector", "they offer none"),
+    ("UPDATE workers SET result = 'none 268435456'", {}, "inputs.workers_have_pgvector", "they offer none"),
+    (
+        "UPDATE workers SET result = '0.8.6 67108864' WHERE nodename = 'two'",
+        {},
+        "inputs.workers_have_the_build_memory",
+        "maintenance_work_mem 64 MB on two:5432",
+    ),
 ]
 
 
@@ -194,6 +206,26 @@ def test_no_statement_that_changes_a_distributed_table_calls_a_stable_function_o
         assert re.search(r'"articles_text(_hash)?"\("t"\."title"::text, "t"\."body"::text\)', text), statement.name
 
 
+def test_the_statements_for_an_ordinary_table_are_among_those_that_citus_refuses(
+    open_phase: Callable[..., Phase],
+) -> None:
+    phase = open_phase()
+    keys: dict[str, Any] = {"keys": [1]}
+    asked = {
+        "cannot insert multiple commands into a prepared statement": db.statement(
+            expand_schema.SQL["create_triggers"], phase.params
+        ),
+        "STABLE functions used in UPDATE queries cannot be called with column references": vector_store.of(
+            phase.params
+        ).write(phase.params, [1], None),
+        "could not run distributed query with FOR UPDATE/SHARE commands": db.statement(
+            refresh.SQL["lock_rows"], phase.params, **keys
+        ),
+    }
+    for said, statement in asked.items():
+        assert citus_refuses.words(statement.text(phase.connection)) == said
+
+
 def test_the_replaced_statements_do_what_the_ordinary_ones_do(
     distribute: Callable[[], None],
     articles: psycopg.Connection[Any],
@@ -202,6 +234,7 @@ def test_the_replaced_statements_do_what_the_ordinary_ones_do(
 ) -> None:
     phase = open_phase("60_build_index", target=ACCEPTED, search={"fulltext_column": None})
     distribute()
+    citus_refuses.refuse(monkeypatch)
     expand_schema.record_start(phase)
     for module in (extension, expand_schema, load_embeddings):
         module.apply(phase)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from runbook_lib.backfill import vector_store
 from runbook_lib.core import db, table_kind
-from runbook_lib.core.display import Table
+from runbook_lib.core.display import Table, size
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.params import Params
@@ -21,6 +21,7 @@ SQL = load("citus")
 # Identity columns of distributed tables, and functions that reach the workers by themselves.
 OLDEST_CITUS = 12
 HASH = "h"
+MB = 1024 * 1024
 # What pg_dist_partition says of a table: its method, and where it is cut by none how its copies are kept.
 BY_METHOD = {"h": "by hash", "r": "by range", "a": "by append"}
 BY_COPIES = {
@@ -167,6 +168,19 @@ def _nodes(connection: db.Connection, params: Params) -> Iterator[Gate]:
         danger="CREATE EXTENSION reaches every node, and fails on those without the files",
         do="install the same package of pgvector on every worker as on the coordinator",
         figures={"workers": len(nodes)},
+    )
+    wanted = params.index.maintenance_work_mem_mb
+    small = {n["node"]: n["memory"] for n in nodes if n["success"] and n["memory"] < wanted * MB}
+    yield gate(
+        "inputs.workers_have_the_build_memory",
+        not small,
+        f"{len(nodes)} workers",
+        found=", ".join(f"maintenance_work_mem {size(memory)} on {node}" for node, memory in small.items())
+        or f"maintenance_work_mem {wanted} MB or more on each",
+        needed=f"index.maintenance_work_mem_mb, {wanted} MB, on each: this session's own setting does not reach them",
+        danger="each shard's index would be built in less memory than was forecast, ten times as slowly",
+        do=f"on each worker: ALTER SYSTEM SET maintenance_work_mem = '{wanted}MB'; SELECT pg_reload_conf();"
+        " or lower index.maintenance_work_mem_mb to what they have",
     )
 
 

@@ -16,11 +16,58 @@ FROM pg_dist_partition p WHERE p.logicalrelid = to_regclass(%(table)s);
 SELECT am.amname::text AS method FROM pg_class c JOIN pg_am am ON am.oid = c.relam WHERE c.oid = to_regclass(%(table)s);
 
 -- name: nodes
--- purpose: What each worker offers of pgvector.
-SELECT w.nodename || ':' || w.nodeport AS node, w.success, w.result AS pgvector
+-- purpose: What each worker offers of pgvector, and the memory of a build there.
+SELECT w.nodename || ':' || w.nodeport AS node, w.success, split_part(w.result, ' ', 1) AS pgvector,
+       CASE WHEN w.success THEN split_part(w.result, ' ', 2)::bigint END AS memory
 FROM run_command_on_workers($$
-    SELECT coalesce((SELECT a.default_version FROM pg_available_extensions a WHERE a.name = 'vector'), 'none')
+    SELECT coalesce((SELECT a.default_version FROM pg_available_extensions a WHERE a.name = 'vector'), 'none') || ' '
+        || pg_size_bytes(current_setting('maintenance_work_mem'))
 $$) w ORDER BY 1;
+
+-- name: preflight.table
+-- purpose: Size, structure and write statistics of the table, added up over its shards.
+SELECT coalesce(sum((s.x ->> 'rows')::float8), 0)::bigint AS estimated_rows,
+    coalesce(max((s.x ->> 'rows')::float8), 0)::bigint AS largest_partition_rows,
+    count(*) AS partitions,
+    coalesce(sum((s.x ->> 'heap')::bigint), 0)::bigint AS heap_bytes,
+    coalesce(sum((s.x ->> 'toast')::bigint), 0)::bigint AS toast_bytes,
+    coalesce(sum((s.x ->> 'indexes')::bigint), 0)::bigint AS indexes_bytes,
+    coalesce(max((s.x ->> 'fillfactor')::int), 100) AS fillfactor,
+    coalesce(sum((s.x ->> 'updates')::bigint), 0)::bigint AS updates,
+    coalesce(sum((s.x ->> 'hot')::bigint), 0)::bigint AS hot_updates,
+    coalesce(sum((s.x ->> 'inserts')::bigint), 0)::bigint AS inserts,
+    coalesce(sum((s.x ->> 'dead')::bigint), 0)::bigint AS dead_rows,
+    min((s.x ->> 'since')::float8) AS counted_for_s
+FROM (
+    SELECT r.result::json AS x FROM run_command_on_shards(to_regclass(%(table)s), $$
+        SELECT json_build_object('rows', greatest(c.reltuples, 0), 'heap', pg_relation_size(c.oid),
+            'toast', pg_table_size(c.oid) - pg_relation_size(c.oid), 'indexes', pg_indexes_size(c.oid),
+            'fillfactor', substring(array_to_string(c.reloptions, ',') FROM 'fillfactor=(\d+)')::int,
+            'updates', s.n_tup_upd, 'hot', s.n_tup_hot_upd, 'inserts', s.n_tup_ins, 'dead', s.n_dead_tup,
+            'since', (SELECT extract(epoch FROM now() - coalesce(d.stats_reset, pg_postmaster_start_time()))
+                      FROM pg_stat_database d WHERE d.datname = current_database()))
+        FROM pg_class c LEFT JOIN pg_stat_all_tables s ON s.relid = c.oid WHERE c.oid = '%%s'::regclass
+    $$) r WHERE r.success
+) s;
+
+-- name: watch.size
+-- purpose: Rows alive and dead by the statistics, and how often they were vacuumed, added up over the shards.
+SELECT coalesce(sum(split_part(r.result, ' ', 1)::bigint), 0)::bigint AS live,
+       coalesce(sum(split_part(r.result, ' ', 2)::bigint), 0)::bigint AS dead,
+       coalesce(sum(split_part(r.result, ' ', 3)::bigint), 0)::bigint AS vacuums
+FROM run_command_on_shards(to_regclass(%(table)s), $$
+    SELECT concat_ws(' ', pg_stat_get_live_tuples(o), pg_stat_get_dead_tuples(o),
+                     pg_stat_get_vacuum_count(o) + pg_stat_get_autovacuum_count(o))
+    FROM (SELECT '%%s'::regclass::oid) AS shard (o)
+$$) r WHERE r.success;
+
+-- name: row_counts.estimated
+-- purpose: Rows of a relation by the planner's estimate, added up over its shards.
+SELECT coalesce(sum(greatest(r.result::float8, 0)), 0)::bigint AS rows, true AS there,
+       coalesce(bool_or(r.result::float8 > 0), false) AS analyzed, ARRAY[]::text[] AS not_estimated
+FROM run_command_on_shards(to_regclass(%(relation)s), $$
+    SELECT c.reltuples FROM pg_class c WHERE c.oid = '%%s'::regclass
+$$) r WHERE r.success;
 
 -- name: schema.create_staging
 -- purpose: Create the staging table and distribute it as the table is, so that each vector lies next to its row; and make text and hash of a row by functions that Citus takes in an UPDATE, since concat_ws and convert_to are only STABLE.
