@@ -246,7 +246,7 @@ def _transaction(
     connection: db.Connection, params: Params, outcome: BackfillOutcome, keys: Sequence[Any], *, skip_held: bool
 ) -> set[Any]:
     store = vector_store.of(params)
-    lock = change_queue.SQL[store.lock_rows].compose(names(params))
+    lock = db.reading(change_queue.SQL[store.lock_rows], params)
 
     def work() -> tuple[set[Any], int]:
         free = list(keys)
