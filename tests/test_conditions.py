@@ -9,7 +9,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.benchmark import cheapest_way, comparison, exact, loop, query_set
+from runbook_lib.benchmark import cheapest_way, comparison, exact, filters_together, loop, query_set
+from runbook_lib.benchmark.filter_classes import FilterClass
 from runbook_lib.benchmark.prepared import reads_index
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
@@ -310,3 +311,63 @@ def test_rows_that_no_search_may_find_are_missing_only_where_all_are_counted(
 def test_rows_that_are_searched_are_told_by_always(make_params: Callable[..., Params]) -> None:
     with pytest.raises(BadInput, match="counted_rows: searched needs always"):
         make_params(target={"counted_rows": "searched"})
+
+
+def test_filters_given_together_have_their_own_way_before_that_of_any(
+    searched: Phase, articles: psycopg.Connection[Any]
+) -> None:
+    phase, given = searched, {"most_views": "3", "owner": "7"}
+    everything = truth(articles, f"{TARGET['always']} AND {CONDITIONS['most_views']} AND {CONDITIONS['owner']}")
+    learn = search_function.SQL["learn_strategy"]
+    way = {"candidates": 1, "iterative_scan": "off", "most_scanned": 1, "recall": 1.0, "p50_ms": 1.0, "shares": [0.5]}
+    own = {"filter": share_classes.TOGETHER, "values": [None], "scan": "index"}
+    phase.do(db.statement(search_function.SQL["forget_strategies"], phase.params))
+    phase.do(db.statement(learn, phase.params, **(way | own)))
+    articles.execute(f"ALTER DATABASE {articles.info.dbname} SET enable_seqscan = off")  # type: ignore[call-overload]
+    # Every class of the share, since the planner's estimate decides which is asked for.
+    exact = {"filter": "most_views & owner", "values": list(share_classes.NAMES), "scan": "exact"}
+    phase.do(db.statement(learn, phase.params, **(way | exact | {"shares": [0.5] * len(share_classes.NAMES)})))
+    assert set(answered(phase, "vector", given)) == everything
+    how = articles.execute(
+        "SELECT w.scan, o.scan FROM runbook.way_to_search('articles', 'most_views & owner', %s) w,"
+        " runbook.way_to_search('articles', 'most_views & states', %s) o",
+        [share_classes.NAMES[0]] * 2,
+    ).fetchone()
+    assert how == ("exact", "unmeasured"), "the others are looked up as several filters"
+
+
+def test_a_set_of_filters_below_the_target_is_searched_exactly(
+    make_params: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two sets in two classes one finds too little in one of them; each is measured on what was held out."""
+    params = make_params(target=TARGET, tune={"target_recall": 0.9})
+    sets = [(("most_views", "3"), ("owner", "7")), (("owner", "7"), ("states", "{Draft}"))]
+    asked: dict[FilterClass, list[Query]] = {}
+    for listed, n in (("1 to 3 %", 4), ("3 to 10 %", 2)):
+        of = FilterClass(share_classes.TOGETHER, f"expected {listed}", tuple(sets), {}, 0.02, listed)
+        # The even ones tuned it, and would all pass.
+        asked[of] = [Query(f"q{i}", "", allowed=sets[i // 2 % 2]) for i in range(2 * n)]
+    chosen = measured(ways.Way("index", 40, "strict_order", 20_000))
+    choices = [cheapest_way.Choice(of, (), chosen, chosen, "") for of in asked]
+    seen: list[int] = []
+
+    def measure(_: Any, __: Any, way: ways.Way, queries: list[Query]) -> Any:
+        seen.append(len(queries))
+        low = queries[0].allowed == sets[1] and len(seen) > 2
+        return measured(way, questions=len(queries), recall=0.6 if low else 1.0)
+
+    monkeypatch.setattr(filters_together, "measure", measure)
+    found = filters_together.proved(None, params, choices, asked)  # type: ignore[arg-type]
+    assert seen == [2, 2, 1, 1]
+    assert [(t.name, t.questions, t.recall, t.exact) for t in found] == [
+        ("most_views & owner", 3, 1.0, False),
+        ("owner & states", 3, pytest.approx(2.6 / 3, abs=1e-4), True),
+    ]
+    assert set(found[1].shares) == {"1 to 3 %", "3 to 10 %"}
+    (gate,) = filters_together.gates(params, {"together": [t.as_data() for t in found]})
+    assert str(gate) == (
+        "PASS    tune.filters_together_reach_the_target   2 sets of filters given together\n"
+        "  found   most_views & owner 1.000 on 3 held-out questions; searched exactly: owner & states\n"
+        "  needed  recall 0.9 for each, or an exact search"
+    )
+    assert filters_together.gates(params, {}) == []
