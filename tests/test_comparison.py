@@ -274,6 +274,19 @@ def test_the_function_must_answer_as_legacy(open_phase: Open, articles: psycopg.
     )
 
 
+def test_where_legacy_is_slow_the_function_is_called_three_times(
+    open_phase: Open, articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = open_phase("10_baseline")
+    search_function.apply(phase)
+    baseline.apply(phase)
+    monkeypatch.setattr(baseline, "FUNCTION_S", 0.0)
+    proved = baseline.verify(phase)
+    assert proved.passed
+    said = next(g.found for g in proved if g.name == "compare.function_answers_as_legacy")
+    assert said == "3 of 3 queries answered alike; 17 more were not called: each call takes long"
+
+
 @pytest.mark.parametrize(
     ("condition", "verdict", "said"),
     [
@@ -309,10 +322,10 @@ def test_legacy_is_asked_once_a_query_and_what_the_baseline_knows_is_not_asked_a
     legacy, asked = statements.legacy_statement(phase.params).as_string(), list[str]()
     real = loop.ask
 
-    def ask(connection: Any, params: Any, statement: Any, queries: Any, k: int) -> loop.Answers:
+    def ask(connection: Any, params: Any, statement: Any, queries: Any, *others: Any) -> loop.Answers:
         if not callable(statement) and statement.as_string() == legacy:
             asked.extend(q.query_id for q in queries)
-        return real(connection, params, statement, queries, k)
+        return real(connection, params, statement, queries, *others)
 
     monkeypatch.setattr(loop, "ask", ask)
     monkeypatch.setattr(comparison, "CHEAP_S", 0.0)  # dear, as on a large table

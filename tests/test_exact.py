@@ -88,7 +88,10 @@ def test_answers_do_not_depend_on_how_the_table_is_cut_into_blocks(
 
     whole = answers()
     monkeypatch.setattr(exact, "BLOCK_BYTES", 1000)
-    assert answers() == whole
+    for found, wanted in zip(answers(), whole, strict=True):
+        # A sum in another order may differ in the last digit.
+        assert (found.keys, found.matching) == (wanted.keys, wanted.matching)
+        assert found.distances == pytest.approx(wanted.distances, abs=2 * 10**-exact.DECIMALS)
 
 
 def test_equal_distances_are_ordered_by_key_as_a_number(

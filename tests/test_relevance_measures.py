@@ -298,3 +298,11 @@ def test_few_times_prove_no_p95_and_many_do() -> None:
     assert relevance_measures.p95_at_least([0.001] * 15 + slow * 5) == pytest.approx(500)
     many = [i / 1e5 for i in range(100_000)]
     assert 940 < (relevance_measures.p95_at_least(many) or 0) < relevance_measures.latency(many)["p95_ms"]
+
+
+def test_seven_times_prove_the_least_of_them_as_a_median_and_more_prove_more() -> None:
+    """Binomial tables, p = .5: all of 7 above with a probability of .0078, of 6 with .0156; 13 of 16 with .0106."""
+    times = [i / 1000 for i in range(1, 17)]
+    assert relevance_measures.p50_at_least(times[:6]) is None
+    assert relevance_measures.p50_at_least(times[:7]) == pytest.approx(1)
+    assert relevance_measures.p50_at_least(times) == pytest.approx(3), "14 of 16: .0021"

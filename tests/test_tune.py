@@ -1,6 +1,8 @@
 """Phase 70: the cheapest way that reaches the target, per filter class; written down, carried, taken back."""
 
+import dataclasses
 import re
+import threading
 from collections.abc import Callable
 from io import StringIO
 from typing import Any
@@ -9,7 +11,7 @@ import psycopg
 import pytest
 from IPython.lib.pretty import RepresentationPrinter
 
-from runbook_lib.benchmark import cheapest_way, exact, filter_classes, loop, plan_diagnosis, recall_at_k
+from runbook_lib.benchmark import cheapest_way, exact, filter_classes, loop, plan_diagnosis, recall_at_k, replica
 from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings, tune
@@ -355,7 +357,13 @@ def test_a_way_that_the_held_out_questions_do_not_confirm_gives_way_to_the_next(
     to_try = [ways.Way("exact" if n == 0 else "index", n, "off", 100_000) for n in held_out]
     asked: list[str] = []
 
-    def answer(_connection: db.Connection, _params: Params, way: ways.Way, questions: list[str]) -> loop.Measured:
+    def answer(
+        _connection: db.Connection,
+        _params: Params,
+        way: ways.Way,
+        questions: list[str],
+        _enough: loop.Enough | None = None,
+    ) -> loop.Measured:
         asked.extend(questions)
         return measured(way, recall=held_out.get(way.candidates, 0.0))
 
@@ -366,6 +374,131 @@ def test_a_way_that_the_held_out_questions_do_not_confirm_gives_way_to_the_next(
     )  # type: ignore[list-item]
     assert choice.chosen and (choice.chosen.way.candidates, choice.chosen.recall) == chosen
     assert set(asked) == {"held out"}
+
+
+@pytest.mark.parametrize(
+    ("figures", "given_up"),
+    [
+        ({"recall": 0.94, "low": 0.9, "high": 0.98}, False),
+        ({"recall": 0.94, "low": 0.9, "high": 0.96}, True),
+        ({"recall": 0.9, "low": 0.85, "high": 0.94}, True),
+        ({"rows_short": 1}, True),
+        ({"plan": "whole table"}, True),
+        ({"p50_ms": 90.0, "p50_at_least_ms": 11.9}, False),
+        ({"p50_ms": 90.0, "p50_at_least_ms": 12.1}, True),
+    ],
+    ids=[
+        "may reach it",
+        "not for certain with all",
+        "misses it",
+        "a short page",
+        "not the index",
+        "slow by chance",
+        "slow for certain",
+    ],
+)
+def test_a_way_is_given_up_only_where_it_certainly_cannot_win(figures: dict[str, Any], given_up: bool) -> None:
+    assert cheapest_way._cannot_win(10.0, 0.95, 400, measured(INDEX, **figures)) is given_up
+
+
+def test_measuring_looks_at_eight_questions_and_whenever_they_have_doubled(
+    ready: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "FIRST_LOOK_S", 0.0)
+    phase = ready()
+    asked, _, _ = filter_classes.questions(phase.connection, phase.params, [filter_classes.UNFILTERED])
+    looked: list[int] = []
+
+    def look(m: loop.Measured) -> bool:
+        looked.append(m.questions)
+        return m.questions >= 32
+
+    with replica.connect(phase.connection, phase.params, "tune") as connection:
+        found = loop.measure(connection, phase.params, DEAR, asked[filter_classes.UNFILTERED], look)
+    assert (looked, found.questions, found.recall, found.rows_short) == ([8, 16, 32], 32, 1.0, 0)
+
+
+def test_exact_search_that_is_far_slower_is_asked_a_few_times_and_the_choice_in_full(
+    ready: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = ready()
+    asked: list[tuple[str, int]] = []
+
+    def answer(
+        _connection: db.Connection, _params: Params, way: ways.Way, questions: list[int], enough: Any = None
+    ) -> loop.Measured:
+        p50_ms = 700.0 if way.scan == "exact" else way.candidates / 10
+        recall = 0.5 if way.candidates < 60 and way.scan != "exact" else 1.0
+        found = measured(
+            way, recall, recall, p50_ms, high=recall, p50_at_least_ms=p50_ms * 0.9, questions=len(questions)
+        )
+        if enough and enough(found):
+            found = dataclasses.replace(found, questions=loop.FIRST_LOOK)
+        asked.append((str(way), found.questions))
+        return found
+
+    monkeypatch.setattr(cheapest_way, "measure", answer)
+    of = of_values("10 to 50 %", {"a": 0.2})
+    choice = cheapest_way.filtered(phase.connection, phase.params, of, list(range(500)), 10**6)  # type: ignore[arg-type]
+    assert choice.chosen and (choice.chosen.way.candidates, choice.chosen.questions) == (60, 250)
+    assert asked == [
+        ("exact", 8),
+        ("20, off, 20,000", 8), ("60, off, 20,000", 250),
+        ("20, strict, 20,000", 8), ("60, strict, 20,000", 250),
+        ("20, relaxed, 20,000", 8), ("60, relaxed, 20,000", 250),
+        ("100, strict, 20,000", 40),
+        ("60, off, 20,000", 250),
+    ]  # fmt: skip
+
+
+def test_rows_that_are_deleted_while_measuring_are_missed_by_no_search(
+    ready: Callable[..., Phase], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = ready(tune=FEW | {"target_recall": 0.99}, target={"filters": ["status"]})
+    answered = exact.answered
+    gone: list[int] = []
+
+    def and_then_deleted(connection: db.Connection, *args: Any) -> Any:
+        found = answered(connection, *args)
+        if not gone:
+            rows = articles.execute("DELETE FROM articles WHERE id % 14 = 3 RETURNING id").fetchall()
+            gone.extend(key for (key,) in rows)
+        return found
+
+    monkeypatch.setattr(exact, "answered", and_then_deleted)
+    found = tune.apply(phase)
+    assert isinstance(found, tune.Tuning) and len(gone) > 10
+    whole = [p for choice in found.choices[1:] for p in choice.points if p.way.scan == "exact"]
+    assert [(p.recall, p.rows_short) for p in whole] == [(1.0, 0)] * len(whole)
+    failed = [g for g in tune.verify(phase) if g.name.startswith("tune.") and g.verdict != "PASS"]
+    assert not failed, failed
+
+
+def test_a_session_that_deletes_all_the_while_makes_no_gate_of_recall_fail(
+    ready: Callable[..., Phase], database: str
+) -> None:
+    phase = ready(tune=FEW | {"target_recall": 0.99}, target={"filters": ["status"]})
+    done, gone = threading.Event(), [0]
+
+    def delete() -> None:
+        with psycopg.connect(database, autocommit=True) as writer:
+            for key in range(11, 200, 4):
+                gone[0] += writer.execute("DELETE FROM articles WHERE id = %s", [key]).rowcount
+                if done.wait(0.05):
+                    return
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    try:
+        tune.apply(phase)
+        # What follows of verify counts pages and plans, not these deletes.
+        recorded = phase.ledger.latest("tuning", phase.name)
+        gates = [tune._target_is_reached(phase.params, recorded), *tune._classes_reach(phase.params, recorded)]
+    finally:
+        done.set()
+        thread.join()
+    assert gone[0] >= 15
+    assert [str(g.verdict) for g in gates] == ["PASS"] * len(gates), gates
 
 
 def test_a_long_sweep_says_how_far_it_has_come(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from psycopg import sql
@@ -11,7 +14,7 @@ from psycopg import sql
 from runbook_lib.backfill import vector_store
 from runbook_lib.benchmark import filter_classes
 from runbook_lib.benchmark.filter_classes import FilterClass
-from runbook_lib.benchmark.loop import Measured, measure
+from runbook_lib.benchmark.loop import FIRST_LOOK, Measured, measure
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
 from runbook_lib.core.names import identifier, names, spelled
@@ -21,10 +24,12 @@ from runbook_lib.params.filters import has_subquery
 from runbook_lib.search import combined_filters, ways
 from runbook_lib.search.ways import Way
 
-# Questions that say whether a way is worth measuring in full.
+# Questions that say enough of a way that cannot be chosen, and of exact search, whose recall is known.
 SCREENED = 40
-# A way that takes this much longer than the cheapest that reaches the target, on the first questions, is left.
+# A way that certainly takes this much longer than the cheapest that reaches the target is given up.
 HOPELESS = 1.2
+# So many seconds of a search whose recall is known, or decides nothing, say how long it takes.
+EXACT_S = 3.0
 # Of ways that take no longer than this many times the cheapest, the one that finds most is chosen.
 AS_CHEAP = 1.1
 # An exact search slower than this is worth an index of its own.
@@ -46,7 +51,7 @@ PRACTICE = {
 class Choice:
     """One filter class: what was measured on the tuning half of the questions, and the choice on the other half.
 
-    chosen: None where no way reaches the target. practice: common practice on the same held-out questions.
+    chosen: None where no way reaches the target. practice: common practice on the first held-out questions.
     """
 
     of: FilterClass
@@ -90,33 +95,54 @@ def filtered(
     rows: int,
     served: Sequence[Way] | None = None,
 ) -> Choice:
-    """Every row that the filter lets through, then the index in each of its ways, as long as they can still win.
+    """Every row that the filter lets through, and the index in each of its ways, as long as they can still win.
 
     rows: of the table; an iterative scan cannot scan more. served: the only ways through the index, where a search
     cannot have settings of its own. A way that PostgreSQL answers without the vector index,
     because it finds the filter's rows sooner, is not chosen: which plan it takes may change with the statistics,
     and ``exact`` says the same for good.
+
+    A way is given up as soon as it cannot win. Only its price is judged by so few questions: what is chosen has been
+    put to all of the tuning half, and is confirmed on the other.
     """
     tuning, held_out = asked[::2], asked[1::2]
     target = params.tune.target_recall
-    points = [measure(connection, params, ways.exact(params), tuning[: 2 * SCREENED])]
-    reached = [points[0]]
+    # A few at first: where another way is much faster, the others need not be asked.
+    exact = measure(connection, params, ways.exact(params), tuning[:FIRST_LOOK])
+    points, reached = [exact], [exact]
+    settled: set[tuple[str, str]] = set()
     families = _families(params, rows, every_value_is_known=not of.listed) if served is None else [served]
-    for family in families:
-        for way in family:
-            screened = measure(connection, params, way, tuning[:SCREENED])
-            dear = screened.p50_ms > HOPELESS * min(m.p50_ms for m in reached)
-            if dear or not screened.uses_the_index:
-                points.append(screened)
-                break
-            if not at_least(screened.high, target) or screened.rows_short:
-                points.append(screened)
-                continue
-            points.append(measure(connection, params, way, tuning))
-            if points[-1].reaches(target):
-                reached.append(points[-1])
-                break
+    for way in chain.from_iterable(families):
+        kind = (way.scan, way.iterative_scan)
+        if kind in settled:
+            continue
+        cheapest = min(m.p50_ms for m in reached)
+        cannot_win = partial(_cannot_win, cheapest, target, len(tuning))
+        m = measure(connection, params, way, tuning, cannot_win)
+        points.append(m)
+        reaches = m.questions == len(tuning) and m.reaches(target)
+        if reaches:
+            reached.append(m)
+        if reaches or not m.uses_the_index or m.p50_ms > HOPELESS * cheapest:
+            # Those that follow look at more rows, and take no less.
+            settled.add(kind)
+    if exact.p50_at_least_ms <= HOPELESS * min(m.p50_ms for m in reached):
+        points[0] = reached[0] = measure(connection, params, exact.way, tuning[: 2 * SCREENED], _is_known_well)
     return _choice(connection, params, of, points, _best_first(reached), held_out)
+
+
+def _cannot_win(cheapest_ms: float, target: float, questions: int, m: Measured) -> bool:
+    """Is it certain that this way misses the target, or takes longer than one that reaches it?
+
+    questions: all that there are. The interval is narrower with all of them, but its lower end has to reach.
+    """
+    needed = target + (m.recall - m.low) * math.sqrt(m.questions / questions)
+    misses = m.rows_short > 0 or not at_least(m.high, min(needed, 1.0))
+    return misses or not m.uses_the_index or m.p50_at_least_ms > HOPELESS * cheapest_ms
+
+
+def _is_known_well(m: Measured) -> bool:
+    return m.p50_ms * m.questions > 1000 * EXACT_S
 
 
 def _best_first(reached: Sequence[Measured]) -> list[Measured]:
@@ -153,10 +179,12 @@ def _choice(
 ) -> Choice:
     """The first of ``reached``, best first, that the held-out questions confirm; the first of all where none is."""
     target = params.tune.target_recall
-    practice = measure(connection, params, PRACTICE[params.index.method], held_out)
+    practice = measure(connection, params, PRACTICE[params.index.method], held_out[:SCREENED], _is_known_well)
     confirmed: list[Measured] = []
     for candidate in reached:
-        confirmed.append(measure(connection, params, candidate.way, held_out))
+        # Exact search misses nothing, whatever is asked: it is asked until its price is known.
+        enough = _is_known_well if candidate.way.scan == "exact" else None
+        confirmed.append(measure(connection, params, candidate.way, held_out, enough))
         if at_least(confirmed[-1].recall, target) and not confirmed[-1].rows_short:
             break
     else:

@@ -23,7 +23,7 @@ from runbook_lib.benchmark.query_set import Query, exact_of, vector_of, with_exa
 from runbook_lib.benchmark.recall_at_k import SAME_DISTANCE, Nearest
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import has_chunks, identifier, literal, names, spelled
+from runbook_lib.core.names import has_chunks, identifier, literal, names, spelled, verbatim
 from runbook_lib.core.session import register_vector
 from runbook_lib.params import Params
 from runbook_lib.search import conditions, statements
@@ -42,6 +42,8 @@ DECIMALS = 6
 # How far two may differ that sum the same products in another order, relative to a distance.
 RELATIVE_TOLERANCE = 1e-4
 CHECKED = 5
+# Rows kept beyond the k nearest, as a multiple of k: deletes that come before the answers are compared.
+RESERVE = 1
 # Bits of a number that COPY sends, without the sign.
 BITS = 31
 COMPONENT = {"vector": ">f4", "halfvec": ">f2"}
@@ -72,7 +74,7 @@ def answered(connection: db.Connection, params: Params, queries: Sequence[Query]
     """The queries with their exact answers, the k nearest rows that their filters let through.
 
     queries: with vectors; those of one query_id have the same. connection: in a transaction, where the answers must
-    fit those of other statements. Memory: a few times BLOCK_BYTES and DISTANCE_BYTES, and k rows a query.
+    fit those of other statements. Memory: a few times BLOCK_BYTES and DISTANCE_BYTES, and some k rows a query.
     """
     return with_exact(queries, nearest(connection, params, queries, k))
 
@@ -89,7 +91,7 @@ def nearest(connection: db.Connection, params: Params, queries: Sequence[Query],
         vectors = vectors.astype(np.float16).astype(np.float32)
     place = {query_id: i for i, query_id in enumerate(known)}
     chunks = has_chunks(params)
-    tops = [_Top(group, k, chunks) for group in _groups(queries, place, asked)]
+    tops = [_Top(group, k + RESERVE * k, chunks) for group in _groups(queries, place, asked)]
     numbers = _distances(params.vector.distance, vectors)
     longest = 0.0
     for block in _small_enough(blocks(connection, params, asked), len(vectors)):
@@ -103,7 +105,12 @@ def nearest(connection: db.Connection, params: Params, queries: Sequence[Query],
     for top in tops:
         answers |= top.answers()
     lengths = [float(np.linalg.norm(vectors[place[q.query_id]])) for q in queries]
-    return [_with_tolerance(params, answers[i], lengths[i], longest) for i in range(len(queries))]
+    return [_with_tolerance(params, _split(answers[i], k), lengths[i], longest) for i in range(len(queries))]
+
+
+def _split(found: Nearest, k: int) -> Nearest:
+    """The k nearest, and the others in reserve."""
+    return replace(found, keys=found.keys[:k], distances=found.distances[:k], reserve=found.keys[k:])
 
 
 def _longest(vectors: FLOAT) -> float:
@@ -264,9 +271,8 @@ def _rounded(distances: FLOAT) -> FLOAT:
 
 def blocks(connection: db.Connection, params: Params, asked: _Conditions) -> Iterator[VectorBlock]:
     """The rows that have a vector and may be found, block by block."""
-    key = params.target.key
-    key_type = db.one(connection, SQL["key_type"], params, table=spelled(params, "table"), key=key)["type"]
-    layout = _Layout(params.vector.type, params.vector.dimension, len(asked.numbers) + has_chunks(params), key_type)
+    key_type, codes = _key_type(connection, params), len(asked.numbers) + has_chunks(params)
+    layout = _Layout(params.vector.type, params.vector.dimension, codes, key_type)
     held: list[bytes] = []
     size = 0
     with connection.cursor() as cursor, cursor.copy(_copy_out(connection, params, asked)) as copy:
@@ -279,6 +285,11 @@ def blocks(connection: db.Connection, params: Params, asked: _Conditions) -> Ite
                 yield block
     block, _ = layout.read(b"".join(held))
     yield block
+
+
+def _key_type(connection: db.Connection, params: Params) -> str:
+    values = {"table": spelled(params, "table"), "key": params.target.key}
+    return str(db.one(connection, SQL["key_type"], params, **values)["type"])
 
 
 def _copy_out(connection: db.Connection, params: Params, asked: _Conditions) -> sql.Composed:
@@ -371,14 +382,19 @@ def agreement(params: Params, alike: int, n: int) -> Gate:
     )
 
 
-def by_sql(connection: db.Connection, params: Params, query: Query, k: int) -> list[db.Row]:
-    """The same by plain SQL: key (as text) and distance of the k nearest rows."""
+def by_sql(
+    connection: db.Connection, params: Params, query: Query, k: int, among: Sequence[str] | None = None
+) -> list[db.Row]:
+    """The same by plain SQL: key (as text) and distance of the k nearest rows, of all or of these keys."""
     filters, n = {f.name: f for f in params.target.each_filter}, names(params)
     held = [
         conditions.holds(connection, params, filters[name], sql.Placeholder(f"allowed_{i}"))
         for i, (name, _) in enumerate(query.allowed)
     ]
     vector = sql.SQL("%(vector)s::{}").format(n["vector_type"])
+    if among is not None:
+        key_type = verbatim(_key_type(connection, params))
+        held.append(sql.SQL("t.{} = ANY (%(among)s::{}[])").format(identifier(params.target.key), key_type))
     statement = SQL["nearest"].compose(
         n
         | statements.nearest_chunk_of_each_row(params, vector)
@@ -388,7 +404,7 @@ def by_sql(connection: db.Connection, params: Params, query: Query, k: int) -> l
         }
     )
     allowed = {f"allowed_{i}": value for i, (_, value) in enumerate(query.allowed)}
-    values = {"vector": query.vector, "k": k, **allowed}
+    values = {"vector": query.vector, "k": k, "among": list(among or ()), **allowed}
     return connection.execute(statement, values, prepare=False).fetchall()
 
 

@@ -252,7 +252,8 @@ def recall_now(
         statement = statements.filtered_call_statement(reader, params)
         statements.force_route(reader, params, "vector")
         for of, mine in zip(found, asked, strict=True):
-            recall = loop.ask(reader, params, statement, mine, params.queries.k).recall()
+            answers = loop.ask(reader, params, statement, mine, params.queries.k)
+            recall = answers.up_to_date(reader, params).recall()
             result.append(ClassRecall(of, recall.mean, len(mine), recall.short))
     return result
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from psycopg import sql
 
-from runbook_lib.benchmark import query_set, recall_at_k, relevance_measures, replica
+from runbook_lib.benchmark import exact_now, query_set, recall_at_k, relevance_measures, replica
 from runbook_lib.benchmark.prepared import reads_index, use
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.benchmark.recall_at_k import Recall, Rows
@@ -28,8 +28,12 @@ from runbook_lib.sql import load
 
 SQL = load("tune")
 
-# Queries that warm the cache and the session before any is timed, and those whose pages are counted.
-WARM_UP, EXPLAINED = 3, 3
+# Queries that are explained before any is timed, which warms the cache and the session; fewer where they take longer
+# than so many seconds in all.
+EXPLAINED, EXPLAINED_S = 3, 0.3
+# From so many queries on, and whenever their number has doubled, it is asked whether the others can be left; sooner
+# says nothing, and costs nothing where they took less than so many seconds.
+FIRST_LOOK, FIRST_LOOK_S = 8, 0.1
 VECTOR_INDEX = "vector index"
 # Under these no index is read, so that the answers are exact.
 EXACT_ONLY = dict.fromkeys(("enable_indexscan", "enable_bitmapscan", "enable_indexonlyscan"), "off")
@@ -63,6 +67,10 @@ class Answers:
         """Against the exact answers of the queries, each filter by itself."""
         exact = query_set.exact_of(self.queries)
         return recall_at_k.of(exact, self.rows, [q.own_key for q in self.queries], [q.allowed for q in self.queries])
+
+    def up_to_date(self, connection: db.Connection, params: Params) -> Answers:
+        """The same answers, next to the exact ones of now: other sessions may have written meanwhile."""
+        return replace(self, queries=exact_now.up_to_date(connection, params, self.queries, self.rows))
 
     def as_exact(self, distance: str) -> list[Query]:
         """The queries with these as their exact answers. distance: the kind, as the parameters have it."""
@@ -115,10 +123,12 @@ def ask(
     statement: sql.Composed | Callable[[Query], sql.Composed],
     queries: Sequence[Query],
     k: int,
+    enough: Callable[[Answers], bool] | None = None,
 ) -> Answers:
     """Runs a search for every query, one after the other, and times each on the client.
 
-    statement: one for all, or what makes that of a query.
+    statement: one for all, or what makes that of a query. enough: looks at the answers so far, and says whether the
+    remaining queries can be left.
 
     Never prepared: psycopg's automatic prepare would keep an index plan in spite of a setting that forbids it.
     """
@@ -135,6 +145,8 @@ def ask(
             answers.rows.append([(str(row[_key(params, row)]), _distance(row)) for row in rows])
             if rows and "answered_by" in rows[0]:
                 answers.routes.append(rows[0]["answered_by"])
+            if enough and enough(so_far := replace(answers, queries=queries[: len(answers.rows)])):
+                return so_far
     return answers
 
 
@@ -196,7 +208,8 @@ class Measured:
 
     recall: recall@k with its 95 % confidence interval. worst: recall of the filter value that it serves worst.
     returned: rows returned of those asked for that exist. rows_short: questions with fewer rows than exist.
-    buffers: 8 kB pages touched by a question. plan: how PostgreSQL found the rows.
+    buffers: 8 kB pages touched by a question. plan: how PostgreSQL found the rows. p50_at_least_ms: what the median
+    certainly exceeds; 0 where too few were asked to tell.
     """
 
     way: Way
@@ -212,6 +225,7 @@ class Measured:
     p99_ms: float
     buffers: int
     plan: str
+    p50_at_least_ms: float = 0.0
 
     @property
     def uses_the_index(self) -> bool:
@@ -236,26 +250,59 @@ class Measured:
         return {**vars(self.way), **figures}
 
 
-def measure(connection: db.Connection, params: Params, way: Way, queries: Sequence[Query]) -> Measured:
+# Looks at what was measured so far, and says whether the remaining queries can be left.
+Enough = Callable[[Measured], bool]
+
+
+def measure(
+    connection: db.Connection, params: Params, way: Way, queries: Sequence[Query], enough: Enough | None = None
+) -> Measured:
     """Puts queries with exact answers as the search function does: planned again, with the settings of the way."""
-    return replica.again(params, lambda: _measure(connection, params, way, queries))
+    return replica.again(params, lambda: _measure(connection, params, way, queries, enough))
 
 
-def _measure(connection: db.Connection, params: Params, way: Way, queries: Sequence[Query]) -> Measured:
+def _measure(
+    connection: db.Connection, params: Params, way: Way, queries: Sequence[Query], enough: Enough | None
+) -> Measured:
     k = params.queries.k
     statement = by_filters(
         lambda given: statements.route_statement(connection, params, "vector", scan=way.scan, given=given)
     )
+
+    def so_far(answers: Answers) -> Measured:
+        return _judged(way, answers.up_to_date(connection, params), plans, found_by)
+
+    def ends_here(answers: Answers) -> bool:
+        return enough is not None and _is_looked_at(answers) and enough(so_far(answers))
+
     with connection.transaction():
         use(connection, way.settings(params.index.method))
-        ask(connection, params, statement, queries[:WARM_UP], k)
-        answers = ask(connection, params, statement, queries, k)
-        plans = [explain(connection, statement(q), values(params, q, k), CARRIED_OUT) for q in queries[:EXPLAINED]]
-        found_by = dict.fromkeys(_found_by(connection, params, plan) for plan in plans)
+        know_vectors(connection, queries)
+        plans = list(_explained(connection, params, statement, queries))
+        found_by = ", ".join(dict.fromkeys(_found_by(connection, params, plan) for plan in plans))
+        return so_far(ask(connection, params, statement, queries, k, ends_here))
+
+
+def _explained(
+    connection: db.Connection, params: Params, statement: Callable[[Query], sql.Composed], queries: Sequence[Query]
+) -> Iterator[QueryPlan]:
+    until = time.perf_counter() + EXPLAINED_S
+    for query in queries[:EXPLAINED]:
+        yield explain(connection, statement(query), values(params, query, params.queries.k), CARRIED_OUT)
+        if time.perf_counter() > until:
+            return
+
+
+def _is_looked_at(answers: Answers) -> bool:
+    n = len(answers.rows)
+    return n >= FIRST_LOOK and n & (n - 1) == 0 and sum(answers.seconds) >= FIRST_LOOK_S
+
+
+def _judged(way: Way, answers: Answers, plans: Sequence[QueryPlan], found_by: str) -> Measured:
     recall, times = answers.recall(), answers.latency()
     return Measured(
         way=way,
-        questions=len(queries),
+        questions=len(answers.rows),
         recall=recall.mean,
         low=recall.low,
         high=recall.high,
@@ -266,7 +313,8 @@ def _measure(connection: db.Connection, params: Params, way: Way, queries: Seque
         p95_ms=times["p95_ms"],
         p99_ms=times["p99_ms"],
         buffers=int(np.median([plan.pages for plan in plans])) if plans else 0,
-        plan=", ".join(found_by),
+        plan=found_by,
+        p50_at_least_ms=relevance_measures.p50_at_least(answers.seconds) or 0.0,
     )
 
 

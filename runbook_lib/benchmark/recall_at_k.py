@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,13 +27,15 @@ class Nearest:
     """The k nearest rows of one question: keys as text, nearest first, and their distances.
 
     matching: rows with a vector that the question's filters let through. same: how far apart two distances may be
-    and count as one. A row without a distance (a zero vector under cosine) is near nothing, and in no answer.
+    and count as one. reserve: keys of the next nearest, which move up where one of the k is deleted. A row without a
+    distance (a zero vector under cosine) is near nothing, and in no answer.
     """
 
     keys: tuple[str, ...]
     distances: tuple[float, ...]
     matching: int
     same: float = SAME_DISTANCE
+    reserve: tuple[str, ...] = field(default=(), compare=False)
 
 
 def of_rows(rows: Rows, distance: str) -> Nearest:

@@ -23,8 +23,8 @@ CONFIDENCE = 0.95
 PERSISTENCE = 0.9
 
 Answers = Mapping[str, Sequence[str]]
-# So seldom may a p95 be called too slow where it is not.
-P95_DOUBT = 0.01
+# So seldom may a p50 or a p95 be called too slow where it is not.
+QUANTILE_DOUBT = 0.01
 SEED = 20260225
 SEPARATOR = "\x1f"
 
@@ -181,18 +181,27 @@ def latency(seconds: Sequence[float]) -> dict[str, float]:
     return {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "p95_at_least_ms": sure, "n": len(seconds)}
 
 
-def p95_at_least(seconds: Sequence[float]) -> float | None:
-    """Milliseconds that the 95th percentile exceeds with 99 % confidence, however the times are distributed.
+def p50_at_least(seconds: Sequence[float]) -> float | None:
+    """Milliseconds that the median exceeds with 99 % confidence; None for fewer than seven times."""
+    return _quantile_at_least(seconds, 0.50)
 
-    The r-th of n times in order is that bound where at most r - 1 of n times would lie below the 95th percentile with
-    a probability of 1 % or less (Conover, Practical Nonparametric Statistics, on quantiles). None for fewer than two
-    times, which say nothing.
+
+def p95_at_least(seconds: Sequence[float]) -> float | None:
+    """Milliseconds that the 95th percentile exceeds with 99 % confidence; None for fewer than two times."""
+    return _quantile_at_least(seconds, 0.95)
+
+
+def _quantile_at_least(seconds: Sequence[float], quantile: float) -> float | None:
+    """Its lower bound in ms, however the times are distributed.
+
+    The r-th of n times in order is that bound where at most r - 1 of n times would lie below the quantile with a
+    probability of 1 % or less (Conover, Practical Nonparametric Statistics, on quantiles).
     """
     n, rank, chance = len(seconds), 0, 0.0
     while rank < n:
         ways = math.lgamma(n + 1) - math.lgamma(rank + 1) - math.lgamma(n - rank + 1)
-        chance += math.exp(ways + rank * math.log(0.95) + (n - rank) * math.log(0.05))
-        if chance > P95_DOUBT:
+        chance += math.exp(ways + rank * math.log(quantile) + (n - rank) * math.log(1 - quantile))
+        if chance > QUANTILE_DOUBT:
             break
         rank += 1
     return sorted(seconds)[rank - 1] * 1000 if rank else None
