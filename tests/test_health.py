@@ -11,6 +11,7 @@ import pytest
 
 from runbook_lib.backfill import batch_ranges, health
 from runbook_lib.backfill.health import LastLook, State
+from runbook_lib.core import db
 from runbook_lib.core.phase import Phase
 
 Open = Callable[..., Phase]
@@ -36,6 +37,22 @@ def test_a_quiet_server_says_normal_everywhere(phase: Callable[..., Phase]) -> N
     assert len(found) == len(health.INDICATORS)
     assert found["archiver"].reason == "archive_mode is off"
     assert found["replica lag"].reason == "no standby is connected"
+
+
+def test_wal_asks_for_a_pause_once_all_of_max_wal_size_is_written(
+    phase: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before that the checkpoint is spread by the clock, and a pause would last as long."""
+    opened, one = phase(), db.one
+    for filled, state in ((99, State.NORMAL), (101, State.STOP)):
+
+        def found(connection: Any, block: Any, *given: Any, filled: int = filled, **named: Any) -> Any:
+            row = one(connection, block, *given, **named)
+            return row | {"since_checkpoint": filled, "max_wal_size": 100} if block.name == "health.wal" else row
+
+        with monkeypatch.context() as patch:
+            patch.setattr(health.db, "one", found)
+            assert answers(opened)["WAL"].state is state
 
 
 def test_the_row_and_the_file_of_the_dba(
