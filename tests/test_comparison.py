@@ -274,6 +274,27 @@ def test_the_function_must_answer_as_legacy(open_phase: Open, articles: psycopg.
     )
 
 
+def test_the_function_is_compared_in_one_snapshot_while_rows_are_deleted(
+    open_phase: Open, articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = open_phase("10_baseline")
+    search_function.apply(phase)
+    baseline.apply(phase)
+    articles.execute("UPDATE articles SET title = 'gone', body = 'gone' WHERE id % 7 = 0")
+    real, deleted = loop.ask, list[str]()
+
+    def ask_and_delete(*args: Any) -> loop.Answers:
+        answers = real(*args)
+        for key in [keys[0] for keys in answers.keys.values() if keys and len(answers.keys) == 1]:
+            articles.execute("DELETE FROM articles WHERE id = %s", [key])
+            deleted.append(key)
+        return answers
+
+    monkeypatch.setattr(loop, "ask", ask_and_delete)
+    assert baseline.verify(phase).passed
+    assert deleted, "between the two calls that are compared"
+
+
 def test_where_legacy_is_slow_the_function_is_called_three_times(
     open_phase: Open, articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,8 +90,8 @@ def _baseline_is_recorded(ledger: Ledger) -> Gate:
 def _function_answers_as_legacy(connection: db.Connection, ledger: Ledger, params: Params) -> Gate:
     """Calls the function for some of the queries, and compares with what legacy answered, key by key.
 
-    Where an answer differs, legacy is asked once more: the table may have changed since. Where calls are slow, as few
-    are made as tell.
+    Where an answer differs, both are asked once more, in one snapshot: the table may have changed since. Where calls
+    are slow, as few are made as tell.
     """
     known = (ledger.latest("baseline") or {}).get("answers", {})
     queries = query_set.sample(query_set.as_asked(query_set.read_queries(params)), params.queries.sample)
@@ -104,8 +104,12 @@ def _function_answers_as_legacy(connection: db.Connection, ledger: Ledger, param
     call, legacy = statements.filtered_call_statement(connection, params), statements.legacy_statement(params)
     called = ask(call, queries)
     differ = [q for q in queries if q.query_id in called and called[q.query_id] != known[q.query_id]]
-    own, again = ask(legacy, differ), ask(call, differ)
-    different = [q.query_id for q in differ if (i := q.query_id) not in own or own[i] != again.get(i)]
+    different = []
+    for query in differ:
+        with connection.transaction():
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            if ask(legacy, [query]) != ask(call, [query]):
+                different.append(query.query_id)
     unasked = len(queries) - len(called)
     return gate(
         "compare.function_answers_as_legacy",
