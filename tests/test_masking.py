@@ -33,6 +33,8 @@ def masked(make_params: MakeParams, text: str, **more: object) -> tuple[str, dic
         ("Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl", "Bearer <token>"),
         ("call +49 30 901820 or +1 212-555-0123", "call <phone> or <phone>"),
         ("two@a.example,three@b.example", "<email>,<email>"),
+        ("paid by 4111 1111 1111 1111. From 10.0.0.1. Or ::1.", "paid by <card>. From <ip>. Or <ip>."),
+        ("from 10.0.0.1: no, from fe80::1: no", "from <ip>: no, from <ip>: no"),
         ("...bob@example.com, -x+y@example.com", "...<email>, -<email>"),
     ],
 )
@@ -50,6 +52,7 @@ def test_values_become_stable_placeholders(make_params: MakeParams, text: str, e
         "DE88370400440532013000",
         "version 1.2.3 of 2026-11-22 10:20:30, in std::vector and a::join",
         "999.1.1.1",
+        "1.2.3.4.5 of 10.0.0.1.example.com, 0.4111111111111111 and 4111111111111111.5",
         "an ordinary sentence, with CWE-79, CVE-2024-12345 and 12345678",
         "a_very_long_identifier_without_any_digit_in_it",
         "order 0049 30 901820",
