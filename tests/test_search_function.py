@@ -259,7 +259,8 @@ def test_a_fresh_connections_first_call_uses_the_functions_settings(
     for statement in search_function.set_search_setting(phase.connection, phase.params, 5):
         if "iterative" not in str(statement.query):
             phase.do(statement)
-    phase.do(search_function.reset_search_setting(phase.connection, phase.params, "hnsw.iterative_scan"))
+    for statement in search_function.reset_search_setting(phase.connection, phase.params, "hnsw.iterative_scan"):
+        phase.do(statement)
     with psycopg.connect(database, autocommit=True) as fresh:
         fresh.execute("SET enable_seqscan = off")
         # An element of the graph holds up to ten rows of one vector.
