@@ -391,7 +391,7 @@ def test_the_slowdown_that_is_accepted_is_a_parameter_and_the_gate_names_the_rou
     }
     assert str(shadow._is_fast_enough(recorded, "hybrid", 1.0)) == (
         "FAIL    compare.hybrid_is_not_slower_than_legacy   hybrid\n"
-        "  found   p95 227.00 ms, above 227.00 ms with 99 % confidence, nDCG@10 0.369, legacy 26.00 ms,"
+        "  found   p95 227.00 ms, at least 227.00 ms with 99 % confidence, nDCG@10 0.369, legacy 26.00 ms,"
         " nDCG@10 0.042\n"
         "  needed  at most 26.00 ms, 1 × legacy (cut_over.largest_slowdown)\n"
         "  danger  users wait longer than today\n"

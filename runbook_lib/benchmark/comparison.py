@@ -191,7 +191,7 @@ def is_fast_enough(
         fact,
         at_most(new.get("p95_at_least_ms", new["p95_ms"]), limit),
         subject,
-        found=found(f"p95 {new['p95_ms']:.2f} ms, above {sure} with 99 % confidence"),
+        found=found(f"p95 {new['p95_ms']:.2f} ms, at least {sure} with 99 % confidence"),
         needed=f"at most {most}{why}"
         + (f"; below {FAST_ENOUGH_MS:g} ms a difference is noise" if limit == FAST_ENOUGH_MS else ""),
         danger="users wait longer than today",
