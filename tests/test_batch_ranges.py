@@ -46,7 +46,7 @@ def test_keys_of_any_type_are_cut_into_ranges_that_leave_no_gap(
         "CREATE TABLE cut AS SELECT key AS after_key, key AS to_key, 'x' AS part, 0 AS id FROM staged WITH NO DATA"
     )
     articles.execute("ALTER TABLE cut DROP COLUMN id, ADD COLUMN id int GENERATED ALWAYS AS IDENTITY")
-    names = {"window": sql.Identifier("cut"), "staging": sql.Identifier("staged")}
+    names = {"window": sql.Identifier("cut"), "staged": sql.Identifier("staged")}
     articles.execute(batch_ranges.SQL["cut_keys"].compose(names), {"part": "articles", "rows": ROWS_A_WINDOW})
     inside = articles.execute(
         "SELECT (SELECT count(*) FROM staged s WHERE (w.after_key IS NULL OR s.key > w.after_key)"

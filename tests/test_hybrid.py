@@ -191,7 +191,7 @@ def test_words_that_were_counted_long_ago_or_on_another_table_are_told(
     assert str(gate()) == (
         'FAIL    watch.words_are_counted   "runbook"."words"\n'
         "  found   counted 0.5 days ago, over 201 rows of 301 today\n"
-        "  needed  counted in the last 14 days, since when the table has grown or shrunk by 40% at most\n"
+        "  needed  counted in the last 14 days, since when the table has grown or shrunk by 40 % at most\n"
         "  danger  hybrid ranks worse by old counts, and may look up words that are common by now\n"
         "  do      run operate/refresh with execute: true, which counts them again, and schedule it"
     )

@@ -12,6 +12,7 @@ from runbook_lib.core import db, row_counts
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import identifier, literal, names, spelled
+from runbook_lib.core.thresholds import percent, plain
 from runbook_lib.params import Params
 from runbook_lib.search import search_path, statements
 from runbook_lib.sql import load
@@ -84,8 +85,8 @@ def are_current(connection: db.Connection, params: Params) -> Gate:
         fits,
         spelled(params, "words"),
         found=found,
-        needed=f"counted in the last {OVERDUE * OLDEST_S / DAY_S:.0f} days, since when the table has grown or shrunk"
-        f" by {OVERDUE * LARGEST_CHANGE:.0%} at most",
+        needed=f"counted in the last {plain(OVERDUE * OLDEST_S / DAY_S)} days, since when the table has grown or"
+        f" shrunk by {percent(OVERDUE * LARGEST_CHANGE)} at most",
         danger="hybrid ranks worse by old counts, and may look up words that are common by now",
         do="run operate/refresh with execute: true, which counts them again, and schedule it",
         figures={"rows": known.rows, "age_s": known.age_s, "rows_now": there} if known else {},
