@@ -1,6 +1,7 @@
 """Windows of keys: cut by the order of the keys alone, so that every type that has an order can be cut."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -8,6 +9,7 @@ import pytest
 from psycopg import sql
 
 from runbook_lib.backfill import batch_ranges
+from runbook_lib.core import table_kind
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
 from tests import toy
@@ -59,7 +61,7 @@ def test_keys_of_any_type_are_cut_into_ranges_that_leave_no_gap(
 def test_a_backfill_by_ranges_of_a_uuid_key_fills_every_row(
     open_phase: Callable[..., Phase], articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_ranges, "ROWS_A_WINDOW", 30)
+    monkeypatch.setattr(table_kind, "ORDINARY", replace(table_kind.ORDINARY, rows_a_key_range=30))
     articles.execute("ALTER TABLE articles ADD COLUMN u uuid NOT NULL UNIQUE DEFAULT gen_random_uuid()")
     phase = open_phase("50_backfill", target={"key": "u"}, backfill={"strategy": "key_ranges", "batch_rows": 7})
     for module in (extension, expand_schema, load_embeddings, backfill):

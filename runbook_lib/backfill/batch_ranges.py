@@ -25,9 +25,6 @@ BACKFILL = load("backfill")
 # A range is about a second's work: what a dead worker leaves undone, and what is claimed at once.
 BLOCKS_A_WINDOW = 1024
 FEWEST_BLOCKS_A_WINDOW = 64
-ROWS_A_WINDOW = 10_000
-# Of a distributed table a range is divided by shards once more.
-ROWS_A_DISTRIBUTED_WINDOW = 100_000
 # So many ranges for each worker at least, so that none waits long for the last.
 WINDOWS_A_WORKER = 8
 
@@ -84,8 +81,7 @@ def cut(connection: db.Connection, params: Params, choice: StrategyChoice) -> No
         if choice.strategy == "page_interleaved":
             _cut_blocks(connection, params)
         else:
-            rows = ROWS_A_DISTRIBUTED_WINDOW if table_kind.of(params).distributed else ROWS_A_WINDOW
-            values = {"part": spelled(params, "table"), "rows": rows}
+            values = {"part": spelled(params, "table"), "rows": table_kind.of(params).rows_a_key_range}
             connection.execute(SQL["cut_keys"].compose(names(params)), values)
 
 

@@ -9,7 +9,7 @@ from psycopg import sql
 
 from runbook_lib.backfill import vector_store
 from runbook_lib.backfill.update_effects import Effects, found_room
-from runbook_lib.core import db, query_plan, versions
+from runbook_lib.core import db, query_plan, table_kind, versions
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import BadInput, Gate, Verdict
 from runbook_lib.core.names import added_columns, identifier, names, spelled, verbatim
@@ -65,7 +65,7 @@ def pick(
     """
     if why := vector_store.of(params).promoted:
         return StrategyChoice("side_table", why)
-    if params.target.distributed:
+    if not table_kind.of(params).has_pages_here:
         return StrategyChoice("key_ranges", "the table is distributed: its pages lie on other servers")
     largest = max(found, key=lambda r: r.blocks, default=None)
     if largest is None or not reads_ranges:
@@ -109,7 +109,8 @@ def choose(connection: db.Connection, params: Params, tried: Effects | None = No
     """Looks at the table, asks the planner, and picks."""
     found = relations(connection, params)
     version, p = connection.info.server_version, params
-    asks = not vector_store.of(p).promoted and not p.target.distributed and versions.scans_ranges_of_blocks(version)
+    has_pages = not vector_store.of(p).promoted and table_kind.of(p).has_pages_here
+    asks = has_pages and versions.scans_ranges_of_blocks(version)
     ranges = asks and all(_reads_ranges(connection, params, r.part) for r in found)
     return pick(p, version, found, reads_ranges=ranges, tried=tried)
 

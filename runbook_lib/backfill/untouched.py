@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runbook_lib.backfill import hooks, update_effects, vector_store
-from runbook_lib.core import db
+from runbook_lib.core import db, table_kind
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.ledger import Ledger
@@ -66,7 +66,7 @@ class Witness:
 
 def witness(connection: db.Connection, params: Params, seen: Compared) -> Witness | None:
     """For one worker; None where no row of the table is updated, or rows cannot be looked at by one server."""
-    if params.target.distributed or not vector_store.of(params).columns(params):
+    if not table_kind.of(params).has_pages_here or not vector_store.of(params).columns(params):
         return None
     return Witness(update_effects.bench(connection, params, added_columns(params)), seen)
 

@@ -33,8 +33,7 @@ def gates(connection: db.Connection, ledger: Ledger, params: Params) -> list[Gat
     plans each call by itself (EXECUTE), what an application prepares may turn to a generic plan.
     """
     kind = table_kind.of(params)
-    # The scans of a distributed table are counted on other servers.
-    routes = [] if kind.distributed else list(dict.fromkeys(["vector", params.cut_over.route]))
+    routes = list(dict.fromkeys(["vector", params.cut_over.route])) if kind.has_pages_here else []
     found = [_function_searches_by_index(connection, params, route) for route in routes]
     sent: list[tuple[Sent, Exactly | None]] = [(function_query(connection, params), None)]
     if params.search.application_query:
@@ -42,8 +41,7 @@ def gates(connection: db.Connection, ledger: Ledger, params: Params) -> list[Gat
         sent.append((own, _chosen_exact(connection, ledger, params, own)))
     with as_the_application(connection, params) as reader:
         for s, exact in sent:
-            # Citus plans a query of many shards for the values of each call.
-            kinds = ("custom",) if s is sent[0][0] or kind.distributed else ("custom", "generic")
+            kinds = ("custom", "generic") if kind.keeps_generic_plans and s is not sent[0][0] else ("custom",)
             found += [judge(reader, params, s, k, exact) for k in kinds]
     return found
 

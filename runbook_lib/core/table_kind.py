@@ -23,17 +23,23 @@ NAMED = ("table", "staging", "rejected", "queue", "route", "strategy")
 class TableKind:
     """One kind of table.
 
-    distributed: do its rows lie on other servers? session: settings of every session, whether the server shows them
-    in pg_settings or not. settings_stay: do settings of a session, or of a function, reach where the rows are
-    searched? Otherwise only those of a transaction do, and those that ALTER ROLE gives. of_a_change: settings of a
-    transaction that changes what there is. fewest_rows_a_batch: however long such a batch takes. blocks: in place of
-    those of the same names.
+    name: who distributes it; empty for a table of this server. has_pages_here: do its rows, and the counts of its
+    scans, lie on this server? takes_trials: can its statements be tried in one transaction that is rolled back?
+    keeps_generic_plans: may a prepared search turn to a plan for any values? session: settings of every session,
+    whether the server shows them in pg_settings or not. settings_stay: do settings of a session, or of a function,
+    reach where the rows are searched? Otherwise only those of a transaction do, and those that ALTER ROLE gives.
+    of_a_change: settings of a transaction that changes what there is. rows_a_key_range: of the backfill.
+    fewest_rows_a_batch: however long such a batch takes. blocks: in place of those of the same names.
     """
 
-    distributed: bool = False
+    name: str = ""
+    has_pages_here: bool = True
+    takes_trials: bool = True
+    keeps_generic_plans: bool = True
     session: Mapping[str, str] = field(default_factory=dict)
     settings_stay: bool = True
     of_a_change: Mapping[str, str] = field(default_factory=dict)
+    rows_a_key_range: int = 10_000
     fewest_rows_a_batch: int = 10
     blocks: Mapping[str, Block] = field(default_factory=dict)
 
@@ -54,10 +60,14 @@ class TableKind:
 
 ORDINARY = TableKind()
 CITUS = TableKind(
-    distributed=True,
+    name="Citus",
+    has_pages_here=False,
+    takes_trials=False,
+    # It plans a query of many shards for the values of each call.
+    keeps_generic_plans=False,
     session={
         # A capture trigger is made, and dropped, only where this is on; it fires whatever it is. The trigger writes
-        # to the shard of the queue that lies beside the row, so none of the dangers that Citus names is there.
+        # to the shard of the queue on the row's own node, so none of the dangers that Citus names is there.
         "citus.enable_unsafe_triggers": "on",
         # SET LOCAL reaches the workers; neither SET nor set_config nor a function's SET does.
         "citus.propagate_set_commands": "local",
@@ -65,6 +75,8 @@ CITUS = TableKind(
     settings_stay=False,
     # One connection a node: a function or a reference table cannot be changed after shards were changed in parallel.
     of_a_change={"citus.multi_shard_modify_mode": "sequential"},
+    # A range is divided by shards once more.
+    rows_a_key_range=100_000,
     # A batch has a price of its own, of messages between nodes, which fewer rows do not lower.
     fewest_rows_a_batch=200,
     # By "module.name"; the others are asked for by their own.

@@ -35,8 +35,9 @@ WHY_NOT = {
     " application fail",
     "as a local table of Citus, or in a single shard": "only tables distributed by hash of their key were tried",
 }
-# What needs no statement of its own.
+# What is left out, or needs no statement of its own.
 BY_ITSELF = [
+    ("00_preflight", "nothing is tried: Citus does not take these statements in one transaction", ""),
     ("20_extension", "CREATE EXTENSION reaches every node by itself", ""),
     ("30_expand_schema", "ADD COLUMN and CREATE TRIGGER reach every shard by themselves", ""),
     ("40_load_embeddings", "COPY sends each vector to the node of its row", ""),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import psycopg
 
 from runbook_lib.backfill import update_effects
-from runbook_lib.core import db
+from runbook_lib.core import db, table_kind
 from runbook_lib.core.display import number
 from runbook_lib.core.gates import Gate, Verdict, gate
 from runbook_lib.core.names import identifier, names, shortened, spelled
@@ -40,9 +40,9 @@ def check(connection: db.Connection, params: Params, columns: Mapping[str, db.Ro
     yield document
     yield config
     sound = document.verdict is config.verdict is Verdict.PASS
-    # Citus plans for its workers; without hybrid nobody searches a column's words but 80_shadow.
+    # Without hybrid only 80_shadow searches a column's words.
     wanted = params.search.fulltext_expression or params.cut_over.route == "hybrid"
-    if sound and wanted and not params.target.distributed:
+    if sound and wanted and table_kind.of(params).takes_trials:
         yield _index(connection, params)
 
 
@@ -87,7 +87,7 @@ def _expression(connection: db.Connection, params: Params) -> Gate:
 
 def check_words_query(connection: db.Connection, params: Params) -> Iterator[Gate]:
     """Gates of search.words_query, with sound filters; none without words_query. Not checked on Citus."""
-    if params.search.words_query is None or params.target.distributed:
+    if params.search.words_query is None or not table_kind.of(params).takes_trials:
         return
     seen = filter_checks.of_condition(connection, params, statements.words_query_condition(connection, params))
     yield gate(

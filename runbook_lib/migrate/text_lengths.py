@@ -67,8 +67,8 @@ def chunks_a_row(connection: db.Connection, params: Params) -> float:
 
 def gates(connection: db.Connection, params: Params) -> Iterator[Gate]:
     """Gate: the model reads the texts to their end, but for the share that was agreed to. Vectors made elsewhere have
-    no model to ask; on a Citus cluster nobody has tried it."""
-    if not params.embeddings.has_model or params.target.distributed:
+    no model to ask."""
+    if not params.embeddings.has_model:
         return
     rows = texts(connection, params)
     lengths = [r["length"] for r in rows]
@@ -110,7 +110,7 @@ def _read_whole(params: Params, lengths: Lengths, read: Read) -> Gate:
         spelled(params, "table"),
         found=found,
         needed=f"at most {limit} of the text, as embeddings.accept_unread_percent says",
-        danger="no vector knows of what stands there, and no search by vectors finds it",
+        danger="no vector holds that part of a text, so that no search by vectors finds it",
         do=f"set embeddings.chunks: {{size: {size}}}, for a vector of each part; or name a model that reads more; or"
         f" accept it: embeddings.accept_unread_percent: {min(100, math.ceil(share))}",
         figures={

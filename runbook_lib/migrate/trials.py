@@ -14,7 +14,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.backfill import batch_ranges, pruning, update_effects, vector_store
-from runbook_lib.core import db
+from runbook_lib.core import db, table_kind
 from runbook_lib.core.display import duration, number
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.ledger import Ledger
@@ -55,16 +55,9 @@ class _Stage:
 def gates(connection: db.Connection, params: Params) -> Iterator[Gate]:
     """Tries what is left to be made, and the backfill's UPDATE. A lock that others hold makes a gate UNKNOWN.
 
-    Where everything is made already, nothing is tried and there is no gate.
+    Where everything is made already, or this kind of table takes no trials, nothing is tried and there is no gate.
     """
-    if params.target.distributed:
-        yield gate(
-            "trial.statements",
-            True,
-            spelled(params, "table"),
-            found="not tried: Citus does not take these statements in one transaction",
-            needed="a rehearsal on a copy of the cluster",
-        )
+    if not table_kind.of(params).takes_trials:
         return
     before = connection.prepare_threshold
     connection.prepare_threshold = None
@@ -81,7 +74,7 @@ def of_update(connection: db.Connection, params: Params) -> tuple[list[Gate], up
     try:
         with db.rolled_back(connection):
             _bound(connection, params)
-            prepared = None if params.target.distributed else _prepared(connection, params)
+            prepared = _prepared(connection, params) if table_kind.of(params).takes_trials else None
             if prepared is None:
                 return [], None
             trial = update_effects.attempt(connection, params, prepared)
