@@ -7,7 +7,7 @@ is. How SQL reads vectors in either is said by :func:`runbook_lib.core.names.nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,8 +31,9 @@ from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
 from runbook_lib.sql import Block, load
 
-SQL, CHUNKED = load("sidetable"), load("chunks")
+SQL = load("sidetable")
 SCHEMA = load("schema")
+STAGED = {"create_staging": SCHEMA["create_staging"], "copy": load("staging")["copy"]}
 BACKFILL = load("backfill")
 PREFLIGHT = load("preflight")
 
@@ -54,9 +55,10 @@ class VectorStore:
     updates the table's own rows, so that its triggers, rules, checks and indexes take part. table: the one that it
     makes, with a foreign key to the target's. promoted: that its backfill is one statement, and why; empty where it
     goes row by row. knows_filters: an index on the vectors may name the table's other columns. lock_rows, write_row,
-    clear_row: blocks of refresh.sql. create, drop: make it and remove it. create_staging: the
-    table of vectors that are to be moved there. write: the statement that moves a batch of
-    staged vectors. promotion: what moves all of them at once, as far as it is still to be done. clear_textless:
+    clear_row: blocks of refresh.sql. blocks: those of its own tables, among them create_staging and copy, of the
+    vectors that are to be moved there. places: columns there that say of which part of a text a vector is; empty
+    where a row has one vector. create, drop: make it and remove it. write: the statement that moves a batch of staged
+    vectors. promotion: what moves all of them at once, as far as it is still to be done. clear_textless:
     removes the vectors of rows without text. not_hot_us: of one core, for an update of the table that is not HOT,
     with the vector index. search_times: p50 of a search against one in the column.
     """
@@ -69,14 +71,15 @@ class VectorStore:
     lock_rows: str
     write_row: str
     clear_row: str
+    blocks: Mapping[str, Block]
     create: Callable[[db.Connection, Params], db.Statement]
     drop: Callable[[db.Connection, Params], db.Statement]
-    create_staging: Block
     write: Callable[[Params, Sequence[Any] | None, str | None], db.Statement]
     promotion: Callable[[Phase], list[db.Statement]]
     clear_textless: Callable[[db.Connection, Params], Iterator[db.Statement]]
     not_hot_us: int
     search_times: float
+    places: tuple[str, ...] = ()
 
     def built_at_once(self, largest_partition: float) -> float:
         """Share of the rows that one build of the index holds in memory: partitions are built one after the other.
@@ -102,7 +105,7 @@ def _update(params: Params, keys: Sequence[Any] | None, part: str | None) -> db.
 
 def _upsert(params: Params, keys: Sequence[Any] | None, part: str | None) -> db.Statement:
     """The INSERT … ON CONFLICT of one batch."""
-    return db.statement(_blocks(params)["upsert"], params, keys=None if keys is None else list(keys))
+    return db.statement(of(params).blocks["upsert"], params, keys=None if keys is None else list(keys))
 
 
 def _clear_in_batches(connection: db.Connection, params: Params) -> Iterator[db.Statement]:
@@ -112,13 +115,8 @@ def _clear_in_batches(connection: db.Connection, params: Params) -> Iterator[db.
         yield db.statement(BACKFILL["clear_textless"], params, keys=list(batch))
 
 
-def _blocks(params: Params) -> dict[str, Block]:
-    """The statements of the table beside; those of chunks take the place of their namesakes."""
-    return SQL | CHUNKED if has_chunks(params) else SQL
-
-
 def _of_side_table(connection: db.Connection, params: Params, name: str) -> db.Statement:
-    return db.statement(_blocks(params)[name], params, _extra(connection, params))
+    return db.statement(of(params).blocks[name], params, _extra(connection, params))
 
 
 def _extra(connection: db.Connection, params: Params) -> dict[str, sql.Composable]:
@@ -147,28 +145,34 @@ def _promotion(phase: Phase) -> list[db.Statement]:
     after = [_of_side_table(connection, p, name) for name in AFTER_PROMOTION]
     state = db.one(connection, SQL["sizes"], p) if phase.execute else {"empty": True, "staged": True}
     if state["empty"] and state["staged"]:
-        extra = {"renames": _renames(connection, p), "create_staging": of(p).create_staging.compose(names(p))}
-        return [db.statement(_blocks(p)["promote"], p, _extra(connection, p) | extra), *after]
+        store, n = of(p), names(p)
+        extra = {
+            "renames": _renames(connection, p),
+            "create_staging": store.blocks["create_staging"].compose(n),
+            "staged_places": sql.SQL("").join(sql.SQL(", {}").format(identifier(c)) for c in store.places),
+            "places": sql.SQL("").join(sql.SQL(", {}").format(n[c]) for c in store.places),
+        }
+        return [db.statement(store.blocks["promote"], p, _extra(connection, p) | extra), *after]
     return [] if _is_validated(connection, p) else after
 
 
 def _renames(connection: db.Connection, params: Params) -> sql.Composable:
     """The staging table's columns and primary key take the names that they have in the side table."""
-    column, staging = params.vector.column, names(params)["staging"]
-    places = {"chunk": "chunk", "chunk_start": "start", "chunk_length": "length"} if has_chunks(params) else {}
-    pairs = {
-        **{staged: f"{column}_{name}" for staged, name in places.items()},
-        "key": params.target.key,
-        "text_hash": f"{column}_hash",
-        "embedding": column,
-        "staged_at": f"{column}_updated_at",
+    n, places = names(params), of(params).places
+    # The places first: the key of the table may have the name of one.
+    renamed = {
+        **{place: n[place] for place in places},
+        "key": n["key"],
+        "text_hash": n["embedding_hash"],
+        "embedding": n["embedding"],
+        "staged_at": n["embedding_updated_at"],
     }
     rename = sql.SQL("ALTER TABLE {} RENAME COLUMN {} TO {}")
-    parts = [rename.format(staging, identifier(a), identifier(b)) for a, b in pairs.items() if a != b]
+    parts = [rename.format(n["staging"], identifier(a), b) for a, b in renamed.items() if identifier(a) != b]
     key = db.rows(connection, SQL["primary_key"], params, staging=spelled(params, "staging"))
     new = identifier(f"runbook_{params.target.name}_vector_key")
     parts += [
-        sql.SQL("ALTER TABLE {} RENAME CONSTRAINT {} TO {}").format(staging, identifier(row["name"]), new)
+        sql.SQL("ALTER TABLE {} RENAME CONSTRAINT {} TO {}").format(n["staging"], identifier(row["name"]), new)
         for row in key
     ]
     return sql.SQL("; ").join(parts)
@@ -189,9 +193,9 @@ COLUMN = VectorStore(
     lock_rows="lock_rows",
     write_row="update",
     clear_row="clear",
+    blocks=STAGED,
     create=lambda _, params: db.statement(SCHEMA["add_columns"], params),
     drop=lambda _, params: db.statement(SCHEMA["drop_columns"], params),
-    create_staging=SCHEMA["create_staging"],
     write=_update,
     promotion=lambda _: [],
     clear_textless=_clear_in_batches,
@@ -207,9 +211,9 @@ SIDE_TABLE = VectorStore(
     lock_rows="lock_rows_beside",
     write_row="update_beside",
     clear_row="clear_beside",
+    blocks=STAGED | SQL,
     create=lambda connection, params: _of_side_table(connection, params, "create"),
     drop=lambda connection, params: _of_side_table(connection, params, "drop"),
-    create_staging=SCHEMA["create_staging"],
     write=_upsert,
     promotion=_promotion,
     clear_textless=lambda connection, params: iter([_of_side_table(connection, params, "clear_textless")]),
@@ -223,14 +227,15 @@ CHUNKS = replace(
     name="chunks",
     promoted="vector.layout: the staging table becomes the table of chunks",
     write_row="update_chunks",
-    create_staging=CHUNKED["create_staging"],
+    blocks=STAGED | SQL | load("chunks"),
+    places=("chunk", "chunk_start", "chunk_length"),
 )
 STORES = (COLUMN, SIDE_TABLE)
 
 
 def not_with_chunks(params: Params, operation: str) -> list[Gate]:
-    """What refuses chunks in an operation that makes or compares vectors of rows that have one each."""
-    if not has_chunks(params):
+    """Gate: it refuses an operation that compares one vector a row, where a row has several."""
+    if not of(params).places:
         return []
     found = gate(
         "operate.rows_have_one_vector",
@@ -238,8 +243,8 @@ def not_with_chunks(params: Params, operation: str) -> list[Gate]:
         operation,
         found=f"vector.layout: {CHUNKS.name}",
         needed=f"{COLUMN.name} or {SIDE_TABLE.name}; this operation does not work with vector.layout: {CHUNKS.name}",
-        danger="it would measure rows that have one vector each, which these have not",
-        do="do without it: 60_build_index, 70_tune and operate/monitor measure the index that serves",
+        danger="it compares one vector a row, and here a row has several",
+        do="leave it out: 60_build_index, 70_tune and operate/monitor measure the index in use",
     )
     return [found]
 

@@ -54,7 +54,7 @@ def plan(phase: Phase) -> db.Plan:
     ]
     made = there["columns"] == len(added_columns(p))
     todo = [] if made else [vector_store.of(p).create(connection, p)]
-    blocks = SQL | {"create_staging": vector_store.of(p).create_staging}
+    blocks = {**SQL, **vector_store.of(p).blocks}
     todo += [db.statement(blocks[n], p) for n, missing in wanted if missing]
     return db.Plan(tuple(todo), connection)
 

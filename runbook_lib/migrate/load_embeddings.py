@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +16,13 @@ import numpy as np
 from pgvector import HalfVector
 from psycopg import sql
 
+from runbook_lib.backfill import vector_store
 from runbook_lib.backfill.progress import Progress
 from runbook_lib.core import db
 from runbook_lib.core.cell_order import SECONDS_BETWEEN_QUESTIONS
 from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
-from runbook_lib.core.names import HASH_BYTES, has_chunks, names, spelled
+from runbook_lib.core.names import HASH_BYTES, names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import embedding, masking, packing, sources, splitting
@@ -29,11 +30,15 @@ from runbook_lib.params import Params
 from runbook_lib.params.section import unsound
 from runbook_lib.sql import Block, load
 
-SQL, CHUNKS = load("staging"), load("chunks")
+SQL = load("staging")
 # A key that is none is kept this long.
 LONGEST_KEY_TEXT = 200
 # Batches that are made and not yet copied; each holds its vectors in memory.
 MOST_BATCHES_AHEAD = 2
+# What the database says of a key, as the block look_up packs it.
+LOOKED_UP = np.dtype(
+    [("hash", f"V{HASH_BYTES}"), *((name, "?") for name in ("again", "known", "done", "staged_before"))]
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def plan(phase: Phase) -> db.Plan:
 
 
 def _copying(params: Params) -> Block:
-    return CHUNKS["copy"] if has_chunks(params) else SQL["copy"]
+    return vector_store.of(params).blocks["copy"]
 
 
 def source(phase: Phase) -> Table:
@@ -203,7 +208,7 @@ def _from_model(connection: db.Connection, params: Params, tally: _Tally) -> Ite
             [rows[i]["key"] for i in dict.fromkeys(made.rows) if rows[i]["staged_before"]],
             [_of_model(rows[i]["key"], error) for i, error in made.errors.items()],
             [(n, c.start, c.length) for n, c in zip(made.numbered(), made.chunks, strict=True)]
-            if has_chunks(params)
+            if vector_store.of(params).places
             else (),
         )
         last = rows[-1]["key"]
@@ -234,19 +239,17 @@ def _wanted(connection: db.Connection, params: Params, rows: sources.SourceRows,
     if made_from:
         pairs = zip((made_from[i] for i in at), hashes, strict=True)
         is_current = np.fromiter((given is None or given == of_row for given, of_row in pairs), bool, len(keys))
-    known = found["known"] & ~found["again"]
-    open_ = known & ~found["done"]
-    reasons = [
-        (found["again"], "its key occurs again"),
-        (~found["known"] & ~found["again"], "no row of the table has its key"),
-        (open_ & ~is_read, "its vector cannot be read"),
-        (open_ & is_read & ~is_current, "made from a text that the row no longer has"),
+    open_ = found["known"] & ~found["again"] & ~found["done"]
+    reasons: list[tuple[Any, str, Callable[[int], str]]] = [
+        (found["again"], "its key occurs again", lambda _: "an earlier row has this key"),
+        (~found["known"] & ~found["again"], "no row of the table has its key", lambda _: ""),
+        (open_ & ~is_read, "its vector cannot be read", lambda i: rows.faults[i]),
+        (open_ & is_read & ~is_current, "made from a text that the row no longer has", lambda _: ""),
     ]
-    for those, reason in reasons:
-        for n in np.flatnonzero(those).tolist():
-            detail = {"its key occurs again": "an earlier row has this key"}.get(reason, "")
-            detail = rows.faults[at[n]] if reason == "its vector cannot be read" else detail
-            refused.append(_refusal(params, rows, at[n], keys[n], reason, detail))
+    for those, reason, detail in reasons:
+        refused += [
+            _refusal(params, rows, at[n], keys[n], reason, detail(at[n])) for n in np.flatnonzero(those).tolist()
+        ]
     taken = np.flatnonzero(open_ & is_read & is_current).tolist()
     before = found["staged_before"]
     return RowsToStage(
@@ -256,12 +259,6 @@ def _wanted(connection: db.Connection, params: Params, rows: sources.SourceRows,
         [keys[n] for n in taken if before[n]] if before.any() else [],
         refused,
     )
-
-
-# What the database says of a key, as a block look_up in staging.sql packs it.
-LOOKED_UP = np.dtype(
-    [("hash", f"V{HASH_BYTES}"), *((name, "?") for name in ("again", "known", "done", "staged_before"))]
-)
 
 
 def _look_up(connection: db.Connection, params: Params, keys: list[Any], kind: str) -> np.ndarray:

@@ -37,24 +37,6 @@ ALTER TABLE {staging}
     ALTER COLUMN chunk_start SET NOT NULL,
     ALTER COLUMN chunk_length SET NOT NULL;
 
--- name: promote
--- purpose: Rename the staging table to become the table of chunks, and create an empty staging table. No row is copied.
--- lock: ACCESS EXCLUSIVE on {table}, for milliseconds, while the foreign key moves over
--- undo: sidetable.drop
-LOCK TABLE {vectors} IN ACCESS EXCLUSIVE MODE;
-DELETE FROM {staging} s USING {vectors} e WHERE s.key = e.{key};
-INSERT INTO {staging} (key, text_hash, embedding, staged_at, chunk, chunk_start, chunk_length)
-    SELECT {key}, {embedding_hash}, {embedding}, {embedding_updated_at}, {chunk}, {chunk_start}, {chunk_length} FROM {vectors};
-DROP TABLE {vectors};
-{renames};
-ALTER TABLE {staging} SET SCHEMA {schema};
-ALTER TABLE {moved} RENAME TO {vectors_name};
-ALTER TABLE {vectors}
-    ADD CONSTRAINT {foreign_key} FOREIGN KEY ({key}) REFERENCES {table} ({key})
-    ON DELETE CASCADE ON UPDATE CASCADE NOT VALID;
-{grants};
-{create_staging};
-
 -- name: upsert
 -- purpose: Replace the chunks of each row of a batch by those staged, if its text is still the text that was embedded.
 -- lock: ROW EXCLUSIVE on the table of chunks; ROW SHARE on {table}, on the rows of one batch, until its commit

@@ -63,7 +63,7 @@ WHERE t.{key} = %(key)s AND {text_hash} = %(text_hash)s;
 -- name: update_beside
 -- purpose: Give each row its vector in the side table, if its text is still the text that was embedded.
 -- lock: ROW EXCLUSIVE on {vectors}; a share lock on the rows of one batch of {table}, until its commit
--- undo: schema.drop_columns
+-- undo: sidetable.drop
 INSERT INTO {vectors} AS e ({key}, {embedding}, {embedding_hash}, {embedding_updated_at})
 SELECT t.{key}, %(embedding)s, %(text_hash)s, now() FROM {table} t
 WHERE t.{key} = %(key)s AND {text_hash} = %(text_hash)s FOR SHARE OF t
@@ -73,7 +73,7 @@ ON CONFLICT ({key}) DO UPDATE SET {embedding} = excluded.{embedding}, {embedding
 -- name: update_chunks
 -- purpose: Replace the chunks of a row, in one statement, if its text is still the text that was embedded.
 -- lock: ROW EXCLUSIVE on {vectors}; a share lock on the rows of one batch of {table}, until its commit
--- undo: schema.drop_columns
+-- undo: sidetable.drop
 WITH unchanged AS MATERIALIZED (
     SELECT t.{key} AS key FROM {table} t WHERE t.{key} = %(key)s AND {text_hash} = %(text_hash)s FOR SHARE OF t
 ), cut_off AS (

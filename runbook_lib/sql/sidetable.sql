@@ -27,9 +27,9 @@ DROP TABLE IF EXISTS {vectors};
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds, while the foreign key moves over
 -- undo: sidetable.drop
 LOCK TABLE {vectors} IN ACCESS EXCLUSIVE MODE;
-INSERT INTO {staging} (key, text_hash, embedding, staged_at)
-    SELECT {key}, {embedding_hash}, {embedding}, {embedding_updated_at} FROM {vectors}
-    ON CONFLICT (key) DO UPDATE SET text_hash = excluded.text_hash, embedding = excluded.embedding;
+DELETE FROM {staging} s USING {vectors} e WHERE s.key = e.{key};
+INSERT INTO {staging} (key, text_hash, embedding, staged_at{staged_places})
+    SELECT {key}, {embedding_hash}, {embedding}, {embedding_updated_at}{places} FROM {vectors};
 DROP TABLE {vectors};
 {renames};
 ALTER TABLE {staging} SET SCHEMA {schema};
