@@ -65,17 +65,19 @@ def use_setting(connection: db.Connection, name: str, value: str, *, local: bool
     Raises psycopg.Error where the server refuses it.
     """
     row = connection.execute(SQL["set"].compose({}), {"name": name, "value": value, "local": local}).fetchone()
-    if local and name.startswith(OF_PLANS):
-        # Once more by the one command that reaches the workers of Citus.
-        command = sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(*name.split(".")), sql.Literal(value))
-        connection.execute(command)
     return str(row["value"]) if row else value
 
 
 def use(connection: db.Connection, settings: Mapping[str, str], *, local: bool = True) -> None:
-    """The same for several settings."""
+    """The same for several settings; those of plans, for one transaction, by the command that reaches the workers of
+    Citus too.
+    """
     for name, value in settings.items():
-        use_setting(connection, name, value, local=local)
+        if local and name.startswith(OF_PLANS):
+            setting = sql.Identifier(*name.split("."))
+            connection.execute(sql.SQL("SET LOCAL {} = {}").format(setting, sql.Literal(value)))
+        else:
+            use_setting(connection, name, value, local=local)
 
 
 @contextmanager
