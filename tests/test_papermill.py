@@ -12,7 +12,7 @@ import nbformat
 import psycopg
 import pytest
 
-from runbook_lib.core import kernel
+from runbook_lib.core import opening
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import expand_schema, extension
 
@@ -89,5 +89,6 @@ def test_a_parameter_that_somebody_added_to_the_notebook_is_none_that_is_mistype
             "In": ["", "params_file = 'a'\nk = 7", "x = (", "# Parameters\nk = 9\nkk = 1\n"]
         }
 
-    monkeypatch.setattr(kernel, "get_ipython", Shell)
-    assert kernel.unknown_parameters(("run_id",)) == (["kk"], ["run_id", "params_file", "k"])
+    monkeypatch.setattr(opening, "get_ipython", Shell)
+    monkeypatch.setattr(opening, "PARAMETERS", ("run_id",))
+    assert opening._unknown_parameters() == (["kk"], ["run_id", "params_file", "k"])

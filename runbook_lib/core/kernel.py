@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,6 @@ INTERRUPTED = (
     "Interrupted. The statement under way was cancelled in the server; what was committed before it stays.\n"
     "Run this cell again to resume."
 )
-
-# How papermill, and a scheduler that uses it, begins the cell of the parameters that it was given.
-INJECTED = "# Parameters\n"
 
 # How the phase that is open now is ended: called with why, and with what comes next.
 _held: list[Callable[[str, str], str]] = []
@@ -40,29 +36,6 @@ def hold(end: Callable[[str, str], str]) -> None:
     _held.append(end)
     if shell := get_ipython():
         shell.set_custom_exc((KeyboardInterrupt,), _say_interrupted)  # type: ignore[no-untyped-call]
-
-
-def unknown_parameters(known: Collection[str]) -> tuple[list[str], list[str]]:
-    """The parameters that papermill set and no cell above has, since papermill sets a mistyped name without an error;
-    and all that could be meant. known: those of every notebook.
-    """
-    names, unknown = list(known), dict[str, None]()
-    for cell in getattr(get_ipython(), "user_ns", {}).get("In", ()):
-        assigned = _assigned(cell)
-        if cell.startswith(INJECTED):
-            unknown = dict.fromkeys(name for name in assigned if name not in names)
-        else:
-            names += assigned
-    return list(unknown), names
-
-
-def _assigned(cell: str) -> list[str]:
-    try:
-        statements = ast.parse(cell).body
-    except (SyntaxError, ValueError):
-        return []
-    targets = [t for s in statements if isinstance(s, ast.Assign) for t in s.targets]
-    return [t.id for t in targets if isinstance(t, ast.Name)]
 
 
 def keep_secrets() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,15 +19,14 @@ from runbook_lib.core import (
     db,
     kernel,
     maintenance_window,
+    opening,
     plans,
     predecessors,
     sqlmagic,
-    table_kind,
 )
 from runbook_lib.core.cell_order import Order, OutOfOrder, WhileOpen, cell
 from runbook_lib.core.display import Table
 from runbook_lib.core.gates import (
-    BadInput,
     Gate,
     GateFailed,
     Gates,
@@ -41,9 +39,6 @@ from runbook_lib.core.ledger import Ledger, as_data
 from runbook_lib.core.registry import MIGRATE, OPERATE, STEPS, UNDO, following, function, rolled_back_by, waits
 from runbook_lib.core.target import load_params
 from runbook_lib.params import Params
-
-# What every notebook has in its cell of parameters.
-PARAMETERS = ("params_file", "run_id", "execute")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -385,10 +380,10 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     # First of all: where this fails, the cells below must not work on what was open before.
     here = f"{cell(cell_order.OPEN)} of its own notebook"
     let_go = kernel.let_go(f"was let go when {name} was opened in this kernel", here)
-    _refuse_unknown_parameters()
+    opening.refuse_unknown_parameters()
     params = load_params(params_file)
-    carry_out = _boolean(execute)
-    _refuse_distributed(name, params)
+    carry_out = opening.as_boolean(execute)
+    opening.refuse_distributed(name, params)
     run_id = run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-by-hand-{uuid.uuid4().hex[:4]}"
     ledger = Ledger(db.connect(params, f"runbook {run_id} {name} ledger"), params, run_id, name)
     try:
@@ -410,40 +405,6 @@ def open_phase(name: str, params_file: str, run_id: str = "", execute: bool | st
     return phase
 
 
-def _refuse_unknown_parameters() -> None:
-    unknown, names = kernel.unknown_parameters(PARAMETERS)
-    if unknown:
-        raise BadInput([_unknown_parameter(name, names) for name in unknown])
-
-
-def _unknown_parameter(name: str, names: list[str]) -> Gate:
-    near = difflib.get_close_matches(name, names, n=1)
-    return Gate(
-        "params.notebook_has_it",
-        Verdict.FAIL,
-        name,
-        "the notebook has no such parameter",
-        f"one of {', '.join(PARAMETERS)}",
-        "the notebook would run with its defaults, on another target or without changing anything",
-        f"did you mean {near[0]}?" if near else "leave it out",
-    )
-
-
-def _refuse_distributed(name: str, params: Params) -> None:
-    why = STEPS[name].one_server if name in STEPS else ""
-    if why and table_kind.of(params).distributed:
-        problem = Gate(
-            "step.works_on_a_distributed_table",
-            Verdict.FAIL,
-            name,
-            "a table that Citus distributes",
-            "a table of one server",
-            f"{why}; nothing was started",
-            "leave it out: phases, operate/refresh, operate/monitor and every rollback of a phase work on Citus",
-        )
-        raise BadInput([problem])
-
-
 def _name(look: Callable[[Phase], Gates]) -> str:
     return f"{look.__module__.rsplit('.', 1)[-1]}.{look.__name__}"
 
@@ -461,20 +422,3 @@ def _after(name: str) -> str:
     after = following(name)
     again = f"{cell(cell_order.OPEN)} opens it again"
     return again if after.startswith("nothing") else f"the notebook {after}; {again}"
-
-
-def _boolean(value: bool | str) -> bool:
-    if isinstance(value, bool):
-        return value
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    problem = Gate(
-        "params.value_is_valid",
-        Verdict.FAIL,
-        "execute",
-        repr(value),
-        "true or false",
-        "a misread switch would change the table, or leave it alone, against the wish of who set it",
-        "pass execute: true or execute: false",
-    )
-    raise BadInput([problem])
