@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -17,6 +19,14 @@ def opened(params: Params, name: str = "50_backfill", *, execute: bool = True) -
     ledger = Ledger(db.connect(params, f"test {name} ledger"), params, "test-run", name)
     ledger.create()
     return gates_passed(Phase(name, "test-run", execute, params, db.connect(params, f"test {name}"), ledger))
+
+
+@contextmanager
+def opened_for_a_while(params: Params, name: str = "50_backfill") -> Iterator[Phase]:
+    """The same on a ledger that is there already, ended with the block."""
+    with db.connect(params, "test ledger") as connection, db.connect(params, "test") as work:
+        ledger = Ledger(connection, params, "test-run", name)
+        yield gates_passed(Phase(name, "test-run", True, params, work, ledger))
 
 
 def gates_passed(phase: Phase) -> Phase:

@@ -17,9 +17,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from runbook_lib.benchmark import comparison
-from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, GateFailed
-from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.core.target import load_params
@@ -28,7 +26,7 @@ from runbook_lib.operate import ivfflat_drift, rebuild_index
 from runbook_lib.search import search_function
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
-from tests.opened import gates_passed
+from tests.opened import opened_for_a_while
 from tests.servers import dump
 from tests.stepping import step, step_all
 from tests.test_migration import rows
@@ -143,9 +141,8 @@ def template(server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @contextmanager
 def opened(path: Path, name: str = "operate/monitor") -> Iterator[Phase]:
-    p = load_params(path)
-    with db.connect(p, "test ledger") as ledger, db.connect(p, "test work") as work:
-        yield gates_passed(Phase(name, "test-run", True, p, work, Ledger(ledger, p, "test-run", name)))
+    with opened_for_a_while(load_params(path), name) as phase:
+        yield phase
 
 
 @pytest.fixture

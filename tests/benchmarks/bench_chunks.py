@@ -32,12 +32,11 @@ from runbook_lib.benchmark import exact, loop, query_set, relevance_measures
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.cli import embedded
 from runbook_lib.core import db
-from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.search import statements
-from tests.opened import gates_passed
+from tests.opened import opened_for_a_while
 
 DSN_ENV = "RUNBOOK_BENCH_DSN"
 K, EF_SEARCH, ROUNDS = 10, 100, 3
@@ -94,11 +93,8 @@ def opened(folder: Path, arm: str, chunks: dict[str, Any] | None) -> Iterator[Ph
     }
     path = folder / f"{arm}.yaml"
     path.write_text(yaml.safe_dump(data))
-    p = load_params(path)
-    with db.connect(p, "bench ledger") as ledger, db.connect(p, "bench") as connection:
-        yield gates_passed(
-            Phase("50_backfill", "bench", True, p, connection, Ledger(ledger, p, "bench", "50_backfill"))
-        )
+    with opened_for_a_while(load_params(path)) as phase:
+        yield phase
 
 
 def prepare(phase: Phase, arm: str) -> dict[str, float]:

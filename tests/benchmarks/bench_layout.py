@@ -28,13 +28,12 @@ from pgvector.psycopg import register_vector
 
 from runbook_lib.cli import embedded
 from runbook_lib.core import db
-from runbook_lib.core.ledger import Ledger
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.target import load_params
 from runbook_lib.migrate import backfill, build_index, expand_schema, extension, load_embeddings
 from runbook_lib.search import statements
 from tests.benchmarks import bench_load
-from tests.opened import gates_passed
+from tests.opened import opened_for_a_while
 
 TABLES = {"column": "articles", "side_table": "articles_beside"}
 K = 10
@@ -54,11 +53,8 @@ def opened(folder: Path, layout: str) -> Iterator[Phase]:
     data["index"] = {"maintenance_work_mem_mb": 1024}
     path = folder / f"{layout}.yaml"
     path.write_text(yaml.safe_dump(data))
-    p = load_params(path)
-    with db.connect(p, "bench ledger") as ledger, db.connect(p, "bench") as connection:
-        yield gates_passed(
-            Phase("50_backfill", "bench", True, p, connection, Ledger(ledger, p, "bench", "50_backfill"))
-        )
+    with opened_for_a_while(load_params(path)) as phase:
+        yield phase
 
 
 def write_vectors(folder: Path, rows: int) -> np.ndarray:
