@@ -1,4 +1,4 @@
-"""Filters given together share the ways of all that match as few rows; here each set of them is proved by itself."""
+"""Filters given together are searched like all sets that match as few rows; here each set is proved by itself."""
 
 from __future__ import annotations
 

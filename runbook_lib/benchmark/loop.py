@@ -69,7 +69,7 @@ class Answers:
         return recall_at_k.of(exact, self.rows, [q.own_key for q in self.queries], [q.allowed for q in self.queries])
 
     def up_to_date(self, connection: db.Connection, params: Params) -> Answers:
-        """The same answers, next to the exact ones of now: other sessions may have written meanwhile."""
+        """The same answers, with the exact ones as they are now: other sessions may have written since."""
         return replace(self, queries=exact_now.up_to_date(connection, params, self.queries, self.rows))
 
     def as_exact(self, distance: str) -> list[Query]:

@@ -233,7 +233,7 @@ class Table:
         return "\n".join(([self.caption] if self.caption else []) + lines)
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
-        """The text beside the HTML, for a terminal, a diff or a reader without HTML."""
+        """The text that goes with the HTML, for a terminal, a diff or a reader without HTML."""
         printer.text(str(self))
 
     def _repr_html_(self) -> str:

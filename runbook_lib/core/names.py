@@ -75,7 +75,7 @@ def index_name(params: Params) -> str:
 
 
 def side_table_name(params: Params) -> str:
-    """Name of the table that holds the vectors where they are kept beside the table."""
+    """Name of the table that holds the vectors, where they are not in a column."""
     return shortened(params.target.table, f"_{params.vector.column}")
 
 
@@ -182,7 +182,7 @@ PARAMETERS_KEPT = 16
 
 
 def has_text(text: sql.Composable) -> sql.Composed:
-    """Is there more than blanks and ends of lines in it? btrim looks at every character, so first at one of them."""
+    """Is there more than blanks and ends of lines in it? btrim reads every character, so one is tried first."""
     first = "left({text}, 1) NOT IN ('', ' ', E'\\t', E'\\r', E'\\n')"
     return sql.SQL(f"({first} OR btrim({{text}}, E' \\t\\r\\n') <> '')").format(text=text)
 
@@ -207,8 +207,8 @@ def names(params: Params) -> dict[str, sql.Composable]:
     hash of its whole text. ``{from_all_vectors}`` has every chunk. ``{staged}`` is the staging table, likewise.
 
     ``{always}`` is the condition on ``t`` of every search; true where there is none. ``{is_counted}`` says which rows
-    may be missing or stale: all, or those of ``{always}``; ``{is_indexed}`` which the index holds, and ``{of_rows}``
-    is the same as the end of its CREATE INDEX.
+    may count as missing or stale: all, or those of ``{always}``; ``{is_indexed}`` which rows the index holds, and
+    ``{of_rows}`` is the same as the end of its CREATE INDEX.
 
     ``{by_legacy}``, ``{by_vector}`` and so on are the functions, one for each way, that answer for ``{function}``.
 

@@ -108,7 +108,7 @@ class EmbeddedRows:
     errors: dict[int, Exception]
 
     def numbered(self) -> list[int]:
-        """Of each vector, the how manieth of its row it is, from 0 on."""
+        """The number of each vector within its row, from 0 on."""
         seen: Counter[int] = Counter()
         numbers = []
         for row in self.rows:

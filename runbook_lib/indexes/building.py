@@ -1,4 +1,4 @@
-"""The vector index built and dropped beside a running application, one partition after the other.
+"""The vector index built and dropped while applications work, one partition after the other.
 
 An index on a partitioned table alone holds no row. Each partition's own is built concurrently and attached; with the
 last one that of the table turns valid, and a partition that is made later gets its index from PostgreSQL. An ordinary

@@ -368,7 +368,7 @@ def forecast(
     staged = rows * (vector_bytes(v.dimension, v.type) + STAGING_WAL_A_ROW)
     beside = has_side_table(params)
     if beside:
-        # The staging table becomes the table beside, and its bytes are counted there.
+        # The staging table becomes the side table, and its bytes are counted there.
         growth, staging, moved = staging_bytes(rows, v.dimension, v.type), 0, 0
         moving = rows * PROMOTE_US_A_ROW / 1e6
     else:

@@ -91,7 +91,7 @@ def _function_answers_as_legacy(connection: db.Connection, ledger: Ledger, param
     """Calls the function for some of the queries, and compares with what legacy answered, key by key.
 
     Where an answer differs, both are asked once more, in one snapshot: the table may have changed since. Where calls
-    are slow, as few are made as tell.
+    are slow, fewer are made.
     """
     known = (ledger.latest("baseline") or {}).get("answers", {})
     queries = query_set.sample(query_set.as_asked(query_set.read_queries(params)), params.queries.sample)
@@ -113,7 +113,7 @@ def _function_answers_as_legacy(connection: db.Connection, ledger: Ledger, param
     unasked = len(queries) - len(called)
     return gate(
         "compare.function_answers_as_legacy",
-        not different,
+        bool(called) and not different,
         params.function_name,
         found=f"{len(called) - len(different)} of {len(called)} queries answered alike"
         + (f"; {unasked} more were not called: each call takes long" if unasked else "")

@@ -271,7 +271,7 @@ def expected(found: Facts, connection: db.Connection, params: Params, rows: int 
     """The forecast from these facts, for all of the table or for so many of its rows."""
     n = found.rows if rows is None else rows
     return forecast_module.forecast(
-        # Of the table beside, each row is a chunk.
+        # A table of chunks has a row for each.
         round(n * found.chunks_a_row),
         params,
         row_bytes=found.row_bytes or round(found.heap_bytes / max(found.rows, 1)),

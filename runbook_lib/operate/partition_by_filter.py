@@ -1,4 +1,4 @@
-"""An ordinary table becomes a partitioned one while it is in use: made beside, filled, kept level, swapped.
+"""An ordinary table becomes a partitioned one in use: a second one is made, filled, kept level, swapped in.
 
 After the swap the queue runs the other way, so that the ordinary table can be brought level and take its place again
 without losing a row. The catalogue says which table serves and how far the other one is; a rerun resumes there.
@@ -159,7 +159,7 @@ def _trigger(params: Params) -> str:
 
 
 def building_plan(connection: db.Connection, params: Params) -> db.Plan:
-    """What is left to do beside the table: nothing of it keeps anybody waiting."""
+    """What is left to do before the swap: nothing of it keeps anybody waiting."""
     found = standing(connection, params)
     if found.serves == "p":
         return db.Plan((), connection)
@@ -185,14 +185,14 @@ def swapping_plan(connection: db.Connection, params: Params) -> db.Plan:
 
 
 def plan(phase: Phase) -> db.Plan:
-    """All of it: the partitioned table made, filled and indexed beside, then swapped in."""
+    """All of it: the partitioned table made, filled, indexed, then swapped in."""
     connection, params = phase.connection, phase.params
     return db.Plan((*building_plan(connection, params), *swapping_plan(connection, params)), connection)
 
 
 @changes
 def apply(phase: Phase) -> Table:
-    """Makes, fills and indexes the partitioned table beside, and brings it level; what serves stays as it is."""
+    """Makes, fills and indexes the partitioned table, and brings it level; the table in use stays as it is."""
     connection, params = phase.connection, phase.params
     todo = building_plan(connection, params)
     if not phase.execute:
@@ -380,7 +380,7 @@ def undo(phase: Phase) -> Table:
 
 
 def verify_undone(phase: Phase) -> Gates:
-    """The ordinary table serves, and nothing of this operation stands beside it."""
+    """The ordinary table is in use, and nothing of this operation is left."""
     found = standing(phase.connection, phase.params)
     return collect(
         [

@@ -1,4 +1,4 @@
-"""The vector index built again, with other options or because it has aged: built beside, proved, swapped.
+"""The vector index built again, with other options or because it has aged: built under another name, proved, swapped.
 
 REINDEX CONCURRENTLY would swap first and leave the proof for afterwards; so a second index is built under a name of
 its own, on a partitioned table partition by partition. Where both are whole the planner may use either; each is
@@ -79,7 +79,7 @@ def _building(connection: db.Connection, ledger: Ledger, params: Params) -> list
 
 
 def building_plan(connection: db.Connection, ledger: Ledger, params: Params) -> db.Plan:
-    """What is left over dropped, and a new index built beside; nothing where one stands there, or replaced it."""
+    """Leftovers are dropped and a new index is built; nothing where that is done, or it has replaced the old one."""
     return building.plan(connection, _building(connection, ledger, params))
 
 
@@ -144,7 +144,7 @@ def plan(phase: Phase) -> db.Plan:
 
 
 def apply(phase: Phase) -> Table:
-    """Builds the new index beside the one that serves; the one that serves is not touched."""
+    """Builds the new index; the one in use is not touched."""
     return building.build(
         phase,
         lambda: _building(phase.connection, phase.ledger, phase.params),
@@ -285,7 +285,7 @@ def _is_in_place(params: Params, current: VectorIndex | None) -> Gate:
 
 
 def verify(phase: Phase) -> Gates:
-    """The index has the options that were asked for, is whole, finds known rows, and nothing is left beside it."""
+    """The index has the options that were asked for, is whole, finds known rows, and is the only one left."""
     connection, params = phase.connection, phase.params
     gates = [_has_options(connection, params, asked_for(params)), _nothing_is_left(connection, params)]
     if search_function.function_state(connection, params):
@@ -410,7 +410,7 @@ def _note_the_way_back(phase: Phase) -> None:
 
 
 def verify_undone(phase: Phase) -> Gates:
-    """The index has the options that it had before, and nothing is left beside it."""
+    """The index has the options that it had before, and is the only one left."""
     connection, ledger, params = phase.connection, phase.ledger, phase.params
     held = storage_switch.holds_again(
         ledger, params, [s.storage for s in standing(connection, params) if s.role == "current"]

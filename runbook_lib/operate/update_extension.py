@@ -177,7 +177,7 @@ def must_rebuild(connection: db.Connection, ledger: Ledger, params: Params) -> b
 
 @changes
 def build_beside(phase: Phase) -> Table:
-    """The new index beside the old one, where the update asks for it; the old one serves on."""
+    """Builds a new index, where the update asks for one; the old one stays in use meanwhile."""
     if not must_rebuild(phase.connection, phase.ledger, phase.params) and not (
         not phase.execute and why_rebuild(phase.connection, phase.params)
     ):

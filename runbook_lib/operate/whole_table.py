@@ -1,4 +1,4 @@
-"""What the whole table will take by its samples, beside the forecast by formula, and what the figures do not hold.
+"""What the whole table will take by its samples and by the formulas, and what the figures do not hold.
 
 Each figure is a range, since a sample is not the table.
 """
@@ -119,7 +119,7 @@ def _remarks(facts: Facts, expects: Forecast, found: Sequence[Sample], wal_bytes
 
 
 def compare(ledger: Ledger) -> Table:
-    """The forecast by formula beside the rehearsal's range, for the whole table."""
+    """The forecast by formula and the rehearsal's range, for the whole table."""
     noted = ledger.latest("rehearsal")
     if noted is None:
         return Table(("the whole table",), [("not rehearsed yet",)])

@@ -16,7 +16,7 @@ from runbook_lib.core.redaction import redacted, remember_url
 from runbook_lib.params import Params
 from runbook_lib.runner.manifest import Manifest, Status
 
-# What happened, beside the end, which is always told.
+# What is told besides the end, which always is.
 EVENTS = {Status.FAILED: "gate_failed", Status.WAITING: "approval_wanted"}
 END = "end"
 

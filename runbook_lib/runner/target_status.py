@@ -189,7 +189,7 @@ def _may_not_read(connection: db.Connection, params: Params, error: psycopg.Erro
 
 
 def overview(params_file: str | Path) -> Markdown:
-    """Where the target of this file stands, with links to each notebook beside this one, documents and records.
+    """Where the target of this file stands, with links to each notebook, documents and records.
 
     Raises BadInput for parameters or a server that cannot be worked with.
     """

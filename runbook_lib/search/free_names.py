@@ -51,7 +51,7 @@ def require_function(connection: db.Connection, params: Params, name: str) -> No
 
 
 def _function(connection: db.Connection, params: Params, name: str) -> Gate:
-    """Replaced, a function keeps its owner; beside ours, one with other arguments may fit a call better."""
+    """A function that is replaced keeps its owner, and another with our name may fit a call better than ours."""
     found = db.rows(connection, SQL["functions_of_others"], params, schema=spelled(params, "schema"), name=name)
     return gate(
         "inputs.function_is_nobody_elses",
@@ -83,7 +83,7 @@ def _new_columns(connection: db.Connection, params: Params, columns: Collection[
 
 
 def _side_table(connection: db.Connection, params: Params) -> Gate:
-    """The table for the vectors beside the target, which the promotion would drop and the rollback too."""
+    """The side table's name, since the promotion and the rollback drop what has it."""
     name, schema = side_table_name(params), params.target.schema_
     found = db.rows(connection, SQL["table"], params, schema=schema, table=name)
     ours = bool(found) and _made_by_runbook(connection, params, "sidetable.create", "sidetable.drop")

@@ -1,4 +1,4 @@
-"""Shadow of live calls: a function beside the search function, which lets the other search answer a share as well.
+"""Shadow of live calls: a second function lets the other search answer a share as well.
 
 The application calls it for a while instead of the search function: same arguments, same answers. A sampled call
 takes the time of both searches; ``shadow.calls_per_minute`` bounds what that may cost. What the other search does

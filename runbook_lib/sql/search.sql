@@ -66,7 +66,7 @@ INSERT INTO {route} (target, route, share_percent) VALUES ({target_name}, 'legac
 {parts};
 
 -- name: drop_former
--- purpose: Remove the functions of former filters once the calls under way that ask for them have found them.
+-- purpose: Drop the functions that answered with other arguments, a moment later: calls under way still use them.
 -- lock: none on the target
 -- undo: search.create_function
 SELECT pg_sleep({seconds});

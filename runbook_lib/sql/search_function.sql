@@ -52,7 +52,7 @@ IF chosen <> 'legacy' AND num_nonnulls({filter_arguments}) > 0 THEN
 END IF;
 
 -- name: way_of_others
--- purpose: Part of the function: filters given together without a way of their own have that of any that match as few rows.
+-- purpose: Part of the function: filters given together that were not measured are searched like others that match as few rows.
 IF how.scan = 'unmeasured' AND num_nonnulls({filter_arguments}) > 1 AND num_nonnulls({conditions}) > 0 THEN
     SELECT w.* INTO how FROM {way_to_search}({target_name}::pg_catalog.text, {together}, asked_value) w;
 END IF;
