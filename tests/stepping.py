@@ -88,6 +88,22 @@ def step_all(way: str, names: Iterable[str], params_file: Path, *, execute: bool
         step(name if "/" in name else f"{way}/{name}", params_file, execute=execute, times=times)
 
 
+def told_in_a_plan(notebook: str, params_file: Path) -> tuple[set[str], list[tuple[str, str]]]:
+    """The verdicts of the way to a step's work, and verdict and finding of each gate of its proof, by a plan."""
+    left = step(notebook, params_file, execute=False)
+    proof = [(str(g.verdict), g.found) for g in left["gates"]]
+    return {str(g.verdict) for g in left["phase"].gates if g not in left["gates"].gates}, proof
+
+
+def assert_planned(notebook: str, params_file: Path) -> None:
+    """The plan of a rollback whose operation was carried out: it may begin, and what it proves is not claimed yet."""
+    way_here, proof = told_in_a_plan(notebook, params_file)
+    assert way_here == {"WOULD PASS"}, "the operation is there, and nothing later relies on it"
+    assert proof and {verdict for verdict, _ in proof} == {"NOT RUN"}
+    ahead = re.compile(rf"known only after {notebook}, which has \d+ statements? to run$")
+    assert all(ahead.search(found) for _, found in proof), proof
+
+
 @contextmanager
 def in_another_kernel() -> Iterator[None]:
     """What is opened within does not end what is open outside."""

@@ -147,3 +147,4 @@ def test_jupyterlab_opens_the_start_with_documents_and_parameters_in_reach(tmp_p
     environment = by_hand.environment(tmp_path)
     config = Path(environment["JUPYTER_CONFIG_PATH"].split(os.pathsep)[0], "labconfig")
     assert "autosaveInterval" in (config / "default_setting_overrides.json").read_text()
+    assert Path(environment["JUPYTERLAB_WORKSPACES_DIR"]).is_relative_to(tmp_path), "its tabs end with it"

@@ -9,14 +9,13 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
 
 from runbook_lib.benchmark import comparison
 from runbook_lib.core.gates import Gate, GateFailed
 from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.migrate import inputs
 from runbook_lib.params import Params
-from tests import toy
+from tests import migrators, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.servers import dump
 from tests.stepping import step_all
@@ -24,32 +23,13 @@ from tests.test_migration import rows
 from tests.test_server_versions import SECTIONS
 
 ROLE, APPLICATION = "migrator", "the application"
-# What docs/guide.md lists: the least that a role needs, beside pgvector installed by somebody who may.
-GRANTS = """
-    ALTER TABLE articles OWNER TO migrator;
-    GRANT CREATE ON SCHEMA public TO migrator;
-    GRANT CREATE, TEMPORARY ON DATABASE {database} TO migrator;
-    GRANT pg_read_all_stats TO migrator;
-"""
 
 
 @pytest.fixture
-def migrator(
-    articles: psycopg.Connection[Any], database: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[psycopg.Connection[Any]]:
+def migrator(articles: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[psycopg.Connection[Any]]:
     """The parameters connect as a role with exactly these rights; a superuser's connection."""
-    articles.execute(
-        sql.SQL("CREATE ROLE {} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE; CREATE ROLE {} NOLOGIN;").format(
-            sql.Identifier(ROLE), sql.Identifier(APPLICATION)
-        )
-    )
-    name = sql.Identifier(articles.info.dbname)
-    # Older servers let everybody create in public and make temporary tables; the least is less.
-    articles.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(name))
-    articles.execute(sql.SQL("GRANT CONNECT ON DATABASE {} TO migrator").format(name))
-    articles.execute(sql.SQL(GRANTS).format(database=name))
-    articles.execute("CREATE EXTENSION vector")
-    monkeypatch.setenv(DSN_ENV, make_conninfo(database, user=ROLE))
+    articles.execute(sql.SQL("CREATE ROLE {} NOLOGIN").format(sql.Identifier(APPLICATION)))
+    monkeypatch.setenv(DSN_ENV, migrators.create(articles, ROLE))
     try:
         yield articles
     finally:

@@ -27,12 +27,12 @@ from runbook_lib.core.target import load_params
 from runbook_lib.operate import model_change, model_comparison, monitor, retire_model
 from runbook_lib.runner import manifest
 from runbook_lib.search import function_ownership, search_function
-from tests import toy
+from tests import migrators, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
 from tests.servers import dump
 from tests.small_runs import ROOT
-from tests.stepping import step, step_all
+from tests.stepping import assert_planned, step, step_all, told_in_a_plan
 
 SECTIONS: dict[str, Any] = {
     # The toy model is worse than LIKE on these queries, and 80_shadow would say so.
@@ -48,6 +48,7 @@ FINER: dict[str, Any] = {
     "model_change": {"replaces_params": "../toy.yaml"},
 }
 OPERATION = "operate/change_model"
+ROLE = "migrator_of_models"
 CALL = "SELECT id, score, answered_by FROM search_articles(%s, %s::real[], 3)"
 
 
@@ -74,26 +75,26 @@ def both(server: str, folder: Path) -> Iterator[str]:
     """Name of a database in which the first target is cut over, and the second proved up to 80_shadow."""
     with psycopg.connect(server, autocommit=True) as admin, pytest.MonkeyPatch.context() as patch:
         admin.execute("CREATE DATABASE t_models")
-        patch.setenv(DSN_ENV, make_conninfo(server, dbname="t_models"))
         with psycopg.connect(make_conninfo(server, dbname="t_models"), autocommit=True) as connection:
             connection.execute("CREATE ROLE app_of_models")
             toy.create_articles(connection)
             connection.execute("ALTER TABLE articles SET (autovacuum_enabled = off)")
+            patch.setenv(DSN_ENV, migrators.create(connection, ROLE))
         step_all("migrate", MIGRATE, folder / "toy.yaml")
         step_all("migrate", MIGRATE[:9], folder / "v2" / "toy.yaml")
         yield "t_models"
         admin.execute("DROP DATABASE t_models WITH (FORCE)")
-        admin.execute("DROP ROLE app_of_models")
+        admin.execute(f"DROP ROLE app_of_models; DROP ROLE {ROLE}")
 
 
 @pytest.fixture
 def copied(both: str, server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    """DSN of a copy of that database, of its own for the test; the parameters find it through the environment."""
+    """A superuser's DSN of a copy of that database, of its own for the test; the parameters find it as the role."""
     name = f"m_{abs(hash(request.node.nodeid)):x}"
     with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(both)))
+        migrators.copied(admin, both, name, ROLE)
         dsn = make_conninfo(server, dbname=name)
-        monkeypatch.setenv(DSN_ENV, dsn)
+        monkeypatch.setenv(DSN_ENV, make_conninfo(dsn, user=ROLE))
         yield dsn
         admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
@@ -363,8 +364,9 @@ def test_the_command_takes_it_back_with_a_record_and_not_after_the_retirement(
     # Not by the command: its kernel would take a busy machine's milliseconds for a slower model.
     assert step(OPERATION, new)["gates"].passed
     assert definition(articles) != before
-    step("undo/change_model", new, execute=False)
-    assert definition(articles) != before, "a plan"
+    swapped = dump(copied)
+    assert_planned("undo/change_model", new)
+    assert dump(copied) == swapped, "a plan"
     undone = operate("--undo", "--execute")
     assert undone.exit_code == 0, undone.output
     assert (definition(articles), dump(copied)) == (before, text)
@@ -372,6 +374,7 @@ def test_the_command_takes_it_back_with_a_record_and_not_after_the_retirement(
         r for _, r in manifest.all_runs(folder / "v2" / "runs") if r.operation and r.way == "undo" and r.execute
     ]
     assert [(p.name, p.status) for p in record.phases] == [("undo/change_model", "passed")]
+    assert {verdict for verdict, _ in told_in_a_plan("undo/change_model", new)[1]} == {"WOULD PASS"}
     again = operate("--undo", "--execute")
     assert (again.exit_code, f"(run {record.run_id})" in again.output) == (0, True)
 

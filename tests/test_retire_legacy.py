@@ -11,7 +11,6 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from runbook_lib.benchmark import comparison
@@ -25,15 +24,16 @@ from runbook_lib.indexes import building
 from runbook_lib.operate import legacy_usage, monitor, reads_to_legacy, retirable, retire_legacy
 from runbook_lib.params import Params
 from runbook_lib.search import search_function
-from tests import toy
+from tests import migrators, toy
 from tests.conftest import DSN_ENV, write_params
 from tests.opened import gates_passed
 from tests.servers import dump
-from tests.stepping import step, step_all
+from tests.stepping import assert_planned, step, step_all, told_in_a_plan
 from tests.test_server_versions import SECTIONS
 
 NOTEBOOK = "operate/retire_legacy"
 UNDO_NOTEBOOK = "undo/retire_legacy"
+ROLE = "migrator_of_legacy"
 DAY_S = 86_400
 # Statistics of a test are younger than any number of days: what nobody read since they began is unused for 0 days.
 NOW: dict[str, Any] = {"unused_days": 0}
@@ -42,7 +42,7 @@ LEGACY = "SELECT id FROM articles WHERE title ILIKE '%cookie%' ORDER BY id LIMIT
 
 @pytest.fixture(scope="module")
 def moved(server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A database whose reads have moved, to be copied, and its schema from before the first phase."""
+    """A database whose reads a role with the least rights has moved, to be copied; its schema from before that."""
     folder = tmp_path_factory.mktemp("moved")
     dsn = make_conninfo(server, dbname="moved")
     with psycopg.connect(server, autocommit=True) as admin, pytest.MonkeyPatch.context() as patch:
@@ -57,8 +57,8 @@ def moved(server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, s
             )
             connection.execute("CREATE UNIQUE INDEX articles_only ON articles (id, status text_pattern_ops)")
             connection.execute("COMMENT ON INDEX articles_prefix IS 'for the 10 % of prefix searches'")
+            patch.setenv(DSN_ENV, migrators.create(connection, ROLE))
         start = dump(dsn)
-        patch.setenv(DSN_ENV, dsn)
         # A busy machine says nothing of the search: differences below this count as noise.
         patch.setattr(comparison, "FAST_ENOUGH_MS", 1000.0)
         step_all("migrate", MIGRATE, write_params(folder, **SECTIONS))
@@ -67,12 +67,14 @@ def moved(server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, s
 
 @pytest.fixture
 def database(server: str, moved: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """DSN of a copy of it. It goes with the server: each DROP would wait for a checkpoint."""
+    """A superuser's DSN of a copy of it; the parameters find it as the role that migrated. It goes with the server:
+    each DROP would wait for a checkpoint.
+    """
     name = f"moved_{time.monotonic_ns()}"
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [moved[0]])
-        admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(*map(sql.Identifier, (name, moved[0]))))
-    monkeypatch.setenv(DSN_ENV, make_conninfo(server, dbname=name))
+        migrators.copied(admin, moved[0], name, ROLE)
+    monkeypatch.setenv(DSN_ENV, make_conninfo(server, dbname=name, user=ROLE))
     return make_conninfo(server, dbname=name)
 
 
@@ -143,10 +145,12 @@ def test_there_and_back_through_the_notebook(
     assert toy.as_near_as_row_3(answer[0])
     step(NOTEBOOK, path)
     assert indexes(articles) == LEFT, "applied twice"
-    step(UNDO_NOTEBOOK, path, execute=False)
-    assert indexes(articles) == LEFT, "a plan"
+    retired = dump(database)
+    assert_planned(UNDO_NOTEBOOK, path)
+    assert dump(database) == retired, "a plan"
     step(UNDO_NOTEBOOK, path, times=2)
     assert dump(database) == before
+    assert {verdict for verdict, _ in told_in_a_plan(UNDO_NOTEBOOK, path)[1]} == {"WOULD PASS"}, "nothing is left"
     assert retire_legacy.undo_plan(_open(path)).statements == (), "undone twice"
     articles.execute("DROP INDEX articles_prefix")
     step(UNDO_NOTEBOOK, path)

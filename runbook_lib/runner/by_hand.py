@@ -166,7 +166,9 @@ def root(folder: Path) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For a JupyterLab that saves within seconds what a cell has shown, and asks about no news."""
+    """For a JupyterLab that saves within seconds what a cell has shown, asks about no news, and opens no tab of an
+    earlier run, whose copies are gone.
+    """
     config = folder / CONFIG / "labconfig"
     config.mkdir(parents=True, exist_ok=True)
     (config / "default_setting_overrides.json").write_text(
@@ -174,4 +176,5 @@ def environment(folder: Path) -> dict[str, str]:
         ' "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}\n'
     )
     paths = [str(config.parent), os.environ.get("JUPYTER_CONFIG_PATH", "")]
-    return os.environ | {"JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, paths))}
+    own = {"JUPYTERLAB_WORKSPACES_DIR": str(folder / CONFIG / "workspaces")}
+    return os.environ | own | {"JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, paths))}
