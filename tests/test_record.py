@@ -128,6 +128,8 @@ def test_a_reviewer_reads_the_answers_to_ten_questions() -> None:
     ]
     page, _ = page_of(run, make_entries())
     assert page.index("10. Is the record untampered?") < page.index('<h2 id="moved">')
+    summary = page[page.index("<dl") : page.index("</dl>")]
+    assert summary.count('<a href="#') == summary.count("<dd>") == 10, "each answer leads to its evidence"
     assert f"<code>runbook verify /srv/runbook/params/articles.yaml {RUN_ID}</code>" in page
 
 

@@ -90,7 +90,7 @@ def answer(
         Question(
             "Is the record untampered?",
             [_head(head)],
-            ("hashes", "hashes"),
+            ("evidence", "hashes"),
             f"runbook verify {params_file} {run.run_id}",
         ),
     ]
