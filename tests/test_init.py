@@ -134,13 +134,16 @@ def test_an_index_on_an_expression_of_words_is_found_where_no_column_holds_them(
     assert not load_params(path).search.has_fulltext, "a partial index serves no search of every row"
 
 
+COMMA = "Long text, 100 %"
+
+
 def test_names_that_need_quotes_are_found_and_written(
     init: Callable[..., tuple[Result, Path]], table: Callable[[str], psycopg.Connection[Any]]
 ) -> None:
     table(
         """
         CREATE SCHEMA "My Shop";
-        CREATE TABLE "My Shop"."Things: all" ("No." integer PRIMARY KEY, "Long text" text, "Title" text);
+        CREATE TABLE "My Shop"."Things: all" ("No." integer PRIMARY KEY, "Long text, 100 %" text, "Title" text);
         INSERT INTO "My Shop"."Things: all" SELECT i, 'the long text of ' || i, 'title ' || i
         FROM generate_series(1, 40) i;
         """
@@ -148,10 +151,15 @@ def test_names_that_need_quotes_are_found_and_written(
     result, path = init("--schema", "My Shop", "--table", "Things: all")
     assert result.exit_code == 0, result.stderr
     p = load_params(path)
-    assert (p.target.name, p.target.key, p.target.text_columns) == ("things_all", "No.", ["Title", "Long text"])
+    assert (p.target.name, p.target.key, p.target.text_columns) == ("things_all", "No.", ["Title", COMMA])
     assert problems(p) == []
     assert "A PLACEHOLDER, not the search of today" in path.read_text()
     assert "a placeholder is written in its place" in result.stderr
+    mine = path.with_name("mine.sql")
+    mine.write_text(f"""SELECT "No." FROM "My Shop"."Things: all" WHERE "{COMMA}" LIKE '%' || :query LIMIT :k""")
+    for flags in (["--legacy-query-file", mine], ["--text-columns", f'"{COMMA}"']):
+        result, path = init("--schema", "My Shop", "--table", "Things: all", "--force", *flags)
+        assert (result.exit_code, load_params(path).target.text_columns) == (0, [COMMA]), result.stderr
 
 
 def test_what_was_given_is_not_second_guessed(

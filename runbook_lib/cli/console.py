@@ -4,6 +4,7 @@ modules when they are called, which takes a second that `--help` and the Tab key
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import sys
@@ -44,6 +45,12 @@ def echo_styled(text: str, stream: TextIO, *, nl: bool = True) -> None:
     styled = stream.stream if isinstance(stream, _Plain) else stream
     with _whether_or_not_read(styled):
         click.echo(redacted(text), file=styled, nl=nl)
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Names between commas, ``-`` for none; one that has a comma itself stands in double quotes."""
+    parts = next(csv.reader([text], skipinitialspace=True), [])
+    return tuple(part.strip() for part in parts if part.strip() not in ("", "-"))
 
 
 def say_nothing(_line: str) -> None:

@@ -21,6 +21,7 @@ import yaml
 from psycopg import sql
 
 from runbook_lib.cli import legacy_statement, suggest
+from runbook_lib.cli.console import names_in
 from runbook_lib.cli.legacy_statement import LegacyQuery
 from runbook_lib.cli.suggest import SQL, FoundTable, Setting
 from runbook_lib.core import db
@@ -232,7 +233,7 @@ def _which_key(found: FoundTable, wishes: Wishes, ask: Ask) -> str:
 
 def _which_texts(found: FoundTable, key: str, seen: LegacyQuery | None, wishes: Wishes, ask: Ask) -> list[str]:
     candidates = suggest.texts(found, key, seen.query if seen else "")
-    texts = list(wishes.text_columns or _list(ask("text columns, title first", ", ".join(candidates))))
+    texts = list(wishes.text_columns or names_in(ask("text columns, title first", _joined(candidates))))
     bad = [t for t in texts if t not in found.columns or not found.columns[t]["is_text"]]
     if texts and not bad:
         return texts
@@ -254,7 +255,7 @@ def _which_filters(
         filters = list(wishes.filters)
     else:
         suggested = list(seen.filters) if seen else suggest.filters(found, key, texts)[:MOST_FILTERS]
-        filters = _list(ask("filters of the application, - for none", ", ".join(suggested)))
+        filters = list(names_in(ask("filters of the application, - for none", _joined(suggested))))
     unknown = [f for f in filters if f not in found.columns and not (seen and f in seen.conditions)]
     if unknown:
         do = _nearest(unknown[0], found.columns) + f"say --filters; the table has: {', '.join(found.columns)}"
@@ -272,8 +273,8 @@ def _nearest(given: str, names: Iterable[str]) -> str:
     return f"did you mean {near[0]}? Else " if near else ""
 
 
-def _list(answer: str) -> list[str]:
-    return [part.strip() for part in answer.split(",") if part.strip() not in ("", "-")]
+def _joined(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' if "," in name else name for name in names)
 
 
 def _which_model(wishes: Wishes, ask: Ask) -> tuple[dict[str, str], int]:

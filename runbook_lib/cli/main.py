@@ -20,6 +20,7 @@ from runbook_lib.cli import cli_review, completion
 from runbook_lib.cli.console import (
     EXIT_CODES_HELP,
     PARAMS,
+    names_in,
     plain_errors,
     say,
     say_nothing,
@@ -231,18 +232,14 @@ def _check_search(params: Params) -> int:
     return len(gates)
 
 
-def _names(value: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in value.split(",") if name.strip())
-
-
 @main.command(name="init")
 @click.option("--dsn-env", metavar="NAME", help="Environment variable that holds the DSN.")
 @click.option("--service", metavar="NAME", help="Service of pg_service.conf, in its place.")
 @click.option("--schema", metavar="NAME", help="Schema of the table; public if not given.")
 @click.option("--table", metavar="NAME", help="The table, as PostgreSQL spells it, without quotes.")
 @click.option("--key", metavar="COLUMN", help="Primary key, or NOT NULL and unique.")
-@click.option("--text-columns", type=_names, metavar="A,B", help="What is embedded, title first.")
-@click.option("--filters", type=_names, metavar="A,B", help="What the application filters by; '' for nothing.")
+@click.option("--text-columns", type=names_in, metavar="A,B", help="What is embedded, title first.")
+@click.option("--filters", type=names_in, metavar="A,B", help="What the application filters by; '' for nothing.")
 @click.option("--legacy-query-file", type=EXISTING, help="The search of today, with :query and :k.")
 @click.option("--queries-file", type=EXISTING, help="Queries of your users, as JSON lines.")
 @click.option("--model", metavar="MODEL", help="wordllama, module:function, or a file of vectors.")

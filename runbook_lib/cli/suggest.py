@@ -128,7 +128,7 @@ def texts(found: FoundTable, key: str, search_of_today: str = "") -> list[str]:
         if column["is_text"] and name != key and prose and not NOT_PROSE.search(low) and not is_filter:
             good.append(name)
     conditions = re.split(r"\bWHERE\b", search_of_today, maxsplit=1, flags=re.I)[-1]
-    named = [name for name in good if re.search(rf"\b{re.escape(name)}\b", conditions)]
+    named = [name for name in good if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", conditions)]
     return sorted(named or good, key=lambda name: TITLE_NAMES.search(name.lower()) is None)
 
 
