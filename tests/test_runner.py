@@ -53,6 +53,15 @@ def test_a_run_that_passes(run: Callable[..., Any], database: str) -> None:
     assert m.run_id in (result.folder.parent / "index.html").read_text()
 
 
+def test_where_nothing_was_carried_out_nothing_is_rolled_back(run: Callable[..., Any], database: str) -> None:
+    result, said = run(way="undo", last=None)
+    assert (result.folder, result.exit_code) == (None, 0)
+    why = "nothing was carried out in this database, which has no ledger in schema runbook"
+    assert said == [f"✔ nothing to roll back: {why}"]
+    with psycopg.connect(database) as connection:
+        assert connection.execute("SELECT to_regnamespace('runbook')").fetchone() == (None,)
+
+
 def test_a_run_goes_on_after_what_is_proved(run: Callable[..., Any]) -> None:
     run(last=FIRST)
     result, said = run(last=SECOND)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -87,10 +88,10 @@ def record(params_file: Path, run_id: str | None) -> None:
         params = load_params(params_file)
         settled = by_hand.settle(params)
         if run_id is None:
-            click.echo(str(records.write_derived(params, str(params_file.resolve()))))
+            click.echo(os.path.normpath(records.write_derived(params, str(params_file.resolve()))))
             return
         page = params.record.runs_dir / run_id / "index.html"
-        click.echo(str(page if run_id in settled else finishing.write_again(params_file, run_id)))
+        click.echo(os.path.normpath(page if run_id in settled else finishing.write_again(params_file, run_id)))
 
 
 @click.command()

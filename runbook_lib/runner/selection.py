@@ -61,7 +61,7 @@ def rollback_of_operation(operation: str) -> str:
 def check(params: Params, way: str, first: str | None, last: str | None) -> None:
     """Raises BadInput for phases, notebooks, parameters or a server that a run cannot be made of."""
     order = _order(way, first)
-    problems = [_unknown_step(p, order) for p in (first, last) if p is not None and p not in order]
+    problems = [_unknown_step(p, order) for p in dict.fromkeys((first, last)) if p is not None and p not in order]
     if not problems and first and last and order.index(first) > order.index(last):
         problems = [
             _bad_choice("runner.range_is_in_order", f"{first} to {last}", f"{last} comes before {first}", "swap them")
@@ -138,8 +138,8 @@ def chosen(
             return ()
         if first != order[0]:
             say(f"passed in this database up to {order[order.index(first) - 1]}; resuming with {first}")
-    operation = operation_of(first) if way == "undo" and first in UNDO_OPERATION else ""
-    if operation and (nothing := _nothing_to_take_back(params, operation)):
+    operation = operation_of(first) if first in UNDO_OPERATION else ""
+    if way == "undo" and (operation or execute) and (nothing := _nothing_to_take_back(params, operation)):
         say(f"{SYMBOLS[Status.PASSED]} nothing to roll back: {nothing}")
         return ()
     start = order.index(first) if first else 0
@@ -150,10 +150,15 @@ def chosen(
 def _nothing_to_take_back(params: Params, operation: str) -> str:
     """Why there is nothing, by the ledger; empty where the operation has written anything since it was rolled back.
 
-    One that was killed has left no verdict, but its gates.
+    One that was killed has left no verdict, but its gates. operation: empty for the migration.
     """
     with db.connect(params, "runbook-runner") as connection:
-        last = Ledger(connection, params, "", "").last_row(operation)
+        ledger = Ledger(connection, params, "", "")
+        if not ledger.exists():
+            return f"nothing was carried out in this database, which has no ledger in schema {params.ledger.schema_}"
+        last = ledger.last_row(operation) if operation else None
+    if not operation:
+        return ""
     if last is None:
         return f"{operation} was never carried out on this target, by its ledger"
     if last["body"].get("verdict") != "UNDONE":
