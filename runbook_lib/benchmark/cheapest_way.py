@@ -24,6 +24,8 @@ from runbook_lib.params.filters import has_subquery
 from runbook_lib.search import combined_filters, ways
 from runbook_lib.search.ways import Way
 
+# Settings that reach the target without a filter; if the held-out questions refute one, the next is at hand.
+ENOUGH_REACH = 3
 # Questions that say enough of a way that cannot be chosen, and of exact search, whose recall is known.
 SCREENED = 40
 # A way that certainly takes this much longer than the cheapest that reaches the target is given up.
@@ -77,13 +79,21 @@ class Choice:
 
 
 def unfiltered(connection: db.Connection, params: Params, to_try: Sequence[Way], asked: Sequence[Query]) -> Choice:
-    """Every way in full, since the picture shows them all; the cheapest setting that reaches the target."""
+    """The cheapest setting that reaches the target. to_try: the cheapest first; each is asked everything, since the
+    picture shows them, until enough have reached it.
+    """
     tuning, held_out = asked[::2], asked[1::2]
     # Once unseen, so that the first is not the one that reads the index from disk.
     for way in to_try[-1:]:
         measure(connection, params, way, tuning)
-    points = [measure(connection, params, way, tuning) for way in to_try]
-    reached = [p for p in points if p.reaches(params.tune.target_recall)]
+    points: list[Measured] = []
+    reached: list[Measured] = []
+    for way in to_try:
+        points.append(measure(connection, params, way, tuning))
+        if points[-1].reaches(params.tune.target_recall):
+            reached.append(points[-1])
+        if len(reached) == ENOUGH_REACH:
+            break
     return _choice(connection, params, filter_classes.UNFILTERED, points, reached, held_out)
 
 

@@ -162,7 +162,7 @@ class Tune(Section):
     target_recall: float = Field(0.95, gt=0, le=1, description="recall@k against exact search.")
     queries: int = Field(500, ge=10, le=100_000, description="Queries that measure recall, picked by hash.")
     ef_search: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
-        [20, 40, 80, 160, 320, 640], min_length=1, description="HNSW settings to try."
+        [20, 40, 80, 160, 320, 640, 1000], min_length=1, description="HNSW settings to try."
     )
     probes: list[Annotated[int, Field(ge=1, le=32768)]] = Field(
         [1, 2, 4, 8, 16, 32], min_length=1, description="IVFFlat settings to try."
