@@ -340,7 +340,7 @@ def test_legacy_is_asked_once_a_query_and_what_the_baseline_knows_is_not_asked_a
     open_phase: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     phase = open_phase("80_shadow")
-    legacy, asked = statements.legacy_statement(phase.params).as_string(), list[str]()
+    legacy, asked = statements.legacy_statement(phase.connection, phase.params).as_string(), list[str]()
     real = loop.ask
 
     def ask(connection: Any, params: Any, statement: Any, queries: Any, *others: Any) -> loop.Answers:

@@ -243,8 +243,8 @@ def test_the_params_file_is_valid_and_its_judged_keys_are_in_the_table(
 def ask(p: Params, text: str, k: int = 10, **filters: str) -> list[str]:
     with db.connect(p, "test") as connection:
         values = {"query": text, "k": k, **dict.fromkeys(p.target.filters), **filters}
-        found = connection.execute(statements.legacy_statement(p), values).fetchall()
-        answers = loop.ask(connection, p, statements.legacy_statement(p), [Query("q", text)], k)
+        found = connection.execute(statements.legacy_statement(connection, p), values).fetchall()
+        answers = loop.ask(connection, p, statements.legacy_statement(connection, p), [Query("q", text)], k)
     if not filters:
         assert [str(row["id"]) for row in found] == answers.keys["q"]
     return [str(row["id"]) for row in found]

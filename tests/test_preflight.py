@@ -329,11 +329,20 @@ def test_a_legacy_query_may_hold_per_cent_signs_filters_and_no_trigger_of_execut
 ) -> None:
     query = (
         "SELECT id, pg_sleep(60) FROM articles WHERE title LIKE '%a%' AND body % :query"
-        " AND (:status::text IS NULL OR status = :status) ORDER BY similarity(body, :query) LIMIT :k"
+        " AND (:status IS NULL OR status = :status) ORDER BY similarity(body, :query) LIMIT :k"
     )
     started = time.perf_counter()
     assert inputs.input_problems(make_params(target={"filters": ["status"]}, legacy={"query": query})).passed
     assert time.perf_counter() - started < 30
+
+
+def test_where_nothing_tells_the_type_of_the_words_the_remedy_is_to_write_it(
+    articles: Connection, make_params: MakeParams
+) -> None:
+    query = "SELECT id FROM articles WHERE title ILIKE concat('%', :query, '%') LIMIT :k"
+    refused = _only(inputs.input_problems(make_params(legacy={"query": query})))
+    assert refused.do == "write the type behind it in legacy.query, as :query::text"
+    assert inputs.input_problems(make_params(legacy={"query": query.replace(":query", ":query::text")})).passed
 
 
 @pytest.mark.parametrize(("there", "gone", "holds"), [(95, 5, True), (94, 6, False)])

@@ -84,11 +84,6 @@ def carry_settings(phase: Phase, value: int = 40) -> None:
 # The legacy statement
 
 
-def legacy(make_params: Callable[..., Params], query: str, in_function: bool = False, filters: Any = ()) -> str:
-    params = make_params(legacy={"query": query}, target={"filters": list(filters)})
-    return statements.legacy_statement(params, in_function).as_string()
-
-
 @pytest.mark.parametrize(
     ("written", "bound"),
     [
@@ -98,20 +93,23 @@ def legacy(make_params: Callable[..., Params], query: str, in_function: bool = F
         ("SELECT id FROM a WHERE b LIKE '%' || :query LIMIT :k",
          "SELECT id FROM a WHERE b LIKE '%%' || %(query)s LIMIT %(k)s"),
         ("SELECT id, ':kept' FROM a WHERE b = :query AND s = :status LIMIT :k",
-         "SELECT id, ':kept' FROM a WHERE b = %(query)s AND s = %(status)s LIMIT %(k)s"),
+         "SELECT id, ':kept' FROM a WHERE b = %(query)s AND s = (%(status)s::text) LIMIT %(k)s"),
         ("SELECT id FROM a WHERE b = :query AND c = :query LIMIT :k;",
          "SELECT id FROM a WHERE b = %(query)s AND c = %(query)s LIMIT %(k)s"),
     ],
 )  # fmt: skip
 def test_a_legacy_statement_keeps_everything_but_its_placeholders(
-    make_params: Callable[..., Params], written: str, bound: str
+    articles: psycopg.Connection[Any], make_params: Callable[..., Params], written: str, bound: str
 ) -> None:
-    assert legacy(make_params, written, filters=["status"]) == bound
+    params = make_params(legacy={"query": written}, target={"filters": ["status"]})
+    with db.connect(params, "test") as connection:
+        assert statements.legacy_statement(connection, params).as_string() == bound
 
 
 def test_inside_the_function_placeholders_are_its_arguments(make_params: Callable[..., Params]) -> None:
-    text = legacy(make_params, "SELECT id FROM a WHERE b = :query AND s = :status LIMIT :k", True, ["status"])
-    assert text == "SELECT id FROM a WHERE b = $1 AND s = $4 LIMIT $3"
+    query = "SELECT id FROM a WHERE b = :query AND s = :status LIMIT :k"
+    params = make_params(legacy={"query": query}, target={"filters": ["status"]})
+    assert statements.legacy_in_function(params).as_string() == "SELECT id FROM a WHERE b = $1 AND s = $4 LIMIT $3"
 
 
 # What it answers

@@ -57,7 +57,7 @@ def variant(
 ) -> Variant:
     """A search that is compared, on fresh connections set up as it needs them."""
     own = system == "legacy"
-    statement = statements.legacy_statement(params) if own else statement_of(connection, params, system)
+    statement = statements.legacy_statement(connection, params) if own else statement_of(connection, params, system)
     return Variant(params, statement, queries, _connected(connection, ledger, params, system))
 
 
@@ -261,7 +261,7 @@ def ask_legacy(
     depth: rows wanted, by query id. A call that is under way when the time is up is cancelled in the server. Returns
     the answers, and the ids of the queries that were not asked.
     """
-    statement = statements.legacy_statement(params)
+    statement = statements.legacy_statement(connection, params)
     found: list[Answers] = []
     began = time.monotonic()
     until = began + params.queries.baseline_minutes * 60

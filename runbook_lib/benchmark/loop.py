@@ -135,7 +135,7 @@ def ask(
     answers = Answers(queries)
     know_vectors(connection, queries)
     # The names of the application's own query resolve as they do for the application.
-    its_own = statement == statements.legacy_statement(params)
+    its_own = statement == statements.legacy_statement(connection, params)
     with session.users_path(connection) if its_own else nullcontext():
         for query in queries:
             bound, own = values(params, query, k), statement(query) if callable(statement) else statement

@@ -101,7 +101,8 @@ def _function_answers_as_legacy(connection: db.Connection, ledger: Ledger, param
     def ask(statement: sql.Composed, asked: list[Query]) -> dict[str, list[str]]:
         return loop.ask(connection, params, statement, asked, params.queries.k, _are_enough).keys
 
-    call, legacy = statements.filtered_call_statement(connection, params), statements.legacy_statement(params)
+    call = statements.filtered_call_statement(connection, params)
+    legacy = statements.legacy_statement(connection, params)
     called = ask(call, queries)
     differ = [q for q in queries if q.query_id in called and called[q.query_id] != known[q.query_id]]
     different = []

@@ -167,8 +167,10 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
     """Has PostgreSQL parse and plan the legacy query, which fetches nothing, and looks at the columns it returns."""
     values: dict[str, Any] = {"query": "word", "k": 1} | dict.fromkeys(p.target.filters)
     # LIMIT 0 stops the executor before it reads a row, whatever the query costs.
-    probe = sql.SQL("SELECT * FROM (\n{}\n) AS legacy LIMIT 0").format(statements.legacy_statement(p))
+    legacy = statements.legacy_statement(connection, p)
+    probe = sql.SQL("SELECT * FROM (\n{}\n) AS legacy LIMIT 0").format(legacy)
     problem, columns = "", list[str]()
+    remedy = "fix legacy.query; try it in psql with values in place of :query and :k"
     try:
         with session.users_path(connection), connection.transaction(force_rollback=True):
             connection.execute("SET TRANSACTION READ ONLY")
@@ -178,6 +180,8 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
     except psycopg.Error as error:
         db.raise_if_lost(connection, error)
         problem = str(error).split("\nLINE")[0].strip()
+        if isinstance(error, psycopg.errors.IndeterminateDatatype):
+            remedy = "write the type behind it in legacy.query, as :query::text"
     key = p.target.key
     return gate(
         "inputs.legacy_query_runs",
@@ -186,5 +190,5 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
         found=f"PostgreSQL says: {problem}" if problem else f"it returns {', '.join(columns)}",
         needed=f"a SELECT that returns a column named {key}",
         danger="there would be no search of today to compare with, nor to go back to",
-        do="fix legacy.query; try it in psql with values in place of :query and :k",
+        do=remedy,
     )

@@ -17,7 +17,7 @@ from runbook_lib.search.signature import DEFAULT_K, Argument, Function, argument
 from runbook_lib.search.statements import (
     Route,
     fulltext_names,
-    legacy_statement,
+    legacy_in_function,
     min_similarity,
     route_statement,
     similarity_of_score,
@@ -125,7 +125,7 @@ def _query(
 ) -> sql.Composable:
     """A route's query with the columns that its function returns. filters: in place of theirs."""
     if route == "legacy":
-        own = {"key": names(params)["key"], "query": legacy_statement(params, in_function=True)}
+        own = {"key": names(params)["key"], "query": legacy_in_function(params)}
         return SQL["legacy"].compose(own, 4)
     if route == "hybrid":
         return route_statement(connection, params, route, in_function=True, scan=scan, indent=4, filters=filters)

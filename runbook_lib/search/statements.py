@@ -54,11 +54,27 @@ def similarity_of_score(params: Params, score: sql.Composable) -> sql.Composed:
     return sql.SQL(forms[params.vector.distance]).format(score)
 
 
-def legacy_statement(params: Params, in_function: bool = False) -> sql.Composed:
-    """The search of today. ``:query``, ``:k`` and ``:<filter>`` become bound values; everything else stays."""
-    places = _placeholders(params, in_function) | {
-        "query": sql.SQL("$1") if in_function else sql.Placeholder("query")
+def legacy_statement(connection: db.Connection, params: Params) -> sql.Composed:
+    """The search of today. ``:query``, ``:k`` and ``:<filter>`` become bound values; everything else stays.
+
+    A filter has its type, as in the function: an application's driver often gives it, and without it PostgreSQL
+    refuses ``:owner IS NULL OR …``.
+    """
+    types = conditions.types(connection, params) if params.target.filters else {}
+    typed = {
+        name: sql.SQL("({}::{})").format(sql.Placeholder(name), verbatim(types[name]))
+        for name in params.target.filters
+        if name in types
     }
+    return _legacy(params, _placeholders(params, in_function=False) | {"query": sql.Placeholder("query")} | typed)
+
+
+def legacy_in_function(params: Params) -> sql.Composed:
+    """The same in the function, whose arguments are typed."""
+    return _legacy(params, _placeholders(params, in_function=True) | {"query": sql.SQL("$1")})
+
+
+def _legacy(params: Params, places: Mapping[str, sql.Composable]) -> sql.Composed:
     pieces = placeholders.split(params.legacy.query, ["query", "k", *params.target.filters])
     return sql.Composed([places[piece] if is_name else verbatim(piece) for is_name, piece in pieces])
 
@@ -80,7 +96,7 @@ def route_statement(
     given: as :func:`conditions.where` has it. filters: in their place.
     """
     if route == "legacy":
-        return legacy_statement(params, in_function)
+        return legacy_in_function(params) if in_function else legacy_statement(connection, params)
     places = _placeholders(params, in_function)
     sorted_again = scan == "relaxed" or (scan == "index" and params.index.storage != "vector")
     block = "hybrid" if route == "hybrid" else "relaxed" if sorted_again else "exact_or_vector"
