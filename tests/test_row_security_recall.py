@@ -11,6 +11,7 @@ import pytest
 from runbook_lib.core.gates import Verdict
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import build_index, inputs, policies, row_security_recall
+from runbook_lib.params import Params
 from runbook_lib.search import search_function
 from tests.opened import write
 
@@ -93,6 +94,29 @@ def test_without_a_role_it_is_unknown_and_without_policies_there_is_no_gate(
     assert (gate.verdict, gate.do) == (Verdict.UNKNOWN, "name the application's role in search.grant_to")
     tenants.execute("ALTER TABLE articles DISABLE ROW LEVEL SECURITY")
     assert list(row_security_recall.gates(phase.connection, phase.params, 0.9)) == []
+
+
+def test_a_caller_that_cannot_be_asked_is_named_before_the_start(
+    tenants: Connection, make_params: Callable[..., Params]
+) -> None:
+    def refused(**search: Any) -> list[tuple[str, str, str]]:
+        found = inputs.input_problems(make_params(search=search)).failed
+        return [(g.subject, g.found, g.do) for g in found if g.name == "inputs.callers_under_policies_can_be_asked"]
+
+    nobody = "row level security is on, and no role is named"
+    assert refused() == [('"public"."articles"', nobody, "name the application's role in search.grant_to")]
+    ((_, found, do),) = refused(grant_to=[ROLE])
+    assert found == 'PostgreSQL says: unrecognized configuration parameter "app.tenant"'
+    assert do.startswith("name in search.seen_as the settings")
+    seven, nothing = ([{"role": ROLE, "settings": {"app.tenant": n}}] for n in ("7", "7000"))
+    assert refused(seen_as=seven) == []
+    assert [found for _, found, _ in refused(seen_as=nothing)] == ["this role sees no row"]
+    tenants.execute(f"REVOKE SELECT ON articles FROM {ROLE}")
+    assert [found for _, found, _ in refused(seen_as=seven)] == [
+        "PostgreSQL says: permission denied for table articles"
+    ]
+    tenants.execute("ALTER TABLE articles DISABLE ROW LEVEL SECURITY")
+    assert refused() == []
 
 
 def test_a_role_that_is_not_there_is_unknown_and_named_before_the_start(indexed: Callable[..., Phase]) -> None:

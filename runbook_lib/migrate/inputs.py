@@ -24,6 +24,7 @@ from runbook_lib.migrate import (
     policies,
     privileges,
     rights,
+    row_security_recall,
     table_checks,
 )
 from runbook_lib.params import Params
@@ -119,6 +120,7 @@ def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
         yield from filter_checks.check(connection, params)
     yield from rights.check(connection, params, server, found)
     yield from policies.check(connection, params)
+    yield from row_security_recall.can_be_measured(connection, params)
     yield privileges.check(connection, params)
     yield from free_names.check(connection, params, columns)
     yield from consent.check(connection, params)

@@ -32,7 +32,10 @@ SQL = load("policies")
 EXACT_ONLY = load("tune")["exact_only"]
 
 QUESTIONS = 50
+# A policy that lets few rows through may read most of a large table before it finds one.
+FIRST_ROW_TIMEOUT = "5s"
 NAME_SETTINGS = "name in search.seen_as the settings that the policies read, as the application sets them"
+NAME_ANY = "name the application's role in search.grant_to"
 NAME_ROLE = "correct its name in search.grant_to or search.seen_as, or CREATE ROLE first"
 DANGER = "whoever sees few rows would miss answers that an exact search of those rows finds"
 
@@ -44,24 +47,71 @@ def gates(connection: db.Connection, params: Params, needed: float) -> Iterator[
     """
     if not policies.security(connection, params)["is_on"]:
         return
-    named = [caller.role for caller in params.search.seen_as]
-    callers = [*params.search.seen_as, *(SeenAs(role=role) for role in params.search.grant_to if role not in named)]
+    callers = _callers(params)
     if not callers:
-        yield _unknown(
-            params.function_name, "no role is named", "name the application's role in search.grant_to", needed
-        )
-    where = {"schema": spelled(params, "schema"), "table": params.target.table}
-    roles = db.rows(connection, SQL["subject_to_them"], params, roles=[c.role for c in callers], **where)
-    gone = {r["role"] for r in roles if not r["exists"]}
+        yield _unknown(params.function_name, "no role is named", NAME_ANY, needed)
+    roles = _roles(connection, params, callers)
     for caller in callers:
-        if caller.role in gone:
+        if not roles[caller.role]["exists"]:
             yield _unknown(str(caller), "there is no such role", NAME_ROLE, needed)
-    subject = {r["role"] for r in roles if r["is_subject"]}
-    asked = [caller for caller in callers if caller.role in subject]
+    asked = [caller for caller in callers if roles[caller.role]["is_subject"]]
     queries = query_set.sample(query_set.read_queries(params), QUESTIONS)
     queries = query_set.with_vectors(params, queries) if asked else []
     for caller in asked:
         yield _measured(connection, params, caller, queries, needed)
+
+
+def can_be_measured(connection: db.Connection, params: Params) -> Iterator[Gate]:
+    """Before the start: a gate for each caller as whom recall could not be measured; none where it can.
+
+    Each reads a row of the table, which evaluates its policies, in a transaction that is rolled back.
+    """
+    if not policies.security(connection, params)["is_on"]:
+        return
+    callers = _callers(params)
+    if not callers:
+        yield _cannot_be_asked(spelled(params, "table"), "row level security is on, and no role is named", NAME_ANY)
+    roles = _roles(connection, params, callers)
+    for caller in callers:
+        if roles[caller.role]["is_subject"] and (problem := _problem(connection, params, caller)):
+            yield _cannot_be_asked(str(caller), *problem)
+
+
+def _problem(connection: db.Connection, params: Params, caller: SeenAs) -> tuple[str, str] | None:
+    """What keeps this caller from reading a row, and what to do about it."""
+    try:
+        with _as(connection, caller):
+            use(connection, {"statement_timeout": FIRST_ROW_TIMEOUT})
+            seen = db.rows(connection, SQL["any_row"], params)
+    except psycopg.errors.QueryCanceled:
+        return None
+    except psycopg.Error as error:
+        db.raise_if_lost(connection, error)
+        return f"PostgreSQL says: {str(error).splitlines()[0]}", _remedy(connection, caller, error)
+    return None if seen else ("this role sees no row", NAME_SETTINGS)
+
+
+def _cannot_be_asked(subject: str, found: str, do: str) -> Gate:
+    return gate(
+        "inputs.callers_under_policies_can_be_asked",
+        False,
+        subject,
+        found=found,
+        needed="a role on which the table's policies hold, and that reads a row of it, to measure recall as",
+        danger=f"{DANGER}; 70_tune would stop for it, after hours of loading",
+        do=do,
+    )
+
+
+def _callers(params: Params) -> list[SeenAs]:
+    named = [caller.role for caller in params.search.seen_as]
+    return [*params.search.seen_as, *(SeenAs(role=role) for role in params.search.grant_to if role not in named)]
+
+
+def _roles(connection: db.Connection, params: Params, callers: list[SeenAs]) -> dict[str, db.Row]:
+    where = {"schema": spelled(params, "schema"), "table": params.target.table}
+    found = db.rows(connection, SQL["subject_to_them"], params, roles=[c.role for c in callers], **where)
+    return {row["role"]: row for row in found}
 
 
 def _measured(connection: db.Connection, params: Params, caller: SeenAs, queries: list[Query], needed: float) -> Gate:
@@ -69,9 +119,8 @@ def _measured(connection: db.Connection, params: Params, caller: SeenAs, queries
         got = replica.again(params, lambda: _asked(connection, params, caller, queries))
     except psycopg.Error as error:
         db.raise_if_lost(connection, error)
-        lacks = isinstance(error, psycopg.errors.InsufficientPrivilege)
-        do = _grants(connection, caller) if lacks else NAME_SETTINGS
-        return _unknown(str(caller), f"PostgreSQL says: {str(error).splitlines()[0]}", do, needed)
+        said = f"PostgreSQL says: {str(error).splitlines()[0]}"
+        return _unknown(str(caller), said, _remedy(connection, caller, error), needed)
     found = got.recall()
     if not found.answers:
         return _unknown(str(caller), "this role sees no row with a vector", NAME_SETTINGS, needed)
@@ -91,7 +140,9 @@ def _measured(connection: db.Connection, params: Params, caller: SeenAs, queries
     )
 
 
-def _grants(connection: db.Connection, caller: SeenAs) -> str:
+def _remedy(connection: db.Connection, caller: SeenAs, error: psycopg.Error) -> str:
+    if not isinstance(error, psycopg.errors.InsufficientPrivilege):
+        return NAME_SETTINGS
     role, own = (sql.Identifier(name).as_string() for name in (caller.role, connection.info.user))
     return f"grant {role} what it lacks; where the runbook may not act as that role: GRANT {role} TO {own};"
 

@@ -20,6 +20,10 @@ SELECT w.role, r.oid IS NOT NULL AS exists,
 FROM unnest(%(roles)s::text[]) AS w (role) LEFT JOIN pg_roles r ON r.rolname = w.role
 JOIN pg_class c ON c.relnamespace = to_regnamespace(%(schema)s) AND c.relname = %(table)s;
 
+-- name: any_row
+-- purpose: Does this session see a row of the table?
+SELECT FROM {table} t LIMIT 1;
+
 -- name: not_in_both
 -- purpose: Privileges and policies that either the table or the ordinary one kept for a rollback lacks.
 WITH relation AS (
