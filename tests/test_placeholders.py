@@ -32,3 +32,19 @@ def test_bound_and_named_are_each_others_way_back() -> None:
     bound, used = vector_statement.bound(text, NAMES)
     assert bound == "SELECT id WHERE w = $1 AND $2 <> ':k' AND w > $1 LIMIT $3"
     assert vector_statement.named(bound, used) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (" SELECT 1; ", "SELECT 1"),
+        ("SELECT 1 ; -- done; really\n/* ; */ ;", "SELECT 1"),
+        ("-- why\nSELECT ';' -- no end", "-- why\nSELECT ';' -- no end"),
+        ("SELECT 1; SELECT 2; -- two", "SELECT 1; SELECT 2"),
+        ("SELECT $$;$$;", "SELECT $$;$$"),
+        ("SELECT 'a--b;';", "SELECT 'a--b;'"),
+        (";", ";"),
+    ],
+)
+def test_a_statement_without_its_end(text: str, kept: str) -> None:
+    assert placeholders.without_its_end(text) == kept

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from runbook_lib.params.filters import Expression, Filter, Filters, filters_of, placeholders_of
-from runbook_lib.params.placeholders import is_one_expression, split, written
+from runbook_lib.params.placeholders import is_one_expression, split, without_its_end, written
 from runbook_lib.params.section import AnyPath, Name, NewColumn, Section, ShortName
 
 # pgvector's limits for a column, and for what an index holds; README of pgvector, "Indexing".
@@ -310,7 +310,7 @@ class Legacy(Section):
         missing = [f":{name}" for name in ("query", "k") if name not in names]
         if missing:
             raise ValueError(f"the statement does not mention {' and '.join(missing)}")
-        return value.strip().rstrip(";")
+        return without_its_end(value)
 
 
 class SeenAs(Section):

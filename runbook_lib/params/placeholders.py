@@ -29,6 +29,14 @@ def split(text: str, names: Sequence[str]) -> list[tuple[bool, str]]:
     return [*pieces, (False, text[start:])]
 
 
+def without_its_end(text: str) -> str:
+    """The statement without the semicolon that ends it, nor what only blanks and comments follow it with."""
+    bare = TOKEN.sub(lambda m: " " * len(m[0]) if m[0].startswith(("--", "/*")) else "x" * len(m[0]), text)
+    if (kept := bare.rstrip(" \t\r\n\f;")) and ";" in bare[len(kept) :]:
+        return text[: len(kept)].strip()
+    return text.strip()
+
+
 def is_one_expression(text: str) -> bool:
     """Can the text stand in brackets as an expression: closed, and closing nothing that it did not open?"""
     depth = 0
