@@ -266,7 +266,13 @@ def test_an_old_release_is_named_with_its_faults(
 
 @pytest.mark.parametrize(
     ("last", "holds"),
-    [({"scans": 10, "calls": 5}, False), ({"scans": 9, "calls": 5}, True), ({"scans": 10, "calls": 8}, True)],
+    [
+        ({"scans": 10, "calls": 5}, False),
+        ({"scans": 9, "calls": 5}, True),
+        ({"scans": 10, "calls": 8}, True),
+        # An index built again counts from 0.
+        ({"scans": 500, "calls": 5}, True),
+    ],
 )
 def test_calls_without_scans_are_found(open_phase: Open, last: dict[str, int], holds: bool) -> None:
     phase = open_phase("operate/monitor")

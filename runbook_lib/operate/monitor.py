@@ -331,16 +331,20 @@ def _queue_is_young(connection: db.Connection, params: Params) -> Gate:
     )
 
 
+def _counted_since(now: int, then: int) -> int:
+    """What a counter grew by; all of it where it is smaller, since an index built again counts from 0."""
+    return now - then if now >= then else now
+
+
 def _index_is_used(ledger: Ledger, params: Params, seen: dict[str, Any], *, read_whole: bool = False) -> Gate:
     """Fails where calls were made and no scan was, or where a day has gone by without any.
 
     read_whole: the table is so small that PostgreSQL reads it whole, and rightly.
     """
     last = ledger.latest("watch")
-    scans = seen["scans"] - last["scans"] if last else seen["scans"]
-    calls = (
-        seen["calls"] - last["calls"] if last and seen["calls"] is not None and last["calls"] is not None else None
-    )
+    scans = _counted_since(seen["scans"], last["scans"] if last else 0)
+    known = last and seen["calls"] is not None and last["calls"] is not None
+    calls = _counted_since(seen["calls"], last["calls"]) if last and known else None
     idle = last is not None and seen["at_s"] - last["at_s"] > DAY_S
     since = f" since {last['at'][:16]}" if last else " so far; this is the first look"
     return gate(

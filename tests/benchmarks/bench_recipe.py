@@ -12,12 +12,14 @@ written; what they take more than the arm without is what a crash costs.
 
 Afterwards, with the neighbours gone, every row is embedded once more and compared with the vector that the table has;
 recall is measured against exact search over the arm's own vectors, an answer as near as the last right one counting
-as right. Prints a table for each arm, and one that compares them.
+as right. Then searches of several clients, and what a write costs, also of a copy of the table as it was. Prints for
+each arm its waits, growth and own overhead by phase, and one table that compares all.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -28,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from runbook_lib.core.target import load_params
 from runbook_lib.embeddings import embedding
 from runbook_lib.embeddings.sources import as_array
 from runbook_lib.params import Params
+from tests.benchmarks import bench_staying, sampling
 from tests.benchmarks.bench_backfill import copy_database, rows_of_text
 from tests.benchmarks.bench_writers import (
     DSN_ENV,
@@ -91,6 +94,10 @@ class Arm:
     stale: int
     recall: dict[str, float]
     ms: dict[str, tuple[float, float]]
+    growth_by_phase: list[tuple[str, ...]] = field(default_factory=list)
+    overhead_s: tuple[float, float, float] | None = None
+    writes: dict[str, tuple[float, float]] = field(default_factory=dict)
+    searches: dict[str, dict[int, tuple[float, ...]]] = field(default_factory=dict)
 
     @property
     def minutes(self) -> float:
@@ -237,9 +244,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def searched(p: Params, arm: str, folder: Path) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Recall and times of the search that users get, by filter class."""
-    texts = [json.loads(line)["text"] for line in (folder / "queries.jsonl").read_text().splitlines()]
-    queries = random.Random(3).sample(texts, QUERIES)
-    vectors = np.asarray(embedding.model(p)(queries), np.float32)
+    queries, vectors = sampled_queries(p, folder)
     recall: dict[str, float] = {}
     ms: dict[str, tuple[float, float]] = {}
     with psycopg.connect(os.environ[DSN_ENV], autocommit=True) as connection:
@@ -340,7 +345,7 @@ def measure(server: str, arm: str, folder: Path, options: argparse.Namespace, be
         (own / name).write_bytes((folder / name).read_bytes())
     path = params_file(own, "side_table" if arm == "side_table" else "column", options.tune_queries)
     first = sizes()
-    with neighbours(dsn, rows, options.rate) as waits:
+    with neighbours(dsn, rows, options.rate) as waits, sampling.sampled(dsn) as samples:
         phases = migrate(arm, path, rows, before)
     if not arm.startswith("recipe"):
         # What was written since the last drain waits in the queue; a schedule does this.
@@ -349,9 +354,51 @@ def measure(server: str, arm: str, folder: Path, options: argparse.Namespace, be
     found, missing, stale = missing_and_stale(p, arm)
     expected = first[2] + sum(w.kind == "insert" for w in waits) - deleted(waits, rows)
     recall, ms = searched(p, arm, own)
-    return Arm(
+    made = Arm(
         arm, phases, list(waits), last[0] - first[0], last[1] - first[1], found, expected, missing, stale, recall, ms
     )
+    made.growth_by_phase = sampling.growth(samples, phases)
+    if not arm.startswith("recipe"):
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            made.overhead_s = sampling.overhead(connection, samples, phases)
+    if not arm.endswith("_crash"):
+        made.searches = searches_under_load(p, arm, own)
+        made.writes = bench_staying.write_costs(dsn, rows)
+    return made
+
+
+def searches_under_load(p: Params, arm: str, folder: Path) -> dict[str, dict[int, tuple[float, ...]]]:
+    """Searches a second and their times by number of clients: what users get, the query alone, the search of today.
+
+    The query alone runs with the settings of the function.
+    """
+    texts, vectors = sampled_queries(p, folder)
+    dsn = os.environ[DSN_ENV]
+    bench_staying.put_queries(dsn, texts, vectors)
+    source = VECTORS.get(arm, "demo.articles t")
+    asked = "(SELECT v::vector(256) FROM public.asked WHERE i = :i)"
+    bare = f"SELECT t.id FROM {source} ORDER BY embedding <=> {asked} LIMIT {K}"
+    if arm.startswith("recipe"):
+        settings = {"hnsw.ef_search": "100", "hnsw.iterative_scan": "strict_order"}
+        return {"query": bench_staying.under_load(dsn, bare, QUERIES, settings)}
+    with psycopg.connect(dsn) as connection:
+        found = connection.execute(
+            "SELECT unnest(proconfig) FROM pg_proc WHERE proname LIKE 'search_articles%' AND proconfig::text ~ 'hnsw'"
+        ).fetchall()
+    settings = dict(setting.split("=", 1) for (setting,) in found if setting.startswith("hnsw."))
+    call = f"SELECT s.* FROM public.asked a, demo.search_articles(a.query, a.v, {K}) s WHERE a.i = :i"
+    return {
+        "function": bench_staying.under_load(dsn, call, QUERIES),
+        "query": bench_staying.under_load(dsn, bare, QUERIES, settings),
+        "legacy": bench_staying.under_load(dsn, call, QUERIES, {"runbook.route": "legacy"}),
+    }
+
+
+def sampled_queries(p: Params, folder: Path) -> tuple[list[str], np.ndarray]:
+    """Queries that no arm tuned itself with more than another, and their vectors."""
+    texts = [json.loads(line)["text"] for line in (folder / "queries.jsonl").read_text().splitlines()]
+    queries = random.Random(3).sample(texts, QUERIES)
+    return queries, np.asarray(embedding.model(p)(queries), np.float32)
 
 
 def compare(arms: list[Arm]) -> None:
@@ -367,10 +414,33 @@ def compare(arms: list[Arm]) -> None:
     }
     lines |= {f"recall, {c}": lambda a, c=c: f"{a.recall[c]:.3f}" for c in CLASSES}  # type: ignore[misc]
     lines |= {f"ms p50/p95, {c}": lambda a, c=c: "{:.1f}/{:.1f}".format(*a.ms[c]) for c in CLASSES}  # type: ignore[misc]
+    for of in ("function", "query", "legacy"):
+        for n in bench_staying.CLIENTS:
+            lines[f"{of}, {n} clients: a second, p50, p95, p99 ms"] = lambda a, of=of, n=n: (  # type: ignore[misc]
+                ", ".join(f"{x:.1f}" for x in a.searches[of][n]) if of in a.searches else "–"
+            )
+    for kind in ("insert", "text update", "other update"):
+        lines[f"{kind}: median ms, kB of WAL"] = lambda a, kind=kind: (  # type: ignore[misc]
+            "{:.2f}, {:.1f}".format(*a.writes[kind]) if a.writes else "–"
+        )
     print("| | " + " | ".join(a.name for a in arms) + " |")
     print("|---" * (len(arms) + 1) + "|")
     for what, shown in lines.items():
         print(f"| {what} | " + " | ".join(shown(a) for a in arms) + " |")
+    sys.stdout.flush()
+
+
+def show_growth(arm: Arm) -> None:
+    """Prints what each phase took, and what was the runbook's own of it."""
+    print("| phase | s | WAL MB | disk MB | memory MB |\n|---|---|---|---|---|")
+    for row in arm.growth_by_phase:
+        print(f"| {' | '.join(row)} |")
+    if arm.overhead_s:
+        work, asked, own = arm.overhead_s
+        share = own / (work + asked + own)
+        print(
+            f"embedding, COPY, writes and build {work:.0f} s, queries {asked:.0f} s, its own {own:.0f} s, {share:.1%}"
+        )
 
 
 def spread(ms: list[float]) -> str:
@@ -386,6 +456,7 @@ def main() -> int:
         "--tune-queries", type=int, help="fewer than the default of tune.queries, for a quick look"
     )
     arguments.add_argument("--arms", nargs="+", default=["recipe", "column", "side_table"])
+    arguments.add_argument("--save", type=Path, help="a file for all figures")
     options = arguments.parse_args()
     arms: dict[str, Arm] = {}
     with tempfile.TemporaryDirectory(prefix="runbook-bench-") as made, embedded.running(Path(made, "data")) as server:
@@ -396,8 +467,13 @@ def main() -> int:
             load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
             print(f"{name}: {options.rows} rows, {arm.minutes:.1f} minutes, load {load}")
             report(arm.waits, arm.phases)
+            show_growth(arm)
             compare([arm])
-            sys.stdout.flush()
+            if options.save:
+                options.save.write_text(json.dumps([dataclasses.asdict(a) for a in arms.values()]))
+        before = make_conninfo(server, dbname="demo")
+        found = bench_staying.write_costs(before, options.rows)
+        print("before:", ", ".join("{}: {:.2f} ms, {:.1f} kB of WAL".format(k, *v) for k, v in found.items()))
     compare(list(arms.values()))
     wrong = [a.name for a in arms.values() if not a.name.startswith("recipe") and (a.missing or a.stale)]
     wrong += [a.name for a in arms.values() if a.rows != a.expected_rows]
