@@ -34,6 +34,8 @@ LENGTH_TOLERANCE = 1e-3
 LONGEST_ERROR = 500
 # Kinds of numpy's types that are read: float, int, unsigned; objects, if they are numbers.
 NUMBERS = "fiuO"
+# Texts that WordLlama takes at once, as many as by default, and characters, with those that it is padded by.
+WORDLLAMA_BATCH, MOST_PADDED_CHARACTERS = 64, 200_000
 NOT_EMBEDDED = "the rows of this batch have no vectors; what was done before them is kept"
 
 
@@ -170,9 +172,15 @@ def _wordllama() -> Model:
     loaded = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
 
     def embed(texts: list[str]) -> Vectors:
+        # It pads the texts of a batch to the longest, and one of a hundred pages would make that gigabytes.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        made = np.empty((len(texts), loaded.embedding.shape[1]), np.float32)
         # A text without a token is 0 / 0 there; it comes out as NaN, which check() reports.
         with np.errstate(invalid="ignore"):
-            return cast(Vectors, loaded.embed(texts, norm=True))
+            for some in (order[i : i + WORDLLAMA_BATCH] for i in range(0, len(order), WORDLLAMA_BATCH)):
+                fit = max(1, MOST_PADDED_CHARACTERS // max(1, len(texts[some[-1]])))
+                made[some] = loaded.embed([texts[i] for i in some], norm=True, batch_size=fit)
+        return made
 
     return embed
 
