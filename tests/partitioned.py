@@ -90,11 +90,11 @@ def killed_after(module: ModuleType, builds: int) -> Iterator[None]:
     """What is done within is killed where a module that builds partition by partition begins the next one."""
     real, done = module.concurrently, list[str]()
 
-    def concurrently(phase: Phase, statement: db.Statement) -> Any:
+    def concurrently(phase: Phase, statement: db.Statement, index: str = "") -> Any:
         if len(done) == builds:
             raise KeyboardInterrupt
         done.append(statement.name)
-        return real(phase, statement)
+        return real(phase, statement, index)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "concurrently", concurrently)

@@ -285,12 +285,12 @@ def test_partitions_that_appear_or_go_while_it_is_built_are_taken_and_passed_ove
     phase, real = parted(), building.concurrently
     articles.execute("CREATE TABLE articles_gone PARTITION OF articles FOR VALUES IN ('gone')")
 
-    def concurrently(phase: Phase, statement: db.Statement) -> Any:
+    def concurrently(phase: Phase, statement: db.Statement, index: str = "") -> Any:
         articles.execute(
             "DROP TABLE IF EXISTS articles_gone; CREATE TABLE IF NOT EXISTS articles_meanwhile PARTITION OF articles"
             " FOR VALUES IN ('meanwhile')"
         )
-        return real(phase, statement)
+        return real(phase, statement, index)
 
     with monkeypatch.context() as patch:
         patch.setattr(building, "concurrently", concurrently)

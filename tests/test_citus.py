@@ -11,10 +11,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib.backfill import batch_strategy, change_queue, vector_store
+from runbook_lib.backfill import batch_ranges, batch_strategy, change_queue, health, vector_store
 from runbook_lib.core import db
-from runbook_lib.core.gates import Gate
+from runbook_lib.core.gates import Gate, RunbookError
 from runbook_lib.core.phase import Phase
+from runbook_lib.indexes import building, index_proof
 from runbook_lib.migrate import backfill, build_index, citus, expand_schema, extension, inputs, load_embeddings
 from runbook_lib.operate import refresh
 from runbook_lib.params import Params
@@ -42,8 +43,47 @@ CATALOGUE = """
         SELECT t, 'h', c, (SELECT colocationid FROM pg_dist_partition WHERE logicalrelid = colocate_with::regclass),
             's'
     $$;
-    CREATE FUNCTION run_command_on_all_nodes(text, OUT nodeid int, OUT success boolean, OUT result text)
-        LANGUAGE sql AS $$ SELECT 1, true, '0' $$;
+    CREATE FUNCTION run_command_on_all_nodes(command text, OUT nodeid int, OUT success boolean, OUT result text)
+        RETURNS SETOF record LANGUAGE plpgsql AS $$
+        BEGIN
+            FOR nodeid, success IN SELECT n.nodeid, n.nodeport <> 1 FROM pg_dist_node n LOOP
+                result := 'failed to connect to two:1';
+                IF success THEN
+                    EXECUTE command INTO result;
+                END IF;
+                RETURN NEXT;
+            END LOOP;
+        END $$;
+    CREATE TABLE pg_dist_node (nodeid int, groupid int, nodename text, nodeport int, noderole text);
+    INSERT INTO pg_dist_node VALUES (2, 1, 'one', 5432, 'primary');
+    CREATE TABLE pg_dist_placement (shardid bigint, groupid int);
+    CREATE TABLE pg_dist_local_group (groupid int);
+    INSERT INTO pg_dist_local_group VALUES (1);
+    CREATE FUNCTION citus_pid_for_gpid(bigint) RETURNS int LANGUAGE sql AS 'SELECT ($1 % 10000000000)::int';
+    -- A shard that has no table of its own is the table itself.
+    CREATE FUNCTION shard_name(regclass, bigint) RETURNS text LANGUAGE sql AS $$
+        SELECT quote_ident(c.relname || CASE WHEN s.own IS NULL THEN '' ELSE '_' || $2 END)
+        FROM pg_class c, to_regclass('public.articles_' || $2) AS s (own) WHERE c.oid = $1
+    $$;
+    CREATE FUNCTION master_run_on_worker(nodes text[], ports int[], commands text[], parallel boolean,
+        OUT node_name text, OUT node_port int, OUT success boolean, OUT result text)
+        RETURNS SETOF record LANGUAGE plpgsql AS $$
+        BEGIN
+            FOR i IN 1 .. cardinality(nodes) LOOP
+                node_name := nodes[i]; node_port := ports[i]; success := true;
+                BEGIN
+                    -- No function may build concurrently; a worker does, by a session of its own.
+                    IF commands[i] LIKE '%CONCURRENTLY%' THEN
+                        EXECUTE replace(commands[i], 'CONCURRENTLY', '');
+                    ELSE
+                        EXECUTE commands[i] INTO result;
+                    END IF;
+                EXCEPTION WHEN others THEN
+                    success := false; result := SQLERRM;
+                END;
+                RETURN NEXT;
+            END LOOP;
+        END $$;
     CREATE FUNCTION run_command_on_shards(t regclass, command text, OUT shardid bigint, OUT success boolean,
         OUT result text) LANGUAGE plpgsql AS $$
         BEGIN
@@ -57,6 +97,7 @@ CATALOGUE = """
         AS $$ INSERT INTO pg_dist_partition VALUES (t, 'n', NULL, 9, 't') $$;
     INSERT INTO pg_dist_partition VALUES ('articles', 'h', 'id', 7, 's');
     INSERT INTO pg_dist_shard SELECT 'articles', 102008 + i FROM generate_series(0, 31) i;
+    INSERT INTO pg_dist_placement SELECT shardid, 1 FROM pg_dist_shard;
 """
 
 
@@ -269,3 +310,58 @@ def test_the_replaced_statements_do_what_the_ordinary_ones_do(
         assert module.verify_undone(phase).passed
     left = articles.execute("SELECT proname FROM pg_proc WHERE pronamespace = 'runbook'::regnamespace ORDER BY 1")
     assert left.fetchall() == [("chain_entry",), ("sign_off",)], "the ledger's own"
+
+
+def test_the_index_of_a_shard_that_lacks_it_is_found_named_and_built_there_alone(
+    distribute: Callable[[], None], articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]
+) -> None:
+    phase = open_phase("60_build_index", target=ACCEPTED, search={"fulltext_column": None})
+    distribute()
+    for module in (extension, expand_schema, load_embeddings, backfill, build_index):
+        module.apply(phase)
+    assert build_index.verify(phase).passed and build_index.plan(phase).statements == ()
+    articles.execute("CREATE TABLE articles_102010 (LIKE articles)")
+    articles.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'articles_embedding_hnsw'::regclass")
+    # As Citus leaves it: the coordinator's invalid, and that of one shard; here the other shards are its own.
+    found = build_index.index(phase.connection, phase.params)
+    only = replace(found, shards=tuple(replace(s, state="valid") if s.shard != 102010 else s for s in found.shards))
+    steps = building.build_steps(phase.connection, only)
+    assert [s.statement.name for s in steps] == ["citus.build_on_shard", "citus.index_is_whole"]
+    assert steps[0].statement.lock.startswith("SHARE UPDATE EXCLUSIVE on public.articles_102010 on one:5432, for")
+    assert (
+        index_proof.validity(only) == "invalid: that of public.articles_102010 on one:5432 is missing; of 32 shards"
+    )
+    building.carry_out(phase, steps)
+    assert build_index.verify(phase).passed
+    of_shard = "SELECT indexrelid::regclass::text FROM pg_index WHERE indrelid = 'articles_102010'::regclass"
+    assert articles.execute(of_shard).fetchall() == [("articles_embedding_hnsw_102010",)]
+
+
+def test_a_node_says_why_it_cannot_build(
+    distribute: Callable[[], None], articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]
+) -> None:
+    phase = open_phase("60_build_index", target=ACCEPTED, search={"fulltext_column": None})
+    distribute()
+    for module in (extension, expand_schema, load_embeddings, backfill, build_index):
+        module.apply(phase)
+    articles.execute("CREATE TABLE articles_102010 (LIKE articles); CREATE TABLE articles_embedding_hnsw_102010 ()")
+    with pytest.raises(RunbookError) as refused:
+        build_index.apply(phase)
+    assert refused.value.found == (
+        'public.articles_102010 on one:5432: relation "articles_embedding_hnsw_102010" already exists'
+    )
+
+
+def test_the_health_of_every_node_counts_and_one_that_is_away_is_waited_for(
+    distribute: Callable[[], None], articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]
+) -> None:
+    phase = open_phase(target=ACCEPTED, health={"wal_since_checkpoint_percent": 1000})
+    distribute()
+    batch_ranges.create(phase)
+    watch = health.LastLook()
+    found = {a.indicator: a for a in health.look(phase.connection, phase.params, watch)}
+    assert {a.state for a in found.values()} == {health.State.NORMAL}
+    assert found["replica lag"].reason == "on one:5432 no standby is connected" and list(watch.wal) == ["one:5432"]
+    articles.execute("INSERT INTO pg_dist_node VALUES (3, 2, 'two', 1, 'primary')")
+    stops = health.stops(health.look(phase.connection, phase.params, watch))
+    assert [str(a) for a in stops] == ["nodes: two:1: failed to connect to two:1"]

@@ -20,15 +20,16 @@ from psycopg import sql
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, duration, number
 from runbook_lib.core.gates import Gate, RunbookError, gate
-from runbook_lib.core.names import identifier, indexed_rows, names, spelled
+from runbook_lib.core.names import identifier, indexed_rows, literal, names, spelled, verbatim
 from runbook_lib.core.phase import Phase, changes
-from runbook_lib.indexes import forecast, partitions, vector_index
+from runbook_lib.indexes import forecast, partitions, shards, vector_index
 from runbook_lib.indexes.partitions import Part
+from runbook_lib.indexes.shards import ShardIndex
 from runbook_lib.indexes.vector_index import Options, VectorIndex
 from runbook_lib.params import Params
 from runbook_lib.sql import Block, load
 
-SQL, OF_PARTITIONS, WATCH = load("index"), load("index_partitions"), load("watch")
+SQL, OF_PARTITIONS, WATCH, CITUS = load("index"), load("index_partitions"), load("watch"), load("citus")
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 10.0
@@ -115,6 +116,8 @@ def build_steps(
 
     options, of_partitions: in place of the parameters', the latter by partition. drop: drops what was left invalid.
     """
+    if index.root and index.shards:
+        return _on_shards(connection, index, drop)
     params, todo = index.params, list[BuildStep]()
     by_oid = {part.oid: part for part in index.parts}
     for part in index.parts:
@@ -144,6 +147,39 @@ def build_steps(
         return [*drop_steps(index, drop), *again]
     # Those of parents first: from then on PostgreSQL gives each new partition its index by itself.
     return sorted(todo, key=lambda step: step.part.is_leaf)
+
+
+def _on_shards(connection: db.Connection, index: VectorIndex, drop: Block) -> list[BuildStep]:
+    """Builds the index where shards lack it, each on its node; all of it again where none has it, or one that lacks
+    it lies on the coordinator: a build there would wait for the very session that asks for it.
+    """
+    lacking, (part,), root = index.lacking_shards, index.parts, index.root
+    if root is None or index.usable:
+        return []
+    if len(lacking) == len(index.shards) or any(x.coordinator for x in lacking):
+        return [*drop_steps(index, drop), *build_steps(connection, replace(index, own={}, shards=()), drop=drop)]
+    todo = [_on_shard(connection, index, part, x) for x in lacking if x.state != "unknown"]
+    if not root.usable and len(todo) == len(lacking):
+        whole = {"qualified_index": identifier(part.schema, root.name), "index_name": literal(root.shown)}
+        todo.append(BuildStep(part, db.statement(CITUS["index_is_whole"], index.params, whole), in_short_tries=True))
+    return todo
+
+
+def _on_shard(connection: db.Connection, index: VectorIndex, part: Part, shard: ShardIndex) -> BuildStep:
+    """The command is that of the whole table, about this shard; the node carries it out."""
+    if shard.state == "invalid":
+        command = OF_PARTITIONS["reindex"].compose({"index": verbatim(shard.name)})
+    else:
+        other = {"relation": verbatim(shard.relation)}
+        command = create_statement(connection, index.params, part, shard.bare_name, other=other).query
+    own = {
+        "node": literal(shard.node),
+        "port": sql.Literal(shard.port),
+        "command": literal(command.as_string(connection).replace("%%", "%")),
+    }
+    made = db.statement(CITUS["build_on_shard"], index.params, own)
+    where = f"{shard.relation} on {shard.node}:{shard.port}"
+    return BuildStep(part, replace(made, lock=made.lock.replace("{relation}", where)), index.name_on(part))
 
 
 def _repair(index: VectorIndex, part: Part, drop: Block) -> BuildStep:
@@ -229,11 +265,21 @@ def _take(phase: Phase, step: BuildStep, where: str) -> tuple[Any, ...]:
             danger="the index cannot be built; what was built before stays",
             do="rename or drop what has this name, then run this again",
         ) from None
+    except psycopg.errors.RaiseException as error:
+        # What a node said, which the coordinator passes on.
+        raise RunbookError(
+            found=f"{step.statement.lock.split(', ')[0].removeprefix('SHARE UPDATE EXCLUSIVE on ')}:"
+            f" {error.diag.message_primary}",
+            needed="the index built there",
+            danger="every search reads this shard whole; the other shards keep their indexes",
+            do="remove the cause, then run this again: it resumes with the shards that lack theirs",
+        ) from None
     return (part.shown, step.statement.purpose, step.statement.lock, round(seconds, 3))
 
 
 def _concurrently(phase: Phase, step: BuildStep) -> Built:
-    built = concurrently(phase, step.statement)
+    name = identifier(step.part.schema, step.index).as_string().replace("%%", "%") if step.index else ""
+    built = concurrently(phase, step.statement, name)
     if step.index:
         found = partitions.indexes(phase.connection, phase.params, [step.part])
         own = next((x for x in found if x.name == step.index), None)
@@ -282,8 +328,9 @@ def _note_whole(phase: Phase, index: VectorIndex) -> None:
 
 
 @changes
-def concurrently(phase: Phase, statement: db.Statement) -> Built:
-    """Runs a CONCURRENTLY statement on a connection of its own, with lock and statement timeouts off.
+def concurrently(phase: Phase, statement: db.Statement, index: str = "") -> Built:
+    """Runs a CONCURRENTLY statement on a connection of its own, with lock and statement timeouts off. index: that is
+    built, as SQL spells it.
 
     A timeout would let a build run to its end and then fail it, leaving an invalid index that every write pays for.
     """
@@ -296,7 +343,7 @@ def concurrently(phase: Phase, statement: db.Statement) -> Built:
         )
         connection.add_notice_handler(lambda notice: built.notices.append(notice.message_primary or ""))
         stop = threading.Event()
-        watched = phase.connection, phase.params, f"{phase.name} watch", db.server_pid(connection)
+        watched = phase.connection, phase.params, f"{phase.name} watch", db.server_pid(connection), index
         watcher = threading.Thread(target=_watch, args=(*watched, built, stop), daemon=True)
         started = time.perf_counter()
         watcher.start()
@@ -314,13 +361,19 @@ def concurrently(phase: Phase, statement: db.Statement) -> Built:
 
 
 def _watch(
-    connection: db.Connection, params: Params, purpose: str, pid: int, built: Built, stop: threading.Event
+    connection: db.Connection,
+    params: Params,
+    purpose: str,
+    pid: int,
+    index: str,
+    built: Built,
+    stop: threading.Event,
 ) -> None:
     """Samples the build's progress from a session of its own until told to stop."""
     started = last_line = time.perf_counter()
     with db.beside(connection, params, purpose) as watch:
         while not stop.wait(SECONDS_BETWEEN_LOOKS):
-            row = watch.execute(SQL["progress"].compose({}), {"pid": pid}).fetchone()
+            row = _progress(watch, params, pid, index)
             if row is None:
                 continue
             now = time.perf_counter()
@@ -330,6 +383,17 @@ def _watch(
                 done, total = row["blocks_done"], row["blocks_total"]
                 left = f", about {duration((now - started) * (total - done) / done)} left" if done else ""
                 print(f"  {row['phase']}: {number(done)} of {number(total)} blocks{left}")
+
+
+def _progress(watch: db.Connection, params: Params, pid: int, index: str) -> db.Row | None:
+    """phase, blocks_done and blocks_total of a build; of a distributed table, those of all shards added up."""
+    held = shards.look(watch, params, index) if index else ()
+    if not held:
+        return next(iter(db.rows(watch, SQL["progress"], params, pid=pid)), None)
+    block = [x.heap_bytes // forecast.PAGE for x in held]
+    done = [whole if x.usable else x.blocks_done for x, whole in zip(held, block, strict=True)]
+    phase = f"{sum(x.usable for x in held)} of {len(held)} shards built"
+    return {"phase": phase, "blocks_done": sum(done), "blocks_total": sum(block)}
 
 
 def none_under_way(name: str, subject: str, builds: int) -> Gate:

@@ -40,7 +40,10 @@ def subject(index: VectorIndex) -> str:
 def is_valid(index: VectorIndex) -> Gate:
     """Gate: every query can use it, on every partition."""
     begun, partitioned = bool(index.own), len(index.parts) > 1
-    if partitioned:
+    if index.shards:
+        danger = "every search reads the shards that lack theirs whole, yet every write pays for the others"
+        resume = "it builds those of the shards that lack theirs, on their nodes"
+    elif partitioned:
         danger = "every search reads the partitions that lack theirs whole, yet every write pays for the others"
         resume = "it continues with the partitions that lack theirs"
     else:
@@ -61,13 +64,21 @@ def is_valid(index: VectorIndex) -> Gate:
 
 
 def _figures(index: VectorIndex) -> dict[str, int]:
-    return {"bytes": index.bytes, "partitions": len(index.leaves), "lacking": len(index.lacking)} if index.own else {}
+    if not index.own:
+        return {}
+    lacking = len(index.lacking_shards if index.shards else index.lacking)
+    return {"bytes": index.bytes, "partitions": len(index.shards or index.leaves), "lacking": lacking}
 
 
 def validity(index: VectorIndex) -> str:
     """What the catalogue says of it, in words, and which partitions lack theirs."""
     if not index.own:
         return "no such index"
+    if index.shards and index.root and (index.lacking_shards or not index.root.usable):
+        of_shards = [str(shard) for shard in index.lacking_shards] or ["that of the coordinator alone"]
+        return f"invalid: {listed(of_shards)}; of {len(index.shards)} shards"
+    if index.shards:
+        return f"valid, on each of {len(index.shards)} shards, {size(index.bytes)}"
     if len(index.parts) == 1:
         return (
             f"valid, {size(index.bytes)}" if index.usable else "invalid (an earlier concurrent build did not finish)"

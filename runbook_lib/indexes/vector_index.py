@@ -14,8 +14,9 @@ from typing import Literal
 from runbook_lib.core import db
 from runbook_lib.core.display import Table, size
 from runbook_lib.core.names import index_name, operator_class, shortened, spelled, unquoted
-from runbook_lib.indexes import partitions
+from runbook_lib.indexes import partitions, shards
 from runbook_lib.indexes.partitions import Part, PartIndex
+from runbook_lib.indexes.shards import ShardIndex
 from runbook_lib.params import Params
 
 Options = dict[str, int]
@@ -39,7 +40,8 @@ class VectorIndex:
     """One vector index of a table, built, half built or not begun.
 
     tail: what its names end with. parts: the table and its partitions, parents first. own: by the oid of a relation
-    the index on it that is part of this one, attached already or not.
+    the index on it that is part of this one, attached already or not. shards: where Citus distributes the table, the
+    index on each of its shards.
     """
 
     params: Params
@@ -47,6 +49,7 @@ class VectorIndex:
     tail: str = ""
     role: Role = "current"
     own: Mapping[int, PartIndex] = field(default_factory=dict)
+    shards: tuple[ShardIndex, ...] = ()
 
     @property
     def root(self) -> PartIndex | None:
@@ -86,12 +89,17 @@ class VectorIndex:
     @property
     def usable(self) -> bool:
         """Can every query use it, on every partition?"""
-        return self.root is not None and self.root.usable and not self.lacking
+        return self.root is not None and self.root.usable and not self.lacking and not self.lacking_shards
+
+    @property
+    def lacking_shards(self) -> list[ShardIndex]:
+        """The shards whose index is missing, invalid, or on a node that does not answer."""
+        return [x for x in self.shards if not x.usable]
 
     @property
     def bytes(self) -> int:
-        """Of all partitions."""
-        return sum(own.bytes for own in self.own.values())
+        """Of all partitions, or all shards."""
+        return sum(own.bytes for own in self.own.values()) + sum(x.bytes for x in self.shards)
 
     @property
     def oid(self) -> int:
@@ -150,7 +158,8 @@ def planned_name(params: Params, part: Part, tail: str = "") -> str:
 def find(connection: db.Connection, params: Params, tail: str = "") -> VectorIndex:
     """The index that these parameters name, as the catalogue has it now."""
     parts = _parts(connection, params)
-    return _ours(params, parts, _indexes(connection, params, parts), tail)
+    found = _ours(params, parts, _indexes(connection, params, parts), tail)
+    return replace(found, shards=shards.look(connection, params, found.root.shown)) if found.root else found
 
 
 def every(connection: db.Connection, params: Params) -> list[VectorIndex]:

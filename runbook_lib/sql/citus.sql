@@ -24,6 +24,125 @@ FROM run_command_on_workers($$
         || pg_size_bytes(current_setting('maintenance_work_mem'))
 $$) w ORDER BY 1;
 
+-- name: on_all_nodes
+-- purpose: What each node answers to a command, or why it does not.
+SELECT coalesce(d.nodename || ':' || d.nodeport, 'this node') AS node, n.success, n.result
+FROM run_command_on_all_nodes(%(command)s) n LEFT JOIN pg_dist_node d USING (nodeid) ORDER BY 1;
+
+-- name: shard_indexes
+-- purpose: The index on each copy of each shard, by the catalogue of its node.
+WITH placed AS (
+    SELECT s.shardid, n.nodename, n.nodeport, n.groupid = 0 AS coordinator,
+           x.schema || shard_name(s.logicalrelid, s.shardid) AS relation,
+           x.schema || shard_name(to_regclass(%(index)s), s.shardid) AS name
+    FROM pg_dist_shard s JOIN pg_dist_placement p USING (shardid) JOIN pg_class c ON c.oid = s.logicalrelid
+    -- It leaves this one schema out.
+    CROSS JOIN LATERAL (SELECT CASE WHEN c.relnamespace = to_regnamespace('public') THEN 'public.' ELSE '' END AS schema) x
+    JOIN pg_dist_node n ON n.groupid = p.groupid AND n.noderole = 'primary'
+    WHERE s.logicalrelid = to_regclass(%(table)s)
+), asked AS (
+    SELECT p.nodename, p.nodeport, format($$
+        SELECT coalesce(json_object_agg(x.shard, json_build_object(
+            'state', CASE WHEN i.indexrelid IS NULL THEN 'missing' WHEN i.indisvalid AND i.indisready THEN 'valid'
+                          ELSE 'invalid' END,
+            'bytes', coalesce(pg_relation_size(i.indexrelid), 0), 'heap', coalesce(pg_relation_size(to_regclass(x.relation)), 0),
+            'done', (SELECT max(b.blocks_done) FROM pg_stat_progress_create_index b WHERE b.relid = to_regclass(x.relation))
+        )), '{{}}') FROM unnest(%%L::bigint[], %%L::text[], %%L::text[]) AS x (shard, relation, name)
+        LEFT JOIN pg_index i ON i.indexrelid = to_regclass(x.name) AND i.indrelid = to_regclass(x.relation)
+    $$, array_agg(p.shardid), array_agg(p.relation), array_agg(p.name)) AS command
+    FROM placed p GROUP BY p.nodename, p.nodeport
+), answered AS (
+    SELECT r.* FROM (SELECT array_agg(nodename) AS nodes, array_agg(nodeport) AS ports, array_agg(command) AS commands FROM asked) a,
+         master_run_on_worker(a.nodes, a.ports, a.commands, true) r
+)
+SELECT p.shardid AS shard, p.nodename::text AS node, p.nodeport AS port, p.coordinator, p.relation,
+       p.name, (parse_ident(p.name))[2] AS bare_name, coalesce(x.found ->> 'state', 'unknown') AS state,
+       coalesce((x.found ->> 'bytes')::bigint, 0) AS bytes, coalesce((x.found ->> 'heap')::bigint, 0) AS heap_bytes,
+       coalesce((x.found ->> 'done')::bigint, 0) AS blocks_done,
+       CASE WHEN a.success THEN '' ELSE a.result END AS said
+FROM placed p JOIN answered a ON (a.node_name, a.node_port) = (p.nodename, p.nodeport)
+CROSS JOIN LATERAL (SELECT CASE WHEN a.success THEN a.result::json -> p.shardid::text END AS found) x
+ORDER BY p.shardid, p.nodename, p.nodeport;
+
+-- name: build_on_shard
+-- purpose: Build the index of one shard, on the node of that shard alone; its other shards and theirs are not touched.
+-- lock: SHARE UPDATE EXCLUSIVE on {relation}, for the whole build; it waits for older transactions to end
+-- undo: index.drop
+DO $$
+DECLARE
+    answer record;
+BEGIN
+    FOR answer IN SELECT * FROM master_run_on_worker(ARRAY[{node}], ARRAY[{port}], ARRAY[{command}], false) LOOP
+        IF NOT answer.success THEN
+            RAISE EXCEPTION USING MESSAGE = answer.result;
+        END IF;
+    END LOOP;
+END $$;
+
+-- name: index_is_whole
+-- purpose: Make the index of the distributed table valid, and known on every node, now that those of its shards are; it holds no row itself.
+-- lock: SHARE on {table} as each node has it, which holds no row, for milliseconds
+-- undo: index.drop
+SET LOCAL citus.enable_ddl_propagation = off;
+DO $$
+DECLARE
+    answer     record;
+    definition text;
+    path       text := current_setting('search_path');
+BEGIN
+    -- With every name qualified.
+    PERFORM set_config('search_path', 'pg_catalog', true);
+    definition := replace(pg_get_indexdef(to_regclass({index_name})), 'CREATE INDEX ', 'CREATE INDEX IF NOT EXISTS ');
+    PERFORM set_config('search_path', path, true);
+    FOR answer IN SELECT * FROM run_command_on_workers('SET citus.enable_ddl_propagation TO off; ' || definition) LOOP
+        IF NOT answer.success THEN
+            RAISE EXCEPTION USING MESSAGE = answer.result;
+        END IF;
+    END LOOP;
+END $$;
+REINDEX INDEX {qualified_index};
+
+-- name: health.autovacuum
+-- purpose: Autovacuum at work on one of this node's shards of the table.
+SELECT v.pid, v.phase, v.relid::regclass::text AS relation
+FROM pg_stat_progress_vacuum v JOIN pg_stat_activity a USING (pid)
+WHERE a.backend_type = 'autovacuum worker' AND v.relid IN (
+    SELECT to_regclass(shard_name(s.logicalrelid, s.shardid)) FROM pg_dist_shard s
+    WHERE s.logicalrelid = to_regclass(%(table)s)
+)
+LIMIT 1;
+
+-- name: health.blocked
+-- purpose: The session of this node that waits longest for one of the backfill's workers, or for what one of them does here.
+WITH ours AS (
+    SELECT coalesce(array_agg(o.pid), ARRAY[]::int[]) AS pids FROM pg_stat_activity o
+    WHERE citus_pid_for_gpid(substring(o.application_name FROM '^citus_internal gpid=([0-9]+)$')::bigint) = ANY (%(pids)s)
+       OR (o.pid = ANY (%(pids)s) AND (SELECT l.groupid FROM pg_dist_local_group l) = 0)
+)
+SELECT a.pid, a.usename::text AS role, a.application_name AS application,
+       extract(epoch FROM clock_timestamp() - a.query_start)::float8 * 1000 AS ms
+FROM pg_stat_activity a, ours
+WHERE a.wait_event_type = 'Lock' AND a.pid <> ALL (ours.pids) AND pg_blocking_pids(a.pid) && ours.pids
+ORDER BY a.query_start LIMIT 1;
+
+-- name: health.snapshot
+-- purpose: The oldest transaction of this database, on this node, that holds back vacuum; not of the backfill's.
+WITH ours AS (
+    SELECT coalesce(array_agg(o.pid), ARRAY[]::int[]) AS pids FROM pg_stat_activity o
+    WHERE citus_pid_for_gpid(substring(o.application_name FROM '^citus_internal gpid=([0-9]+)$')::bigint) = ANY (%(pids)s)
+       OR (o.pid = ANY (%(pids)s) AND (SELECT l.groupid FROM pg_dist_local_group l) = 0)
+)
+SELECT who, age_s FROM (
+    SELECT format('pid %%s (%%s, %%s, %%s)', a.pid, a.usename, coalesce(nullif(a.application_name, ''), 'no name'),
+                  a.state) AS who, extract(epoch FROM clock_timestamp() - a.xact_start)::float8 AS age_s
+    FROM pg_stat_activity a, ours
+    WHERE a.datname = current_database() AND a.pid <> ALL (ours.pids) AND a.pid <> pg_backend_pid()
+      AND a.backend_xmin IS NOT NULL AND a.backend_type = 'client backend'
+    UNION ALL
+    SELECT format('prepared transaction %%s', p.gid), extract(epoch FROM clock_timestamp() - p.prepared)::float8
+    FROM pg_prepared_xacts p WHERE p.database = current_database()
+) old ORDER BY age_s DESC LIMIT 1;
+
 -- name: preflight.table
 -- purpose: Size, structure and write statistics of the table, added up over its shards.
 SELECT coalesce(sum((s.x ->> 'rows')::float8), 0)::bigint AS estimated_rows,

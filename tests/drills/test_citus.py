@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,15 @@ from psycopg.conninfo import make_conninfo
 
 from runbook_lib.benchmark import comparison, index_recall
 from runbook_lib.core import db
-from runbook_lib.core.gates import BadInput
+from runbook_lib.core.gates import BadInput, Gate
 from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.core.target import load_params
-from runbook_lib.migrate import inputs
+from runbook_lib.migrate import build_index, inputs
 from runbook_lib.params import Params
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
+from tests.opened import opened_for_a_while
 from tests.servers import dump
 from tests.stepping import step, step_all
 
@@ -188,6 +191,101 @@ def _recall(
             got = connection.execute(query).fetchall()
             shares.append(sum(distances[place[str(row["id"])]] <= farthest for row in got) / params.queries.k)
     return float(np.mean(shares))
+
+
+INDEX = "articles_embedding_hnsw"
+ITS_SHARDS = """
+    SELECT c.relname::text, c.oid::bigint, i.indisvalid FROM pg_class c JOIN pg_index i ON i.indexrelid = c.oid
+    WHERE c.relname LIKE 'articles_embedding_hnsw_%' ORDER BY 1
+"""
+
+SHARDS_OF_TABLE = "SELECT shardid FROM pg_dist_shard WHERE logicalrelid = 'articles'::regclass"
+
+
+@contextmanager
+def _by_hand(worker: str) -> Iterator[Connection]:
+    """On one worker, which sees its shards, and may change them."""
+    with psycopg.connect(worker, autocommit=True) as node:
+        node.execute("SET citus.override_table_visibility = off")
+        node.execute("SET citus.enable_manual_changes_to_shards = on")
+        yield node
+
+
+def _shard_indexes(connection: Connection) -> dict[str, tuple[int, bool]]:
+    """By name: oid, and whether it is valid."""
+    found = dict[str, tuple[int, bool]]()
+    for worker in _workers(connection):
+        with _by_hand(worker) as node:
+            found |= {name: (oid, valid) for name, oid, valid in node.execute(ITS_SHARDS).fetchall()}
+    return found
+
+
+@contextmanager
+def _cancelled_on_a_shard(worker: str, shard: int) -> Iterator[None]:
+    """A writer of this shard keeps a build waiting at its end, which is then cancelled on its worker."""
+    waits = f"""
+        SELECT pg_cancel_backend(pid) FROM pg_stat_activity
+        WHERE query LIKE 'CREATE  INDEX CONCURRENTLY  {INDEX}_{shard} %' AND wait_event_type = 'Lock'
+    """
+    over = threading.Event()
+
+    def cancel() -> None:
+        with psycopg.connect(worker, autocommit=True) as node:
+            while not over.wait(0.1) and not node.execute(waits).fetchall():
+                pass
+
+    with _by_hand(worker) as writer, writer.transaction(force_rollback=True):
+        writer.execute(f"UPDATE articles_{shard} SET views = views")
+        thread = threading.Thread(target=cancel)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _is_valid(path: Path) -> Gate:
+    with opened_for_a_while(load_params(path), "60_build_index") as phase:
+        (found,) = [g for g in build_index.verify(phase) if g.name == "index.is_valid"]
+    return found
+
+
+def test_an_index_that_failed_on_one_shard_is_named_and_built_there_alone(
+    cluster: Connection, tmp_path: Path
+) -> None:
+    path = write_params(tmp_path, **SECTIONS)
+    step_all("migrate", MIGRATE[: MIGRATE.index("60_build_index")], path)
+    worker = _workers(cluster)[0]
+    port = psycopg.conninfo.conninfo_to_dict(worker)["port"]
+    on_it = "SELECT shardid FROM citus_shards WHERE table_name = 'articles'::regclass AND nodeport = %s ORDER BY 1"
+    shards = [shard for (shard,) in cluster.execute(on_it, [port]).fetchall()]
+    with _cancelled_on_a_shard(worker, shards[0]), pytest.raises(psycopg.errors.QueryCanceled):
+        step("migrate/60_build_index", path)
+    before = _shard_indexes(cluster)
+    # Citus gives up the builds of other shards that were not at their end, or not begun.
+    everywhere = {f"{INDEX}_{s}" for (s,) in cluster.execute(SHARDS_OF_TABLE).fetchall()}
+    broken = {name for name in everywhere if name not in before or not before[name][1]}
+    assert f"{INDEX}_{shards[0]}" in broken and len(broken) < len(everywhere) == SHARDS
+    assert f"that of public.articles_{shards[0]} on 127.0.0.1:{port} is invalid" in _is_valid(path).found
+    step("migrate/60_build_index", path)
+    after = _shard_indexes(cluster)
+    assert {name for name in after if after[name] != before.get(name)} == broken
+    assert all(valid for _, valid in after.values())
+    # One that is gone, of which the coordinator hears nothing.
+    with _by_hand(worker) as node:
+        node.execute(f"DROP INDEX {INDEX}_{shards[1]}")
+    said = f"invalid: that of public.articles_{shards[1]} on 127.0.0.1:{port} is missing; of {SHARDS} shards"
+    assert _is_valid(path).found == said
+    step("migrate/60_build_index", path)
+    again = _shard_indexes(cluster)
+    assert {name for name in again if again[name] != after[name]} == {f"{INDEX}_{shards[1]}"}
+    assert _is_valid(path).found.startswith(f"valid, on each of {SHARDS} shards")
+    known = "SELECT result FROM run_command_on_all_nodes($$ SELECT indisvalid FROM pg_index"
+    known += " WHERE indexrelid = to_regclass('articles_embedding_hnsw') $$)"
+    assert {result for (result,) in cluster.execute(known).fetchall()} == {"t"}
+    step("undo/index", path)
+    assert _shard_indexes(cluster) == {}
 
 
 BY_ITS_KEY = "inputs.distributed_by_its_key"
