@@ -81,8 +81,16 @@ def cut(connection: db.Connection, params: Params, choice: StrategyChoice) -> No
         if choice.strategy == "page_interleaved":
             _cut_blocks(connection, params)
         else:
-            values = {"part": spelled(params, "table"), "rows": table_kind.of(params).rows_a_key_range}
+            values = {"part": spelled(params, "table"), "rows": _rows_a_range(connection, params)}
             connection.execute(SQL["cut_keys"].compose(names(params)), values)
+
+
+def _rows_a_range(connection: db.Connection, params: Params) -> int:
+    """As many as make some ranges for each worker, between the fewest and the most of this kind of table."""
+    kind = table_kind.of(params)
+    staged = int(db.one(connection, BACKFILL["staged_rows"], params)["rows"])
+    share = staged // (params.backfill.workers * WINDOWS_A_WORKER)
+    return min(max(share, kind.fewest_rows_a_key_range), kind.rows_a_key_range)
 
 
 def _cut_blocks(connection: db.Connection, params: Params) -> None:

@@ -23,7 +23,7 @@ from runbook_lib.backfill.batch_ranges import BatchRange
 from runbook_lib.backfill.batch_strategy import LEAST_HOT_SHARE, StrategyChoice
 from runbook_lib.backfill.progress import Progress
 from runbook_lib.backfill.throttle import Pace, Throttle, first_pace, throttled
-from runbook_lib.core import db
+from runbook_lib.core import db, table_kind
 from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -262,6 +262,7 @@ def _transaction(desk: _Desk, keys: Sequence[Any]) -> Batch:
     statement = vector_store.of(p).write(p, keys, part)
     try:
         with desk.connection.transaction():
+            db.set_local(desk.connection, table_kind.of(p).of_a_batch)
             before = db.one(desk.connection, SQL["hot"], p, part=part)
             if desk.witness:
                 desk.witness.before(keys)

@@ -74,8 +74,7 @@ def use(connection: db.Connection, settings: Mapping[str, str], *, local: bool =
     """
     for name, value in settings.items():
         if local and name.startswith(OF_PLANS):
-            setting = sql.Identifier(*name.split("."))
-            connection.execute(sql.SQL("SET LOCAL {} = {}").format(setting, sql.Literal(value)))
+            db.set_local(connection, {name: value})
         else:
             use_setting(connection, name, value, local=local)
 

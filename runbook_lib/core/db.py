@@ -387,6 +387,13 @@ def in_short_tries(
     )
 
 
+def set_local(connection: Connection, settings: Mapping[str, str]) -> None:
+    """Gives settings a value for this transaction, by the command that reaches the workers of Citus too."""
+    for name, value in settings.items():
+        setting = sql.Identifier(*name.split("."))
+        connection.execute(sql.SQL("SET LOCAL {} = {}").format(setting, sql.Literal(value)))
+
+
 @contextmanager
 def rolled_back(connection: Connection) -> Iterator[None]:
     """A transaction that tries something and is rolled back, on a session that is read-only otherwise."""

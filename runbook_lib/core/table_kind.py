@@ -28,7 +28,8 @@ class TableKind:
     keeps_generic_plans: may a prepared search turn to a plan for any values? session: settings of every session,
     whether the server shows them in pg_settings or not. settings_stay: do settings of a session, or of a function,
     reach where the rows are searched? Otherwise only those of a transaction do, and those that ALTER ROLE gives.
-    of_a_change: settings of a transaction that changes what there is. rows_a_key_range: of the backfill.
+    of_a_change: settings of a transaction that changes what there is; of_a_batch: of one of the backfill's.
+    rows_a_key_range: of the backfill, at most; fewest_rows_a_key_range: at least.
     fewest_rows_a_batch: however long such a batch takes. blocks: in place of those of the same names.
     """
 
@@ -39,7 +40,9 @@ class TableKind:
     session: Mapping[str, str] = field(default_factory=dict)
     settings_stay: bool = True
     of_a_change: Mapping[str, str] = field(default_factory=dict)
+    of_a_batch: Mapping[str, str] = field(default_factory=dict)
     rows_a_key_range: int = 10_000
+    fewest_rows_a_key_range: int = 10_000
     fewest_rows_a_batch: int = 10
     blocks: Mapping[str, Block] = field(default_factory=dict)
 
@@ -75,8 +78,12 @@ CITUS = TableKind(
     settings_stay=False,
     # One connection a node: a function or a reference table cannot be changed after shards were changed in parallel.
     of_a_change={"citus.multi_shard_modify_mode": "sequential"},
+    # Waiting for the disk at each commit would take half of the time. What a crash of a node takes away is missing in
+    # the table, so that a rerun finds it; on one server the session has this setting.
+    of_a_batch={"synchronous_commit": "off"},
     # A range is divided by shards once more.
     rows_a_key_range=100_000,
+    fewest_rows_a_key_range=16_000,
     # A batch has a price of its own, of messages between nodes, which fewer rows do not lower.
     fewest_rows_a_batch=200,
     # By "module.name"; the others are asked for by their own.
