@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,14 @@ from psycopg.conninfo import make_conninfo
 
 from runbook_lib.benchmark import comparison, index_recall
 from runbook_lib.core import db
-from runbook_lib.core.gates import BadInput, Gate
+from runbook_lib.core.gates import BadInput, Gate, LockNotObtained, RunbookError
 from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.core.target import load_params
 from runbook_lib.migrate import build_index, inputs
 from runbook_lib.params import Params
 from tests import toy
 from tests.conftest import DSN_ENV, write_params
+from tests.drills import kit
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
 from tests.opened import opened_for_a_while
 from tests.servers import dump
@@ -70,6 +73,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
         connection.execute("SELECT create_distributed_table('articles', 'id')")
         connection.execute("ANALYZE articles")
         yield connection
+    # Afresh: the connection may hold one to a worker that was stopped.
+    with psycopg.connect(DSN, autocommit=True) as connection:
         _sweep(connection)
 
 
@@ -286,6 +291,128 @@ def test_an_index_that_failed_on_one_shard_is_named_and_built_there_alone(
     assert {result for (result,) in cluster.execute(known).fetchall()} == {"t"}
     step("undo/index", path)
     assert _shard_indexes(cluster) == {}
+
+
+# Commands that stop and start a worker, for the drills that need one gone.
+STOP, START = (os.environ.get(f"RUNBOOK_CITUS_{verb}", "") for verb in ("STOP", "START"))
+REACHABLE = "SELECT bool_and(success) FROM run_command_on_workers('SELECT 1')"
+BUILDS = """
+    SELECT bool_or(success AND result = '1') FROM run_command_on_workers($$
+        SELECT least(count(*), 1) FROM pg_stat_activity
+        WHERE query LIKE 'CREATE  INDEX CONCURRENTLY  articles_%' AND wait_event_type = 'Lock'
+    $$)
+"""
+# By phase: when the fault comes.
+MOMENTS = {
+    "40_load_embeddings": "SELECT count(*) >= 40 FROM runbook.articles_staging",
+    "50_backfill": "SELECT count(embedding) >= 40 FROM articles",
+    "60_build_index": BUILDS,
+}
+
+
+def _run(command: str) -> None:
+    subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL)
+
+
+@contextmanager
+def _once(question: str, act: Callable[[Connection], None]) -> Iterator[list[bool]]:
+    """Acts beside the block once the cluster says yes to a question; yields whether it did."""
+    acted, over = list[bool](), threading.Event()
+
+    def watch() -> None:
+        with psycopg.connect(DSN, autocommit=True) as connection:
+            while not over.wait(0.02):
+                row = connection.execute(question).fetchone()
+                if row and row[0]:
+                    act(connection)
+                    acted.append(True)
+                    return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield acted
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def _writers_on_every_worker(connection: Connection) -> Iterator[None]:
+    """Open transactions on one shard of each worker: a build waits for them."""
+    with ExitStack() as held:
+        for worker in _workers(connection):
+            node = held.enter_context(_by_hand(worker))
+            port = psycopg.conninfo.conninfo_to_dict(worker)["port"]
+            placed = "SELECT min(shardid) FROM citus_shards WHERE table_name = 'articles'::regclass AND nodeport = %s"
+            row = connection.execute(placed, [port]).fetchone()
+            node.execute("BEGIN")
+            node.execute(f"UPDATE articles_{row[0] if row else 0} SET views = views")
+            # The end of a session that was cut off is no news.
+            held.callback(node.close)
+        yield
+
+
+def _again(notebook: str, path: Path) -> None:
+    """What a scheduler does: the same notebook again, until it passes; a worker that restarts takes a moment."""
+    for tries in range(5):
+        try:
+            step(notebook, path)
+            return
+        except (psycopg.Error, LockNotObtained):
+            if tries == 4:
+                raise
+            time.sleep(1)
+
+
+@pytest.mark.skipif(not (STOP and START), reason="RUNBOOK_CITUS_STOP and RUNBOOK_CITUS_START stop no worker")
+@pytest.mark.parametrize("phase", MOMENTS)
+def test_a_worker_that_is_stopped_in_a_phase_loses_nothing(cluster: Connection, tmp_path: Path, phase: str) -> None:
+    path = write_params(tmp_path, **{**SECTIONS, **kit.SLOW})
+    step_all("migrate", MIGRATE[: MIGRATE.index(phase)], path)
+    cluster.execute("UPDATE articles SET title = 'changed before' WHERE id IN (1, 2, 3)")
+    writers = _writers_on_every_worker(cluster) if phase == "60_build_index" else nullcontext()
+    broken = pytest.raises((psycopg.Error, RunbookError))
+    try:
+        with writers, _once(MOMENTS[phase], lambda _: _run(STOP)) as stopped, broken:
+            step(f"migrate/{phase}", path)
+        assert stopped, "the worker was stopped while the phase was at work"
+    finally:
+        _run(START)
+    kit.wait_for(lambda: cluster.execute(REACHABLE).fetchone() == (True,), "the worker is there again")
+    cluster.execute("UPDATE articles SET title = 'changed after' WHERE id IN (4, 5, 6)")
+    for name in MIGRATE[MIGRATE.index(phase) : MIGRATE.index("70_tune")]:
+        _again(f"migrate/{name}", path)
+    step("operate/refresh", path)
+    assert assert_every_row_has_the_vector_of_its_text(cluster) == toy.ROWS
+    assert all(valid for _, valid in _shard_indexes(cluster).values()) and len(_shard_indexes(cluster)) == SHARDS
+
+
+def _move(connection: Connection) -> None:
+    """One shard, with those that lie with it, to the other worker."""
+    connection.execute("""
+        SELECT citus_move_shard_placement(p.shardid, p.nodename, p.nodeport, n.nodename, n.nodeport, 'block_writes')
+        FROM citus_shards p JOIN pg_dist_node n ON n.groupid > 0 AND n.nodeport <> p.nodeport
+        WHERE p.table_name = 'articles'::regclass ORDER BY p.shardid LIMIT 1
+    """)
+
+
+@pytest.mark.parametrize("phase", ["40_load_embeddings", "50_backfill"])
+def test_a_shard_that_moves_during_a_phase_takes_its_rows_along(
+    cluster: Connection, tmp_path: Path, phase: str
+) -> None:
+    path = write_params(tmp_path, **{**SECTIONS, **kit.SLOW})
+    step_all("migrate", MIGRATE[: MIGRATE.index(phase)], path)
+    cluster.execute("UPDATE articles SET title = 'changed before' WHERE id IN (1, 2, 3)")
+    with _once(MOMENTS[phase], _move) as moved, suppress(psycopg.Error, LockNotObtained):
+        step(f"migrate/{phase}", path)
+    assert moved, "the shard was moved while the phase was at work"
+    cluster.execute("UPDATE articles SET title = 'changed after' WHERE id IN (4, 5, 6)")
+    for name in MIGRATE[MIGRATE.index(phase) : MIGRATE.index("70_tune")]:
+        _again(f"migrate/{name}", path)
+    step("operate/refresh", path)
+    assert assert_every_row_has_the_vector_of_its_text(cluster) == toy.ROWS
+    assert all(valid for _, valid in _shard_indexes(cluster).values()) and len(_shard_indexes(cluster)) == SHARDS
 
 
 BY_ITS_KEY = "inputs.distributed_by_its_key"
