@@ -12,6 +12,7 @@ from runbook_lib.backfill import batch_ranges
 from runbook_lib.core import table_kind
 from runbook_lib.core.phase import Phase
 from runbook_lib.migrate import backfill, expand_schema, extension, load_embeddings
+from runbook_lib.sql.key import Key
 from tests import toy
 from tests.evidence import assert_every_row_has_the_vector_of_its_text
 
@@ -48,7 +49,8 @@ def test_keys_of_any_type_are_cut_into_ranges_that_leave_no_gap(
         "CREATE TABLE cut AS SELECT key AS after_key, key AS to_key, 'x' AS part, 0 AS id FROM staged WITH NO DATA"
     )
     articles.execute("ALTER TABLE cut DROP COLUMN id, ADD COLUMN id int GENERATED ALWAYS AS IDENTITY")
-    names = {"window": sql.Identifier("cut"), "staged": sql.Identifier("staged")}
+    key = Key(("key",), (sql.SQL("key"),), tuple)
+    names = {"window": sql.Identifier("cut"), "staged": sql.Identifier("staged"), "key": key}
     articles.execute(batch_ranges.SQL["cut_keys"].compose(names), {"part": "articles", "rows": ROWS_A_WINDOW})
     inside = articles.execute(
         "SELECT (SELECT count(*) FROM staged s WHERE (w.after_key IS NULL OR s.key > w.after_key)"

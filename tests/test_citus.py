@@ -153,8 +153,8 @@ def test_a_distributed_table_is_found_and_not_gone_on_with_silently(
         "  found   distributed by hash of status, in 32 shards\n"
         "  needed  by hash of target.key, id\n"
         "  danger  Citus updates from a join only where both sides are distributed by the column they are joined on\n"
-        "  do      name status in target.key if it is unique, or SELECT alter_distributed_table("
-        "'\"public\".\"articles\"', distribution_column := 'id')"
+        "  do      name status in target.key, first of its columns, if it is unique or the others make it so, or"
+        " SELECT alter_distributed_table('\"public\".\"articles\"', distribution_column := 'id')"
     )
 
 

@@ -204,7 +204,7 @@ def test_a_file_that_is_there_is_not_overwritten_without_force(
             "ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY UNIQUE;",
         ),
         (
-            "CREATE TABLE notes (tenant_id int, id int, body text, PRIMARY KEY (tenant_id, id))",
+            "CREATE TABLE notes (tenant_id int, id int, body text, UNIQUE (tenant_id, id))",
             "init.key_is_found",
             "ADD COLUMN row_id bigint GENERATED ALWAYS AS IDENTITY UNIQUE;",
         ),

@@ -113,14 +113,33 @@ def test_a_misspelt_key_gets_the_nearest_name(tmp_path: Path) -> None:
     )
 
 
-def test_a_key_of_several_columns_is_refused_with_a_way_out_and_one_in_a_list_is_taken(tmp_path: Path) -> None:
-    (problem,) = _problems(_change(tmp_path, lambda d: d["target"].update(key=["tenant_id", "id"])))
-    assert (problem.name, problem.found) == ("params.value_is_valid", "['tenant_id', 'id']")
-    assert problem.needed == (
-        "one column: keys of several columns are not supported yet; name one that is unique by itself, or add one:"
-        " GENERATED ALWAYS AS IDENTITY, with a unique index"
+def test_a_key_is_one_column_or_several_and_one_in_a_list_is_one(tmp_path: Path) -> None:
+    one, several = (
+        load_params(_change(tmp_path, lambda d, key=key: d["target"].update(key=key))).target  # type: ignore[misc]
+        for key in (["id"], ["tenant_id", "id"])
     )
-    assert load_params(_change(tmp_path, lambda d: d["target"].update(key=["id"]))).target.key == "id"
+    assert (one.key, one.key_columns, one.key_shown) == ("id", ("id",), "id")
+    assert several.key == several.key_columns == ("tenant_id", "id")
+    assert several.key_shown == "(tenant_id, id)"
+
+
+@pytest.mark.parametrize(
+    ("key", "needed"),
+    [
+        (["id", "id"], "name each column of the key once"),
+        ([], "name each column of the key once"),
+        (
+            ["tenant_id", "rank"],
+            "the search function has an argument or a result named rank; use a generated column of another name,"
+            " with a UNIQUE index",
+        ),
+    ],
+)
+def test_a_key_of_several_columns_names_each_once_and_none_of_the_functions(
+    tmp_path: Path, key: list[str], needed: str
+) -> None:
+    (problem,) = _problems(_change(tmp_path, lambda d: d["target"].update(key=key)))
+    assert (problem.name, problem.needed) == ("params.value_is_valid", needed)
 
 
 def test_a_misspelt_section_gets_the_nearest_name(tmp_path: Path) -> None:
@@ -144,7 +163,8 @@ def test_a_missing_key_says_what_it_is_for(tmp_path: Path) -> None:
     assert str(problem) == (
         f"FAIL    params.key_is_given   {path}: target.key\n"
         "  found   not given\n"
-        "  needed  Primary key, or a NOT NULL unique column: bigint, integer, uuid or text.\n"
+        "  needed  Primary key, or a NOT NULL unique column: bigint, integer, uuid or text; or several, in the order"
+        " of their index.\n"
         f"  danger  {DANGER}\n"
         f"  do      {MEND}"
     )

@@ -213,7 +213,7 @@ def test_keys_read_at_once_are_what_they_are_one_by_one(kind: str) -> None:
         except ValueError:
             expected = []
         known = expected if len(set(expected)) == 2 else None
-        assert sources.read_at_once(kind, list(pair)) == known, pair
+        assert sources.read_at_once((kind,), list(pair)) == known, pair
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])

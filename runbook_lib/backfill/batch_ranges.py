@@ -14,7 +14,7 @@ from psycopg import sql
 from runbook_lib.backfill import batch_strategy
 from runbook_lib.backfill.batch_strategy import StrategyChoice
 from runbook_lib.core import db, table_kind
-from runbook_lib.core.names import names, spelled
+from runbook_lib.core.names import key_of, names, spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.params import Params
 from runbook_lib.sql import load
@@ -132,7 +132,7 @@ def passes(connection: db.Connection, params: Params, claimed: BatchRange) -> It
 
 
 def _keys_between(connection: db.Connection, params: Params, claimed: BatchRange) -> Iterator[Sequence[Any]]:
-    after = sql.SQL("true" if claimed.after_key is None else "s.key > %(after_key)s")
+    after = sql.SQL("true") if claimed.after_key is None else key_of(params).written("s.own_key > %after_key")
     query = db.reading(BACKFILL["keys_between"], params, {"after": after})
     found = connection.execute(query, {"after_key": claimed.after_key, "to_key": claimed.to_key}).fetchall()
     yield from (row["keys"] for row in found if row["keys"])

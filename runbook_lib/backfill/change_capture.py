@@ -14,7 +14,7 @@ from psycopg import sql
 
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import identifier, names, spelled, trigger_name
+from runbook_lib.core.names import identifier, key_of, names, spelled, trigger_name
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -88,18 +88,26 @@ def _differences(connection: db.Connection, params: Params) -> Iterator[str]:
 def _try(connection: db.Connection, params: Params) -> tuple[int, ...]:
     """What a made-up row queues, in a table whose columns take any text; function and queue are the real ones."""
     table = identifier(params.ledger.schema_, f"{params.target.name}_probe_row")
-    key = params.target.key
-    found = db.rows(connection, SQL["columns"], params, table=spelled(params, "table"), columns=[key])[0]
+    key, n = params.target.key_columns, names(params)
+    found = db.rows(connection, SQL["columns"], params, table=spelled(params, "table"), columns=list(key))
+    of_key = {row["name"]: row for row in found}
     typed = sql.SQL(", ").join(
-        sql.SQL("NULL::{} AS {}").format(sql.SQL(found["type"] if c == key else "text"), identifier(c))
+        sql.SQL("NULL::{} AS {}").format(sql.SQL(of_key[c]["type"] if c in of_key else "text"), identifier(c))
         for c in _columns(params)
     )
-    # A text may be the key itself: then the key changes with it.
-    changed = next((c for c in params.target.text_columns if c != key), key)
-    own = names(params) | {"probe": table, "table": table, "changed": identifier(changed)}
-    own |= {"key_type": sql.SQL(found["type"])}
-    shape = names(params) | {"probe": table, "probe_columns": typed}
-    values = {"key": found["value"], "keys": [found["value"], *(["a"] if changed == key else [])]}
+    # A text may be in the key itself: then the key changes with it.
+    changed = next((c for c in params.target.text_columns if c not in key), key[0])
+    own = n | {"probe": table, "table": table, "changed": identifier(changed)}
+    made_up = [
+        sql.SQL("{}::{}").format(sql.Placeholder(str(i)), sql.SQL(of_key[c]["type"])) for i, c in enumerate(key)
+    ]
+    conditions = [
+        sql.SQL("{} IN ({})").format(column, sql.SQL("{}, 'a'").format(value) if changed == c else value)
+        for c, column, value in zip(key, key_of(params).own, made_up, strict=True)
+    ]
+    own |= {"made_up_key": sql.SQL(", ").join(made_up), "is_the_row": sql.SQL(" AND ").join(conditions)}
+    shape = n | {"probe": table, "probe_columns": typed}
+    values = {str(i): of_key[c]["value"] for i, c in enumerate(key)}
     connection.execute(SQL["shape"].compose(shape), {})
     connection.execute(SCHEMA["create_triggers"].compose(own), {})
 
@@ -116,7 +124,7 @@ def _try(connection: db.Connection, params: Params) -> tuple[int, ...]:
 
 
 def _columns(params: Params) -> list[str]:
-    return list(dict.fromkeys((params.target.key, *params.target.text_columns)))
+    return list(dict.fromkeys((*params.target.key_columns, *params.target.text_columns)))
 
 
 def _own(params: Params, name: str) -> sql.Composable:

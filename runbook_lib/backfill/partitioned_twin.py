@@ -94,7 +94,11 @@ def move(connection: db.Connection, params: Params) -> Move:
     """From the table that serves to the one beside it."""
     columns = [row["name"] for row in catalogue(connection, params, "columns")]
     key = db.one(
-        connection, CONDITIONS["column_types"], params, table=spelled(params, "table"), columns=[params.target.key]
+        connection,
+        CONDITIONS["column_types"],
+        params,
+        table=spelled(params, "table"),
+        columns=list(params.target.key_columns),
     )
 
     def listed(alias: str = "") -> sql.Composable:

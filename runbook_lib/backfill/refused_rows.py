@@ -58,7 +58,9 @@ def in_halves(
 def _too_many(params: Params, refused: Mapping[Any, str]) -> Gate:
     """The gate of a backfill that stops since row after row is refused."""
     key, words = next(iter(refused.items()))
-    return _gate(params, f"{len(refused)} rows refused, and the backfill stopped; {params.target.key} {key}: {words}")
+    return _gate(
+        params, f"{len(refused)} rows refused, and the backfill stopped; {params.target.key_shown} {key}: {words}"
+    )
 
 
 def gate_of_left(connection: db.Connection, params: Params) -> Gate:
@@ -71,7 +73,7 @@ def gate_of_left(connection: db.Connection, params: Params) -> Gate:
     if not keys:
         return _gate(params, "", len(keys))
     some = ", ".join(str(k) for k in keys[:SHOWN]) + (" and more" if keys[SHOWN:] else "")
-    return _gate(params, f"not {params.target.key} {some}: {_reason(connection, params, keys)}", len(keys))
+    return _gate(params, f"not {params.target.key_shown} {some}: {_reason(connection, params, keys)}", len(keys))
 
 
 def _reason(connection: db.Connection, params: Params, keys: Sequence[Any]) -> str:

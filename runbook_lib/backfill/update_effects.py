@@ -230,7 +230,7 @@ def measure(bench: Bench, keys: Sequence[Any]) -> Effects:
         half = suspects[: len(suspects) // 2]
         suspects = half if _run(bench, half).error else suspects[len(half) :]
     if (alone := _run(bench, suspects)).error:
-        effects.error = f"{alone.error} (for instance {bench.params.target.key} {suspects[0]})"
+        effects.error = f"{alone.error} (for instance {bench.params.target.key_shown} {suspects[0]})"
     return effects
 
 
@@ -260,7 +260,7 @@ def changed_columns(bench: Bench, before: Looked, now: Looked) -> Counter[str]:
     changed: Counter[str] = Counter()
     for key, (hashes, _) in before.items():
         if key not in now:
-            changed[bench.params.target.key] += 1
+            changed[bench.params.target.key_shown] += 1
             continue
         for column, a, b in zip(bench.columns, hashes, now[key][0], strict=True):
             changed[column] += a != b
@@ -387,13 +387,15 @@ def _taken(params: Params, trial: Trial) -> str:
         return f"{number(effects.rows)} rows tried, each took it, {found_room(effects)}; rolled back"
     by = " and ".join(str(h) for h, what in trial.alone if KEEPS in what)
     kept = some(effects.kept, SHOWN)
-    found = f"{len(effects.kept)} of {effects.rows} rows tried did not take the vector: {params.target.key} {kept}"
+    found = (
+        f"{len(effects.kept)} of {effects.rows} rows tried did not take the vector: {params.target.key_shown} {kept}"
+    )
     return found + (f"; {by} keeps them" if by else "")
 
 
 def _instead(params: Params, error: str) -> str:
     if "replica identity" in error:
-        table, key = spelled(params, "table"), params.target.key
+        table, key = spelled(params, "table"), params.target.key_shown
         return f"ALTER TABLE {table} REPLICA IDENTITY USING INDEX <the unique index on {key}>; or {SIDE_TABLE}"
     return f"{SIDE_TABLE}; or settle with the owner of the trigger, rule or constraint that it takes such an UPDATE"
 

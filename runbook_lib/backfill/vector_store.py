@@ -22,6 +22,7 @@ from runbook_lib.core.names import (
     has_chunks,
     has_side_table,
     identifier,
+    key_of,
     names,
     side_table_name,
     spelled,
@@ -162,7 +163,7 @@ def _renames(connection: db.Connection, params: Params) -> sql.Composable:
     # The places first: the key of the table may have the name of one.
     renamed = {
         **{place: n[place] for place in places},
-        "key": n["key"],
+        **key_of(params).names_by_own,
         "text_hash": n["embedding_hash"],
         "embedding": n["embedding"],
         "staged_at": n["embedding_updated_at"],

@@ -102,14 +102,17 @@ def _in_a_transaction(connection: db.Connection, params: Params, purpose: str) -
 
 
 @changes
-def judge(phase: Phase, query_id: str, key: str, relevance: int) -> None:
+def judge(phase: Phase, query_id: str, key: str | list[object], relevance: int) -> None:
     """Keeps a person's mark in the ledger: 0 for wrong, higher for better; given again, the newer one counts.
+
+    key: as the sheet shows it; one of several columns also as a list.
 
     Raises ValueError for a query that the query file does not have, or a negative mark.
     """
     if query_id not in {q.query_id for q in query_set.read_queries(phase.params)} or relevance < 0:
         raise ValueError(f"query {query_id} with relevance {relevance}: needed a query of the file and a mark from 0")
-    phase.ledger.append("judgement", {"query_id": query_id, "key": str(key), "relevance": relevance})
+    as_text = query_set.key_of(key) or str(key)
+    phase.ledger.append("judgement", {"query_id": query_id, "key": as_text, "relevance": relevance})
 
 
 def judgements(connection: db.Connection, ledger: Ledger, params: Params) -> dict[str, dict[str, int]]:

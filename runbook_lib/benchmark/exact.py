@@ -23,11 +23,11 @@ from runbook_lib.benchmark.query_set import Query, exact_of, vector_of, with_exa
 from runbook_lib.benchmark.recall_at_k import SAME_DISTANCE, Nearest
 from runbook_lib.core import db
 from runbook_lib.core.gates import Gate, gate
-from runbook_lib.core.names import has_chunks, identifier, literal, names, spelled, verbatim
+from runbook_lib.core.names import has_chunks, key_of, literal, names, verbatim
 from runbook_lib.core.session import register_vector
 from runbook_lib.params import Params
 from runbook_lib.search import conditions, statements
-from runbook_lib.sql import load
+from runbook_lib.sql import key, load
 
 SQL = load("exact")
 
@@ -271,7 +271,7 @@ def _rounded(distances: FLOAT) -> FLOAT:
 
 def blocks(connection: db.Connection, params: Params, asked: _Conditions) -> Iterator[VectorBlock]:
     """The rows that have a vector and may be found, block by block."""
-    key_type, codes = _key_type(connection, params), len(asked.numbers) + has_chunks(params)
+    key_type, codes = key.type_of_one(db.key_types(connection, params)), len(asked.numbers) + has_chunks(params)
     layout = _Layout(params.vector.type, params.vector.dimension, codes, key_type)
     held: list[bytes] = []
     size = 0
@@ -287,11 +287,6 @@ def blocks(connection: db.Connection, params: Params, asked: _Conditions) -> Ite
     yield block
 
 
-def _key_type(connection: db.Connection, params: Params) -> str:
-    values = {"table": spelled(params, "table"), "key": params.target.key}
-    return str(db.one(connection, SQL["key_type"], params, **values)["type"])
-
-
 def _copy_out(connection: db.Connection, params: Params, asked: _Conditions) -> sql.Composed:
     bit = sql.SQL("((({}) IS TRUE)::integer << {})")
     filters = {f.name: f for f in params.target.each_filter}
@@ -304,7 +299,7 @@ def _copy_out(connection: db.Connection, params: Params, asked: _Conditions) -> 
     if has_chunks(params):
         numbers.append(sql.SQL("(e.{} = 0)::integer, ").format(names(params)["chunk"]))
     parts = {n: names(params)[n] for n in ("row_embedding", "from_all_vectors", "always")}
-    parts |= {"key": identifier("t", params.target.key), "codes": sql.Composed(numbers)}
+    parts |= {"key": key_of(params).written("one t.key"), "codes": sql.Composed(numbers)}
     # COPY takes no bound values, so nothing here is read for placeholders; the block has no literal per cent sign.
     plain = {n: sql.SQL(part.as_string(connection).replace("%%", "%")) for n, part in parts.items()}
     return SQL["copy_out"].compose(plain)
@@ -393,8 +388,8 @@ def by_sql(
     ]
     vector = sql.SQL("%(vector)s::{}").format(n["vector_type"])
     if among is not None:
-        key_type = verbatim(_key_type(connection, params))
-        held.append(sql.SQL("t.{} = ANY (%(among)s::{}[])").format(identifier(params.target.key), key_type))
+        kind = {"key_type": verbatim(db.key_types(connection, params)[0])}
+        held.append(key_of(params).written("t.key IN typed %among", kind))
     statement = SQL["nearest"].compose(
         n
         | statements.nearest_chunk_of_each_row(params, vector)

@@ -11,6 +11,7 @@ from typing import Any
 from runbook_lib.benchmark import loop, query_set, relevance_measures
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.core import db
+from runbook_lib.core.names import key_of
 from runbook_lib.params import Params
 from runbook_lib.search import statements
 from runbook_lib.search.hybrid import EQUAL_WEIGHT
@@ -82,5 +83,5 @@ def _scores(connection: db.Connection, params: Params, queries: Sequence[Query])
     for query in queries:
         bound = loop.values(params, query, params.queries.k)
         rows = connection.execute(statement(query), bound, prepare=False).fetchall()
-        found[query.query_id] = sorted((str(row["key"]), row["near"], row["wordy"]) for row in rows)
+        found[query.query_id] = sorted((key_of(params).text_in(row), row["near"], row["wordy"]) for row in rows)
     return found

@@ -19,6 +19,7 @@ from runbook_lib.benchmark.prepared import reads_index, use
 from runbook_lib.benchmark.query_set import Query
 from runbook_lib.benchmark.recall_at_k import Recall, Rows
 from runbook_lib.core import db, session
+from runbook_lib.core.names import key_of
 from runbook_lib.core.query_plan import CARRIED_OUT, QueryPlan, explain
 from runbook_lib.core.thresholds import at_least
 from runbook_lib.params import Params
@@ -142,7 +143,7 @@ def ask(
             started = time.perf_counter()
             rows = connection.execute(own, bound, prepare=False).fetchall()
             answers.seconds.append(time.perf_counter() - started)
-            answers.rows.append([(str(row[_key(params, row)]), _distance(row)) for row in rows])
+            answers.rows.append([(key_of(params).text_in(row), _distance(row)) for row in rows])
             if rows and "answered_by" in rows[0]:
                 answers.routes.append(rows[0]["answered_by"])
             if enough and enough(so_far := replace(answers, queries=queries[: len(answers.rows)])):
@@ -154,10 +155,6 @@ def know_vectors(connection: db.Connection, queries: Sequence[Query]) -> None:
     """Has this connection send the vectors of the queries as pgvector's type, once for all."""
     if any(q.vector is not None for q in queries) and connection.adapters.types.get("vector") is None:
         session.register_vector(connection)
-
-
-def _key(params: Params, row: db.Row) -> str:
-    return params.target.key if params.target.key in row else "key"
 
 
 def _distance(row: db.Row) -> float | None:

@@ -17,13 +17,13 @@ from psycopg import sql
 from runbook_lib.benchmark.recall_at_k import Nearest
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate, Verdict
-from runbook_lib.core.names import names, spelled
+from runbook_lib.core.names import names
 from runbook_lib.embeddings import embedding
 from runbook_lib.embeddings.sources import as_array, read_json
 from runbook_lib.params import Params
 from runbook_lib.params.section import LONE_SURROGATE, unsound
 from runbook_lib.search import combined_filters
-from runbook_lib.sql import load
+from runbook_lib.sql import key, load
 
 SQL = load("evaluate")
 
@@ -151,11 +151,11 @@ def read_judgements(params: Params) -> dict[str, dict[str, int]]:
     problems = _Problems("evaluate.judgements_are_readable")
     judgements: dict[str, dict[str, int]] = {}
     for line, record in _records(path, problems, needed='{"query_id": …, "key": …, "relevance": …}'):
-        query_id, key, relevance = _name(record.get("query_id")), _name(record.get("key")), record.get("relevance")
+        query_id, key, relevance = _name(record.get("query_id")), key_of(record.get("key")), record.get("relevance")
         if query_id is None:
             problems.add(path, line, _found(record, "query_id"), "a query_id: text or a whole number")
         elif key is None:
-            problems.add(path, line, _found(record, "key"), "a key: text or a whole number")
+            problems.add(path, line, _found(record, "key"), "a key: text or a whole number, or a list of them")
         elif isinstance(relevance, bool) or not isinstance(relevance, int) or relevance < 0:
             problems.add(path, line, _found(record, "relevance"), "a relevance: a whole number from 0")
         elif query_id not in known:
@@ -214,6 +214,13 @@ def _name(value: object) -> str | None:
     return None if unsound(str(value)) else str(value)
 
 
+def key_of(value: object) -> str | None:
+    """A key as text; None for what is none. A list holds one of several columns."""
+    if not isinstance(value, list):
+        return _name(value)
+    return None if not value or any(_name(v) is None for v in value) else key.text_of(value)
+
+
 def _found(record: Mapping[str, Any], field: str) -> str:
     if field not in record:
         return f"no {field}, but {', '.join(ascii(k)[1:-1] if unsound(k) else k for k in record) or 'nothing'}"
@@ -236,18 +243,30 @@ def unknown_keys(
     keys = list(dict.fromkeys(key for judged in judgements.values() for key in judged))
     if not keys:
         return []
-    table = spelled(params, "table")
-    key_type = str(db.one(connection, SQL["key_type"], params, table=table, key=params.target.key)["type"])
-    may_be = _spelling_of(key_type)
-    extra = {"key_type": sql.SQL(key_type)}  # spelt, and quoted where it must be, by format_type
+    kinds = db.key_types(connection, params)
+    may_be = _spelling_of(kinds)
+    extra = {"key_type": sql.SQL(kinds[0])}  # spelt, and quoted where it must be, by format_type
     query = SQL["known_keys"].compose(names(params) | extra)
     rows = connection.execute(query, {"keys": [key for key in keys if may_be(key)]}).fetchall()
     known = {row["key"] for row in rows}
     return [key for key in keys if key not in known]
 
 
-def _spelling_of(key_type: str) -> Callable[[str], bool]:
-    """Whether a text can be a value of this type; one that cannot would end the whole query with an error."""
+def _spelling_of(key_types: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a text can be a key of these types; one that cannot would end the whole query with an error."""
+    if len(key_types) == 1:
+        return _spelling_of_a_column(key_types[0])
+    columns = [_spelling_of_a_column(kind) for kind in key_types]
+
+    def several(text: str) -> bool:
+        values = read_json(text)[0]
+        fit = isinstance(values, list) and len(values) == len(columns)
+        return fit and all(is_one(str(value)) for is_one, value in zip(columns, values, strict=True))
+
+    return several
+
+
+def _spelling_of_a_column(key_type: str) -> Callable[[str], bool]:
 
     def integer(key: str) -> bool:
         limit = 2 ** (INTEGERS[key_type] - 1)

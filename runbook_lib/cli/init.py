@@ -214,24 +214,29 @@ def _table(connection: db.Connection, draft: Params, wishes: Wishes, ask: Ask) -
     return table, suggest.look(connection, _draft(wishes, schema=schema, table=table, key="?", text_columns=["?"]))
 
 
-def _which_key(found: FoundTable, wishes: Wishes, ask: Ask) -> str:
-    key = wishes.key or ask("key", found.keys[0] if found.keys else "")
-    if key in found.columns and key in found.keys:
-        return key
+def _which_key(found: FoundTable, wishes: Wishes, ask: Ask) -> tuple[str, ...]:
+    """The columns of the key."""
+    offered = [columns[0] if len(columns) == 1 else _joined(columns) for columns in found.keys]
+    key = wishes.key or ask("key", next(iter(offered), ""))
+    for columns in ((key,), names_in(key)):
+        if columns in found.keys:
+            return columns
     new = "id" if "id" not in found.columns else "row_id"
     raise _problem(
         "key_is_found",
         found.name,
         f"{key} is not one" if key else "no column that identifies a row by itself",
-        f"a NOT NULL column of type {', '.join(table_checks.KEY_TYPES)} with its own unique index",
-        _nearest(key, found.keys) + f"say --key with one of {', '.join(found.keys)}"
-        if found.keys
+        f"a NOT NULL column of type {', '.join(table_checks.KEY_TYPES)} with its own unique index, or several",
+        _nearest(key, offered) + f"say --key with one of {'; '.join(offered)}"
+        if offered
         else f"ALTER TABLE {found.name} ADD COLUMN {new} bigint GENERATED ALWAYS AS IDENTITY UNIQUE;"
         " (it rewrites the table under a lock; for a large one add the column, fill and index it in steps)",
     )
 
 
-def _which_texts(found: FoundTable, key: str, seen: LegacyQuery | None, wishes: Wishes, ask: Ask) -> list[str]:
+def _which_texts(
+    found: FoundTable, key: Sequence[str], seen: LegacyQuery | None, wishes: Wishes, ask: Ask
+) -> list[str]:
     candidates = suggest.texts(found, key, seen.query if seen else "")
     texts = list(wishes.text_columns or names_in(ask("text columns, title first", _joined(candidates))))
     bad = [t for t in texts if t not in found.columns or not found.columns[t]["is_text"]]
@@ -248,7 +253,7 @@ def _which_texts(found: FoundTable, key: str, seen: LegacyQuery | None, wishes: 
 
 
 def _which_filters(
-    found: FoundTable, key: str, texts: Sequence[str], seen: LegacyQuery | None, wishes: Wishes, ask: Ask
+    found: FoundTable, key: Sequence[str], texts: Sequence[str], seen: LegacyQuery | None, wishes: Wishes, ask: Ask
 ) -> list[str]:
     """What today's search filters by; where that is not known, the columns that few values share."""
     if wishes.filters is not None:
@@ -291,13 +296,13 @@ def _which_model(wishes: Wishes, ask: Ask) -> tuple[dict[str, str], int]:
 def _which_legacy(
     connection: db.Connection,
     found: FoundTable,
-    key: str,
+    key: tuple[str, ...],
     wishes: Wishes,
     ask: Ask,
     say: Say,
 ) -> LegacyQuery | None:
     """The search of today: given, or seen and confirmed; None where there is neither."""
-    kinds = {n: c["type"] for n, c in found.columns.items() if n != key}
+    kinds = {n: c["type"] for n, c in found.columns.items() if n != key[-1]}
     if wishes.legacy_query_file:
         return _from_file(wishes.legacy_query_file, kinds)
     for statement in _statements(connection, found, say):
@@ -338,7 +343,9 @@ def _statements(connection: db.Connection, found: FoundTable, say: Say) -> tuple
     return seen.searches
 
 
-def _cannot_be_used(connection: db.Connection, found: FoundTable, key: str, candidate: LegacyQuery) -> str:
+def _cannot_be_used(
+    connection: db.Connection, found: FoundTable, key: tuple[str, ...], candidate: LegacyQuery
+) -> str:
     """Why this query cannot stand in the file; empty if PostgreSQL plans it and it returns the key."""
     if candidate.unknown:
         return f"what stood for {', '.join(candidate.unknown)} is not kept by pg_stat_statements"
@@ -346,20 +353,21 @@ def _cannot_be_used(connection: db.Connection, found: FoundTable, key: str, cand
         return "the text of the user is not to be seen in it"
     conditions = {name: Condition(**given) for name, given in candidate.conditions.items()}
     filters = {name: conditions.get(name) for name in candidate.filters}
-    target = found.draft.target.model_copy(update={"key": key, "filters": filters})
+    target = found.draft.target.model_copy(update={"key": key[0] if len(key) == 1 else key, "filters": filters})
     legacy_section = found.draft.legacy.model_copy(update={"query": candidate.query})
     probe = found.draft.model_copy(update={"target": target, "legacy": legacy_section})
     gate = inputs.legacy_query_runs(connection, probe)
     return "" if gate.verdict is Verdict.PASS else gate.found
 
 
-def _placeholder(found: FoundTable, key: str, texts: Sequence[str], filters: Sequence[str]) -> LegacyQuery:
+def _placeholder(found: FoundTable, key: Sequence[str], texts: Sequence[str], filters: Sequence[str]) -> LegacyQuery:
     """A plain ILIKE over the text columns, for a table whose search is not known."""
-    quoted = {name: sql.Identifier(name).as_string() for name in (key, *texts, *filters)}
+    quoted = {name: sql.Identifier(name).as_string() for name in (*key, *texts, *filters)}
+    columns = ", ".join(f"t.{quoted[c]}" for c in key)
     conditions = " OR ".join(f"t.{quoted[t]} ILIKE '%' || :query || '%'" for t in texts)
-    lines = [f"SELECT t.{quoted[key]}", f"FROM {found.name} AS t", f"WHERE ({conditions})"]
+    lines = [f"SELECT {columns}", f"FROM {found.name} AS t", f"WHERE ({conditions})"]
     for name in filters:
         kind = found.columns[name]["type"]
         lines.append(f"  AND (:{name}::{kind} IS NULL OR t.{quoted[name]} = :{name})")
-    lines += [f"ORDER BY t.{quoted[key]}", "LIMIT :k"]
+    lines += [f"ORDER BY {columns}", "LIMIT :k"]
     return LegacyQuery("\n".join(lines), tuple(filters), (PLACEHOLDER,))

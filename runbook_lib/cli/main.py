@@ -237,7 +237,7 @@ def _check_search(params: Params) -> int:
 @click.option("--service", metavar="NAME", help="Service of pg_service.conf, in its place.")
 @click.option("--schema", metavar="NAME", help="Schema of the table; public if not given.")
 @click.option("--table", metavar="NAME", help="The table, as PostgreSQL spells it, without quotes.")
-@click.option("--key", metavar="COLUMN", help="Primary key, or NOT NULL and unique.")
+@click.option("--key", metavar="COLUMN[,COLUMN]", help="Primary key, or NOT NULL and unique.")
 @click.option("--text-columns", type=names_in, metavar="A,B", help="What is embedded, title first.")
 @click.option("--filters", type=names_in, metavar="A,B", help="What the application filters by; '' for nothing.")
 @click.option("--legacy-query-file", type=EXISTING, help="The search of today, with :query and :k.")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 NARROWEST = 28
 BETWEEN = "  "
 MOST_K = 1000
+# Each row comes with its key as one value first, by a name that no column has.
+KEY = ""
 # By each route: a legacy search reads a large table whole.
 LONGEST_SEARCH = "60 s"
 
@@ -133,6 +135,7 @@ def _by(connection: db.Connection, params: Params, route: str, values: Mapping[s
     import psycopg
 
     from runbook_lib.core import db
+    from runbook_lib.core.names import key_of
     from runbook_lib.search import statements
 
     call = statements.filtered_call_statement(connection, params, as_application=True)
@@ -141,7 +144,8 @@ def _by(connection: db.Connection, params: Params, route: str, values: Mapping[s
             statements.force_route(connection, params, route)
             started = time.perf_counter()
             rows = connection.execute(call, values).fetchall()
-            return Answer(route, 1000 * (time.perf_counter() - started), rows)
+            ms = 1000 * (time.perf_counter() - started)
+            return Answer(route, ms, [{KEY: key_of(params).text_in(row), **row} for row in rows])
     except psycopg.Error as error:
         db.raise_if_lost(connection, error)
         return Answer(route, 0, (), f"the server says: {error.diag.message_primary or error}")
@@ -153,11 +157,10 @@ def _texts(connection: db.Connection, params: Params, answers: Sequence[Answer])
     from runbook_lib.search import conditions
     from runbook_lib.sql import load
 
-    key = params.target.key
-    found = list({row[key]: None for answer in answers for row in answer.rows})
-    kind = {"key_type": verbatim(conditions.types(connection, params)[key])}
+    found = list({row[KEY]: None for answer in answers for row in answer.rows})
+    kind = {"key_type": verbatim(conditions.types(connection, params)[params.target.key_columns[0]])}
     query = load("search")["texts_of"].compose(names(params) | kind)
-    return {row["key"]: row["text"] for row in connection.execute(query, {"keys": list(map(str, found))}).fetchall()}
+    return {str(row["key"]): row["text"] for row in connection.execute(query, {"keys": found}).fetchall()}
 
 
 def shown(answers: Sequence[Answer], texts: Mapping[Any, str], width: int) -> str:

@@ -62,7 +62,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class FoundTable:
-    """The table as it is. columns by name; keys, the primary key first; readers: roles that may SELECT.
+    """The table as it is. columns by name; keys: the columns of each, the primary key first; readers: roles that may
+    SELECT.
 
     fulltext: by index, the longest expression of type tsvector that it is on; the longest first.
     """
@@ -71,7 +72,7 @@ class FoundTable:
     rows: int
     analyzed: bool
     columns: Mapping[str, db.Row]
-    keys: tuple[str, ...]
+    keys: tuple[tuple[str, ...], ...]
     readers: tuple[str, ...]
     fulltext: Mapping[str, str]
     server: Mapping[str, Any]
@@ -93,7 +94,7 @@ def look(connection: db.Connection, draft: Params) -> FoundTable:
         whole.n,
         not whole.counted,
         {c["name"]: c for c in columns},
-        tuple(k["name"] for k in keys if k["type"] in table_checks.KEY_TYPES),
+        tuple(tuple(k["columns"]) for k in keys if set(k["types"]) <= set(table_checks.KEY_TYPES)),
         tuple(r["role"] for r in db.rows(connection, SQL["readers"], draft, relation=relation)),
         _fulltext(connection, draft),
         db.one(connection, SQL["settings"], draft),
@@ -114,7 +115,7 @@ def _is_few(column: db.Row) -> bool:
     return column["n_distinct"] is not None and 1 < column["n_distinct"] <= MOST_FILTER_VALUES
 
 
-def texts(found: FoundTable, key: str, search_of_today: str = "") -> list[str]:
+def texts(found: FoundTable, key: Sequence[str], search_of_today: str = "") -> list[str]:
     """Columns whose text is worth embedding: titles first, then by their place in the table.
 
     Where the search of today is known, only those that it names behind its WHERE, if it names any.
@@ -125,19 +126,20 @@ def texts(found: FoundTable, key: str, search_of_today: str = "") -> list[str]:
         prose = (column["avg_width"] or 0) >= PROSE_BYTES or TEXT_NAMES.search(low)
         # A small table of notes holds few different texts; only a short column of few values is a filter.
         is_filter = _is_few(column) and (column["avg_width"] or 0) <= LONGEST_FILTER_BYTES
-        if column["is_text"] and name != key and prose and not NOT_PROSE.search(low) and not is_filter:
+        if column["is_text"] and name not in key and prose and not NOT_PROSE.search(low) and not is_filter:
             good.append(name)
     conditions = re.split(r"\bWHERE\b", search_of_today, maxsplit=1, flags=re.I)[-1]
     named = [name for name in good if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", conditions)]
     return sorted(named or good, key=lambda name: TITLE_NAMES.search(name.lower()) is None)
 
 
-def filters(found: FoundTable, key: str, text_columns: Sequence[str]) -> list[str]:
+def filters(found: FoundTable, key: Sequence[str], text_columns: Sequence[str]) -> list[str]:
     """Columns that few values share, and that are short enough to be compared."""
     return [
         name
         for name, c in found.columns.items()
-        if name not in (key, *text_columns)
+        # The first of several columns of a key tells tenants apart; the last tells rows.
+        if name not in (key[-1], *text_columns)
         and _is_few(c)
         and c["category"] in FILTER_CATEGORIES
         and (c["avg_width"] or 0) <= LONGEST_FILTER_BYTES
@@ -145,7 +147,12 @@ def filters(found: FoundTable, key: str, text_columns: Sequence[str]) -> list[st
 
 
 def target(
-    found: FoundTable, way_in: Setting, name: str, key: str, text_columns: Sequence[str], chosen: Mapping[str, Any]
+    found: FoundTable,
+    way_in: Setting,
+    name: str,
+    key: Sequence[str],
+    text_columns: Sequence[str],
+    chosen: Mapping[str, Any],
 ) -> list[Setting]:
     """Sections connection and target. chosen: filters by name, as in the file."""
     others = [f for f in filters(found, key, text_columns) if f not in chosen]
@@ -160,13 +167,14 @@ def target(
         why += "; the table was never analyzed, so nothing is known of its values: ANALYZE, then init again"
     widths = [f"{t} {number(width)} bytes" for t, width in seen.items()]
     wide = f"average {', '.join(widths)}; " if widths else ""
-    t = found.draft.target
+    t, together = found.draft.target, "" if len(key) == 1 else " together, in the order of their index"
+    kinds = ", ".join(found.columns[c]["type"] for c in key)
     return [
         way_in,
         Setting("target", "name", name, "names the ledger's rows, the staging table and the function"),
         Setting("target", "schema", t.schema_),
         Setting("target", "table", t.table),
-        Setting("target", "key", key, f"{found.columns[key]['type']}, NOT NULL and unique"),
+        Setting("target", "key", key[0] if len(key) == 1 else list(key), f"{kinds}, NOT NULL and unique{together}"),
         Setting("target", "text_columns", list(text_columns), f"{wide}embedded together, in this order"),
         Setting("target", "filters", dict(chosen) if any(chosen.values()) else list(chosen), why),
     ]

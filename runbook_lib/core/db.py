@@ -162,10 +162,20 @@ def opened(conninfo: str, application_name: str, params: Params) -> Connection:
         session.begin(connection, *target, lock_timeout_ms=params.locks.timeout_ms)
         for name, value in table_kind.of(params).session.items():
             connection.execute("SELECT set_config(%s, %s, false)", [name, value])
+        if len(params.target.key_columns) > 1:
+            # Values of several columns are written with their types; PostgreSQL infers that of one.
+            params.target.found_key_types(key_types(connection, params))
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def key_types(connection: Connection, params: Params) -> tuple[str, ...]:
+    """The types of the key's columns as PostgreSQL spells them, without lengths; none of one that is not there."""
+    columns = list(params.target.key_columns)
+    found = rows(connection, session.SQL["key_types"], params, table=spelled(params, "table"), columns=columns)
+    return tuple(row["type"] for row in found)
 
 
 def _what_to_do(error: psycopg.OperationalError) -> str:

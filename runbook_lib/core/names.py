@@ -10,6 +10,7 @@ from psycopg import sql
 from runbook_lib.params import Params
 from runbook_lib.params.placeholders import OPAQUE, QUOTED_NAME
 from runbook_lib.params.section import LONGEST_NAME_BYTES
+from runbook_lib.sql.key import Key
 
 OPERATORS = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
 OPERATOR_CLASSES = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
@@ -67,6 +68,12 @@ def shortened(stem: str, tail: str, unlike: str = "") -> str:
     if unlike and len((stem + tail).encode()) > LONGEST_NAME_BYTES:
         tail = f"_{digits(unlike)}{tail}"
     return stem.encode()[: LONGEST_NAME_BYTES - len(tail.encode())].decode(errors="ignore") + tail
+
+
+def key_of(params: Params) -> Key:
+    """The key of the target, which knows how blocks write it."""
+    target = params.target
+    return Key(target.key_columns, [identifier(c) for c in target.key_columns], lambda: target.key_types)
 
 
 def index_name(params: Params) -> str:
@@ -198,6 +205,8 @@ def names(params: Params) -> dict[str, sql.Composable]:
     ``{text}`` is the text that is embedded and ``{text_hash}`` its hash, both over alias ``t`` of the target;
     ``{has_text}`` says whether a row has any, and so is one of the rows that count: that get a vector, and of which
     none may be missing;
+    ``{key}`` are the columns of the key, and ``{own_key}`` those that hold it in tables of the runbook's own;
+    :mod:`runbook_lib.sql.key` has what else may be said of it.
     ``{new_text_differs}`` is the condition of the update trigger: the text, or the key.
 
     Whatever the layout: ``{vectors}`` is the relation that holds the vectors; ``{from_vectors}`` every row that can
@@ -231,14 +240,15 @@ def names(params: Params) -> dict[str, sql.Composable]:
 
 def _names(params: Params) -> dict[str, sql.Composable]:
     target, vector = params.target, params.vector
-    ledger = params.ledger.schema_
+    ledger, key = params.ledger.schema_, key_of(params)
     text = _text(target.text_columns, "t")
     always = sql.SQL("({})").format(verbatim(target.always)) if target.always else sql.SQL("true")
     vector_type = sql.SQL("{}({})").format(of_pgvector(params, vector.type), sql.Literal(vector.dimension))
     return {
         "schema": identifier(target.schema_),
         "table": identifier(target.schema_, target.table),
-        "key": identifier(target.key),
+        "key": key,
+        "own_key": key.own_list,
         "embedding": identifier(vector.column),
         "embedding_updated_at": identifier(f"{vector.column}_updated_at"),
         "embedding_hash": identifier(f"{vector.column}_hash"),
@@ -264,7 +274,7 @@ def _names(params: Params) -> dict[str, sql.Composable]:
         "new_text_differs": sql.SQL(" OR ").join(
             # As text and by its bytes, as it is hashed: to citext and to some collations other letters are equal.
             sql.SQL('OLD.{c}::text COLLATE "C" IS DISTINCT FROM NEW.{c}::text COLLATE "C"').format(c=identifier(c))
-            for c in dict.fromkeys((*target.text_columns, target.key))
+            for c in dict.fromkeys((*target.text_columns, *target.key_columns))
         ),
         "ledger": identifier(ledger),
         "entry": identifier(ledger, "entry"),
@@ -330,10 +340,12 @@ def _where_vectors_stand(params: Params) -> dict[str, sql.Composable]:
     beside = has_side_table(params)
     vectors = identifier(params.target.schema_, side_table_name(params)) if beside else table
     column, alias = params.vector.column, "e" if beside else "t"
-    parts = {"table": table, "vectors": vectors, "key": identifier(params.target.key)}
+    parts = {"table": table, "vectors": vectors}
+    key = key_of(params)
+    parts |= {"same": key.alike("t.key", "e.key"), "same_or_none": key.alike("e.key", "t.key")}
     every, outer = (
-        "{vectors} e JOIN {table} t ON t.{key} = e.{key}",
-        "{table} t LEFT JOIN {vectors} e ON e.{key} = t.{key}",
+        "{vectors} e JOIN {table} t ON {same}",
+        "{table} t LEFT JOIN {vectors} e ON {same_or_none}",
     )
     own = {name: identifier(f"{column}_{name}") for name in ("chunk", "start", "length")}
     first = sql.SQL(" AND e.{chunk} = 0").format(**own) if has_chunks(params) else sql.SQL("")

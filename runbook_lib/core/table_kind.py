@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from psycopg import sql
 
-from runbook_lib.core.names import HASH_BYTES, changing, literal, names, spelled
+from runbook_lib.core.names import HASH_BYTES, changing, identifier, key_of, literal, names, spelled, verbatim
 from runbook_lib.params import Params
 from runbook_lib.sql import Block, load
 
@@ -58,7 +58,28 @@ class TableKind:
             return {}
         known = names(params) | changing(params) | dict(extra or {})
         shown = {f"{name}_name": literal(spelled(params, name)) for name in NAMED}
-        return {**shown, "own": given.compose(known), "hash_bytes": sql.Literal(HASH_BYTES)}
+        return {**shown, "own": given.compose(known), "hash_bytes": sql.Literal(HASH_BYTES), **_of_the_key(params)}
+
+
+def _of_the_key(params: Params) -> dict[str, sql.Composable]:
+    """The first column of the key is the one by which a table is distributed. A batch of keys of several columns says
+    its values by themselves; those of one column say it anyway.
+    """
+    key, function = key_of(params), identifier(params.ledger.schema_, f"{params.target.name}_key_part")
+    blocks, own = load("citus"), {"key_part_function": function}
+
+    def in_one_shard(column: sql.Composable) -> sql.Composable:
+        parts = own | {"column": column, "type": verbatim(params.target.key_types[0])}
+        return key.if_several(sql.SQL("{} ").format(blocks["of_one_shard"].compose(parts)))
+
+    return {
+        "own_distributed": key.own[0],
+        "own_distribution_column": sql.Literal(key.own[0].as_string()),
+        "make_key_part": key.if_several(sql.SQL("{};\n").format(blocks["make_key_part"].compose(own))),
+        "drop_key_part": key.if_several(blocks["drop_key_part"].compose(own)),
+        "staged_in_one_shard": in_one_shard(sql.SQL("s.{}").format(key.own[0])),
+        "row_in_one_shard": in_one_shard(sql.SQL("t.{}").format(key.columns[0])),
+    }
 
 
 ORDINARY = TableKind()

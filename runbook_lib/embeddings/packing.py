@@ -24,9 +24,9 @@ KEYS = {"smallint": ">i2", "integer": ">i4", "bigint": ">i8", "uuid": "V16"}
 NUMBERS = {"vector": ">f4", "halfvec": ">f2"}
 
 
-def can_pack(key_type: str) -> bool:
-    """Are keys of this type all of one width?"""
-    return key_type in KEYS
+def can_pack(key_types: Sequence[str]) -> bool:
+    """Are keys of these types one column, and all of one width?"""
+    return len(key_types) == 1 and key_types[0] in KEYS
 
 
 def pack(

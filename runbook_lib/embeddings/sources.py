@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from runbook_lib.embeddings import json_block, memory
 from runbook_lib.params import Params
 from runbook_lib.params.data import FORMATS
 from runbook_lib.params.section import unsound
+from runbook_lib.sql import key
 
 Vectors = NDArray[np.float32]
 
@@ -65,11 +66,11 @@ class SourceRows:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a file must hold: the name of its key column, and the dimension of its vectors."""
+    """What a file must hold: the names of its key's columns, and the dimension of its vectors."""
 
     path: Path
     format: str
-    key: str
+    key: tuple[str, ...]
     dimension: int
     rows: int
     ids_file: Path | None = None
@@ -81,7 +82,7 @@ def wanted(params: Params) -> Wanted:
     return Wanted(
         Path(str(e.file)),
         str(e.file_format),
-        params.target.key,
+        params.target.key_columns,
         params.vector.dimension,
         e.rows_a_batch,
         e.ids_file,
@@ -125,9 +126,9 @@ def bad_file(path: Path | str, found: str, needed: str, danger: str) -> BadInput
 
 def _check_columns(file: Wanted, found: Sequence[str]) -> list[str]:
     """The columns to read, in order; raises BadInput where key or vector is missing, or one of them twice there."""
-    columns = [file.key, EMBEDDING_COLUMN, *[c for c in (HASH_COLUMN, TEXT_COLUMN) if c in found][:1]]
+    columns = [*file.key, EMBEDDING_COLUMN, *[c for c in (HASH_COLUMN, TEXT_COLUMN) if c in found][:1]]
     if any(found.count(name) != 1 for name in columns):
-        needed = f"columns {file.key} and {EMBEDDING_COLUMN}"
+        needed = f"columns {', '.join(file.key)} and {EMBEDDING_COLUMN}"
         raise bad_file(file.path, f"columns {', '.join(found)}", needed, "rows cannot be told")
     return columns
 
@@ -178,11 +179,17 @@ def _rows_of(file: Wanted, batch: pa.RecordBatch, places: Sequence[int]) -> Sour
     vectors, faults = _arrow_vectors(batch.column(EMBEDDING_COLUMN), file.dimension)
     given = [batch.column(n).to_pylist() if n in batch.schema.names else None for n in (HASH_COLUMN, TEXT_COLUMN)]
     hashes = _hashes(given[0], given[1], faults)
-    keys = batch.column(file.key)
-    whole_numbers = pa.types.is_integer(keys.type) and not keys.null_count
-    return SourceRows(
-        places, keys.to_numpy().tolist() if whole_numbers else keys.to_pylist(), vectors, faults, hashes
-    )
+    return SourceRows(places, _keys([_list_of(batch.column(c)) for c in file.key]), vectors, faults, hashes)
+
+
+def _list_of(column: pa.Array) -> list[Any]:
+    whole_numbers = pa.types.is_integer(column.type) and not column.null_count
+    return list(column.to_numpy().tolist() if whole_numbers else column.to_pylist())
+
+
+def _keys(columns: Sequence[list[Any]]) -> list[Any]:
+    """A key a row: its value, or the values of its columns."""
+    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
 
 
 def _arrow_vectors(column: pa.Array, dimension: int) -> tuple[Vectors, dict[int, str]]:
@@ -272,12 +279,12 @@ def _json_lines(file: Wanted) -> Iterator[SourceRows]:
 
 def _sound_objects(file: Wanted, lines: Sequence[str]) -> pa.RecordBatch | None:
     """The columns of these lines, read at once; None where a line must be looked at by itself."""
-    others = [(name, pa.string()) for name in (HASH_COLUMN, TEXT_COLUMN) if name != file.key]
-    for key in (pa.int64(), pa.string()):
-        schema = pa.schema([(file.key, key), (EMBEDDING_COLUMN, json_block.VECTOR), *others])
+    others = [(name, pa.string()) for name in (HASH_COLUMN, TEXT_COLUMN) if name not in file.key]
+    for kinds in product((pa.int64(), pa.string()), repeat=len(file.key)):
+        schema = pa.schema([*zip(file.key, kinds, strict=True), (EMBEDDING_COLUMN, json_block.VECTOR), *others])
         if (found := json_block.objects(lines, schema)) is not None:
             given = [name for name, _ in others if found[name].null_count < len(lines)]
-            return found.select([file.key, EMBEDDING_COLUMN, *given])
+            return found.select([*file.key, EMBEDDING_COLUMN, *given])
     return None
 
 
@@ -286,7 +293,8 @@ def _record(file: Wanted, place: int, line: str) -> _Record:
     if not fault and not isinstance(record, dict):
         fault = f"a JSON {type(record).__name__}, not an object"
     get = {}.get if fault else record.get
-    return place, get(file.key), get(EMBEDDING_COLUMN), get(HASH_COLUMN), get(TEXT_COLUMN), fault
+    of_row = _keys([[get(c)] for c in file.key])[0]
+    return place, of_row, get(EMBEDDING_COLUMN), get(HASH_COLUMN), get(TEXT_COLUMN), fault
 
 
 def read_json(text: str) -> tuple[Any, str]:
@@ -306,13 +314,15 @@ def _csv(file: Wanted) -> Iterator[SourceRows]:
     reader = csv.reader(lines_of(file.path, encoding="utf-8-sig", newline=""))
     header = next(reader, [])
     _check_columns(file, header)
-    at = [header.index(c) if c in header else -1 for c in (file.key, EMBEDDING_COLUMN, HASH_COLUMN, TEXT_COLUMN)]
+    at = [header.index(c) if c in header else -1 for c in (EMBEDDING_COLUMN, HASH_COLUMN, TEXT_COLUMN)]
+    of_key = [header.index(c) for c in file.key]
 
     def records() -> Iterator[_Record]:
         for row in reader:
             if len(row) == len(header):
-                key, vector, text_hash, text = (row[i] if i >= 0 else None for i in at)
-                yield reader.line_num, key or None, vector, text_hash, text, ""
+                vector, text_hash, text = (row[i] if i >= 0 else None for i in at)
+                of_row = _keys([[row[i] or None] for i in of_key])[0]
+                yield reader.line_num, of_row, vector, text_hash, text, ""
             elif row:
                 fault = f"{len(row)} fields, {len(header)} needed"
                 yield reader.line_num, None, None, None, None, fault
@@ -397,8 +407,35 @@ def hash_of(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:HASH_BYTES]
 
 
-def key_reader(key_type: str) -> Callable[[Any], Any]:
-    """A function from a key as a file has it to a key of this type; it raises ValueError for what is none."""
+def key_reader(*key_types: str) -> Callable[[Any], Any]:
+    """A function from a key as a file has it to a key of these types; it raises ValueError for what is none.
+
+    One of several columns comes as their values, or as the text of a JSON list of them.
+    """
+    if len(key_types) == 1:
+        return _column_reader(key_types[0])
+    columns = key_columns(*key_types)
+    return lambda given: key.text_of(columns(given if isinstance(given, str) else key.text_of(given)))
+
+
+def key_columns(*key_types: str) -> Callable[[Any], tuple[Any, ...]]:
+    """A function from a key to the values of its columns; it raises ValueError for what is no key."""
+    if len(key_types) == 1:
+        return lambda value: (value,)
+    readers = [_column_reader(kind) for kind in key_types]
+
+    def columns(text: str) -> tuple[Any, ...]:
+        return tuple(read(value) for read, value in zip(readers, key.values_of(text), strict=True))
+
+    return columns
+
+
+def shown_key(given: Any) -> str:
+    """A key as a file has it, whether it can be read or not."""
+    return key.text_of(given) if isinstance(given, tuple) else str(given)
+
+
+def _column_reader(key_type: str) -> Callable[[Any], Any]:
     if key_type in INTEGERS:
         limit = INTEGERS[key_type]
 
@@ -428,12 +465,14 @@ def _text_key(value: Any) -> str:
     return str(value)
 
 
-def read_at_once(key_type: str, values: list[Any]) -> list[Any] | None:
-    """These keys as keys of this type; None unless all are, each once: then :func:`key_reader` says of each."""
-    kinds = set(map(type, values))
+def read_at_once(key_types: Sequence[str], values: list[Any]) -> list[Any] | None:
+    """These keys as keys of these types; None unless all are, each once: then :func:`key_reader` says of each."""
+    kinds, key_type = set(map(type, values)), key_types[0]
     try:
-        if key_type in INTEGERS and kinds <= {int, str}:
-            limit, keys = INTEGERS[key_type], list[Any](map(int, values))
+        if len(key_types) > 1:
+            keys, sound = list[Any](map(key_reader(*key_types), values)), True
+        elif key_type in INTEGERS and kinds <= {int, str}:
+            limit, keys = INTEGERS[key_type], list(map(int, values))
             sound = not keys or (-limit <= min(keys) and max(keys) < limit)
         elif key_type in INTEGERS or key_type == "uuid":
             keys, sound = list(map(key_reader(key_type), values)), True
@@ -456,16 +495,16 @@ def query_vectors(path: Path, dimension: int, wanted_ids: Sequence[str]) -> Vect
         )
     found: dict[str, NDArray[np.float32]] = {}
     asked = set(wanted_ids)
-    for rows in read(Wanted(path, str(kind), "query_id", dimension, 1000)):
-        for i, (place, key) in enumerate(zip(rows.places, rows.keys, strict=True)):
-            if i in rows.faults or str(key) in found or not np.isfinite(rows.vectors[i]).all():
-                again = "query_id again" if str(key) in found else "NaN or infinity among its numbers"
-                what = f"row {place}, query_id {key}: {rows.faults.get(i, again)}"
+    for rows in read(Wanted(path, str(kind), ("query_id",), dimension, 1000)):
+        for i, (place, query_id) in enumerate(zip(rows.places, map(str, rows.keys), strict=True)):
+            if i in rows.faults or query_id in found or not np.isfinite(rows.vectors[i]).all():
+                again = "query_id again" if query_id in found else "NaN or infinity among its numbers"
+                what = f"row {place}, query_id {query_id}: {rows.faults.get(i, again)}"
                 raise bad_file(
                     path, what, f"one vector of {dimension} dimensions a query", "recall would be of noise"
                 )
-            if str(key) in asked:
-                found[str(key)] = rows.vectors[i]
+            if query_id in asked:
+                found[query_id] = rows.vectors[i]
     missing = [q for q in wanted_ids if q not in found]
     if missing:
         some = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")

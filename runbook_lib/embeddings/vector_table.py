@@ -9,7 +9,7 @@ import numpy as np
 from psycopg import sql
 
 from runbook_lib.core import db
-from runbook_lib.core.names import HASH_BYTES, identifier, names, of_pgvector
+from runbook_lib.core.names import HASH_BYTES, identifier, key_of, names, of_pgvector
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import sources
 from runbook_lib.embeddings.sources import EMBEDDING_COLUMN, HASH_COLUMN, TEXT_COLUMN, SourceRows
@@ -27,8 +27,9 @@ def read(connection: db.Connection, params: Params) -> Iterator[SourceRows]:
     Raises BadInput where the table, its key or its column `embedding` is missing, or no index starts with the key.
     """
     register_vector(connection)
-    parts = names(params) | _parts(connection, params)
-    after, values, first = sql.SQL("true"), {"last": None, "batch_rows": params.embeddings.rows_a_batch}, 1
+    parts, of_key = names(params) | _parts(connection, params), key_of(params)
+    after: sql.Composable = sql.SQL("true")
+    values, first = {"last": None, "batch_rows": params.embeddings.rows_a_batch}, 1
     while True:
         page = connection.execute(
             SQL["page"].compose(parts | {"after": after}), values, prepare=False, binary=True
@@ -40,7 +41,7 @@ def read(connection: db.Connection, params: Params) -> Iterator[SourceRows]:
         yield SourceRows(range(first, first + len(page)), [r["key"] for r in page], vectors, faults, hashes)
         first += len(page)
         values["last"] = page[-1]["key"]
-        after = sql.SQL("s.{} > %(last)s").format(parts["key"])  # type: ignore[assignment]
+        after = of_key.written("s.key > %last", parts)
     row = connection.execute(SQL["keyless"].compose(parts), {}).fetchone()
     if row and row["rows"]:
         nothing = np.zeros((1, params.vector.dimension), dtype=np.float32)
@@ -52,17 +53,18 @@ NO_HASH = sql.SQL("NULL::bytea")
 
 def _parts(connection: db.Connection, params: Params) -> dict[str, sql.Composable]:
     schema, _, table = str(params.embeddings.table).partition(".")
-    source = identifier(schema, table)
+    source, key = identifier(schema, table), params.target.key_columns
     spelled = source.as_string().replace("%%", "%")
-    columns = {r["name"]: r for r in db.rows(connection, SQL["columns"], params, source=spelled)}
-    key, subject = params.target.key, str(params.embeddings.table)
-    needed = f"a table with columns {key} and {EMBEDDING_COLUMN}"
-    if key not in columns or EMBEDDING_COLUMN not in columns:
+    columns = {r["name"]: r for r in db.rows(connection, SQL["columns"], params, source=spelled, columns=len(key))}
+    subject = str(params.embeddings.table)
+    needed = f"a table with columns {', '.join(key)} and {EMBEDDING_COLUMN}"
+    if not {*key, EMBEDDING_COLUMN} <= columns.keys():
         found = f"columns {', '.join(columns)}" if columns else "no such table"
         raise sources.bad_file(subject, found, needed, "rows cannot be told")
-    if not columns[key]["indexed"]:
+    shown = params.target.key_shown
+    if list(key) not in columns[key[0]]["indexed"]:
         danger = "each page would sort the whole table again"
-        raise sources.bad_file(subject, f"no index on {key}", f"an index that starts with {key}", danger)
+        raise sources.bad_file(subject, f"no index on {shown}", f"an index that starts with {shown}", danger)
     is_vector = columns[EMBEDDING_COLUMN]["type"].rsplit(".", 1)[-1] in VECTOR_TYPES
     kind = of_pgvector(params, "vector") if is_vector else sql.SQL("pg_catalog.float8[]")
     value = sql.SQL("s.{}::{}").format(identifier(EMBEDDING_COLUMN), kind)

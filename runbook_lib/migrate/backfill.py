@@ -263,7 +263,7 @@ def _transaction(
 
 def _are_held(connection: db.Connection, params: Params, keys: Sequence[Any]) -> LockNotObtained:
     return LockNotObtained(
-        found=f"{params.target.key} {some(keys, SHOWN_KEYS)} held by another session;"
+        found=f"{params.target.key_shown} {some(keys, SHOWN_KEYS)} held by another session;"
         f" {db.holders(connection, params)}",
         needed=f"these rows free within {params.locks.tries} tries of {params.locks.timeout_ms} ms; the others"
         " are done",

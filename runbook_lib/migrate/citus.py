@@ -116,17 +116,17 @@ def _is_no_columnar_table(connection: db.Connection, params: Params, subject: st
 
 
 def _by_its_key(params: Params, subject: str, found: Distribution) -> Gate:
-    key, by, hashed = params.target.key, found.column, found.method == HASH
+    key, by, hashed = params.target.key_columns[0], found.column, found.method == HASH
     ways_out = (
-        f"name {by} in target.key if it is unique, or SELECT alter_distributed_table('{subject}',"
-        f" distribution_column := '{key}')"
+        f"name {by} in target.key, first of its columns, if it is unique or the others make it so, or SELECT"
+        f" alter_distributed_table('{subject}', distribution_column := '{key}')"
     )
     return gate(
         "inputs.distributed_by_its_key",
         hashed and by == key,
         subject,
         found=f"distributed {found.how}" + (f" of {by}" if by else "") + f", in {found.shards} shards",
-        needed=f"by hash of target.key, {key}",
+        needed=f"by hash of {'the first column of ' * (len(params.target.key_columns) > 1)}target.key, {key}",
         danger="Citus updates from a join only where both sides are distributed by the column they are joined on"
         if hashed
         else WHY_NOT.get(found.how, "this was never tried"),

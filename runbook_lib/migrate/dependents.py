@@ -30,7 +30,9 @@ SIDE_TABLE = "vector.layout: side_table, which adds no column to this table"
 
 def check(connection: db.Connection, params: Params, columns: Mapping[str, db.Row]) -> Iterator[Gate]:
     """The gates of whoever depends on the table. columns: of ``inputs.sql``, by name."""
-    facts = db.one(connection, SQL["table"], params, table=spelled(params, "table"), key=params.target.key)
+    facts = db.one(
+        connection, SQL["table"], params, table=spelled(params, "table"), key=list(params.target.key_columns)
+    )
     yield from _kind_of_table(params, facts, columns)
     yield from _filters(connection, params, columns)
     yield from _publications(connection, params)
@@ -90,7 +92,7 @@ def _kind_of_table(params: Params, facts: db.Row, columns: Mapping[str, db.Row])
         yield gate(
             "dependents.key_is_compared_by_its_bytes",
             False,
-            f"{params.target.key} of {table}",
+            f"{params.target.key_shown} of {table}",
             found=f"collation {facts['blind_key']}, to which different keys can be equal",
             needed="a deterministic collation",
             danger="vectors, judgements and answers are matched by the bytes of the key, and would miss their rows",

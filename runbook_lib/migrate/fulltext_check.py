@@ -95,7 +95,7 @@ def check_words_query(connection: db.Connection, params: Params) -> Iterator[Gat
         not seen.problem,
         "search.words_query",
         found=f"PostgreSQL says: {seen.problem}" if seen.problem else "planned",
-        needed=f"a SELECT of two columns, {params.target.key} of {spelled(params, 'table')} and a score",
+        needed=f"a SELECT of two columns, {params.target.key_shown} of {spelled(params, 'table')} and a score",
         danger="every hybrid search would fail",
         do="try it in psql with values in place of :query and :k; qualify names from other schemas",
     )

@@ -184,13 +184,13 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
         problem = str(error).split("\nLINE")[0].strip()
         if isinstance(error, psycopg.errors.IndeterminateDatatype):
             remedy = "write the type behind it in legacy.query, as :query::text"
-    key = p.target.key
+    key = p.target.key_columns
     return gate(
         "inputs.legacy_query_runs",
-        not problem and key in columns,
+        not problem and set(key) <= set(columns),
         "legacy.query",
         found=f"PostgreSQL says: {problem}" if problem else f"it returns {', '.join(columns)}",
-        needed=f"a SELECT that returns a column named {key}",
+        needed=f"a SELECT that returns {'a column' if len(key) == 1 else 'columns'} named {', '.join(key)}",
         danger="there would be no search of today to compare with, nor to go back to",
         do=remedy,
     )

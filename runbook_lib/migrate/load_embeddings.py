@@ -22,7 +22,7 @@ from runbook_lib.core import db
 from runbook_lib.core.cell_order import SECONDS_BETWEEN_QUESTIONS
 from runbook_lib.core.display import Table, number
 from runbook_lib.core.gates import Gate, Gates, collect, gate
-from runbook_lib.core.names import HASH_BYTES, names, spelled
+from runbook_lib.core.names import HASH_BYTES, key_of, names, spelled
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import embedding, masking, packing, sources, splitting
@@ -116,12 +116,6 @@ def _counts(connection: db.Connection, params: Params) -> db.Row:
     return db.one(connection, SQL["counts"], params)
 
 
-def key_type(connection: db.Connection, params: Params) -> str:
-    """The key's type as PostgreSQL spells it."""
-    table, key = spelled(params, "table"), params.target.key
-    return str(db.one(connection, SQL["key_type"], params, table=table, key=key)["type"])
-
-
 @changes
 def apply(phase: Phase) -> Table:
     """Stages every row that has text and no vector of that text; shows rows, rate and time left.
@@ -165,7 +159,7 @@ def copy_all(phase: Phase, batches: Iterable[RowsToStage], progress: Progress) -
     """Copies batch after batch, a transaction each, in a thread, while the next one is read and embedded. batches:
     come over another session than the phase's. Stopped, by an error or by hand, it still copies what was embedded.
     """
-    kind, total = key_type(phase.connection, phase.params), Copied(0, 0)
+    kinds, total = db.key_types(phase.connection, phase.params), Copied(0, 0)
     under_way = deque[Future[Copied]]()
 
     def await_all_but(most: int) -> None:
@@ -180,7 +174,7 @@ def copy_all(phase: Phase, batches: Iterable[RowsToStage], progress: Progress) -
         for batch in batches:
             phase.ask(SECONDS_BETWEEN_QUESTIONS)
             await_all_but(MOST_BATCHES_AHEAD - 1)
-            under_way.append(pool.submit(copy, phase.connection, phase.params, batch, kind))
+            under_way.append(pool.submit(copy, phase.connection, phase.params, batch, kinds))
         await_all_but(0)
     return total
 
@@ -191,7 +185,8 @@ def _batches(connection: db.Connection, params: Params, tally: _Tally) -> Iterat
 
 def _from_model(connection: db.Connection, params: Params, tally: _Tally) -> Iterator[RowsToStage]:
     model, rules, cut = embedding.model(params), masking.rules(params.masking), splitting.splitter(params)
-    after, last = sql.SQL("true"), None
+    after: sql.Composable = sql.SQL("true")
+    last = None
     while True:
         query = SQL["to_stage"].compose(names(params) | {"after": after})
         rows = connection.execute(query, {"last": last, "batch_rows": params.embeddings.rows_a_batch}).fetchall()
@@ -212,7 +207,7 @@ def _from_model(connection: db.Connection, params: Params, tally: _Tally) -> Ite
             else (),
         )
         last = rows[-1]["key"]
-        after = sql.SQL("t.{} > %(last)s").format(names(params)["key"])  # type: ignore[assignment]
+        after = key_of(params).written("t.key > %last")
 
 
 def _of_model(key: Any, error: Exception) -> Refusal:
@@ -222,17 +217,17 @@ def _of_model(key: Any, error: Exception) -> Refusal:
 
 def _from_store(connection: db.Connection, params: Params) -> Iterator[RowsToStage]:
     """Vectors made elsewhere: those whose row wants them, and a refusal for each that goes nowhere."""
-    kind = key_type(connection, params)
+    kinds = db.key_types(connection, params)
     connection.execute(SQL["session"].compose({}))
-    connection.execute(SQL["forget_seen"].compose(names(params) | {"key_type": sql.SQL(kind)}))
+    connection.execute(SQL["forget_seen"].compose(names(params) | {"key_type": sql.SQL(kinds[0])}))
     for rows in embedding.stored(params, connection):
-        yield _wanted(connection, params, rows, kind)
+        yield _wanted(connection, params, rows, kinds)
 
 
-def _wanted(connection: db.Connection, params: Params, rows: sources.SourceRows, kind: str) -> RowsToStage:
+def _wanted(connection: db.Connection, params: Params, rows: sources.SourceRows, kinds: Sequence[str]) -> RowsToStage:
     """The rows of one batch that are to be staged; what is staged or in the table already is passed over."""
-    keys, at, refused = _read_keys(params, rows, kind)
-    found = _look_up(connection, params, keys, kind)
+    keys, at, refused = _read_keys(params, rows, kinds)
+    found = _look_up(connection, params, keys, kinds)
     hashes, made_from = found["hash"].tolist(), rows.text_hashes
     is_read = np.isin(at, list(rows.faults), invert=True) if rows.faults else np.ones(len(keys), bool)
     is_current = np.ones(len(keys), bool)
@@ -261,25 +256,28 @@ def _wanted(connection: db.Connection, params: Params, rows: sources.SourceRows,
     )
 
 
-def _look_up(connection: db.Connection, params: Params, keys: list[Any], kind: str) -> np.ndarray:
+def _look_up(connection: db.Connection, params: Params, keys: list[Any], kinds: Sequence[str]) -> np.ndarray:
     """One record a key, in their order."""
-    query = SQL["look_up"].compose(names(params) | {"key_type": sql.SQL(kind)})
+    query = SQL["look_up"].compose(names(params) | {"key_type": sql.SQL(kinds[0])})
     # Numbers and uuids need no quoting; text of an array is made in a tenth of the time of a list's dump.
-    given = f"{{{','.join(map(str, keys))}}}" if packing.can_pack(kind) else keys
+    given = f"{{{','.join(map(str, keys))}}}" if packing.can_pack(kinds) else keys
     row = connection.execute(query, {"keys": given}, binary=True).fetchone()
     return np.frombuffer(row["found"] if row else b"", dtype=LOOKED_UP)
 
 
-def _read_keys(params: Params, rows: sources.SourceRows, kind: str) -> tuple[list[Any], Sequence[int], list[Refusal]]:
-    """Keys of the table's type, each with its place in the batch; what is no key, or comes again, is refused."""
-    if (read_at_once := sources.read_at_once(kind, rows.keys)) is not None:
+def _read_keys(
+    params: Params, rows: sources.SourceRows, kinds: Sequence[str]
+) -> tuple[list[Any], Sequence[int], list[Refusal]]:
+    """Keys of the table's types, each with its place in the batch; what is no key, or comes again, is refused."""
+    if (read_at_once := sources.read_at_once(kinds, rows.keys)) is not None:
         return read_at_once, range(len(rows.keys)), []
-    read, keys, refused = sources.key_reader(kind), dict[Any, int](), list[Refusal]()
+    read, keys, refused = sources.key_reader(*kinds), dict[Any, int](), list[Refusal]()
+    kind = ", ".join(kinds)
     for i, raw in enumerate(rows.keys):
         try:
             key = read(raw)
         except ValueError:
-            detail = rows.faults.get(i, f"{params.target.key} is {kind}")
+            detail = rows.faults.get(i, f"{params.target.key_shown} is {kind}")
             refused.append(_refusal(params, rows, i, None, f"its key is no {kind}", detail))
             continue
         if key in keys:
@@ -294,17 +292,18 @@ def _refusal(params: Params, rows: sources.SourceRows, i: int, key: Any, reason:
     e = params.embeddings
     origin = e.file.name if e.file else str(e.table)
     where = f"{origin} row {rows.places[i]}"
-    shown = str(rows.keys[i])[:LONGEST_KEY_TEXT]
+    shown = sources.shown_key(rows.keys[i])[:LONGEST_KEY_TEXT]
     # What PostgreSQL cannot store is shown by its escapes.
     return Refusal(
         key, ascii(shown)[1:-1] if unsound(shown) else shown, reason, f"{where}: {detail}" if detail else where
     )
 
 
-def copy(connection: db.Connection, params: Params, batch: RowsToStage, kind: str) -> Copied:
+def copy(connection: db.Connection, params: Params, batch: RowsToStage, kinds: Sequence[str]) -> Copied:
     """Copies one batch in one transaction, and sets what it refuses aside.
 
-    kind: the key's type. The keys' older staged rows go in the same transaction, so a rerun never stages a row twice.
+    kinds: the types of the key's columns. The keys' older staged rows go in the same transaction, so a rerun never
+    stages a row twice.
     """
     faults = embedding.check(batch.vectors, params) if len(batch.keys) else {}
     refused = [*batch.refused, *(Refusal(batch.keys[i], str(batch.keys[i]), why, "") for i, why in faults.items())]
@@ -318,25 +317,26 @@ def copy(connection: db.Connection, params: Params, batch: RowsToStage, kind: st
         if batch.replaced:
             cursor.execute(SQL["forget"].compose(names(params)), {"keys": list(batch.replaced)})
         if len(batch.keys):
-            _copy_rows(cursor, params, batch, kind)
+            _copy_rows(cursor, params, batch, kinds)
         if refused:
             cursor.executemany(SQL["reject"].compose(names(params)), [vars(r) for r in refused])
     return Copied(len(set(batch.keys)) if batch.chunks else len(batch.keys), len(refused))
 
 
-def _copy_rows(cursor: Any, params: Params, batch: RowsToStage, kind: str) -> None:
-    vector_type = params.vector.type
+def _copy_rows(cursor: Any, params: Params, batch: RowsToStage, kinds: Sequence[str]) -> None:
+    vector_type, columns = params.vector.type, sources.key_columns(*kinds)
     with cursor.copy(_copying(params).compose(names(params))) as out:
-        if packing.can_pack(kind) and not batch.chunks:
-            rows = packing.pack(batch.keys, batch.hashes, batch.vectors, kind, vector_type)
+        if packing.can_pack(kinds) and not batch.chunks:
+            rows = packing.pack(batch.keys, batch.hashes, batch.vectors, kinds[0], vector_type)
             out.write(packing.HEADER)
             out.write(rows.view(np.uint8).data)
             out.write(packing.TRAILER)
             return
         places: Sequence[tuple[int, ...]] = batch.chunks or [()] * len(batch.keys)
-        out.set_types([kind, "bytea", vector_type, *(["integer"] * 3 if batch.chunks else [])])
+        out.set_types([*kinds, "bytea", vector_type, *(["integer"] * 3 if batch.chunks else [])])
         for key, text_hash, vector, place in zip(batch.keys, batch.hashes, batch.vectors, places, strict=True):
-            out.write_row((key, text_hash, HalfVector(vector) if vector_type == "halfvec" else vector, *place))
+            as_sent = HalfVector(vector) if vector_type == "halfvec" else vector
+            out.write_row((*columns(key), text_hash, as_sent, *place))
 
 
 def verify(phase: Phase) -> Gates:

@@ -56,13 +56,14 @@ def _is_no_partition(subject: str, root: str) -> Gate:
 
 
 def key_is_unique(connection: db.Connection, params: Params, table: db.Row, not_null: bool) -> Gate:
-    """Gate: the key of a partitioned table that no index holds unique by itself, since it is not partitioned by it.
+    """Gate: the key, of one column, of a partitioned table that no index holds unique by itself, since it is not
+    partitioned by it.
 
     Each vector goes to the row whose text has the hash that it was made of, so a key that occurs twice would leave a
     row without its vector and never give one the vector of another text. It is asked for all the same: drawn from
     one source, or so by the parameters, counted once, and led by an index.
     """
-    subject, key = spelled(params, "table"), params.target.key
+    subject, (key,) = spelled(params, "table"), params.target.key_columns
     column = sql.Identifier(key).as_string(connection)
     facts = db.one(connection, partitions.SQL["key"], params, oid=table["oid"], key=key)
     one_source = facts["drawn_from"] or ("target.key_from_one_source" if params.target.key_from_one_source else None)

@@ -46,8 +46,10 @@ class Look:
 
 def columns_fit(look: Look) -> Iterator[Gate]:
     """The key, the texts and the filters that the parameters name."""
-    yield _key_is_supported(look)
-    if look.params.target.key in look.columns:
+    key = look.params.target.key_columns
+    for column in key:
+        yield _key_is_supported(look, column)
+    if look.columns.keys() >= set(key):
         yield _key_is_unique(look)
     for column in look.params.target.text_columns:
         yield _text_column(look, column)
@@ -59,7 +61,7 @@ def columns_fit(look: Look) -> Iterator[Gate]:
 
 def rows_fit(look: Look) -> Iterator[Gate]:
     """The judged rows exist, and some row has text."""
-    if look.params.target.key in look.columns:
+    if look.columns.keys() >= set(look.params.target.key_columns):
         yield _judged_keys(look)
     if look.table["readable"] and set(look.params.target.text_columns) <= set(look.columns):
         yield _some_row_has_text(look)
@@ -116,16 +118,15 @@ def _missing(look: Look, fact: str, column: str, needed: str) -> Gate:
     )
 
 
-def _key_is_supported(look: Look) -> Gate:
-    key = look.params.target.key
+def _key_is_supported(look: Look, column: str) -> Gate:
     needed = f"a column of type {', '.join(KEY_TYPES)}"
-    if key not in look.columns:
-        return _missing(look, "inputs.key_is_supported", key, needed)
-    kind = look.columns[key]["type"]
+    if column not in look.columns:
+        return _missing(look, "inputs.key_is_supported", column, needed)
+    kind = look.columns[column]["type"]
     return gate(
         "inputs.key_is_supported",
         kind in KEY_TYPES,
-        f"{key} of {look.subject}",
+        f"{column} of {look.subject}",
         found=kind,
         needed=needed,
         danger="the backfill walks the table by ranges of this key",
@@ -134,20 +135,25 @@ def _key_is_supported(look: Look) -> Gate:
 
 
 def _key_is_unique(look: Look) -> Gate:
-    key = look.params.target.key
-    found = db.rows(look.connection, SQL["unique_key"], look.params, oid=look.table["oid"], key=key)
-    not_null = bool(look.columns[key]["not_null"])
-    if not found and look.table["kind"] == "p":
+    key = look.params.target.key_columns
+    one = len(key) == 1
+    found = db.rows(look.connection, SQL["unique_key"], look.params, oid=look.table["oid"], columns=list(key))
+    nullable = [sql.Identifier(c).as_string(look.connection) for c in key if not look.columns[c]["not_null"]]
+    not_null = not nullable
+    if not found and look.table["kind"] == "p" and one:
         return partition_checks.key_is_unique(look.connection, look.params, look.table, not_null)
-    unique = f"unique by {found[0]['index']}" if found else "no valid unique index on this column alone"
-    column = sql.Identifier(key).as_string(look.connection)
-    wanted = [] if not_null else [f"ALTER TABLE {look.subject} ALTER COLUMN {column} SET NOT NULL;"]
+    lacking = "this column alone" if one else "these columns alone, in this order"
+    unique = f"unique by {found[0]['index']}" if found else f"no valid unique index on {lacking}"
+    quoted = ", ".join(sql.Identifier(c).as_string(look.connection) for c in key)
+    wanted = [f"ALTER TABLE {look.subject} ALTER COLUMN {c} SET NOT NULL;" for c in nullable]
     if not found:
-        wanted.append(f"CREATE UNIQUE INDEX CONCURRENTLY ON {look.subject} ({column});")
+        wanted.append(f"CREATE UNIQUE INDEX CONCURRENTLY ON {look.subject} ({quoted});")
+    if not found and not one:
+        wanted.append("or name the columns in target.key in the order in which their index has them")
     return gate(
         "inputs.key_identifies_rows",
         bool(found) and not_null,
-        f"{key} of {look.subject}",
+        f"{look.params.target.key_shown} of {look.subject}",
         found=f"{unique}, {'NOT NULL' if not_null else 'NULL allowed'}",
         needed="NOT NULL, with its own primary key or unique index, without a condition",
         danger="a vector could reach two rows, or none",
@@ -232,7 +238,7 @@ def _judgement_gate(look: Look, holds: bool | None, found: str) -> Gate:
         holds,
         str(look.params.queries.judgements or "queries.judgements"),
         found=found,
-        needed=f"every judged key a {look.params.target.key} of {look.subject}, but for"
+        needed=f"every judged key a {look.params.target.key_shown} of {look.subject}, but for"
         f" {MOST_JUDGED_ROWS_GONE:.0%} that may have been deleted since",
         danger="a relevant row that does not exist would count against every search",
         do="remove the unknown keys from the file, or judge this database's rows",

@@ -93,10 +93,8 @@ def plan(phase: Phase) -> db.Plan:
 
 
 def _statement(connection: db.Connection, params: Params, block: str, **values: Any) -> db.Statement:
-    types = db.rows(
-        connection, query_set.SQL["key_type"], params, table=spelled(params, "table"), key=params.target.key
-    )
-    extra = {"scratch": _scratch(params), "key_type": sql.SQL(types[0]["type"] if types else "text")}
+    types = db.key_types(connection, params)
+    extra = {"scratch": _scratch(params), "key_type": sql.SQL(types[0] if types else "text")}
     return db.statement(SQL[block], params, extra, **values)
 
 

@@ -95,6 +95,8 @@ def _key_gates(connection: db.Connection, params: Params) -> list[Gate]:
     key = catalogue(connection, params, "key", column=column)[0]
     alone = key["primary_key"] == [params.target.key]
     accepted = params.partitioning.accept_wider_key or column == params.target.key
+    if len(params.target.key_columns) > 1:
+        return [_key_is_one_column(params)]
     return [
         gate(
             "partitioning.key_can_be_widened",
@@ -117,6 +119,18 @@ def _key_gates(connection: db.Connection, params: Params) -> list[Gate]:
             do="look for both in the application, then set partitioning.accept_wider_key: true",
         ),
     ]
+
+
+def _key_is_one_column(params: Params) -> Gate:
+    return gate(
+        "partitioning.key_is_one_column",
+        False,
+        _subject(params),
+        found=f"target.key: {params.target.key_shown}",
+        needed="a key of one column",
+        danger="the copy of the table is followed by a queue of keys, which holds one column",
+        do="leave it out; operate/serve_filters serves filter values without partitions",
+    )
 
 
 def expected(phase: Phase) -> Table:

@@ -16,7 +16,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.core import db, versions
-from runbook_lib.core.names import identifier, index_name, names, spelled
+from runbook_lib.core.names import identifier, index_name, key_of, names, spelled
 from runbook_lib.core.phase import Phase
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings.sources import Vectors, as_array
@@ -177,7 +177,7 @@ def _bytes(connection: db.Connection, params: Params, name: str) -> int:
 def _load(connection: db.Connection, params: Params, phase: Phase) -> tuple[float, Counter[str]]:
     """Stages a vector for each row with text, as 40_load_embeddings does; seconds of the COPY, and their origins."""
     register_vector(phase.connection)
-    kind, seconds = load_embeddings.key_type(phase.connection, phase.params), 0.0
+    kinds, seconds = db.key_types(phase.connection, phase.params), 0.0
     wells, came_from = _wells(connection, params), Counter[str]()
     numbers = np.random.default_rng(SEED)
     for page in _pages(phase.connection, phase.params):
@@ -191,7 +191,7 @@ def _load(connection: db.Connection, params: Params, phase: Phase) -> tuple[floa
         came_from["random"] += len(left)
         started = time.perf_counter()
         load_embeddings.copy(
-            phase.connection, phase.params, RowsToStage(keys, [r["text_hash"] for r in page], vectors), kind
+            phase.connection, phase.params, RowsToStage(keys, [r["text_hash"] for r in page], vectors), kinds
         )
         seconds += time.perf_counter() - started
     return seconds, +came_from
@@ -199,7 +199,8 @@ def _load(connection: db.Connection, params: Params, phase: Phase) -> tuple[floa
 
 def _pages(connection: db.Connection, params: Params) -> Iterator[Sequence[db.Row]]:
     """The sample's rows with text, in key order."""
-    after, last = sql.SQL("true"), None
+    after: sql.Composable = sql.SQL("true")
+    last = None
     while True:
         query = SQL["page"].compose(names(params) | {"after": after})
         values = {"last": last, "batch_rows": params.embeddings.rows_a_batch}
@@ -208,7 +209,7 @@ def _pages(connection: db.Connection, params: Params) -> Iterator[Sequence[db.Ro
             return
         yield page
         last = page[-1]["key"]
-        after = sql.SQL("t.{} > %(last)s").format(names(params)["key"])  # type: ignore[assignment]
+        after = key_of(params).written("t.key > %last")
 
 
 def random_vectors(numbers: np.random.Generator, rows: int, dimension: int) -> Vectors:
@@ -224,14 +225,19 @@ def _wells(connection: db.Connection, params: Params) -> list[tuple[str, sql.Com
     """Queries for vectors that the target has already: in their column, or staged."""
     n = names(params)
     offered = (
-        ("column", "vectors", params.vector.column, n["key"], n["embedding"]),
-        ("staging", "staging", "embedding", identifier("key"), identifier("embedding")),
+        ("column", "vectors", params.vector.column, "key", n["embedding"]),
+        ("staging", "staging", "embedding", "own_key", identifier("embedding")),
     )
-    found = []
+    found, of_key = [], key_of(params)
     for name, relation, column, key, vector in offered:
         at = {"relation": spelled(params, relation), "column": column}
         if db.one(connection, SQL["has_column"], params, **at)["there"]:
-            parts = {"source": n[relation], "source_key": key, "source_vector": vector}
+            parts = {
+                "source": n[relation],
+                "source_key": of_key.written(f"one s.{key} AS key"),
+                "is_among": of_key.written(f"s.{key} IN %keys"),
+                "source_vector": vector,
+            }
             found.append((name, SQL["vectors_of"].compose(n | parts)))
     if found:
         register_vector(connection)

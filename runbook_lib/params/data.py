@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from runbook_lib.params.filters import Expression, Filter, Filters, filters_of, placeholders_of
 from runbook_lib.params.placeholders import is_one_expression, split, without_its_end, written
@@ -64,7 +65,10 @@ class Target(Section):
     )
     schema_: Name = Field("public", alias="schema", description="Its schema.")
     table: Name = Field(description="Table name as PostgreSQL spells it, unquoted.")
-    key: Name = Field(description="Primary key, or a NOT NULL unique column: bigint, integer, uuid or text.")
+    key: Name | tuple[Name, ...] = Field(
+        description="Primary key, or a NOT NULL unique column: bigint, integer, uuid or text; or several, in the"
+        " order of their index."
+    )
     key_from_one_source: bool = Field(
         False,
         description="Partitioned table without a unique index on its key: you state that no key is issued twice.",
@@ -87,22 +91,24 @@ class Target(Section):
         " text, or only those that `always` lets through.",
     )
 
+    _key_types: tuple[str, ...] = PrivateAttr(())
+
     @field_validator("key", mode="before")
     @classmethod
-    def key_is_one_column(cls, value: object) -> object:
-        if isinstance(value, list) and len(value) > 1:
-            raise ValueError(
-                "one column: keys of several columns are not supported yet; name one that is unique by itself, or add"
-                " one: GENERATED ALWAYS AS IDENTITY, with a unique index"
-            )
-        return value[0] if isinstance(value, list) and value else value
+    def a_list_of_one_is_one(cls, value: object) -> object:
+        if isinstance(value, list | tuple):
+            return value[0] if len(value) == 1 else tuple(value)
+        return value
 
     @field_validator("key")
     @classmethod
-    def key_is_no_other_column_of_the_function(cls, value: str) -> str:
-        if value in NAMES_IN_THE_FUNCTION:
+    def key_is_no_other_column_of_the_function(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        columns = (value,) if isinstance(value, str) else value
+        if not columns or len(set(columns)) < len(columns):
+            raise ValueError("name each column of the key once")
+        if taken := [c for c in columns if c in NAMES_IN_THE_FUNCTION]:
             raise ValueError(
-                f"the search function has an argument or a result named {value}; use a generated column"
+                f"the search function has an argument or a result named {taken[0]}; use a generated column"
                 " of another name, with a UNIQUE index"
             )
         return value
@@ -119,6 +125,27 @@ class Target(Section):
         if self.counted_rows == "searched" and self.always is None:
             raise ValueError("counted_rows: searched needs always, which says what those rows are")
         return self
+
+    @property
+    def key_columns(self) -> tuple[str, ...]:
+        """The columns of the key, in its order."""
+        return (self.key,) if isinstance(self.key, str) else self.key
+
+    @property
+    def key_shown(self) -> str:
+        """The key as messages name it."""
+        return self.key if isinstance(self.key, str) else f"({', '.join(self.key)})"
+
+    @property
+    def key_types(self) -> tuple[str, ...]:
+        """Types of a key's several columns, as a session has found them. Of a table that lacks one of the columns it
+        is text: what is asked of such a table PostgreSQL refuses in any case."""
+        return self._key_types or ("text",) * len(self.key_columns)
+
+    def found_key_types(self, types: Sequence[str]) -> None:
+        """What a session has found in the catalogue, for values of the key to be written with."""
+        if len(types) == len(self.key_columns):
+            self._key_types = tuple(types)
 
     @property
     def each_filter(self) -> tuple[Filter, ...]:

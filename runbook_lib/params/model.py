@@ -130,7 +130,7 @@ class Params(Section):
             raise ValueError(f"search.seen_as: {min(unknown)} is not among target.filters")
         if self.partitioning.column and self.partitioning.column not in self.target.filter_columns:
             raise ValueError(f"partitioning.column: {self.partitioning.column} is not among target.filters{columns}")
-        taken = {*NAMES_IN_THE_FUNCTION, self.target.key, *(f"filter_{c}" for c in self.target.filters)}
+        taken = {*NAMES_IN_THE_FUNCTION, *self.target.key_columns, *(f"filter_{c}" for c in self.target.filters)}
         if clash := [c for i, c in enumerate(self.search.returns) if c in taken or c in self.search.returns[:i]]:
             raise ValueError(
                 f"search.returns: the search function has an argument or a result named {clash[0]} already"

@@ -45,7 +45,7 @@ def _type_name(annotation: Any) -> str:
         return _type_name(args[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"{{{', '.join(annotation.model_fields)}}}"
-    if origin is list:
+    if origin in (list, tuple):
         return f"list of {_type_name(args[0])}"
     if origin is dict and typing.get_origin(args[0]) is Annotated:
         return f"name: {_type_name(args[1])}"

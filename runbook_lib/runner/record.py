@@ -122,7 +122,9 @@ def _texts(connection: db.Connection, params: Params, entries: Iterable[Entry]) 
     moved = next((e["body"].get("moved") or {} for e in reversed(list(entries)) if e["kind"] == "shadow"), {})
     shown = [m for key in ("gains", "losses") for m in moved.get(key, ())]
     # As one literal, so that the key keeps its type, and its index is used.
-    keys = ",".join(json.dumps(found[1]) for m in shown for found in (m["before"], m["after"]) if found)
+    keys = ",".join(
+        json.dumps(found[1], ensure_ascii=False) for m in shown for found in (m["before"], m["after"]) if found
+    )
     try:
         rows = db.rows(connection, SQL["first_words"], params, keys=f"{{{keys}}}") if keys else []
     except psycopg.Error:

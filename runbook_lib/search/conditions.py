@@ -19,8 +19,8 @@ EXPECTED_ROWS = r"rows=(\d+)"
 
 
 def types(connection: db.Connection, params: Params) -> dict[str, str]:
-    """Types of the key, by its column's name, and of each filter's value, by the filter's; with their schemas, but
-    for PostgreSQL's own.
+    """Types of the key's columns, by their names, and of each filter's value, by the filter's; with their schemas,
+    but for PostgreSQL's own.
     """
     return {name: row["type"] for name, row in _types(connection, params).items()}
 
@@ -34,7 +34,7 @@ def of_columns(connection: db.Connection, params: Params, columns: Sequence[str]
 def _types(connection: db.Connection, params: Params) -> dict[str, db.Row]:
     """The same with the operator of equality of each."""
     t = params.target
-    columns = [t.key, *t.filter_columns]
+    columns = [*t.key_columns, *t.filter_columns]
     found = db.rows(connection, SQL["column_types"], params, table=spelled(params, "table"), columns=columns)
     own = {f.name: f.type for f in t.each_filter if f.column is None}
     given = db.rows(connection, SQL["types"], params, names=list(own), types=list(own.values())) if own else []

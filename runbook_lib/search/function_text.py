@@ -119,7 +119,11 @@ def _answers(params: Params, arguments: Sequence[Argument], retired: bool) -> sq
     passed = sql.SQL(", ").join(identifier(a.name) for a in arguments)
 
     def answer(route: str, way: str) -> sql.Composable:
-        asked = {"answered_by": sql.Literal(route), "by_route": names(params)[f"by_{way}"], "passed": passed}
+        asked = names(params) | {
+            "answered_by": sql.Literal(route),
+            "by_route": names(params)[f"by_{way}"],
+            "passed": passed,
+        }
         return SQL["answer"].compose(asked | _of_the_row(params, route), 8)
 
     parts = [

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from psycopg import sql
 
 from runbook_lib.core import db
-from runbook_lib.core.names import function_of, identifier, literal, names, verbatim, words_functions
+from runbook_lib.core.names import function_of, identifier, key_of, literal, names, verbatim, words_functions
 from runbook_lib.params import Params
 from runbook_lib.params.filters import has_subquery
 from runbook_lib.search import conditions, hybrid, search_path, share_classes, ways
@@ -64,9 +64,9 @@ def ways_of(params: Params) -> list[str]:
 def _by_route(connection: db.Connection, params: Params) -> list[Function]:
     p = params
     taken = [Argument(a.name, a.type) for a in arguments(connection, p)]
-    key_type = conditions.types(connection, p)[p.target.key]
+    types, key = conditions.types(connection, p), key_of(p)
     results = [
-        Argument("key", key_type),
+        *(Argument(own, types[c]) for own, c in zip(key.names_by_own, p.target.key_columns, strict=True)),
         Argument("similarity", "double precision"),
         Argument("score", "double precision"),
     ]
@@ -80,7 +80,7 @@ def _by_route(connection: db.Connection, params: Params) -> list[Function]:
         own = {
             "by_route": names(p)[f"by_{way}"],
             "arguments": sql.SQL(", ").join(a.declared() for a in taken),
-            "key_type": verbatim(key_type),
+            "results": sql.SQL(", ").join(a.declared() for a in results),
             "default_k": sql.Literal(DEFAULT_K),
             "search_path": sql.SQL(", ").join(map(identifier, search_path.of_route(connection, p, route))),
             "what": sql.SQL(what),
@@ -129,7 +129,7 @@ def _query(
         return SQL["legacy"].compose(own, 4)
     if route == "hybrid":
         return route_statement(connection, params, route, in_function=True, scan=scan, indent=4, filters=filters)
-    own = {
+    own = names(params) | {
         "similarity": similarity_of_score(params, sql.SQL("best.score")),
         "min_similarity": min_similarity(params),
         "query": route_statement(connection, params, route, in_function=True, scan=scan, indent=8, filters=filters),

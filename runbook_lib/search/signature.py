@@ -88,9 +88,10 @@ def arguments(connection: db.Connection, params: Params) -> list[Argument]:
 
 def results(connection: db.Connection, params: Params) -> list[Argument]:
     """The columns of an answer: those of earlier releases first, for callers that read them by their place."""
-    types = conditions.of_columns(connection, params, [params.target.key, *params.search.returns])
+    key = params.target.key_columns
+    types = conditions.of_columns(connection, params, [*key, *params.search.returns])
     return [
-        Argument(params.target.key, types[params.target.key]),
+        *(Argument(column, types[column]) for column in key),
         Argument("score", "double precision"),
         Argument("answered_by", "text"),
         Argument("similarity", "double precision"),

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from itertools import count
+from string import Formatter
 from typing import Any
 
 from psycopg import sql
+
+from runbook_lib.sql.key import Key
 
 DOLLAR_TAG = re.compile(r"\$\w*\$")
 HEADER = re.compile(r"^-- (name|purpose|lock|undo): *(.*)$")
@@ -38,6 +41,7 @@ class Block:
         of the block's own lines after the first, not of those that a name brings: they may be part of a string.
         """
         text = self.text.replace("\n", "\n" + " " * indent)
+        names = {**names, **self._of_the_key(names)}
         composed = sql.SQL(text).format(**dict[str, Any](names))
         tags = set(DOLLAR_TAG.findall(self.text))
         if not tags:
@@ -48,6 +52,18 @@ class Block:
             return composed
         other = next(t for n in count(1) if (t := f"$runbook{n}$") not in whole)
         return sql.SQL(text.replace(tag, other)).format(**dict[str, Any](names))
+
+    def _of_the_key(self, names: Mapping[str, sql.Composable]) -> dict[str, sql.Composable]:
+        """What the fields say that speak of the key, but for those that are given by name."""
+        key = names.get("key")
+        if not isinstance(key, Key):
+            return {}
+        return {f: key.written(f, names) for f in _fields(self.text) if f not in names and Key.is_spoken_of(f)}
+
+
+@cache
+def _fields(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(field for _, field, _, _ in Formatter().parse(text) if field))
 
 
 @cache

@@ -7,7 +7,7 @@
 UPDATE {part} t
 SET {embedding} = s.embedding, {embedding_hash} = s.text_hash, {embedding_updated_at} = now()
 FROM {staging} s
-WHERE s.key = ANY (%(keys)s) AND s.key = t.{key}
+WHERE {s.own_key IN %keys} AND {s.own_key = t.key}
   AND t.{embedding_hash} IS DISTINCT FROM s.text_hash
   AND s.text_hash = {text_hash};
 
@@ -27,7 +27,7 @@ SELECT set_config('enable_seqscan', 'off', false), set_config('enable_hashjoin',
 -- name: ranked
 -- purpose: The rows of a range of heap blocks that need a vector, by rank within their block, the largest row first.
 SELECT rank, array_agg(key ORDER BY block) AS keys FROM (
-    SELECT t.{key} AS key, (t.ctid::text::point)[0] AS block,
+    SELECT {one t.key AS key}, (t.ctid::text::point)[0] AS block,
            row_number() OVER (PARTITION BY (t.ctid::text::point)[0] ORDER BY {row_bytes} DESC) AS rank
     FROM ONLY {part} t
     WHERE t.ctid >= %(from_tid)s::tid AND t.ctid < %(to_tid)s::tid AND t.{embedding_hash} IS NULL
@@ -35,21 +35,21 @@ SELECT rank, array_agg(key ORDER BY block) AS keys FROM (
 
 -- name: keys_between
 -- purpose: The staged keys of a range.
-SELECT array_agg(s.key ORDER BY s.key) AS keys FROM {staged} s WHERE {after} AND s.key <= %(to_key)s;
+SELECT array_agg({one s.own_key} ORDER BY {s.own_key}) AS keys FROM {staged} s WHERE {after} AND {s.own_key <= %to_key};
 
 -- name: left_over
 -- purpose: Staged rows that are not in the table yet, including those whose text has changed since.
-SELECT s.key FROM {staged} s JOIN {with_vectors} ON t.{key} = s.key
-WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash ORDER BY s.key;
+SELECT {one s.own_key AS key} FROM {staged} s JOIN {with_vectors} ON {t.key = s.own_key}
+WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash ORDER BY {s.own_key};
 
 -- name: refusing
 -- purpose: Staged rows that are not in the table although their text has not changed.
-SELECT s.key FROM {staged} s JOIN {with_vectors} ON t.{key} = s.key
-WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash AND s.text_hash = {text_hash} ORDER BY s.key LIMIT %(most)s;
+SELECT {one s.own_key AS key} FROM {staged} s JOIN {with_vectors} ON {t.key = s.own_key}
+WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash AND s.text_hash = {text_hash} ORDER BY {s.own_key} LIMIT %(most)s;
 
 -- name: to_do
 -- purpose: How many rows that is.
-SELECT count(*) AS rows FROM {staged} s JOIN {with_vectors} ON t.{key} = s.key
+SELECT count(*) AS rows FROM {staged} s JOIN {with_vectors} ON {t.key = s.own_key}
 WHERE {row_embedding_hash} IS DISTINCT FROM s.text_hash;
 
 -- name: hot
@@ -69,7 +69,7 @@ SELECT count(*) FILTER (WHERE wants AND bare AND NOT newer) AS missing,
        count(*) FILTER (WHERE has_text) AS with_text
 FROM (
     SELECT w.*, CASE WHEN NOT wants THEN false ELSE EXISTS (
-        SELECT FROM {queue} q WHERE q.key = w.key AND q.attempts = 0 AND q.error IS NULL
+        SELECT FROM {queue} q WHERE {q.own_key = w.own_key} AND q.attempts = 0 AND q.error IS NULL
             -- Written since, or by a transaction that had not ended then; numbers of transactions wrap at 2^32. A time
             -- in the future is one of before the server's clock went back.
             AND (q.queued_at BETWEEN %(began)s::timestamptz AND clock_timestamp()
@@ -78,7 +78,7 @@ FROM (
     FROM (
         SELECT x.*, CASE WHEN bare THEN has_text ELSE old OR NOT has_text END AS wants
         FROM (
-            SELECT t.{key} AS key, {row_embedding} IS NULL AS bare, {has_text} AS has_text,
+            SELECT {t.key AS own_key}, {row_embedding} IS NULL AS bare, {has_text} AS has_text,
                    {row_embedding_hash} IS DISTINCT FROM {text_hash} AS old
             FROM {with_vectors} WHERE {is_counted}
         ) x
@@ -92,14 +92,14 @@ SELECT clock_timestamp()::text AS began,
 
 -- name: textless
 -- purpose: Rows that have a vector but no longer a text.
-SELECT t.{key} AS key FROM {table} t WHERE t.{embedding} IS NOT NULL AND NOT {has_text};
+SELECT {one t.key AS key} FROM {table} t WHERE t.{embedding} IS NOT NULL AND NOT {has_text};
 
 -- name: clear_textless
 -- purpose: Remove the vector of rows whose text is gone.
 -- lock: ROW EXCLUSIVE on {table}, on the rows of one batch
 -- undo: none needed; there is no text to search
 UPDATE {table} t SET {embedding} = NULL, {embedding_hash} = NULL, {embedding_updated_at} = now()
-WHERE t.{key} = ANY (%(keys)s) AND t.{embedding} IS NOT NULL AND NOT {has_text};
+WHERE {t.key IN %keys} AND t.{embedding} IS NOT NULL AND NOT {has_text};
 
 -- name: analyze
 -- purpose: Collect statistics; until then the planner assumes the column is NULL and avoids the index.
@@ -109,7 +109,7 @@ ANALYZE {vectors};
 
 -- name: queued
 -- purpose: Changes that wait.
-SELECT count(*) AS changes, count(DISTINCT key) AS rows FROM {queue};
+SELECT count(*) AS changes, count(DISTINCT {row own_key}) AS rows FROM {queue};
 
 -- name: server_counts
 -- purpose: The position of the WAL, and how large the relation that holds the vectors is.

@@ -2,7 +2,7 @@
 -- no trigger and no rule of the target takes part.
 
 -- name: columns
--- purpose: The table's key and text columns with their types, and a text that is a valid key of that type.
+-- purpose: Columns with their types, and a text that is a valid key of that type.
 SELECT a.attname::text AS name, format_type(a.atttypid, a.atttypmod) AS type,
     CASE WHEN t.typname = 'uuid' THEN '00000000-0000-0000-0000-000000000000'
          WHEN t.typcategory = 'N' THEN '-1' ELSE '-' END AS value
@@ -16,7 +16,7 @@ CREATE TABLE {probe} AS SELECT {probe_columns} FROM {table} t WITH NO DATA;
 
 -- name: insert
 -- purpose: Write a test row into the probe table.
-INSERT INTO {probe} ({key}) VALUES (%(key)s::{key_type});
+INSERT INTO {probe} ({key}) VALUES ({made_up_key});
 
 -- name: change_text
 -- purpose: Change a text of the test row.
@@ -28,7 +28,7 @@ UPDATE {probe} SET {changed} = {changed};
 
 -- name: arrived
 -- purpose: How often the test row is in the queue, as this transaction sees it.
-SELECT count(*)::int AS queued FROM {queue} WHERE key = ANY (%(keys)s::{key_type}[]);
+SELECT count(*)::int AS queued FROM {queue} WHERE {is_the_row};
 
 -- name: triggers_of
 -- purpose: Definitions of the runbook's triggers on a table: when they fire, on what, and which function they call.

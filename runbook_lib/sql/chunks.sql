@@ -6,7 +6,7 @@
 -- lock: SHARE ROW EXCLUSIVE on {table}, for milliseconds
 -- undo: sidetable.drop
 CREATE TABLE {vectors} AS
-    SELECT t.{key}, 0 AS {chunk}, 0 AS {chunk_start}, 0 AS {chunk_length}, NULL::{vector_type} AS {embedding},
+    SELECT {t.key}, 0 AS {chunk}, 0 AS {chunk_start}, 0 AS {chunk_length}, NULL::{vector_type} AS {embedding},
            now() AS {embedding_updated_at}, NULL::bytea AS {embedding_hash}
     FROM {table} t WITH NO DATA;
 ALTER TABLE {vectors}
@@ -25,11 +25,11 @@ ALTER TABLE {vectors}
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_staging
 CREATE TABLE IF NOT EXISTS {staging} AS
-    SELECT t.{key} AS key, NULL::bytea AS text_hash, NULL::{vector_type} AS embedding, now() AS staged_at,
+    SELECT {t.key AS own_key}, NULL::bytea AS text_hash, NULL::{vector_type} AS embedding, now() AS staged_at,
            0 AS chunk, 0 AS chunk_start, 0 AS chunk_length
     FROM {table} t WITH NO DATA;
 ALTER TABLE {staging}
-    ADD PRIMARY KEY (key, chunk),
+    ADD PRIMARY KEY ({own_key}, chunk),
     ALTER COLUMN text_hash SET NOT NULL,
     ALTER COLUMN embedding TYPE {vector_type},
     ALTER COLUMN embedding SET NOT NULL,
@@ -42,34 +42,34 @@ ALTER TABLE {staging}
 -- lock: ROW EXCLUSIVE on the table of chunks; ROW SHARE on {table}, on the rows of one batch, until its commit
 -- undo: sidetable.drop
 WITH unchanged AS MATERIALIZED (
-    SELECT t.{key} AS key FROM {table} t JOIN {staging} s ON s.key = t.{key} AND s.chunk = 0
-    LEFT JOIN {vectors} e ON e.{key} = t.{key} AND e.{chunk} = 0
-    WHERE s.key = ANY (%(keys)s) AND s.text_hash = {text_hash} AND e.{embedding_hash} IS DISTINCT FROM s.text_hash
+    SELECT {t.key AS own_key} FROM {table} t JOIN {staging} s ON {s.own_key = t.key} AND s.chunk = 0
+    LEFT JOIN {vectors} e ON {e.key = t.key} AND e.{chunk} = 0
+    WHERE {s.own_key IN %keys} AND s.text_hash = {text_hash} AND e.{embedding_hash} IS DISTINCT FROM s.text_hash
     FOR SHARE OF t
 ), cut_off AS (
-    DELETE FROM {vectors} e USING unchanged u WHERE e.{key} = u.key
-        AND NOT EXISTS (SELECT FROM {staging} s WHERE s.key = u.key AND s.chunk = e.{chunk})
+    DELETE FROM {vectors} e USING unchanged u WHERE {e.key = u.own_key}
+        AND NOT EXISTS (SELECT FROM {staging} s WHERE {s.own_key = u.own_key} AND s.chunk = e.{chunk})
 ), written AS (
     INSERT INTO {vectors} ({key}, {chunk}, {chunk_start}, {chunk_length}, {embedding}, {embedding_hash}, {embedding_updated_at})
-    SELECT s.key, s.chunk, s.chunk_start, s.chunk_length, s.embedding, s.text_hash, now()
-    FROM {staging} s JOIN unchanged u ON u.key = s.key
+    SELECT {s.own_key}, s.chunk, s.chunk_start, s.chunk_length, s.embedding, s.text_hash, now()
+    FROM {staging} s JOIN unchanged u ON {u.own_key = s.own_key}
     ON CONFLICT ({key}, {chunk}) DO UPDATE
     SET {embedding} = excluded.{embedding}, {embedding_hash} = excluded.{embedding_hash},
         {embedding_updated_at} = excluded.{embedding_updated_at},
         {chunk_start} = excluded.{chunk_start}, {chunk_length} = excluded.{chunk_length}
 )
-SELECT key FROM unchanged;
+SELECT {own_key} FROM unchanged;
 
 -- name: copy
 -- purpose: COPY the vectors of chunks into the staging table, in binary, all chunks of a row in one transaction.
 -- lock: ROW EXCLUSIVE on the staging table; none on the target
 -- undo: schema.drop_staging
-COPY {staging} (key, text_hash, embedding, chunk, chunk_start, chunk_length) FROM STDIN (FORMAT BINARY);
+COPY {staging} ({own_key}, text_hash, embedding, chunk, chunk_start, chunk_length) FROM STDIN (FORMAT BINARY);
 
 -- name: nearest_chunk
 -- purpose: Part of the searches: the nearest chunk of the row t.
 LATERAL (
-    SELECT b.* FROM {vectors} b WHERE b.{key} = t.{key}
+    SELECT b.* FROM {vectors} b WHERE {b.key = t.key}
     ORDER BY (b.{embedding} {distance} {query_vector}) + 0, b.{chunk} LIMIT 1
 ) e ON true
 
@@ -78,7 +78,7 @@ LATERAL (
 (
     WITH RECURSIVE found (keys) AS (
         SELECT array_agg(DISTINCT c.key) FROM (
-            SELECT t.{key} AS key FROM {from_all_vectors}
+            SELECT {one t.key AS key} FROM {from_all_vectors}
             WHERE {filters} AND {row_embedding} IS NOT NULL
             ORDER BY {nearest_first} LIMIT {chunks}
         ) c
@@ -86,20 +86,20 @@ LATERAL (
         SELECT f.keys || more.keys
         FROM found f CROSS JOIN LATERAL (
             SELECT array_agg(DISTINCT c.key) AS keys FROM (
-                SELECT t.{key} AS key FROM {from_all_vectors}
-                WHERE {filters} AND {row_embedding} IS NOT NULL AND t.{key} <> ALL (f.keys)
+                SELECT {one t.key AS key} FROM {from_all_vectors}
+                WHERE {filters} AND {row_embedding} IS NOT NULL AND {one t.key} <> ALL (f.keys)
                 ORDER BY {nearest_first} LIMIT {chunks}
             ) c
         ) more
         WHERE cardinality(f.keys) < {fetched} AND more.keys IS NOT NULL
     )
     SELECT unnest(last.keys) AS key FROM (SELECT keys FROM found ORDER BY cardinality(keys) DESC LIMIT 1) last
-) near JOIN {table} t ON t.{key} = near.key JOIN {nearest_chunk}
+) near JOIN {table} t ON {t.key = one near.key} JOIN {nearest_chunk}
 
 -- name: passage
 -- purpose: Part of the function that the application calls: where the nearest chunk of each row is in its text.
 LEFT JOIN LATERAL (
     SELECT b.{chunk_start} AS chunk_start, b.{chunk_length} AS chunk_length FROM {vectors} b
-    WHERE b.{key} = answer.key AND query_embedding IS NOT NULL
+    WHERE {b.key = answer.own_key} AND query_embedding IS NOT NULL
     ORDER BY (b.{embedding} {distance} query_embedding::{vector_type}) + 0, b.{chunk} LIMIT 1
 ) passage ON true

@@ -199,8 +199,8 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT substring(pg_catalog.sha256(pg_catalog.convert_to(
         pg_catalog.array_to_string(parts, E'\n'::pg_catalog.text), 'UTF8'::pg_catalog.name)) from 1 for {hash_bytes})
 $$;
-{own};
-SELECT create_distributed_table({staging_name}, 'key', colocate_with => {table_name});
+{make_key_part}{own};
+SELECT create_distributed_table({staging_name}, {own_distribution_column}, colocate_with => {table_name});
 
 -- name: schema.drop_staging
 -- purpose: Remove the staging table, the table of rejected vectors, and the functions of text and hash.
@@ -208,8 +208,22 @@ SELECT create_distributed_table({staging_name}, 'key', colocate_with => {table_n
 -- undo: schema.create_staging, then load again
 {own};
 DROP FUNCTION IF EXISTS {text_function}(text[]);
-DROP FUNCTION IF EXISTS {text_hash_function}(text[]);
+DROP FUNCTION IF EXISTS {text_hash_function}(text[]){drop_key_part};
 
+-- name: make_key_part
+-- purpose: Part of schema.create_staging, for a key of several columns: one column of each key of a batch. IMMUTABLE, so that Citus knows the shard of a batch before it plans it.
+CREATE OR REPLACE FUNCTION {key_part_function}(keys text[], place integer) RETURNS text[]
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT pg_catalog.array_agg(k::pg_catalog.jsonb OPERATOR(pg_catalog.->>) place) FROM pg_catalog.unnest(keys) AS k
+$$;
+
+-- name: drop_key_part
+-- purpose: Part of schema.drop_staging, for a key of several columns.
+; DROP FUNCTION IF EXISTS {key_part_function}(text[], integer);
+
+-- name: of_one_shard
+-- purpose: Part of a batch's statement, for a key of several columns: the values of its first column, by which the table is distributed.
+{column} = ANY ({key_part_function}(%(keys)s::text[], 0)::{type}[]) AND 
 -- name: schema.create_rejected
 -- purpose: Create the table of rejected vectors, with a copy on every node, since a rejected row may have no key.
 -- lock: ACCESS SHARE on {table}
@@ -222,23 +236,23 @@ SELECT create_reference_table({rejected_name});
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_queue
 CREATE TABLE IF NOT EXISTS {queue} AS
-    SELECT t.{key} AS key, now() AS queued_at FROM {table} t WITH NO DATA;
+    SELECT {t.key AS own_key}, now() AS queued_at FROM {table} t WITH NO DATA;
 ALTER TABLE {queue}
     ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY,
     ADD COLUMN claimed_by bigint,
     ADD COLUMN claimed_at timestamptz,
     ADD COLUMN attempts integer NOT NULL DEFAULT 0,
     ADD COLUMN error text,
-    ALTER COLUMN key SET NOT NULL,
+    {own_key NOT NULL},
     ALTER COLUMN queued_at SET DEFAULT clock_timestamp();
-ALTER TABLE {queue} ADD PRIMARY KEY (key, id);
-SELECT create_distributed_table({queue_name}, 'key', colocate_with => {table_name});
+ALTER TABLE {queue} ADD PRIMARY KEY ({own_key}, id);
+SELECT create_distributed_table({queue_name}, {own_distribution_column}, colocate_with => {table_name});
 
 -- name: backfill.keys_between
 -- purpose: The staged keys of a range, a list a shard: a batch of one shard is one task. In any order, so that workers are on different shards.
-WITH k AS MATERIALIZED (SELECT s.key FROM {staging} s WHERE {after} AND s.key <= %(to_key)s)
-SELECT array_agg(k.key ORDER BY k.key) AS keys FROM k
-GROUP BY get_shard_id_for_distribution_column({table_name}, k.key) ORDER BY random();
+WITH k AS MATERIALIZED (SELECT {s.own_key} FROM {staging} s WHERE {after} AND {s.own_key <= %to_key})
+SELECT array_agg({one k.own_key} ORDER BY {k.own_key}) AS keys FROM k
+GROUP BY get_shard_id_for_distribution_column({table_name}, k.{own_distributed}) ORDER BY random();
 
 -- name: backfill.update
 -- purpose: Give each row of a batch its vector, if its text is still the text that was embedded. The keys are given for both tables: by those of either alone Citus asks every shard of the other.
@@ -247,7 +261,7 @@ GROUP BY get_shard_id_for_distribution_column({table_name}, k.key) ORDER BY rand
 UPDATE {part} t
 SET {embedding} = s.embedding, {embedding_hash} = s.text_hash, {embedding_updated_at} = now()
 FROM {staging} s
-WHERE s.key = ANY (%(keys)s) AND t.{key} = ANY (%(keys)s) AND s.key = t.{key}
+WHERE {staged_in_one_shard}{row_in_one_shard}{s.own_key IN %keys} AND {t.key IN %keys} AND {s.own_key = t.key}
   AND t.{embedding_hash} IS DISTINCT FROM s.text_hash
   AND s.text_hash = {text_hash};
 
@@ -270,11 +284,11 @@ UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = now() WHERE id IN (
     WHERE (q.queued_at <= %(until)s OR q.queued_at > clock_timestamp()) AND q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s)
       AND (q.claimed_by IS NULL OR q.claimed_at < now() - make_interval(secs => %(lease_s)s))
     ORDER BY q.queued_at, q.id LIMIT %(batch_rows)s
-) AND (claimed_by IS NULL OR claimed_at < now() - make_interval(secs => %(lease_s)s)) RETURNING id, key;
+) AND (claimed_by IS NULL OR claimed_at < now() - make_interval(secs => %(lease_s)s)) RETURNING id, {one own_key AS key};
 
 -- name: refresh.lock_rows
 -- purpose: Which of these rows exist; Citus does not lock rows across shards, and the update compares the text's hash.
-SELECT t.{key} AS key FROM {table} t WHERE t.{key} = ANY (%(keys)s);
+SELECT {one t.key AS key} FROM {table} t WHERE {row_in_one_shard}{t.key IN %keys};
 
 -- name: search.create_route
 -- purpose: Create the table that says where reads go, with a copy on every node, so that the function answers on each; one row moves them.

@@ -21,8 +21,8 @@ ORDER BY share, value;
 
 -- name: rows_as_queries
 -- purpose: Vectors of rows, spread over the table, that stand in for queries.
-SELECT t.{key}::text AS key, {row_embedding} AS embedding FROM {from_vectors}
-WHERE {row_embedding} IS NOT NULL ORDER BY {row_embedding_hash}, t.{key} LIMIT greatest(%(n)s, 0);
+SELECT {one t.key}::text AS key, {row_embedding} AS embedding FROM {from_vectors}
+WHERE {row_embedding} IS NOT NULL ORDER BY {row_embedding_hash}, {t.key} LIMIT greatest(%(n)s, 0);
 
 -- name: has_btree
 -- purpose: Does a valid index, on all rows, start with these columns, in whatever order?

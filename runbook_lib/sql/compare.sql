@@ -16,8 +16,8 @@ WHERE word = ANY (%(words)s) GROUP BY word;
 
 -- name: first_words
 -- purpose: How rows begin, for a person who judges answers.
-SELECT t.{key}::text AS key, left({text}, 200) AS text
-FROM {table} t WHERE t.{key}::text = ANY (%(keys)s);
+SELECT {one t.key}::text AS key, left({text}, 200) AS text
+FROM {table} t WHERE {one t.key}::text = ANY (%(keys)s);
 
 -- name: some_texts
 -- purpose: How the texts of some rows begin: a search for their own words should find them.

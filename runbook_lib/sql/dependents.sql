@@ -45,8 +45,8 @@ SELECT c.relpersistence::text AS persistence, c.relnatts AS columns, c.relhassub
     ARRAY(SELECT i.inhrelid::regclass::text FROM pg_inherits i JOIN pg_class k ON k.oid = i.inhrelid
           WHERE i.inhparent = c.oid AND NOT k.relispartition ORDER BY 1) AS children,
     EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisprimary OR i.indisreplident)) AS identified,
-    (SELECT l.collname::text FROM pg_attribute a JOIN pg_collation l ON l.oid = a.attcollation
-     WHERE a.attrelid = c.oid AND a.attname = %(key)s AND NOT l.collisdeterministic) AS blind_key
+    (SELECT min(l.collname::text) FROM pg_attribute a JOIN pg_collation l ON l.oid = a.attcollation
+     WHERE a.attrelid = c.oid AND a.attname = ANY (%(key)s) AND NOT l.collisdeterministic) AS blind_key
 FROM pg_class c WHERE c.oid = to_regclass(%(table)s);
 
 -- name: row_functions

@@ -14,7 +14,7 @@ FROM {from_vectors} WHERE {row_embedding} IS NOT NULL AND {looked_at};
 
 -- name: some_rows
 -- purpose: Vectors of some rows that are newer than the index, or of some that are not.
-SELECT t.{key}::text AS key, {row_embedding} AS embedding FROM {from_vectors}
+SELECT {one t.key}::text AS key, {row_embedding} AS embedding FROM {from_vectors}
 WHERE {row_embedding} IS NOT NULL AND {looked_at}
   AND coalesce({row_embedding_updated_at} > %(began_at)s, false) = %(newer)s
 ORDER BY random() LIMIT %(n)s;

@@ -5,15 +5,10 @@
 COPY (SELECT {codes}{row_embedding}, {key} FROM {from_all_vectors} WHERE {row_embedding} IS NOT NULL AND {always})
     TO STDOUT (FORMAT BINARY);
 
--- name: key_type
--- purpose: The type of the key without its length.
-SELECT format_type(atttypid, -1) AS type FROM pg_attribute
-WHERE attrelid = to_regclass(%(table)s) AND attname = %(key)s AND NOT attisdropped;
-
 -- name: nearest
 -- purpose: The nearest rows by distance, equals by key; the expression around the distance keeps every index out.
-SELECT t.{key}::text AS key, {row_embedding} {distance} {query_vector} AS distance
+SELECT {one t.key}::text AS key, {row_embedding} {distance} {query_vector} AS distance
 FROM {from_vectors}
 WHERE {filters} AND {row_embedding} IS NOT NULL
-ORDER BY ({row_embedding} {distance} {query_vector}) + 0, t.{key}
+ORDER BY ({row_embedding} {distance} {query_vector}) + 0, {t.key}
 LIMIT %(k)s;

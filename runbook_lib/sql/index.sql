@@ -43,7 +43,7 @@ SELECT count(*) AS rows FROM {relation} t WHERE t.{embedding} IS NOT NULL AND {i
 
 -- name: known_row
 -- purpose: Vectors of known rows, spread over the table, to be found again through the index.
-SELECT t.{key} AS key, t.{embedding} AS embedding FROM {vectors} t {sampled}
+SELECT {one t.key AS key}, t.{embedding} AS embedding FROM {vectors} t {sampled}
 WHERE t.{embedding} IS NOT NULL AND {is_indexed} ORDER BY t.{embedding_hash} LIMIT %(n)s;
 
 -- name: nearest

@@ -28,12 +28,16 @@ WHERE a.attrelid = to_regclass(%(relation)s) AND a.attnum > 0 AND NOT a.attisdro
 ORDER BY a.attnum;
 
 -- name: keys
--- purpose: NOT NULL columns with a valid unique index on that column alone, without a condition; the primary key first.
-SELECT a.attname::text AS name, format_type(a.atttypid, NULL) AS type, bool_or(i.indisprimary) AS is_primary
-FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+-- purpose: NOT NULL columns with a valid unique index on them alone, without a condition: the primary key first, then those of one column.
+SELECT k.columns, k.types, bool_or(i.indisprimary) AS is_primary FROM pg_index i CROSS JOIN LATERAL (
+    SELECT array_agg(a.attname::text ORDER BY place) AS columns, bool_and(a.attnotnull) AS not_null,
+           array_agg(format_type(a.atttypid, NULL) ORDER BY place) AS types
+    FROM generate_series(0, i.indnkeyatts - 1) AS place
+    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[place]
+) k
 WHERE i.indrelid = to_regclass(%(relation)s) AND i.indisunique AND i.indisvalid AND i.indimmediate
-  AND i.indnkeyatts = 1 AND i.indpred IS NULL AND i.indexprs IS NULL AND a.attnotnull
-GROUP BY 1, 2 ORDER BY 3 DESC, 1;
+  AND i.indpred IS NULL AND i.indexprs IS NULL AND k.not_null
+GROUP BY 1, 2 ORDER BY 3 DESC, cardinality(k.columns), 1;
 
 -- name: settings
 -- purpose: The server's settings of memory, workers and language.

@@ -39,11 +39,14 @@ SELECT a.attname::text AS name FROM pg_catalog.pg_attribute a
 WHERE a.attrelid = pg_catalog.to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdropped;
 
 -- name: unique_key
--- purpose: The valid, complete unique indexes on the key column alone.
+-- purpose: The valid, complete unique indexes on the columns of the key alone, in their order.
 SELECT i.indexrelid::regclass::text AS index
-FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-WHERE i.indrelid = %(oid)s AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indnkeyatts = 1
-  AND i.indpred IS NULL AND i.indexprs IS NULL AND a.attname = %(key)s;
+FROM pg_index i
+WHERE i.indrelid = %(oid)s AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL
+  AND i.indexprs IS NULL AND i.indnkeyatts = cardinality(%(columns)s::text[]) AND ARRAY(
+      SELECT a.attname::text FROM generate_series(0, i.indnkeyatts - 1) AS place
+      JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[place] ORDER BY place
+  ) = %(columns)s::text[];
 
 -- name: functions_of_others
 -- purpose: Functions of this name whose owner could not change the table.

@@ -55,7 +55,7 @@ BEGIN
     FOR answer IN SELECT * FROM {function}({passed}) LOOP
         {take_over}
         live := answer.answered_by;
-        live_keys := live_keys || answer.{key}::text;
+        live_keys := live_keys || {one answer.key}::text;
         RETURN NEXT;
     END LOOP;
     live_ms := 1000 * extract(epoch FROM clock_timestamp() - began);
@@ -83,7 +83,7 @@ BEGIN
         BEGIN
             -- The very function that would answer, with the way that it takes for these filters.
             PERFORM set_config('runbook.route', other, true);
-            SELECT array_agg(f.{key}::text) INTO other_keys FROM {function}({passed}) f;
+            SELECT array_agg({one f.key}::text) INTO other_keys FROM {function}({passed}) f;
             PERFORM set_config('runbook.route', coalesce(forced, ''), true);
             INSERT INTO {log} (text_hash, filters, live_route, live_ms, live_keys, other_route, other_ms, other_keys)
             VALUES (sha256(convert_to(query_text, 'UTF8')), filters, live, live_ms, live_keys, other,

@@ -48,7 +48,7 @@ WHERE a.attrelid = %(oid)s AND a.attname = %(key)s AND NOT a.attisdropped;
 
 -- name: twice
 -- purpose: One key that occurs twice; no row where every key occurs once. It reads every key.
-SELECT t.{key}::text AS key FROM {table} t GROUP BY t.{key} HAVING count(*) > 1 LIMIT 1;
+SELECT {one t.key}::text AS key FROM {table} t GROUP BY {t.key} HAVING count(*) > 1 LIMIT 1;
 
 -- name: captured
 -- purpose: Partitions on which a capture trigger is missing or switched off.

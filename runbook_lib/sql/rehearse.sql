@@ -53,8 +53,8 @@ VACUUM (ANALYZE) {table};
 
 -- name: page
 -- purpose: The next rows of the sample that have text, in key order.
-SELECT t.{key} AS key, {text_hash} AS text_hash FROM {table} t
-WHERE {after} AND {has_text} ORDER BY t.{key} LIMIT %(batch_rows)s;
+SELECT {one t.key AS key}, {text_hash} AS text_hash FROM {table} t
+WHERE {after} AND {has_text} ORDER BY {t.key} LIMIT %(batch_rows)s;
 
 -- name: has_column
 -- purpose: Does the relation have this column, with a pgvector type?
@@ -66,8 +66,8 @@ SELECT EXISTS (
 
 -- name: vectors_of
 -- purpose: Vectors of these rows that the target or its staging table already has.
-SELECT s.{source_key} AS key, s.{source_vector} AS embedding FROM {source} s
-WHERE s.{source_key} = ANY (%(keys)s) AND s.{source_vector} IS NOT NULL;
+SELECT {source_key}, s.{source_vector} AS embedding FROM {source} s
+WHERE {is_among} AND s.{source_vector} IS NOT NULL;
 
 -- name: wal
 -- purpose: The WAL position of the whole server.
@@ -85,14 +85,14 @@ SELECT set_config('maintenance_work_mem', %(memory)s, false),
 
 -- name: some_keys
 -- purpose: Keys of some rows with a vector, spread over the sample.
-SELECT t.{key} AS key FROM {from_vectors}
-WHERE {row_embedding} IS NOT NULL ORDER BY md5(t.{key}::text) LIMIT %(rows)s;
+SELECT {one t.key AS key} FROM {from_vectors}
+WHERE {row_embedding} IS NOT NULL ORDER BY md5({one t.key}::text) LIMIT %(rows)s;
 
 -- name: write
 -- purpose: Change the text of some rows of the sample as an application would, to see what a write costs; rolled back.
 -- lock: none on the target
 -- undo: rolled back
-UPDATE {table} SET {first_text_column} = coalesce({first_text_column}, '') || ' ' WHERE {key} = ANY (%(keys)s);
+UPDATE {table} SET {first_text_column} = coalesce({first_text_column}, '') || ' ' WHERE {key IN %keys};
 
 -- name: without_index
 -- purpose: Drop the sample's vector index, to see what a write costs without it; rolled back.

@@ -3,7 +3,7 @@
 
 -- name: exact_or_vector
 -- purpose: The nearest rows by distance, with the index or by reading every row.
-SELECT t.{key} AS key, -({row_embedding} {distance} {query_vector}) AS score
+SELECT {t.key AS own_key}, -({row_embedding} {distance} {query_vector}) AS score
 FROM {from_vectors}
 WHERE {filters} AND {row_embedding} IS NOT NULL
 ORDER BY {nearest_first}
@@ -12,7 +12,7 @@ LIMIT {k};
 -- name: nearest
 -- purpose: Part of relaxed and hybrid: the nearest rows in the order of the index, with their exact distances.
 nearest AS MATERIALIZED (
-    SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
+    SELECT {t.key AS own_key}, {row_embedding} {distance} {query_vector} AS distance
     FROM {from_vectors}
     WHERE {filters} AND {row_embedding} IS NOT NULL
     ORDER BY {nearest_first}
@@ -22,28 +22,28 @@ nearest AS MATERIALIZED (
 -- name: relaxed
 -- purpose: The nearest rows through an index that returns them in nearly the right order; then sorted by exact distance.
 WITH {nearest}
-SELECT key, -distance AS score FROM nearest ORDER BY distance + 0 LIMIT {k};
+SELECT {own_key}, -distance AS score FROM nearest ORDER BY distance + 0 LIMIT {k};
 
 -- name: hybrid
 -- purpose: The nearest rows and those that match best by words, ranked by the weighted sum of both scores; each score is scaled to mean 0 and standard deviation 1 over the rows that either half found.
-SELECT key, {similarity} AS similarity,
+SELECT {own_key}, {similarity} AS similarity,
        {vector_weight} * near + (1 - {vector_weight}) * wordy AS score
 FROM (
     {scored}
 ) both_halves
-ORDER BY score DESC, key
+ORDER BY score DESC, {own_key}
 LIMIT {k};
 
 -- name: scored
 -- purpose: Part of hybrid: every row that either half found, with both scores.
 WITH {nearest}, {words_half}, found AS (
-    SELECT key FROM nearest WHERE {near_enough}
+    SELECT {own_key} FROM nearest WHERE {near_enough}
     UNION
-    SELECT key FROM matching
+    SELECT {own_key} FROM matching
 ), weighed AS MATERIALIZED (
     {weighed}
 )
-SELECT key, distance,
+SELECT {own_key}, distance,
        coalesce((avg(distance) OVER () - distance) / nullif(stddev_pop(distance) OVER (), 0), 0) AS near,
        coalesce((weight - avg(weight) OVER ()) / nullif(stddev_pop(weight) OVER (), 0), 0) AS wordy
 FROM weighed
@@ -53,13 +53,13 @@ FROM weighed
 words AS MATERIALIZED (
     SELECT w.* FROM {weigh_words}({query_text}) w
 ), holding AS MATERIALIZED (
-    SELECT row_of.key, w.weight
+    SELECT {row_of.own_key}, w.weight
     FROM (
         SELECT words.*, pg_catalog.regexp_replace(words.lookup::text, '<(-|[0-9]+)>', '&', 'g')::pg_catalog.tsquery AS parts
         FROM words WHERE words.lookup IS NOT NULL ORDER BY words.place
     ) w CROSS JOIN LATERAL (
-        SELECT part.key FROM (
-            SELECT t.{key} AS key, CASE WHEN w.parts OPERATOR(pg_catalog.<>) w.lookup THEN d.document END AS document
+        SELECT {part.own_key} FROM (
+            SELECT {t.key AS own_key}, CASE WHEN w.parts OPERATOR(pg_catalog.<>) w.lookup THEN d.document END AS document
             FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d
             WHERE d.document OPERATOR(pg_catalog.@@) w.parts AND {filters}
             LIMIT {word_rows}
@@ -68,7 +68,7 @@ words AS MATERIALIZED (
     ) row_of
     LIMIT {most_looked_up}
 ), matching AS (
-    SELECT key FROM holding GROUP BY key ORDER BY sum(weight) DESC, key LIMIT {word_candidates}
+    SELECT {own_key} FROM holding GROUP BY {own_key} ORDER BY sum(weight) DESC, {own_key} LIMIT {word_candidates}
 )
 
 -- name: by_any_word
@@ -76,7 +76,7 @@ words AS MATERIALIZED (
 words AS MATERIALIZED (
     SELECT w.* FROM {weigh_words}({query_text}) w
 ), matching AS (
-    SELECT t.{key} AS key
+    SELECT {t.key AS own_key}
     FROM (SELECT pg_catalog.string_agg(words.word::text, ' | ')::pg_catalog.tsquery AS any_word FROM words) w,
          {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d
     WHERE d.document OPERATOR(pg_catalog.@@) w.any_word AND {filters}
@@ -85,21 +85,21 @@ words AS MATERIALIZED (
 
 -- name: weighed_by_words
 -- purpose: Part of hybrid: both scores of each row. A word counts by its weight and, through ts_rank, by how often and where it occurs. A code counts only if the row contains it whole; ts_rank ranks by its parts.
-SELECT t.{key} AS key, {row_distance} AS distance,
+SELECT {t.key AS own_key}, {row_distance} AS distance,
        coalesce((
            SELECT sum(words.weight * pg_catalog.ts_rank(d.document, words.word, 1)) FROM words
            WHERE pg_catalog.numnode(words.word) OPERATOR(pg_catalog.=) 1 OR d.document OPERATOR(pg_catalog.@@) words.word
        ), 0) AS weight
-FROM {with_vectors} JOIN found ON found.key = t.{key}
+FROM {with_vectors} JOIN found ON {found.own_key = t.key}
 CROSS JOIN LATERAL (SELECT {fulltext} AS document OFFSET 0) d
 
 -- name: by_words_query
 -- purpose: Part of hybrid: the words half is the user's statement over an index with a ranking, such as BM25.
 matching AS MATERIALIZED (
-    SELECT best.key, best.score::double precision AS weight FROM (
+    SELECT {best.own_key}, best.score::double precision AS weight FROM (
         {words_query}
-    ) best (key, score)
-    ORDER BY best.score DESC, best.key LIMIT {word_candidates}
+    ) best ({own_key}, score)
+    ORDER BY best.score DESC, {best.own_key} LIMIT {word_candidates}
 )
 
 -- name: found_by_words_query
@@ -107,31 +107,31 @@ matching AS MATERIALIZED (
 EXISTS (
     SELECT FROM (
         {words_query}
-    ) best (key, score)
-    WHERE best.key = t.{key} AND best.score::double precision IS NOT NULL
+    ) best ({own_key}, score)
+    WHERE {best.own_key = t.key} AND best.score::double precision IS NOT NULL
 )
 
 -- name: weighed_by_words_query
 -- purpose: Part of hybrid: both scores of each row. A row that the statement did not find scores 0, or the statement's lowest score if that is less.
-SELECT t.{key} AS key, {row_distance} AS distance,
+SELECT {t.key AS own_key}, {row_distance} AS distance,
        coalesce(matching.weight, (SELECT least(0, min(matching.weight)) FROM matching), 0) AS weight
-FROM {with_vectors} JOIN found ON found.key = t.{key}
-LEFT JOIN matching ON matching.key = t.{key}
+FROM {with_vectors} JOIN found ON {found.own_key = t.key}
+LEFT JOIN matching ON {matching.own_key = t.key}
 
 -- name: fulltext
 -- purpose: The words half of hybrid alone, without filters.
 WITH {words_half}, found AS (
-    SELECT key FROM matching
+    SELECT {own_key} FROM matching
 ), weighed AS (
     {weighed}
 )
-SELECT key, weight AS score FROM weighed ORDER BY weight DESC, key LIMIT {k};
+SELECT {own_key}, weight AS score FROM weighed ORDER BY weight DESC, {own_key} LIMIT {k};
 
 -- name: any_word
 -- purpose: Rows with any word of the query, best rank first: the statement that the index on the tsvector must serve.
-SELECT t.{key} AS key, ts_rank(d.document, w.any_word, 1) AS score
+SELECT {t.key AS own_key}, ts_rank(d.document, w.any_word, 1) AS score
 FROM {table} t CROSS JOIN LATERAL (SELECT {fulltext} AS document) d,
      (SELECT replace(plainto_tsquery({fulltext_config}, %(query)s)::text, ' & ', ' | ')::tsquery AS any_word) w
 WHERE d.document @@ w.any_word
-ORDER BY score DESC, t.{key}
+ORDER BY score DESC, {t.key}
 LIMIT %(k)s;

@@ -26,8 +26,8 @@ WHERE datname = current_database() AND starts_with(application_name, %(prefix)s)
 
 -- name: first_words
 -- purpose: The first text of the rows with these keys; keys is an array literal with elements of the key's type.
-SELECT t.{key}::text AS key, left({text}, 200) AS text
-FROM {table} t WHERE t.{key} = ANY (%(keys)s);
+SELECT {one t.key}::text AS key, left({text}, 200) AS text
+FROM {table} t WHERE {t.key IN %keys};
 
 -- name: timeline
 -- purpose: The number of the server's timeline, which grows when a standby is promoted or a backup recovered.

@@ -14,10 +14,10 @@ ALTER TABLE {table}
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_staging
 CREATE TABLE IF NOT EXISTS {staging} AS
-    SELECT t.{key} AS key, NULL::bytea AS text_hash, NULL::{vector_type} AS embedding, now() AS staged_at
+    SELECT {t.key AS own_key}, NULL::bytea AS text_hash, NULL::{vector_type} AS embedding, now() AS staged_at
     FROM {table} t WITH NO DATA;
 ALTER TABLE {staging}
-    ADD PRIMARY KEY (key),
+    ADD PRIMARY KEY ({own_key}),
     ALTER COLUMN text_hash SET NOT NULL,
     ALTER COLUMN embedding TYPE {vector_type},
     ALTER COLUMN embedding SET NOT NULL,
@@ -28,28 +28,28 @@ ALTER TABLE {staging}
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_staging
 CREATE TABLE IF NOT EXISTS {rejected} AS
-    SELECT t.{key} AS key, ''::text AS key_text, ''::text AS reason, ''::text AS detail, now() AS rejected_at
+    SELECT {t.key AS own_key}, ''::text AS key_text, ''::text AS reason, ''::text AS detail, now() AS rejected_at
     FROM {table} t WITH NO DATA;
 ALTER TABLE {rejected}
     ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     ALTER COLUMN rejected_at SET DEFAULT now();
-CREATE INDEX ON {rejected} (key);
+CREATE INDEX ON {rejected} ({own_key});
 
 -- name: create_queue
 -- purpose: Create the queue of rows whose text was inserted or changed; writers only append to it, so none waits.
 -- lock: ACCESS SHARE on {table}
 -- undo: schema.drop_queue
 CREATE TABLE IF NOT EXISTS {queue} AS
-    SELECT t.{key} AS key, now() AS queued_at FROM {table} t WITH NO DATA;
+    SELECT {t.key AS own_key}, now() AS queued_at FROM {table} t WITH NO DATA;
 ALTER TABLE {queue}
     ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     ADD COLUMN claimed_by bigint,
     ADD COLUMN claimed_at timestamptz,
     ADD COLUMN attempts integer NOT NULL DEFAULT 0,
     ADD COLUMN error text,
-    ALTER COLUMN key SET NOT NULL,
+    {own_key NOT NULL},
     ALTER COLUMN queued_at SET DEFAULT clock_timestamp();
-CREATE INDEX ON {queue} (key);
+CREATE INDEX ON {queue} ({own_key});
 
 -- name: create_capture_function
 -- purpose: Create the function that queues a row. It runs as its owner, so writers need no privileges on the ledger.
@@ -58,7 +58,7 @@ CREATE INDEX ON {queue} (key);
 CREATE OR REPLACE FUNCTION {capture_function}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    INSERT INTO {queue} (key) VALUES (NEW.{key});
+    INSERT INTO {queue} ({own_key}) VALUES ({NEW.key});
     RETURN NULL;
 END
 $$;

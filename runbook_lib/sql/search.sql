@@ -213,8 +213,8 @@ SELECT count(*) AS rows FROM (SELECT FROM {from_vectors} WHERE {filters} AND {ro
 
 -- name: texts_of
 -- purpose: The beginning of these rows' first text.
-SELECT t.{key} AS key, left(t.{first_text_column}::text, 200) AS text FROM {table} t
-WHERE t.{key} = ANY (%(keys)s::text[]::{key_type}[]);
+SELECT {one t.key AS key}, left(t.{first_text_column}::text, 200) AS text FROM {table} t
+WHERE {t.key IN texts %keys};
 
 -- name: force_route
 -- purpose: Set the route of this transaction's calls, whatever the table says.

@@ -83,12 +83,12 @@ asked_value  text;
 -- name: answer
 -- purpose: Part of the function: call one route's function.
 RETURN QUERY
-SELECT answer.key, answer.score, {answered_by}, answer.similarity, answer.rank::pg_catalog.int4{columns}
-FROM {by_route}({passed}) WITH ORDINALITY AS answer (key, similarity, score, rank){of_the_row};
+SELECT {answer.own_key}, answer.score, {answered_by}, answer.similarity, answer.rank::pg_catalog.int4{columns}
+FROM {by_route}({passed}) WITH ORDINALITY AS answer ({own_key}, similarity, score, rank){of_the_row};
 
 -- name: of_the_row
 -- purpose: Part of the function, for search.returns: the row with the returned columns; LEFT JOIN, since legacy may return a key without a row.
-LEFT JOIN {table} t ON t.{key} = answer.key
+LEFT JOIN {table} t ON {t.key = answer.own_key}
 
 -- name: overload
 -- purpose: The same function, for a query's vector in another type.
@@ -110,7 +110,7 @@ RAISE EXCEPTION USING ERRCODE = 'feature_not_supported', MESSAGE = {retired_mess
 -- name: by_route
 -- purpose: One way to answer: the k best rows, best first. It is planned for the values of each call.
 CREATE OR REPLACE FUNCTION {by_route}({arguments})
-RETURNS TABLE (key {key_type}, similarity double precision, score double precision)
+RETURNS TABLE ({results})
 LANGUAGE plpgsql STABLE ROWS {default_k}
 SET search_path = {search_path} SET plan_cache_mode = force_custom_plan AS $runbook$
 -- {what}
@@ -166,14 +166,14 @@ $runbook$;
 
 -- name: legacy
 -- purpose: Part of the legacy route's function: its query, as it was given.
-SELECT legacy.{key}, NULL::double precision, NULL::double precision
+SELECT {legacy.key}, NULL::double precision, NULL::double precision
 FROM (
 {query}
 ) legacy
 
 -- name: vector
 -- purpose: Part of the vector route's functions: the nearest rows, with their similarity.
-SELECT best.key, {similarity}, best.score
+SELECT {best.own_key}, {similarity}, best.score
 FROM (
     {query}
 ) best

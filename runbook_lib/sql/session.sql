@@ -160,3 +160,9 @@ SELECT DISTINCT name, value,
            CASE WHEN setdatabase <> 0 AND setrole = 0 THEN 'DATABASE ' || quote_ident(current_database())
                 WHEN setdatabase <> 0 THEN quote_ident(current_database()) END) AS owner
 FROM ranked WHERE place = 1 ORDER BY 1, 3;
+
+-- name: key_types
+-- purpose: The types of the key's columns, in their order, without lengths, to which a cast would cut a longer key.
+SELECT format_type(a.atttypid, -1) AS type FROM unnest(%(columns)s::name[]) WITH ORDINALITY AS k (name, place)
+JOIN pg_attribute a ON a.attname = k.name
+WHERE a.attrelid = to_regclass(%(table)s) AND NOT a.attisdropped ORDER BY k.place;

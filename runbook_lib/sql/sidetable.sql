@@ -5,7 +5,7 @@
 -- lock: SHARE ROW EXCLUSIVE on {table}, for milliseconds
 -- undo: sidetable.drop
 CREATE TABLE {vectors} AS
-    SELECT t.{key}, NULL::{vector_type} AS {embedding}, now() AS {embedding_updated_at}, NULL::bytea AS {embedding_hash}
+    SELECT {t.key}, NULL::{vector_type} AS {embedding}, now() AS {embedding_updated_at}, NULL::bytea AS {embedding_hash}
     FROM {table} t WITH NO DATA;
 ALTER TABLE {vectors}
     ADD PRIMARY KEY ({key}),
@@ -27,8 +27,8 @@ DROP TABLE IF EXISTS {vectors};
 -- lock: ACCESS EXCLUSIVE on {table}, for milliseconds, while the foreign key moves over
 -- undo: sidetable.drop
 LOCK TABLE {vectors} IN ACCESS EXCLUSIVE MODE;
-DELETE FROM {staging} s USING {vectors} e WHERE s.key = e.{key};
-INSERT INTO {staging} (key, text_hash, embedding, staged_at{staged_places})
+DELETE FROM {staging} s USING {vectors} e WHERE {s.own_key = e.key};
+INSERT INTO {staging} ({own_key}, text_hash, embedding, staged_at{staged_places})
     SELECT {key}, {embedding_hash}, {embedding}, {embedding_updated_at}{places} FROM {vectors};
 DROP TABLE {vectors};
 {renames};
@@ -44,14 +44,14 @@ ALTER TABLE {vectors}
 -- purpose: Remove the vectors of rows that were deleted after they were staged.
 -- lock: ROW EXCLUSIVE on the side table; none on the target
 -- undo: none needed; their rows are gone
-DELETE FROM {vectors} e WHERE NOT EXISTS (SELECT FROM {table} t WHERE t.{key} = e.{key});
+DELETE FROM {vectors} e WHERE NOT EXISTS (SELECT FROM {table} t WHERE {t.key = e.key});
 
 -- name: delete_stale
 -- purpose: Remove the vectors of texts that changed after they were staged; those rows wait in the queue.
 -- lock: ROW EXCLUSIVE on the side table; none on the target
 -- undo: none needed; the queue brings their new vectors
 DELETE FROM {vectors} e USING {table} t
-WHERE t.{key} = e.{key} AND t.{key} IN (SELECT q.key FROM {queue} q) AND e.{embedding_hash} IS DISTINCT FROM {text_hash};
+WHERE {t.key = e.key} AND {row t.key} IN (SELECT {q.own_key} FROM {queue} q) AND e.{embedding_hash} IS DISTINCT FROM {text_hash};
 
 -- name: validate
 -- purpose: Check the foreign key for the rows that existed before it.
@@ -70,8 +70,8 @@ ANALYZE {vectors};
 -- lock: ROW EXCLUSIVE on the side table; ROW SHARE on {table}, on the rows of one batch, until its commit
 -- undo: sidetable.drop
 INSERT INTO {vectors} AS e ({key}, {embedding}, {embedding_hash}, {embedding_updated_at})
-SELECT t.{key}, s.embedding, s.text_hash, now() FROM {staging} s JOIN {table} t ON t.{key} = s.key
-WHERE s.key = ANY (%(keys)s) AND s.text_hash = {text_hash} FOR SHARE OF t
+SELECT {t.key}, s.embedding, s.text_hash, now() FROM {staging} s JOIN {table} t ON {t.key = s.own_key}
+WHERE {s.own_key IN %keys} AND s.text_hash = {text_hash} FOR SHARE OF t
 ON CONFLICT ({key}) DO UPDATE
 SET {embedding} = excluded.{embedding}, {embedding_hash} = excluded.{embedding_hash},
     {embedding_updated_at} = excluded.{embedding_updated_at}
@@ -81,7 +81,7 @@ WHERE e.{embedding_hash} IS DISTINCT FROM excluded.{embedding_hash};
 -- purpose: Remove the vectors of rows whose text is gone.
 -- lock: ROW EXCLUSIVE on the side table; none on the target
 -- undo: none needed; there is no text to search
-DELETE FROM {vectors} e USING {table} t WHERE t.{key} = e.{key} AND NOT {has_text};
+DELETE FROM {vectors} e USING {table} t WHERE {t.key = e.key} AND NOT {has_text};
 
 -- name: sizes
 -- purpose: Is the side table empty, and is there anything staged?

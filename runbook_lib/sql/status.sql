@@ -29,11 +29,11 @@ FROM part JOIN pg_class c USING (oid) WHERE c.relkind = 'r';
 
 -- name: some_keys
 -- purpose: Keys of the rows on some of the table's pages.
-SELECT s.{key} AS key FROM {table} AS s TABLESAMPLE SYSTEM (%(percent)s);
+SELECT {one s.key AS key} FROM {table} AS s TABLESAMPLE SYSTEM (%(percent)s);
 
 -- name: of_these_keys
 -- purpose: Part of the freshness query: rows that were sampled before.
-t.{key} = ANY (%(keys)s);
+{t.key IN %keys};
 
 -- name: queue
 -- purpose: Changes that wait for a vector, counted up to a limit, and for how long the oldest has waited.

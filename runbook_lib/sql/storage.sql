@@ -5,7 +5,7 @@
 -- lock: none on the target
 -- undo: storage.drop_scratch
 CREATE UNLOGGED TABLE {scratch} WITH (autovacuum_enabled = off) AS
-    SELECT t.{key} AS {key}, {row_embedding} AS {embedding} FROM {from_vectors} WITH NO DATA;
+    SELECT {t.key}, {row_embedding} AS {embedding} FROM {from_vectors} WITH NO DATA;
 ALTER TABLE {scratch} ADD PRIMARY KEY ({key});
 
 -- name: fill_scratch
@@ -13,12 +13,12 @@ ALTER TABLE {scratch} ADD PRIMARY KEY ({key});
 -- lock: none on the target
 -- undo: storage.drop_scratch
 INSERT INTO {scratch} ({key}, {embedding})
-(SELECT t.{key}, {row_embedding} FROM {from_vectors}
- WHERE {row_embedding} IS NOT NULL AND t.{key} = ANY (%(judged)s::{key_type}[]))
+(SELECT {t.key}, {row_embedding} FROM {from_vectors}
+ WHERE {row_embedding} IS NOT NULL AND {t.key IN typed %judged})
 UNION ALL
-(SELECT t.{key}, {row_embedding} FROM {from_vectors}
+(SELECT {t.key}, {row_embedding} FROM {from_vectors}
  WHERE {row_embedding} IS NOT NULL
-   AND t.{key} IN (SELECT s.{key} FROM {table} AS s TABLESAMPLE SYSTEM (%(percent)s))
+   AND {row t.key} IN (SELECT {s.key} FROM {table} AS s TABLESAMPLE SYSTEM (%(percent)s))
  LIMIT %(rows)s)
 ON CONFLICT DO NOTHING;
 
@@ -56,10 +56,10 @@ FROM pg_index i WHERE i.indexrelid = to_regclass(%(index)s);
 -- name: first_dimensions
 -- purpose: The nearest rows by the first dimensions alone, sorted again by the full vectors.
 WITH nearest AS MATERIALIZED (
-    SELECT t.{key} AS key, {row_embedding} {distance} {query_vector} AS distance
+    SELECT {t.key AS own_key}, {row_embedding} {distance} {query_vector} AS distance
     FROM {from_vectors}
     WHERE {row_embedding} IS NOT NULL
     ORDER BY {row_part} {distance} {query_part}
     LIMIT {nearest_rows}
 )
-SELECT key, -distance AS score FROM nearest ORDER BY distance + 0 LIMIT %(k)s;
+SELECT {own_key}, -distance AS score FROM nearest ORDER BY distance + 0 LIMIT %(k)s;

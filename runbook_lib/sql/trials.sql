@@ -75,27 +75,27 @@ SELECT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid IN (SELECT oid FROM 
 
 -- name: sample
 -- purpose: Keys of rows from all over the table, the oldest and the newest among them.
-SELECT key FROM (
-    SELECT key, min(place) AS place FROM (
-        (SELECT t.{key} AS key, 0 AS place FROM {table} t WHERE {wanting} ORDER BY t.{key} LIMIT %(ends)s)
+SELECT {one own_key AS key} FROM (
+    SELECT {own_key}, min(place) AS place FROM (
+        (SELECT {t.key AS own_key}, 0 AS place FROM {table} t WHERE {wanting} ORDER BY {t.key} LIMIT %(ends)s)
         UNION ALL
-        (SELECT t.{key}, 0 FROM {table} t WHERE {wanting} ORDER BY t.{key} DESC LIMIT %(ends)s)
+        (SELECT {t.key}, 0 FROM {table} t WHERE {wanting} ORDER BY {t.key DESC} LIMIT %(ends)s)
         UNION ALL
-        (SELECT s.key, 1 FROM (SELECT t.{key} AS key FROM {table} t {tablesample} WHERE {wanting} LIMIT %(many)s) s
+        (SELECT {s.own_key}, 1 FROM (SELECT {t.key AS own_key} FROM {table} t {tablesample} WHERE {wanting} LIMIT %(many)s) s
          ORDER BY random() LIMIT %(rows)s)
-    ) found GROUP BY key
+    ) found GROUP BY {own_key}
 ) k ORDER BY place, random();
 
 -- name: lock_rows
 -- purpose: Lock these rows, except those that are already locked, so that no writer changes one between two reads.
 -- lock: ROW SHARE on {table}, on these rows, rolled back at once
 -- undo: its own rollback
-SELECT t.{key} AS key FROM {table} t WHERE t.{key} = ANY (%(keys)s) FOR NO KEY UPDATE SKIP LOCKED;
+SELECT {one t.key AS key} FROM {table} t WHERE {t.key IN %keys} FOR NO KEY UPDATE SKIP LOCKED;
 
 -- name: look
 -- purpose: A hash of each of the other columns of these rows, and whether the row has taken the vector.
-SELECT t.{key} AS key, {hashes} AS hashes, t.{embedding_hash} IS NOT NULL AND t.{embedding} IS NOT NULL AS taken
-FROM {table} t WHERE t.{key} = ANY (%(keys)s);
+SELECT {one t.key AS key}, {hashes} AS hashes, t.{embedding_hash} IS NOT NULL AND t.{embedding} IS NOT NULL AS taken
+FROM {table} t WHERE {t.key IN %keys};
 
 -- name: column_hash
 -- purpose: The hash of one column; compared byte by byte, whatever its collation.
@@ -103,9 +103,9 @@ pg_catalog.hashtextextended(t.{column}::text COLLATE "C", 0::bigint);
 
 -- name: staged
 -- purpose: A stand-in for the staging table in the trial: vectors of these rows' current texts.
-(SELECT t.{key} AS key, {text_hash} AS text_hash,
+(SELECT {t.key AS own_key}, {text_hash} AS text_hash,
         pg_catalog.array_fill(0.5::real, ARRAY[{dimension}])::{vector_type} AS embedding
- FROM {table} t WHERE t.{key} = ANY (%(keys)s));
+ FROM {table} t WHERE {t.key IN %keys});
 
 -- name: written
 -- purpose: Rows that this session has written, in the table and in whatever this transaction has opened for writing.

@@ -21,13 +21,13 @@ SELECT count(*) AS looked_at,
 FROM (
     SELECT {row_embedding} IS NULL AS bare, {has_text} AS has_text,
            {row_embedding_hash} IS DISTINCT FROM {text_hash} AS old,
-           EXISTS (SELECT FROM {queue} q WHERE q.key = t.{key}) AS queued
+           EXISTS (SELECT FROM {queue} q WHERE {q.own_key = t.key}) AS queued
     FROM {with_vectors} WHERE {looked_at} AND {is_counted}
 ) x;
 
 -- name: sampled
 -- purpose: Part of the query above: rows of some of the table's pages.
-t.{key} IN (SELECT s.{key} FROM {table} AS s TABLESAMPLE SYSTEM (%(percent)s));
+{row t.key} IN (SELECT {s.key} FROM {table} AS s TABLESAMPLE SYSTEM (%(percent)s));
 
 -- name: captured
 -- purpose: Does the queue of changes exist?
@@ -35,7 +35,7 @@ SELECT to_regclass(%(queue)s) IS NOT NULL AS there;
 
 -- name: no_queue
 -- purpose: Part of the freshness query, if nothing is queued because nothing is captured.
-(SELECT t.{key} AS key WHERE false);
+(SELECT {t.key AS own_key} WHERE false);
 
 -- name: queue
 -- purpose: Changes that wait for a vector, and for how long the oldest has waited.
@@ -44,7 +44,7 @@ FROM {queue};
 
 -- name: some_vectors
 -- purpose: Vectors of rows on random pages; each should be found again, and its neighbours with it.
-SELECT t.{key}::text AS key, {row_embedding} AS embedding FROM {from_vectors}
+SELECT {one t.key}::text AS key, {row_embedding} AS embedding FROM {from_vectors}
 WHERE {row_embedding} IS NOT NULL AND {looked_at} LIMIT %(n)s;
 
 -- name: scans

@@ -5,7 +5,7 @@
 -- lock: ACCESS SHARE on {table}
 -- undo: windows.drop
 CREATE TABLE IF NOT EXISTS {window} AS
-    SELECT t.{key} AS after_key, t.{key} AS to_key FROM {table} t WITH NO DATA;
+    SELECT {one t.key AS after_key}, {one t.key AS to_key} FROM {table} t WITH NO DATA;
 ALTER TABLE {window}
     ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     ADD COLUMN part text NOT NULL,
@@ -66,8 +66,8 @@ FROM generate_series(0, greatest(pg_relation_size(to_regclass(%(part)s)) / curre
 -- purpose: Cut the staged keys into ranges of the same number of rows; by their order alone, since not every type has a max().
 INSERT INTO {window} (part, after_key, to_key)
 SELECT %(part)s, lag(ends.key) OVER (ORDER BY ends.n), ends.key FROM (
-    SELECT s.key, row_number() OVER in_order AS n, lead(true) OVER in_order IS NULL AS is_last
-    FROM {staged} s WINDOW in_order AS (ORDER BY s.key)
+    SELECT {one s.own_key AS key}, row_number() OVER in_order AS n, lead(true) OVER in_order IS NULL AS is_last
+    FROM {staged} s WINDOW in_order AS (ORDER BY {s.own_key})
 ) ends WHERE ends.n %% %(rows)s = 0 OR ends.is_last ORDER BY ends.n;
 
 -- name: claim
