@@ -64,6 +64,7 @@ def test_each_phase_says_its_state_when_and_by_whom(open_phase: Callable[..., Ph
     phase = open_phase("60_build_index")
     passed(phase, *MIGRATE[:6])
     phase.ledger.append("gate", {"name": "index.is_valid", "verdict": "FAIL", "found": "invalid\nsince noon"})
+    phase.ledger.append("gate", {"name": "index.follows", "verdict": "UNKNOWN", "found": "could not be asked"})
     passed(phase, "60_build_index", verdict="FAIL")
     lines = screen(phase.params, {"rows": 20, "missing": 2, "stale": 0, "whole": True, "looked_at": 20})
     assert lines[2].split() == ["phase", "state", "when", "(UTC)", "by"]

@@ -11,11 +11,13 @@ SELECT DISTINCT ON (e.phase) e.phase, e.seq, e.run_id, e.written_by, e.written_a
 FROM {counted} e WHERE e.target = {target_name} AND e.kind = 'statement' ORDER BY e.phase, e.seq DESC;
 
 -- name: failed_gate
--- purpose: The newest gate of a step that did not pass.
-SELECT e.seq, e.body ->> 'name' AS name, e.body ->> 'found' AS found FROM {counted} e
+-- purpose: The newest gate of a step that did not pass; in its run, one that failed before one that was not asked.
+SELECT e.seq, e.body ->> 'name' AS name, e.body ->> 'found' AS found,
+       first_value(e.run_id) OVER (ORDER BY e.seq DESC) = e.run_id AS is_newest
+FROM {counted} e
 WHERE e.target = {target_name} AND e.kind = 'gate' AND e.phase = ANY (%(phases)s)
   AND e.body ->> 'verdict' IN ('FAIL', 'UNKNOWN')
-ORDER BY e.seq DESC LIMIT 1;
+ORDER BY is_newest DESC, e.body ->> 'verdict', e.seq DESC LIMIT 1;
 
 -- name: extent
 -- purpose: The planner's estimate of the table's rows, and its pages; partitions are added up.
