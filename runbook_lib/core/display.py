@@ -24,6 +24,7 @@ VERDICT = CELL.replace("pre-wrap", "nowrap")
 # What a terminal obeys or hides instead of showing it: control characters but line end and tab, marks that turn the
 # direction of writing, halves of characters.
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+NOTHING = "nothing"
 LONG_WORD = re.compile(r"\S{20,}")
 MARK = re.compile(r"([/._,(=])")
 # A wide table scrolls separately: the arrow keys reach it, and a shadow at its edge shows that there is more. As in
@@ -208,7 +209,7 @@ def _markup(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under column titles; text in a terminal, HTML in a notebook. Values are escaped."""
+    """Rows under column titles, or the word nothing; text in a terminal, HTML in a notebook. Values are escaped."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -219,7 +220,7 @@ class Table:
     def of(cls, records: Iterable[dict[str, Any]], caption: str = "") -> Table:
         """A table of dictionaries that share their keys."""
         rows = list(records)
-        columns = list(rows[0]) if rows else ["nothing"]
+        columns = list(rows[0]) if rows else [""]
         return cls(columns, [[row[c] for c in columns] for row in rows], caption)
 
     def to_frame(self) -> pandas.DataFrame:
@@ -230,7 +231,7 @@ class Table:
         cells = [list(self.columns), *[[one_line(_text(v)) for v in row] for row in self.rows]]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
         lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return "\n".join(([self.caption] if self.caption else []) + lines)
+        return "\n".join(([self.caption] if self.caption else []) + lines + ([] if self.rows else [NOTHING]))
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         """The text that goes with the HTML, for a terminal, a diff or a reader without HTML."""
@@ -246,6 +247,8 @@ class Table:
                 f'<td style="{VERDICT if kind and not j else CELL}">{_markup(v)}</td>' for j, v in enumerate(row)
             )
             body.append(f"<tr{style}>{cells}</tr>")
+        if not body:
+            body = [f'<tr><td colspan="{len(self.columns)}" style="{CELL}">{NOTHING}</td></tr>']
         caption = f'<caption style="text-align:left">{html.escape(self.caption)}</caption>' if self.caption else ""
         table = (
             f'<table class="{NO_FORMULAS}" style="border-collapse:collapse">{caption}'
