@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
 import tenacity
 
@@ -19,6 +19,9 @@ from runbook_lib.core.gates import BadInput, Gate, RunbookError, Verdict
 from runbook_lib.embeddings.sources import Vectors
 from runbook_lib.params import Params
 from runbook_lib.params.data import Embeddings
+
+if TYPE_CHECKING:
+    import httpx
 
 # 408, 425 and 429 ask for patience; 5xx is the server's trouble, not the request's.
 PASSING = frozenset({408, 409, 425, 429})
@@ -52,6 +55,9 @@ def model(params: Params) -> Callable[[list[str]], Vectors]:
     Raises BadInput where the key is not in the environment, or the endpoint does not know key, address or model;
     EndpointAway after ``request_tries``; TextRefused where a text is to blame.
     """
+    # Imported here: every phase imports this module, and few have an endpoint.
+    import httpx
+
     e = params.embeddings
     key = _key(e)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -134,6 +140,8 @@ def _ask(
 
 
 def _ask_once(client: httpx.Client, e: Embeddings, body: dict[str, Any]) -> Vectors:
+    import httpx
+
     try:
         answer = client.post(str(e.url), json=body)
     except httpx.TimeoutException as error:
@@ -143,7 +151,7 @@ def _ask_once(client: httpx.Client, e: Embeddings, body: dict[str, Any]) -> Vect
     status = answer.status_code
     if status in PASSING or status >= 500:
         raise _Passing(f"status {status}", _retry_after(answer))
-    if status != httpx.codes.OK:
+    if status != HTTPStatus.OK:
         raise _refusal(e, answer, body["input"])
     return _vectors(e, answer, len(body["input"]))
 
