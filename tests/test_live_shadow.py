@@ -17,6 +17,7 @@ VECTOR = [float(x) for x in toy.embed(["cookie leaks"])[0]]
 CALL = "SELECT * FROM search_articles_shadow('cookie leaks', %s::real[], 5)"
 LOG = "runbook.articles_shadow_log"
 SURE = "ms with 99 % confidence"
+LIMIT = "at most 25.00 ms, with 5 ms for noise"
 
 
 @pytest.fixture
@@ -82,17 +83,17 @@ def test_both_answers_and_times_are_logged_and_no_text(
         (
             live_calls.FEWEST_CALLS,
             900.0,
-            ("FAIL", f"p95 900.00 ms, at least 900.00 {SURE}, legacy 20.00 ms, 30 calls", "at most 20.00 ms"),
+            ("FAIL", f"p95 900.00 ms, at least 900.00 {SURE}, legacy 20.00 ms, at most 20.00 ms, 30 calls", LIMIT),
         ),
         (
             live_calls.FEWEST_CALLS,
-            19.0,
-            ("PASS", f"p95 19.00 ms, at least 19.00 {SURE}, legacy 20.00 ms, 30 calls", "at most 20.00 ms"),
+            25.0,
+            ("PASS", f"p95 25.00 ms, at least 25.00 {SURE}, legacy 20.00 ms, at most 20.00 ms, 30 calls", LIMIT),
         ),
         (
             live_calls.FEWEST_CALLS,
-            21.0,
-            ("FAIL", f"p95 21.00 ms, at least 21.00 {SURE}, legacy 20.00 ms, 30 calls", "at most 20.00 ms"),
+            26.0,
+            ("FAIL", f"p95 26.00 ms, at least 26.00 {SURE}, legacy 20.00 ms, at most 20.00 ms, 30 calls", LIMIT),
         ),
     ],
 )

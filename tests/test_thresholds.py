@@ -79,7 +79,7 @@ def test_gates_of_relevance_and_time_show_why_they_fail(open_phase: Callable[...
     pair = {"low": -0.001, "high": 0.0, "p_value": 0.04}
     systems = {
         "legacy": {"nDCG@10": 0.3, "p50_ms": 20.0, "p95_ms": 26.0},
-        "vector": {"nDCG@10": 0.2996, "p50_ms": 20.004, "p95_ms": 26.002},
+        "vector": {"nDCG@10": 0.2996, "p50_ms": 20.004, "p95_ms": 31.002},
         "exact": {"p50_ms": 20.0, "p95_ms": 30.0},
     }
     recorded: dict[str, Any] = {"systems": systems, "paired": pair, "slices": [], "judged": 50, "winner": "legacy"}
@@ -89,12 +89,12 @@ def test_gates_of_relevance_and_time_show_why_they_fail(open_phase: Callable[...
         "at least 0.3000",
     )
     fast = shadow._is_fast_enough(recorded, "vector", 1.0)
-    assert "at least 26.002 ms" in said(fast)[1] and said(fast)[2].startswith("at most 26.000 ms")
+    assert "at least 31.002 ms" in said(fast)[1] and said(fast)[2].startswith("at most 31.000 ms")
     assert said(shadow._index_pays(recorded)) == ("FAIL", "p50 20.004 ms, exact 20.00 ms", "at most 20.000 ms")
-    assert said(live_calls._is_fast_enough("vector", [26.002] * 30, [26.0] * 30, 1.0)) == (
+    assert said(live_calls._is_fast_enough("vector", [31.002] * 30, [26.0] * 30, 1.0)) == (
         "FAIL",
-        "p95 26.00 ms, at least 26.002 ms with 99 % confidence, legacy 26.00 ms, at most 26.00 ms, 30 calls",
-        "at most 26.000 ms",
+        "p95 31.00 ms, at least 31.002 ms with 99 % confidence, legacy 26.00 ms, at most 26.00 ms, 30 calls",
+        "at most 31.000 ms, with 5 ms for noise",
     )
     was, now = (index_recall.IndexRecall("i", r, 1.0, 0, 200) for r in (0.9998, 0.9496))
     assert said(rebuild_index.recall_gate(phase.params, "rebuild.new_index_finds_as_much", "i", was, now)) == (

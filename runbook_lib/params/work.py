@@ -238,7 +238,7 @@ class CutOver(Section):
     )
     largest_relevance_loss: float = Field(0.0, ge=0, le=1, description="nDCG@10 that the new route may lose.")
     largest_slowdown: float = Field(
-        1.0, ge=0.1, le=1000, description="p95 allowed for the new route, as a multiple of legacy's."
+        1.0, ge=0.1, le=1000, description="p95 allowed for the new route, × legacy's; 5 ms more are noise."
     )
     accept_unjudged: bool = Field(False, description="Move reads without any judgements.")
     calls_per_step: int = Field(200, ge=10, le=1_000_000, description="Calls that judge each step.")
