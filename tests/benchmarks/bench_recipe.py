@@ -68,6 +68,15 @@ UPDATE = "one UPDATE"
 TENANTS = 100
 STATUSES = ("published",) * 14 + ("draft",) * 5 + ("archived",)
 CATEGORIES = 40
+# The phrase by the trigram index. The demo's own ranks every row that has any word, for seconds a call.
+LEGACY = """
+    SELECT a.id FROM demo.articles AS a
+    WHERE (a.title ILIKE '%' || :query || '%' OR a.body ILIKE '%' || :query || '%')
+      AND (:status::text IS NULL OR a.status = :status)
+      AND (:category::text IS NULL OR a.category = :category)
+      AND (:tenant::int IS NULL OR a.tenant = :tenant)
+    ORDER BY a.id LIMIT :k
+"""
 VECTORS = {"side_table": "demo.articles t JOIN demo.articles_embedding v ON v.id = t.id"}
 CLASSES: dict[str, dict[str, Any]] = {
     "no filter": {},
@@ -125,10 +134,7 @@ def params_file(folder: Path, layout: str, tune_queries: int | None) -> Path:
     path = write_params(folder, layout)
     data = yaml.safe_load(path.read_text())
     data["target"]["filters"] = ["status", "category", "tenant"]
-    condition = "AND (:category::text IS NULL OR a.category = :category)"
-    data["legacy"]["query"] = data["legacy"]["query"].replace(
-        condition, f"{condition}\n  AND (:tenant::int IS NULL OR a.tenant = :tenant)"
-    )
+    data["legacy"]["query"] = LEGACY
     data["tune"] = {"target_recall": TARGET_RECALL} | ({"queries": tune_queries} if tune_queries else {})
     # What these vectors find is the recipe's answer too; 80_shadow would refuse them for the demo's judged queries.
     data["cut_over"] |= {"route": "vector", "largest_relevance_loss": 1}
