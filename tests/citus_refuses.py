@@ -16,6 +16,7 @@ FEATURE, INTERNAL, SYNTAX = (
 )
 # Of the distributed tables of the toy target: the table, its staging table and its queue.
 DISTRIBUTED = r'"articles(_staging|_queue)?"'
+REFERENCE = r'"(route|strategy)"'
 REFUSALS: tuple[tuple[str, type[psycopg.Error], str], ...] = (
     (
         rf"\b(CREATE|DROP) TRIGGER\b[^;]*{DISTRIBUTED}\s[^;]*;\s*[^\s-]",
@@ -38,7 +39,7 @@ REFUSALS: tuple[tuple[str, type[psycopg.Error], str], ...] = (
         "could not run distributed query with FOR UPDATE/SHARE commands",
     ),
     (
-        rf"EXISTS \(SELECT FROM [^)]*{DISTRIBUTED}\)",
+        rf"EXISTS \(SELECT FROM [^)]*({DISTRIBUTED}\)|{REFERENCE})",
         SYNTAX,
         'a column definition list is required for functions returning "record"',
     ),

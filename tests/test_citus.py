@@ -24,6 +24,7 @@ from tests.evidence import assert_every_row_has_the_vector_of_its_text
 
 MakeParams = Callable[..., Params]
 ACCEPTED = {"distributed": "citus"}
+NO_HYBRID: dict[str, Any] = {"fulltext_column": None}
 
 VALUES = {"key": 1, "text_hash": b"", "embedding": "[1]"}
 
@@ -138,7 +139,7 @@ def test_a_distributed_table_is_found_and_not_gone_on_with_silently(
     distribute()
     found = citus.look(phase.connection, phase.params)
     assert found == citus.Distribution("13.0-1", "h", "s", 7, "id", 32)
-    assert _failed(make_params()) == ["inputs.distributed_is_named"]
+    assert _failed(make_params(search=NO_HYBRID)) == ["inputs.distributed_is_named"]
     assert str(_gates(make_params())["inputs.distributed_is_named"]) == (
         'FAIL    inputs.distributed_is_named   "public"."articles"\n'
         "  found   distributed by hash; target.distributed is not set\n"
@@ -146,7 +147,7 @@ def test_a_distributed_table_is_found_and_not_gone_on_with_silently(
         "  danger  statements for an ordinary table stop half-way on Citus, and settings do not reach its workers\n"
         "  do      set target.distributed: citus"
     )
-    assert _failed(make_params(target=ACCEPTED)) == []
+    assert _failed(make_params(target=ACCEPTED, search=NO_HYBRID)) == []
     articles.execute("UPDATE pg_dist_partition SET partkey = 'status'")
     assert str(_gates(make_params(target=ACCEPTED))["inputs.distributed_by_its_key"]) == (
         'FAIL    inputs.distributed_by_its_key   "public"."articles"\n'
@@ -191,6 +192,18 @@ OTHERS: list[tuple[str, dict[str, dict[str, Any]], str, str]] = [
         "backfill.strategy: page_interleaved",
     ),
     (
+        "",
+        {"search": {"fulltext_column": "tsv"}},
+        "inputs.distributed_table_is_supported",
+        "search.fulltext_column, for hybrid",
+    ),
+    (
+        "",
+        {"target": ACCEPTED | {"filters": {"most": {"type": "integer", "where": "t.views <= :most"}}}},
+        "inputs.distributed_table_is_supported",
+        "target.filters most: conditions",
+    ),
+    (
         "UPDATE workers SET result = '0.8.2 268435456' WHERE nodename = 'two'",
         {},
         "inputs.workers_have_pgvector",
@@ -211,7 +224,7 @@ def test_what_is_not_supported_is_refused_and_named(
 ) -> None:
     distribute()
     for spoiler, sections, name, found in OTHERS:
-        p = make_params(target=ACCEPTED, **sections)
+        p = make_params(**{"target": ACCEPTED, "search": NO_HYBRID, **sections})
         with db.connect(p, "test") as connection, connection.transaction(force_rollback=True):
             if spoiler:
                 connection.execute(spoiler)  # type: ignore[arg-type]
@@ -273,7 +286,7 @@ def test_the_replaced_statements_do_what_the_ordinary_ones_do(
     open_phase: Callable[..., Phase],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    phase = open_phase("60_build_index", target=ACCEPTED, search={"fulltext_column": None})
+    phase = open_phase("60_build_index", target=ACCEPTED, search=NO_HYBRID)
     distribute()
     citus_refuses.refuse(monkeypatch)
     expand_schema.record_start(phase)
@@ -315,7 +328,7 @@ def test_the_replaced_statements_do_what_the_ordinary_ones_do(
 def test_the_index_of_a_shard_that_lacks_it_is_found_named_and_built_there_alone(
     distribute: Callable[[], None], articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]
 ) -> None:
-    phase = open_phase("60_build_index", target=ACCEPTED, search={"fulltext_column": None})
+    phase = open_phase("60_build_index", target=ACCEPTED, search=NO_HYBRID)
     distribute()
     for module in (extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
@@ -340,7 +353,7 @@ def test_the_index_of_a_shard_that_lacks_it_is_found_named_and_built_there_alone
 def test_a_node_says_why_it_cannot_build(
     distribute: Callable[[], None], articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]
 ) -> None:
-    phase = open_phase("60_build_index", target=ACCEPTED, search={"fulltext_column": None})
+    phase = open_phase("60_build_index", target=ACCEPTED, search=NO_HYBRID)
     distribute()
     for module in (extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)

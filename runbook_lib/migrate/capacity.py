@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runbook_lib.core import db, thresholds
+from runbook_lib.core import db, table_kind, thresholds
 from runbook_lib.core.display import number, size
 from runbook_lib.core.gates import Gate, gate
 from runbook_lib.core.names import spelled
 from runbook_lib.core.thresholds import apart
 from runbook_lib.indexes import forecast
 from runbook_lib.indexes.forecast import MB, Forecast
+from runbook_lib.migrate import node_capacity
 from runbook_lib.params import Params
 from runbook_lib.sql import load
 
@@ -121,7 +122,9 @@ def gates(connection: db.Connection, params: Params, expects: Forecast) -> Itera
     yield _memory_fits_index(params, expects)
     if room.shared_memory.bytes is not None and params.index.method == "hnsw":
         yield _shared_memory_holds_build(params, expects, room)
-    if room.free_disk.bytes is not None:
+    if not table_kind.of(params).has_pages_here:
+        yield from node_capacity.gates(connection, params, expects)
+    elif room.free_disk.bytes is not None:
         yield _disk_holds_it(params, expects, room, slots)
     yield _wal_slots_healthy(slots)
     if slots:

@@ -145,15 +145,28 @@ def _fits(params: Params, subject: str, found: Distribution) -> Gate:
         problems.append((f"vector.layout: {store.name}", f"set vector.layout: {vector_store.COLUMN.name}"))
     if params.backfill.strategy == "page_interleaved":
         problems.append(("backfill.strategy: page_interleaved", "set backfill.strategy: auto"))
+    if words := _of_words(params):
+        problems.append((f"{words}, for hybrid", f"leave {words} out, with cut_over.route: vector"))
+    if conditions := [f.name for f in params.target.each_filter if f.column is None]:
+        named = ", ".join(conditions)
+        problems.append((f"target.filters {named}: conditions", f"filter by columns in place of {named}"))
     return gate(
         "inputs.distributed_table_is_supported",
         not problems,
         subject,
         found=", ".join(what for what, _ in problems) or f"Citus {found.version}, vectors in a column, by key ranges",
-        needed=f"Citus {OLDEST_CITUS} or newer, vectors in a column, a backfill by key ranges",
-        danger="a shard cannot be renamed into another's place, and its pages lie on other servers",
+        needed=f"Citus {OLDEST_CITUS} or newer, vectors in a column, a backfill by key ranges, no hybrid, and columns"
+        " as filters",
+        danger="a shard cannot be renamed into another's place, and its pages lie on other servers; Citus does not"
+        " push the look-up of words down to its shards, nor does it tell how many rows meet a condition",
         do="; ".join(do for _, do in problems),
     )
+
+
+def _of_words(params: Params) -> str:
+    """What the parameters have of hybrid, by name."""
+    names = ("fulltext_column", "fulltext_expression", "words_query")
+    return ", ".join(f"search.{name}" for name in names if getattr(params.search, name))
 
 
 def _nodes(connection: db.Connection, params: Params) -> Iterator[Gate]:

@@ -86,8 +86,8 @@ def _expression(connection: db.Connection, params: Params) -> Gate:
 
 
 def check_words_query(connection: db.Connection, params: Params) -> Iterator[Gate]:
-    """Gates of search.words_query, with sound filters; none without words_query. Not checked on Citus."""
-    if params.search.words_query is None or not table_kind.of(params).takes_trials:
+    """Gates of search.words_query, with sound filters; none without words_query."""
+    if params.search.words_query is None:
         return
     seen = filter_checks.of_condition(connection, params, statements.words_query_condition(connection, params))
     yield gate(

@@ -9,7 +9,7 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.benchmark import query_set
-from runbook_lib.core import db, session, table_kind
+from runbook_lib.core import db, session
 from runbook_lib.core.gates import BadInput, Gate, Gates, Verdict, collect, gate
 from runbook_lib.migrate import (
     application_settings,
@@ -116,8 +116,7 @@ def _looked_at(connection: db.Connection, params: Params) -> Iterator[Gate]:
     yield from partition_checks.check(connection, params, found)
     yield from citus.check(connection, params)
     yield from table_checks.columns_fit(look)
-    if table_kind.of(params).takes_trials:
-        yield from filter_checks.check(connection, params)
+    yield from filter_checks.check(connection, params)
     yield from rights.check(connection, params, server, found)
     yield from policies.check(connection, params)
     yield from row_security_recall.can_be_measured(connection, params)

@@ -29,6 +29,21 @@ $$) w ORDER BY 1;
 SELECT coalesce(d.nodename || ':' || d.nodeport, 'this node') AS node, n.success, n.result
 FROM run_command_on_all_nodes(%(command)s) n LEFT JOIN pg_dist_node d USING (nodeid) ORDER BY 1;
 
+-- name: node_sizes
+-- purpose: Asked of a node: what it has of the table, and to spare; one JSON object.
+SELECT json_build_object(
+    'shards', count(*), 'heap_bytes', coalesce(sum(b.bytes), 0)::bigint,
+    'memory_bytes', pg_size_bytes(current_setting('maintenance_work_mem')),
+    'free_disk_bytes', (SELECT d.available_disk_size FROM citus_local_disk_space_stats() d),
+    'max_wal_bytes', pg_size_bytes(current_setting('max_wal_size')))
+FROM pg_dist_shard s JOIN pg_dist_placement p USING (shardid) JOIN pg_dist_local_group l USING (groupid)
+CROSS JOIN LATERAL (SELECT pg_table_size(to_regclass(shard_name(s.logicalrelid, s.shardid))) AS bytes) b
+WHERE s.logicalrelid = to_regclass({table_name});
+
+-- name: builds_at_once
+-- purpose: How many shards of a node Citus works on at once.
+SELECT current_setting('citus.max_adaptive_executor_pool_size') AS builds;
+
 -- name: shard_indexes
 -- purpose: The index on each copy of each shard, by the catalogue of its node.
 WITH placed AS (

@@ -32,4 +32,4 @@ SELECT value::{of_one}::text AS value FROM placed WHERE place <= %(most)s ORDER 
 
 -- name: any_row
 -- purpose: Does any row with a vector match these filters?
-SELECT EXISTS (SELECT FROM {from_vectors} WHERE {filters} AND {row_embedding} IS NOT NULL) AS there;
+SELECT EXISTS (SELECT 1 FROM {from_vectors} WHERE {filters} AND {row_embedding} IS NOT NULL) AS there;

@@ -36,7 +36,7 @@ ORDER BY i.indrelid <> to_regclass(%(table)s), c.relname, k.n;
 
 -- name: first_rows
 -- purpose: The number of rows, counted up to a limit.
-SELECT count(*) AS rows FROM (SELECT FROM {table} LIMIT %(most)s) s;
+SELECT count(*) AS rows FROM (SELECT 1 FROM {table} LIMIT %(most)s) s;
 
 -- name: create_probe
 -- purpose: Make an empty copy of the table, for an index on the expression to be tried on; rolled back.

@@ -49,7 +49,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
         FROM {strategy} s
         WHERE s.target = of_target AND s.filter = of_filter AND (s.value = of_value OR s.value IS NULL)
         UNION ALL
-        SELECT 'unmeasured', NULL, NULL, NULL, NULL WHERE EXISTS (SELECT FROM {strategy} s WHERE s.target = of_target)
+        SELECT 'unmeasured', NULL, NULL, NULL, NULL WHERE EXISTS (SELECT 1 FROM {strategy} s WHERE s.target = of_target)
     ) way ORDER BY way.is_of_others NULLS LAST LIMIT 1
 $$;
 
@@ -209,7 +209,7 @@ SELECT * FROM {function}(%(query)s::text, %(embedding)s::real[], %(k)s::integer{
 
 -- name: count_matching
 -- purpose: How many rows with a vector match these filters, up to k.
-SELECT count(*) AS rows FROM (SELECT FROM {from_vectors} WHERE {filters} AND {row_embedding} IS NOT NULL LIMIT %(k)s) m;
+SELECT count(*) AS rows FROM (SELECT 1 FROM {from_vectors} WHERE {filters} AND {row_embedding} IS NOT NULL LIMIT %(k)s) m;
 
 -- name: texts_of
 -- purpose: The beginning of these rows' first text.

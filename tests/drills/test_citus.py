@@ -122,6 +122,31 @@ def test_there_and_back_with_answers_from_every_node(cluster: Connection, tmp_pa
     assert left.fetchone() == (0,)
 
 
+def test_searches_are_filtered_by_columns_and_by_what_every_search_asks_for(
+    cluster: Connection, tmp_path: Path
+) -> None:
+    cluster.execute(
+        "UPDATE articles SET status = CASE id % 3 WHEN 0 THEN 'Stable' WHEN 1 THEN 'Draft' ELSE 'Old' END"
+    )
+    cluster.execute("ANALYZE articles")
+    target = SECTIONS["target"] | {"filters": ["status"], "always": "t.status <> 'Old'"}
+    path = write_params(tmp_path, **{**SECTIONS, "target": target})
+    step_all("migrate", MIGRATE, path)
+    vector = toy.embed(["cookie leaks"])[0].tolist()
+    rows = "SELECT id, embedding::real[] FROM articles WHERE status = 'Draft'"
+    found = cluster.execute(rows).fetchall()
+    near = sorted(((float(np.dot(e, vector)), i) for i, e in found if e is not None), reverse=True)
+    for dsn in [DSN, *_workers(cluster)]:
+        with psycopg.connect(dsn, autocommit=True) as node:
+            call = (
+                "SELECT id, similarity FROM search_articles('cookie leaks', %s::real[], 5, filter_status => 'Draft')"
+            )
+            answers = node.execute(call, [vector]).fetchall()
+        assert [s for _, s in answers] == pytest.approx([s for s, _ in near[:5]], abs=1e-5)
+        assert {i for i, _ in answers} <= {i for i, _ in found}
+    step("operate/monitor", path)
+
+
 def test_changes_are_captured_from_every_node_and_after_a_shard_moved(cluster: Connection, tmp_path: Path) -> None:
     path = write_params(tmp_path, **SECTIONS)
     step_all("migrate", MIGRATE[: MIGRATE.index("40_load_embeddings")], path)
