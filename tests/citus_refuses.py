@@ -39,6 +39,16 @@ REFUSALS: tuple[tuple[str, type[psycopg.Error], str], ...] = (
         "could not run distributed query with FOR UPDATE/SHARE commands",
     ),
     (
+        rf"^\s*UPDATE [^;]*{DISTRIBUTED}.*\bRETURNING\b.*\bjsonb_build_array\(",
+        FEATURE,
+        "non-IMMUTABLE functions are not allowed in the RETURNING clause",
+    ),
+    (
+        rf"^\s*UPDATE [^;]*{DISTRIBUTED}.*\bnow\(\).*\) IN \(SELECT",
+        SYNTAX,
+        "subquery has too many columns",
+    ),
+    (
         rf"EXISTS \(SELECT FROM [^)]*({DISTRIBUTED}\)|{REFERENCE})",
         SYNTAX,
         'a column definition list is required for functions returning "record"',

@@ -27,7 +27,7 @@ from runbook_lib.operate import partition_by_filter
 from runbook_lib.search import search_function
 from runbook_lib.sql import Block
 from runbook_lib.sql.key import text_of, values_of
-from tests import citus_refuses, composite, toy
+from tests import citus_refuses, composite, servers, toy
 from tests.composite import SHAPES, Shape
 from tests.conftest import DSN_ENV
 from tests.opened import opened
@@ -70,6 +70,22 @@ def test_there_and_back(
     step_all("undo", UNDO, path)
     assert dump(database) == before
     assert composite.own_rows(empty, shape) == own_rows
+
+
+@pytest.mark.parametrize("release", ["16.14 with 0.8.5", "17.9 with 0.8.2"])
+def test_there_and_back_on_older_servers(release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000)
+    shape = SHAPES["text and bigint"]
+    with servers.reached(release) as dsn, psycopg.connect(dsn, autocommit=True) as connection:
+        monkeypatch.setenv(DSN_ENV, dsn)
+        composite.create(connection, shape)
+        before = dump(dsn)
+        path = composite.params_file(tmp_path, shape)
+        step_all("migrate", MIGRATE, path)
+        _changes_are_followed(connection, shape, path)
+        _calls_find_the_nearest(connection, shape)
+        step_all("undo", UNDO, path)
+        assert dump(dsn) == before
 
 
 def _changes_are_followed(connection: psycopg.Connection[Any], shape: Shape, path: Path) -> None:

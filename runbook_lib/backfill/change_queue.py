@@ -22,7 +22,7 @@ from runbook_lib.backfill.throttle import Pace, first_pace
 from runbook_lib.core import db
 from runbook_lib.core.cell_order import SECONDS_BETWEEN_QUESTIONS
 from runbook_lib.core.display import number
-from runbook_lib.core.names import changing, names
+from runbook_lib.core.names import changing, key_of, names
 from runbook_lib.core.phase import Phase, changes
 from runbook_lib.core.session import register_vector
 from runbook_lib.embeddings import embedding, masking, splitting
@@ -181,7 +181,8 @@ def _settle(connection: db.Connection, params: Params) -> int:
 def _claim(worker: _Worker) -> list[db.Row]:
     batch_rows, put_off = worker.phase.params.embeddings.rows_a_batch, list(worker.put_off)
     rows = worker.run("claim", lease_s=LEASE_S, until=worker.until, batch_rows=batch_rows, put_off=put_off)
-    return list(rows.fetchall())
+    key = key_of(worker.phase.params)
+    return [{"id": row["id"], "key": key.own_in(row)} for row in rows.fetchall()]
 
 
 def _refresh(worker: _Worker, claimed: Sequence[db.Row]) -> Drained:

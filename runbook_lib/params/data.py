@@ -200,8 +200,8 @@ class Embeddings(Section):
     )
     file: AnyPath | None = Field(
         None,
-        description="File with the key column (same name) and `embedding`. Add `text_hash` (hex, first 16 bytes of"
-        " the text's SHA-256) or `text` to reject vectors of texts that have changed since.",
+        description="File with the key's columns (same names) and `embedding`. Add `text_hash` (hex, first 16 bytes"
+        " of the text's SHA-256) or `text` to reject vectors of texts that have changed since.",
     )
     format: Literal["parquet", "arrow", "npy", "jsonl", "csv"] | None = Field(
         None, description="File format, if the suffix does not tell."
@@ -212,7 +212,7 @@ class Embeddings(Section):
     table: str | None = Field(
         None,
         pattern=r"^[^.]+\.[^.]+$",
-        description="schema.table with the key column (indexed) and `embedding` (vector, halfvec or array);"
+        description="schema.table with the key's columns (indexed) and `embedding` (vector, halfvec or array);"
         " `text_hash` or `text` as in a file.",
     )
     url: str | None = Field(
@@ -326,8 +326,8 @@ class Legacy(Section):
     """Today's search."""
 
     query: str = Field(
-        description="Today's statement, best answer first, returning the key column. :query and :k are the text and"
-        ' row limit; :<filter> or :"<filter>" is a filter\'s value or NULL.'
+        description="Today's statement, best answer first, returning the key's columns. :query and :k are the text"
+        ' and row limit; :<filter> or :"<filter>" is a filter\'s value or NULL.'
     )
 
     @field_validator("query")

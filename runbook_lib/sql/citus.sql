@@ -299,7 +299,7 @@ UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = now() WHERE id IN (
     WHERE (q.queued_at <= %(until)s OR q.queued_at > clock_timestamp()) AND q.attempts < %(tries)s AND q.id <> ALL (%(put_off)s)
       AND (q.claimed_by IS NULL OR q.claimed_at < now() - make_interval(secs => %(lease_s)s))
     ORDER BY q.queued_at, q.id LIMIT %(batch_rows)s
-) AND (claimed_by IS NULL OR claimed_at < now() - make_interval(secs => %(lease_s)s)) RETURNING id, {one own_key AS key};
+) AND (claimed_by IS NULL OR claimed_at < now() - make_interval(secs => %(lease_s)s)) RETURNING id, {own_key};
 
 -- name: refresh.lock_rows
 -- purpose: Which of these rows exist; Citus does not lock rows across shards, and the update compares the text's hash.

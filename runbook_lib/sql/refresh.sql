@@ -24,7 +24,7 @@ UPDATE {queue} SET claimed_by = %(worker)s, claimed_at = clock_timestamp() WHERE
             WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted AND pg_has_role(a.usesysid, c.relowner, 'MEMBER')
               AND l.classid = %(class)s::bigint::oid AND l.objid = q.claimed_by::oid))
     ORDER BY q.id LIMIT %(batch_rows)s FOR UPDATE SKIP LOCKED
-) RETURNING id, {one own_key AS key};
+) RETURNING id, {own_key};
 
 -- name: release
 -- purpose: Release what this worker claimed and did not finish.
