@@ -44,7 +44,7 @@ from tests.test_server_versions import SECTIONS
 REBUILD, SERVE, DIVIDE = "operate/rebuild_index", "operate/serve_filters", "operate/partition_by_filter"
 UNDO_OF = {operation_of(name): name for name in UNDO_OPERATION}
 NO_ROLLBACK = [name for name in OPERATE if name not in UNDO_OF]
-ROLE, TIMES = "migrator_of_operations", 4
+ROLE, TIMES = "Anna's Rôle", 4
 WAY: dict[str, Any] = SECTIONS | {k: v for k, v in TARGET.items() if k != "tune"} | APART
 OPERATIONS: dict[str, dict[str, Any]] = {
     REBUILD: {"index": {"m": 24, "ef_construction": 96}},

@@ -170,7 +170,7 @@ SELECT format('%%I.%%I(%%s)', n.nspname, p.proname, pg_get_function_identity_arg
            WHERE spelt IS NOT NULL ORDER BY i
        ) AS same,
        obj_description(p.oid, 'pg_proc') AS comment,
-       CASE WHEN p.proowner <> current_user::regrole THEN pg_get_userbyid(p.proowner)::text END AS owner,
+       CASE WHEN pg_get_userbyid(p.proowner) <> current_user THEN pg_get_userbyid(p.proowner)::text END AS owner,
        ARRAY(SELECT jsonb_build_object('role', CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee) END,
                                        'grants', a.is_grantable)
              FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
