@@ -100,10 +100,10 @@ def reached(name: str) -> Iterator[str]:
 
 
 @contextmanager
-def running(release: str, data_dir: Path, more: str = "") -> Iterator[str]:
+def running(release: str, data_dir: Path, more: str = "", port: int = 5432) -> Iterator[str]:
     """A server of that release on a data folder, made where there is none, for the length of a block; its DSN.
 
-    more: options of the server, as ``-c wal_level=logical``.
+    more: options of the server, as ``-c wal_level=logical``. port: matters where it listens on more than its socket.
     """
     programs, log = binaries(release), data_dir / "server.log"
     # Only where it must be: it gives every file a new time, and upgrade looks at the library's.
@@ -114,9 +114,9 @@ def running(release: str, data_dir: Path, more: str = "") -> Iterator[str]:
     if not (data_dir / "PG_VERSION").exists():
         _call(programs / "initdb", data_dir, "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "-U", "postgres")
     # Sockets live in the data folder; pytest's folders have names too long for one, so its path is kept short.
-    options = f"-c listen_addresses='' -c unix_socket_directories='{data_dir}' -c fsync=off {more}"
+    options = f"-c listen_addresses='' -c unix_socket_directories='{data_dir}' -c fsync=off -c port={port} {more}"
     _call(programs / "pg_ctl", data_dir, "--wait", "--log", str(log), "--options", options, "start")
-    dsn = make_conninfo(host=str(data_dir), user="postgres", dbname="postgres")
+    dsn = make_conninfo(host=str(data_dir), port=port, user="postgres", dbname="postgres")
     if not _runs_on_this_processor(dsn, log):
         _call(programs / "pg_ctl", data_dir, "--wait", "--mode=immediate", "stop")
         pytest.skip(f"pgvector of the package of PostgreSQL {release} has instructions that this processor lacks")

@@ -1,10 +1,13 @@
 """The backfill on Citus against one big UPDATE of the same rows, in one run; RUNBOOK_CITUS_DSN names the cluster.
 
     python -m tests.benchmarks.bench_citus [--rows 60000] [--shards 32] [--repetitions 2] [--workers 1 2 4]
+        [--servers-of citus]
 
 The table public.articles and schema runbook of that database are made for it, and dropped. Texts of about 480
 characters, vectors of 256 dimensions, staged beforehand. Before each arm the vectors are taken away and the table is
-vacuumed; the arms take turns. Prints rows a second, the ratio to the big UPDATE, and p50 and p95 of a batch.
+vacuumed; the arms take turns. Prints rows a second, the ratio to the big UPDATE, and p50 and p95 of a batch. On a
+busy machine a statement of many sessions takes processor time from others, and one session does not: --servers-of
+names the OS user of servers on this machine, of which processor time a row is then printed as well.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import psycopg
 
 from runbook_lib.core import db
@@ -62,11 +66,13 @@ def main() -> None:
     asked.add_argument("--rows", type=int, default=60_000)
     asked.add_argument("--shards", type=int, default=32)
     asked.add_argument("--repetitions", type=int, default=2)
+    asked.add_argument("--servers-of", default="")
     asked.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4])
     given = asked.parse_args()
     dsn = os.environ["RUNBOOK_CITUS_DSN"]
     os.environ[DSN_ENV] = dsn
     rates: dict[str, list[float]] = {}
+    costs: dict[str, list[float]] = {}
     with psycopg.connect(dsn, autocommit=True) as admin, tempfile.TemporaryDirectory() as folder:
         sweep(admin)
         admin.execute(CREATE)
@@ -77,17 +83,30 @@ def main() -> None:
         arms = {"one big UPDATE": 0} | {f"{n} workers": n for n in given.workers}
         for repetition in range(given.repetitions):
             for arm, workers in arms.items():
-                found = measure(admin, Path(folder), arm, workers, first=not rates)
+                found, cost = measure(admin, Path(folder), arm, workers, given.servers_of, first=not rates)
                 rates.setdefault(arm, []).append(found)
-                print(f"{repetition + 1} {arm}: {found:,.0f} rows/s", flush=True)
+                costs.setdefault(arm, []).append(cost)
+                print(f"{repetition + 1} {arm}: {found:,.0f} rows/s, {cost:.0f} µs of processor a row", flush=True)
         sweep(admin)
     whole = statistics.median(rates["one big UPDATE"])
     for arm, found in rates.items():
-        print(f"{arm}: {statistics.median(found):,.0f} rows/s, {statistics.median(found) / whole:.2f} of one UPDATE")
+        rate = statistics.median(found)
+        print(f"{arm}: {rate:,.0f} rows/s, {rate / whole:.2f} of one UPDATE, {statistics.median(costs[arm]):.0f} µs")
 
 
-def measure(admin: psycopg.Connection, folder: Path, arm: str, workers: int, *, first: bool) -> float:
-    """Rows a second of one arm."""
+def spent(user: str) -> float:
+    """Seconds of processor that the servers of an OS user have taken, those of ended sessions with them."""
+    total = 0.0
+    for process in psutil.process_iter(["username", "cpu_times"]):
+        if user and process.info["username"] == user and (times := process.info["cpu_times"]):
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def measure(
+    admin: psycopg.Connection, folder: Path, arm: str, workers: int, user: str, *, first: bool
+) -> tuple[float, float]:
+    """Rows a second of one arm, and microseconds of the servers' processor a row."""
     own = {
         "target": {"distributed": "citus"},
         "search": {"fulltext_column": None},
@@ -107,7 +126,7 @@ def measure(admin: psycopg.Connection, folder: Path, arm: str, workers: int, *, 
                 write(phase, psycopg.sql.SQL(STAGE).format(**n), {"dimension": DIMENSION})
             write(phase, EMPTY)
             admin.execute("VACUUM ANALYZE articles")
-            started = time.perf_counter()
+            started, before = time.perf_counter(), spent(user)
             if not workers:
                 rows = write(phase, psycopg.sql.SQL(BIG_UPDATE).format(**n)).rowcount
             else:
@@ -115,11 +134,11 @@ def measure(admin: psycopg.Connection, folder: Path, arm: str, workers: int, *, 
                     _, outcome = backfill.move_staged(phase)
                 rows = outcome.rows
                 seconds = sorted(outcome.seconds)
-        took = time.perf_counter() - started
+        took, cost = time.perf_counter() - started, (spent(user) - before) / rows * 1e6
     if workers:
         p50, p95 = (seconds[int(len(seconds) * q)] * 1000 for q in (0.5, 0.95))
         print(f"    batches of {arm}: {len(seconds)}, p50 {p50:.0f} ms, p95 {p95:.0f} ms")
-    return rows / took
+    return rows / took, cost
 
 
 if __name__ == "__main__":

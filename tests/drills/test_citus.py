@@ -57,6 +57,11 @@ SECTIONS: dict[str, dict[str, Any]] = {
 SHARDS = 4
 # Enough for the index of a shard to be cheaper than its rows.
 MANY_ROWS = 8000
+MANY_TEXTS = """
+    INSERT INTO articles (id, title, body)
+    SELECT i, (ARRAY['cookie', 'password', 'buffer', 'index', 'query'])[1 + i %% 5] || ' leaks ' || i, md5(i::text)
+    FROM generate_series(1, %s) i
+"""
 UP_TO_THE_INDEX = MIGRATE[: MIGRATE.index("70_tune")]
 
 
@@ -122,6 +127,29 @@ def test_there_and_back_with_answers_from_every_node(cluster: Connection, tmp_pa
     assert left.fetchone() == (0,)
 
 
+def test_the_whole_way_with_many_rows_and_an_equal_dump_after_undo(
+    cluster: Connection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RUNBOOK_CITUS_ROWS says how many; prints what each phase took."""
+    cluster.execute("DELETE FROM articles")
+    cluster.execute(MANY_TEXTS, [int(os.environ.get("RUNBOOK_CITUS_ROWS", "4000"))])
+    cluster.execute("ANALYZE articles")
+    before = dump(DSN)
+    sections = {**SECTIONS, "backfill": {"workers": 2}, "embeddings": {"callable": "tests.toy:embed_apart"}}
+    path = write_params(tmp_path, **sections)
+    took = []
+    for name in (*(f"migrate/{n}" for n in MIGRATE), "operate/refresh", "operate/monitor", *UNDO):
+        began = time.perf_counter()
+        step(name, path)
+        took.append(f"{name} {time.perf_counter() - began:.1f} s")
+        if name == "migrate/90_cut_over":
+            counts = "SELECT count(*) = count(embedding) FROM articles"
+            assert cluster.execute(counts).fetchone() == (True,)
+    with capsys.disabled():
+        print("\n" + "\n".join(took))
+    assert dump(DSN) == before
+
+
 def test_searches_are_filtered_by_columns_and_by_what_every_search_asks_for(
     cluster: Connection, tmp_path: Path
 ) -> None:
@@ -173,13 +201,7 @@ def test_changes_are_captured_from_every_node_and_after_a_shard_moved(cluster: C
 
 def test_the_recall_of_each_setting_is_that_of_numpy_on_the_same_vectors(cluster: Connection, tmp_path: Path) -> None:
     cluster.execute("DELETE FROM articles")
-    texts = """
-        INSERT INTO articles (id, title, body)
-        SELECT i, (ARRAY['cookie', 'password', 'buffer', 'index', 'query'])[1 + i %% 5] || ' leaks ' || i,
-               md5(i::text)
-        FROM generate_series(1, %s) i
-    """
-    cluster.execute(texts, [MANY_ROWS])
+    cluster.execute(MANY_TEXTS, [MANY_ROWS])
     cluster.execute("ANALYZE articles")
     path = write_params(tmp_path, **SECTIONS, embeddings={"callable": "tests.toy:embed_apart"})
     step_all("migrate", UP_TO_THE_INDEX, path)

@@ -23,7 +23,6 @@ from tests.drills import kit, real_runs
 
 pytestmark = [
     pytest.mark.drill,
-    pytest.mark.skipif(not kit.FULL, reason="four runs in a row, for the full drill"),
     pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="namespaces are made by root, with ip"),
 ]
 
@@ -59,6 +58,7 @@ def host(number: int) -> Iterator[list[str]]:
 
 
 @pytest.mark.attack
+@pytest.mark.skipif(not kit.FULL, reason="four runs in a row, for the full drill")
 def test_of_two_runners_on_two_hosts_one_runs_and_the_other_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,12 +101,76 @@ def test_of_two_runners_on_two_hosts_one_runs_and_the_other_names_it(
 
 
 @contextmanager
+def cut_off(number: int) -> Iterator[None]:
+    """The host is cut off for the length of the block: nothing arrives, and nobody is told."""
+    name = f"rb{os.getpid() % 10000}-{number}"
+    subprocess.run(["ip", "link", "set", name, "down"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["ip", "link", "set", name, "up"], check=True)
+
+
+def test_of_two_hosts_that_help_with_a_backfill_one_is_cut_off_and_one_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their ranges are taken over; back again, they do no harm."""
+    monkeypatch.setenv("PYTHONPATH", str(kit.ROOT))
+    with served() as server, host(1) as one, host(2) as two, ExitStack() as ended:
+        monkeypatch.setenv(DSN_ENV, server)
+        with psycopg.connect(server, autocommit=True) as connection:
+            # Four rows to a page, so that there are ranges for all.
+            connection.execute("UPDATE articles SET body = repeat(body || ' ', 60) WHERE id <= 200")
+            connection.execute("""
+                INSERT INTO articles (title, body)
+                SELECT title, repeat(body || ' ', 60) FROM articles, generate_series(1, 9) WHERE id <= 200
+            """)
+            connection.execute("ALTER TABLE articles ALTER body SET STORAGE PLAIN; VACUUM FULL articles")
+        slow = {"lease_s": 2, "pause_between_batches_ms": 40, "strategy": "page_interleaved"}
+        params_file = kit.prepared(tmp_path, "load", backfill=slow)
+        with kit.opened(params_file, "40_load_embeddings") as phase:
+            phase.ledger.append("phase", {"verdict": "PASS"})
+        with (
+            kit.in_a_process("backfill", params_file) as main,
+            psycopg.connect(server, autocommit=True) as connection,
+        ):
+            kit.wait_for(lambda: at_ranges(connection, 1), "the run's own worker")
+            helpers = []
+            for n, on in ((1, one), (2, two)):
+                environment = {**os.environ, DSN_ENV: make_conninfo(server, host=f"{NETWORK}.{n}.1", port=PORT)}
+                command = [*on, *real_runs.COMMAND, "help-out", str(params_file)]
+                helpers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+                ended.callback(helpers[-1].communicate)
+                ended.callback(helpers[-1].kill)
+                kit.wait_for(lambda n=n: at_ranges(connection, n + 1), f"a range of host {n}")  # type: ignore[misc]
+            with cut_off(1):
+                helpers[1].send_signal(signal.SIGSTOP)
+                main.wait(kit.LONGEST_STEP_S)
+                assert main.returncode == 0
+                taken_over = connection.execute("SELECT count(*) FROM runbook.articles_window WHERE claims > 1")
+                assert taken_over.fetchone() >= (2,)
+            helpers[1].send_signal(signal.SIGCONT)
+            assert helpers[1].wait(kit.LONGEST_STEP_S) is not None
+        kit.finish(params_file)
+        kit.nothing_is_lost(server, "of two hosts that helped, one cut off, one stopped and woken")
+
+
+def at_ranges(connection: psycopg.Connection, workers: int) -> bool:
+    """Are so many workers at a range each?"""
+    held = "SELECT count(DISTINCT claimed_by) FROM runbook.articles_window WHERE done_at IS NULL AND claimed_by <> ''"
+    there = connection.execute("SELECT to_regclass('runbook.articles_window') IS NOT NULL").fetchone()
+    if there != (True,):
+        return False
+    row = connection.execute(held).fetchone()
+    return row is not None and row[0] >= workers
+
+
+@contextmanager
 def served() -> Iterator[str]:
     """DSN, by socket, of a server that listens on every address of this machine; the toy table stands in it."""
     with tempfile.TemporaryDirectory(prefix="rb-", ignore_cleanup_errors=True) as folder:
-        data, options = Path(folder) / "data", f"-c listen_addresses='*' -c port={PORT}"
-        with servers.running("18.6 with 0.8.6", data, options) as dsn:
-            server = make_conninfo(dsn, port=PORT)
+        data = Path(folder) / "data"
+        with servers.running("18.6 with 0.8.6", data, "-c listen_addresses='*'", PORT) as server:
             with (data / "pg_hba.conf").open("a") as hba:
                 hba.write(f"host all all {NETWORK}.0.0/16 trust\n")
             with psycopg.connect(server, autocommit=True) as connection:
