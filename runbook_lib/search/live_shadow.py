@@ -65,6 +65,7 @@ def _names(connection: db.Connection, params: Params) -> dict[str, sql.Composabl
     more = [f.signature for f in overloads]
     return names(p) | {
         "log": _log(p),
+        "log_name": literal(_log(p).as_string(connection).replace("%%", "%")),
         "log_index": identifier(f"{p.target.name}_shadow_log_at"),
         "shadow_function": _function(p),
         "arguments": verbatim(facts["arguments"]),

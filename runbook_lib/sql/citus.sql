@@ -321,6 +321,14 @@ WHERE NOT EXISTS (SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regcla
 SELECT create_reference_table({strategy_name})
 WHERE NOT EXISTS (SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass({strategy_name}));
 
+-- name: live.create_log
+-- purpose: Create the log of sampled calls, with a copy on every node, so that calls on each are logged.
+-- lock: none on the target
+-- undo: live.drop_log
+{own};
+SELECT create_reference_table({log_name})
+WHERE NOT EXISTS (SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass({log_name}));
+
 -- name: settings_of_role
 -- purpose: pgvector's settings that a role's sessions begin with in this database; no row where it has none of its own.
 SELECT s.setconfig AS settings FROM pg_db_role_setting s

@@ -21,6 +21,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from runbook_lib.backfill import change_queue
 from runbook_lib.benchmark import comparison, index_recall
 from runbook_lib.core import db
 from runbook_lib.core.gates import BadInput, Gate, LockNotObtained, RunbookError
@@ -135,7 +136,12 @@ def test_the_whole_way_with_many_rows_and_an_equal_dump_after_undo(
     cluster.execute(MANY_TEXTS, [int(os.environ.get("RUNBOOK_CITUS_ROWS", "4000"))])
     cluster.execute("ANALYZE articles")
     before = dump(DSN)
-    sections = {**SECTIONS, "backfill": {"workers": 2}, "embeddings": {"callable": "tests.toy:embed_apart"}}
+    own = {
+        "backfill": {"workers": 2},
+        "embeddings": {"callable": "tests.toy:embed_apart"},
+        "tune": {"ef_search": [40, 100, 400], "target_recall": 0.9},
+    }
+    sections = {**SECTIONS, **own}
     path = write_params(tmp_path, **sections)
     took = []
     for name in (*(f"migrate/{n}" for n in MIGRATE), "operate/refresh", "operate/monitor", *UNDO):
@@ -173,6 +179,56 @@ def test_searches_are_filtered_by_columns_and_by_what_every_search_asks_for(
         assert [s for _, s in answers] == pytest.approx([s for s, _ in near[:5]], abs=1e-5)
         assert {i for i, _ in answers} <= {i for i, _ in found}
     step("operate/monitor", path)
+
+
+def test_live_calls_on_every_node_are_answered_twice_and_logged(cluster: Connection, tmp_path: Path) -> None:
+    path = write_params(tmp_path, **SECTIONS, shadow={"sample_percent": 100, "calls_per_minute": 1000})
+    step_all("migrate", MIGRATE[: MIGRATE.index("90_cut_over")], path)
+    vector = toy.embed(["cookie leaks"])[0].tolist()
+    nodes = [DSN, *_workers(cluster)]
+    for dsn in nodes:
+        with psycopg.connect(dsn, autocommit=True) as node:
+            call = "SELECT id, answered_by FROM search_articles_shadow('cookie leaks', %s::real[], 3)"
+            assert {by for _, by in node.execute(call, [vector]).fetchall()} == {"legacy"}
+    logged = "SELECT live_route, other_route, problem, cardinality(other_keys) FROM runbook.articles_shadow_log"
+    assert cluster.execute(logged).fetchall() == [("legacy", "vector", None, 3)] * len(nodes)
+    step("migrate/90_cut_over", path)
+    step_all("undo", UNDO, path)
+
+
+def test_two_sessions_never_claim_the_same_change(cluster: Connection, tmp_path: Path) -> None:
+    path = write_params(tmp_path, **SECTIONS)
+    step_all("migrate", MIGRATE[: MIGRATE.index("60_build_index")], path)
+    cluster.execute("UPDATE articles SET body = body || ' again' WHERE title IS NOT NULL")
+    claim = change_queue.SQL["claim"]
+    values = {"tries": 3, "lease_s": 900, "batch_rows": 10, "put_off": [], "class": change_queue.LOCK_CLASS}
+    p, claimed = load_params(path), list[int]()
+    with cluster.cursor() as cursor:
+        (until,) = cursor.execute("SELECT clock_timestamp()").fetchone() or (None,)
+    start = threading.Barrier(2)
+
+    def take(worker: int) -> None:
+        with db.connect(p, f"drill claims {worker}") as connection:
+            start.wait()
+            for _ in range(30):
+                statement = db.statement(claim, p, **values, worker=worker, until=until)
+                with suppress(psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable):
+                    found = connection.execute(statement.query, statement.values).fetchall()
+                    claimed.extend(row["id"] for row in found)
+
+    threads = [threading.Thread(target=take, args=(n,)) for n in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(claimed) == len(set(claimed)) > toy.ROWS / 2
+    cluster.execute("UPDATE runbook.articles_queue SET claimed_by = NULL, claimed_at = NULL")
+    with kit.in_a_process("refresh", path) as other:
+        step("operate/refresh", path)
+        other.wait(kit.LONGEST_STEP_S)
+    step("operate/refresh", path)
+    assert _queued(cluster) == []
+    assert assert_every_row_has_the_vector_of_its_text(cluster) == toy.ROWS
 
 
 def test_changes_are_captured_from_every_node_and_after_a_shard_moved(cluster: Connection, tmp_path: Path) -> None:
