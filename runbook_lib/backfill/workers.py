@@ -71,7 +71,7 @@ class Board:
 @dataclass
 class BackfillOutcome:
     """What the workers of this run did. pauses: [reason, seconds]; refused: the server's words, by key; seen: of
-    rows that were compared."""
+    rows that were compared; counts_hot: do the workers count hot, or is it asked for at the end?"""
 
     rows: int = 0
     hot: int = 0
@@ -84,6 +84,7 @@ class BackfillOutcome:
     remark: str = ""
     refused: dict[Any, str] = field(default_factory=dict)
     seen: untouched.Compared = field(default_factory=untouched.Compared)
+    counts_hot: bool = True
 
     @property
     def hot_share(self) -> float:
@@ -97,6 +98,7 @@ def run(phase: Phase, choice: StrategyChoice, total: int) -> BackfillOutcome:
     """
     board, outcome = Board(rest_ms=phase.params.backfill.pause_between_batches_ms), BackfillOutcome()
     outcome.refused, outcome.seen = board.refused, board.seen
+    outcome.counts_hot = table_kind.of(phase.params).has_pages_here
     workers = phase.params.backfill.workers
     with (
         throttled(phase, past=outcome.pauses) as throttle,
@@ -136,7 +138,8 @@ def _count(board: Board, outcome: BackfillOutcome, progress: Progress, choice: S
         outcome.hot += batch.hot
         outcome.put_off += batch.put_off
         outcome.seconds.append(batch.seconds)
-        progress.add(batch.rows, f"{outcome.hot_share:.0%} of the updates touched no index", batch.at)
+        said = f"{outcome.hot_share:.0%} of the updates touched no index" if outcome.counts_hot else ""
+        progress.add(batch.rows, said, batch.at)
     while not board.ranges.empty():
         for batch in board.ranges.get():
             outcome.judged_rows += batch.rows

@@ -177,6 +177,8 @@ def _server_counts(connection: db.Connection, params: Params) -> db.Row:
 def _note(phase: Phase, choice: StrategyChoice, outcome: BackfillOutcome, before: db.Row) -> None:
     p50, p95 = _percentiles(outcome)
     after, state = _server_counts(phase.connection, phase.params), batch_ranges.state(phase.connection, phase.params)
+    if not outcome.counts_hot:
+        outcome.hot = min(after["hot"] - before["hot"], outcome.rows)
     phase.note(
         "backfill",
         {

@@ -285,10 +285,15 @@ WHERE {staged_in_one_shard}{row_in_one_shard}{s.own_key IN %keys} AND {t.key IN 
 SELECT 0::bigint AS updates, 0::bigint AS hot;
 
 -- name: backfill.server_counts
--- purpose: The positions of the WAL of all nodes added up, and how large the table's shards are.
-SELECT (SELECT sum(n.result::bigint) FROM run_command_on_all_nodes(
-            $$ SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint $$) n WHERE n.success)::bigint AS wal,
-       citus_table_size(to_regclass(%(table)s))::bigint AS bytes;
+-- purpose: The positions of the WAL of all nodes added up, how large the table's shards are, and how many updates of them touched no index.
+SELECT sum((n.result::json ->> 'wal')::bigint)::bigint AS wal, sum((n.result::json ->> 'hot')::bigint)::bigint AS hot,
+       citus_table_size(to_regclass(%(table)s))::bigint AS bytes
+FROM run_command_on_all_nodes(format($$
+    SELECT json_build_object('wal', pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint, 'hot', (
+        SELECT coalesce(sum(pg_stat_get_tuples_hot_updated(to_regclass(shard_name(s.logicalrelid, s.shardid)))), 0)
+        FROM pg_dist_shard s JOIN pg_dist_placement p USING (shardid) JOIN pg_dist_local_group l USING (groupid)
+        WHERE s.logicalrelid = to_regclass(%%L)))
+$$, %(table)s::text)) n WHERE n.success;
 
 -- name: refresh.claim
 -- purpose: Claim the oldest changes of those that were there when the drain began. Citus knows no SKIP LOCKED across shards: what another session claims meanwhile is asked for once more as the row is written, and a claim ends with its lease alone.
