@@ -42,7 +42,7 @@ class Block:
         """
         text = self.text.replace("\n", "\n" + " " * indent)
         names = {**names, **self._of_the_key(names)}
-        composed = sql.SQL(text).format(**dict[str, Any](names))
+        composed = sql.SQL(text).format(**names)
         tags = set(DOLLAR_TAG.findall(self.text))
         if not tags:
             return composed
@@ -55,15 +55,16 @@ class Block:
 
     def _of_the_key(self, names: Mapping[str, sql.Composable]) -> dict[str, sql.Composable]:
         """What the fields say that speak of the key, but for those that are given by name."""
-        key = names.get("key")
-        if not isinstance(key, Key):
+        key, fields = names.get("key"), _fields_of_the_key(self.text)
+        if not fields or not isinstance(key, Key):
             return {}
-        return {f: key.written(f, names) for f in _fields(self.text) if f not in names and Key.is_spoken_of(f)}
+        return {field: key.written(field, names) for field in fields if field not in names}
 
 
 @cache
-def _fields(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(field for _, field, _, _ in Formatter().parse(text) if field))
+def _fields_of_the_key(text: str) -> tuple[str, ...]:
+    fields = (field for _, field, _, _ in Formatter().parse(text) if field)
+    return tuple(dict.fromkeys(field for field in fields if Key.is_spoken_of(field)))
 
 
 @cache

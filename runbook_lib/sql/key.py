@@ -28,6 +28,8 @@ from typing import Any
 from psycopg import sql
 
 OWN = "key"
+# Words of fields that need the name {key_type} too.
+OF_OTHER_NAMES = frozenset(("typed", "texts", "FROM"))
 
 
 class Key(sql.Composed):
@@ -43,6 +45,7 @@ class Key(sql.Composed):
         super().__init__([sql.SQL(", ").join(columns)])
         self.named, self.columns = tuple(named), tuple(columns)
         self.types = types
+        self._written: dict[tuple[str, Sequence[str]], sql.Composable] = {}
         own = [sql.SQL(OWN)] if len(columns) == 1 else [sql.SQL(f"{OWN}_{i}") for i, _ in enumerate(columns, 1)]
         self.own: tuple[sql.Composable, ...] = tuple(own)
 
@@ -72,6 +75,16 @@ class Key(sql.Composed):
 
     def written(self, field: str, names: Mapping[str, Any] = MappingProxyType({})) -> sql.Composable:
         """What a field of a block stands for. Raises LookupError where it does not speak of the key."""
+        # A statement is put together for each batch. What depends on other names is written each time.
+        known = (field, self.types())
+        if known not in self._written:
+            made = self._write(field, names)
+            if OF_OTHER_NAMES.intersection(field.split(" ")):
+                return made
+            self._written[known] = made
+        return self._written[known]
+
+    def _write(self, field: str, names: Mapping[str, Any]) -> sql.Composable:
         match field.split(" "):
             case ["one", operand, *rest]:
                 return self._one(operand, rest)
