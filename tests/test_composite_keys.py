@@ -36,6 +36,9 @@ from tests.stepping import step, step_all
 from tests.test_citus import CATALOGUE
 
 ONE = uuid.UUID(int=1)
+COLUMNS = (
+    "SELECT attname::text FROM pg_attribute WHERE attrelid = %s::text::regclass AND attnum > 0 AND NOT attisdropped"
+)
 
 
 @pytest.fixture
@@ -179,8 +182,7 @@ def test_a_side_table_is_promoted_and_goes_without_a_trace(
     _up_to(phase, load_embeddings, backfill)
     done = [entry["body"]["name"] for entry in phase.ledger.all_entries() if entry["kind"] == "statement"]
     assert "sidetable.promote" in done
-    columns = "SELECT attname::text FROM pg_attribute WHERE attrelid = 'docs_embedding'::regclass AND attnum > 0"
-    assert {c for (c,) in empty.execute(columns)} == {
+    assert {c for (c,) in empty.execute(COLUMNS, ["docs_embedding"])} == {
         *shape.key,
         *("embedding", "embedding_hash", "embedding_updated_at"),
     }
@@ -467,9 +469,37 @@ def test_operations_and_filters_by_the_first_column(
     logged = empty.execute("SELECT live_keys, problem FROM runbook.composite_shadow_log ORDER BY id DESC LIMIT 1")
     (live_keys, problem) = logged.fetchone() or ([], "none")
     assert problem is None and all(len(values_of(k)) == 2 for k in live_keys)
-    for operation in ("rehearse", "compare_storage", "rebuild_index", "serve_filters", "monitor", "refresh"):
+    operations = ("rehearse", "compare_storage", "rebuild_index", "serve_filters", "monitor", "refresh")
+    for operation in operations:
         step(f"operate/{operation}", path)
     assert composite.assert_every_row_has_the_vector_of_its_text(empty, shape) == toy.ROWS
     step("undo/serve_filters", path)
     step_all("undo", UNDO, path)
     assert dump(database) == before
+
+
+def test_another_model_takes_over_and_the_first_is_retired(
+    empty: psycopg.Connection[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000)
+    shape = SHAPES["text and bigint"]
+    composite.create(empty, shape)
+    first = composite.params_file(tmp_path, shape)
+    (tmp_path / "v2").mkdir()
+    second = composite.params_file(
+        tmp_path / "v2",
+        shape,
+        target={"name": "composite_v2"},
+        vector={"column": "embedding_v2", "dimension": toy.FINER},
+        embeddings={"callable": "tests.toy:embed_finer"},
+        model_change={"replaces_params": "../toy.yaml", "quiet_hours": 0.0},
+    )
+    step_all("migrate", MIGRATE, first)
+    step_all("migrate", MIGRATE[: MIGRATE.index("90_cut_over")], second)
+    step("operate/change_model", second)
+    own = "SELECT * FROM search_composite('cookie leaks', %s::real[], 5)"
+    answers = empty.execute(own, [toy.embed_finer(["cookie leaks"])[0].tolist()]).fetchall()
+    assert len({a[:2] for a in answers}) == 5
+    step("operate/retire_model", second)
+    assert empty.execute(own, [toy.embed_finer(["cookie leaks"])[0].tolist()]).fetchall() == answers
+    assert "embedding" not in {c for (c,) in empty.execute(COLUMNS, ["notes"])}
