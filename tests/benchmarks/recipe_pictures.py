@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-# A promise of the project: no writer waits for longer.
+# What a writer should wait at most.
 LONGEST_WAIT_S = 0.5
 SHADES = (
     "#4c78a8",
