@@ -54,7 +54,7 @@ class Shape:
 
 # The search of today, of a table of tenants.
 OF_TENANTS = """
-SELECT t.tenant_id, t.id FROM items t
+SELECT t.tenant_id, t.id FROM articles t
 WHERE (t.title ILIKE '%' || :query || '%' OR t.body ILIKE '%' || :query || '%')
   AND (:tenant_id::bigint IS NULL OR t.tenant_id = :tenant_id)
 ORDER BY t.tenant_id, t.id LIMIT :k
@@ -90,8 +90,8 @@ SHAPES = {
         _ids,
     ),
     "tenants": Shape(
-        "items",
-        "CREATE TABLE items (id bigint, title text, body text, tenant_id bigint, PRIMARY KEY (tenant_id, id))",
+        "articles",
+        "CREATE TABLE articles (id bigint, title text, body text, tenant_id bigint, PRIMARY KEY (tenant_id, id))",
         ("tenant_id", "id"),
         _ids,
     ),

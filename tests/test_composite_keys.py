@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from runbook_lib.operate import partition_by_filter
 from runbook_lib.search import search_function
 from runbook_lib.sql import Block
 from runbook_lib.sql.key import text_of, values_of
-from tests import citus_refuses, composite, servers, toy
+from tests import citus_refuses, composite, migrators, servers, toy
 from tests.composite import SHAPES, Shape
 from tests.conftest import DSN_ENV
 from tests.opened import opened
@@ -408,12 +407,7 @@ def test_a_table_distributed_by_the_first_column_is_joined_on_all_of_them(
     empty: psycopg.Connection[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On stand-ins for the functions of Citus, which refuse what it refuses."""
-    shape = replace(
-        SHAPES["partitioned by tenant"],
-        table="articles",
-        create="CREATE TABLE articles (id bigint, title text, body text, tenant_id bigint,"
-        " PRIMARY KEY (tenant_id, id))",
-    )
+    shape = SHAPES["tenants"]
     composite.create(empty, shape)
     empty.execute(CATALOGUE.replace("'h', 'id', 7", "'h', 'tenant_id', 7"))  # type: ignore[call-overload]
     path = composite.params_file(tmp_path, shape, target={"name": "articles", "distributed": "citus"})
@@ -443,12 +437,13 @@ def test_a_table_distributed_by_the_first_column_is_joined_on_all_of_them(
         phase.end("was ended by the test", "nothing")
 
 
-def test_operations_and_filters_by_the_first_column(
+def test_operations_and_filters_by_the_first_column_as_a_role_with_the_least_rights(
     empty: psycopg.Connection[Any], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 1000)
     shape = SHAPES["tenants"]
     composite.create(empty, shape)
+    monkeypatch.setenv(DSN_ENV, migrators.create(empty, "migrator_of_tenants"))
     before = dump(database)
     path = composite.params_file(
         tmp_path,

@@ -18,19 +18,13 @@ from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.core.target import load_params
 from runbook_lib.sql.key import text_of
 from tests import composite, toy
-from tests.composite import Shape
 from tests.conftest import DSN_ENV
 from tests.drills.test_citus import DSN, SECTIONS, SHARDS, Connection, _sweep, _workers
 from tests.servers import dump
 from tests.stepping import step, step_all
 
 pytestmark = [pytest.mark.drill, pytest.mark.skipif(not DSN, reason="RUNBOOK_CITUS_DSN names no cluster")]
-TENANTS = Shape(
-    "articles",
-    "CREATE TABLE articles (id bigint, title text, body text, tenant_id bigint, PRIMARY KEY (tenant_id, id))",
-    ("tenant_id", "id"),
-    lambda i: (i % 7, i // 7),
-)
+TENANTS = composite.SHAPES["tenants"]
 
 
 @pytest.fixture
@@ -51,13 +45,12 @@ def tenants(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
 
 def test_a_tenant_table_there_and_back(tenants: Connection, tmp_path: Path) -> None:
     before = dump(DSN)
-    of_tenants = composite.OF_TENANTS.replace("items", "articles")
     path = composite.params_file(
         tmp_path,
         TENANTS,
         **SECTIONS
         | {"target": {"name": "articles", "distributed": "citus", "filters": ["tenant_id"]}}
-        | {"legacy": {"query": of_tenants}},
+        | {"legacy": {"query": composite.OF_TENANTS}},
     )
     step_all("migrate", MIGRATE, path)
     assert tenants.execute("SELECT route, share_percent FROM runbook.route").fetchall() == [("vector", 100)]
@@ -70,8 +63,9 @@ def test_a_tenant_table_there_and_back(tenants: Connection, tmp_path: Path) -> N
         with psycopg.connect(dsn, autocommit=True) as node:
             answers = node.execute(of_one, [vector]).fetchall()
         assert len(answers) == 3 and {(tenant, by) for tenant, _, by in answers} == {(2, "vector")}
-    tenants.execute("UPDATE articles SET title = 'thread blocks', body = NULL WHERE tenant_id = 1 AND id < 3")
-    tenants.execute("DELETE FROM articles WHERE tenant_id = 3 AND id = 3")
+    changed = "UPDATE articles SET title = 'thread blocks', body = NULL WHERE tenant_id = 1 AND id < %s"
+    tenants.execute(changed, [TENANTS.value(21)[1]])
+    tenants.execute("DELETE FROM articles WHERE tenant_id = %s AND id = %s", TENANTS.value(24))
     step("operate/refresh", path)
     assert tenants.execute("SELECT count(*) FROM runbook.articles_queue").fetchall() == [(0,)]
     assert composite.assert_every_row_has_the_vector_of_its_text(tenants, TENANTS) == toy.ROWS - 1
