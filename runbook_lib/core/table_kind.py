@@ -102,9 +102,9 @@ CITUS = TableKind(
     # Waiting for the disk at each commit would take half of the time. What a crash of a node takes away is missing in
     # the table, so that a rerun finds it; on one server the session has this setting.
     of_a_batch={"synchronous_commit": "off"},
-    # A range is divided by shards once more.
+    # A range is divided by shards once more: of 32 shards each has a batch or two of it.
     rows_a_key_range=100_000,
-    fewest_rows_a_key_range=16_000,
+    fewest_rows_a_key_range=40_000,
     # A batch has a price of its own, of messages between nodes, which fewer rows do not lower.
     fewest_rows_a_batch=200,
     # By "module.name"; the others are asked for by their own.
