@@ -160,11 +160,11 @@ def test_a_way_back_that_is_stopped_goes_on_and_never_forth(
     done: list[str] = []
 
     def stopping(real: Callable[..., Any]) -> Callable[..., Any]:
-        def act(phase: Phase, statement: Any) -> Any:
+        def act(phase: Phase, statement: Any, *others: Any) -> Any:
             if stopped_after in done:
                 raise KeyboardInterrupt
             done.append(statement.name)
-            return real(phase, statement)
+            return real(phase, statement, *others)
 
         return act
 
