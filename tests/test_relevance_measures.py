@@ -279,12 +279,9 @@ def test_overlap_is_of_the_first_k_and_of_the_longer_list() -> None:
     assert relevance_measures.overlap([], [], 10) == 1.0
 
 
-BOUNDED = {"p50_ms": 50, "p95_ms": 95, "p99_ms": 99, "p95_at_least_ms": 89, "p95_at_most_ms": 100}
-
-
 def test_latency_is_in_milliseconds_by_linear_interpolation() -> None:
     found = relevance_measures.latency([i / 1000 for i in range(101)])
-    assert found == pytest.approx(BOUNDED | {"n": 101})
+    assert found == pytest.approx({"p50_ms": 50, "p95_ms": 95, "p99_ms": 99, "p95_at_least_ms": 89, "n": 101})
     assert relevance_measures.latency([0.002])["p99_ms"] == pytest.approx(2)
     with pytest.raises(ValueError, match="no query was timed"):
         relevance_measures.latency([])
@@ -299,11 +296,8 @@ def test_few_times_prove_no_p95_and_many_do() -> None:
     assert relevance_measures.p95_at_least(slow * 2) == pytest.approx(500), "both of two above by chance: 1 in 400"
     assert relevance_measures.p95_at_least([0.001] * 16 + slow * 4) == pytest.approx(1)
     assert relevance_measures.p95_at_least([0.001] * 15 + slow * 5) == pytest.approx(500)
-    assert relevance_measures.p95_at_most([0.001] * 88 + slow) == pytest.approx(500), "89 times prove none"
-    assert relevance_measures.p95_at_most([i / 1000 for i in range(90)]) == pytest.approx(89), ".95 ** 90 is .0099"
     many = [i / 1e5 for i in range(100_000)]
     assert 940 < (relevance_measures.p95_at_least(many) or 0) < relevance_measures.latency(many)["p95_ms"]
-    assert relevance_measures.latency(many)["p95_ms"] < relevance_measures.p95_at_most(many) < 960
 
 
 def test_seven_times_prove_the_least_of_them_as_a_median_and_more_prove_more() -> None:

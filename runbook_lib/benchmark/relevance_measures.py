@@ -172,13 +172,13 @@ def most_different(a: Answers, b: Answers, k: int, n: int) -> list[str]:
 
 def latency(seconds: Sequence[float]) -> dict[str, float]:
     """p50_ms, p95_ms and p99_ms, interpolated linearly, p95_at_least_ms by :func:`p95_at_least` (or 0),
-    p95_at_most_ms by :func:`p95_at_most`, and n. Raises ValueError where nothing was timed.
+    and n. Raises ValueError where nothing was timed.
     """
     if not len(seconds):
         raise ValueError("no query was timed")
     p50, p95, p99 = map(float, np.percentile(np.asarray(seconds) * 1000, [50, 95, 99]))
-    bounds = {"p95_at_least_ms": p95_at_least(seconds) or 0.0, "p95_at_most_ms": p95_at_most(seconds)}
-    return {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, **bounds, "n": len(seconds)}
+    sure = p95_at_least(seconds) or 0.0
+    return {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "p95_at_least_ms": sure, "n": len(seconds)}
 
 
 def p50_at_least(seconds: Sequence[float]) -> float | None:
@@ -189,14 +189,6 @@ def p50_at_least(seconds: Sequence[float]) -> float | None:
 def p95_at_least(seconds: Sequence[float]) -> float | None:
     """Milliseconds that the 95th percentile exceeds with 99 % confidence; None for fewer than two times."""
     return _quantile_at_least(seconds, 0.95)
-
-
-def p95_at_most(seconds: Sequence[float]) -> float:
-    """Milliseconds that the 95th percentile stays below with 99 % confidence; the slowest of fewer than 90 times, of
-    which none is slow enough to prove it.
-    """
-    below = _quantile_at_least([-s for s in seconds], 0.05)
-    return max(seconds) * 1000 if below is None else -below
 
 
 def _quantile_at_least(seconds: Sequence[float], quantile: float) -> float | None:

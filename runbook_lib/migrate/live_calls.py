@@ -128,8 +128,8 @@ def _is_fast_enough(route: str, new: list[float], old: list[float], slowdown: fl
         "live.new_route_is_fast_enough",
         f"{route} on live calls",
         mine,
-        legacy,
-        lambda p95: f"{p95}, legacy {comparison.old_p95(legacy)}, {len(new)} calls",
+        legacy["p95_ms"],
+        lambda p95: f"{p95}, legacy {legacy['p95_ms']:.2f} ms, {len(new)} calls",
         "look at the load of the server and at the setting chosen by 70_tune",
         slowdown,
     )

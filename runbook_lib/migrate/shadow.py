@@ -214,23 +214,21 @@ def _relevance_is_kept(params: Params, recorded: dict[str, Any], route: str) -> 
 
 def _is_fast_enough(recorded: dict[str, Any], route: str, slowdown: float) -> Gate:
     """Against legacy, by the slowdown that was accepted."""
-    systems, legacy = recorded["systems"], recorded["systems"]["legacy"]
-    limit = comparison.limit_ms(legacy, slowdown)
+    systems, legacy_ms = recorded["systems"], recorded["systems"]["legacy"]["p95_ms"]
+    limit = comparison.limit_ms(legacy_ms, slowdown)
     others = [
         f"{name} would pass (p95 {systems[name]['p95_ms']:.2f} ms{_scored(recorded, name)})"
         for name in ("vector", "hybrid")
         if name != route and name in systems and at_most(systems[name]["p95_ms"], limit)
     ]
-    enough = systems[route]["p95_ms"] / legacy["p95_ms"] if legacy["p95_ms"] else 0.0
+    enough = systems[route]["p95_ms"] / legacy_ms if legacy_ms else 0.0
     accept = f"accept it by cut_over.largest_slowdown: {enough + 0.05:.1f}, if its answers are worth the wait"
     return comparison.is_fast_enough(
         f"compare.{route}_is_not_slower_than_legacy",
         route,
         systems[route],
-        legacy,
-        lambda p95: (
-            f"{p95}{_scored(recorded, route)}, legacy {comparison.old_p95(legacy)}{_scored(recorded, 'legacy')}"
-        ),
+        legacy_ms,
+        lambda p95: f"{p95}{_scored(recorded, route)}, legacy {legacy_ms:.2f} ms" + _scored(recorded, "legacy"),
         "; or ".join([*(f"cut_over.route: {o}" for o in others), accept, "look at the plan in 70_tune"]),
         slowdown,
         f", {slowdown:g} × legacy (cut_over.largest_slowdown)",

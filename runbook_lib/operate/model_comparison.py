@@ -122,8 +122,8 @@ def _is_fast_enough(found: dict[str, Any]) -> Gate:
         "models.new_is_not_slower",
         new["target"],
         new,
-        old,
-        lambda p95: f"{p95}, replaced {comparison.old_p95(old)}",
+        old["p95_ms"],
+        lambda p95: f"{p95}, replaced {old['p95_ms']:.2f} ms",
         "look at the plan and the setting in 70_tune, and at shared_buffers: both indexes want to be in memory",
     )
 
