@@ -168,6 +168,18 @@ def test_an_index_of_another_class_fails_the_gate(either: Filled, articles: psyc
     )
 
 
+def test_what_an_event_trigger_raises_is_told_in_its_own_words(
+    filled: Filled, articles: psycopg.Connection[Any]
+) -> None:
+    phase = filled()
+    articles.execute(
+        """CREATE FUNCTION frozen() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'DDL is frozen'; END $$;
+        CREATE EVENT TRIGGER frozen ON ddl_command_start WHEN tag IN ('CREATE INDEX') EXECUTE FUNCTION frozen()"""
+    )
+    with pytest.raises(psycopg.errors.RaiseException, match="DDL is frozen"):
+        build_index.apply(phase)
+
+
 def test_undo_drops_it_and_twice_does_nothing(either: Filled) -> None:
     phase = either()
     build_index.apply(phase)

@@ -344,6 +344,11 @@ def test_the_index_of_a_shard_that_lacks_it_is_found_named_and_built_there_alone
     assert (
         index_proof.validity(only) == "invalid: that of public.articles_102010 on one:5432 is missing; of 32 shards"
     )
+    silent = tuple(replace(s, state="unknown", said="no answer") for s in found.shards)
+    assert building.build_steps(phase.connection, replace(found, shards=silent)) == [], "nothing is dropped unseen"
+    some = replace(only, shards=(replace(only.shards[0], state="unknown"), *only.shards[1:]))
+    names = [s.statement.name for s in building.build_steps(phase.connection, some)]
+    assert names == ["citus.build_on_shard"], "nor called whole"
     building.carry_out(phase, steps)
     assert build_index.verify(phase).passed
     of_shard = "SELECT indexrelid::regclass::text FROM pg_index WHERE indrelid = 'articles_102010'::regclass"

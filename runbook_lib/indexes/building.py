@@ -51,13 +51,14 @@ class BuildStep:
     """A statement, the table or partition that it is about, and what kind of statement it is.
 
     index: the name of what is built. in_short_tries: in a transaction that waits briefly for its locks; every other
-    runs CONCURRENTLY.
+    runs CONCURRENTLY. shard: where it is built on one shard alone, that shard and its node.
     """
 
     part: Part
     statement: db.Statement
     index: str = ""
     in_short_tries: bool = False
+    shard: str = ""
 
 
 def create_statement(
@@ -151,14 +152,16 @@ def build_steps(
 
 def _on_shards(connection: db.Connection, index: VectorIndex, drop: Block) -> list[BuildStep]:
     """Builds the index where shards lack it, each on its node; all of it again where none has it, or one that lacks
-    it lies on the coordinator: a build there would wait for the very session that asks for it.
+    it lies on the coordinator: a build there would wait for the very session that asks for it. Nothing is dropped,
+    nor called whole, while a node does not say what it has.
     """
     lacking, (part,), root = index.lacking_shards, index.parts, index.root
     if root is None or index.usable:
         return []
-    if len(lacking) == len(index.shards) or any(x.coordinator for x in lacking):
+    known = [x for x in lacking if x.state != "unknown"]
+    if len(known) == len(index.shards) or (known == lacking and any(x.coordinator for x in lacking)):
         return [*drop_steps(index, drop), *build_steps(connection, replace(index, own={}, shards=()), drop=drop)]
-    todo = [_on_shard(connection, index, part, x) for x in lacking if x.state != "unknown"]
+    todo = [_on_shard(connection, index, part, x) for x in known if not x.coordinator]
     if not root.usable and len(todo) == len(lacking):
         whole = {"qualified_index": identifier(part.schema, root.name), "index_name": literal(root.shown)}
         todo.append(BuildStep(part, db.statement(CITUS["index_is_whole"], index.params, whole), in_short_tries=True))
@@ -179,7 +182,8 @@ def _on_shard(connection: db.Connection, index: VectorIndex, part: Part, shard: 
     }
     made = db.statement(CITUS["build_on_shard"], index.params, own)
     where = f"{shard.relation} on {shard.node}:{shard.port}"
-    return BuildStep(part, replace(made, lock=made.lock.replace("{relation}", where)), index.name_on(part))
+    lock = made.lock.replace("{relation}", where)
+    return BuildStep(part, replace(made, lock=lock), index.name_on(part), shard=where)
 
 
 def _repair(index: VectorIndex, part: Part, drop: Block) -> BuildStep:
@@ -266,10 +270,11 @@ def _take(phase: Phase, step: BuildStep, where: str) -> tuple[Any, ...]:
             do="rename or drop what has this name, then run this again",
         ) from None
     except psycopg.errors.RaiseException as error:
+        if not step.shard:
+            raise
         # What a node said, which the coordinator passes on.
         raise RunbookError(
-            found=f"{step.statement.lock.split(', ')[0].removeprefix('SHARE UPDATE EXCLUSIVE on ')}:"
-            f" {error.diag.message_primary}",
+            found=f"{step.shard}: {error.diag.message_primary}",
             needed="the index built there",
             danger="every search reads this shard whole; the other shards keep their indexes",
             do="remove the cause, then run this again: it resumes with the shards that lack theirs",

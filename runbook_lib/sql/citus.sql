@@ -104,14 +104,19 @@ DECLARE
     answer     record;
     definition text;
     path       text := current_setting('search_path');
+    -- The workers do not know this session's.
+    wait       text := 'SET lock_timeout TO ' || quote_literal(current_setting('lock_timeout')) || '; ';
 BEGIN
     -- With every name qualified.
     PERFORM set_config('search_path', 'pg_catalog', true);
     definition := replace(pg_get_indexdef(to_regclass({index_name})), 'CREATE INDEX ', 'CREATE INDEX IF NOT EXISTS ');
     PERFORM set_config('search_path', path, true);
-    FOR answer IN SELECT * FROM run_command_on_workers('SET citus.enable_ddl_propagation TO off; ' || definition) LOOP
+    FOR answer IN SELECT * FROM run_command_on_workers(
+        wait || 'SET citus.enable_ddl_propagation TO off; ' || definition) LOOP
         IF NOT answer.success THEN
-            RAISE EXCEPTION USING MESSAGE = answer.result;
+            -- By this code it is tried again.
+            RAISE EXCEPTION USING MESSAGE = answer.result, ERRCODE =
+                CASE WHEN position('lock timeout' IN answer.result) > 0 THEN 'lock_not_available' ELSE 'raise_exception' END;
         END IF;
     END LOOP;
 END $$;
