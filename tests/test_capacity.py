@@ -14,7 +14,7 @@ from runbook_lib.core.gates import Gate
 from runbook_lib.core.phase import Phase
 from runbook_lib.indexes import forecast
 from runbook_lib.indexes.forecast import MB, Forecast
-from runbook_lib.migrate import capacity, preflight
+from runbook_lib.migrate import capacity, node_capacity, preflight
 from runbook_lib.params import Params
 
 Connection = psycopg.Connection[Any]
@@ -240,3 +240,29 @@ def test_a_plan_beside_max_wal_size_says_how_many_checkpoints_it_forces(open_pha
         max_wal_bytes=1024 * MB,
     )
     assert "9, by max_wal_size 1.0 GB" in str(shown)
+
+
+def test_each_node_holds_its_share_of_the_plan_and_one_that_is_silent_is_unknown(
+    open_phase: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = open_phase()
+    nodes = [
+        node_capacity.Node(name, shards=16, heap_bytes=heap, memory_bytes=64 * MB, free_disk_bytes=500 * MB,
+                           max_wal_bytes=100 * MB, at_once=4)
+        for name, heap in (("one:5432", 300 * MB), ("two:5432", 100 * MB))
+    ]  # fmt: skip
+    silent = {"three:5432": "failed to connect to three:5432"}
+    monkeypatch.setattr(node_capacity, "look", lambda *_: (nodes, silent))
+    expects = replace(
+        preflight.expected(preflight.facts(phase), phase.connection, phase.params),
+        index_bytes=320 * MB, table_growth_bytes=200 * MB, staging_bytes=80 * MB, wal_bytes=400 * MB,
+        build_memory_bytes=48 * MB,
+    )  # fmt: skip
+    gates = {g.subject: g for g in node_capacity.gates(phase.connection, phase.params, expects)}
+    # Three quarters of 600 MB, and WAL up to max_wal_size; of the other a quarter of 600 and of 400 MB.
+    assert {name: g.verdict for name, g in gates.items()} == {
+        "three:5432": "UNKNOWN", "one:5432": "FAIL", "two:5432": "PASS"
+    }  # fmt: skip
+    assert gates["one:5432"].figures["wanted_bytes"] == 550 * MB
+    assert gates["two:5432"].figures["wanted_bytes"] == 250 * MB
+    assert gates["one:5432"].figures["memory_bytes"] == 4 * 48 * MB

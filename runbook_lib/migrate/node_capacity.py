@@ -19,6 +19,7 @@ from runbook_lib.sql import load
 
 SQL = load("citus")
 GB = 1024**3
+DANGER = "the disk fills half-way; without room for WAL the node stops, with all that it serves"
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,32 @@ class Node:
     at_once: int
 
 
-def look(connection: db.Connection, params: Params) -> list[Node]:
-    """Every node that holds shards of the table and answers."""
+def look(connection: db.Connection, params: Params) -> tuple[list[Node], dict[str, str]]:
+    """The nodes that hold shards of the table, and what those say that do not tell."""
     own = {"table_name": literal(spelled(params, "table"))}
     command = SQL["node_sizes"].compose(own).as_string(connection).replace("%%", "%")
     pool = int(db.one(connection, SQL["builds_at_once"], params)["builds"])
     found = db.rows(connection, SQL["on_all_nodes"], params, command=command)
     answers = {row["node"]: json.loads(row["result"]) for row in found if row["success"]}
-    return [Node(name, at_once=min(a["shards"], pool), **a) for name, a in answers.items() if a["shards"]]
+    silent = {row["node"]: row["result"] for row in found if not row["success"]}
+    return [Node(name, at_once=min(a["shards"], pool), **a) for name, a in answers.items() if a["shards"]], silent
 
 
 def gates(connection: db.Connection, params: Params, expects: Forecast) -> Iterator[Gate]:
-    """A gate a node: its disk holds its share of the plan. What memory its builds take at once is said."""
-    nodes = look(connection, params)
+    """A gate a node: its disk holds its share of the plan. What memory its builds take at once is said. UNKNOWN for a
+    node that does not tell.
+    """
+    nodes, silent = look(connection, params)
+    for name, said in silent.items():
+        yield gate(
+            "preflight.node_holds_it",
+            None,
+            name,
+            found=said,
+            needed="what it has of the table, and its free disk",
+            danger=DANGER,
+            do="see that the node is up and lets this role in",
+        )
     whole = sum(n.heap_bytes for n in nodes) or 1
     for n in nodes:
         yield _holds_it(params, n, n.heap_bytes / whole, expects)
@@ -71,7 +85,7 @@ def _holds_it(params: Params, n: Node, share: float, expects: Forecast) -> Gate:
         found=f"free disk {there}; {n.at_once} of its {number(n.shards)} shards' indexes are built at once, in"
         f" {size(memory)} of memory together",
         needed=f"{needed}: index {index}, table {table}, staging {staging}, WAL at one time {size(wal)}",
-        danger="the disk fills half-way; without room for WAL the node stops, with all that it serves",
+        danger=DANGER,
         do=f"free or add {size(max(wanted - free, 0))} there, or move shards: SELECT rebalance_table_shards();",
         figures={"wanted_bytes": wanted, "free_bytes": free, "memory_bytes": memory, "builds_at_once": n.at_once},
     )
