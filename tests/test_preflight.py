@@ -341,7 +341,7 @@ def test_where_nothing_tells_the_type_of_the_words_the_remedy_is_to_write_it(
 ) -> None:
     query = "SELECT id FROM articles WHERE title ILIKE concat('%', :query, '%') LIMIT :k"
     refused = _only(inputs.input_problems(make_params(legacy={"query": query})))
-    assert refused.do == "write the type behind it in legacy.query, as :query::text"
+    assert refused.do == "name its type in legacy.query, as in :query::text"
     assert inputs.input_problems(make_params(legacy={"query": query.replace(":query", ":query::text")})).passed
 
 

@@ -88,6 +88,8 @@ def cut(connection: db.Connection, params: Params, choice: StrategyChoice) -> No
 def _rows_a_range(connection: db.Connection, params: Params) -> int:
     """As many as make some ranges for each worker, between the fewest and the most of this kind of table."""
     kind = table_kind.of(params)
+    if kind.fewest_rows_a_key_range == kind.rows_a_key_range:
+        return kind.rows_a_key_range
     staged = int(db.one(connection, BACKFILL["staged_rows"], params)["rows"])
     share = staged // (params.backfill.workers * WINDOWS_A_WORKER)
     return min(max(share, kind.fewest_rows_a_key_range), kind.rows_a_key_range)

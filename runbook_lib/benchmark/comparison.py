@@ -111,7 +111,7 @@ def judge(phase: Phase, query_id: str, key: str | list[object], relevance: int) 
     """
     if query_id not in {q.query_id for q in query_set.read_queries(phase.params)} or relevance < 0:
         raise ValueError(f"query {query_id} with relevance {relevance}: needed a query of the file and a mark from 0")
-    as_text = query_set.key_of(key) or str(key)
+    as_text = query_set.key_as_text(key) or str(key)
     phase.ledger.append("judgement", {"query_id": query_id, "key": as_text, "relevance": relevance})
 
 

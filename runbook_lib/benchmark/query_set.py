@@ -151,7 +151,11 @@ def read_judgements(params: Params) -> dict[str, dict[str, int]]:
     problems = _Problems("evaluate.judgements_are_readable")
     judgements: dict[str, dict[str, int]] = {}
     for line, record in _records(path, problems, needed='{"query_id": …, "key": …, "relevance": …}'):
-        query_id, key, relevance = _name(record.get("query_id")), key_of(record.get("key")), record.get("relevance")
+        query_id, key, relevance = (
+            _name(record.get("query_id")),
+            key_as_text(record.get("key")),
+            record.get("relevance"),
+        )
         if query_id is None:
             problems.add(path, line, _found(record, "query_id"), "a query_id: text or a whole number")
         elif key is None:
@@ -214,7 +218,7 @@ def _name(value: object) -> str | None:
     return None if unsound(str(value)) else str(value)
 
 
-def key_of(value: object) -> str | None:
+def key_as_text(value: object) -> str | None:
     """A key as text; None for what is none. A list holds one of several columns."""
     if not isinstance(value, list):
         return _name(value)

@@ -182,7 +182,7 @@ def legacy_query_runs(connection: db.Connection, p: Params) -> Gate:
         db.raise_if_lost(connection, error)
         problem = str(error).split("\nLINE")[0].strip()
         if isinstance(error, psycopg.errors.IndeterminateDatatype):
-            remedy = "write the type behind it in legacy.query, as :query::text"
+            remedy = "name its type in legacy.query, as in :query::text"
     key = p.target.key_columns
     return gate(
         "inputs.legacy_query_runs",

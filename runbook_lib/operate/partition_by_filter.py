@@ -91,12 +91,12 @@ def _nothing_in_the_way(connection: db.Connection, params: Params) -> Gate:
 
 
 def _key_gates(connection: db.Connection, params: Params) -> list[Gate]:
+    if len(params.target.key_columns) > 1:
+        return [_key_is_one_column(params)]
     column = str(params.partitioning.column)
     key = catalogue(connection, params, "key", column=column)[0]
     alone = key["primary_key"] == [params.target.key]
     accepted = params.partitioning.accept_wider_key or column == params.target.key
-    if len(params.target.key_columns) > 1:
-        return [_key_is_one_column(params)]
     return [
         gate(
             "partitioning.key_can_be_widened",
