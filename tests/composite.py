@@ -24,6 +24,7 @@ from runbook_lib.core.names import identifier
 from runbook_lib.sql.key import text_of
 from tests import toy
 from tests.conftest import write_params
+from tests.test_server_versions import SECTIONS
 
 # What a text in a key may hold that notations of lists, of rows and of JSON use for themselves.
 ODD = ("a,b", 'say "so"', "back\\slash", "{curly}", "(round)", "it's", "ünïcode ", "line\nbreak", "%s %(k)s", "NULL")
@@ -128,15 +129,7 @@ def params_file(folder: Path, shape: Shape, **sections: dict[str, Any]) -> Path:
         "target": names,
         "legacy": {"query": legacy.as_string().replace("%%", "%")},
         "search": {"fulltext_column": None},
-        "cut_over": {
-            "route": "vector",
-            "calls_per_step": 20,
-            "share_steps_percent": [100],
-            "largest_relevance_loss": 1.0,
-        },
-        "tune": {"ef_search": [20, 60], "target_recall": 0.9},
-        "record": {"runs_dir": "runs"},
-    }
+    } | SECTIONS
     path = write_params(folder, **{s: given.get(s, {}) | sections.get(s, {}) for s in {*given, *sections}})
     judgements = folder / "judgements.jsonl"
     lines = [json.loads(line) for line in judgements.read_text().splitlines()]

@@ -325,13 +325,18 @@ def test_the_replaced_statements_do_what_the_ordinary_ones_do(
     assert left.fetchall() == [("chain_entry",), ("sign_off",)], "the ledger's own"
 
 
-def test_the_index_of_a_shard_that_lacks_it_is_found_named_and_built_there_alone(
-    distribute: Callable[[], None], articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]
-) -> None:
+def _indexed(open_phase: Callable[..., Phase], distribute: Callable[[], None]) -> Phase:
     phase = open_phase("60_build_index", target=ACCEPTED, search=NO_HYBRID)
     distribute()
     for module in (extension, expand_schema, load_embeddings, backfill, build_index):
         module.apply(phase)
+    return phase
+
+
+def test_the_index_of_a_shard_that_lacks_it_is_found_named_and_built_there_alone(
+    distribute: Callable[[], None], articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]
+) -> None:
+    phase = _indexed(open_phase, distribute)
     assert build_index.verify(phase).passed and build_index.plan(phase).statements == ()
     articles.execute("CREATE TABLE articles_102010 (LIKE articles)")
     articles.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'articles_embedding_hnsw'::regclass")
@@ -358,10 +363,7 @@ def test_the_index_of_a_shard_that_lacks_it_is_found_named_and_built_there_alone
 def test_a_node_says_why_it_cannot_build(
     distribute: Callable[[], None], articles: psycopg.Connection[Any], open_phase: Callable[..., Phase]
 ) -> None:
-    phase = open_phase("60_build_index", target=ACCEPTED, search=NO_HYBRID)
-    distribute()
-    for module in (extension, expand_schema, load_embeddings, backfill, build_index):
-        module.apply(phase)
+    phase = _indexed(open_phase, distribute)
     articles.execute("CREATE TABLE articles_102010 (LIKE articles); CREATE TABLE articles_embedding_hnsw_102010 ()")
     with pytest.raises(RunbookError) as refused:
         build_index.apply(phase)

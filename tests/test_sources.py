@@ -436,6 +436,14 @@ def test_a_key_is_read_as_the_table_has_it_or_not_at_all(kind: str, value: Any, 
         assert read_key(value) == key
 
 
+@pytest.mark.parametrize(
+    "given", ["5", '"ab"', '{"a": 1, "b": 2}', "[1]", "[1, 2, 3]", "[[1], 2]", "[null, 2]", "no"]
+)
+def test_what_is_no_list_of_a_value_a_column_is_no_key_of_several(given: str) -> None:
+    with pytest.raises(ValueError):
+        sources.key_reader("text", "bigint")(given)
+
+
 def test_queries_find_their_vectors_in_their_own_file(make_params: MakeParams, tmp_path: Path) -> None:
     given = write(tmp_path, "parquet", {"id": [1], "embedding": [[1, 2, 3]]})
     (tmp_path / "asked.jsonl").write_text(

@@ -209,5 +209,8 @@ def text_of(values: Iterable[object]) -> str:
 
 
 def values_of(text: str) -> list[Any]:
-    """The values that such a text stands for: whole numbers and texts."""
-    return list(json.loads(text))
+    """The values that such a text stands for: whole numbers and texts. Raises ValueError for any other text."""
+    values = json.loads(text)
+    if not isinstance(values, list):
+        raise ValueError(f"{text} is no JSON list")
+    return values

@@ -66,22 +66,31 @@ MANY_TEXTS = """
 UP_TO_THE_INDEX = MIGRATE[: MIGRATE.index("70_tune")]
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
-    """The coordinator, with the toy table distributed by hash of its key; empty again afterwards."""
+@contextmanager
+def distributed(
+    monkeypatch: pytest.MonkeyPatch, create: Callable[[Connection], object], column: str
+) -> Iterator[Connection]:
+    """The coordinator, with the table articles distributed by hash of a column; empty again afterwards."""
     monkeypatch.setenv(DSN_ENV, DSN)
     # So few rows are searched within milliseconds by any way, and messages between nodes take longer.
     monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 5000)
     with psycopg.connect(DSN, autocommit=True) as connection:
         _sweep(connection)
-        toy.create_articles(connection, trigram=False)
+        create(connection)
         connection.execute(f"SET citus.shard_count = {SHARDS}")
-        connection.execute("SELECT create_distributed_table('articles', 'id')")
+        connection.execute("SELECT create_distributed_table('articles', %s)", [column])
         connection.execute("ANALYZE articles")
         yield connection
     # Afresh: the connection may hold one to a worker that was stopped.
     with psycopg.connect(DSN, autocommit=True) as connection:
         _sweep(connection)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
+    """The same with the toy table, distributed by its key."""
+    with distributed(monkeypatch, lambda c: toy.create_articles(c, trigram=False), "id") as connection:
+        yield connection
 
 
 def _sweep(connection: Connection) -> None:
@@ -468,6 +477,15 @@ def _again(notebook: str, path: Path) -> None:
             time.sleep(1)
 
 
+def _goes_on_and_has_lost_nothing(cluster: Connection, path: Path, phase: str) -> None:
+    cluster.execute("UPDATE articles SET title = 'changed after' WHERE id IN (4, 5, 6)")
+    for name in MIGRATE[MIGRATE.index(phase) : MIGRATE.index("70_tune")]:
+        _again(f"migrate/{name}", path)
+    step("operate/refresh", path)
+    assert assert_every_row_has_the_vector_of_its_text(cluster) == toy.ROWS
+    assert all(valid for _, valid in _shard_indexes(cluster).values()) and len(_shard_indexes(cluster)) == SHARDS
+
+
 @pytest.mark.skipif(not (STOP and START), reason="RUNBOOK_CITUS_STOP and RUNBOOK_CITUS_START stop no worker")
 @pytest.mark.parametrize("phase", MOMENTS)
 def test_a_worker_that_is_stopped_in_a_phase_loses_nothing(cluster: Connection, tmp_path: Path, phase: str) -> None:
@@ -483,12 +501,7 @@ def test_a_worker_that_is_stopped_in_a_phase_loses_nothing(cluster: Connection, 
     finally:
         _run(START)
     kit.wait_for(lambda: cluster.execute(REACHABLE).fetchone() == (True,), "the worker is there again")
-    cluster.execute("UPDATE articles SET title = 'changed after' WHERE id IN (4, 5, 6)")
-    for name in MIGRATE[MIGRATE.index(phase) : MIGRATE.index("70_tune")]:
-        _again(f"migrate/{name}", path)
-    step("operate/refresh", path)
-    assert assert_every_row_has_the_vector_of_its_text(cluster) == toy.ROWS
-    assert all(valid for _, valid in _shard_indexes(cluster).values()) and len(_shard_indexes(cluster)) == SHARDS
+    _goes_on_and_has_lost_nothing(cluster, path, phase)
 
 
 def _move(connection: Connection) -> None:
@@ -510,12 +523,7 @@ def test_a_shard_that_moves_during_a_phase_takes_its_rows_along(
     with _once(MOMENTS[phase], _move) as moved, suppress(psycopg.Error, LockNotObtained):
         step(f"migrate/{phase}", path)
     assert moved, "the shard was moved while the phase was at work"
-    cluster.execute("UPDATE articles SET title = 'changed after' WHERE id IN (4, 5, 6)")
-    for name in MIGRATE[MIGRATE.index(phase) : MIGRATE.index("70_tune")]:
-        _again(f"migrate/{name}", path)
-    step("operate/refresh", path)
-    assert assert_every_row_has_the_vector_of_its_text(cluster) == toy.ROWS
-    assert all(valid for _, valid in _shard_indexes(cluster).values()) and len(_shard_indexes(cluster)) == SHARDS
+    _goes_on_and_has_lost_nothing(cluster, path, phase)
 
 
 BY_ITS_KEY = "inputs.distributed_by_its_key"

@@ -12,14 +12,12 @@ import pytest
 from psycopg import sql
 
 from runbook_lib.backfill import change_queue, vector_store
-from runbook_lib.benchmark import comparison
 from runbook_lib.core import db
 from runbook_lib.core.registry import MIGRATE, UNDO
 from runbook_lib.core.target import load_params
 from runbook_lib.sql.key import text_of
 from tests import composite, toy
-from tests.conftest import DSN_ENV
-from tests.drills.test_citus import DSN, SECTIONS, SHARDS, Connection, _sweep, _workers
+from tests.drills.test_citus import DSN, SECTIONS, Connection, _workers, distributed
 from tests.servers import dump
 from tests.stepping import step, step_all
 
@@ -30,17 +28,8 @@ TENANTS = composite.SHAPES["tenants"]
 @pytest.fixture
 def tenants(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
     """The coordinator, with a table of tenants, distributed by hash of the first column of its key."""
-    monkeypatch.setenv(DSN_ENV, DSN)
-    monkeypatch.setattr(comparison, "FAST_ENOUGH_MS", 5000)
-    with psycopg.connect(DSN, autocommit=True) as connection:
-        _sweep(connection)
-        composite.create(connection, TENANTS)
-        connection.execute(f"SET citus.shard_count = {SHARDS}")
-        connection.execute("SELECT create_distributed_table('articles', 'tenant_id')")
-        connection.execute("ANALYZE articles")
+    with distributed(monkeypatch, lambda c: composite.create(c, TENANTS), "tenant_id") as connection:
         yield connection
-    with psycopg.connect(DSN, autocommit=True) as connection:
-        _sweep(connection)
 
 
 def test_a_tenant_table_there_and_back(tenants: Connection, tmp_path: Path) -> None:
